@@ -1,0 +1,21 @@
+"""LightningDiT with VA-VAE: a library that generates images, and the parts that it is made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["LightningDiTPipeline", "load_config"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public names on first use, so that importing the package costs nothing."""
+    if name == "LightningDiTPipeline":
+        from LightningDiT.pipeline import LightningDiTPipeline
+
+        return LightningDiTPipeline
+    if name == "load_config":
+        from LightningDiT.config import load_config
+
+        return load_config
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

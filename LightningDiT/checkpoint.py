@@ -1,0 +1,263 @@
+"""Weights as data: safe loading, what a file holds, a strict match with a module, and atomic saving."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from LightningDiT.errors import LightningDiTError
+
+#: Names under which training scripts keep weights, the best first.
+WEIGHT_KEYS = ("ema", "model", "state_dict")
+#: Prefixes that wrappers (data parallel, torch.compile) put before every name.
+WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+SAFETENSORS_HEADER_LIMIT = 100 * 2**20
+LISTED_NAMES = 5
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a weights file holds, known without reading the weights themselves.
+
+    Attributes:
+        path: the file.
+        weights_key: the entry that the weights come from (`ema`, ...), or "" for a bare dictionary.
+        shapes: tensor name -> shape, wrapper prefixes removed.
+        extras: what else the file holds.
+        metadata: the text metadata of a safetensors file.
+    """
+
+    path: Path
+    weights_key: str
+    shapes: dict[str, tuple[int, ...]]
+    extras: tuple[str, ...]
+    metadata: dict[str, str]
+
+    @property
+    def parameters(self) -> int:
+        """Number of values in all tensors."""
+        return sum(int(torch.Size(shape).numel()) for shape in self.shapes.values())
+
+
+def inspect(path: str | Path) -> CheckpointInfo:
+    """Return what the weights file at `path` holds, after the safety checks of `load_weights`."""
+    return _open(path)[0]
+
+
+def load_weights(path: str | Path) -> dict[str, Tensor]:
+    """Return the tensors of a `.safetensors` file or of a `torch.save` file, mapped rather than read.
+
+    A dictionary with `ema`, `model` or `state_dict` inside gives the first of these that it has; prefixes
+    of wrappers are removed.
+
+    Raises:
+        LightningDiTError: the file is missing, a folder, empty, cut short, no weights file, or needs more
+            than tensors and plain values to be opened.
+    """
+    return _open(path)[1]
+
+
+def load_into(
+    module: nn.Module, weights: Mapping[str, Tensor], path: str | Path, ignored: tuple[str, ...] = ()
+) -> list[str]:
+    """Give `module` (which may be on the meta device) the tensors of `weights`, without a copy.
+
+    Args:
+        path: the file they came from, for messages.
+        ignored: prefixes of names that the file may hold besides.
+
+    Returns:
+        The names in the file that the module has no place for, all of them below `ignored`.
+
+    Raises:
+        LightningDiTError: tensors are missing, have another shape, are unknown, or are not finite.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    check_shapes(module, shapes, path, ignored)
+    wanted = module.state_dict().keys()
+    for name in wanted:
+        tensor = weights[name]
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise LightningDiTError(
+                f"{path}: tensor {name} holds NaN or infinite values; the file is damaged",
+                "download or train it again (python step2_download_models.py --verify)",
+            )
+    module.load_state_dict({name: weights[name] for name in wanted}, strict=True, assign=True)
+    return [name for name in weights if name not in wanted]
+
+
+def check_shapes(
+    module: nn.Module,
+    shapes: Mapping[str, tuple[int, ...]],
+    path: str | Path,
+    ignored: tuple[str, ...] = (),
+) -> None:
+    """Refuse tensor names and shapes that do not fit `module` one to one, apart from `ignored` prefixes."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    missing = [name for name in wanted if name not in shapes]
+    unknown = [name for name in shapes if name not in wanted and not name.startswith(ignored or ("\0",))]
+    differing = [
+        f"{name} {list(shapes[name])} instead of {list(shape)}"
+        for name, shape in wanted.items()
+        if name in shapes and shapes[name] != shape
+    ]
+    problems = [
+        f"{len(names)} {label}: {', '.join(names[:LISTED_NAMES])}{' ...' if len(names) > LISTED_NAMES else ''}"
+        for label, names in (("missing", missing), ("of another shape", differing), ("unknown", unknown))
+        if names
+    ]
+    if problems:
+        raise LightningDiTError(
+            f"{path} does not fit {type(module).__name__}: tensors {'; '.join(problems)}",
+            "choose the configuration that belongs to this file",
+        )
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`, which takes its place only if the block ends without error."""
+    target = Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+        os.close(handle)
+    except OSError as error:
+        raise LightningDiTError(
+            f"{target} cannot be written ({error.strerror})", "choose a folder that you may write to"
+        ) from error
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_weights(
+    weights: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors as safetensors, atomically."""
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, dict(metadata or {}))
+
+
+def save_training_state(state: Mapping[str, Any], path: str | Path) -> None:
+    """Write a dictionary of tensors and plain values by `torch.save`, atomically."""
+    with atomic_path(path) as temporary:
+        torch.save(dict(state), temporary)
+
+
+def load_training_state(path: str | Path) -> dict[str, Any]:
+    """Return what `save_training_state` wrote; raises LightningDiTError for anything else."""
+    return _load_pickle(_existing_file(path))
+
+
+def _open(path: str | Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:
+    file = _existing_file(path)
+    _refuse_foreign_content(file)
+    metadata: dict[str, str] = {}
+    if file.suffix == ".safetensors":
+        content, metadata = _load_safetensors(file)
+    else:
+        content = _load_pickle(file)
+    key = next((key for key in WEIGHT_KEYS if isinstance(content.get(key), Mapping)), "")
+    weights = content[key] if key else content
+    tensors = {_bare(name): value for name, value in weights.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise LightningDiTError(
+            f"{file} holds no tensors (entries: {', '.join(map(str, list(content)[:LISTED_NAMES])) or 'none'})",
+            "name a weights file",
+        )
+    others = content if key else weights
+    extras = tuple(
+        str(name) for name, value in others.items() if name != key and not (not key and isinstance(value, Tensor))
+    )
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return CheckpointInfo(file, key, shapes, extras, metadata), tensors
+
+
+def _bare(name: str) -> str:
+    for prefix in WRAPPER_PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _existing_file(path: str | Path) -> Path:
+    file = Path(path)
+    mend = "python step2_download_models.py"
+    if file.is_dir():
+        raise LightningDiTError(f"{file} is a folder, a weights file was expected", "name the file inside it")
+    if not file.exists():
+        raise LightningDiTError(f"weights file {file} does not exist", mend)
+    if file.stat().st_size == 0:
+        raise LightningDiTError(f"weights file {file} is empty (0 bytes)", mend)
+    return file
+
+
+def _refuse_foreign_content(file: Path) -> None:
+    """Name what people really find in the place of weights: a web page, or a pointer of git LFS."""
+    with file.open("rb") as stream:
+        start = stream.read(64).lstrip()
+    mend = "delete it and run python step2_download_models.py"
+    if start[:1] == b"<":
+        raise LightningDiTError(f"{file} is a web page, not weights: the download was answered with HTML", mend)
+    if start.startswith(b"version https://git-lfs"):
+        raise LightningDiTError(f"{file} is a git LFS pointer, not the weights themselves", mend)
+
+
+def _load_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}
+    except (SafetensorError, OSError, ValueError, json.JSONDecodeError) as error:
+        raise LightningDiTError(
+            f"{file} is cut short or no safetensors file ({error})", "download it again"
+        ) from error
+
+
+def _load_pickle(file: Path) -> dict[str, Any]:
+    mapped = zipfile.is_zipfile(file)
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped or None)
+    except pickle.UnpicklingError as error:
+        raise LightningDiTError(_refusal(file, error), "use a file from a source you trust, as safetensors") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnicodeDecodeError, AssertionError) as error:
+        reason = str(error).split("\n")[0][:160]
+        raise LightningDiTError(f"{file} is cut short or no weights file ({reason})", "download it again") from error
+    if not isinstance(content, dict):
+        raise LightningDiTError(
+            f"{file} holds a {type(content).__name__}; a dictionary of tensors is expected", "name a weights file"
+        )
+    return content
+
+
+def _refusal(file: Path, error: pickle.UnpicklingError) -> str:
+    text = " ".join(str(error).split())
+    wanted = next((part for part in ("GLOBAL ", "Unsupported global: ") if part in text), None)
+    if wanted:
+        name = text.split(wanted, 1)[1].removeprefix("GLOBAL ").split(" ")[0]
+        return f"{file} is refused: opening it would run code ({name}), and weights are data"
+    return f"{file} is cut short or no weights file ({text[:160]})"
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

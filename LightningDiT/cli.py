@@ -1,0 +1,114 @@
+"""The sampling options that every sampling entry point offers, and how they change a configuration.
+
+Nothing here needs torch, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from LightningDiT.config import Config
+from LightningDiT.errors import LightningDiTError
+
+#: Classes that the published demo shows.
+IMAGENET_DEMO_CLASSES = (975, 3, 207, 387, 388, 88, 979, 279)
+MOST_DEMO_CLASSES = 10
+CONTACT_SHEET = "all"
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `apply_options` and `classes_of` read."""
+    parser.add_argument("--seed", type=_natural, default=0, help="noise of image i comes from (seed, i); default 0")
+    parser.add_argument("--steps", type=_positive, help="points of the time grid")
+    parser.add_argument("--solver", help="euler, midpoint, heun2, rk4, dopri5, ... (a method of torchdiffeq)")
+    parser.add_argument("--guidance-scale", type=float, help="1 is off")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), help="of the transformer")
+    parser.add_argument("--batch-size", type=_positive, help="images sampled at once")
+    parser.add_argument(
+        "--time-budget", type=float, metavar="MINUTES", help="stop after so long, keep what is done; rerun to go on"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and end")
+
+
+def add_class_options(parser: argparse.ArgumentParser) -> None:
+    """Add the choice of classes and of their number."""
+    parser.add_argument(
+        "--classes",
+        nargs="+",
+        metavar="CLASS",
+        help=f"numbers or names; `{CONTACT_SHEET}` is a contact sheet of every class",
+    )
+    parser.add_argument("--count", type=_positive, help="number of images, dealt over the classes in turn")
+
+
+def apply_options(config: Config, args: argparse.Namespace) -> Config:
+    """Return `config` with the sampling options of the command line in place of its own."""
+    chosen = {
+        "num_sampling_steps": args.steps,
+        "sampling_method": args.solver,
+        "cfg_scale": args.guidance_scale,
+        "precision": args.precision,
+        "per_proc_batch_size": args.batch_size,
+    }
+    given = {name: value for name, value in chosen.items() if value is not None}
+    if given.get("num_sampling_steps") == 1:
+        raise LightningDiTError("--steps is 1; 2 or more grid points are expected", "ask for more steps")
+    return dataclasses.replace(config, sample=dataclasses.replace(config.sample, **given))
+
+
+def classes_of(args: argparse.Namespace, num_classes: int) -> list[int | str]:
+    """Return the classes to sample, as given or the demonstration's, `--count` of them."""
+    if args.classes and [name.lower() for name in args.classes] == [CONTACT_SHEET]:
+        chosen: list[int | str] = list(range(num_classes))
+    elif args.classes:
+        chosen = list(args.classes)
+    else:
+        chosen = demo_classes(num_classes)
+    count = args.count or len(chosen)
+    return [chosen[index % len(chosen)] for index in range(count)]
+
+
+def demo_classes(num_classes: int) -> list[int | str]:
+    """Return the published demonstration's classes for ImageNet, else the first ten."""
+    if num_classes > max(IMAGENET_DEMO_CLASSES):
+        return list(IMAGENET_DEMO_CLASSES)
+    return list(range(min(num_classes, MOST_DEMO_CLASSES)))
+
+
+def describe_settings(config: Config, images: int, output: Path) -> str:
+    """Return the resolved settings in a few lines, for `--dry-run` and the start of a run."""
+    sample = config.sample
+    guidance = (
+        f"guidance {sample.cfg_scale:g} on {sample.guided_channels} channels"
+        f" from t = {sample.cfg_interval_start:g} to {sample.cfg_interval_end:g}"
+    )
+    return "\n".join(
+        (
+            f"configuration  {config.source}",
+            f"model          {config.model.model_type} from {config.ckpt_path}",
+            f"sampling       {sample.mode} {sample.sampling_method}, {sample.num_sampling_steps} points,"
+            f" shift {sample.timestep_shift:g}; {guidance}",
+            f"precision      {sample.precision}, {sample.per_proc_batch_size} images at once",
+            f"images         {images} -> {output}",
+        )
+    )
+
+
+def _positive(text: str) -> int:
+    return _at_least(text, 1)
+
+
+def _natural(text: str) -> int:
+    return _at_least(text, 0)
+
+
+def _at_least(text: str, least: int) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = least - 1
+    if number < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
+    return number

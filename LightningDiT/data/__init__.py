@@ -1,0 +1,1 @@
+"""Images and latent shards for training."""

@@ -1,0 +1,136 @@
+"""Encode images into latent shards and their statistics: `python -m LightningDiT.extract_features --help`.
+
+Images come from Fashion-MNIST (`--data-root`) or from a folder with one subfolder per class (`--images`).
+The output folder is what `data.data_path` names: shards and `latents_stats.pt`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from LightningDiT.config import load_config, load_tokenizer_config, tokenizer_config_path
+from LightningDiT.console import run_main
+from LightningDiT.data.images import fashion_mnist, pad_to_32
+from LightningDiT.data.shards import shard_path, write_shard
+from LightningDiT.device import best_device
+from LightningDiT.errors import LightningDiTError
+from LightningDiT.seeds import generator_for
+from LightningDiT.tokenizer.latents import LatentStats
+from LightningDiT.tokenizer.vavae import VA_VAE
+
+Batches = Iterator[tuple[Tensor, Tensor]]
+
+
+def fashion_batches(root: str, train: bool, batch_size: int) -> tuple[int, Batches]:
+    """Return the number of Fashion-MNIST images and batches of (images in [-1, 1], labels)."""
+    images, labels = fashion_mnist(root, train)
+    pairs = zip(images.split(batch_size), labels.split(batch_size), strict=True)
+    return len(images), ((pad_to_32(part), label) for part, label in pairs)
+
+
+def folder_batches(folder: str, tokenizer: VA_VAE, size: int, batch_size: int) -> tuple[int, Batches]:
+    """Return the number of images below `folder` (one subfolder a class) and batches of them."""
+    from torch.utils.data import DataLoader
+    from torchvision.datasets import ImageFolder
+
+    try:
+        dataset = ImageFolder(folder, tokenizer.img_transform(img_size=size))
+    except (FileNotFoundError, OSError) as error:
+        raise LightningDiTError(f"no images in {folder}: {error}", "put images into one subfolder a class") from error
+    return len(dataset), iter(DataLoader(dataset, batch_size))
+
+
+class MomentSum:
+    """Sums of values and squares by channel in float64, one pass."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total: Tensor | float = 0.0
+        self.squares: Tensor | float = 0.0
+
+    def add(self, latents: Tensor) -> None:
+        """Add latents (N, C, h, w)."""
+        values = latents.double()
+        self.count += values[:, 0].numel()
+        self.total = self.total + values.sum((0, 2, 3))
+        self.squares = self.squares + values.square().sum((0, 2, 3))
+
+    def stats(self) -> LatentStats:
+        """Return mean and standard deviation of everything added."""
+        return LatentStats.from_moments(self.count, torch.as_tensor(self.total), torch.as_tensor(self.squares))
+
+
+def extract(
+    tokenizer: VA_VAE, batches: Batches, count: int, output: Path, shard_size: int, mode: bool, flips: bool
+) -> LatentStats:
+    """Encode all batches, write shards of `shard_size` latents into `output`, return their statistics."""
+    moments, shards, rows = MomentSum(), 0, {"latents": [], "labels": [], "flipped": []}
+    waiting, index = 0, 0
+    with tqdm(total=count, unit="image", disable=None) as progress:
+        for images, labels in batches:
+            for name, pixels in (("latents", images), ("flipped", images.flip(-1))):
+                if name == "latents" or flips:
+                    generator = generator_for(0, shards, index, int(name == "flipped"))
+                    rows[name].append(tokenizer.encode_images(pixels, not mode, generator).cpu())
+            rows["labels"].append(labels)
+            moments.add(rows["latents"][-1])
+            waiting, index = waiting + len(images), index + 1
+            progress.update(len(images))
+            if waiting >= shard_size or progress.n == count:
+                joined = {name: torch.cat(parts) for name, parts in rows.items() if parts}
+                write_shard(
+                    shard_path(output, 0, shards), joined["latents"], joined["labels"], joined.get("flipped")
+                )
+                rows = {"latents": [], "labels": [], "flipped": []}
+                waiting, shards = 0, shards + 1
+    return moments.stats()
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the command line's arguments."""
+    parser = argparse.ArgumentParser(prog="python -m LightningDiT.extract_features", description=__doc__)
+    parser.add_argument("--config", required=True, help="YAML of the published schema; its tokenizer encodes")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data-root", help="folder of Fashion-MNIST")
+    source.add_argument("--images", help="folder with one subfolder of images a class")
+    parser.add_argument("--split", choices=("train", "test"), default="train", help="of Fashion-MNIST")
+    parser.add_argument("--output", required=True, help="folder for shards and latents_stats.pt")
+    parser.add_argument("--batch-size", type=int, default=100)
+    parser.add_argument("--shard-size", type=int, default=10_000, help="latents in a file")
+    parser.add_argument("--posterior", choices=("sample", "mode"), default="sample", help="what is stored")
+    parser.add_argument("--flip", action="store_true", help="store mirrored images besides")
+    parser.add_argument("--dry-run", action="store_true", help="print the settings and end")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, build, run."""
+    args = parse(argv)
+    config = load_config(args.config)
+    settings = load_tokenizer_config(tokenizer_config_path(config))
+    print(f"{settings.source} -> {args.output} ({args.posterior}, flips {'on' if args.flip else 'off'})")
+    if args.dry_run:
+        return 0
+    tokenizer = VA_VAE(settings, config.data.image_size, config.vae.ckpt_path).to(best_device())
+    if args.data_root:
+        count, batches = fashion_batches(args.data_root, args.split == "train", args.batch_size)
+    else:
+        count, batches = folder_batches(args.images, tokenizer, config.data.image_size, args.batch_size)
+    output = Path(args.output)
+    stats = extract(
+        tokenizer, batches, count, output, args.shard_size, args.posterior == "mode", args.flip
+    )
+    stats.save(output / "latents_stats.pt")
+    print(f"wrote {count} latents and latents_stats.pt to {output}\nNext: python -m LightningDiT.train --help")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

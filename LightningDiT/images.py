@@ -1,0 +1,87 @@
+"""Pixels: the centre crop, the conversion to uint8, the grid with captions, and saving."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from LightningDiT.checkpoint import atomic_path
+
+CAPTION_COLOUR = (40, 40, 40)
+PAPER = (255, 255, 255)
+
+
+def centre_crop(image: Image.Image, size: int) -> Image.Image:
+    """Return the middle `size` x `size` pixels after the shorter side was reduced to `size`.
+
+    Halved by box filter as long as it stays at least twice too large, then bicubic (the crop of ADM,
+    Dhariwal and Nichol, arXiv 2105.05233).
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    width, height = (round(side * scale) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Return `trunc(clamp(127.5 x + 128, 0, 255))` as (N, H, W, 3) uint8 of (N, 3, H, W) in [-1, 1]."""
+    scaled = torch.clamp(127.5 * images.float() + 128.0, 0, 255)
+    return scaled.permute(0, 2, 3, 1).to(torch.uint8)
+
+
+def image_grid(
+    images: Sequence[Image.Image], captions: Sequence[str] | None = None, columns: int | None = None
+) -> Image.Image:
+    """Return one picture with all `images` (of one size) in rows, each above its caption.
+
+    Small images are enlarged by a whole factor, so that a grid of 32x32 pictures can be looked at.
+    """
+    width, height = images[0].size
+    factor = max(1, 128 // width)
+    width, height = width * factor, height * factor
+    columns = columns or min(len(images), math.ceil(math.sqrt(2 * len(images))))
+    rows = math.ceil(len(images) / columns)
+    font = ImageFont.load_default(size=max(10, width // 10))
+    strip = int(font.size * 1.6) if captions else 0
+    margin = max(2, width // 32)
+    cell = (width + margin, height + strip + margin)
+    grid = Image.new("RGB", (columns * cell[0] + margin, rows * cell[1] + margin), PAPER)
+    draw = ImageDraw.Draw(grid)
+    for index, image in enumerate(images):
+        left = margin + index % columns * cell[0]
+        top = margin + index // columns * cell[1]
+        grid.paste(image.convert("RGB").resize((width, height), Image.Resampling.NEAREST), (left, top))
+        if captions:
+            text = fit_text(captions[index], font, width)
+            draw.text((left + width / 2, top + height + strip / 2), text, CAPTION_COLOUR, font, anchor="mm")
+    return grid
+
+
+def fit_text(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """Return `text`, shortened by an ellipsis where it is wider than `width` pixels."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"
+
+
+def to_pil(images: np.ndarray) -> list[Image.Image]:
+    """Return PIL images of uint8 pixels (N, H, W, 3)."""
+    return [Image.fromarray(image) for image in images]
+
+
+def save_png(image: Image.Image, path: str | Path) -> Path:
+    """Write `image` as PNG, whole or not at all, and return the path."""
+    with atomic_path(path) as temporary:
+        image.save(temporary, format="PNG")
+    return Path(path)

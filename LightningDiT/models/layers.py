@@ -1,0 +1,182 @@
+"""The layers of LightningDiT: embeddings, RMSNorm, SwiGLU, attention and the modulated block."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .positions import RotaryEmbedding2d
+
+TIME_FREQUENCIES = 256
+NORM_EPS = 1e-6
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, computed in float32 (Zhang and Sennrich, arXiv 1910.07467)."""
+
+    def __init__(self, width: int, eps: float = NORM_EPS) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()  # (..., width)
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)  # (..., 1)
+        return (wide * scale).to(x.dtype) * self.weight  # (..., width)
+
+
+class PatchEmbed(nn.Module):
+    """A latent image to one token per patch."""
+
+    def __init__(self, patch_size: int, in_channels: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, width, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)  # (N, tokens, width)
+
+
+class TimestepEmbedder(nn.Module):
+    """Time in [0, 1], unscaled, to a vector: sinusoids (arXiv 1706.03762), then an MLP."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(TIME_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        half = TIME_FREQUENCIES // 2
+        steps = torch.arange(half, dtype=torch.float32, device=t.device)
+        angles = t.float()[:, None] * torch.exp(-math.log(10_000.0) * steps / half)  # (N, 128)
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (N, 256)
+        return self.mlp(waves.to(self.mlp[0].weight.dtype))  # (N, width)
+
+
+class LabelEmbedder(nn.Module):
+    """A class, or the null class `num_classes`, to a vector; labels are dropped at random in training."""
+
+    def __init__(self, num_classes: int, width: int, dropout: float) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.dropout = dropout
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, labels: Tensor, dropped: Tensor | None = None) -> Tensor:
+        """Return (N, width) of labels (N,); `dropped` (N,) bool chooses what becomes the null class."""
+        if dropped is None and self.training and self.dropout > 0:
+            dropped = torch.rand(len(labels), device=labels.device) < self.dropout
+        if dropped is not None:
+            labels = torch.where(dropped, self.num_classes, labels)  # (N,)
+        return self.embedding_table(labels)  # (N, width)
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(a) * b) with a, b = w12(x) (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w3 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)  # (N, T, hidden) each
+        return self.w3(F.silu(gate) * value)  # (N, T, width)
+
+
+class Mlp(nn.Module):
+    """Two layers with GELU between, as in the plain DiT."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))  # (N, T, width)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, with normalised and rotated queries and keys where asked."""
+
+    def __init__(self, width: int, heads: int, qk_norm: bool, rms_norm: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        head_width = width // heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        if qk_norm:
+            self.q_norm = RMSNorm(head_width) if rms_norm else nn.LayerNorm(head_width)
+            self.k_norm = RMSNorm(head_width) if rms_norm else nn.LayerNorm(head_width)
+
+    def forward(self, x: Tensor, rope: RotaryEmbedding2d | None) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (N, T, 3, heads, head width)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (N, heads, T, head width) each
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rope(q), rope(k)
+        out = F.scaled_dot_product_attention(q, k, v)  # (N, heads, T, head width)
+        return self.proj(out.transpose(1, 2).flatten(2))  # (N, T, width)
+
+
+def modulate(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
+    """Return x (N, T, width) times (1 + scale) plus shift, each (N, width)."""
+    if shift is None:
+        return x * (1 + scale.unsqueeze(1))
+    return torch.addcmul(shift.unsqueeze(1), x, 1 + scale.unsqueeze(1))
+
+
+def block_norm(width: int, rms_norm: bool) -> nn.Module:
+    """Return the norm before attention, MLP and output: RMSNorm, or LayerNorm without parameters."""
+    return RMSNorm(width) if rms_norm else nn.LayerNorm(width, elementwise_affine=False, eps=NORM_EPS)
+
+
+class LightningDiTBlock(nn.Module):
+    """Attention and MLP, each modulated and gated by the condition (adaLN-Zero, arXiv 2212.09748)."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: float,
+        use_swiglu: bool,
+        use_qknorm: bool,
+        use_rmsnorm: bool,
+        wo_shift: bool,
+    ) -> None:
+        super().__init__()
+        self.wo_shift = wo_shift
+        hidden = int(width * mlp_ratio)
+        self.norm1 = block_norm(width, use_rmsnorm)
+        self.norm2 = block_norm(width, use_rmsnorm)
+        self.attn = Attention(width, heads, use_qknorm, use_rmsnorm)
+        self.mlp = SwiGLU(width, int(2 / 3 * hidden)) if use_swiglu else Mlp(width, hidden)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, (4 if wo_shift else 6) * width))
+
+    def forward(self, x: Tensor, condition: Tensor, rope: RotaryEmbedding2d | None) -> Tensor:
+        parts = self.adaLN_modulation(condition)  # (N, 6 * width), or 4 without shift
+        if self.wo_shift:
+            scale1, gate1, scale2, gate2 = parts.chunk(4, dim=1)  # (N, width) each
+            shift1 = shift2 = None
+        else:
+            shift1, scale1, gate1, shift2, scale2, gate2 = parts.chunk(6, dim=1)  # (N, width) each
+        attended = self.attn(modulate(self.norm1(x), shift1, scale1), rope)  # (N, T, width)
+        x = torch.addcmul(x, gate1.unsqueeze(1), attended)  # (N, T, width)
+        mixed = self.mlp(modulate(self.norm2(x), shift2, scale2))  # (N, T, width)
+        return torch.addcmul(x, gate2.unsqueeze(1), mixed)  # (N, T, width)
+
+
+class FinalLayer(nn.Module):
+    """Tokens to the pixels of their patches."""
+
+    def __init__(self, width: int, patch_size: int, out_channels: int, use_rmsnorm: bool) -> None:
+        super().__init__()
+        self.norm_final = block_norm(width, use_rmsnorm)
+        self.linear = nn.Linear(width, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=1)  # (N, width) each
+        return self.linear(modulate(self.norm_final(x), shift, scale))  # (N, T, patch^2 * out)

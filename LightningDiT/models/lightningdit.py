@@ -1,0 +1,248 @@
+"""LightningDiT (Yao, Yang and Wang, arXiv 2501.01423): the transformer that predicts the velocity of latents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .layers import FinalLayer, LabelEmbedder, LightningDiTBlock, PatchEmbed, TimestepEmbedder
+from .positions import RotaryEmbedding2d, sincos_table
+
+CFG_CHANNELS = 3  # the published forward_with_cfg guides these channels only
+
+
+@dataclass(frozen=True)
+class LightningDiTSettings:
+    """Sizes and switches of the transformer; the defaults are the published constructor's."""
+
+    input_size: int = 32  # side of the latent
+    patch_size: int = 2
+    in_channels: int = 32  # channels of the latent
+    hidden_size: int = 1152
+    depth: int = 28
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    class_dropout_prob: float = 0.1
+    num_classes: int = 1000
+    learn_sigma: bool = False  # a second half of output channels, which the forward leaves out
+    use_qknorm: bool = False
+    use_swiglu: bool = False
+    use_rope: bool = False
+    use_rmsnorm: bool = False
+    wo_shift: bool = False
+    use_checkpoint: bool = False  # recompute activations in the backward pass
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden size {self.hidden_size} is no multiple of {self.num_heads} heads")
+        if self.input_size % self.patch_size:
+            raise ValueError(
+                f"latent side {self.input_size} is no multiple of the patch size {self.patch_size}"
+            )
+
+    @property
+    def side(self) -> int:
+        """Patches in a row."""
+        return self.input_size // self.patch_size
+
+    @property
+    def out_channels(self) -> int:
+        """Channels that the last layer computes."""
+        return self.in_channels * (2 if self.learn_sigma else 1)
+
+
+#: depth, hidden size and heads by name; each comes with patch size 1 and 2. S, XS: ours, the rest as published.
+PRESETS = {
+    "XS": (7, 192, 6),
+    "S": (12, 384, 6),
+    "B": (12, 768, 12),
+    "L": (24, 1024, 16),
+    "XL": (28, 1152, 16),
+    "1p0B": (24, 1536, 24),
+    "1p6B": (28, 1792, 28),
+}
+
+
+class LightningDiT(nn.Module):
+    """The transformer; keyword arguments are the fields of `LightningDiTSettings`."""
+
+    def __init__(self, settings: LightningDiTSettings | None = None, **kwargs: object) -> None:
+        super().__init__()
+        settings = replace(settings or LightningDiTSettings(), **kwargs)
+        self.settings = settings
+        width, side = settings.hidden_size, settings.side
+        self.x_embedder = PatchEmbed(settings.patch_size, settings.in_channels, width)
+        self.t_embedder = TimestepEmbedder(width)
+        self.y_embedder = LabelEmbedder(settings.num_classes, width, settings.class_dropout_prob)
+        self.pos_embed = nn.Parameter(sincos_table(width, side), requires_grad=False)
+        if settings.use_rope:
+            self.feat_rope = RotaryEmbedding2d(width // settings.num_heads, side)
+        self.blocks = nn.ModuleList(
+            LightningDiTBlock(
+                width,
+                settings.num_heads,
+                settings.mlp_ratio,
+                settings.use_swiglu,
+                settings.use_qknorm,
+                settings.use_rmsnorm,
+                settings.wo_shift,
+            )
+            for _ in range(settings.depth)
+        )
+        self.final_layer = FinalLayer(width, settings.patch_size, settings.out_channels, settings.use_rmsnorm)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Xavier weights, zero output and modulation (adaLN-Zero), so that the model starts at zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        projection = self.x_embedder.proj
+        nn.init.xavier_uniform_(projection.weight.view(projection.out_channels, -1))
+        nn.init.zeros_(projection.bias)
+        for weight in (
+            self.y_embedder.embedding_table.weight,
+            self.t_embedder.mlp[0].weight,
+            self.t_embedder.mlp[2].weight,
+        ):
+            nn.init.normal_(weight, std=0.02)
+        for layer in [*(block.adaLN_modulation[1] for block in self.blocks), *self._output_layers()]:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def _output_layers(self) -> tuple[nn.Linear, nn.Linear]:
+        return self.final_layer.adaLN_modulation[1], self.final_layer.linear
+
+    @property
+    def null_class(self) -> int:
+        """The label that stands for no class."""
+        return self.settings.num_classes
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Return the prediction (N, C, H, W) for latents x (N, C, H, W), times t (N,) and labels y (N,)."""
+        rope = self.feat_rope if self.settings.use_rope else None
+        tokens = self.x_embedder(x) + self.pos_embed  # (N, T, width)
+        condition = self.t_embedder(t) + self.y_embedder(y)  # (N, width)
+        for block in self.blocks:
+            if self.settings.use_checkpoint and self.training:
+                tokens = checkpoint(block, tokens, condition, rope, use_reentrant=False)
+            else:
+                tokens = block(tokens, condition, rope)  # (N, T, width)
+        patches = self.final_layer(tokens, condition)  # (N, T, patch^2 * out)
+        return self._unpatchify(patches)[:, : self.settings.in_channels]  # (N, C, H, W)
+
+    def _unpatchify(self, patches: Tensor) -> Tensor:
+        side, patch = self.settings.side, self.settings.patch_size
+        grid = patches.view(len(patches), side, side, patch, patch, -1)  # (N, rows, cols, p, p, out)
+        grid = grid.permute(0, 5, 1, 3, 2, 4)  # (N, out, rows, p, cols, p)
+        return grid.reshape(len(patches), -1, side * patch, side * patch)  # (N, out, H, W)
+
+    def forward_with_cfg(
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
+        cfg_scale: float,
+        cfg_interval: bool | None = None,
+        cfg_interval_start: float | None = None,
+    ) -> Tensor:
+        """Return the guided prediction under the published signature.
+
+        The batch holds every state twice, first with its label, then with the null class; the first half
+        of `x` counts. Guidance acts on the first three channels and, with the interval on, not before its
+        start. New code calls `transport.guidance.guided_velocity`, which needs no doubled states.
+        """
+        half = x[: len(x) // 2]  # (N, C, H, W)
+        out = self.forward(torch.cat([half, half]), t, y)  # (2N, C, H, W)
+        conditional, null = out[:, :CFG_CHANNELS].chunk(2)  # (N, 3, H, W) each
+        guided = conditional
+        if not (cfg_interval and float(t[0]) < (cfg_interval_start or 0.0)):
+            guided = null + cfg_scale * (conditional - null)
+        return torch.cat([torch.cat([guided, guided]), out[:, CFG_CHANNELS:]], dim=1)  # (2N, C, H, W)
+
+
+def preset_settings(name: str, **kwargs: object) -> LightningDiTSettings:
+    """Return the settings of a preset such as `LightningDiT-XL/1`, with other fields from `kwargs`.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    size, _, patch = name.removeprefix("LightningDiT-").partition("/")
+    if size not in PRESETS or patch not in ("1", "2"):
+        raise ValueError(f"model_type {name!r} is unknown; {', '.join(LightningDiT_models)} are expected")
+    depth, width, heads = PRESETS[size]
+    sizes = {"depth": depth, "hidden_size": width, "num_heads": heads, "patch_size": int(patch)}
+    return LightningDiTSettings(**{**sizes, **kwargs})
+
+
+def _build(name: str, **kwargs: object) -> LightningDiT:
+    return LightningDiT(preset_settings(name, **kwargs))
+
+
+#: Published table of constructors: `LightningDiT_models["LightningDiT-XL/1"](input_size=16, ...)`.
+LightningDiT_models: dict[str, Callable[..., LightningDiT]] = {
+    name: partial(_build, name) for name in (f"LightningDiT-{size}/{patch}" for size in PRESETS for patch in (1, 2))
+}
+
+
+def settings_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> LightningDiTSettings:
+    """Return the settings of the model that tensors of these names and shapes belong to.
+
+    Without rotary embedding the number of heads leaves no trace; it is then the preset's of that width and
+    depth, else the width divided by 64.
+
+    Raises:
+        ValueError: the names are not those of a LightningDiT.
+    """
+    needed = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "pos_embed", "final_layer.linear.weight")
+    missing = [name for name in needed if name not in shapes]
+    if missing:
+        raise ValueError(f"no LightningDiT: tensors {', '.join(missing)} are missing")
+    width, in_channels, patch, _ = shapes["x_embedder.proj.weight"]
+    depth = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))
+    block = {name.removeprefix("blocks.0."): shape for name, shape in shapes.items() if name.startswith("blocks.0.")}
+    out = shapes["final_layer.linear.weight"][0] // patch**2
+    if "feat_rope.freqs_cos" in shapes:
+        heads = width // shapes["feat_rope.freqs_cos"][1]
+    else:
+        known = {(d, w): h for d, w, h in PRESETS.values()}
+        heads = known.get((depth, width), max(1, width // 64))
+    return LightningDiTSettings(
+        input_size=math.isqrt(shapes["pos_embed"][1]) * patch,
+        patch_size=patch,
+        in_channels=in_channels,
+        hidden_size=width,
+        depth=depth,
+        num_heads=heads,
+        num_classes=shapes["y_embedder.embedding_table.weight"][0] - 1,
+        learn_sigma=out == 2 * in_channels,
+        use_qknorm="attn.q_norm.weight" in block,
+        use_swiglu="mlp.w12.weight" in block,
+        use_rope="feat_rope.freqs_cos" in shapes,
+        use_rmsnorm="norm1.weight" in block,
+        wo_shift=block["adaLN_modulation.1.weight"][0] == 4 * width,
+    )
+
+
+def differences(wanted: LightningDiTSettings, found: LightningDiTSettings) -> list[str]:
+    """Return the settings in which two models differ in their tensors, as `name: wanted, not found`."""
+    ignored = ("mlp_ratio", "class_dropout_prob", "use_checkpoint")
+    return [
+        f"{item.name} is {getattr(found, item.name)} in the file and {getattr(wanted, item.name)} in the configuration"
+        for item in fields(LightningDiTSettings)
+        if item.name not in ignored and getattr(wanted, item.name) != getattr(found, item.name)
+    ]
+
+
+def preset_name(settings: LightningDiTSettings) -> str | None:
+    """Return the preset that has these sizes, or None."""
+    sizes = (settings.depth, settings.hidden_size, settings.num_heads)
+    name = next((name for name, preset in PRESETS.items() if preset == sizes), None)
+    return f"LightningDiT-{name}/{settings.patch_size}" if name else None

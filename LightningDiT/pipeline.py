@@ -1,0 +1,471 @@
+"""Model, tokenizer and transport joined: class labels in, images out."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from LightningDiT.checkpoint import atomic_path, check_shapes, inspect, load_into, load_weights, save_weights
+from LightningDiT.config import (
+    Config,
+    SampleConfig,
+    as_dict,
+    load_config,
+    load_tokenizer_config,
+    read_yaml,
+    tokenizer_config_path,
+)
+from LightningDiT.device import best_device, resolve_precision
+from LightningDiT.errors import LightningDiTError
+from LightningDiT.images import to_pil, to_uint8
+from LightningDiT.models.lightningdit import (
+    LightningDiT,
+    LightningDiTSettings,
+    differences,
+    preset_name,
+    preset_settings,
+    settings_from_shapes,
+)
+from LightningDiT.seeds import generator_for
+from LightningDiT.tokenizer.latents import LatentStats
+from LightningDiT.tokenizer.vavae import VA_VAE, check_tokenizer_file
+from LightningDiT.transport import (
+    GuidanceSettings,
+    GuidedVelocity,
+    Sampler,
+    SdeSettings,
+    Transport,
+    create_transport,
+    draw_noise,
+    integrate_ode,
+    sde_states,
+)
+
+IMAGENET_CLASSES = 1000
+CONFIG_NAME = "config.yaml"
+STATS_NAME = "latents_stats.pt"
+Callback = Callable[[int, float, Tensor], None]
+
+
+@dataclass(frozen=True)
+class PipelineOutput:
+    """What one call of the pipeline made.
+
+    Attributes:
+        images: a list of PIL images, uint8 pixels (N, H, W, 3), a float tensor (N, 3, H, W) about [-1, 1], or
+            normalised latents (N, C, h, w), as `output_type` asked.
+        labels: the class of each image.
+        seeds: (seed, index) of each image; the noise depends on nothing else.
+        nfe: evaluations of the velocity that each image took.
+        seconds: wall clock of sampling and decoding.
+        dtype: precision that the transformer computed in.
+    """
+
+    images: Any
+    labels: list[int]
+    seeds: list[tuple[int, int]]
+    nfe: int
+    seconds: float
+    dtype: torch.dtype
+
+
+def model_settings(config: Config) -> LightningDiTSettings:
+    """Return the transformer's settings that a configuration describes."""
+    model = config.model
+    with _as_user_error(f"{config.source}: model"):
+        return preset_settings(
+            model.model_type,
+            input_size=config.data.image_size // config.vae.downsample_ratio,
+            in_channels=model.in_chans,
+            num_classes=config.data.num_classes,
+            learn_sigma=model.learn_sigma,
+            use_qknorm=model.use_qknorm,
+            use_swiglu=model.use_swiglu,
+            use_rope=model.use_rope,
+            use_rmsnorm=model.use_rmsnorm,
+            wo_shift=model.wo_shift,
+            use_checkpoint=model.use_checkpoint or config.train.use_checkpoint,
+        )
+
+
+def build_transport(config: Config) -> Transport:
+    """Return the transport that a configuration describes."""
+    settings = config.transport
+    with _as_user_error(f"{config.source}: transport"):
+        return create_transport(
+            path_type=settings.path_type,
+            prediction=settings.prediction,
+            loss_weight=settings.loss_weight,
+            train_eps=settings.train_eps,
+            sample_eps=settings.sample_eps,
+            use_cosine_loss=settings.use_cosine_loss,
+            use_lognorm=settings.use_lognorm,
+        )
+
+
+def verify_config(path: str | Path) -> list[str]:
+    """Open everything that the configuration at `path` names, without reading the weights.
+
+    Returns:
+        A line for each thing that was checked.
+
+    Raises:
+        LightningDiTError: something is missing, damaged, or does not fit the rest.
+    """
+    config = load_config(path)
+    build_transport(config)
+    tokenizer = load_tokenizer_config(tokenizer_config_path(config))
+    lines = [f"configuration {path}: {config.model.model_type}, {config.data.num_classes} classes", *config.notes]
+    lines.append(check_transformer_file(config, _required(config, "ckpt_path")))
+    weights = config.vae.ckpt_path or tokenizer.ckpt_path
+    if not weights:
+        raise LightningDiTError(f"{config.source} names no vae.ckpt_path", "python step3_setup_configs.py")
+    lines.append(check_tokenizer_file(tokenizer, weights))
+    load_stats(config)
+    lines.append(f"latent statistics in {config.data.data_path}: {config.model.in_chans} channels")
+    return lines
+
+
+def check_transformer_file(config: Config, path: str | Path) -> str:
+    """Compare the transformer's weights file with the configuration and return a line that says so."""
+    info = inspect(path)
+    wanted = model_settings(config)
+    try:
+        found = settings_from_shapes(info.shapes)
+    except ValueError as error:
+        raise LightningDiTError(f"{path}: {error}", "name the transformer's weights in ckpt_path") from error
+    if wrong := differences(wanted, found):
+        actual = preset_name(found) or f"{found.depth} layers of {found.hidden_size}"
+        raise LightningDiTError(
+            f"{path} holds {actual} and does not fit {config.source}: {'; '.join(wrong)}",
+            "choose the model_type and sizes that belong to the file, or python step3_setup_configs.py",
+        )
+    with torch.device("meta"):
+        check_shapes(LightningDiT(wanted), info.shapes, path)
+    held = f"entry {info.weights_key}" if info.weights_key else "bare weights"
+    besides = f", besides it {', '.join(info.extras)}" if info.extras else ""
+    return f"transformer {path}: {info.parameters:,} values, {held}{besides}"
+
+
+def load_transformer(config: Config, dtype: torch.dtype | None = None) -> LightningDiT:
+    """Return the transformer in eval mode with the weights of `config.ckpt_path`.
+
+    The model is made on the meta device after the file was compared with the configuration, so that a wrong
+    file costs nothing.
+    """
+    path = _required(config, "ckpt_path")
+    check_transformer_file(config, path)
+    with torch.device("meta"):
+        model = LightningDiT(model_settings(config))
+    load_into(model, load_weights(path), path)
+    return model.eval().requires_grad_(False).to(dtype or torch.float32)
+
+
+def load_stats(config: Config) -> LatentStats:
+    """Return the statistics of the latents that the configuration names."""
+    channels = config.model.in_chans
+    if not config.data.latent_norm:
+        return LatentStats.identity(channels)
+    folder = Path(_required(config, "data", "data_path"))
+    if folder.is_file():
+        raise LightningDiTError(
+            f"data.data_path {folder} is a file; the folder that holds {STATS_NAME} is expected",
+            f"set data_path: {folder.parent} in {config.source}",
+        )
+    return LatentStats.load(folder / STATS_NAME, channels, config.data.latent_multiplier)
+
+
+def class_names_of(config: Config) -> tuple[str, ...] | None:
+    """Return a name per class: the configuration's, ImageNet's for 1000 classes, or None."""
+    if config.data.class_names is not None or config.data.num_classes != IMAGENET_CLASSES:
+        return config.data.class_names
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo()
+    return tuple(info.index_to_description(index) for index in range(IMAGENET_CLASSES))
+
+
+class LightningDiTPipeline:
+    """A LightningDiT, the tokenizer of its latents, and the sampling settings of a configuration."""
+
+    def __init__(
+        self,
+        transformer: LightningDiT,
+        tokenizer: VA_VAE,
+        transport: Transport,
+        config: Config,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.transformer = transformer
+        self.tokenizer = tokenizer
+        self.transport = transport
+        self.config = config
+        self.class_names = class_names_of(config)
+        self.to(device, dtype)
+
+    @classmethod
+    def from_config(
+        cls, config: str | Path | Config, device: torch.device | str | None = None
+    ) -> LightningDiTPipeline:
+        """Return the pipeline that a YAML file (or settings read from one) describes.
+
+        Args:
+            device: where to compute; the GPU that works, else the CPU, where left out.
+
+        Raises:
+            LightningDiTError: a file is missing, damaged or does not fit the others.
+        """
+        settings = config if isinstance(config, Config) else load_config(config)
+        place = torch.device(device) if device else best_device()
+        dtype = resolve_precision(settings.sample.precision, place)
+        stats = load_stats(settings)
+        tokenizer = VA_VAE(
+            tokenizer_config_path(settings), settings.data.image_size, settings.vae.ckpt_path, stats
+        )
+        if tokenizer.embed_dim != settings.model.in_chans:
+            raise LightningDiTError(
+                f"{settings.source}: model.in_chans is {settings.model.in_chans}; the tokenizer"
+                f" {tokenizer.config.source} has {tokenizer.embed_dim} channels",
+                "choose the tokenizer that belongs to the model",
+            )
+        return cls(load_transformer(settings, dtype), tokenizer, build_transport(settings), settings, place, dtype)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, device: torch.device | str | None = None
+    ) -> LightningDiTPipeline:
+        """Return the pipeline that `save_pretrained` wrote into `folder`."""
+        place = Path(folder)
+        if not (place / CONFIG_NAME).is_file():
+            raise LightningDiTError(f"{place} holds no {CONFIG_NAME}", "name a folder that save_pretrained wrote")
+        return cls.from_config(place / CONFIG_NAME, device)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write configuration, weights (as they are in memory) and statistics into `folder`."""
+        from omegaconf import OmegaConf
+
+        place = Path(folder)
+        place.mkdir(parents=True, exist_ok=True)
+        stats = self.tokenizer.stats
+        save_weights(self.transformer.state_dict(), place / "transformer.safetensors")
+        metadata = stats.as_metadata() if stats else {}
+        save_weights(self.tokenizer.model.state_dict(), place / "tokenizer.safetensors", metadata)
+        data = dataclasses.replace(self.config.data, data_path=".")
+        vae = dataclasses.replace(self.config.vae, model_name="tokenizer.yaml", ckpt_path=None)
+        config = dataclasses.replace(self.config, ckpt_path="transformer.safetensors", data=data, vae=vae)
+        if self.config.data.latent_norm and stats:
+            stats.save(place / STATS_NAME)
+        tokenizer = read_yaml(self.tokenizer.config.source) | {"ckpt_path": "tokenizer.safetensors"}
+        for name, values in (("tokenizer.yaml", tokenizer), (CONFIG_NAME, as_dict(config))):
+            with atomic_path(place / name) as temporary:
+                OmegaConf.save(OmegaConf.create(values), temporary)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> LightningDiTPipeline:
+        """Move to `device`; `dtype` is the transformer's precision, the tokenizer stays float32."""
+        self.device = torch.device(device)
+        self.transformer = self.transformer.to(device=self.device, dtype=dtype)
+        self.dtype = next(self.transformer.parameters()).dtype
+        self.tokenizer.to(self.device)
+        return self
+
+    def label_of(self, name: int | str) -> int:
+        """Return the number of a class given by number or name (one of its synonyms, in any case).
+
+        Raises:
+            LightningDiTError: out of range, or no such name; the nearest names are given.
+        """
+        classes = self.config.data.num_classes
+        if isinstance(name, int) or name.strip().lstrip("-").isdigit():
+            number = int(name)
+            if not 0 <= number < classes:
+                raise LightningDiTError(f"class {number} is out of range; 0 to {classes - 1} are expected", "choose one")
+            return number
+        synonyms = self._synonyms()
+        wanted = name.strip().lower()
+        if wanted in synonyms:
+            return synonyms[wanted]
+        near = difflib.get_close_matches(wanted, synonyms, 3, 0.5)
+        near += [known for known in synonyms if wanted in known][: 3 - len(near)]
+        hint = f"near to it: {', '.join(dict.fromkeys(near))}" if near else f"numbers 0 to {classes - 1} always work"
+        raise LightningDiTError(f"class {name!r} is unknown; {hint}", "choose a known name or a number")
+
+    def name_of(self, label: int) -> str:
+        """Return the name of a class for captions: the first synonym, or its number."""
+        return self.class_names[label].split(",")[0] if self.class_names else f"class {label}"
+
+    def _synonyms(self) -> dict[str, int]:
+        table: dict[str, int] = {}
+        for number, names in enumerate(self.class_names or ()):
+            for synonym in (names, *names.split(",")):
+                table.setdefault(synonym.strip().lower(), number)
+        return table
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        class_labels: Sequence[int | str] | int | str,
+        guidance_scale: float | None = None,
+        num_inference_steps: int | None = None,
+        seed: int = 0,
+        indices: Sequence[int] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        batch_size: int | None = None,
+        callback: Callback | None = None,
+    ) -> PipelineOutput:
+        """Return one image per class label.
+
+        Args:
+            class_labels: numbers or names.
+            guidance_scale: 1 is off; the configuration's where left out.
+            num_inference_steps: points of the time grid; the configuration's where left out.
+            seed, indices: image k starts from the noise of (seed, indices[k]), or of (seed, k), whatever the batch.
+            latents: noise (N, C, h, w) to start from instead.
+            output_type: `pil`, `np`, `pt` or `latent`, see `PipelineOutput.images`.
+            batch_size: images sampled at once; the configuration's where left out.
+            callback: called as callback(step, t, state) after each solver step of each batch.
+
+        Raises:
+            LightningDiTError: a label, a setting or the shape of `latents` is wrong.
+        """
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise LightningDiTError(f"output_type {output_type!r} is unknown; pil, np, pt, latent are", "choose one")
+        listed = [class_labels] if isinstance(class_labels, int | str) else list(class_labels)
+        labels = [self.label_of(label) for label in listed]
+        sample = self._sample_settings(guidance_scale, num_inference_steps)
+        self._check_latents(latents, len(labels))
+        seeds = [(seed, index) for index in (range(len(labels)) if indices is None else indices)]
+        size = batch_size or sample.per_proc_batch_size
+        started, counts, made = time.perf_counter(), [], []
+        for start in range(0, len(labels), size):
+            part = slice(start, start + size)
+            noise = None if latents is None else latents[part]
+            with _as_user_error(self.config.source):
+                state, nfe = self._sample(labels[part], seeds[part], noise, sample, callback)
+            counts.append(nfe)
+            made.append(self._decode(state, output_type))
+        images = self._join(made, output_type)
+        seconds = time.perf_counter() - started
+        return PipelineOutput(images, labels, seeds, max(counts, default=0), seconds, self.dtype)
+
+    def _sample_settings(self, guidance_scale: float | None, steps: int | None) -> SampleConfig:
+        sample = self.config.sample
+        if guidance_scale is not None:
+            sample = dataclasses.replace(sample, cfg_scale=guidance_scale)
+        if steps is not None:
+            if steps < 2:
+                raise LightningDiTError(f"num_inference_steps is {steps}; 2 or more are expected", "ask for more steps")
+            sample = dataclasses.replace(sample, num_sampling_steps=steps)
+        return sample
+
+    def _check_latents(self, latents: Tensor | None, count: int) -> None:
+        if latents is not None and tuple(latents.shape) != (count, *self.latent_shape):
+            raise LightningDiTError(
+                f"latents have the shape {list(latents.shape)}; {[count, *self.latent_shape]} is expected",
+                "give one latent per class label",
+            )
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of one latent."""
+        settings = self.transformer.settings
+        return settings.in_channels, settings.input_size, settings.input_size
+
+    def _sample(
+        self,
+        labels: list[int],
+        seeds: list[tuple[int, int]],
+        noise: Tensor | None,
+        sample: SampleConfig,
+        callback: Callback | None,
+    ) -> tuple[Tensor, int]:
+        """Return the final state (N, C, h, w) of one batch and the evaluations that it took."""
+        generators = [generator_for(*pair) for pair in seeds]
+        if noise is None:
+            noise = draw_noise((len(labels), *self.latent_shape), generators)
+        state = noise.to(self.device, torch.float32)
+        channels = None if sample.guided_channels == "all" else int(sample.guided_channels)
+        guidance = GuidanceSettings(
+            sample.cfg_scale, sample.cfg_interval_start, sample.cfg_interval_end, channels
+        )
+        y = torch.tensor(labels, device=self.device)
+        guided = GuidedVelocity(self._predict, y, torch.full_like(y, self.transformer.null_class), guidance)
+        counter = _CountedModel(guided)
+        if sample.mode == "SDE":
+            settings = SdeSettings(num_steps=sample.num_sampling_steps)
+            for step, state in enumerate(sde_states(self.transport, counter, state, settings, generators)):
+                if callback is not None:
+                    callback(step, (step + 1) / settings.num_steps, state)
+            return state, counter.calls
+        times = Sampler(self.transport).times(sample.num_sampling_steps, sample.timestep_shift)
+
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            return self.transport.velocity(counter, x, t)
+
+        state = integrate_ode(
+            velocity, state, times, sample.sampling_method, sample.atol, sample.rtol, callback
+        )
+        return state, counter.calls
+
+    def _predict(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """The transformer in its precision, between a float32 state and a float32 prediction."""
+        return self.transformer(x.to(self.dtype), t, y).float()
+
+    def _decode(self, state: Tensor, output_type: str) -> Any:
+        if output_type == "latent":
+            return state.cpu()
+        images = self.tokenizer.decode(state)
+        if output_type == "pt":
+            return images.cpu()
+        pixels = to_uint8(images).cpu().numpy()
+        return to_pil(pixels) if output_type == "pil" else pixels
+
+    @staticmethod
+    def _join(parts: list[Any], output_type: str) -> Any:
+        if output_type == "pil":
+            return [image for part in parts for image in part]
+        if output_type == "np":
+            import numpy as np
+
+            return np.concatenate(parts)
+        return torch.cat(parts)
+
+
+class _CountedModel:
+    """Calls a guided model and counts the calls: the number of function evaluations."""
+
+    def __init__(self, guided: GuidedVelocity) -> None:
+        self.guided = guided
+        self.calls = 0
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        self.calls += 1
+        return self.guided(x, t)
+
+
+def _required(config: Config, *keys: str) -> str:
+    value: Any = config
+    for key in keys:
+        value = getattr(value, key)
+    if not value:
+        raise LightningDiTError(f"{config.source} names no {'.'.join(keys)}", "python step3_setup_configs.py")
+    return value
+
+
+@contextlib.contextmanager
+def _as_user_error(where: str) -> Iterator[None]:
+    """Turn the plain errors of the lower layers into the one that entry points print."""
+    try:
+        yield
+    except (ValueError, FloatingPointError) as error:
+        raise LightningDiTError(f"{where}: {error}", "edit that value") from error

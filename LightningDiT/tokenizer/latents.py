@@ -1,0 +1,152 @@
+"""The statistics that turn latents of the tokenizer into what the transformer sees, and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from LightningDiT.checkpoint import load_training_state, save_training_state
+from LightningDiT.errors import LightningDiTError
+
+MEND = "python fix_latents_stats.py"
+METADATA_KEYS = ("latents_mean", "latents_std")
+
+
+@dataclass(frozen=True)
+class LatentStats:
+    """Mean and standard deviation of every latent channel.
+
+    Attributes:
+        mean: (1, C, 1, 1) float32.
+        std: (1, C, 1, 1) float32, positive.
+        multiplier: factor on normalised latents (`data.latent_multiplier`).
+    """
+
+    mean: Tensor
+    std: Tensor
+    multiplier: float = 1.0
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        """Return `(latents - mean) / std * multiplier`, (N, C, h, w)."""
+        return (latents - self.mean.to(latents)) / self.std.to(latents) * self.multiplier
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """Return `latents * std / multiplier + mean`, (N, C, h, w)."""
+        return latents * self.std.to(latents) / self.multiplier + self.mean.to(latents)
+
+    @classmethod
+    def identity(cls, channels: int) -> LatentStats:
+        """Return statistics that change nothing, for `data.latent_norm: false`."""
+        return cls(torch.zeros(1, channels, 1, 1), torch.ones(1, channels, 1, 1))
+
+    @classmethod
+    def from_moments(cls, count: int, total: Tensor, total_of_squares: Tensor) -> LatentStats:
+        """Return the statistics of `count` values a channel from their sum and sum of squares.
+
+        Args:
+            total: (C,) float64.
+            total_of_squares: (C,) float64.
+        """
+        mean = total.double() / count
+        variance = (total_of_squares.double() / count - mean.square()) * (count / max(count - 1, 1))
+        shape = (1, -1, 1, 1)
+        return cls(mean.float().view(shape), variance.clamp_min(0).sqrt().float().view(shape))
+
+    @classmethod
+    def load(cls, path: str | Path, channels: int | None = None, multiplier: float = 1.0) -> LatentStats:
+        """Return the statistics in `path` (a dictionary of `mean` and `std`).
+
+        Args:
+            channels: how many channels are expected, or None for any.
+
+        Raises:
+            LightningDiTError: the file is damaged; the message says how.
+        """
+        mean, std = _read(Path(path))
+        problems = _problems(mean, std, channels)
+        if problems:
+            raise LightningDiTError(f"latent statistics {path}: {'; '.join(problems)}", MEND)
+        return cls(mean.float(), std.float(), multiplier)
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str], path: str | Path) -> LatentStats:
+        """Return the statistics that `as_metadata` put into the metadata of a safetensors file."""
+        try:
+            values = [torch.tensor(json.loads(metadata[key])).view(1, -1, 1, 1) for key in METADATA_KEYS]
+        except (KeyError, ValueError, TypeError) as error:
+            raise LightningDiTError(f"{path} carries no latent statistics in its metadata", MEND) from error
+        problems = _problems(*values, None)
+        if problems:
+            raise LightningDiTError(f"latent statistics in {path}: {'; '.join(problems)}", MEND)
+        return cls(*values)
+
+    def as_metadata(self) -> dict[str, str]:
+        """Return the numbers as text, so that a tokenizer's file can carry its own statistics."""
+        tensors = (self.mean, self.std)
+        return {
+            key: json.dumps(value.flatten().tolist()) for key, value in zip(METADATA_KEYS, tensors, strict=True)
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write `mean` and `std` as the published code reads them, atomically, if they are valid."""
+        problems = _problems(self.mean, self.std, None)
+        if problems:
+            raise LightningDiTError(f"latent statistics are not written to {path}: {'; '.join(problems)}", MEND)
+        save_training_state({"mean": self.mean.clone(), "std": self.std.clone()}, path)
+
+
+def diagnose(path: str | Path, channels: int | None = None) -> list[str]:
+    """Return what is wrong with the statistics file at `path`; an empty list means that it is good."""
+    try:
+        return _problems(*_read(Path(path)), channels)
+    except LightningDiTError as error:
+        return [error.message]
+
+
+def _read(path: Path) -> tuple[Tensor, Tensor]:
+    if path.is_dir():
+        raise LightningDiTError(f"latent statistics {path} is a folder, a file was expected", MEND)
+    if not path.exists():
+        raise LightningDiTError(f"latent statistics {path} does not exist", MEND)
+    if path.stat().st_size == 0:
+        raise LightningDiTError(f"latent statistics {path} is empty (0 bytes)", MEND)
+    try:
+        content = load_training_state(path)
+    except LightningDiTError as error:
+        raise LightningDiTError(error.message, MEND) from error
+    found = [content.get(key) for key in ("mean", "std")]
+    if not all(isinstance(value, Tensor) for value in found):
+        raise LightningDiTError(
+            f"latent statistics {path} has the entries {', '.join(map(str, content)) or 'none'};"
+            " tensors `mean` and `std` are expected",
+            MEND,
+        )
+    return found[0], found[1]
+
+
+def _problems(mean: Tensor, std: Tensor, channels: int | None) -> list[str]:
+    """Return what is wrong with the numbers, in words."""
+    for name, value in (("mean", mean), ("std", std)):
+        shape = tuple(value.shape)
+        wanted = channels if channels is not None else (shape[1] if len(shape) == 4 else "C")
+        if shape != (1, wanted, 1, 1):
+            return [f"{name} has the shape {list(shape)}; [1, {wanted}, 1, 1] is expected"]
+    if mean.shape != std.shape:
+        return [f"mean has {mean.shape[1]} channels and std {std.shape[1]}"]
+    problems = [
+        f"{name} is not finite in {int((~torch.isfinite(value)).sum())} of {value.numel()} channels"
+        for name, value in (("mean", mean), ("std", std))
+        if not torch.isfinite(value).all()
+    ]
+    if problems:
+        return problems
+    if (std <= 0).any():
+        return [f"std is not positive in {int((std <= 0).sum())} of {std.numel()} channels"]
+    if (mean == 0).all() and (std == 1).all():
+        return ["mean is 0 and std is 1 in every channel: placeholder numbers, which ruin every image"]
+    return []

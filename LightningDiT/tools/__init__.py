@@ -1,0 +1,1 @@
+"""Tools around the library: the judge, metrics, evaluation, plots and benchmark. Nothing imports them."""

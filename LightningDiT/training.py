@@ -1,0 +1,182 @@
+"""What both training scripts share: order of the data, EMA, learning rate, checkpoints and the log."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from LightningDiT.checkpoint import load_training_state, save_training_state
+from LightningDiT.seeds import generator_for
+
+KEPT_CHECKPOINTS = 2
+STEP_DIGITS = 7
+
+
+class BatchOrder:
+    """Which samples step `s` sees: a fresh permutation an epoch, known from the seed and the step alone.
+
+    A resumed run asks for the same step and gets the same samples; no position has to be stored.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int) -> None:
+        if batch_size > count:
+            raise ValueError(f"batch of {batch_size} asked of {count} samples; a smaller batch is expected")
+        self.batch_size = batch_size
+        self.count = count
+        self.seed = seed
+        self.steps_per_epoch = count // batch_size
+        self._epoch = -1
+        self._permutation = torch.empty(0, dtype=torch.long)
+
+    def indices(self, step: int) -> Tensor:
+        """Return the sample numbers of `step`, (batch_size,) int64."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._permutation = torch.randperm(self.count, generator=generator_for(self.seed, 0, epoch))
+        return self._permutation[position * self.batch_size :][: self.batch_size]
+
+
+class Ema:
+    """Exponential moving average of a module's parameters (Polyak and Juditsky, 1992)."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.steps = 0
+        self.weights = {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """Move the average towards the module; early steps weigh more, so that the start is forgotten."""
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        for name, value in module.state_dict().items():
+            self.weights[name].lerp_(value, 1 - decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the weights and the number of updates."""
+        return {"weights": self.weights, "steps": self.steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        self.weights = dict(state["weights"])
+        self.steps = int(state["steps"])
+
+
+def learning_rate(step: int, base: float, warmup: int, decay: int, total: int) -> float:
+    """Return the rate of `step`: a linear rise over `warmup` steps, `base`, a cosine fall over `decay` ones."""
+    rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    left = total - step
+    fall = 0.5 - 0.5 * math.cos(math.pi * min(1.0, left / decay)) if decay else 1.0
+    return base * rise * fall
+
+
+class RunFolder:
+    """Checkpoints and log of one training run.
+
+    A checkpoint is `checkpoint-<step>.pt`, written whole or not at all; the newest by step is resumed and
+    the two newest are kept. `log.jsonl` has a line per logged step.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def checkpoints(self) -> list[Path]:
+        """Return the checkpoint files, the oldest first."""
+        return sorted(self.folder.glob(f"checkpoint-{'[0-9]' * STEP_DIGITS}.pt"))
+
+    def save(self, step: int, state: Mapping[str, Any]) -> Path:
+        """Write the state after `step` steps and drop all but the newest checkpoints."""
+        path = self.folder / f"checkpoint-{step:0{STEP_DIGITS}d}.pt"
+        save_training_state({"step": step, **state}, path)
+        for old in self.checkpoints()[:-KEPT_CHECKPOINTS]:
+            old.unlink()
+        return path
+
+    def latest(self) -> dict[str, Any] | None:
+        """Return the newest state with its "step", or None where there is none."""
+        found = self.checkpoints()
+        return load_training_state(found[-1]) if found else None
+
+    def log(self, row: Mapping[str, float]) -> None:
+        """Append a line of numbers to the log."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({key: round(value, 6) for key, value in row.items()}) + "\n")
+
+
+class Meter:
+    """Averages the loss terms between two log lines and knows speed and time left."""
+
+    def __init__(self, total_steps: int, first_step: int) -> None:
+        self.total_steps = total_steps
+        self.first_step = first_step
+        self.started = time.monotonic()
+        self.sums: dict[str, float] = {}
+        self.count = 0
+
+    def add(self, terms: Mapping[str, Tensor]) -> None:
+        """Add the scalar loss terms of one step."""
+        self.count += 1
+        for name, value in terms.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value.detach())
+
+    def row(self, step: int, batch_size: int) -> dict[str, float]:
+        """Return the averages since the last call with step, images per second and seconds left."""
+        done = step - self.first_step
+        seconds = time.monotonic() - self.started
+        row = {"step": float(step)} | {name: value / self.count for name, value in self.sums.items()}
+        row["images_per_second"] = done * batch_size / seconds
+        row["seconds_left"] = (self.total_steps - step) * seconds / done
+        self.sums, self.count = {}, 0
+        return row
+
+
+def describe(row: Mapping[str, float]) -> str:
+    """Return one readable line for a row of the log."""
+    terms = [f"{name} {value:.4f}" for name, value in row.items() if name not in _SPECIAL]
+    return (
+        f"step {int(row['step'])}: {', '.join(terms)}"
+        f" ({row['images_per_second']:.0f} images/s, {row['seconds_left'] / 60:.1f} min left)"
+    )
+
+
+_SPECIAL = ("step", "images_per_second", "seconds_left")
+
+
+def run_steps(
+    first: int,
+    last: int,
+    step_function: Callable[[int], Mapping[str, Tensor]],
+    save: Callable[[int], object],
+    on_log: Callable[[Mapping[str, float]], None],
+    batch_size: int,
+    log_every: int,
+    ckpt_every: int,
+) -> None:
+    """Run training steps `first` to `last` - 1, logging and saving as they go.
+
+    Ctrl-C saves what has been learnt and ends; running the same command again goes on from there.
+    """
+    meter = Meter(last, first)
+    step = first
+    try:
+        for step in range(first, last):
+            meter.add(step_function(step))
+            done = step + 1
+            if done % log_every == 0 or done == last:
+                on_log(meter.row(done, batch_size))
+            if done % ckpt_every == 0 or done == last:
+                save(done)
+    except KeyboardInterrupt:
+        save(step)
+        raise
+
+

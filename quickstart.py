@@ -1,0 +1,226 @@
+#!/usr/bin/env python3
+"""From a fresh clone to pictures in one command; with --test to passing tests.
+
+Makes a virtual environment in .venv (not inside one, conda, Kaggle or Colab), then runs steps 1 to
+4 with the best model that this machine can run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from setup_steps import console, weights
+
+VENV = console.PROJECT / ".venv"
+VENV_PARTS = {"bin", "include", "lib", "lib64", "Scripts", "Include", "Lib", "share", ".gitignore"}
+REPORT = console.PROJECT / "environment_report.json"
+PICTURE = console.PROJECT / "LightningDiT" / "demo_images" / "demo_samples.png"
+HUB = "https://huggingface.co"
+GPU_BYTES = 5_000_000_000  # memory that the published weights need on a GPU, one picture at a time
+CHECKS = (
+    ("ruff", "check", "."),
+    ("ruff", "format", "--check", "."),
+    ("pytest",),
+)
+AGAIN = "python quickstart.py"
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--model",
+        choices=["auto", "bundled", "800ep", "64ep"],
+        default="auto",
+        help="auto: the published weights where a GPU and the files or the hub are there, "
+        "else the bundled model",
+    )
+    parser.add_argument("--test", action="store_true", help="set up, then lint, format and tests")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done")
+    return parser.parse_args(argv)
+
+
+def managed_place() -> str | None:
+    """What already keeps this interpreter's packages apart; None for a plain Python."""
+    if sys.prefix != sys.base_prefix:
+        return f"the virtual environment {sys.prefix}"
+    if (Path(sys.prefix) / "conda-meta").is_dir():
+        return f"the conda environment {sys.prefix}"
+    if "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
+        return "Kaggle"
+    if "COLAB_RELEASE_TAG" in os.environ or "COLAB_GPU" in os.environ:
+        return "Colab"
+    return None
+
+
+def venv_python(folder: Path) -> Path:
+    """The interpreter of a virtual environment."""
+    return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def venv_is_whole(folder: Path) -> bool:
+    """True where the environment's interpreter starts and has pip, the last part that is made."""
+    python = venv_python(folder)
+    if not python.exists() or not (folder / "pyvenv.cfg").is_file():
+        return False
+    try:
+        done = subprocess.run([python, "-m", "pip", "--version"], capture_output=True, check=False)
+    except OSError:
+        return False
+    return done.returncode == 0
+
+
+def ensure_venv(folder: Path) -> None:
+    """Make the virtual environment, or make a half-made one again.
+
+    Raises:
+        StepError: something else carries the name, the folder takes no file, or venv failed.
+    """
+    if venv_is_whole(folder):
+        return
+    ours = folder.is_dir() and {part.name for part in folder.iterdir()} <= VENV_PARTS
+    if folder.exists() and not ours and not (folder / "pyvenv.cfg").is_file():
+        raise console.StepError(
+            f"{folder} is no virtual environment and none of this project's making",
+            f"mv '{folder}' '{folder}.other' && {AGAIN}",
+        )
+    console.require_writable(folder.parent)
+    print(f"{'Remaking the half-made' if folder.exists() else 'Making'} {folder}")
+    command = [sys.executable, "-m", "venv", "--clear", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode or not venv_is_whole(folder):
+        lines = (done.stdout + done.stderr).strip().splitlines() or ["no word from venv"]
+        raise console.StepError(
+            f"the virtual environment could not be made ({lines[0]})",
+            f"install Python's venv module (on Debian: apt install python3-venv), then {AGAIN}",
+        )
+
+
+def choose_model() -> tuple[str, str]:
+    """The best model for this machine, by step 1's report, with the reason."""
+    try:
+        torch = json.loads(REPORT.read_text(encoding="utf-8"))["torch"]
+        memory = int(torch["device_memory"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "bundled", "no report of step 1"
+    if memory < GPU_BYTES:
+        return "bundled", "no GPU with enough memory for the published weights"
+    for model in ("800ep", "64ep"):
+        places = [
+            weights.find_file(file.name, weights.MODELS, weights.attached_folder())
+            for file in weights.files_of(model)
+        ]
+        if all(places):
+            return model, f"a GPU, and the files of {model} are here"
+    needed = sum(file.approx_bytes for file in weights.files_of("800ep"))
+    if shutil.disk_usage(console.PROJECT).free < needed:
+        return "bundled", f"a GPU, but no {console.format_bytes(needed)} free on the disk"
+    if hub_answers():
+        return "800ep", "a GPU, and the hub answers"
+    return "bundled", "a GPU, but neither the published files nor the hub"
+
+
+def hub_answers() -> bool:
+    """True where the hub, or the mirror in HF_ENDPOINT, answers within some seconds."""
+    try:
+        request = urllib.request.Request(os.environ.get("HF_ENDPOINT") or HUB, method="HEAD")
+        with urllib.request.urlopen(request, timeout=10):
+            return True
+    except urllib.error.HTTPError:
+        return True  # an answer, even if not a welcome
+    except (OSError, ValueError):
+        return False
+
+
+def call(command: list[str], dry_run: bool) -> int:
+    """Run one command in the project's folder, its output on this terminal."""
+    names = " ".join(Path(part).name if part.endswith(".py") else part for part in command[1:])
+    print(f"\n=== python {names}")
+    if dry_run:
+        return console.OK
+    return subprocess.run(command, cwd=console.PROJECT, check=False).returncode
+
+
+def step_command(name: str, *options: str) -> list[str]:
+    """The command line of one step."""
+    return [sys.executable, str(console.PROJECT / name), *options]
+
+
+def run_steps(model: str, dry_run: bool) -> int:
+    """Steps 1 to 4; stops at the first that fails and returns its exit code."""
+    began = time.monotonic()
+    code = call(step_command("step1_install_environment.py"), dry_run)
+    if code:
+        return code
+    reason = "as asked"
+    if model == "auto":
+        model, reason = choose_model()
+    ready = time.monotonic()
+    print(f"\nModel '{model}' ({reason})")
+    for name, options in (
+        ("step2_download_models.py", ["--model", model]),
+        ("step3_setup_configs.py", ["--model", model]),
+        ("step4_run_inference.py", []),
+    ):
+        code = call(step_command(name, *options), dry_run)
+        if code:
+            return code
+    if dry_run:
+        print(f"\nDry run: nothing was done. The pictures would be in {PICTURE}")
+        return console.OK
+    if not PICTURE.is_file():
+        raise console.StepError(f"{PICTURE} was not written", "python step4_run_inference.py")
+    done = time.monotonic()
+    print(f"\nPictures: {PICTURE}")
+    print(
+        f"Took {console.format_seconds(done - began)}, of which the packages "
+        f"{console.format_seconds(ready - began)}."
+    )
+    return console.OK
+
+
+def run_tests(dry_run: bool) -> int:
+    """Set-up, then lint, format and tests; the exit code is that of the first failure."""
+    began = time.monotonic()
+    commands = [step_command("step1_install_environment.py", "--dev")]
+    commands += [[sys.executable, "-m", *check] for check in CHECKS]
+    for command in commands:
+        code = call(command, dry_run)
+        if code:
+            return code
+    if dry_run:
+        print("\nDry run: nothing was done.")
+        return console.OK
+    print(f"\nAll checks passed in {console.format_seconds(time.monotonic() - began)}.")
+    return console.OK
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
+    place = managed_place()
+    if place is None:
+        if options.dry_run:
+            print(f"Would make {VENV} (where it is not there yet) and go on in it.")
+            return run_tests(True) if options.test else run_steps(options.model, True)
+        ensure_venv(VENV)
+        arguments = sys.argv[1:] if argv is None else argv
+        command = [str(venv_python(VENV)), str(Path(__file__).resolve()), *arguments]
+        return subprocess.run(command, check=False).returncode
+    print(f"Working in {place}")
+    if not options.dry_run:
+        console.require_writable(console.PROJECT)
+    return run_tests(options.dry_run) if options.test else run_steps(options.model, options.dry_run)
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -1,0 +1,250 @@
+"""What step 3 writes: kaggle_inference_config.yaml in the published schema, a comment per key."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from setup_steps import weights
+from setup_steps.console import StepError
+from setup_steps.fetch import free_name
+from setup_steps.machine import TorchFacts, memory_bytes
+
+AGAIN = "python step3_setup_configs.py"
+STEPS = 50
+LARGEST_BATCH = {"published": 16, "bundled": 64}
+# Memory of sampling with the published weights, in bytes: weights in float32 (675 M and 70 M
+# parameters) and the device's own share; per picture the decoder's largest activations
+# (128 to 256 channels at 256x256) with their work space.
+FIXED_BYTES = 3_500_000_000
+BYTES_PER_PICTURE = 500_000_000
+USABLE_SHARE = 0.85
+
+Config = dict[str, Any]
+
+PUBLISHED: Config = {
+    "ckpt_path": None,
+    "data": {
+        "data_path": None,
+        "image_size": 256,
+        "num_classes": 1000,
+        "latent_norm": True,
+        "latent_multiplier": 1.0,
+    },
+    "vae": {"model_name": "vavae_f16d32", "downsample_ratio": 16, "ckpt_path": None},
+    "model": {
+        "model_type": "LightningDiT-XL/1",
+        "use_qknorm": False,
+        "use_swiglu": True,
+        "use_rope": True,
+        "use_rmsnorm": True,
+        "wo_shift": False,
+        "in_chans": 32,
+    },
+    "transport": {"path_type": "Linear", "prediction": "velocity"},
+    # The published demo: strong guidance all the way, no shift.
+    "sample": {
+        "mode": "ODE",
+        "sampling_method": "euler",
+        "num_sampling_steps": STEPS,
+        "cfg_scale": 9.0,
+        "cfg_interval_start": 0.0,
+        "timestep_shift": 0.0,
+        "per_proc_batch_size": 1,
+        "precision": "auto",
+    },
+}
+SECTIONS = tuple(PUBLISHED)
+TRAINING_KEYS = ("valid_path", "fid_reference_file", "num_workers")  # of `data`, not for sampling
+
+COMMENTS = {
+    "ckpt_path": "the transformer's weights",
+    "data.data_path": "the folder (not the file) that holds latents_stats.pt",
+    "data.image_size": "pixels a side",
+    "data.num_classes": "labels are 0 to this number less 1; the number itself is the null class",
+    "data.latent_norm": "latents are normalised by latents_stats.pt",
+    "data.latent_multiplier": "factor on normalised latents",
+    "data.class_names": "what the labels are called",
+    "vae.model_name": "a name in LightningDiT/tokenizer/configs or the path of a tokenizer YAML",
+    "vae.downsample_ratio": "image side / latent side",
+    "vae.ckpt_path": "the tokenizer's weights",
+    "model.model_type": "preset: size / patch side",
+    "model.in_chans": "channels of a latent",
+    "transport.path_type": "Linear, GVP or VP",
+    "transport.prediction": "velocity, noise or score",
+    "sample.mode": "ODE or SDE",
+    "sample.sampling_method": "a solver's name: euler, heun, dopri5, ...",
+    "sample.num_sampling_steps": "points of the time grid; Euler evaluates one time fewer",
+    "sample.cfg_scale": "guidance; 1 is off",
+    "sample.cfg_interval_start": "no guidance before this time (0 = noise, 1 = picture)",
+    "sample.cfg_interval_end": "no guidance after this time",
+    "sample.guided_channels": 'the first N channels are guided, or "all"',
+    "sample.timestep_shift": "0 is off",
+    "sample.per_proc_batch_size": "pictures at a time, chosen by this machine's memory",
+    "sample.precision": "auto, fp32, bf16 or fp16",
+}
+HEADER = (
+    "# Written by step3_setup_configs.py. Edit it freely: when step 3 runs again, an edited file\n"
+    "# is kept as .bak and what changed is said. Labels, seed and more are options of step 4.\n"
+)
+HASH_LINE = "# sha256 of what follows: "
+
+
+def choose_batch(kind: str, torch: TorchFacts) -> int:
+    """Pictures at a time for the memory that there is: the device's, or half of the machine's.
+
+    Args:
+        kind: "published" or "bundled" (whose 16 MB fit everywhere).
+    """
+    largest = LARGEST_BATCH[kind]
+    if kind == "bundled":
+        return largest
+    usable = USABLE_SHARE * (torch.device_memory or (memory_bytes() or 0) / 2)
+    return max(1, min(largest, int((usable - FIXED_BYTES) // BYTES_PER_PICTURE)))
+
+
+def published_config(files: dict[str, Path], batch: int) -> Config:
+    """Settings of the published demo with these files (by role) and this batch."""
+    config = json.loads(json.dumps(PUBLISHED))
+    config["ckpt_path"] = str(files["dit"])
+    config["data"]["data_path"] = str(files["stats"].parent)
+    config["vae"]["ckpt_path"] = str(files["vavae"])
+    config["sample"]["per_proc_batch_size"] = batch
+    return config
+
+
+def bundled_config(batch: int) -> Config:
+    """The bundled model's own settings, its paths absolute, with a batch for this machine."""
+    from LightningDiT.config import read_yaml
+
+    missing = weights.missing_bundled()
+    if missing:
+        raise StepError(
+            f"{weights.BUNDLED} lacks {', '.join(missing)}",
+            "git restore models/fashion-mnist, or clone the project again",
+        )
+    own = read_yaml(weights.BUNDLED / "config.yaml")
+    config = {key: own[key] for key in SECTIONS if key in own}
+    for section in ("data", "vae", "sample"):
+        config[section] = dict(config.get(section) or {})
+    for key in TRAINING_KEYS:
+        config["data"].pop(key, None)
+    config["ckpt_path"] = str(weights.BUNDLED / "transformer.safetensors")
+    config["data"]["data_path"] = str(weights.BUNDLED)
+    config["vae"]["model_name"] = str(weights.BUNDLED / "tokenizer.yaml")
+    config["vae"]["ckpt_path"] = str(weights.BUNDLED / "tokenizer.safetensors")
+    config["sample"].setdefault("num_sampling_steps", STEPS)
+    config["sample"]["per_proc_batch_size"] = batch
+    return config
+
+
+def render(config: Config) -> str:
+    """YAML with a comment per key, under a header that carries the hash of the rest."""
+    lines: list[str] = []
+    for key in SECTIONS:
+        if key not in config:
+            continue
+        if not isinstance(config[key], dict):
+            lines.append(_line(key, config[key], key))
+            continue
+        lines += ["", f"{key}:"]
+        lines += ["  " + _line(k, value, f"{key}.{k}") for k, value in config[key].items()]
+    body = "\n".join(lines) + "\n"
+    return HEADER + HASH_LINE + _sha256(body) + "\n" + body
+
+
+def _line(key: str, value: object, path: str) -> str:
+    comment = COMMENTS.get(path)
+    return f"{key}: {_scalar(value)}" + (f"  # {comment}" if comment else "")
+
+
+def _scalar(value: object) -> str:
+    """A value as YAML 1.1 reads it back: JSON, but for floats, which need a point before an 'e'."""
+    text = json.dumps(value, ensure_ascii=False)
+    if isinstance(value, float) and "e" in text and "." not in text:
+        return text.replace("e", ".0e")
+    return text
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def was_edited(text: str) -> bool:
+    """True where a file is not, to the letter, what an earlier step 3 wrote."""
+    head, mark, rest = text.partition(HASH_LINE)
+    said, _, body = rest.partition("\n")
+    return head != HEADER or not mark or said != _sha256(body)
+
+
+def differences(old: Path, new: Config) -> list[str]:
+    """One line per key whose value in the file `old` is not that of `new`."""
+    from LightningDiT.config import read_yaml
+    from LightningDiT.errors import LightningDiTError
+
+    try:
+        before = _flat(read_yaml(old))
+    except LightningDiTError as error:
+        return [error.message]
+    after = _flat(new)
+    absent = "(not there)"
+    return [
+        f"{key}: {before.get(key, absent)} -> {after.get(key, absent)}"
+        for key in {**before, **after}
+        if before.get(key, absent) != after.get(key, absent)
+    ]
+
+
+def _flat(config: Config) -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat.update({f"{key}.{inner}": content for inner, content in value.items()})
+        else:
+            flat[key] = value
+    return flat
+
+
+def write(config: Config, target: Path, verify: Callable[[Path], list[str]]) -> list[str]:
+    """Write the YAML if `verify` (which raises where it is not good) takes it, and return lines
+    that say what was done. What was there before stays until then; an edited file is kept as .bak.
+
+    Raises:
+        StepError: a folder carries the name, or the file was refused.
+    """
+    from LightningDiT.errors import LightningDiTError
+
+    if target.is_dir():
+        raise StepError(f"{target} is a folder, a YAML file was expected", f"{AGAIN} --output FILE")
+    text = render(config)
+    fresh = target.with_name(f".{target.stem}.new.yaml")
+    try:
+        fresh.write_text(text, encoding="utf-8")
+        try:
+            lines = [line.replace(str(fresh), str(target)) for line in verify(fresh)]
+        except LightningDiTError as error:
+            message = error.message.replace(str(fresh), str(target))
+            raise StepError(message, error.mend) from error
+        if target.exists():
+            old = target.read_text(encoding="utf-8", errors="replace")
+            if old == text:
+                return [*lines, f"{target} was right already"]
+            if was_edited(old):
+                lines += _keep_edited(target, config)
+        fresh.replace(target)
+    finally:
+        fresh.unlink(missing_ok=True)
+    return [*lines, f"written: {target}"]
+
+
+def _keep_edited(target: Path, config: Config) -> list[str]:
+    backup = target.with_name(target.name + ".bak")
+    if backup.exists():
+        backup = free_name(target, "bak")
+    shutil.copy2(target, backup)
+    rows = [f"  {row}" for row in differences(target, config)]
+    return [f"{target.name} had been edited; it is kept as {backup.name}. What changed:", *rows]

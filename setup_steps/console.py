@@ -1,0 +1,199 @@
+"""How the steps speak: plain lines, progress, one-line errors and exit codes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn, TextIO
+
+PROJECT = Path(__file__).resolve().parent.parent
+"""The folder that holds the step scripts; every default path starts here."""
+
+OK, FAILED, INTERRUPTED = 0, 1, 130
+OLDEST_PYTHON = (3, 10)
+
+
+class StepError(Exception):
+    """What a person can cause and mend, said in one line.
+
+    Args:
+        message: names the value that is wrong and what was expected instead.
+        mend: the command or edit that puts it right.
+    """
+
+    def __init__(self, message: str, mend: str | None = None) -> None:
+        self.message = message
+        self.mend = mend
+        super().__init__(f"{message}; mend: {mend}" if mend else message)
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """Run a step's `main` and leave the process with its exit code, never with a traceback for
+    what a person can mend: StepError and the library's error become one line on stderr (exit 1),
+    Ctrl-C becomes exit 130.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        # A notebook shows a pipe's lines only when they are flushed, and a path may hold
+        # characters that the terminal's encoding lacks.
+        stream.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        require_python()
+        code = main()
+    except KeyboardInterrupt:
+        print("\nstopped by Ctrl-C; what is whole was kept, run the same command to go on.")
+        code = INTERRUPTED
+    except OSError as error:
+        complain(f"{describe_os_error(error)}")
+        code = FAILED
+    except Exception as error:
+        if not isinstance(error, (StepError, library_error())):
+            raise
+        complain(str(error))
+        code = FAILED
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def library_error() -> type[Exception]:
+    """The library's LightningDiTError, or StepError where the library has not been imported: it
+    must not load for the sake of an error.
+    """
+    return getattr(sys.modules.get("LightningDiT.errors"), "LightningDiTError", StepError)
+
+
+def complain(text: str) -> None:
+    """Print one error line on stderr, after what stdout holds so far."""
+    sys.stdout.flush()
+    print(f"error: {text}", file=sys.stderr, flush=True)
+
+
+def describe_os_error(error: OSError) -> str:
+    """Say an operating-system error in one line with the path and what to do about it."""
+    place = f"{error.filename}: " if error.filename else ""
+    reason = error.strerror or str(error) or type(error).__name__
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{place}{reason}; mend: copy the project to a folder that you may write to"
+    if error.errno == errno.ENOSPC:
+        return f"{place}{reason}; mend: free space on that disk and run the same command again"
+    return f"{place}{reason}"
+
+
+def this_command(default: str) -> str:
+    """The command that is running, as a person would type it; `default` (a script with its
+    options) where this process is none of the project's scripts.
+    """
+    script = Path(sys.argv[0]).name
+    if (PROJECT / script).is_file() and script.endswith(".py"):
+        return "python " + shlex.join([script, *sys.argv[1:]])
+    return f"python {default}"
+
+
+def require_python() -> None:
+    """Raise StepError on a Python that is too old for the project (this package loads from 3.7)."""
+    if sys.version_info[:2] < OLDEST_PYTHON:
+        raise StepError(
+            f"this is Python {platform.python_version()}, 3.10 or newer is needed",
+            "install Python 3.10 or newer and run the same script with it",
+        )
+
+
+def require_writable(folder: Path) -> None:
+    """Raise StepError where `folder` (or the nearest parent that is there) takes no new file."""
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise StepError(f"{place} is a file, a folder was expected", f"mv '{place}' '{place}.old'")
+    # os.access alone says yes to root on a read-only file system and to some network disks.
+    probe = place / f".write-test-{os.getpid()}"
+    try:
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as error:
+        raise StepError(
+            f"cannot write in {place} ({error.strerror})",
+            "copy the project to a folder that you may write to and run it there",
+        ) from error
+
+
+def format_bytes(count: float) -> str:
+    """1536 -> '1.5 kB' in decimal units, as disks and hubs count them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 999.5:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def format_seconds(seconds: float) -> str:
+    """75.2 -> '1 min 15 s'."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+class Progress:
+    """Bytes (or other things) that go by, with speed and time left: one moving line on a terminal,
+    and a new line every `period` seconds where stdout is a pipe (a notebook cell, a log file).
+
+    Args:
+        label: what goes by, usually a file name.
+        total: bytes in all.
+        start: bytes that were there before, which do not count for the speed.
+        say: how an amount is written.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        total: int,
+        start: int = 0,
+        stream: TextIO | None = None,
+        period: float = 5.0,
+        say: Callable[[float], str] = format_bytes,
+    ) -> None:
+        self.label, self.total, self.start, self.say = label, total, start, say
+        self.stream = stream or sys.stdout
+        self.moving = self.stream.isatty()
+        self.period = 0.2 if self.moving else period
+        self.began = self.shown = time.monotonic()
+        self.width = 0
+
+    def update(self, done: int) -> None:
+        """Show `done` of `total` bytes if the last line is old enough."""
+        now = time.monotonic()
+        if now - self.shown >= self.period:
+            self.shown = now
+            self._show(self._line(done, now))
+
+    def close(self) -> None:
+        """End the moving line, so that what follows starts on a line of its own."""
+        if self.moving and self.width:
+            self.stream.write("\r" + " " * self.width + "\r")
+            self.stream.flush()
+
+    def _line(self, done: int, now: float) -> str:
+        speed = (done - self.start) / max(now - self.began, 1e-9)
+        share = f"{100 * done / self.total:.0f} %" if self.total else "100 %"
+        left = f", {format_seconds((self.total - done) / speed)} left" if speed > 0 else ""
+        amount = f"{self.say(done)} of {self.say(self.total)}"
+        return f"  {self.label}: {share}, {amount}, {self.say(speed)}/s{left}"
+
+    def _show(self, line: str) -> None:
+        if self.moving:
+            self.stream.write("\r" + line.ljust(self.width))
+            self.width = len(line)
+        else:
+            self.stream.write(line + "\n")
+        self.stream.flush()

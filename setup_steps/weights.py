@@ -1,0 +1,102 @@
+"""The registry of weights: what each file is called, where it lies and what it is for."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from setup_steps.console import PROJECT, StepError
+
+MODELS = PROJECT / "models"
+BUNDLED = MODELS / "fashion-mnist"
+KAGGLE_INPUT = Path("/kaggle/input")
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One published file.
+
+    Args:
+        name: file name on the hub and in models/.
+        repo: repository on the hub.
+        approx_bytes: size for plans and dry runs; the exact one comes from the hub.
+        role: "vavae" (tokenizer), "stats" (latent statistics) or "dit" (diffusion transformer).
+        table: section of LightningDiT/checkpoint_keys.json that its tensors are compared with.
+    """
+
+    name: str
+    repo: str
+    approx_bytes: int
+    role: str
+    table: str | None
+
+
+_VAVAE_REPO = "hustvl/vavae-imagenet256-f16d32-dinov2"
+VAVAE = WeightFile("vavae-imagenet256-f16d32-dinov2.pt", _VAVAE_REPO, 800_000_000, "vavae", "vavae-f16d32")
+STATS = WeightFile("latents_stats.pt", _VAVAE_REPO, 1_000, "stats", None)
+DIT = {
+    epochs: WeightFile(
+        f"lightningdit-xl-imagenet256-{epochs}.pt",
+        f"hustvl/lightningdit-xl-imagenet256-{epochs}",
+        6_000_000_000,
+        "dit",
+        "LightningDiT-XL/1",
+    )
+    for epochs in ("800ep", "64ep")
+}
+
+SETS: dict[str, tuple[WeightFile, ...]] = {
+    "800ep": (VAVAE, STATS, DIT["800ep"]),
+    "64ep": (VAVAE, STATS, DIT["64ep"]),
+    "all": (VAVAE, STATS, DIT["800ep"], DIT["64ep"]),
+    "bundled": (),  # comes with the project, see BUNDLED_FILES
+}
+ROLES = ("vavae", "stats", "dit")
+BUNDLED_FILES = (
+    "config.yaml",
+    "tokenizer.yaml",
+    "transformer.safetensors",
+    "tokenizer.safetensors",
+    "latents_stats.pt",
+)
+
+
+def files_of(model: str, only: str | None = None) -> tuple[WeightFile, ...]:
+    """The published files of a model set, or those of one role among them."""
+    return tuple(file for file in SETS[model] if only in (None, file.role))
+
+
+def missing_bundled() -> list[str]:
+    """Names of the bundled model's files that are absent or empty."""
+    return [
+        name
+        for name in BUNDLED_FILES
+        if not (BUNDLED / name).is_file() or not (BUNDLED / name).stat().st_size
+    ]
+
+
+def attached_folder() -> Path | None:
+    """Where data sets are attached on Kaggle; None elsewhere."""
+    return KAGGLE_INPUT if "KAGGLE_KERNEL_RUN_TYPE" in os.environ else None
+
+
+def find_file(name: str, models: Path, attached: Path | None) -> Path | None:
+    """Look for a file by name in `models`, then at any depth below `attached`.
+
+    Raises:
+        StepError: what carries the name is a folder.
+    """
+    candidates = [models / name]
+    if attached is not None and attached.is_dir():
+        candidates += sorted(attached.rglob(name))
+    for path in candidates:
+        if path.is_file():
+            return path
+    for path in candidates:
+        if path.is_dir():
+            raise StepError(
+                f"{path} is a folder, the file {name} was expected there",
+                f"mv '{path}' '{path}.folder' && python step2_download_models.py",
+            )
+    return None

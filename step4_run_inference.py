@@ -1,0 +1,54 @@
+#!/usr/bin/env python3
+"""Step 4: sample images with the configuration of step 3 and write them as one grid with captions."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from setup_steps import console
+
+CONFIG = console.PROJECT / "kaggle_inference_config.yaml"
+OUTPUT = console.PROJECT / "LightningDiT" / "demo_images"
+GRID = "demo_samples.png"
+TIME_BUDGET = 30.0  # minutes
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    from LightningDiT.cli import add_class_options, add_sampling_options
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", type=Path, default=CONFIG, help="default: what step 3 wrote")
+    parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FOLDER")
+    add_class_options(parser)
+    add_sampling_options(parser)
+    parser.set_defaults(time_budget=TIME_BUDGET)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    from LightningDiT.cli import apply_options, classes_of, describe_settings
+    from LightningDiT.config import load_config
+
+    print("Step 4: sampling")
+    config = apply_options(load_config(args.config), args)
+    classes = classes_of(args, config.data.num_classes)
+    folder = args.output.expanduser().resolve()
+    print(describe_settings(config, len(classes), folder / GRID))
+    if args.dry_run:
+        return console.OK
+    from LightningDiT.demo import sample_demo
+
+    console.require_writable(folder)
+    demo = sample_demo(config, classes, args.seed, folder, GRID, args.time_budget)
+    print(demo.summary())
+    print("Next: look at the grid; more with --classes, --count, --seed (python step4_run_inference.py --help)")
+    return console.OK
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -1,0 +1,115 @@
+"""Fixtures that many tests share: golden tensors, seeded weights, and a tiny pipeline's files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from LightningDiT.checkpoint import save_weights
+from LightningDiT.config import load_config, load_tokenizer_config
+from LightningDiT.models.lightningdit import LightningDiT
+from LightningDiT.pipeline import model_settings
+from LightningDiT.tokenizer.autoencoder import AutoencoderKL
+from LightningDiT.tokenizer.latents import LatentStats
+from LightningDiT.tokenizer.vavae import autoencoder_settings
+
+TINY_TOKENIZER = """
+ckpt_path: tokenizer.safetensors
+model:
+  params:
+    embed_dim: 4
+    ddconfig: {z_channels: 4, resolution: 16, ch: 32, ch_mult: [1, 1], num_res_blocks: 1, attn_resolutions: []}
+"""
+TINY_CONFIG = """
+ckpt_path: transformer.safetensors
+data: {data_path: ., image_size: 16, num_classes: 3, class_names: ["cat, house cat", dog, "sea lion"]}
+vae: {model_name: tokenizer.yaml, downsample_ratio: 2}
+model: {model_type: LightningDiT-XS/2, in_chans: 4}
+sample: {num_sampling_steps: 4, cfg_scale: 2.0, guided_channels: all, per_proc_batch_size: 2}
+"""
+
+PROJECT = Path(__file__).parent.parent
+PACKAGE = PROJECT / "LightningDiT"
+BUNDLED = PROJECT / "models" / "fashion-mnist"
+GOLDEN = Path(__file__).parent / "golden"
+COMPUTED = ("pos_embed", "freqs_cos", "freqs_sin")  # a model computes these for itself
+
+
+def seeded_tensor(name: str, shape: tuple[int, ...]) -> Tensor:
+    """Return the tensor that the golden outputs were computed with for a parameter of this name."""
+    generator = np.random.RandomState(zlib.crc32(name.encode()))  # frozen by NumPy's policy
+    values = generator.standard_normal(shape).astype(np.float32)
+    if len(shape) > 1:
+        return torch.from_numpy(values * np.float32(0.7 / np.sqrt(np.prod(shape[1:]))))
+    if name.endswith("weight"):
+        return torch.from_numpy(1 + np.float32(0.1) * values)
+    return torch.from_numpy(np.float32(0.02) * values)
+
+
+def seed_weights(module: nn.Module) -> nn.Module:
+    """Fill the parameters of `module` by name and return it in eval mode."""
+    state = module.state_dict()
+    for name, value in state.items():
+        if not name.endswith(COMPUTED):
+            state[name] = seeded_tensor(name, tuple(value.shape))
+    module.load_state_dict(state)
+    return module.eval()
+
+
+@pytest.fixture(scope="session")
+def manifest() -> dict[str, Any]:
+    """The settings of every golden case."""
+    return json.loads((GOLDEN / "manifest.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict[str, Tensor]:
+    """The transformer's golden tensors."""
+    return load_file(GOLDEN / "lightningdit.safetensors")
+
+
+@pytest.fixture(scope="session")
+def unit_model(manifest: dict[str, Any]) -> Callable[[str], LightningDiT]:
+    """A function from a variant's name to the seeded unit model."""
+
+    def build(variant: str = "default") -> LightningDiT:
+        return seed_weights(LightningDiT(**{**manifest["common_kwargs"], **manifest["forward"][variant]}))
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The YAML of a small tokenizer with seeded weights beside it."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "tokenizer.yaml").write_text(TINY_TOKENIZER)
+    settings = autoencoder_settings(load_tokenizer_config(folder / "tokenizer.yaml"))
+    save_weights(seed_weights(AutoencoderKL(settings)).state_dict(), folder / "tokenizer.safetensors")
+    return folder / "tokenizer.yaml"
+
+
+@pytest.fixture(scope="session")
+def tiny_source(tiny_tokenizer: Path) -> Path:
+    """A folder with everything that a small pipeline needs; tests change copies of it."""
+    folder = tiny_tokenizer.parent
+    (folder / "config.yaml").write_text(TINY_CONFIG)
+    model = seed_weights(LightningDiT(model_settings(load_config(folder / "config.yaml"))))
+    save_weights(model.state_dict(), folder / "transformer.safetensors")
+    LatentStats(torch.full((1, 4, 1, 1), 0.3), torch.full((1, 4, 1, 1), 1.7)).save(folder / "latents_stats.pt")
+    return folder
+
+
+@pytest.fixture
+def tiny_folder(tiny_source: Path, tmp_path: Path) -> Path:
+    """A copy of the small pipeline's folder that a test may damage."""
+    return Path(shutil.copytree(tiny_source, tmp_path / "tiny"))

@@ -1,0 +1,225 @@
+"""A hub on 127.0.0.1 for tests: real sockets, two hosts, and faults that are asked for one by one.
+
+`with running_hub() as hub:` serves what `hub.put(repo, name, data)` was given, the way the hub
+does: the answer for /{repo}/resolve/{revision}/{name} carries X-Repo-Commit and X-Linked-Etag; a
+large file redirects to a second host (another port), which serves the bytes with ranges and an
+ETag of its own. Each request for bytes takes one Fault from the list `hub.faults`, or `hub.always`
+where it is empty; every other request takes one from `hub.hub_faults`. `hub.log` holds them all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "c0ffee" + "0" * 34
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What one request gets in place of the right answer.
+
+    Args:
+        status: answer this status (with `headers`) and no file.
+        drop_after: close the connection after so many bytes of the body.
+        stall: send nothing for so many seconds after `drop_after` bytes, then close.
+        ignore_range: answer 200 with the whole file, whatever range was asked for.
+        wrong_bytes: the right length, other bytes.
+        html: a web page in place of the file.
+        lie: a Content-Length that is larger by so many bytes.
+    """
+
+    status: int | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    drop_after: int | None = None
+    stall: float = 0.0
+    ignore_range: bool = False
+    wrong_bytes: bool = False
+    html: bool = False
+    lie: int = 0
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One request as it came: which host, method, path, range, If-Range and token."""
+
+    host: str
+    method: str
+    path: str
+    range: str | None
+    if_range: str | None
+    token: str | None
+
+
+@dataclass
+class Stored:
+    data: bytes
+    large: bool
+
+    @property
+    def etag(self) -> str:
+        """The hub names a large file by its sha256 and a small one by its git blob hash."""
+        if self.large:
+            return hashlib.sha256(self.data).hexdigest()
+        return hashlib.sha1(b"blob %d\0" % len(self.data) + self.data).hexdigest()
+
+
+class Hub:
+    """Both hosts, their files, their faults and what was asked of them."""
+
+    def __init__(self) -> None:
+        self.files: dict[tuple[str, str], Stored] = {}
+        self.faults: list[Fault] = []
+        self.hub_faults: list[Fault] = []
+        self.always: Fault | None = None
+        self.log: list[Seen] = []
+        self.sent = 0
+        self._lock = threading.Lock()
+        self.servers = [_server(self, "hub"), _server(self, "cdn")]
+        self.endpoint, self.cdn = (f"http://127.0.0.1:{server.server_address[1]}" for server in self.servers)
+
+    def put(self, repo: str, name: str, data: bytes, large: bool = True) -> None:
+        """Offer a file; a large one is kept on the second host."""
+        self.files[repo, name] = Stored(data, large)
+
+    def take(self, for_bytes: bool) -> Fault:
+        """The fault of the next request for bytes (where none is left: the one that always holds)
+        or of the next other request.
+        """
+        faults, standing = (self.faults, self.always) if for_bytes else (self.hub_faults, None)
+        with self._lock:
+            return faults.pop(0) if faults else standing or Fault()
+
+    def ranges(self) -> list[str | None]:
+        """The Range headers of the requests for bytes, in turn."""
+        return [seen.range for seen in self.log if seen.method == "GET" and seen.host == "cdn"]
+
+
+@contextmanager
+def running_hub() -> Iterator[Hub]:
+    """A hub that answers until the block ends."""
+    hub = Hub()
+    for server in hub.servers:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        yield hub
+    finally:
+        for server in hub.servers:
+            server.shutdown()
+            server.server_close()
+
+
+def _server(hub: Hub, host: str) -> ThreadingHTTPServer:
+    handler = type("Handler", (_Handler,), {"hub": hub, "host": host})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    return server
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: Hub
+    host: str
+
+    def log_message(self, *_: Any) -> None:
+        """The log is hub.log, not stderr."""
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def _answer(self) -> None:
+        get = self.headers.get
+        self.hub.log.append(
+            Seen(
+                self.host,
+                self.command,
+                self.path,
+                get("Range"),
+                get("If-Range"),
+                get("Authorization"),
+            )
+        )
+        place = re.fullmatch(r"/(.+)/resolve/[^/]+/(.+)", unquote(urlsplit(self.path).path))
+        stored = self.hub.files.get((place[1], place[2])) if place else None
+        bytes_here = self.command == "GET" and (self.host == "cdn" or not (stored and stored.large))
+        fault = self.hub.take(bytes_here)
+        if fault.status:
+            self._reply(fault.status, fault.headers, b"refused")
+        elif stored is None:
+            self._reply(404, {"X-Error-Code": "EntryNotFound"}, b"no such file")
+        elif fault.html:
+            self._reply(200, {"Content-Type": "text/html"}, b"<html>please log in</html>")
+        elif self.host == "cdn" or not stored.large:
+            self._send_file(stored, fault)
+        else:
+            headers = {**self._names(stored), "Location": self.hub.cdn + self.path}
+            self._reply(302, headers, b"")
+
+    def _names(self, stored: Stored) -> dict[str, str]:
+        return {
+            "X-Repo-Commit": COMMIT,
+            "X-Linked-Etag": f'"{stored.etag}"',
+            "X-Linked-Size": str(len(stored.data)),
+        }
+
+    def _reply(self, status: int, headers: dict[str, str], body: bytes) -> None:
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def _send_file(self, stored: Stored, fault: Fault) -> None:
+        """The bytes from the start of the asked range, with the fault applied."""
+        data, etag = stored.data, f'"cdn-{stored.etag[:12]}"'
+        if fault.wrong_bytes:
+            data = bytes(255 - byte for byte in data)
+        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        if fault.ignore_range or self.headers.get("If-Range", etag) != etag:
+            asked = None
+        start = int(asked[1]) if asked else 0
+        if asked and start >= len(data):
+            self._reply(416, {"Content-Range": f"bytes */{len(data)}"}, b"")
+            return
+        headers = {"Content-Type": "application/octet-stream", "ETag": etag}
+        if self.host == "hub":
+            headers = {**self._names(stored), **headers, "ETag": f'"{stored.etag}"'}
+        if asked:
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        self.send_response(206 if asked else 200)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(data) - start + fault.lie))
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        body = data[start:]
+        cut = len(body) if fault.drop_after is None else fault.drop_after
+        self._write(body[:cut])
+        if fault.stall:
+            time.sleep(fault.stall)
+        if cut < len(body) or fault.lie:
+            self.close_connection = True
+            self.connection.close()
+
+    def _write(self, body: bytes) -> None:
+        try:
+            self.wfile.write(body)
+            self.wfile.flush()
+        except OSError:  # the client went away, as a killed one does
+            self.close_connection = True
+            return
+        self.hub.sent += len(body)

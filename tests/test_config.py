@@ -1,0 +1,120 @@
+"""The YAML schema: what loads, what is refused, and with which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from LightningDiT.config import (
+    CONFIGS,
+    Config,
+    as_dict,
+    load_config,
+    load_tokenizer_config,
+    tokenizer_config_path,
+)
+from LightningDiT.errors import LightningDiTError
+
+#: Every key of the published schema, with values of the kinds that the published files hold.
+PUBLISHED = """
+ckpt_path: /weights/lightningdit-xl-imagenet256-800ep.pt
+data: {data_path: /latents, fid_reference_file: /ref.npz, valid_path: /valid, image_size: 256, num_classes: 1000,
+  num_workers: 8, latent_norm: true, latent_multiplier: 1.0}
+vae: {model_name: vavae_f16d32, downsample_ratio: 16}
+model: {model_type: LightningDiT-XL/1, use_qknorm: false, use_swiglu: true, use_rope: true, use_rmsnorm: true,
+  wo_shift: false, in_chans: 32, learn_sigma: false, use_checkpoint: true}
+train: {max_steps: 80000, global_batch_size: 1024, global_seed: 0, output_dir: output, exp_name: xl, ckpt: null,
+  log_every: 100, ckpt_every: 20000, resume: true, weight_init: null, use_checkpoint: true}
+optimizer: {lr: 2e-4, beta2: 0.95, max_grad_norm: 1.0}
+transport: {path_type: Linear, prediction: velocity, loss_weight: null, sample_eps: null, train_eps: null,
+  use_cosine_loss: true, use_lognorm: true}
+sample: {mode: ODE, sampling_method: euler, atol: 1e-6, rtol: 0.001, reverse: false, likelihood: true,
+  num_sampling_steps: 250, cfg_scale: 6.7, per_proc_batch_size: 4, fid_num: 50000, cfg_interval_start: 0.125,
+  timestep_shift: 0.3}
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_the_published_schema_loads_unmodified(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, PUBLISHED))
+    assert config.optimizer.lr == 2e-4  # YAML 1.1 reads this spelling as a string
+    assert config.sample.cfg_interval_start == 0.125
+    assert config.model.use_checkpoint is True
+    assert config.notes == ("sample.likelihood is accepted and has no effect",)
+
+
+def test_what_is_left_out_has_its_default(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "ckpt_path: weights.pt\nsample:\n  cfg_scale: 2\n"))
+    assert config.sample.num_sampling_steps == Config().sample.num_sampling_steps
+    assert config.sample.cfg_scale == 2.0
+    assert config.ckpt_path == str(tmp_path / "weights.pt")  # relative to the file
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sample: {cfg_scal: 2}", r"sample: unknown key 'cfg_scal'; did you mean 'cfg_scale'\?"),
+        ("smaple: {}", "unknown key 'smaple'; did you mean 'sample'"),
+        ("zzz: 1", "unknown key 'zzz'; known keys: ckpt_path"),
+        ("sample: {cfg_scale: strong}", "sample: cfg_scale is 'strong'; float is expected"),
+        ("data: {num_classes: 10.5}", "data: num_classes is 10.5; int is expected"),
+        ("data: {latent_norm: 1}", "latent_norm is 1; bool is expected"),
+        ("data: [1, 2]", "is .1, 2.; a mapping"),
+        ("data: {num_classes: 0}", "data.num_classes is 0; a positive number"),
+        ("data: {num_classes: 2, class_names: [one]}", "1 names for 2 classes"),
+        ("data: {image_size: 250}", "image_size 250 is no multiple of vae.downsample_ratio 16"),
+        ("sample: {num_sampling_steps: 1}", "num_sampling_steps is 1; 2 or more"),
+        ("sample: {cfg_interval_start: 0.9, cfg_interval_end: 0.5}", "cfg_interval_start is 0.9"),
+        ("sample: {mode: DDIM}", "sample.mode is 'DDIM'; ODE or SDE"),
+        ("sample: {precision: fp8}", "sample.precision is 'fp8'"),
+        ("sample: {guided_channels: some}", "sample.guided_channels is 'some'"),
+        ("sample: {cfg_scale: .nan}", "sample.cfg_scale is nan"),
+        ("a: [1", "no valid YAML"),
+        ("just words", "a mapping of keys to values is expected|no valid YAML"),
+    ],
+)
+def test_mistakes_are_named(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(LightningDiTError, match=message) as caught:
+        load_config(write(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_absent_files_and_folders_are_named(tmp_path: Path) -> None:
+    with pytest.raises(LightningDiTError, match=r"does not exist; mend: python step3_setup_configs.py"):
+        load_config(tmp_path / "absent.yaml")
+    with pytest.raises(LightningDiTError, match="is a folder"):
+        load_config(tmp_path)
+
+
+def test_an_unknown_tokenizer_names_the_known_ones(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "vae: {model_name: vavae_f8}"))
+    with pytest.raises(LightningDiTError, match=r"'vavae_f8' is neither one of vavae_f16d32 nor"):
+        tokenizer_config_path(config)
+
+
+@pytest.mark.parametrize("name", ["lightningdit_xl_800ep", "lightningdit_xl_64ep", "demo"])
+def test_the_shipped_configurations_load(name: str) -> None:
+    config = load_config(CONFIGS / f"{name}.yaml")
+    assert config.model.model_type == "LightningDiT-XL/1"
+    assert tokenizer_config_path(config).name == "vavae_f16d32.yaml"
+    published = {"lightningdit_xl_800ep": 6.7, "lightningdit_xl_64ep": 10.0, "demo": 9.0}
+    assert config.sample.cfg_scale == published[name]
+
+
+def test_as_dict_holds_what_differs_and_loads_again(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "data: {num_classes: 2, class_names: [a, b]}\nsample: {cfg_scale: 3}"))
+    values = as_dict(config)
+    assert values["data"] == {"num_classes": 2, "class_names": ["a", "b"]}
+    assert values["sample"] == {"cfg_scale": 3.0}
+
+
+def test_a_tokenizer_file_refuses_unknown_keys(tmp_path: Path) -> None:
+    text = "model: {params: {embed_dim: 4, ddconfig: {ch: 32}}}\ntrain: {max_stepz: 5}"
+    with pytest.raises(LightningDiTError, match="'max_stepz'; did you mean 'max_steps'"):
+        load_tokenizer_config(write(tmp_path, text))

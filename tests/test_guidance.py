@@ -1,0 +1,115 @@
+"""Guidance against its formula and the published values."""
+
+import pytest
+import torch
+
+from LightningDiT.transport import GuidanceSettings, GuidedVelocity, guided_velocity
+
+X = torch.randn(2, 5, 4, 4, generator=torch.Generator().manual_seed(0))
+Y, NULL = torch.tensor([3, 7]), torch.tensor([10, 10])
+
+
+class Linear:
+    """v = (1 + label / 10) x, with a record of the batch sizes that it was called on."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, x, t, y):
+        assert len(x) == len(t) == len(y)
+        self.calls.append(len(x))
+        return (1 + y.reshape(-1, 1, 1, 1) / 10) * x
+
+
+def at(time, n=2):
+    return torch.full((n,), time)
+
+
+def gains(v):
+    """Return the factor v / x per state and channel, which is constant over positions."""
+    ratio = v / X
+    torch.testing.assert_close(ratio, ratio[..., :1, :1].expand_as(ratio))
+    return ratio[..., 0, 0]
+
+
+@pytest.mark.parametrize(("channels", "guided"), [(3, 3), (5, 5), (None, 5)])
+def test_guidance_mixes_the_guided_channels_only(channels, guided):
+    model = Linear()
+    v = guided_velocity(model, X, at(0.5), Y, NULL, 4.0, guided_channels=channels)
+    # null + 4 (cond - null): 2 + 4 (1.3 - 2) = -0.8 and 2 + 4 (1.7 - 2) = 0.8
+    expected = torch.tensor([[-0.8] * guided + [1.3] * (5 - guided)] * 2)
+    expected[1] = torch.tensor([0.8] * guided + [1.7] * (5 - guided))
+    torch.testing.assert_close(gains(v), expected)
+    assert model.calls == [4]
+
+
+@pytest.mark.parametrize(
+    ("time", "scale", "acts"),
+    [(0.2, 4.0, False), (0.3, 4.0, True), (0.8, 4.0, True), (0.9, 4.0, False), (0.5, 1.0, False)],
+)
+def test_half_the_work_where_guidance_does_not_act(time, scale, acts):
+    model = Linear()
+    v = guided_velocity(model, X, at(time), Y, NULL, scale, 0.3, 0.8)
+    assert model.calls == [4 if acts else 2]
+    if not acts:
+        assert torch.equal(v, Linear()(X, at(time), Y))
+
+
+def test_a_bound_includes_its_own_grid_point():
+    # float32(0.7) < 0.7, but both stand for the same grid point.
+    assert float(torch.tensor(0.7)) < 0.7
+    assert GuidanceSettings(4.0, interval_start=0.7).acts_at(at(0.7))
+
+
+def test_scale_zero_is_the_null_model():
+    v = guided_velocity(Linear(), X, at(0.5), Y, NULL, 0.0, guided_channels=None)
+    torch.testing.assert_close(v, 2 * X)
+
+
+def test_another_network_may_guide():
+    model, guide = Linear(), Linear()
+    v = guided_velocity(model, X, at(0.5), Y, NULL, 4.0, guided_channels=None, guide=guide)
+    torch.testing.assert_close(v, guided_velocity(Linear(), X, at(0.5), Y, NULL, 4.0, 0, 1, None))
+    assert model.calls == [2] and guide.calls == [2]
+
+
+def test_the_object_equals_the_function():
+    settings = GuidanceSettings(2.5, 0.1, 0.9, 2)
+    by_object = GuidedVelocity(Linear(), Y, NULL, settings)(X, at(0.4))
+    assert torch.equal(by_object, guided_velocity(Linear(), X, at(0.4), Y, NULL, 2.5, 0.1, 0.9, 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scale": float("nan")}, "scale=nan is not finite"),
+        ({"scale": float("inf")}, "scale=inf is not finite"),
+        ({"interval_start": 0.5, "interval_end": 0.4}, r"interval \[0.5, 0.4\] is invalid"),
+        ({"interval_start": -0.1}, "interval"),
+        ({"interval_end": 1.5}, "interval"),
+        ({"guided_channels": 0}, "guided_channels=0 is out of range"),
+        ({"guided_channels": 6}, "guided_channels=6 is out of range.* 5 channels"),
+    ],
+)
+def test_bad_settings_are_named(options, message):
+    options = {"scale": 2.0, **options}
+    with pytest.raises(ValueError, match=message):
+        guided_velocity(Linear(), X, at(0.5), Y, NULL, **options)
+
+
+def test_guided_outputs_equal_the_published_ones(golden, manifest, unit_model):
+    model = unit_model("default")
+    x, y = golden["cfg.x"][:2], golden["cfg.y"]
+    for name, case in manifest["cfg"].items():
+        with torch.no_grad():
+            out = guided_velocity(
+                model,
+                x,
+                at(case["t"]),
+                y[:2],
+                y[2:],
+                case["cfg_scale"],
+                case["cfg_interval_start"] or 0.0,
+                guided_channels=case["guided_channels"],
+            )
+        torch.testing.assert_close(out, golden[f"cfg.{name}"][:2], rtol=0, atol=1e-4)

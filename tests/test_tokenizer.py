@@ -1,0 +1,117 @@
+"""The autoencoder against the published implementation, and VA-VAE around it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from LightningDiT.config import TOKENIZER_CONFIGS, load_tokenizer_config
+from LightningDiT.errors import LightningDiTError
+from LightningDiT.images import to_uint8
+from LightningDiT.tokenizer.autoencoder import AutoencoderKL, AutoencoderSettings, DiagonalGaussian
+from LightningDiT.tokenizer.latents import LatentStats
+from LightningDiT.tokenizer.vavae import VA_VAE, autoencoder_settings
+from tests.conftest import GOLDEN, PACKAGE, seed_weights
+
+
+@pytest.fixture(scope="module")
+def published() -> AutoencoderKL:
+    return seed_weights(AutoencoderKL(AutoencoderSettings()))
+
+
+@pytest.fixture(scope="module")
+def vae_golden() -> dict[str, Tensor]:
+    return load_file(GOLDEN / "vavae_f16d32.safetensors")
+
+
+def test_names_and_shapes_are_the_published_ones() -> None:
+    keys = json.loads((PACKAGE / "checkpoint_keys.json").read_text())["vavae-f16d32"]
+    with torch.device("meta"):
+        model = AutoencoderKL(AutoencoderSettings())
+    assert {name: list(tensor.shape) for name, tensor in model.state_dict().items()} == keys
+
+
+def test_the_shipped_yaml_gives_the_published_sizes() -> None:
+    config = load_tokenizer_config(TOKENIZER_CONFIGS / "vavae_f16d32.yaml")
+    assert autoencoder_settings(config) == AutoencoderSettings()
+
+
+@torch.no_grad()
+def test_encoding_meets_the_published_output(published: AutoencoderKL, vae_golden: dict[str, Tensor]) -> None:
+    posterior = published.encode(vae_golden["image"])
+    torch.testing.assert_close(posterior.mean, vae_golden["mean"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(posterior.logvar, vae_golden["logvar"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(posterior.kl(), vae_golden["kl"], atol=1e-4, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_decoding_meets_the_published_output(published: AutoencoderKL, vae_golden: dict[str, Tensor]) -> None:
+    decoded = published.decode(vae_golden["latent"])
+    torch.testing.assert_close(decoded, vae_golden["decoded"], atol=1e-4, rtol=0)
+    difference = (to_uint8(decoded).int() - vae_golden["decoded_uint8"].int()).abs()
+    assert difference.max() <= 1
+    assert (difference > 0).float().mean() <= 1e-3
+
+
+def test_the_posterior_draws_with_its_mean_and_variance() -> None:
+    posterior = DiagonalGaussian(torch.full((1, 1, 200, 200), 3.0), torch.full((1, 1, 200, 200), math.log(4.0)))
+    drawn = posterior.sample(torch.Generator().manual_seed(0))
+    assert abs(drawn.mean() - 3.0) < 0.05  # five standard errors of 2 / 200
+    assert abs(drawn.std() - 2.0) < 0.04
+    again = posterior.sample(torch.Generator().manual_seed(0))
+    torch.testing.assert_close(drawn, again, atol=0, rtol=0)
+
+
+def test_the_divergence_is_the_closed_form() -> None:
+    mean, variance = 0.5, 4.0
+    posterior = DiagonalGaussian(torch.full((2, 3, 1, 1), mean), torch.full((2, 3, 1, 1), math.log(variance)))
+    one = 0.5 * (mean**2 + variance - 1 - math.log(variance))
+    torch.testing.assert_close(posterior.kl(), torch.full((2,), 3 * one))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ch": 40}, "ch is 40; a multiple of 32"),
+        ({"double_z": False}, "double_z is false"),
+        ({"resolution": 100}, "resolution is 100; a multiple of 16"),
+    ],
+)
+def test_impossible_sizes_are_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AutoencoderSettings(**change)
+
+
+def test_encode_and_decode_own_the_normalisation(tiny_tokenizer: Path) -> None:
+    stats = LatentStats(torch.full((1, 4, 1, 1), 0.7), torch.full((1, 4, 1, 1), 2.5), multiplier=3.0)
+    tokenizer = VA_VAE(tiny_tokenizer, stats=stats)
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    raw = tokenizer.encode_images(images, sample=False)
+    torch.testing.assert_close(tokenizer.encode(images), (raw - 0.7) / 2.5 * 3.0)
+    torch.testing.assert_close(
+        tokenizer.decode(tokenizer.encode(images)), tokenizer.decode_latents(raw), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_encode_without_statistics_says_what_to_pass(tiny_tokenizer: Path) -> None:
+    with pytest.raises(LightningDiTError, match="without latent statistics"):
+        VA_VAE(tiny_tokenizer).encode(torch.zeros(1, 3, 16, 16))
+
+
+def test_published_methods_give_pixels(tiny_tokenizer: Path) -> None:
+    tokenizer = VA_VAE(tiny_tokenizer)
+    transform = tokenizer.img_transform(p_hflip=0.0, img_size=16)
+    image = transform(Image.new("RGB", (40, 30), (255, 0, 128)))
+    assert image.shape == (3, 16, 16)
+    torch.testing.assert_close(image[:, 0, 0], torch.tensor([1.0, -1.0, 128 / 127.5 - 1]))
+    pixels = tokenizer.decode_to_images(tokenizer.encode_images(image.unsqueeze(0)))
+    assert pixels.shape == (1, 16, 16, 3)
+    assert pixels.dtype == np.uint8
