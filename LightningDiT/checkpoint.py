@@ -140,14 +140,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, target)
+        temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def save_weights(
-    weights: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None
-) -> None:
+def save_weights(weights: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors as safetensors, atomically."""
     from safetensors.torch import save_file
 
@@ -169,7 +167,6 @@ def load_training_state(path: str | Path) -> dict[str, Any]:
 
 def _open(path: str | Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:
     file = _existing_file(path)
-    _refuse_foreign_content(file)
     metadata: dict[str, str] = {}
     if file.suffix == ".safetensors":
         content, metadata = _load_safetensors(file)
@@ -206,6 +203,7 @@ def _existing_file(path: str | Path) -> Path:
         raise LightningDiTError(f"weights file {file} does not exist", mend)
     if file.stat().st_size == 0:
         raise LightningDiTError(f"weights file {file} is empty (0 bytes)", mend)
+    _refuse_foreign_content(file)
     return file
 
 
@@ -225,11 +223,10 @@ def _load_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     try:
         with safe_open(file, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}
+            names = opened.keys()  # the opened file is no mapping and cannot be iterated
+            return {name: opened.get_tensor(name) for name in names}, opened.metadata() or {}
     except (SafetensorError, OSError, ValueError, json.JSONDecodeError) as error:
-        raise LightningDiTError(
-            f"{file} is cut short or no safetensors file ({error})", "download it again"
-        ) from error
+        raise LightningDiTError(f"{file} is cut short or no safetensors file ({error})", "download it again") from error
 
 
 def _load_pickle(file: Path) -> dict[str, Any]:
@@ -238,23 +235,32 @@ def _load_pickle(file: Path) -> dict[str, Any]:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped or None)
     except pickle.UnpicklingError as error:
         raise LightningDiTError(_refusal(file, error), "use a file from a source you trust, as safetensors") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnicodeDecodeError, AssertionError) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        KeyError,
+        UnicodeDecodeError,
+        AssertionError,
+    ) as error:
         reason = str(error).split("\n")[0][:160]
         raise LightningDiTError(f"{file} is cut short or no weights file ({reason})", "download it again") from error
     if not isinstance(content, dict):
         raise LightningDiTError(
-            f"{file} holds a {type(content).__name__}; a dictionary of tensors is expected", "name a weights file"
+            f"{file} holds a {type(content).__name__}; a dictionary of tensors is expected",
+            "name a weights file",
         )
     return content
 
 
 def _refusal(file: Path, error: pickle.UnpicklingError) -> str:
-    text = " ".join(str(error).split())
-    wanted = next((part for part in ("GLOBAL ", "Unsupported global: ") if part in text), None)
-    if wanted:
-        name = text.split(wanted, 1)[1].removeprefix("GLOBAL ").split(" ")[0]
+    """Say why a pickle was not opened: it wants more than tensors and plain values, or it is damaged."""
+    reason = " ".join(str(error).split("WeightsUnpickler error:")[-1].split())
+    if "GLOBAL " in reason:
+        name = reason.split("GLOBAL ", 1)[1].split(" ")[0]
         return f"{file} is refused: opening it would run code ({name}), and weights are data"
-    return f"{file} is cut short or no weights file ({text[:160]})"
+    return f"{file} is cut short or no weights file ({reason[:160]})"
 
 
 def _umask() -> int:

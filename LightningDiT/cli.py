@@ -27,7 +27,10 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), help="of the transformer")
     parser.add_argument("--batch-size", type=_positive, help="images sampled at once")
     parser.add_argument(
-        "--time-budget", type=float, metavar="MINUTES", help="stop after so long, keep what is done; rerun to go on"
+        "--time-budget",
+        type=float,
+        metavar="MINUTES",
+        help="stop after so long, keep what is done; rerun to go on",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and end")
 

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +25,43 @@ UNREAD_KEYS = {
     "sample": ("likelihood",),
     "train": ("ckpt",),
 }
+
+
+def _positive(value: float) -> bool:
+    return value > 0
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and value > 0
+
+
+def _share(value: float) -> bool:
+    return 0 <= value <= 1
+
+
+#: What a value must be, where its type allows more: key, test, words for the message.
+RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("data.image_size", _positive, "a positive number of pixels"),
+    ("data.num_classes", _positive, "a positive number"),
+    ("data.latent_multiplier", _positive, "a positive factor"),
+    ("vae.downsample_ratio", _positive, "a positive number"),
+    ("model.in_chans", _positive, "a positive number"),
+    ("train.max_steps", _positive, "a positive number"),
+    ("train.global_batch_size", _positive, "a positive number"),
+    ("train.log_every", _positive, "a positive number"),
+    ("train.ckpt_every", _positive, "a positive number"),
+    ("train.ema_decay", _share, "a share between 0 and 1"),
+    ("optimizer.lr", lambda value: 0 < value < 1, "a rate between 0 and 1"),
+    ("sample.mode", lambda value: value in ("ODE", "SDE"), "ODE or SDE"),
+    ("sample.num_sampling_steps", lambda value: value > 1, "2 or more"),
+    ("sample.per_proc_batch_size", _positive, "1 or more"),
+    ("sample.cfg_scale", lambda value: 0 <= value < 1e4, "a scale of 0 or more"),
+    ("sample.cfg_interval_start", _share, "a time between 0 and 1"),
+    ("sample.cfg_interval_end", _share, "a time between 0 and 1"),
+    ("sample.timestep_shift", lambda value: value >= 0, "0 (off) or a positive shift"),
+    ("sample.precision", lambda value: value in ("auto", "fp32", "bf16", "fp16"), "auto, fp32, bf16 or fp16"),
+    ("sample.guided_channels", lambda value: value == "all" or _is_count(value), 'a positive number, or "all"'),
+)
 
 T = TypeVar("T")
 
@@ -248,7 +286,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except (YAMLError, UnicodeDecodeError, OmegaConfBaseException, OSError) as error:
         reason = " ".join(str(error).split())
         raise LightningDiTError(
-            f"configuration {path} is no valid YAML ({reason[:200]})", "correct it, or python step3_setup_configs.py"
+            f"configuration {path} is no valid YAML ({reason[:200]})",
+            "correct it, or python step3_setup_configs.py",
         ) from error
     return _mapping(loaded, str(path))
 
@@ -307,55 +346,31 @@ def _move_unread_keys(values: dict[str, Any]) -> list[str]:
 
 def _check_values(config: Config) -> None:
     """Refuse values that no run could use, naming the key."""
-    data, sample, train = config.data, config.sample, config.train
-    rules = (
-        ("data.image_size", data.image_size, data.image_size > 0, "a positive number of pixels"),
-        ("data.num_classes", data.num_classes, data.num_classes > 0, "a positive number"),
-        ("data.latent_multiplier", data.latent_multiplier, data.latent_multiplier > 0, "a positive factor"),
-        ("model.in_chans", config.model.in_chans, config.model.in_chans > 0, "a positive number"),
-        ("vae.downsample_ratio", config.vae.downsample_ratio, config.vae.downsample_ratio > 0, "a positive number"),
-        ("sample.mode", sample.mode, sample.mode in ("ODE", "SDE"), "ODE or SDE"),
-        ("sample.num_sampling_steps", sample.num_sampling_steps, sample.num_sampling_steps > 1, "2 or more"),
-        ("sample.per_proc_batch_size", sample.per_proc_batch_size, sample.per_proc_batch_size > 0, "1 or more"),
-        ("sample.timestep_shift", sample.timestep_shift, sample.timestep_shift >= 0, "0 (off) or a positive shift"),
-        ("sample.cfg_scale", sample.cfg_scale, 0 <= sample.cfg_scale < 1e4, "a scale of 0 or more"),
-        (
-            "sample.cfg_interval_start",
-            sample.cfg_interval_start,
-            0 <= sample.cfg_interval_start <= sample.cfg_interval_end <= 1,
-            "a time between 0 and cfg_interval_end, at most 1",
-        ),
-        (
-            "sample.precision",
-            sample.precision,
-            sample.precision in ("auto", "fp32", "bf16", "fp16"),
-            "auto, fp32, bf16 or fp16",
-        ),
-        (
-            "sample.guided_channels",
-            sample.guided_channels,
-            sample.guided_channels == "all" or isinstance(sample.guided_channels, int) and sample.guided_channels > 0,
-            'a positive number, or "all"',
-        ),
-        ("train.global_batch_size", train.global_batch_size, train.global_batch_size > 0, "a positive number"),
-        ("train.max_steps", train.max_steps, train.max_steps > 0, "a positive number"),
-        ("optimizer.lr", config.optimizer.lr, 0 < config.optimizer.lr < 1, "a rate between 0 and 1"),
-    )
-    for key, value, good, expected in rules:
-        if not good:
+    for key, good, expected in RULES:
+        value = _value_of(config, key)
+        if not good(value):
             raise LightningDiTError(f"{config.source}: {key} is {value!r}; {expected} is expected", "edit that value")
-    names = data.class_names
-    if names is not None and len(names) != data.num_classes:
+    start, end = config.sample.cfg_interval_start, config.sample.cfg_interval_end
+    if start > end:
         raise LightningDiTError(
-            f"{config.source}: data.class_names has {len(names)} names for {data.num_classes} classes",
-            "name every class once",
+            f"{config.source}: sample.cfg_interval_start is {start}, after cfg_interval_end {end}", "edit either value"
         )
-    if data.image_size % config.vae.downsample_ratio:
+    names, classes = config.data.class_names, config.data.num_classes
+    if names is not None and len(names) != classes:
         raise LightningDiTError(
-            f"{config.source}: data.image_size {data.image_size} is no multiple of vae.downsample_ratio"
-            f" {config.vae.downsample_ratio}",
+            f"{config.source}: data.class_names has {len(names)} names for {classes} classes", "name every class once"
+        )
+    size, ratio = config.data.image_size, config.vae.downsample_ratio
+    if size % ratio:
+        raise LightningDiTError(
+            f"{config.source}: data.image_size {size} is no multiple of vae.downsample_ratio {ratio}",
             "edit either value",
         )
+
+
+def _value_of(config: Config, key: str) -> Any:
+    section, _, name = key.partition(".")
+    return getattr(getattr(config, section), name)
 
 
 def _with_absolute_paths(config: Config) -> Config:
@@ -404,9 +419,8 @@ def _refuse_unknown(values: dict[str, Any], known: typing.Iterable[str], where: 
 def _coerce(value: Any, hint: Any, where: str) -> Any:
     """Return `value` as the type `hint`, which is a scalar, a tuple of scalars, or a union of these."""
     options = typing.get_args(hint) if _is_union(hint) else (hint,)
-    if value is None or value == "none":
-        if type(None) in options:
-            return None
+    if type(None) in options and (value is None or value == "none"):
+        return None
     for option in options:
         if option is type(None):
             continue
@@ -420,8 +434,6 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         if option is float and isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
         if option is str and isinstance(value, str):
-            return value
-        if option is dict and isinstance(value, dict):
             return value
     names = " or ".join("nothing" if o is type(None) else getattr(o, "__name__", str(o)) for o in options)
     raise LightningDiTError(f"{where} is {value!r}; {names} is expected", "edit that value")

@@ -96,9 +96,8 @@ def write_report(demo: Demo, path: Path) -> Path:
         if file is not None:
             data = base64.b64encode(file.read_bytes()).decode()
             label = html.escape(caption)
-            figures.append(
-                f'<figure><img alt="{label}" src="data:image/png;base64,{data}"><figcaption>{label}</figcaption></figure>'
-            )
+            picture = f'<img alt="{label}" src="data:image/png;base64,{data}">'
+            figures.append(f"<figure>{picture}<figcaption>{label}</figcaption></figure>")
     settings = html.escape(describe_settings(demo.config, len(demo.captions), demo.grid))
     page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>LightningDiT samples</title>'

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from LightningDiT.config import load_config, load_tokenizer_config, tokenizer_config_path
-from LightningDiT.console import run_main
+from LightningDiT.console import Progress, run_main
 from LightningDiT.data.images import fashion_mnist, pad_to_32
 from LightningDiT.data.shards import shard_path, write_shard
 from LightningDiT.device import best_device
@@ -67,29 +66,52 @@ class MomentSum:
         return LatentStats.from_moments(self.count, torch.as_tensor(self.total), torch.as_tensor(self.squares))
 
 
+class ShardWriter:
+    """Collects encoded batches and writes a shard whenever `shard_size` latents have come together."""
+
+    def __init__(self, folder: Path, shard_size: int) -> None:
+        self.folder = folder
+        self.shard_size = shard_size
+        self.shards = 0
+        self._rows: dict[str, list[Tensor]] = {"latents": [], "labels": [], "flipped": []}
+        self._waiting = 0
+
+    def add(self, latents: Tensor, labels: Tensor, flipped: Tensor | None) -> None:
+        """Take a batch of latents (N, C, h, w), labels (N,) and the mirrored images' latents, if any."""
+        self._rows["latents"].append(latents)
+        self._rows["labels"].append(labels)
+        if flipped is not None:
+            self._rows["flipped"].append(flipped)
+        self._waiting += len(labels)
+        if self._waiting >= self.shard_size:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is waiting."""
+        if not self._waiting:
+            return
+        joined = {name: torch.cat(parts) for name, parts in self._rows.items() if parts}
+        path = shard_path(self.folder, 0, self.shards)
+        write_shard(path, joined["latents"], joined["labels"], joined.get("flipped"))
+        self._rows = {name: [] for name in self._rows}
+        self._waiting, self.shards = 0, self.shards + 1
+
+
 def extract(
     tokenizer: VA_VAE, batches: Batches, count: int, output: Path, shard_size: int, mode: bool, flips: bool
 ) -> LatentStats:
     """Encode all batches, write shards of `shard_size` latents into `output`, return their statistics."""
-    moments, shards, rows = MomentSum(), 0, {"latents": [], "labels": [], "flipped": []}
-    waiting, index = 0, 0
-    with tqdm(total=count, unit="image", disable=None) as progress:
-        for images, labels in batches:
-            for name, pixels in (("latents", images), ("flipped", images.flip(-1))):
-                if name == "latents" or flips:
-                    generator = generator_for(0, shards, index, int(name == "flipped"))
-                    rows[name].append(tokenizer.encode_images(pixels, not mode, generator).cpu())
-            rows["labels"].append(labels)
-            moments.add(rows["latents"][-1])
-            waiting, index = waiting + len(images), index + 1
-            progress.update(len(images))
-            if waiting >= shard_size or progress.n == count:
-                joined = {name: torch.cat(parts) for name, parts in rows.items() if parts}
-                write_shard(
-                    shard_path(output, 0, shards), joined["latents"], joined["labels"], joined.get("flipped")
-                )
-                rows = {"latents": [], "labels": [], "flipped": []}
-                waiting, shards = 0, shards + 1
+    moments, writer, progress = MomentSum(), ShardWriter(output, shard_size), Progress(count, "image")
+    for index, (images, labels) in enumerate(batches):
+        latents = tokenizer.encode_images(images, not mode, generator_for(0, index, 0)).cpu()
+        flipped = None
+        if flips:
+            flipped = tokenizer.encode_images(images.flip(-1), not mode, generator_for(0, index, 1)).cpu()
+        writer.add(latents, labels, flipped)
+        moments.add(latents)
+        progress.update(len(images))
+    writer.flush()
+    progress.close()
     return moments.stats()
 
 
@@ -124,9 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         count, batches = folder_batches(args.images, tokenizer, config.data.image_size, args.batch_size)
     output = Path(args.output)
-    stats = extract(
-        tokenizer, batches, count, output, args.shard_size, args.posterior == "mode", args.flip
-    )
+    stats = extract(tokenizer, batches, count, output, args.shard_size, args.posterior == "mode", args.flip)
     stats.save(output / "latents_stats.pt")
     print(f"wrote {count} latents and latents_stats.pt to {output}\nNext: python -m LightningDiT.train --help")
     return 0

@@ -16,7 +16,13 @@ HERE = Path(__file__).resolve().parent
 if __package__ in (None, ""):
     sys.path.append(str(HERE.parent))  # run as a script, as the published repository does
 
-from LightningDiT.cli import add_class_options, add_sampling_options, apply_options, classes_of, describe_settings  # noqa: E402
+from LightningDiT.cli import (  # noqa: E402
+    add_class_options,
+    add_sampling_options,
+    apply_options,
+    classes_of,
+    describe_settings,
+)
 from LightningDiT.config import Config, load_config  # noqa: E402
 from LightningDiT.console import duration, run_main  # noqa: E402
 

@@ -124,7 +124,10 @@ def verify_config(path: str | Path) -> list[str]:
     config = load_config(path)
     build_transport(config)
     tokenizer = load_tokenizer_config(tokenizer_config_path(config))
-    lines = [f"configuration {path}: {config.model.model_type}, {config.data.num_classes} classes", *config.notes]
+    lines = [
+        f"configuration {path}: {config.model.model_type}, {config.data.num_classes} classes",
+        *config.notes,
+    ]
     lines.append(check_transformer_file(config, _required(config, "ckpt_path")))
     weights = config.vae.ckpt_path or tokenizer.ckpt_path
     if not weights:
@@ -214,9 +217,7 @@ class LightningDiTPipeline:
         self.to(device, dtype)
 
     @classmethod
-    def from_config(
-        cls, config: str | Path | Config, device: torch.device | str | None = None
-    ) -> LightningDiTPipeline:
+    def from_config(cls, config: str | Path | Config, device: torch.device | str | None = None) -> LightningDiTPipeline:
         """Return the pipeline that a YAML file (or settings read from one) describes.
 
         Args:
@@ -229,9 +230,7 @@ class LightningDiTPipeline:
         place = torch.device(device) if device else best_device()
         dtype = resolve_precision(settings.sample.precision, place)
         stats = load_stats(settings)
-        tokenizer = VA_VAE(
-            tokenizer_config_path(settings), settings.data.image_size, settings.vae.ckpt_path, stats
-        )
+        tokenizer = VA_VAE(tokenizer_config_path(settings), settings.data.image_size, settings.vae.ckpt_path, stats)
         if tokenizer.embed_dim != settings.model.in_chans:
             raise LightningDiTError(
                 f"{settings.source}: model.in_chans is {settings.model.in_chans}; the tokenizer"
@@ -241,9 +240,7 @@ class LightningDiTPipeline:
         return cls(load_transformer(settings, dtype), tokenizer, build_transport(settings), settings, place, dtype)
 
     @classmethod
-    def from_pretrained(
-        cls, folder: str | Path, device: torch.device | str | None = None
-    ) -> LightningDiTPipeline:
+    def from_pretrained(cls, folder: str | Path, device: torch.device | str | None = None) -> LightningDiTPipeline:
         """Return the pipeline that `save_pretrained` wrote into `folder`."""
         place = Path(folder)
         if not (place / CONFIG_NAME).is_file():
@@ -288,7 +285,9 @@ class LightningDiTPipeline:
         if isinstance(name, int) or name.strip().lstrip("-").isdigit():
             number = int(name)
             if not 0 <= number < classes:
-                raise LightningDiTError(f"class {number} is out of range; 0 to {classes - 1} are expected", "choose one")
+                raise LightningDiTError(
+                    f"class {number} is out of range; 0 to {classes - 1} are expected", "choose one"
+                )
             return number
         synonyms = self._synonyms()
         wanted = name.strip().lower()
@@ -395,15 +394,14 @@ class LightningDiTPipeline:
             noise = draw_noise((len(labels), *self.latent_shape), generators)
         state = noise.to(self.device, torch.float32)
         channels = None if sample.guided_channels == "all" else int(sample.guided_channels)
-        guidance = GuidanceSettings(
-            sample.cfg_scale, sample.cfg_interval_start, sample.cfg_interval_end, channels
-        )
+        guidance = GuidanceSettings(sample.cfg_scale, sample.cfg_interval_start, sample.cfg_interval_end, channels)
         y = torch.tensor(labels, device=self.device)
         guided = GuidedVelocity(self._predict, y, torch.full_like(y, self.transformer.null_class), guidance)
         counter = _CountedModel(guided)
         if sample.mode == "SDE":
             settings = SdeSettings(num_steps=sample.num_sampling_steps)
-            for step, state in enumerate(sde_states(self.transport, counter, state, settings, generators)):
+            states = sde_states(self.transport, counter, state, settings, generators)
+            for step, state in enumerate(states):
                 if callback is not None:
                     callback(step, (step + 1) / settings.num_steps, state)
             return state, counter.calls
@@ -412,9 +410,7 @@ class LightningDiTPipeline:
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             return self.transport.velocity(counter, x, t)
 
-        state = integrate_ode(
-            velocity, state, times, sample.sampling_method, sample.atol, sample.rtol, callback
-        )
+        state = integrate_ode(velocity, state, times, sample.sampling_method, sample.atol, sample.rtol, callback)
         return state, counter.calls
 
     def _predict(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class RunResult:
         return all(path is not None for path in self.paths)
 
 
-class _BudgetSpent(Exception):
+class _BudgetSpentError(Exception):
     """Raised inside a solver step when the time budget is over."""
 
 
@@ -127,7 +127,7 @@ def sample_run(
             for index, image in zip(batch, images, strict=True):
                 save_png(image, paths[index])
             made += len(batch)
-    except _BudgetSpent:
+    except _BudgetSpentError:
         pass
     finally:
         progress.close()
@@ -166,7 +166,7 @@ def _watch(progress: Progress, deadline: float | None) -> Callable[[int, float, 
     def after_step(step: int, t: float, state: Tensor) -> None:
         progress.update()
         if deadline is not None and time.monotonic() > deadline:
-            raise _BudgetSpent
+            raise _BudgetSpentError
 
     return after_step
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -47,7 +48,10 @@ class Trainer:
         self.ema = Ema(self.model, train.ema_decay)
         self.transport = build_transport(config)
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=config.optimizer.lr, betas=(0.9, config.optimizer.beta2), weight_decay=0.0
+            self.model.parameters(),
+            lr=config.optimizer.lr,
+            betas=(0.9, config.optimizer.beta2),
+            weight_decay=0.0,
         )
 
     def batch(self, step: int) -> tuple[Tensor, Tensor, torch.Generator]:
@@ -127,6 +131,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(prog="python -m LightningDiT.train", description=__doc__)
     parser.add_argument("--config", required=True, help="YAML of the published schema")
+    parser.add_argument("--data-path", help="folder of shards and statistics, in place of data.data_path")
+    parser.add_argument("--output", help="folder of the run, in place of train.output_dir/exp_name")
     parser.add_argument("--dry-run", action="store_true", help="print the settings and end")
     return parser.parse_args(argv)
 
@@ -135,12 +141,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, build, run."""
     args = parse(argv)
     config = load_config(args.config)
+    if args.data_path:
+        config = replace(config, data=replace(config.data, data_path=args.data_path))
     train = config.train
     print(f"settings: {model_settings(config)}\n          {train}\n          {config.optimizer}")
     if args.dry_run:
         return 0
     trainer = Trainer(config)
-    run = RunFolder(Path(train.output_dir) / train.exp_name)
+    run = RunFolder(args.output or Path(train.output_dir) / train.exp_name)
     state = run.latest() if train.resume else None
     first = int(state["step"]) if state else 0
     if state:

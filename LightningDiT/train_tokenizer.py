@@ -50,9 +50,7 @@ class TokenizerTrainer:
         self.images = images
         self.order = BatchOrder(len(images), config.batch_size, config.seed)
         self.ema = Ema(self.model, config.ema_decay)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0
-        )
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
 
     def step(self, step: int) -> Mapping[str, Tensor]:
         """Take one optimizer step and return the loss terms."""

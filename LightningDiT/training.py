@@ -178,5 +178,3 @@ def run_steps(
     except KeyboardInterrupt:
         save(step)
         raise
-
-

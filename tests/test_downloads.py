@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_server import COMMIT, Fault, Hub, running_hub
 
 from setup_steps import downloads
 from setup_steps.console import PROJECT, StepError
 from setup_steps.downloads import Patience, RemoteFile
+from tests.hub_server import COMMIT, Fault, Hub, running_hub
 
 REPO, NAME = "someone/weights", "weights.pt"
 DATA = random.Random(0).randbytes(3_000_000)

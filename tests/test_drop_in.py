@@ -80,9 +80,7 @@ def test_importing_the_library_costs_nothing() -> None:
         "import sys, LightningDiT, LightningDiT.config, LightningDiT.cli;"
         "assert 'torch' not in sys.modules; print('free')"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "free", done.stderr
 
 

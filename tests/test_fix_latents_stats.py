@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import Hub, running_hub
 from safetensors.torch import save_file
 
 import fix_latents_stats
@@ -18,11 +17,10 @@ from LightningDiT.data.shards import shard_path, write_shard
 from LightningDiT.tokenizer.latents import LatentStats, diagnose
 from setup_steps import stats_repair, weights
 from setup_steps.console import StepError
+from tests.hub_server import Hub, running_hub
 
 CHANNELS = 8
-GOOD = LatentStats(
-    torch.linspace(-1, 1, CHANNELS).view(1, -1, 1, 1), torch.linspace(1, 2, CHANNELS).view(1, -1, 1, 1)
-)
+GOOD = LatentStats(torch.linspace(-1, 1, CHANNELS).view(1, -1, 1, 1), torch.linspace(1, 2, CHANNELS).view(1, -1, 1, 1))
 
 
 def save(mean: torch.Tensor, std: torch.Tensor) -> Callable[[Path], object]:
@@ -42,8 +40,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda path: path.touch(), "is empty (0 bytes)"),
     "a folder": (lambda path: path.mkdir(), "is a folder"),
     "cut short": (lambda path: path.write_bytes(b"PK\x03\x04half"), "cut short or no weights file"),
-    "a web page": (lambda path: path.write_bytes(b"<!doctype html>"), ""),
-    "hostile": (lambda path: path.write_bytes(pickle.dumps(Hostile())), ""),
+    "a web page": (lambda path: path.write_bytes(b"<!doctype html>"), "no weights file"),
+    "hostile": (lambda path: path.write_bytes(pickle.dumps(Hostile(), 2)), "would run code"),
+    "other bytes": (lambda path: path.write_bytes(b"second"), "no weights file"),
     "no mean": (lambda path: torch.save({"std": STD}, path), "tensors `mean` and `std` are expected"),
     "wrong shape": (save(MEAN[0], STD[0]), "has the shape [8, 1, 1]"),
     "wrong channels": (save(MEAN[:, :4], STD[:, :4]), "has the shape [1, 4, 1, 1]"),
@@ -79,7 +78,8 @@ def test_every_damage_is_named_kept_aside_and_repaired(
     before = path.read_bytes() if there else b""
 
     assert repair(path, "--check") == 1
-    assert f"wrong: {words}" in capsys.readouterr().out.replace(f"latent statistics {path} ", "")
+    (fault,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  wrong: ")]
+    assert words in fault
     assert (path.read_bytes() if path.is_file() else b"") == before
 
     assert repair(path) == 0
@@ -108,11 +108,11 @@ def test_a_good_file_is_not_touched(bundled: Path) -> None:
 
 def test_a_second_bad_file_gets_a_second_name(bundled: Path) -> None:
     path = bundled / "latents_stats.pt"
-    for content in (b"first", b"second"):
+    for content in (b"first", b"2nd"):
         path.write_bytes(content)
         repair(path)
     assert (bundled / "latents_stats.pt.bad-1").read_bytes() == b"first"
-    assert (bundled / "latents_stats.pt.bad-2").read_bytes() == b"second"
+    assert (bundled / "latents_stats.pt.bad-2").read_bytes() == b"2nd"
 
 
 def test_a_bad_source_changes_nothing(bundled: Path) -> None:
@@ -194,14 +194,10 @@ def test_nothing_is_invented_unless_asked_for(tmp_path: Path, capsys: pytest.Cap
     assert not path.exists()
     assert repair(path, "--identity", "--channels", "4") == 0
     assert "WARNING: mean 0 and std 1 are INVENTED numbers for 4 channels" in capsys.readouterr().out
-    assert diagnose(path, 4) == [
-        "mean is 0 and std is 1 in every channel: placeholder numbers, which ruin every image"
-    ]
+    assert diagnose(path, 4) == ["mean is 0 and std is 1 in every channel: placeholder numbers, which ruin every image"]
 
 
-def test_dry_run_says_the_source_and_changes_nothing(
-    bundled: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_dry_run_says_the_source_and_changes_nothing(bundled: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert repair(bundled / "latents_stats.pt", "--dry-run") == 0
     assert "get good ones from: bundled" in capsys.readouterr().out
     assert not (bundled / "latents_stats.pt").exists()
@@ -243,9 +239,7 @@ def write_idx(path: Path, values: torch.Tensor) -> None:
     path.write_bytes(gzip.compress(header + bytes(values.flatten().tolist())))
 
 
-def test_statistics_from_images_through_the_tokenizer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_statistics_from_images_through_the_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A small tokenizer with seeded weights: the repair equals mean and deviation of its latents."""
     from LightningDiT.checkpoint import save_weights
     from LightningDiT.config import load_tokenizer_config
@@ -269,9 +263,7 @@ def test_statistics_from_images_through_the_tokenizer(
 
     repaired = stats_repair.from_images(tmp_path)
     tokenizer, generator = VA_VAE(tmp_path / "tokenizer.yaml"), torch.Generator().manual_seed(0)
-    latents = torch.cat(
-        [tokenizer.encode_images(pad_to_32(part), generator=generator) for part in images.split(5)]
-    )
+    latents = torch.cat([tokenizer.encode_images(pad_to_32(part), generator=generator) for part in images.split(5)])
     assert "12 images" in repaired.origin
     torch.testing.assert_close(repaired.stats.mean.flatten(), latents.mean(dim=(0, 2, 3)))
     torch.testing.assert_close(repaired.stats.std.flatten(), latents.transpose(0, 1).flatten(1).std(dim=1))

@@ -80,7 +80,7 @@ def damage(path: Path, kind: str) -> Path:
         write(path, good, good)
         path.write_bytes(path.read_bytes()[:-200])
     elif kind == "hostile":
-        path.write_bytes(pickle.dumps({"mean": Hostile()}))
+        path.write_bytes(pickle.dumps({"mean": Hostile()}, protocol=2))
     elif kind == "keys":
         torch.save({"average": good}, path)
     elif kind == "flat":
@@ -103,9 +103,9 @@ def damage(path: Path, kind: str) -> Path:
         ("folder", "is a folder"),
         ("empty", r"empty \(0 bytes\)"),
         ("text", "cut short or no weights file"),
-        ("page", "cut short or no weights file"),
+        ("page", "is a web page, not weights"),
         ("cut", "cut short or no weights file"),
-        ("hostile", "refused: opening it would run code"),
+        ("hostile", "is refused: opening it would run code"),
         ("keys", "entries average"),
         ("flat", r"shape \[4\]"),
         ("channels", r"shape \[1, 3, 1, 1\]; \[1, 4, 1, 1\] is expected"),

@@ -101,9 +101,7 @@ def test_a_new_model_predicts_zero(manifest: dict[str, Any]) -> None:
 def test_recomputed_activations_give_the_same_gradients(manifest: dict[str, Any], golden: dict[str, Tensor]) -> None:
     gradients = []
     for use_checkpoint in (False, True):
-        model = LightningDiT(
-            **manifest["common_kwargs"], use_checkpoint=use_checkpoint, class_dropout_prob=0.0
-        )
+        model = LightningDiT(**manifest["common_kwargs"], use_checkpoint=use_checkpoint, class_dropout_prob=0.0)
         seed_weights(model).train()
         model(golden["x"], golden["t"], golden["y"]).square().sum().backward()
         gradients.append(model.blocks[0].attn.qkv.weight.grad)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ def test_the_pipeline_is_euler_with_guidance_then_decoding(pipe: LightningDiTPip
     labels, null = torch.tensor([0, 2]), torch.tensor([3, 3])
     state, times = noise, torch.linspace(0, 1, 4)
     with torch.no_grad():
-        for start, end in zip(times[:-1], times[1:], strict=True):
+        for start, end in itertools.pairwise(times):
             t = start.expand(2)
             conditional = pipe.transformer(state, t, labels)
             unconditional = pipe.transformer(state, t, null)
@@ -99,9 +100,7 @@ def test_the_sde_ends_near_nothing_but_finite_and_reproducible(pipe: LightningDi
 def test_a_saved_pipeline_gives_the_same_images(pipe: LightningDiTPipeline, tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path / "saved")
     again = LightningDiTPipeline.from_pretrained(tmp_path / "saved", device="cpu")
-    np.testing.assert_array_equal(
-        again([0, 1], output_type="np").images, pipe([0, 1], output_type="np").images
-    )
+    np.testing.assert_array_equal(again([0, 1], output_type="np").images, pipe([0, 1], output_type="np").images)
     assert again.class_names == pipe.class_names
     assert len(verify_config(tmp_path / "saved" / "config.yaml")) == 4
 
@@ -172,7 +171,11 @@ def edit(folder: Path, old: str, new: str) -> Path:
     ("old", "new", "message"),
     [
         ("XS/2", "S/2", "holds LightningDiT-XS/2 and does not fit .*hidden_size is 192 in the file and 384"),
-        ('num_classes: 3, class_names: ["cat, house cat", dog, "sea lion"]', "num_classes: 9", "num_classes is 3 in the file and 9"),
+        (
+            'num_classes: 3, class_names: ["cat, house cat", dog, "sea lion"]',
+            "num_classes: 9",
+            "num_classes is 3 in the file and 9",
+        ),
         ("image_size: 16", "image_size: 32", "input_size is 8 in the file and 16"),
         ("transformer.safetensors", "tokenizer.safetensors", "no LightningDiT: tensors x_embedder"),
         ("transformer.safetensors", "absent.safetensors", "absent.safetensors does not exist"),

@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub_server import running_hub
-from project_copy import copy_project, run_script
 
 import quickstart
 from setup_steps import weights
 from setup_steps.console import StepError
+from tests.hub_server import running_hub
+from tests.project_copy import copy_project, run_script
 
 PLAIN_PYTHON = str(Path(getattr(sys, "_base_executable", sys.executable)).resolve())
 STEP = """

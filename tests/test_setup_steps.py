@@ -14,9 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import Fault, Hub, running_hub
 from packaging.requirements import Requirement
-from project_copy import copy_project, run_script
 
 import step2_download_models as step2
 import step3_setup_configs as step3
@@ -26,6 +24,8 @@ from setup_steps.console import PROJECT, StepError
 from setup_steps.fetch import published_table
 from setup_steps.install import Pin
 from setup_steps.machine import TorchFacts
+from tests.hub_server import Fault, Hub, running_hub
+from tests.project_copy import copy_project, run_script
 
 CPU_TORCH = TorchFacts(version="2.14.1", works=True)
 

@@ -42,9 +42,7 @@ class LightningDiTSettings:
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden size {self.hidden_size} is no multiple of {self.num_heads} heads")
         if self.input_size % self.patch_size:
-            raise ValueError(
-                f"latent side {self.input_size} is no multiple of the patch size {self.patch_size}"
-            )
+            raise ValueError(f"latent side {self.input_size} is no multiple of the patch size {self.patch_size}")
 
     @property
     def side(self) -> int:
@@ -59,7 +57,7 @@ class LightningDiTSettings:
 
 #: depth, hidden size and heads by name; each comes with patch size 1 and 2. S, XS: ours, the rest as published.
 PRESETS = {
-    "XS": (7, 192, 6),
+    "XS": (7, 192, 3),
     "S": (12, 384, 6),
     "B": (12, 768, 12),
     "L": (24, 1024, 16),
@@ -201,7 +199,12 @@ def settings_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> LightningDiTS
     Raises:
         ValueError: the names are not those of a LightningDiT.
     """
-    needed = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "pos_embed", "final_layer.linear.weight")
+    needed = (
+        "x_embedder.proj.weight",
+        "y_embedder.embedding_table.weight",
+        "pos_embed",
+        "final_layer.linear.weight",
+    )
     missing = [name for name in needed if name not in shapes]
     if missing:
         raise ValueError(f"no LightningDiT: tensors {', '.join(missing)} are missing")

@@ -37,9 +37,7 @@ class AutoencoderSettings:
 
     def __post_init__(self) -> None:
         if self.ch % NORM_GROUPS:
-            raise ValueError(
-                f"ddconfig.ch is {self.ch}; a multiple of {NORM_GROUPS} is expected (GroupNorm groups)"
-            )
+            raise ValueError(f"ddconfig.ch is {self.ch}; a multiple of {NORM_GROUPS} is expected (GroupNorm groups)")
         if not self.double_z:
             raise ValueError(
                 "ddconfig.double_z is false; a KL autoencoder needs mean and log-variance (double_z: true)"
@@ -138,9 +136,7 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """The blocks of one resolution: residual blocks, each with attention where asked, then a resampler."""
 
-    def __init__(
-        self, channels_in: int, channels: int, blocks: int, attention: bool, dropout: float
-    ) -> None:
+    def __init__(self, channels_in: int, channels: int, blocks: int, attention: bool, dropout: float) -> None:
         super().__init__()
         widths = [channels_in] + [channels] * (blocks - 1)
         self.block = nn.ModuleList(ResnetBlock(width, channels, dropout) for width in widths)

@@ -88,9 +88,7 @@ class LatentStats:
     def as_metadata(self) -> dict[str, str]:
         """Return the numbers as text, so that a tokenizer's file can carry its own statistics."""
         tensors = (self.mean, self.std)
-        return {
-            key: json.dumps(value.flatten().tolist()) for key, value in zip(METADATA_KEYS, tensors, strict=True)
-        }
+        return {key: json.dumps(value.flatten().tolist()) for key, value in zip(METADATA_KEYS, tensors, strict=True)}
 
     def save(self, path: str | Path) -> None:
         """Write `mean` and `std` as the published code reads them, atomically, if they are valid."""

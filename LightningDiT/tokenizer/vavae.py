@@ -104,9 +104,7 @@ class VA_VAE:  # noqa: N801 - the published name
         )
 
     @torch.no_grad()
-    def encode_images(
-        self, images: Tensor, sample: bool = True, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def encode_images(self, images: Tensor, sample: bool = True, generator: torch.Generator | None = None) -> Tensor:
         """Return raw latents (N, C, h, w) of images (N, 3, H, W) in [-1, 1].
 
         Args:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from LightningDiT.checkpoint import atomic_path
-from LightningDiT.console import run_main
+from LightningDiT.console import Progress, run_main
 from LightningDiT.data.images import FASHION_MNIST_CLASSES, fashion_mnist, pad_to_32
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import image_grid, save_png, to_pil, to_uint8
@@ -36,7 +36,6 @@ from LightningDiT.tools.metrics import (
     nearest_neighbours,
     pooled_psnr,
 )
-from LightningDiT.tools.progress import Progress
 
 CLASSES = len(FASHION_MNIST_CLASSES)
 BATCH_SIZE = 100
@@ -101,43 +100,47 @@ def real_images(judge: Judge, root: str, train: bool) -> ImageSet:
 
 def reconstructed(tokenizer: VA_VAE, judge: Judge, originals: ImageSet) -> ImageSet:
     """Return the images after the tokenizer encoded (posterior's mode) and decoded them."""
-    progress = Progress("reconstructing test images", len(originals))
+    print("Reconstructing the test images", flush=True)
+    progress = Progress(len(originals), "image")
     parts: list[Tensor] = []
     for batch in originals.pixels.split(BATCH_SIZE):
         latents = tokenizer.encode_images(as_images(batch), sample=False)
         parts.append(torch.from_numpy(tokenizer.decode_to_images(latents)))
-        progress.to(len(parts) * BATCH_SIZE)
+        progress.update(len(batch))
+    progress.close()
     return judged(judge, torch.cat(parts), originals.labels)
 
 
-def generated(
-    pipeline: LightningDiTPipeline, judge: Judge, args: argparse.Namespace
-) -> tuple[ImageSet, Report]:
+def generated(pipeline: LightningDiTPipeline, judge: Judge, args: argparse.Namespace) -> tuple[ImageSet, Report]:
     """Return `args.count` generated images, ordered by class, and the settings they were made with."""
     labels = torch.arange(CLASSES).repeat_interleave(args.count // CLASSES)
-    progress = Progress("generating images", len(labels))
+    batches = torch.arange(len(labels)).split(BATCH_SIZE)
+    sample = pipeline.config.sample
+    points = args.steps or sample.num_sampling_steps
+    print(f"Generating {len(labels)} images", flush=True)
+    progress = Progress(len(batches) * (points - 1), "step")
     parts: list[np.ndarray] = []
     seconds = 0.0
-    for start in range(0, len(labels), BATCH_SIZE):
+    for indices in batches:
         output = pipeline(
-            labels[start : start + BATCH_SIZE].tolist(),
+            labels[indices].tolist(),
             guidance_scale=args.guidance_scale,
             num_inference_steps=args.steps,
             seed=args.seed,
-            first_index=start,
+            indices=indices.tolist(),
             output_type="np",
             batch_size=BATCH_SIZE,
+            callback=lambda step, t, state: progress.update(),
         )
         parts.append(output.images)
         seconds += output.seconds
-        progress.to(start + BATCH_SIZE)
-    sample = pipeline.config.sample
+    progress.close()
     settings = {
         "count": len(labels),
         "seed": args.seed,
         "mode": sample.mode,
         "solver": sample.sampling_method if sample.mode == "ODE" else "Euler-Maruyama",
-        "grid_points": args.steps or sample.num_sampling_steps,
+        "grid_points": points,
         "evaluations": output.nfe,
         "guidance_scale": sample.cfg_scale if args.guidance_scale is None else args.guidance_scale,
         "guided_channels": sample.guided_channels,
@@ -199,16 +202,16 @@ def neighbour_figures(made: ImageSet, train: ImageSet, test: ImageSet, output: P
     known = photographs(train)
     found: dict[str, tuple[Tensor, Tensor]] = {}
     for title, images in (("generated", made), ("test", test)):
-        progress = Progress(f"searching the training set for neighbours of {title} images", len(images))
-        found[title] = nearest_neighbours(photographs(images), known, progress=progress.to)
+        print(f"Searching the training set for the nearest neighbours of {title} images", flush=True)
+        progress = Progress(len(images), "image")
+        found[title] = nearest_neighbours(photographs(images), known, progress=progress.update)
+        progress.close()
     distances, indices = found["generated"]
     save_neighbours(made, train, distances, indices, output / "neighbours.png")
     return {title: distance_summary(pair[0]) for title, pair in found.items()}
 
 
-def save_neighbours(
-    made: ImageSet, train: ImageSet, distances: Tensor, indices: Tensor, path: Path
-) -> None:
+def save_neighbours(made: ImageSet, train: ImageSet, distances: Tensor, indices: Tensor, path: Path) -> None:
     """Draw two pairs of rows, a column a class: generated images above their nearest training images.
 
     The first pair shows the first image of each class, the second pair the image nearest to the training
@@ -241,9 +244,7 @@ def save_samples(made: ImageSet, path: Path) -> None:
     save_grid(made.pixels[chosen], path, columns=len(chosen) // CLASSES)
 
 
-def save_grid(
-    pixels: Tensor, path: Path, captions: list[str] | None = None, columns: int = GRID_COLUMNS
-) -> None:
+def save_grid(pixels: Tensor, path: Path, captions: list[str] | None = None, columns: int = GRID_COLUMNS) -> None:
     """Write pixels (N, 32, 32, 3) uint8 as a grid."""
     save_png(image_grid(to_pil(pixels.numpy()), captions, columns), path)
 
@@ -275,9 +276,7 @@ def evaluate_generated(
             name: frechet_distance(images.features, test.features) for name, images in sets.items()
         },
         "pairwise_distance_over_real": diversity_figures(made, reference),
-        "distance_to_training_set": neighbour_figures(
-            made, train, some_of_each_class(test, each, args.seed), output
-        ),
+        "distance_to_training_set": neighbour_figures(made, train, some_of_each_class(test, each, args.seed), output),
     }
 
 

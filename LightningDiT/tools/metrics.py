@@ -103,7 +103,7 @@ def nearest_neighbours(
         queries: (N, ...).
         references: (M, ...).
         batch_size: queries compared at a time, which takes 4 M bytes each.
-        progress: called with the number of queries done.
+        progress: called with the number of queries after each batch.
     """
     wanted, known = queries.float().flatten(1), references.float().flatten(1)
     squares = known.square().sum(1)  # (M,)
@@ -111,7 +111,7 @@ def nearest_neighbours(
     for batch in wanted.split(batch_size):
         found.append(torch.addmm(squares, batch, known.T, alpha=-2.0).argmin(1))  # |b|^2 - 2 a.b
         if progress:
-            progress(sum(map(len, found)))
+            progress(len(batch))
     indices = torch.cat(found)  # (N,)
     distances = (wanted.double() - known[indices].double()).square().sum(1).sqrt()
     return distances, indices

@@ -1,0 +1,118 @@
+"""Image sets, shards and the feature extraction between them."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from LightningDiT import extract_features
+from LightningDiT.data.images import fashion_mnist, pad_to_32
+from LightningDiT.data.shards import LatentShards, iterate_shards, shard_path, write_shard
+from LightningDiT.errors import LightningDiTError
+from LightningDiT.tokenizer.latents import LatentStats
+from LightningDiT.tokenizer.vavae import VA_VAE
+
+
+def write_idx(path: Path, values: np.ndarray) -> None:
+    header = struct.pack(">BBBB", 0, 0, 8, values.ndim) + struct.pack(f">{values.ndim}i", *values.shape)
+    path.write_bytes(gzip.compress(header + values.astype(np.uint8).tobytes()))
+
+
+@pytest.fixture
+def fashion_folder(tmp_path: Path) -> Path:
+    """Twelve small photographs in Fashion-MNIST's files."""
+    images = np.random.default_rng(0).integers(0, 256, (12, 28, 28))
+    for prefix in ("train", "t10k"):
+        write_idx(tmp_path / f"{prefix}-images-idx3-ubyte.gz", images)
+        write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte.gz", np.arange(12) % 3)
+    return tmp_path
+
+
+def test_idx_files_are_read(fashion_folder: Path) -> None:
+    images, labels = fashion_mnist(fashion_folder, train=True)
+    expected = np.random.default_rng(0).integers(0, 256, (12, 28, 28))
+    np.testing.assert_array_equal(images.numpy(), expected)
+    assert labels.tolist() == [0, 1, 2] * 4
+    padded = pad_to_32(images)
+    assert padded.shape == (12, 3, 32, 32)
+    torch.testing.assert_close(padded[:, 1, 2:-2, 2:-2], images / 127.5 - 1)
+    assert (padded[:, :, :2] == -1).all()
+
+
+def test_a_file_that_is_no_idx_is_named(fashion_folder: Path) -> None:
+    (fashion_folder / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(b"hello there"))
+    with pytest.raises(LightningDiTError, match="is no IDX file"):
+        fashion_mnist(fashion_folder, train=True)
+
+
+@pytest.fixture
+def shard_folder(tmp_path: Path) -> Path:
+    """Three shards of 3, 4 and 2 latents, numbered through; mirrored ones are 100 higher."""
+    start = 0
+    for index, count in enumerate((3, 4, 2)):
+        latents = torch.arange(start, start + count).float().view(-1, 1, 1, 1).expand(count, 2, 2, 2)
+        labels = torch.arange(start, start + count)
+        write_shard(shard_path(tmp_path, 0, index), latents, labels, latents + 100)
+        start += count
+    return tmp_path
+
+
+def test_shards_read_at_random_places(shard_folder: Path) -> None:
+    shards = LatentShards(shard_folder)
+    assert len(shards) == 9
+    assert shards.shape == (2, 2, 2)
+    indices = torch.tensor([8, 0, 3, 2, 6])
+    latents, labels = shards.batch(indices)
+    assert latents[:, 1, 0, 1].tolist() == indices.tolist()
+    assert labels.tolist() == indices.tolist()
+    flipped, _ = shards.batch(indices, torch.tensor([True, False, True, False, False]))
+    assert flipped[:, 0, 0, 0].tolist() == [108, 0, 103, 2, 6]
+
+
+def test_sets_without_mirrored_latents_ignore_the_wish(tmp_path: Path) -> None:
+    write_shard(shard_path(tmp_path, 0, 0), torch.ones(2, 1, 1, 1), torch.zeros(2))
+    latents, _ = LatentShards(tmp_path).batch(torch.tensor([1, 0]), torch.tensor([True, True]))
+    assert latents.flatten().tolist() == [1, 1]
+
+
+def test_missing_and_damaged_shards_are_named(shard_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(LightningDiTError, match="no latent shards"):
+        list(iterate_shards(tmp_path / "none"))
+    first = shard_path(shard_folder, 0, 0)
+    with pytest.raises(LightningDiTError, match="is a file, the folder of latent shards"):
+        list(iterate_shards(first))
+    first.write_bytes(first.read_bytes()[:-30])
+    with pytest.raises(LightningDiTError, match="cut short or damaged"):
+        list(iterate_shards(shard_folder))
+
+
+def test_extraction_writes_the_modes_and_their_statistics(tiny_folder: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    for number, name in enumerate(("cats", "dogs", "seals")):
+        (images / name).mkdir(parents=True)
+        for shade in range(3):
+            Image.new("RGB", (16, 16), (80 * number, 60 * shade, 128)).save(images / name / f"{shade}.png")
+    output = tmp_path / "latents"
+    command = ["--config", str(tiny_folder / "config.yaml"), "--images", str(images), "--output", str(output)]
+    assert extract_features.main([*command, "--batch-size", "2", "--shard-size", "4", "--posterior", "mode"]) == 0
+    shards = LatentShards(output)
+    assert shards.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    latents, _ = shards.batch(torch.arange(9))
+    tokenizer = VA_VAE(tiny_folder / "tokenizer.yaml")
+    picture = tokenizer.img_transform()(Image.open(images / "dogs" / "2.png"))
+    expected = tokenizer.encode_images(picture.unsqueeze(0), sample=False)
+    torch.testing.assert_close(latents[5:6], expected, atol=1e-5, rtol=1e-5)
+    stats = LatentStats.load(output / "latents_stats.pt", 4)
+    torch.testing.assert_close(stats.mean.flatten(), latents.mean((0, 2, 3)), atol=1e-5, rtol=1e-5)
+
+
+def test_a_folder_without_images_is_named(tiny_folder: Path, tmp_path: Path) -> None:
+    command = ["--config", str(tiny_folder / "config.yaml"), "--images", str(tmp_path / "absent")]
+    with pytest.raises(LightningDiTError, match="no images in"):
+        extract_features.main([*command, "--output", str(tmp_path / "latents")])

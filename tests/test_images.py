@@ -1,0 +1,67 @@
+"""Crop, uint8, grid and saving."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from LightningDiT.errors import LightningDiTError
+from LightningDiT.images import centre_crop, fit_text, image_grid, save_png, to_uint8
+
+
+def test_uint8_is_the_published_formula() -> None:
+    values = torch.tensor([-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0])
+    pixels = to_uint8(values.view(1, 1, 1, 7).expand(1, 3, 1, 7))
+    assert pixels.shape == (1, 1, 7, 3)
+    assert pixels[0, 0, :, 0].tolist() == [0, 0, 64, 128, 191, 255, 255]
+
+
+@pytest.mark.parametrize("size", [(64, 64), (200, 64), (64, 131), (640, 480), (50, 40)])
+def test_the_crop_keeps_the_middle(size: tuple[int, int]) -> None:
+    """A picture that is white on its left half and black on its right half stays so."""
+    image = Image.new("L", size, 0)
+    image.paste(255, (0, 0, size[0] // 2, size[1]))
+    cropped = np.asarray(centre_crop(image, 32))
+    assert cropped.shape == (32, 32)
+    assert cropped[:, :14].min() > 250
+    assert cropped[:, 18:].max() < 5
+
+
+def test_a_crop_of_the_same_size_changes_nothing() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(np.asarray(centre_crop(Image.fromarray(pixels), 24)), pixels)
+
+
+def test_the_grid_shows_every_picture_in_its_place() -> None:
+    colours = [(250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0), (0, 250, 250)]
+    images = [Image.new("RGB", (32, 32), colour) for colour in colours]
+    grid = image_grid(images, [str(number) for number in range(5)], columns=3)
+    pixels = np.asarray(grid)
+    margin, side = 4, 128  # small pictures are enlarged by a whole factor
+    assert grid.width == 3 * (side + margin) + margin
+    rows = [margin + 10, (grid.height - margin) // 2 + margin + 10]
+    for index, colour in enumerate(colours):
+        x = margin + index % 3 * (side + margin) + 64
+        assert tuple(pixels[rows[index // 3], x]) == colour
+    captions = pixels[margin + side : rows[1] - 10, : side + margin]
+    assert captions.min() < 120  # there is ink
+
+
+def test_long_captions_are_shortened() -> None:
+    from PIL import ImageFont
+
+    font = ImageFont.load_default(size=12)
+    assert fit_text("dog", font, 100) == "dog"
+    short = fit_text("lesser panda, red panda, panda", font, 100)
+    assert short.endswith("…")
+    assert font.getlength(short) <= 100
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(LightningDiTError, match="cannot be written"):
+        save_png(Image.new("RGB", (2, 2)), tmp_path / "file" / "grid.png")

@@ -1,0 +1,147 @@
+"""The sampling entry points: the demo grid, runs that go on, and what they say about bad input."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from LightningDiT import inference, runs
+from LightningDiT.cli import IMAGENET_DEMO_CLASSES, demo_classes
+from LightningDiT.console import duration, run_main
+from LightningDiT.errors import LightningDiTError
+
+
+def sample(folder: Path, *arguments: str) -> int:
+    command = ["--config", str(folder / "config.yaml"), "--output", str(folder / "out"), *arguments]
+    return run_main(lambda: inference.main(command))
+
+
+def images_in(folder: Path) -> dict[str, np.ndarray]:
+    return {path.name: np.asarray(Image.open(path)) for path in sorted(folder.glob("0*.png"))}
+
+
+def test_the_demo_writes_one_grid(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sample(tiny_folder, "--demo") == 0
+    grid = Image.open(tiny_folder / "out" / "demo_samples.png")
+    assert grid.width > 3 * 128  # three classes side by side, enlarged
+    assert "3 of 3 images, 3 made now" in capsys.readouterr().out
+    assert sample(tiny_folder, "--demo") == 0
+    assert "all of them made before" in capsys.readouterr().out
+
+
+def test_a_folder_of_images_goes_on_where_it_stopped(tiny_folder: Path) -> None:
+    assert sample(tiny_folder, "--num-samples", "5", "--seed", "4") == 0
+    whole = images_in(tiny_folder / "out")
+    assert list(whole) == [f"{number:06d}.png" for number in range(5)]
+    for name in ("000001.png", "000004.png"):
+        (tiny_folder / "out" / name).unlink()
+    kept = (tiny_folder / "out" / "000000.png").stat().st_mtime_ns
+    assert sample(tiny_folder, "--num-samples", "5", "--seed", "4", "--batch-size", "1") == 0
+    again = images_in(tiny_folder / "out")
+    for name, image in whole.items():
+        assert np.abs(again[name].astype(int) - image.astype(int)).max() <= 1, name
+    assert (tiny_folder / "out" / "000000.png").stat().st_mtime_ns == kept
+
+
+def test_a_folder_of_other_settings_is_refused(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sample(tiny_folder, "--num-samples", "2") == 0
+    before = images_in(tiny_folder / "out")
+    assert sample(tiny_folder, "--num-samples", "2", "--seed", "9") == 1
+    assert "holds a run of other settings (seed: 0 there, 9 now" in capsys.readouterr().err
+    assert sample(tiny_folder, "--num-samples", "2", "--guidance-scale", "3") == 1
+    error = capsys.readouterr().err
+    assert "sample: " in error
+    assert "choose another --output" in error
+    after = images_in(tiny_folder / "out")
+    assert all((after[name] == image).all() for name, image in before.items())
+
+
+def test_the_time_budget_keeps_what_is_done(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter(range(0, 10_000, 20))  # every look at the clock is twenty seconds later
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.time, "monotonic", lambda: float(next(clock)))
+        assert sample(tiny_folder, "--num-samples", "6", "--time-budget", "4") == 0
+    done = images_in(tiny_folder / "out")
+    assert 0 < len(done) < 6
+    assert "give the same command again to go on" in capsys.readouterr().out
+    assert sample(tiny_folder, "--num-samples", "6") == 0
+    assert len(images_in(tiny_folder / "out")) == 6
+
+
+def test_an_unfinished_grid_never_replaces_a_whole_one(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sample(tiny_folder, "--demo") == 0
+    grid = (tiny_folder / "out" / "demo_samples.png").read_bytes()
+    assert sample(tiny_folder, "--demo", "--seed", "2", "--time-budget", "0") == 0
+    assert (tiny_folder / "out" / "demo_samples.png").read_bytes() == grid
+    assert (tiny_folder / "out" / "demo_samples_unfinished.png").exists()
+
+
+def test_classes_by_name_and_a_contact_sheet(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sample(tiny_folder, "--demo", "--classes", "sea lion", "cat", "--count", "3") == 0
+    assert "3 of 3 images" in capsys.readouterr().out
+    assert sample(tiny_folder, "--demo", "--classes", "all", "--dry-run") == 0
+    assert "images         3 ->" in capsys.readouterr().out
+    assert demo_classes(1000) == list(IMAGENET_DEMO_CLASSES)
+    assert demo_classes(31) == list(range(10))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--demo", "--classes", "3"], "class 3 is out of range; 0 to 2 are expected"),
+        (["--demo", "--classes", "catt"], "class 'catt' is unknown; near to it: cat"),
+        (["--demo", "--steps", "1"], "--steps is 1; 2 or more"),
+        (["--demo", "--solver", "eular"], "sampling_method='eular' is unknown"),
+    ],
+)
+def test_bad_options_are_one_line(
+    arguments: list[str], message: str, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sample(tiny_folder, *arguments) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_more_images_than_the_disk_holds_are_refused(tiny_folder: Path) -> None:
+    with pytest.raises(LightningDiTError, match=r"999999999999 images may take .* GB and .* GB free"):
+        runs.check_space(tiny_folder, 999_999_999_999, 16)
+    runs.check_space(tiny_folder, 1, 16)
+
+
+@pytest.mark.parametrize("arguments", [["--count", "0"], ["--seed", "-1"], ["--steps", "many"], ["--no-such"]])
+def test_usage_errors_end_with_two(arguments: list[str], tiny_folder: Path) -> None:
+    with pytest.raises(SystemExit) as caught:
+        sample(tiny_folder, *arguments)
+    assert caught.value.code == 2
+
+
+def test_a_place_that_cannot_be_written_is_named(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tiny_folder / "out").write_text("a file where the folder should be")
+    assert sample(tiny_folder, "--num-samples", "2") == 1
+    assert "cannot be written" in capsys.readouterr().err
+    assert (tiny_folder / "out").read_text() == "a file where the folder should be"
+
+
+def test_a_manifest_that_is_no_json_is_named(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tiny_folder / "out").mkdir()
+    (tiny_folder / "out" / "manifest.json").write_text("{")
+    assert sample(tiny_folder, "--num-samples", "2") == 1
+    assert "manifest.json cannot be read" in capsys.readouterr().err
+
+
+def test_other_weights_make_another_run(tiny_folder: Path) -> None:
+    config = inference.load_config(tiny_folder / "config.yaml")
+    name = runs.run_name(runs.manifest_of(config, [0], 0))
+    shutil.copy(tiny_folder / "tokenizer.safetensors", tiny_folder / "transformer.safetensors")
+    assert runs.run_name(runs.manifest_of(config, [0], 0)) != name
+
+
+def test_durations_read_well() -> None:
+    assert [duration(seconds) for seconds in (3.4, 75, 3600 * 3 + 300)] == ["3 s", "1 min 15 s", "3 h 5 min"]
