@@ -20,10 +20,11 @@ from LightningDiT.errors import LightningDiTError
 TOKENIZER_CONFIGS = Path(__file__).parent / "tokenizer" / "configs"
 CONFIGS = Path(__file__).parent / "configs"
 
-#: Keys of the published schema that no published code path reads. They load, and a note says so.
+#: Keys of the published schema that nothing here reads. They are accepted, and a note says so.
 UNREAD_KEYS = {
-    "sample": ("likelihood",),
+    "data": ("fid_reference_file", "valid_path", "num_workers"),
     "train": ("ckpt",),
+    "sample": ("likelihood",),
 }
 
 
@@ -71,11 +72,8 @@ class DataConfig:
     """Where latents and their statistics lie, and what they describe."""
 
     data_path: str | None = None  # the folder that holds latents_stats.pt (and the shards, for training)
-    fid_reference_file: str | None = None  # reference statistics for the metrics
-    valid_path: str | None = None  # shards for the validation loss
     image_size: int = 256  # pixels a side
     num_classes: int = 1000  # the null class of guidance is this number
-    num_workers: int = 0  # processes that read shards
     latent_norm: bool = True  # normalise latents by mean and std per channel
     latent_multiplier: float = 1.0  # factor on latents after the normalisation
     class_names: tuple[str, ...] | None = None  # one a class; ImageNet's names where there are 1000 classes
@@ -114,7 +112,6 @@ class TrainConfig:
     global_seed: int = 0
     output_dir: str = "output"
     exp_name: str = "lightningdit"
-    ckpt: str | None = None
     log_every: int = 100
     ckpt_every: int = 20_000
     resume: bool = True  # go on from the newest checkpoint of the run
@@ -155,8 +152,7 @@ class SampleConfig:
     sampling_method: str = "euler"
     atol: float = 1e-6  # of the adaptive solvers
     rtol: float = 1e-3
-    reverse: bool = False
-    likelihood: bool = False
+    reverse: bool = False  # from data to noise, for latents that are given
     num_sampling_steps: int = 250  # points of the time grid, so one evaluation fewer for Euler
     cfg_scale: float = 1.0  # 1: no guidance
     per_proc_batch_size: int = 4
@@ -224,7 +220,7 @@ def load_config(path: str | Path) -> Config:
             cannot be.
     """
     values = read_yaml(path)
-    notes = _move_unread_keys(values)
+    notes = _drop_unread_keys(values)
     config = typed(Config, values, str(path), hidden=("source", "notes"))
     config = dataclasses.replace(config, source=str(Path(path).resolve()), notes=tuple(notes))
     _check_values(config)
@@ -334,13 +330,14 @@ def as_dict(config: Any) -> dict[str, Any]:
     return result
 
 
-def _move_unread_keys(values: dict[str, Any]) -> list[str]:
+def _drop_unread_keys(values: dict[str, Any]) -> list[str]:
+    """Take the keys that nothing reads out of `values` and return a note for each that was set."""
     notes = []
     for section, keys in UNREAD_KEYS.items():
         present = values.get(section)
         if not isinstance(present, dict):
             continue
-        notes += [f"{section}.{key} is accepted and has no effect" for key in keys if present.get(key)]
+        notes += [f"{section}.{key} is accepted and has no effect" for key in keys if present.pop(key, None)]
     return notes
 
 
@@ -385,8 +382,6 @@ def _with_absolute_paths(config: Config) -> Config:
     data = dataclasses.replace(
         config.data,
         data_path=absolute(config.data.data_path),
-        valid_path=absolute(config.data.valid_path),
-        fid_reference_file=absolute(config.data.fid_reference_file),
     )
     vae = dataclasses.replace(config.vae, ckpt_path=absolute(config.vae.ckpt_path), model_name=model_name)
     train = dataclasses.replace(

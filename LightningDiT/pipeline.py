@@ -18,6 +18,7 @@ from LightningDiT.checkpoint import atomic_path, check_shapes, inspect, load_int
 from LightningDiT.config import (
     Config,
     SampleConfig,
+    TokenizerConfig,
     as_dict,
     load_config,
     load_tokenizer_config,
@@ -37,7 +38,7 @@ from LightningDiT.models.lightningdit import (
 )
 from LightningDiT.seeds import generator_for
 from LightningDiT.tokenizer.latents import LatentStats
-from LightningDiT.tokenizer.vavae import VA_VAE, check_tokenizer_file
+from LightningDiT.tokenizer.vavae import VA_VAE, autoencoder_settings, check_tokenizer_file
 from LightningDiT.transport import (
     GuidanceSettings,
     GuidedVelocity,
@@ -133,6 +134,7 @@ def verify_config(path: str | Path) -> list[str]:
     if not weights:
         raise LightningDiTError(f"{config.source} names no vae.ckpt_path", "python step3_setup_configs.py")
     lines.append(check_tokenizer_file(tokenizer, weights))
+    check_latent_shape(config, tokenizer)
     load_stats(config)
     lines.append(f"latent statistics in {config.data.data_path}: {config.model.in_chans} channels")
     return lines
@@ -157,6 +159,20 @@ def check_transformer_file(config: Config, path: str | Path) -> str:
     held = f"entry {info.weights_key}" if info.weights_key else "bare weights"
     besides = f", besides it {', '.join(info.extras)}" if info.extras else ""
     return f"transformer {path}: {info.parameters:,} values, {held}{besides}"
+
+
+def check_latent_shape(config: Config, tokenizer: TokenizerConfig) -> None:
+    """Refuse a tokenizer whose latents have other channels or another size than the model's."""
+    sizes = autoencoder_settings(tokenizer)
+    for key, wanted, found in (
+        ("model.in_chans", config.model.in_chans, sizes.embed_dim),
+        ("vae.downsample_ratio", config.vae.downsample_ratio, sizes.downsample_factor),
+    ):
+        if wanted != found:
+            raise LightningDiTError(
+                f"{config.source}: {key} is {wanted}, and {found} in the tokenizer {tokenizer.source}",
+                "choose the tokenizer that belongs to the model",
+            )
 
 
 def load_transformer(config: Config, dtype: torch.dtype | None = None) -> LightningDiT:
@@ -231,12 +247,7 @@ class LightningDiTPipeline:
         dtype = resolve_precision(settings.sample.precision, place)
         stats = load_stats(settings)
         tokenizer = VA_VAE(tokenizer_config_path(settings), settings.data.image_size, settings.vae.ckpt_path, stats)
-        if tokenizer.embed_dim != settings.model.in_chans:
-            raise LightningDiTError(
-                f"{settings.source}: model.in_chans is {settings.model.in_chans}; the tokenizer"
-                f" {tokenizer.config.source} has {tokenizer.embed_dim} channels",
-                "choose the tokenizer that belongs to the model",
-            )
+        check_latent_shape(settings, tokenizer.config)
         return cls(load_transformer(settings, dtype), tokenizer, build_transport(settings), settings, place, dtype)
 
     @classmethod
@@ -405,7 +416,7 @@ class LightningDiTPipeline:
                 if callback is not None:
                     callback(step, (step + 1) / settings.num_steps, state)
             return state, counter.calls
-        times = Sampler(self.transport).times(sample.num_sampling_steps, sample.timestep_shift)
+        times = Sampler(self.transport).times(sample.num_sampling_steps, sample.timestep_shift, sample.reverse)
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             return self.transport.velocity(counter, x, t)

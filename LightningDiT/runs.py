@@ -24,7 +24,7 @@ from LightningDiT.pipeline import LightningDiTPipeline
 MANIFEST = "manifest.json"
 BYTES_PER_PIXEL = 3  # an upper bound of what a PNG of photographs takes
 #: Settings that decide how a run is computed and not what comes out of it.
-WITHOUT_EFFECT = ("per_proc_batch_size", "fid_num", "likelihood")
+WITHOUT_EFFECT = ("per_proc_batch_size", "fid_num")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from LightningDiT.checkpoint import load_into, load_weights, save_weights
+from LightningDiT import training
+from LightningDiT.checkpoint import load_into, load_weights
 from LightningDiT.config import Config, load_config
 from LightningDiT.console import run_main
 from LightningDiT.data.shards import LatentShards
@@ -25,7 +26,7 @@ from LightningDiT.models.lightningdit import LightningDiT
 from LightningDiT.pipeline import build_transport, model_settings
 from LightningDiT.seeds import generator_for
 from LightningDiT.tokenizer.latents import LatentStats
-from LightningDiT.training import BatchOrder, Ema, RunFolder, describe, learning_rate, run_steps
+from LightningDiT.training import BatchOrder, Ema, RunFolder, Schedule, learning_rate
 
 LABEL_DROPOUT = 0.1  # share of labels that become the null class, so that guidance can be learnt
 
@@ -147,31 +148,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"settings: {model_settings(config)}\n          {train}\n          {config.optimizer}")
     if args.dry_run:
         return 0
-    trainer = Trainer(config)
     run = RunFolder(args.output or Path(train.output_dir) / train.exp_name)
-    state = run.latest() if train.resume else None
-    first = int(state["step"]) if state else 0
-    if state:
-        trainer.load_state_dict(state)
-        print(f"going on from step {first} of {run.checkpoints()[-1]}")
-
-    def report(row: Mapping[str, float]) -> None:
-        run.log(row)
-        print(describe(row), flush=True)
-
-    run_steps(
-        first,
-        train.max_steps,
-        trainer.step,
-        lambda step: run.save(step, trainer.state_dict()),
-        report,
-        train.global_batch_size,
-        train.log_every,
-        train.ckpt_every,
+    schedule = Schedule(
+        train.max_steps, train.global_batch_size, train.log_every, train.ckpt_every, resume=train.resume
     )
-    weights = run.folder / "transformer.safetensors"
-    save_weights(trainer.ema.weights, weights)
-    print(f"wrote {weights}")
+    print(f"wrote {training.train(Trainer(config), run, schedule, 'transformer.safetensors')}")
     return 0
 
 

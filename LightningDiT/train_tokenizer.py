@@ -9,12 +9,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from LightningDiT.checkpoint import save_weights
+from LightningDiT import training
 from LightningDiT.config import TokenizerTrainConfig, load_tokenizer_config
 from LightningDiT.console import run_main
 from LightningDiT.data.images import fashion_mnist, pad_to_32
@@ -22,7 +21,7 @@ from LightningDiT.device import autocast, best_device, training_dtype
 from LightningDiT.seeds import generator_for
 from LightningDiT.tokenizer.autoencoder import AutoencoderKL
 from LightningDiT.tokenizer.vavae import autoencoder_settings
-from LightningDiT.training import BatchOrder, Ema, RunFolder, describe, learning_rate, run_steps
+from LightningDiT.training import BatchOrder, Ema, RunFolder, Schedule, learning_rate
 
 
 def reconstruction_loss(
@@ -100,36 +99,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     tokenizer = load_tokenizer_config(args.config)
     config = tokenizer.train
-    last = args.max_steps or config.max_steps
     print(f"settings: {autoencoder_settings(tokenizer)}\n          {config}")
     if args.dry_run:
         return 0
     torch.manual_seed(config.seed)  # initial weights
     images, _ = fashion_mnist(args.data_root, train=True)
     trainer = TokenizerTrainer(config, AutoencoderKL(autoencoder_settings(tokenizer)), images)
-    run = RunFolder(args.output)
-    state = run.latest()
-    first = int(state["step"]) if state else 0
-    if state:
-        trainer.load_state_dict(state)
-        print(f"going on from step {first} of {run.checkpoints()[-1]}")
-
-    def report(row: Mapping[str, float]) -> None:
-        run.log(row)
-        print(describe(row), flush=True)
-
-    run_steps(
-        first,
-        last,
-        trainer.step,
-        lambda step: run.save(step, trainer.state_dict()),
-        report,
-        config.batch_size,
-        config.log_every,
-        config.ckpt_every,
-    )
-    weights = Path(args.output) / "tokenizer.safetensors"
-    save_weights(trainer.ema.weights, weights)
+    schedule = Schedule(args.max_steps or config.max_steps, config.batch_size, config.log_every, config.ckpt_every)
+    weights = training.train(trainer, RunFolder(args.output), schedule, "tokenizer.safetensors")
     print(f"wrote {weights}\nNext: python -m LightningDiT.extract_features --help")
     return 0
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from LightningDiT.checkpoint import load_training_state, save_training_state
+from LightningDiT.checkpoint import load_training_state, save_training_state, save_weights
 from LightningDiT.seeds import generator_for
 
 KEPT_CHECKPOINTS = 2
@@ -151,30 +152,56 @@ def describe(row: Mapping[str, float]) -> str:
 _SPECIAL = ("step", "images_per_second", "seconds_left")
 
 
-def run_steps(
-    first: int,
-    last: int,
-    step_function: Callable[[int], Mapping[str, Tensor]],
-    save: Callable[[int], object],
-    on_log: Callable[[Mapping[str, float]], None],
-    batch_size: int,
-    log_every: int,
-    ckpt_every: int,
-) -> None:
-    """Run training steps `first` to `last` - 1, logging and saving as they go.
+class Trainable(Protocol):
+    """What `train` drives: one optimizer step at a time, and everything that a resumed run needs."""
+
+    ema: Ema
+
+    def step(self, step: int) -> Mapping[str, Tensor]:
+        """Take one optimizer step and return its scalar loss terms."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors and plain values alone."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long a run takes and how often it is logged and saved."""
+
+    max_steps: int
+    batch_size: int
+    log_every: int
+    ckpt_every: int
+    resume: bool = True  # go on from the newest checkpoint
+
+
+def train(trainer: Trainable, run: RunFolder, schedule: Schedule, weights_name: str) -> Path:
+    """Train up to `schedule.max_steps` and return the file of the averaged weights.
 
     Ctrl-C saves what has been learnt and ends; running the same command again goes on from there.
     """
-    meter = Meter(last, first)
-    step = first
+    state = run.latest() if schedule.resume else None
+    first = step = int(state["step"]) if state else 0
+    if state:
+        trainer.load_state_dict(state)
+        print(f"going on from step {first} of {run.checkpoints()[-1]}")
+    meter = Meter(schedule.max_steps, first)
     try:
-        for step in range(first, last):
-            meter.add(step_function(step))
+        for step in range(first, schedule.max_steps):
+            meter.add(trainer.step(step))
             done = step + 1
-            if done % log_every == 0 or done == last:
-                on_log(meter.row(done, batch_size))
-            if done % ckpt_every == 0 or done == last:
-                save(done)
+            if done % schedule.log_every == 0 or done == schedule.max_steps:
+                row = meter.row(done, schedule.batch_size)
+                run.log(row)
+                print(describe(row), flush=True)
+            if done % schedule.ckpt_every == 0 or done == schedule.max_steps:
+                run.save(done, trainer.state_dict())
     except KeyboardInterrupt:
-        save(step)
+        run.save(step, trainer.state_dict())
         raise
+    path = run.folder / weights_name
+    save_weights(trainer.ema.weights, path)
+    return path

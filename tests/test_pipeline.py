@@ -200,6 +200,23 @@ def test_nan_in_the_weights_is_found(tiny_folder: Path) -> None:
         LightningDiTPipeline.from_config(tiny_folder / "config.yaml")
 
 
+def test_reverse_runs_from_data_to_noise(pipe: LightningDiTPipeline) -> None:
+    sample = dataclasses.replace(pipe.config.sample, reverse=True, cfg_scale=1.0, num_sampling_steps=2)
+    backwards = LightningDiTPipeline.from_config(dataclasses.replace(pipe.config, sample=sample), device="cpu")
+    data = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = data - pipe.transformer(data, torch.ones(1), torch.tensor([1]))
+    noise = backwards([1], latents=data, output_type="latent").images
+    torch.testing.assert_close(noise, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_latents_of_another_size_are_refused(tiny_folder: Path) -> None:
+    path = edit(tiny_folder, "image_size: 16", "image_size: 32")
+    edit(tiny_folder, "downsample_ratio: 2", "downsample_ratio: 4")
+    with pytest.raises(LightningDiTError, match=r"vae.downsample_ratio is 4, and 2 in the tokenizer"):
+        LightningDiTPipeline.from_config(path)
+
+
 def test_a_tokenizer_of_other_channels_is_refused(tiny_folder: Path) -> None:
     text = (tiny_folder / "tokenizer.yaml").read_text()
     (tiny_folder / "tokenizer.yaml").write_text(text.replace("embed_dim: 4", "embed_dim: 8"))

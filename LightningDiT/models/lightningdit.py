@@ -161,7 +161,7 @@ class LightningDiT(nn.Module):
         out = self.forward(torch.cat([half, half]), t, y)  # (2N, C, H, W)
         conditional, null = out[:, :CFG_CHANNELS].chunk(2)  # (N, 3, H, W) each
         guided = conditional
-        if not (cfg_interval and float(t[0]) < (cfg_interval_start or 0.0)):
+        if not (cfg_interval and bool(t[0] < (cfg_interval_start or 0.0))):
             guided = null + cfg_scale * (conditional - null)
         return torch.cat([torch.cat([guided, guided]), out[:, CFG_CHANNELS:]], dim=1)  # (2N, C, H, W)
 

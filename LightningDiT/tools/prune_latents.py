@@ -68,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.dry_run:
         return 0
     save_weights(prune(load_weights(args.weights), stats, live), args.output)
-    print(f"wrote {args.output}\nNext: set embed_dim: {len(live)} in the tokenizer's YAML and extract the latents again")
+    print(
+        f"wrote {args.output}\nNext: set embed_dim: {len(live)} in the tokenizer's YAML and extract the latents again"
+    )
     return 0
 
 

@@ -40,8 +40,7 @@ class GuidanceSettings:
             )
         if self.guided_channels is not None and self.guided_channels < 1:
             raise ValueError(
-                f"guided_channels={self.guided_channels!r} is out of range, "
-                "expected at least 1, or None for all"
+                f"guided_channels={self.guided_channels!r} is out of range, expected at least 1, or None for all"
             )
 
     def acts_at(self, t: Tensor) -> bool:

@@ -161,9 +161,7 @@ class Transport:
             return self.path.velocity_from_noise(out, x, t)
         return out
 
-    def velocity_and_score(
-        self, model: Model, x: Tensor, t: Tensor, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def velocity_and_score(self, model: Model, x: Tensor, t: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return velocity and score at (x, t) from one evaluation of the model."""
         out = _checked(model(x, t, **kwargs), x)
         if self.prediction == "velocity":
@@ -174,10 +172,7 @@ class Transport:
 
 def _checked(out: Tensor, x: Tensor) -> Tensor:
     if out.shape != x.shape:
-        raise ValueError(
-            f"the model returned shape {tuple(out.shape)}, expected that of its input, "
-            f"{tuple(x.shape)}"
-        )
+        raise ValueError(f"the model returned shape {tuple(out.shape)}, expected that of its input, {tuple(x.shape)}")
     return out
 
 

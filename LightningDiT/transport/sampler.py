@@ -215,9 +215,7 @@ def euler_maruyama_step(
     return x + drift(x, t) * dt + torch.sqrt(2 * diffusion(x, t) * dt) * noise
 
 
-def heun_sde_step(
-    drift: SdeField, diffusion: SdeField, x: Tensor, t: Tensor, dt: Tensor, noise: Tensor
-) -> Tensor:
+def heun_sde_step(drift: SdeField, diffusion: SdeField, x: Tensor, t: Tensor, dt: Tensor, noise: Tensor) -> Tensor:
     """Advance x (N, ...) by dt: all the noise first, then a Heun step of the drift (SiT)."""
     x = x + torch.sqrt(2 * diffusion(x, t) * dt) * noise
     first = drift(x, t)
@@ -251,13 +249,10 @@ class SdeSettings:
             check_choice("last_step", self.last_step, LAST_STEPS)
             if not 0 < self.last_step_size < 1:
                 raise ValueError(
-                    f"last_step_size={self.last_step_size!r} is out of range, expected "
-                    "0 < last_step_size < 1"
+                    f"last_step_size={self.last_step_size!r} is out of range, expected 0 < last_step_size < 1"
                 )
         if not 0 <= self.diffusion_norm < math.inf:
-            raise ValueError(
-                f"diffusion_norm={self.diffusion_norm!r} is invalid, expected 0 or more"
-            )
+            raise ValueError(f"diffusion_norm={self.diffusion_norm!r} is invalid, expected 0 or more")
         if self.num_steps < 2:
             raise ValueError(f"num_steps={self.num_steps!r} is too small, expected at least 2")
 
@@ -371,9 +366,7 @@ class Sampler:
             x = _full_precision(x)
             times = self.times(num_steps, timestep_shift, reverse, x.dtype).to(x.device)
             field = _as_field(self._velocity(model, model_kwargs))
-            return _solve(
-                field, x, times, sampling_method, atol, rtol, keep_all=True, exact_end=exact_end
-            )
+            return _solve(field, x, times, sampling_method, atol, rtol, keep_all=True, exact_end=exact_end)
 
         return sample
 
@@ -395,13 +388,9 @@ class Sampler:
         Raises:
             ValueError: a setting is unknown or out of range.
         """
-        settings = SdeSettings(
-            sampling_method, diffusion_form, diffusion_norm, last_step, last_step_size, num_steps
-        )
+        settings = SdeSettings(sampling_method, diffusion_form, diffusion_norm, last_step, last_step_size, num_steps)
 
-        def sample(
-            x: Tensor, model: Model, generator: Generators = None, **model_kwargs: Any
-        ) -> list[Tensor]:
+        def sample(x: Tensor, model: Model, generator: Generators = None, **model_kwargs: Any) -> list[Tensor]:
             return list(sde_states(self.transport, model, x, settings, generator, **model_kwargs))
 
         return sample
@@ -425,9 +414,7 @@ class Sampler:
         check_choice("sampling_method", sampling_method, FIXED_METHODS + ADAPTIVE_METHODS)
         self.times(num_steps)
 
-        def sample(
-            x: Tensor, model: Model, generator: Generators = None, **model_kwargs: Any
-        ) -> tuple[Tensor, Tensor]:
+        def sample(x: Tensor, model: Model, generator: Generators = None, **model_kwargs: Any) -> tuple[Tensor, Tensor]:
             x = _full_precision(x)
             times = self.times(num_steps, reverse=True, dtype=x.dtype)
             noise = draw_noise(x.shape, generator, x.device, x.dtype)
