@@ -82,9 +82,7 @@ def write_identity(target: stats_repair.Target, channels: int | None) -> str | N
     print(f"  WARNING: mean 0 and std 1 are INVENTED numbers for {count} channels.")
     print("  WARNING: every picture that is decoded with them is wrong, unless the model was trained")
     print("  WARNING: without normalisation. The library refuses them while data.latent_norm is true.")
-    return stats_repair.put_in_place(
-        target, lambda path: stats_repair.save_identity(path, count), check=False
-    )
+    return stats_repair.put_in_place(target, lambda path: stats_repair.save_identity(path, count), check=False)
 
 
 def repair(options: argparse.Namespace, target: stats_repair.Target) -> None:

@@ -42,8 +42,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--model",
         choices=["auto", "bundled", "800ep", "64ep"],
         default="auto",
-        help="auto: the published weights where a GPU and the files or the hub are there, "
-        "else the bundled model",
+        help="auto: the published weights where a GPU and the files or the hub are there, else the bundled model",
     )
     parser.add_argument("--test", action="store_true", help="set up, then lint, format and tests")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done")
@@ -117,8 +116,7 @@ def choose_model() -> tuple[str, str]:
         return "bundled", "no GPU with enough memory for the published weights"
     for model in ("800ep", "64ep"):
         places = [
-            weights.find_file(file.name, weights.MODELS, weights.attached_folder())
-            for file in weights.files_of(model)
+            weights.find_file(file.name, weights.MODELS, weights.attached_folder()) for file in weights.files_of(model)
         ]
         if all(places):
             return model, f"a GPU, and the files of {model} are here"
@@ -183,8 +181,7 @@ def run_steps(model: str, dry_run: bool) -> int:
     done = time.monotonic()
     print(f"\nPictures: {PICTURE}")
     print(
-        f"Took {console.format_seconds(done - began)}, of which the packages "
-        f"{console.format_seconds(ready - began)}."
+        f"Took {console.format_seconds(done - began)}, of which the packages {console.format_seconds(ready - began)}."
     )
     return console.OK
 

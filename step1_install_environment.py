@@ -86,9 +86,7 @@ def decide(rows: list[install.Row]) -> str:
     return "; ".join(parts)
 
 
-def bring_right(
-    pins: list[install.Pin], rows: list[install.Row]
-) -> tuple[list[install.Row], machine.TorchFacts]:
+def bring_right(pins: list[install.Pin], rows: list[install.Row]) -> tuple[list[install.Row], machine.TorchFacts]:
     """Install what is lacking; what then is there but does not import is installed anew once."""
     install.refuse_managed_interpreter()
     install.install(rows)

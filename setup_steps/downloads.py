@@ -150,9 +150,7 @@ def describe(repo: str, name: str, patience: Patience = PATIENCE) -> RemoteFile:
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
         from huggingface_hub.utils import HfHubHTTPError
     except ImportError as error:
-        raise StepError(
-            f"huggingface_hub does not import ({error})", "python step1_install_environment.py"
-        ) from error
+        raise StepError(f"huggingface_hub does not import ({error})", "python step1_install_environment.py") from error
     # The HTTP library beneath huggingface_hub has changed twice (requests, httpx, httpx2); its
     # error for "no answer" is a base of the hub's own error, or an OSError.
     hub_errors = (OSError, *HfHubHTTPError.__bases__)
@@ -267,9 +265,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         kept = dict(req.headers)
         if _origin(newurl) != _origin(req.full_url):
             kept = {key: value for key, value in kept.items() if key.lower() != "authorization"}
-        return urllib.request.Request(
-            newurl.replace(" ", "%20"), headers=kept, origin_req_host=req.origin_req_host
-        )
+        return urllib.request.Request(newurl.replace(" ", "%20"), headers=kept, origin_req_host=req.origin_req_host)
 
     http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302
 
@@ -375,9 +371,7 @@ class PartFile:
     def is_right(self) -> bool:
         """True where the bytes are all there and hash to what the hub says."""
         named = self.remote.hashed_by
-        return self.offset == self.remote.size and (
-            named is None or self.hash.hexdigest() == self.remote.etag
-        )
+        return self.offset == self.remote.size and (named is None or self.hash.hexdigest() == self.remote.etag)
 
     def finish(self, aside: Path | None) -> None:
         """Give the part its final name, after the file that has it was renamed to `aside`."""
@@ -405,8 +399,7 @@ def require_disk(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if needed + SPARE_BYTES > free:
         raise StepError(
-            f"{format_bytes(needed + SPARE_BYTES)} are needed on the disk of {folder}, "
-            f"{format_bytes(free)} are free",
+            f"{format_bytes(needed + SPARE_BYTES)} are needed on the disk of {folder}, {format_bytes(free)} are free",
             f"free space or choose another folder: {AGAIN} --models-dir FOLDER",
         )
 

@@ -162,8 +162,7 @@ def install(rows: list[Row]) -> None:
     site = Path(sysconfig.get_path("purelib"))
     if site.is_dir() and free_bytes(site) < needed:
         raise StepError(
-            f"the packages need up to {format_bytes(needed)} at {site}, "
-            f"{format_bytes(free_bytes(site))} are free",
+            f"the packages need up to {format_bytes(needed)} at {site}, {format_bytes(free_bytes(site))} are free",
             f"free space there, then {AGAIN}",
         )
     with tempfile.TemporaryDirectory() as folder:
@@ -186,7 +185,6 @@ def _run_pip(requirements: list[str], *options: str) -> None:
     code = subprocess.run(pip_command(requirements, *options), check=False).returncode
     if code:
         raise StepError(
-            f"pip ended with code {code} while it installed {' '.join(requirements)} "
-            "(its last lines are above)",
+            f"pip ended with code {code} while it installed {' '.join(requirements)} (its last lines are above)",
             f"check the internet connection, then {AGAIN}",
         )

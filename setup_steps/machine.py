@@ -147,9 +147,7 @@ def probe(names: list[str], with_torch: bool) -> Probe:
     """
     command = [sys.executable, "-m", "setup_steps.machine", *(["--torch"] * with_torch), *names]
     try:
-        done = subprocess.run(
-            command, check=False, cwd=PROJECT, capture_output=True, text=True, timeout=PROBE_SECONDS
-        )
+        done = subprocess.run(command, check=False, cwd=PROJECT, capture_output=True, text=True, timeout=PROBE_SECONDS)
         answer = json.loads(done.stdout.splitlines()[-1])
         return Probe(TorchFacts(**answer["torch"]), answer["faults"])
     except subprocess.TimeoutExpired:

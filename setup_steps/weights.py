@@ -69,11 +69,7 @@ def files_of(model: str, only: str | None = None) -> tuple[WeightFile, ...]:
 
 def missing_bundled() -> list[str]:
     """Names of the bundled model's files that are absent or empty."""
-    return [
-        name
-        for name in BUNDLED_FILES
-        if not (BUNDLED / name).is_file() or not (BUNDLED / name).stat().st_size
-    ]
+    return [name for name in BUNDLED_FILES if not (BUNDLED / name).is_file() or not (BUNDLED / name).stat().st_size]
 
 
 def attached_folder() -> Path | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from LightningDiT.models.lightningdit import LightningDiT, LightningDiTSettings
 from LightningDiT.tokenizer.autoencoder import AutoencoderKL, AutoencoderSettings
 from LightningDiT.tools.benchmark import (
     Case,
+    demo_samples_bundled_model,
     gemm_case,
     machine,
     measure,
@@ -128,6 +128,17 @@ for _ in range({forwards}):
 """
 
 
+def test_the_demonstration_of_another_model_is_not_timed(tmp_path: Path) -> None:
+    config, weights = tmp_path / "config.yaml", tmp_path / "bundled.safetensors"
+    assert not demo_samples_bundled_model(config, weights)  # there is none
+    weights.touch()
+    assert demo_samples_bundled_model(config, weights)  # step 3 was not run
+    config.write_text("ckpt_path: bundled.safetensors\n")
+    assert demo_samples_bundled_model(config, weights)
+    config.write_text("ckpt_path: lightningdit-xl-imagenet256-800ep.pt\n")
+    assert not demo_samples_bundled_model(config, weights)
+
+
 def test_time_demo_notes_the_first_forward(tmp_path: Path) -> None:
     script = tmp_path / "demo.py"
     script.write_text(SCRIPT.format(forwards=2) + "import time; time.sleep(0.3)\n")
@@ -145,8 +156,7 @@ def test_time_demo_refuses_a_run_without_sampling(tmp_path: Path) -> None:
 def test_timed_script_passes_the_exit_code_on(tmp_path: Path) -> None:
     script = tmp_path / "fails.py"
     script.write_text("import sys\nprint(sys.argv[1:])\nsys.exit(3)\n")
-    command = [sys.executable, "-m", "LightningDiT.tools.timed_script", str(tmp_path / "t.json"), str(script), "a", "-b"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    tool = [sys.executable, "-m", "LightningDiT.tools.timed_script", str(tmp_path / "t.json")]
+    done = subprocess.run([*tool, str(script), "a", "-b"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (3, "['a', '-b']\n")
     assert not (tmp_path / "t.json").exists()
-    json.dumps(machine())

@@ -45,6 +45,10 @@ def part_of(target: Path) -> Path:
     return target.with_name(target.name + ".part")
 
 
+def size_of(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
 def begin(target: Path, hub: Hub, count: int) -> None:
     """Leave a part of about `count` bytes, as a run that was cut off does."""
     hub.faults[:] = [Fault(drop_after=count)]
@@ -329,20 +333,24 @@ downloads.download(remote, Path(sys.argv[3]))
 def test_killed_at_random_moments(hub: Hub, tmp_path: Path) -> None:
     """After kill -9 the part is a true beginning of the file, and a rerun fetches only the rest."""
     target = tmp_path / NAME
-    hub.always = Fault(drop_after=400_000, stall=0.3)
+    hub.always = Fault(drop_after=300_000, stall=0.3)
     remote = json.dumps(vars(downloads.describe(REPO, NAME)))
     draw = random.Random(1)
-    for _ in range(4):
+    for number in range(4):
         child = subprocess.Popen(
             [sys.executable, "-c", CHILD, str(PROJECT), remote, str(target)],
             stdout=subprocess.DEVNULL,
         )
-        time.sleep(draw.uniform(0.2, 1.0))
+        # Killed at a random moment after its first bytes (a start takes seconds on a busy machine).
+        deadline = time.monotonic() + 60
+        while size_of(part_of(target)) <= number * 300_000 and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0.0, 0.2))
         child.send_signal(signal.SIGKILL)
         child.wait()
-        if part_of(target).exists():
-            held = part_of(target).read_bytes()
-            assert held == DATA[: len(held)]
+        held = part_of(target).read_bytes()
+        assert held == DATA[: len(held)]
+        assert len(held) > number * 300_000
     hub.always, held = None, part_of(target).stat().st_size
     hub.log.clear()
     assert 0 < held < len(DATA)

@@ -40,7 +40,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda path: path.touch(), "is empty (0 bytes)"),
     "a folder": (lambda path: path.mkdir(), "is a folder"),
     "cut short": (lambda path: path.write_bytes(b"PK\x03\x04half"), "cut short or no weights file"),
-    "a web page": (lambda path: path.write_bytes(b"<!doctype html>"), "no weights file"),
+    "a web page": (lambda path: path.write_bytes(b"<!doctype html>"), "is a web page"),
     "hostile": (lambda path: path.write_bytes(pickle.dumps(Hostile(), 2)), "would run code"),
     "other bytes": (lambda path: path.write_bytes(b"second"), "no weights file"),
     "no mean": (lambda path: torch.save({"std": STD}, path), "tensors `mean` and `std` are expected"),

@@ -49,7 +49,7 @@ def trained() -> Judge:
 
 def test_size_and_shapes() -> None:
     judge = Judge().eval()
-    assert sum(value.numel() for value in judge.state_dict().values()) == 139_770
+    assert sum(value.numel() for value in judge.state_dict().values()) == 139_754
     images = pad_to_32(uint8_images(5))
     assert judge(images).shape == (5, 10)
     assert judge.features(images).shape == (5, FEATURES)
@@ -118,9 +118,9 @@ def test_a_file_gives_the_same_judge_back(trained: Judge, tmp_path: Path) -> Non
     loaded = load_judge(path)
     assert not loaded.training
     images = pad_to_32(uint8_images(20))
-    expected = half_precision(trained)
-    with torch.no_grad():
-        assert torch.equal(loaded(images), expected.eval()(images))
+    rounded = half_precision(trained)
+    with torch.no_grad():  # float32 weights would differ by about 1e-3
+        torch.testing.assert_close(loaded(images), rounded(images), rtol=0, atol=1e-5)
 
 
 def test_wrong_files_are_refused(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ BATCH_SIZE = 128
 PEAK_RATE = 3e-3
 WEIGHT_DECAY = 0.02
 LABEL_SMOOTHING = 0.1
-WARMUP_STEPS = 300
+WARMUP_STEPS = 300  # at most; a tenth of a shorter training
 MAX_SHIFT = 2  # pixels by which training images move
 EVALUATION_BATCH = 500
 
@@ -55,7 +55,7 @@ class ConvBlock(nn.Module):
 
 
 class Judge(nn.Module):
-    """Classifier of 32x32 photographs of garments, 0.13 M parameters.
+    """Classifier of 32x32 photographs of garments, 0.14 M parameters.
 
     Args:
         folded: without batch normalisation, as the weights are saved.
@@ -131,13 +131,14 @@ def train_judge(images: Tensor, labels: Tensor, epochs: int, seed: int) -> Judge
     optimizer = torch.optim.AdamW(judge.parameters(), lr=PEAK_RATE, weight_decay=WEIGHT_DECAY)
     order = BatchOrder(len(images), BATCH_SIZE, seed)
     total = epochs * order.steps_per_epoch
+    warmup = min(WARMUP_STEPS, total // 10)
     losses: list[float] = []
     started = time.monotonic()
     for step in range(total):
         chosen = order.indices(step)
         batch = augment(pad_to_32(images[chosen]), generator_for(seed, 1, step)).to(device)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, PEAK_RATE, WARMUP_STEPS, total - WARMUP_STEPS, total)
+            group["lr"] = learning_rate(step, PEAK_RATE, warmup, total - warmup, total)
         with autocast(device, dtype):
             logits = judge(batch).float()
         loss = F.cross_entropy(logits, labels[chosen].to(device), label_smoothing=LABEL_SMOOTHING)
@@ -179,7 +180,7 @@ def judge_metadata(path: str | Path) -> dict[str, object]:
 
 
 def half_precision(judge: Judge) -> Judge:
-    """Return the judge with its weights rounded to half precision, as a file gives it back."""
+    """Round the weights of `judge` to half precision, as a file gives them back, and return it."""
     return judge.half().float()
 
 
