@@ -76,9 +76,7 @@ def test_a_perfect_model_has_no_loss_and_a_wrong_one_its_weight(name, weight, pr
     terms = transport.training_losses(lambda x, t: truth + 0.5, x1, x0=x0, t=t)
     noise_error = 0.5 * path.sigma(t) if prediction == "score" else torch.full_like(t, 0.5)
     rate = path.score_weight(t)
-    factor = {None: 1.0, "velocity": (rate / path.sigma(t)) ** 2}.get(
-        weight, rate / path.sigma(t) ** 2
-    )
+    factor = {None: 1.0, "velocity": (rate / path.sigma(t)) ** 2}.get(weight, rate / path.sigma(t) ** 2)
     torch.testing.assert_close(terms["loss"], factor * noise_error**2)
     assert "cos_loss" not in terms
 
@@ -88,9 +86,7 @@ def test_velocity_weight_makes_the_noise_loss_a_velocity_loss():
     x0, x1, t = draws()
     x_t, _ = path.plan(t, x0, x1)
     guess = x0 + 0.1 * x1
-    by_noise = create_transport("GVP", "noise", "velocity").training_losses(
-        lambda x, t: guess, x1, x0=x0, t=t
-    )
+    by_noise = create_transport("GVP", "noise", "velocity").training_losses(lambda x, t: guess, x1, x0=x0, t=t)
     as_velocity = path.velocity_from_noise(guess, x_t, t)
     by_velocity = create_transport("GVP").training_losses(lambda x, t: as_velocity, x1, x0=x0, t=t)
     torch.testing.assert_close(by_noise["loss"], by_velocity["loss"])
@@ -128,9 +124,7 @@ def test_noise_and_times_come_from_the_generator():
 
 
 def test_uniform_times_fill_their_interval():
-    t = create_transport("VP", "noise", train_eps=0.1).sample_times(
-        20000, torch.Generator().manual_seed(0)
-    )
+    t = create_transport("VP", "noise", train_eps=0.1).sample_times(20000, torch.Generator().manual_seed(0))
     assert t.min() >= 0 and t.max() <= 0.9
     # The mean of n uniform draws on [0, 0.9] has the standard error 0.9 / sqrt(12 n).
     assert abs(t.mean().item() - 0.45) < 4 * 0.9 / math.sqrt(12 * 20000)
@@ -171,9 +165,7 @@ def test_a_none_from_yaml_is_none():
 
 def test_a_wrong_output_shape_is_named():
     with pytest.raises(ValueError, match=r"returned shape \(4, 6, 4, 4\).*\(4, 3, 4, 4\)"):
-        create_transport().training_losses(
-            lambda x, t: torch.cat([x, x], 1), torch.zeros(4, 3, 4, 4)
-        )
+        create_transport().training_losses(lambda x, t: torch.cat([x, x], 1), torch.zeros(4, 3, 4, 4))
 
 
 def test_losses_equal_the_published_ones(golden, manifest, unit_model):

@@ -90,9 +90,7 @@ def test_diffusion_forms():
         "increasing-decreasing": 1.0,
         "inccreasing-decreasing": 1.0,
     }
-    assert {name: form(path, t, norm).item() for name, form in DIFFUSION_FORMS.items()} == (
-        pytest.approx(expected)
-    )
+    assert {name: form(path, t, norm).item() for name, form in DIFFUSION_FORMS.items()} == (pytest.approx(expected))
 
 
 def test_vp_score_weight_is_half_its_rate():

@@ -60,9 +60,7 @@ def test_shift_follows_its_formula_and_keeps_the_ends():
     torch.testing.assert_close(time_grid(11, 1, 0, 0.3), time_grid(11, 0, 1, 0.3).flip(0))
 
 
-@pytest.mark.parametrize(
-    ("name", "points", "shift"), [("11.shift0.0", 11, 0), ("21.shift0.3", 21, 0.3)]
-)
+@pytest.mark.parametrize(("name", "points", "shift"), [("11.shift0.0", 11, 0), ("21.shift0.3", 21, 0.3)])
 def test_grids_equal_the_published_ones(golden, name, points, shift):
     expected = golden[f"times.{name}"]
     torch.testing.assert_close(time_grid(points, timestep_shift=shift), expected, rtol=0, atol=1e-7)
@@ -77,9 +75,7 @@ def test_ode_carries_noise_to_data(path, prediction):
     states = fn(x0, Gaussian(path, prediction))
     assert states.shape == (3, 3, 4)
     # A flow of 1-D Gaussians keeps the standardised value: exactly from the marginal at t0.
-    t0, t1 = (
-        torch.tensor(t, dtype=torch.float64) for t in transport.interval(transport.sample_eps)
-    )
+    t0, t1 = (torch.tensor(t, dtype=torch.float64) for t in transport.interval(transport.sample_eps))
     ends = []
     for t in (t0, t1):
         a, s = PATHS[path].alpha(t), PATHS[path].sigma(t)
@@ -118,17 +114,13 @@ def test_euler_is_the_textbook_sum_with_one_call_per_interval():
     for t, t_next in itertools.pairwise(times):
         x = x + (t_next - t) * model(x, t.expand(2))
     model.calls = 0
-    fn = Sampler(create_transport()).sample_ode(
-        sampling_method="euler", num_steps=6, timestep_shift=0.3
-    )
+    fn = Sampler(create_transport()).sample_ode(sampling_method="euler", num_steps=6, timestep_shift=0.3)
     torch.testing.assert_close(fn(x0, model)[-1], x, rtol=0, atol=1e-6)
     assert model.calls == 5
 
 
 @pytest.mark.parametrize("method", ["rk4", "dopri5"])
-@pytest.mark.parametrize(
-    ("path", "prediction"), [("Linear", "velocity"), ("GVP", "noise"), ("VP", "velocity")]
-)
+@pytest.mark.parametrize(("path", "prediction"), [("Linear", "velocity"), ("GVP", "noise"), ("VP", "velocity")])
 def test_reverse_then_forward_returns(path, prediction, method):
     sampler, model = Sampler(create_transport(path, prediction)), Gaussian(path, prediction)
     settings = {"sampling_method": method, "num_steps": 201, "atol": 1e-10, "rtol": 1e-10}
@@ -163,9 +155,9 @@ def test_callback_sees_every_step(method, reverse):
         assert list(reached) == sorted(reached, reverse=reverse)
         return
     assert list(reached) == times[1:].tolist()
-    trajectory = Sampler(create_transport()).sample_ode(
-        sampling_method=method, num_steps=9, reverse=reverse
-    )(x0, Gaussian("Linear"))
+    trajectory = Sampler(create_transport()).sample_ode(sampling_method=method, num_steps=9, reverse=reverse)(
+        x0, Gaussian("Linear")
+    )
     torch.testing.assert_close(torch.stack(states), trajectory[1:], rtol=0, atol=1e-6)
 
 
@@ -222,9 +214,7 @@ SDE_CASES = [
 @pytest.mark.parametrize(("path", "prediction", "form", "method", "last"), SDE_CASES)
 def test_sde_has_the_mean_and_the_spread_of_the_data(path, prediction, form, method, last):
     transport, n = create_transport(path, prediction), 4000
-    fn = Sampler(transport).sample_sde(
-        sampling_method=method, diffusion_form=form, last_step=last, last_step_size=0.01
-    )
+    fn = Sampler(transport).sample_sde(sampling_method=method, diffusion_form=form, last_step=last, last_step_size=0.01)
     generator = torch.Generator().manual_seed(3)
     states = fn(noise(n, 1), Gaussian(path, prediction), generator=generator)
     x = states[-1]
@@ -310,9 +300,7 @@ def test_log_likelihood_of_correlated_data_is_right_on_average():
     def model(x, t):
         # v = (alpha' alpha C + sigma' sigma I) (alpha^2 C + sigma^2 I)^-1 x on the linear path
         s = t[0]
-        return x @ torch.linalg.solve(
-            s**2 * covariance + (1 - s) ** 2 * eye, s * covariance - (1 - s) * eye
-        )
+        return x @ torch.linalg.solve(s**2 * covariance + (1 - s) ** 2 * eye, s * covariance - (1 - s) * eye)
 
     n = 2000
     x1 = torch.tensor([[0.4, -0.9]], dtype=torch.float64).expand(n, 2)
@@ -390,9 +378,7 @@ def test_the_published_call_gives_the_published_samples(golden, manifest, unit_m
 @pytest.mark.parametrize("name", GOLDEN_CASES)
 def test_half_the_states_give_the_published_samples(golden, manifest, unit_model, name):
     case, y = manifest["sample"][name], torch.tensor(manifest["sample"][name]["labels"])
-    settings = GuidanceSettings(
-        case["cfg_scale"], case["cfg_interval_start"] if case["cfg_interval"] else 0.0
-    )
+    settings = GuidanceSettings(case["cfg_scale"], case["cfg_interval_start"] if case["cfg_interval"] else 0.0)
     guided = GuidedVelocity(unit_model("default"), y, torch.full_like(y, 10), settings)
     with torch.no_grad():
         states = golden_sampler(case, exact_end=True)(golden["sample.noise"], guided)
