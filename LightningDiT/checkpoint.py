@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -232,7 +233,7 @@ def _load_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _load_pickle(file: Path) -> dict[str, Any]:
     mapped = zipfile.is_zipfile(file)
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped or None)
+        content = torch.load(str(file), map_location="cpu", weights_only=True, mmap=mapped or None)
     except pickle.UnpicklingError as error:
         raise LightningDiTError(_refusal(file, error), "use a file from a source you trust, as safetensors") from error
     except Exception as error:  # arbitrary bytes make the unpickler fail in arbitrary ways
@@ -249,9 +250,9 @@ def _load_pickle(file: Path) -> dict[str, Any]:
 def _refusal(file: Path, error: pickle.UnpicklingError) -> str:
     """Say why a pickle was not opened: it wants more than tensors and plain values, or it is damaged."""
     reason = " ".join(str(error).split("WeightsUnpickler error:")[-1].split())
-    if "GLOBAL " in reason:
-        name = reason.split("GLOBAL ", 1)[1].split(" ")[0]
-        return f"{file} is refused: opening it would run code ({name}), and weights are data"
+    foreign = re.search(r"(?:GLOBAL|Unsupported class) (\S+)", reason)  # torch 2.4 and newer, or older
+    if foreign:
+        return f"{file} is refused: opening it would run code ({foreign[1]}), and weights are data"
     return f"{file} is cut short or no weights file ({reason[:160]})"
 
 
