@@ -8,6 +8,7 @@ it is.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -20,7 +21,7 @@ SOURCES = ("auto", "bundled", "hub", "latents", "images")
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--stats", type=Path, metavar="FILE", help="default: the configuration's")
+    parser.add_argument("--stats", type=Path, metavar="FILE", help="default: the one in use")
     parser.add_argument("--check", action="store_true", help="only say whether it is good")
     parser.add_argument("--source", choices=SOURCES, default="auto", help="where good ones come from")
     parser.add_argument("--latents", type=Path, metavar="FOLDER", help="computed from its shards")
@@ -56,8 +57,8 @@ def choose_source(options: argparse.Namespace, target: stats_repair.Target) -> s
     if target.kind == "other":
         raise console.StepError(
             f"nothing tells which tokenizer {target.path} belongs to",
-            f"python fix_latents_stats.py --stats '{target.path}' with --latents FOLDER, "
-            "or with --source hub if it is the published one",
+            f"python fix_latents_stats.py --stats {shlex.quote(str(target.path))} --latents FOLDER "
+            "(or --source hub if it is the published one)",
         )
     return "bundled" if target.kind == "bundled" else "hub"
 
@@ -104,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     from LightningDiT.tokenizer.latents import diagnose
 
     target = stats_repair.locate(options.stats)
-    print(f"Repair of {target.path}")
+    print(f"Repair of {target.path} ({target.reason})")
     faults = diagnose(target.path, target.channels)
     if not faults:
         print("  it is good; nothing is changed")

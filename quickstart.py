@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from setup_steps import console, weights
 
-VENV = console.PROJECT / ".venv"
 VENV_PARTS = {"bin", "include", "lib", "lib64", "Scripts", "Include", "Lib", "share", ".gitignore"}
 REPORT = console.PROJECT / "environment_report.json"
 PICTURE = console.PROJECT / "LightningDiT" / "demo_images" / "demo_samples.png"
@@ -62,14 +61,9 @@ def managed_place() -> str | None:
     return None
 
 
-def venv_python(folder: Path) -> Path:
-    """The interpreter of a virtual environment."""
-    return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-
-
 def venv_is_whole(folder: Path) -> bool:
     """True where the environment's interpreter starts and has pip, the last part that is made."""
-    python = venv_python(folder)
+    python = console.venv_python(folder)
     if not python.exists() or not (folder / "pyvenv.cfg").is_file():
         return False
     try:
@@ -207,16 +201,20 @@ def main(argv: list[str] | None = None) -> int:
     place = managed_place()
     if place is None:
         if options.dry_run:
-            print(f"Would make {VENV} (where it is not there yet) and go on in it.")
+            print(f"Would make {console.VENV} (where it is not there yet) and go on in it.")
             return run_tests(True) if options.test else run_steps(options.model, True)
-        ensure_venv(VENV)
+        ensure_venv(console.VENV)
         arguments = sys.argv[1:] if argv is None else argv
-        command = [str(venv_python(VENV)), str(Path(__file__).resolve()), *arguments]
+        command = [str(console.venv_python(console.VENV)), str(Path(__file__).resolve()), *arguments]
         return subprocess.run(command, check=False).returncode
     print(f"Working in {place}")
     if not options.dry_run:
         console.require_writable(console.PROJECT)
-    return run_tests(options.dry_run) if options.test else run_steps(options.model, options.dry_run)
+    code = run_tests(options.dry_run) if options.test else run_steps(options.model, options.dry_run)
+    if code == console.OK and not options.dry_run:
+        # The reader's own `python` lacks the packages where they are in .venv.
+        print(f"More: {console.interpreter()} step4_run_inference.py --help")
+    return code
 
 
 if __name__ == "__main__":

@@ -113,6 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     show(rows, torch)
     if options.dry_run:
         if lacking:
+            install.refuse_managed_interpreter()
             command = install.pip_command([row.requirement for row in lacking])
             print("Would run: " + " ".join(command))
         return console.OK

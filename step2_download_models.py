@@ -34,13 +34,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check_bundled() -> int:
-    """Say that nothing has to be fetched, after a look at the files."""
+    """Open the bundled model's files and say that nothing has to be fetched."""
     missing = weights.missing_bundled()
     if missing:
-        raise console.StepError(
-            f"{weights.BUNDLED} lacks {', '.join(missing)}",
-            "git restore models/fashion-mnist, or clone the project again",
-        )
+        raise console.StepError(f"{weights.BUNDLED} lacks {', '.join(missing)}", weights.RESTORE_BUNDLED)
+    faults = fetch.bundled_faults(weights.BUNDLED)
+    if faults:
+        raise console.StepError("; ".join(faults), weights.RESTORE_BUNDLED)
     size = sum((weights.BUNDLED / name).stat().st_size for name in weights.BUNDLED_FILES)
     print(f"The bundled model is in {weights.BUNDLED} ({console.format_bytes(size)}).")
     print("Nothing to download.")

@@ -36,7 +36,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--stats", type=Path, metavar="FILE", help="a file named latents_stats.pt")
     parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FILE")
     parser.add_argument("--print", action="store_true", dest="show", help="show the YAML too")
-    parser.add_argument("--dry-run", action="store_true", help="write nothing")
+    parser.add_argument("--dry-run", action="store_true", help="check all, write nothing")
     options = parser.parse_args(argv)
     given = [name for name in ROLE_OPTIONS.values() if getattr(options, name)]
     if given and options.model not in ("800ep", "64ep"):
@@ -113,13 +113,17 @@ def settle(model: str, options: argparse.Namespace, torch: machine.TorchFacts) -
     target = options.output.expanduser().resolve()
     if options.show:
         print(configs.render(config))
-    if options.dry_run:
-        print(f"Would check the configuration of the model '{model}' and write {target}")
-        return
     console.require_writable(target.parent)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for line in configs.write(config, target, verify_config):
+    if options.dry_run:
+        lines = configs.check(config, target, verify_config)
+    else:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lines = configs.write(config, target, verify_config)
+    for line in lines:
         print(f"  {line}")
+    if options.dry_run:
+        print(f"All is right; would write the configuration of the model '{model}' to {target}")
+        return
     where = f"{torch.device} ({torch.device_name})" if torch.device_memory else "the processor"
     steps, batch = (config["sample"][key] for key in ("num_sampling_steps", "per_proc_batch_size"))
     print(f"Model '{model}' on {where}, {steps} steps, {batch} pictures at a time.")
@@ -130,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     print("Step 3: configuration of the sampling")
     torch = machine.torch_facts()
     if not torch.works:
-        raise console.StepError(torch.note, "python step1_install_environment.py")
+        raise console.StepError(torch.note, console.mend_packages())
     names = candidates(options.model, torch)
     if options.model == "auto" and names == ["bundled"]:
         print("  no GPU: the bundled model (--model 800ep takes the published weights all the same)")

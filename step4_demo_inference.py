@@ -40,10 +40,10 @@ def main(argv: list[str] | None = None) -> int:
     classes = demo_classes(config.data.num_classes)
     folder = args.output.expanduser().resolve()
     print(describe_settings(config, len(classes), folder))
-    if args.dry_run:
-        return console.OK
-    from LightningDiT.demo import sample_demo, write_report
+    from LightningDiT.demo import check_run, sample_demo, write_report
 
+    if args.dry_run:
+        return check_run(config, classes)
     console.require_writable(folder)
     demo = sample_demo(config, classes, 0, folder, GRID, TIME_BUDGET)
     for path, caption in zip(demo.run.paths, demo.captions, strict=True):

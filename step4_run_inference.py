@@ -31,18 +31,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    from LightningDiT.cli import apply_options, classes_of, describe_settings
+    from LightningDiT.cli import apply_options, check_space, classes_of, describe_settings
     from LightningDiT.config import load_config
 
     print("Step 4: sampling")
     config = apply_options(load_config(args.config), args)
-    classes = classes_of(args, config.data.num_classes)
     folder = args.output.expanduser().resolve()
+    check_space(folder, args.count or 0, config.data.image_size)
+    classes = classes_of(args, config.data.num_classes)
     print(describe_settings(config, len(classes), folder / GRID))
-    if args.dry_run:
-        return console.OK
-    from LightningDiT.demo import sample_demo
+    from LightningDiT.demo import check_run, sample_demo
 
+    if args.dry_run:
+        return check_run(config, classes)
     console.require_writable(folder)
     demo = sample_demo(config, classes, args.seed, folder, GRID, args.time_budget)
     print(demo.summary())

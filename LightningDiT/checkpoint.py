@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import pickle
@@ -25,6 +26,8 @@ WEIGHT_KEYS = ("ema", "model", "state_dict")
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 SAFETENSORS_HEADER_LIMIT = 100 * 2**20
 LISTED_NAMES = 5
+BUNDLED_FOLDER = "fashion-mnist"  # the model in git
+FINGERPRINT_SAMPLES, FINGERPRINT_BYTES = 64, 2**16
 
 
 @dataclass(frozen=True)
@@ -92,9 +95,12 @@ def load_into(
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise LightningDiTError(
                 f"{path}: tensor {name} holds NaN or infinite values; the file is damaged",
-                "download or train it again (python step2_download_models.py --verify)",
+                _mend_of(Path(path)),
             )
+    trained = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
     module.load_state_dict({name: weights[name] for name in wanted}, strict=True, assign=True)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(trained[name])  # torch 2.2 switches gradients on with assign
     return [name for name in weights if name not in wanted]
 
 
@@ -123,6 +129,21 @@ def check_shapes(
             f"{path} does not fit {type(module).__name__}: tensors {'; '.join(problems)}",
             "choose the configuration that belongs to this file",
         )
+
+
+def fingerprint(path: str | Path) -> str:
+    """Return a short text that changes with a file's content: a hash of its size and of 64 samples of it.
+
+    Whole for files of up to 4 MiB; a file of 6 GB is answered at once.
+    """
+    file = Path(path)
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb") as stream:
+        for index in range(FINGERPRINT_SAMPLES):
+            stream.seek(index * max(0, size - FINGERPRINT_BYTES) // (FINGERPRINT_SAMPLES - 1))
+            digest.update(stream.read(FINGERPRINT_BYTES))
+    return digest.hexdigest()[:16]
 
 
 @contextlib.contextmanager
@@ -197,7 +218,7 @@ def _bare(name: str) -> str:
 
 def _existing_file(path: str | Path) -> Path:
     file = Path(path)
-    mend = "python step2_download_models.py"
+    mend = _mend_of(file)
     if file.is_dir():
         raise LightningDiTError(f"{file} is a folder, a weights file was expected", "name the file inside it")
     if not file.exists():
@@ -208,11 +229,18 @@ def _existing_file(path: str | Path) -> Path:
     return file
 
 
+def _mend_of(file: Path) -> str:
+    """Return the command that gets a missing or damaged weights file again."""
+    if BUNDLED_FOLDER in file.parts:
+        return f"git restore models/{BUNDLED_FOLDER}"
+    return "delete it where it is damaged, and python step2_download_models.py"
+
+
 def _refuse_foreign_content(file: Path) -> None:
     """Name what people really find in the place of weights: a web page, or a pointer of git LFS."""
     with file.open("rb") as stream:
         start = stream.read(64).lstrip()
-    mend = "delete it and run python step2_download_models.py"
+    mend = _mend_of(file)
     if start[:1] == b"<":
         raise LightningDiTError(f"{file} is a web page, not weights: the download was answered with HTML", mend)
     if start.startswith(b"version https://git-lfs"):
@@ -227,7 +255,7 @@ def _load_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             names = opened.keys()  # the opened file is no mapping and cannot be iterated
             return {name: opened.get_tensor(name) for name in names}, opened.metadata() or {}
     except (SafetensorError, OSError, ValueError, json.JSONDecodeError) as error:
-        raise LightningDiTError(f"{file} is cut short or no safetensors file ({error})", "download it again") from error
+        raise LightningDiTError(f"{file} is cut short or no safetensors file ({error})", _mend_of(file)) from error
 
 
 def _load_pickle(file: Path) -> dict[str, Any]:
@@ -238,7 +266,7 @@ def _load_pickle(file: Path) -> dict[str, Any]:
         raise LightningDiTError(_refusal(file, error), "use a file from a source you trust, as safetensors") from error
     except Exception as error:  # arbitrary bytes make the unpickler fail in arbitrary ways
         reason = str(error).split("\n")[0][:160]
-        raise LightningDiTError(f"{file} is cut short or no weights file ({reason})", "download it again") from error
+        raise LightningDiTError(f"{file} is cut short or no weights file ({reason})", _mend_of(file)) from error
     if not isinstance(content, dict):
         raise LightningDiTError(
             f"{file} holds a {type(content).__name__}; a dictionary of tensors is expected",

@@ -7,28 +7,30 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shutil
 from pathlib import Path
 
-from LightningDiT.config import Config
+from LightningDiT.config import RULES, Config
 from LightningDiT.errors import LightningDiTError
 
 #: Classes that the published demo shows.
 IMAGENET_DEMO_CLASSES = (975, 3, 207, 387, 388, 88, 979, 279)
 MOST_DEMO_CLASSES = 10
 CONTACT_SHEET = "all"
+BYTES_PER_PIXEL = 3  # an upper bound of what a PNG of photographs takes
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that `apply_options` and `classes_of` read."""
     parser.add_argument("--seed", type=_natural, default=0, help="noise of image i comes from (seed, i); default 0")
-    parser.add_argument("--steps", type=_positive, help="points of the time grid")
+    parser.add_argument("--steps", type=positive, help="points of the time grid")
     parser.add_argument("--solver", help="euler, midpoint, heun2, rk4, dopri5, ... (a method of torchdiffeq)")
     parser.add_argument("--guidance-scale", type=float, help="1 is off")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), help="of the transformer")
-    parser.add_argument("--batch-size", type=_positive, help="images sampled at once")
+    parser.add_argument("--batch-size", type=positive, help="images sampled at once")
     parser.add_argument(
         "--time-budget",
-        type=float,
+        type=_minutes,
         metavar="MINUTES",
         help="stop after so long, keep what is done; rerun to go on",
     )
@@ -43,21 +45,28 @@ def add_class_options(parser: argparse.ArgumentParser) -> None:
         metavar="CLASS",
         help=f"numbers or names; `{CONTACT_SHEET}` is a contact sheet of every class",
     )
-    parser.add_argument("--count", type=_positive, help="number of images, dealt over the classes in turn")
+    parser.add_argument("--count", type=positive, help="number of images, dealt over the classes in turn")
 
 
 def apply_options(config: Config, args: argparse.Namespace) -> Config:
-    """Return `config` with the sampling options of the command line in place of its own."""
-    chosen = {
-        "num_sampling_steps": args.steps,
-        "sampling_method": args.solver,
-        "cfg_scale": args.guidance_scale,
-        "precision": args.precision,
-        "per_proc_batch_size": args.batch_size,
+    """Return `config` with the sampling options of the command line in place of its own.
+
+    Raises:
+        LightningDiTError: an option has a value that the configuration could not have either.
+    """
+    options = {
+        "num_sampling_steps": "steps",
+        "sampling_method": "solver",
+        "cfg_scale": "guidance_scale",
+        "precision": "precision",
+        "per_proc_batch_size": "batch_size",
     }
-    given = {name: value for name, value in chosen.items() if value is not None}
-    if given.get("num_sampling_steps") == 1:
-        raise LightningDiTError("--steps is 1; 2 or more grid points are expected", "ask for more steps")
+    given = {key: getattr(args, name) for key, name in options.items() if getattr(args, name) is not None}
+    for rule, good, expected in RULES:
+        key = rule.removeprefix("sample.")
+        if key in given and not good(given[key]):
+            option = options[key].replace("_", "-")
+            raise LightningDiTError(f"--{option} is {given[key]}; {expected} is expected", "choose another value")
     return dataclasses.replace(config, sample=dataclasses.replace(config.sample, **given))
 
 
@@ -95,12 +104,42 @@ def describe_settings(config: Config, images: int, output: Path) -> str:
             f" shift {sample.timestep_shift:g}; {guidance}",
             f"precision      {sample.precision}, {sample.per_proc_batch_size} images at once",
             f"images         {images} -> {output}",
+            *(f"note           {note}" for note in config.notes),
         )
     )
 
 
-def _positive(text: str) -> int:
+def check_space(folder: Path, images: int, side: int) -> None:
+    """Refuse a run whose images may not fit the disk.
+
+    Raises:
+        LightningDiTError: the worst case is larger than the free space.
+    """
+    place = folder
+    while not place.exists():
+        place = place.parent
+    needed = images * side * side * BYTES_PER_PIXEL
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise LightningDiTError(
+            f"{images} images may take {needed / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free",
+            "ask for fewer images or choose another --output",
+        )
+
+
+def positive(text: str) -> int:
+    """Return an option's value as a whole number of at least 1."""
     return _at_least(text, 1)
+
+
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0.0
+    if not 0 < minutes < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number of minutes")
+    return minutes
 
 
 def _natural(text: str) -> int:

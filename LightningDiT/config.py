@@ -52,6 +52,8 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("train.log_every", _positive, "a positive number"),
     ("train.ckpt_every", _positive, "a positive number"),
     ("train.ema_decay", _share, "a share between 0 and 1"),
+    ("train.global_seed", lambda value: value >= 0, "0 or more"),
+    ("optimizer.beta2", lambda value: 0 <= value < 1, "a decay from 0 to below 1"),
     ("optimizer.lr", lambda value: 0 < value < 1, "a rate between 0 and 1"),
     ("sample.mode", lambda value: value in ("ODE", "SDE"), "ODE or SDE"),
     ("sample.num_sampling_steps", lambda value: value > 1, "2 or more"),
@@ -119,7 +121,7 @@ class TrainConfig:
     use_checkpoint: bool = False  # another published spelling of model.use_checkpoint
     ema_decay: float = 0.9999
     warmup_steps: int = 0  # linear rise of the learning rate
-    decay_steps: int = 0  # linear fall to zero over the last steps
+    decay_steps: int = 0  # cosine fall to zero over the last steps
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ class TransportConfig:
 class SampleConfig:
     """Solver, guidance and amount of sampling."""
 
-    mode: str = "ODE"  # ODE | SDE
+    mode: str = "ODE"  # ODE | SDE (SiT, arXiv 2401.08740)
     sampling_method: str = "euler"
     atol: float = 1e-6  # of the adaptive solvers
     rtol: float = 1e-3
@@ -162,6 +164,10 @@ class SampleConfig:
     timestep_shift: float = 0.0  # 0: off
     guided_channels: int | str = 3  # the first N channels are guided, or "all"
     precision: str = "auto"  # auto | fp32 | bf16 | fp16
+    diffusion_form: str = "SBDM"  # of the SDE: constant | SBDM | sigma | linear | decreasing | increasing-decreasing
+    diffusion_norm: float = 1.0
+    last_step: str | None = "Mean"  # of the SDE: Mean | Tweedie | Euler | none
+    last_step_size: float = 0.04
 
 
 @dataclass(frozen=True)

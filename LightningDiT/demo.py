@@ -16,7 +16,8 @@ from LightningDiT.cli import describe_settings
 from LightningDiT.config import Config
 from LightningDiT.console import duration
 from LightningDiT.images import image_grid, save_png
-from LightningDiT.pipeline import LightningDiTPipeline
+from LightningDiT.labels import Labels
+from LightningDiT.pipeline import LightningDiTPipeline, verify
 from LightningDiT.runs import RunResult, manifest_of, run_name, sample_run
 
 REPORT_STYLE = (
@@ -25,6 +26,7 @@ REPORT_STYLE = (
     "figure img{width:128px;image-rendering:pixelated;border-radius:4px}figcaption{font-size:.85rem}"
     "pre{background:#f4f4f4;padding:1rem;overflow:auto}"
 )
+GAP_COLOUR = (200, 200, 200)
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,8 @@ def sample_demo(
     """
     started = time.perf_counter()
     pipe = LightningDiTPipeline.from_config(config)
-    labels = [pipe.label_of(wanted) for wanted in classes]
-    captions = [pipe.name_of(label) for label in labels]
+    labels = pipe.labels.numbers(classes)
+    captions = [pipe.labels.caption(label) for label in labels]
     place = folder / run_name(manifest_of(config, labels, seed))
     load_seconds = time.perf_counter() - started
     run = sample_run(pipe, labels, seed, place, minutes)
@@ -87,6 +89,17 @@ def sample_demo(
         target = folder / f"{target.stem}_unfinished{target.suffix}"
     save_png(_grid(run.paths, captions, config.data.image_size), target)
     return Demo(config, captions, run, target, load_seconds)
+
+
+def check_run(config: Config, classes: Sequence[int | str]) -> int:
+    """Print what a dry run can check without the weights' content, and return the exit code of success.
+
+    Raises:
+        LightningDiTError: a class is unknown, or a file is missing, damaged or does not fit.
+    """
+    Labels.of(config).numbers(classes)
+    print("\n".join(verify(config)))
+    return 0
 
 
 def write_report(demo: Demo, path: Path) -> Path:
@@ -111,6 +124,11 @@ def write_report(demo: Demo, path: Path) -> Path:
 
 def _grid(paths: Sequence[Path | None], captions: Sequence[str], side: int) -> Image.Image:
     """Return the grid, with a grey square for each image that is not there yet."""
-    gap = Image.new("RGB", (side, side), (200, 200, 200))
-    images = [Image.open(path) if path is not None else gap for path in paths]
+    images = []
+    for path in paths:
+        if path is None:
+            images.append(Image.new("RGB", (side, side), GAP_COLOUR))
+            continue
+        with Image.open(path) as image:  # closed at once: a contact sheet has a thousand files
+            images.append(image.convert("RGB"))
     return image_grid(images, captions)

@@ -146,6 +146,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         count, batches = folder_batches(args.images, tokenizer, config.data.image_size, args.batch_size)
     output = Path(args.output)
+    if any(output.glob("*.safetensors")):
+        raise LightningDiTError(
+            f"{output} holds latent shards already, which would be mixed with these",
+            f"choose another --output, or rm {output}/*.safetensors",
+        )
     stats = extract(tokenizer, batches, count, output, args.shard_size, args.posterior == "mode", args.flip)
     stats.save(output / "latents_stats.pt")
     print(f"wrote {count} latents and latents_stats.pt to {output}\nNext: python -m LightningDiT.train --help")

@@ -20,8 +20,10 @@ from LightningDiT.cli import (  # noqa: E402
     add_class_options,
     add_sampling_options,
     apply_options,
+    check_space,
     classes_of,
     describe_settings,
+    positive,
 )
 from LightningDiT.config import Config, load_config  # noqa: E402
 from LightningDiT.console import duration, run_main  # noqa: E402
@@ -35,7 +37,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m LightningDiT.inference", description=__doc__)
     parser.add_argument("--config", required=True, help="YAML of the published schema")
     parser.add_argument("--demo", action="store_true", help="one grid of a few classes")
-    parser.add_argument("--num-samples", type=int, help="images without --demo; sample.fid_num where left out")
+    parser.add_argument("--num-samples", type=positive, help="images without --demo; sample.fid_num where left out")
     parser.add_argument("--output", help="folder of the images")
     add_class_options(parser)
     add_sampling_options(parser)
@@ -61,13 +63,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_demo(config: Config, args: argparse.Namespace) -> int:
     """Sample the demonstration's classes and write their grid."""
-    from LightningDiT.demo import sample_demo
+    from LightningDiT.demo import check_run, sample_demo
 
     folder = Path(args.output or DEMO_FOLDER)
+    check_space(folder, args.count or 0, config.data.image_size)
     classes = classes_of(args, config.data.num_classes)
     print(describe_settings(config, len(classes), folder / DEMO_NAME))
     if args.dry_run:
-        return 0
+        return check_run(config, classes)
     demo = sample_demo(config, classes, args.seed, folder, DEMO_NAME, args.time_budget)
     print(demo.summary())
     return 0
@@ -75,17 +78,19 @@ def run_demo(config: Config, args: argparse.Namespace) -> int:
 
 def run_folder(config: Config, args: argparse.Namespace) -> int:
     """Sample many images into a folder, going on where an earlier run stopped."""
+    from LightningDiT.demo import check_run
     from LightningDiT.pipeline import LightningDiTPipeline
     from LightningDiT.runs import sample_run
 
-    count = args.num_samples or config.sample.fid_num
+    count = args.num_samples or args.count or config.sample.fid_num
     output = Path(args.output or HERE.parent / "output" / "samples")
     print(describe_settings(config, count, output))
+    check_space(output, count, config.data.image_size)
     if args.dry_run:
-        return 0
+        return check_run(config, args.classes or [])
     pipe = LightningDiTPipeline.from_config(config)
     if args.classes:
-        chosen = [pipe.label_of(name) for name in classes_of(args, config.data.num_classes)]
+        chosen = pipe.labels.numbers(classes_of(args, config.data.num_classes))
         labels = [chosen[index % len(chosen)] for index in range(count)]
     else:
         labels = random_labels(count, config.data.num_classes, args.seed)

@@ -28,6 +28,7 @@ from LightningDiT.config import (
 from LightningDiT.device import best_device, resolve_precision
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import to_pil, to_uint8
+from LightningDiT.labels import Labels
 from LightningDiT.models.lightningdit import (
     LightningDiT,
     LightningDiTSettings,
@@ -40,6 +41,8 @@ from LightningDiT.seeds import generator_for
 from LightningDiT.tokenizer.latents import LatentStats
 from LightningDiT.tokenizer.vavae import VA_VAE, autoencoder_settings, check_tokenizer_file
 from LightningDiT.transport import (
+    ADAPTIVE_METHODS,
+    FIXED_METHODS,
     GuidanceSettings,
     GuidedVelocity,
     Sampler,
@@ -51,7 +54,6 @@ from LightningDiT.transport import (
     sde_states,
 )
 
-IMAGENET_CLASSES = 1000
 CONFIG_NAME = "config.yaml"
 STATS_NAME = "latents_stats.pt"
 Callback = Callable[[int, float, Tensor], None]
@@ -65,7 +67,7 @@ class PipelineOutput:
         images: a list of PIL images, uint8 pixels (N, H, W, 3), a float tensor (N, 3, H, W) about [-1, 1], or
             normalised latents (N, C, h, w), as `output_type` asked.
         labels: the class of each image.
-        seeds: (seed, index) of each image; the noise depends on nothing else.
+        seeds: (seed, index) of each image; noise that was not given as latents depends on nothing else.
         nfe: evaluations of the velocity that each image took.
         seconds: wall clock of sampling and decoding.
         dtype: precision that the transformer computed in.
@@ -114,7 +116,12 @@ def build_transport(config: Config) -> Transport:
 
 
 def verify_config(path: str | Path) -> list[str]:
-    """Open everything that the configuration at `path` names, without reading the weights.
+    """Open everything that the configuration at `path` names; see `verify`."""
+    return verify(load_config(path))
+
+
+def verify(config: Config) -> list[str]:
+    """Open everything that a configuration names, without reading the weights.
 
     Returns:
         A line for each thing that was checked.
@@ -122,13 +129,11 @@ def verify_config(path: str | Path) -> list[str]:
     Raises:
         LightningDiTError: something is missing, damaged, or does not fit the rest.
     """
-    config = load_config(path)
     build_transport(config)
+    check_solver(config.sample)
     tokenizer = load_tokenizer_config(tokenizer_config_path(config))
-    lines = [
-        f"configuration {path}: {config.model.model_type}, {config.data.num_classes} classes",
-        *config.notes,
-    ]
+    lines = [f"configuration {config.source}: {config.model.model_type}, {config.data.num_classes} classes"]
+    lines += config.notes
     lines.append(check_transformer_file(config, _required(config, "ckpt_path")))
     weights = config.vae.ckpt_path or tokenizer.ckpt_path
     if not weights:
@@ -140,13 +145,48 @@ def verify_config(path: str | Path) -> list[str]:
     return lines
 
 
+def check_solver(sample: SampleConfig) -> None:
+    """Refuse a solver that the mode does not have, or options that do not go with it.
+
+    Raises:
+        LightningDiTError: names the value and the known ones.
+    """
+    with _as_user_error("sample"):
+        if sample.mode == "SDE":
+            sde_settings(sample)
+        elif sample.sampling_method not in FIXED_METHODS + ADAPTIVE_METHODS:
+            near = difflib.get_close_matches(sample.sampling_method, FIXED_METHODS + ADAPTIVE_METHODS, 1, 0.0)
+            raise ValueError(
+                f"sampling_method {sample.sampling_method!r} is unknown; {', '.join(FIXED_METHODS + ADAPTIVE_METHODS)}"
+                f" are expected, the nearest is {near[0]}"
+            )
+
+
+def sde_settings(sample: SampleConfig) -> SdeSettings:
+    """Return the stochastic sampler's settings.
+
+    Raises:
+        ValueError: an unknown name, or an option that only the ODE has.
+    """
+    if sample.timestep_shift or sample.reverse:
+        raise ValueError("timestep_shift and reverse go with mode ODE, not with SDE")
+    return SdeSettings(
+        sampling_method=sample.sampling_method.capitalize(),  # SiT writes Euler and Heun
+        diffusion_form=sample.diffusion_form,
+        diffusion_norm=sample.diffusion_norm,
+        last_step=sample.last_step,
+        last_step_size=sample.last_step_size,
+        num_steps=sample.num_sampling_steps,
+    )
+
+
 def check_transformer_file(config: Config, path: str | Path) -> str:
     """Compare the transformer's weights file with the configuration and return a line that says so."""
     info = inspect(path)
     wanted = model_settings(config)
     try:
         found = settings_from_shapes(info.shapes)
-    except ValueError as error:
+    except (ValueError, KeyError, IndexError) as error:
         raise LightningDiTError(f"{path}: {error}", "name the transformer's weights in ckpt_path") from error
     if wrong := differences(wanted, found):
         actual = preset_name(found) or f"{found.depth} layers of {found.hidden_size}"
@@ -203,16 +243,6 @@ def load_stats(config: Config) -> LatentStats:
     return LatentStats.load(folder / STATS_NAME, channels, config.data.latent_multiplier)
 
 
-def class_names_of(config: Config) -> tuple[str, ...] | None:
-    """Return a name per class: the configuration's, ImageNet's for 1000 classes, or None."""
-    if config.data.class_names is not None or config.data.num_classes != IMAGENET_CLASSES:
-        return config.data.class_names
-    from timm.data import ImageNetInfo
-
-    info = ImageNetInfo()
-    return tuple(info.index_to_description(index) for index in range(IMAGENET_CLASSES))
-
-
 class LightningDiTPipeline:
     """A LightningDiT, the tokenizer of its latents, and the sampling settings of a configuration."""
 
@@ -229,7 +259,7 @@ class LightningDiTPipeline:
         self.tokenizer = tokenizer
         self.transport = transport
         self.config = config
-        self.class_names = class_names_of(config)
+        self.labels = Labels.of(config)
         self.to(device, dtype)
 
     @classmethod
@@ -243,10 +273,13 @@ class LightningDiTPipeline:
             LightningDiTError: a file is missing, damaged or does not fit the others.
         """
         settings = config if isinstance(config, Config) else load_config(config)
+        check_solver(settings.sample)
         place = torch.device(device) if device else best_device()
         dtype = resolve_precision(settings.sample.precision, place)
         stats = load_stats(settings)
-        tokenizer = VA_VAE(tokenizer_config_path(settings), settings.data.image_size, settings.vae.ckpt_path, stats)
+        tokenizer = VA_VAE(
+            tokenizer_config_path(settings), settings.data.image_size, settings.vae.ckpt_path, stats, place
+        )
         check_latent_shape(settings, tokenizer.config)
         return cls(load_transformer(settings, dtype), tokenizer, build_transport(settings), settings, place, dtype)
 
@@ -286,40 +319,6 @@ class LightningDiTPipeline:
         self.tokenizer.to(self.device)
         return self
 
-    def label_of(self, name: int | str) -> int:
-        """Return the number of a class given by number or name (one of its synonyms, in any case).
-
-        Raises:
-            LightningDiTError: out of range, or no such name; the nearest names are given.
-        """
-        classes = self.config.data.num_classes
-        if isinstance(name, int) or name.strip().lstrip("-").isdigit():
-            number = int(name)
-            if not 0 <= number < classes:
-                raise LightningDiTError(
-                    f"class {number} is out of range; 0 to {classes - 1} are expected", "choose one"
-                )
-            return number
-        synonyms = self._synonyms()
-        wanted = name.strip().lower()
-        if wanted in synonyms:
-            return synonyms[wanted]
-        near = difflib.get_close_matches(wanted, synonyms, 3, 0.5)
-        near += [known for known in synonyms if wanted in known][: 3 - len(near)]
-        hint = f"near to it: {', '.join(dict.fromkeys(near))}" if near else f"numbers 0 to {classes - 1} always work"
-        raise LightningDiTError(f"class {name!r} is unknown; {hint}", "choose a known name or a number")
-
-    def name_of(self, label: int) -> str:
-        """Return the name of a class for captions: the first synonym, or its number."""
-        return self.class_names[label].split(",")[0] if self.class_names else f"class {label}"
-
-    def _synonyms(self) -> dict[str, int]:
-        table: dict[str, int] = {}
-        for number, names in enumerate(self.class_names or ()):
-            for synonym in (names, *names.split(",")):
-                table.setdefault(synonym.strip().lower(), number)
-        return table
-
     @torch.inference_mode()
     def __call__(
         self,
@@ -351,7 +350,9 @@ class LightningDiTPipeline:
         if output_type not in ("pil", "np", "pt", "latent"):
             raise LightningDiTError(f"output_type {output_type!r} is unknown; pil, np, pt, latent are", "choose one")
         listed = [class_labels] if isinstance(class_labels, int | str) else list(class_labels)
-        labels = [self.label_of(label) for label in listed]
+        if not listed:
+            raise LightningDiTError("class_labels is empty; at least one class is expected", "name a class")
+        labels = self.labels.numbers(listed)
         sample = self._sample_settings(guidance_scale, num_inference_steps)
         self._check_latents(latents, len(labels))
         seeds = [(seed, index) for index in (range(len(labels)) if indices is None else indices)]
@@ -363,6 +364,10 @@ class LightningDiTPipeline:
             with _as_user_error(self.config.source):
                 state, nfe = self._sample(labels[part], seeds[part], noise, sample, callback)
             counts.append(nfe)
+            if not bool(state.isfinite().all()):
+                raise LightningDiTError(
+                    f"sampling in {self.dtype} gave values that are not finite", "sample with --precision fp32"
+                )
             made.append(self._decode(state, output_type))
         images = self._join(made, output_type)
         seconds = time.perf_counter() - started
@@ -410,7 +415,7 @@ class LightningDiTPipeline:
         guided = GuidedVelocity(self._predict, y, torch.full_like(y, self.transformer.null_class), guidance)
         counter = _CountedModel(guided)
         if sample.mode == "SDE":
-            settings = SdeSettings(num_steps=sample.num_sampling_steps)
+            settings = sde_settings(sample)
             states = sde_states(self.transport, counter, state, settings, generators)
             for step, state in enumerate(states):
                 if callback is not None:
@@ -475,4 +480,4 @@ def _as_user_error(where: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, FloatingPointError) as error:
-        raise LightningDiTError(f"{where}: {error}", "edit that value") from error
+        raise LightningDiTError(f"{where}: {error}", "edit that value, or choose another option") from error

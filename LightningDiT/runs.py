@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-from torch import Tensor
-
-from LightningDiT.checkpoint import atomic_path
-from LightningDiT.config import Config, as_dict
+from LightningDiT.checkpoint import atomic_path, fingerprint
+from LightningDiT.cli import check_space
+from LightningDiT.config import Config, as_dict, load_tokenizer_config, tokenizer_config_path
 from LightningDiT.console import Progress
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import save_png
-from LightningDiT.pipeline import LightningDiTPipeline
+from LightningDiT.pipeline import STATS_NAME, LightningDiTPipeline
 
 MANIFEST = "manifest.json"
-BYTES_PER_PIXEL = 3  # an upper bound of what a PNG of photographs takes
 #: Settings that decide how a run is computed and not what comes out of it.
 WITHOUT_EFFECT = ("per_proc_batch_size", "fid_num")
 
@@ -49,25 +45,21 @@ class RunResult:
         return all(path is not None for path in self.paths)
 
 
-class _BudgetSpentError(Exception):
-    """Raised inside a solver step when the time budget is over."""
-
-
 def manifest_of(config: Config, labels: Sequence[int], seed: int) -> dict[str, Any]:
     """Return everything that the pixels of a run depend on, as plain values."""
     sample = {name: value for name, value in as_dict(config.sample).items() if name not in WITHOUT_EFFECT}
-    weights = {
-        name: [str(path), Path(path).stat().st_size]
-        for name, path in (("transformer", config.ckpt_path), ("tokenizer", config.vae.ckpt_path))
-        if path and Path(path).exists()
-    }
+    tokenizer = load_tokenizer_config(tokenizer_config_path(config))
+    files = {"transformer": config.ckpt_path, "tokenizer": config.vae.ckpt_path or tokenizer.ckpt_path}
+    if config.data.latent_norm and config.data.data_path:
+        files["statistics"] = str(Path(config.data.data_path) / STATS_NAME)
     return {
         "seed": seed,
         "labels": list(labels),
         "sample": sample,
         "transport": as_dict(config.transport),
         "model": as_dict(config.model),
-        "weights": weights,
+        "latents": {"norm": config.data.latent_norm, "multiplier": config.data.latent_multiplier},
+        "weights": {name: fingerprint(path) for name, path in files.items() if path},
     }
 
 
@@ -106,7 +98,8 @@ def sample_run(
     """Sample the image of every label into `folder` as `000000.png`, ..., leaving out those that are there.
 
     Args:
-        minutes: time budget; at its end the batch under way is given up and the rest is left to a rerun.
+        minutes: time budget; when it is over the batch under way is finished and the rest is left to a rerun,
+            so that every call gets on.
 
     Raises:
         LightningDiTError: the folder cannot be written, holds another run, or the disk is too small.
@@ -123,52 +116,21 @@ def sample_run(
     made, nfe = 0, 0
     try:
         for batch in batches:
-            images, nfe = _sample_batch(pipe, labels, seed, batch, _watch(progress, deadline))
-            for index, image in zip(batch, images, strict=True):
+            if made and deadline is not None and time.monotonic() > deadline:
+                break
+            out = pipe(
+                [labels[index] for index in batch],
+                seed=seed,
+                indices=batch,
+                callback=lambda step, t, state: progress.update(),
+            )
+            for index, image in zip(batch, out.images, strict=True):
                 save_png(image, paths[index])
-            made += len(batch)
-    except _BudgetSpentError:
-        pass
+            made, nfe = made + len(batch), out.nfe
     finally:
         progress.close()
     whole = [path if path.exists() else None for path in paths]
     return RunResult(whole, made, nfe, time.monotonic() - started)
-
-
-def check_space(folder: Path, images: int, side: int) -> None:
-    """Refuse a run whose images may not fit the disk.
-
-    Raises:
-        LightningDiTError: the worst case is larger than the free space.
-    """
-    needed = images * side * side * BYTES_PER_PIXEL
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise LightningDiTError(
-            f"{images} images may take {needed / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free",
-            "ask for fewer images or choose another --output",
-        )
-
-
-def _sample_batch(
-    pipe: LightningDiTPipeline,
-    labels: Sequence[int],
-    seed: int,
-    batch: Sequence[int],
-    callback: Callable[[int, float, Tensor], None],
-) -> tuple[list[Image.Image], int]:
-    """Sample the images of these numbers, each from the noise of (seed, number)."""
-    out = pipe([labels[index] for index in batch], seed=seed, indices=batch, callback=callback)
-    return out.images, out.nfe
-
-
-def _watch(progress: Progress, deadline: float | None) -> Callable[[int, float, Tensor], None]:
-    def after_step(step: int, t: float, state: Tensor) -> None:
-        progress.update()
-        if deadline is not None and time.monotonic() > deadline:
-            raise _BudgetSpentError
-
-    return after_step
 
 
 def _short(value: Any) -> str:

@@ -7,6 +7,7 @@ run that was stopped goes on from its newest checkpoint when the command is give
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from LightningDiT import training
 from LightningDiT.checkpoint import load_into, load_weights
-from LightningDiT.config import Config, load_config
+from LightningDiT.config import Config, as_dict, load_config
 from LightningDiT.console import run_main
 from LightningDiT.data.shards import LatentShards
 from LightningDiT.device import autocast, best_device, training_dtype
@@ -26,7 +27,7 @@ from LightningDiT.models.lightningdit import LightningDiT
 from LightningDiT.pipeline import build_transport, model_settings
 from LightningDiT.seeds import generator_for
 from LightningDiT.tokenizer.latents import LatentStats
-from LightningDiT.training import BatchOrder, Ema, RunFolder, Schedule, learning_rate
+from LightningDiT.training import BatchOrder, Ema, RunFolder, Schedule, learning_rate, require_finite
 
 LABEL_DROPOUT = 0.1  # share of labels that become the null class, so that guidance can be learnt
 
@@ -43,9 +44,17 @@ class Trainer:
         self.order = BatchOrder(len(self.shards), train.global_batch_size, train.global_seed)
         torch.manual_seed(train.global_seed)  # initial weights
         # labels are dropped here, by a generator of the step, and not by the model's own dice
-        self.model = LightningDiT(model_settings(config), class_dropout_prob=0.0).to(self.device)
+        model = LightningDiT(model_settings(config), class_dropout_prob=0.0)
         if train.weight_init:
-            load_into(self.model, load_weights(train.weight_init), train.weight_init)
+            load_into(model, load_weights(train.weight_init), train.weight_init)
+        self.model = model.float().to(self.device)
+        self.settings = {
+            "model": as_dict(config.model),
+            "transport": as_dict(config.transport),
+            "batch": train.global_batch_size,
+            "seed": train.global_seed,
+            "latents": [*self.shards.shape, len(self.shards)],
+        }
         self.ema = Ema(self.model, train.ema_decay)
         self.transport = build_transport(config)
         self.optimizer = torch.optim.AdamW(
@@ -75,10 +84,12 @@ class Trainer:
         with autocast(self.device, self.dtype):
             losses = self.transport.training_losses(self.model, latents, {"y": labels}, generator=generator)
         terms = {name: losses[name].mean() for name in ("loss", "cos_loss") if name in losses}
+        total = torch.stack(list(terms.values())).sum()
+        require_finite("loss", total, step)
         self.optimizer.zero_grad(set_to_none=True)
-        sum(terms.values()).backward()
-        if optimizer.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), optimizer.max_grad_norm)
+        total.backward()
+        limit = math.inf if optimizer.max_grad_norm is None else optimizer.max_grad_norm
+        require_finite("gradient", nn.utils.clip_grad_norm_(self.model.parameters(), limit), step)
         self.optimizer.step()
         self.ema.update(self.model)
         return terms
@@ -146,6 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = replace(config, data=replace(config.data, data_path=args.data_path))
     train = config.train
     print(f"settings: {model_settings(config)}\n          {train}\n          {config.optimizer}")
+    print("".join(f"note: {note}\n" for note in config.notes), end="")
     if args.dry_run:
         return 0
     run = RunFolder(args.output or Path(train.output_dir) / train.exp_name)

@@ -21,7 +21,7 @@ from LightningDiT.device import autocast, best_device, training_dtype
 from LightningDiT.seeds import generator_for
 from LightningDiT.tokenizer.autoencoder import AutoencoderKL
 from LightningDiT.tokenizer.vavae import autoencoder_settings
-from LightningDiT.training import BatchOrder, Ema, RunFolder, Schedule, learning_rate
+from LightningDiT.training import BatchOrder, Ema, RunFolder, Schedule, learning_rate, require_finite
 
 
 def reconstruction_loss(
@@ -47,6 +47,12 @@ class TokenizerTrainer:
         self.dtype = training_dtype(self.device)
         self.model = model.to(self.device)
         self.images = images
+        self.settings = {
+            "autoencoder": repr(model.settings),
+            "batch": config.batch_size,
+            "seed": config.seed,
+            "images": len(images),
+        }
         self.order = BatchOrder(len(images), config.batch_size, config.seed)
         self.ema = Ema(self.model, config.ema_decay)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
@@ -62,8 +68,10 @@ class TokenizerTrainer:
         with autocast(self.device, self.dtype):
             terms = reconstruction_loss(self.model, batch, config, generator_for(config.seed, 1, step))
         self.optimizer.zero_grad(set_to_none=True)
+        require_finite("loss", terms["loss"], step)
         terms["loss"].backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
+        require_finite("gradient", norm, step)
         self.optimizer.step()
         self.ema.update(self.model)
         return terms
@@ -89,7 +97,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="tokenizer YAML (model.params and train)")
     parser.add_argument("--data-root", default="data/fashion-mnist", help="folder of Fashion-MNIST")
     parser.add_argument("--output", default="output/tokenizer", help="folder of checkpoints and log")
-    parser.add_argument("--max-steps", type=int, help="stop earlier or later than the YAML says")
+    parser.add_argument("--max-steps", type=int, help="stop earlier than the YAML says")
     parser.add_argument("--dry-run", action="store_true", help="print the settings and end")
     return parser.parse_args(argv)
 
@@ -105,7 +113,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(config.seed)  # initial weights
     images, _ = fashion_mnist(args.data_root, train=True)
     trainer = TokenizerTrainer(config, AutoencoderKL(autoencoder_settings(tokenizer)), images)
-    schedule = Schedule(args.max_steps or config.max_steps, config.batch_size, config.log_every, config.ckpt_every)
+    schedule = Schedule(
+        min(args.max_steps or config.max_steps, config.max_steps),
+        config.batch_size,
+        config.log_every,
+        config.ckpt_every,
+    )
     weights = training.train(trainer, RunFolder(args.output), schedule, "tokenizer.safetensors")
     print(f"wrote {weights}\nNext: python -m LightningDiT.extract_features --help")
     return 0

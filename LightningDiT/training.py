@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import signal
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from LightningDiT.checkpoint import load_training_state, save_training_state, save_weights
+from LightningDiT.errors import LightningDiTError
 from LightningDiT.seeds import generator_for
 
 KEPT_CHECKPOINTS = 2
@@ -28,7 +32,7 @@ class BatchOrder:
 
     def __init__(self, count: int, batch_size: int, seed: int) -> None:
         if batch_size > count:
-            raise ValueError(f"batch of {batch_size} asked of {count} samples; a smaller batch is expected")
+            raise LightningDiTError(f"a batch of {batch_size} is asked of {count} samples", "ask for a smaller batch")
         self.batch_size = batch_size
         self.count = count
         self.seed = seed
@@ -67,14 +71,15 @@ class Ema:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned."""
-        self.weights = dict(state["weights"])
+        for name, average in self.weights.items():
+            average.copy_(state["weights"][name])  # keeps the device that the module is on
         self.steps = int(state["steps"])
 
 
 def learning_rate(step: int, base: float, warmup: int, decay: int, total: int) -> float:
     """Return the rate of `step`: a linear rise over `warmup` steps, `base`, a cosine fall over `decay` ones."""
     rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
-    left = total - step
+    left = max(0, total - step)
     fall = 0.5 - 0.5 * math.cos(math.pi * min(1.0, left / decay)) if decay else 1.0
     return base * rise * fall
 
@@ -156,6 +161,7 @@ class Trainable(Protocol):
     """What `train` drives: one optimizer step at a time, and everything that a resumed run needs."""
 
     ema: Ema
+    settings: dict[str, Any]  # what a resumed run must have in common with its checkpoint
 
     def step(self, step: int) -> Mapping[str, Tensor]:
         """Take one optimizer step and return its scalar loss terms."""
@@ -178,30 +184,94 @@ class Schedule:
     resume: bool = True  # go on from the newest checkpoint
 
 
+def start(trainer: Trainable, run: RunFolder, resume: bool) -> int:
+    """Load the newest checkpoint of `run`, if any, and return the number of steps that it has behind it.
+
+    Raises:
+        LightningDiTError: the folder holds a run of other settings, or a run that is not to be resumed.
+    """
+    state = run.latest()
+    if state is None:
+        return 0
+    if not resume:
+        raise LightningDiTError(
+            f"{run.folder} holds checkpoints and train.resume is false",
+            "choose another --output, or set train.resume: true",
+        )
+    known = state.get("settings", {})
+    changed = [
+        f"{key}: {known.get(key)} there, {value} now"
+        for key, value in trainer.settings.items()
+        if known.get(key) != value
+    ]
+    if changed:
+        raise LightningDiTError(
+            f"{run.folder} holds a run of other settings ({'; '.join(changed)})", "choose another --output"
+        )
+    trainer.load_state_dict(state)
+    print(f"going on from step {state['step']} of {run.checkpoints()[-1]}")
+    return int(state["step"])
+
+
+@contextlib.contextmanager
+def held_interrupt() -> Iterator[threading.Event]:
+    """Turn Ctrl-C into an event that is looked at between steps, so that no half step is ever saved.
+
+    A second Ctrl-C ends at once; the newest checkpoint is then that of the last regular saving.
+    """
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event  # signals reach the main thread alone
+        return
+
+    def on_interrupt(number: int, frame: object) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+        print("Ctrl-C: ending after this step (press again to end at once)", flush=True)
+
+    previous = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def require_finite(name: str, value: Tensor, step: int) -> None:
+    """Stop a run before a loss or gradient that is not finite reaches the weights.
+
+    Raises:
+        LightningDiTError: `value` is NaN or infinite.
+    """
+    if not bool(torch.isfinite(value.detach()).all()):
+        raise LightningDiTError(
+            f"the {name} of step {step} is not finite; the newest checkpoint is whole",
+            "lower the learning rate or set max_grad_norm: 1.0, and give the same command again",
+        )
+
+
 def train(trainer: Trainable, run: RunFolder, schedule: Schedule, weights_name: str) -> Path:
     """Train up to `schedule.max_steps` and return the file of the averaged weights.
 
-    Ctrl-C saves what has been learnt and ends; running the same command again goes on from there.
+    Ctrl-C ends after the current step and saves; running the same command again goes on from there.
+
+    Raises:
+        LightningDiTError: see `start` and `require_finite`.
     """
-    state = run.latest() if schedule.resume else None
-    first = step = int(state["step"]) if state else 0
-    if state:
-        trainer.load_state_dict(state)
-        print(f"going on from step {first} of {run.checkpoints()[-1]}")
+    first = start(trainer, run, schedule.resume)
     meter = Meter(schedule.max_steps, first)
-    try:
-        for step in range(first, schedule.max_steps):
-            meter.add(trainer.step(step))
-            done = step + 1
-            if done % schedule.log_every == 0 or done == schedule.max_steps:
+    with held_interrupt() as interrupted:
+        for done in range(first + 1, schedule.max_steps + 1):
+            meter.add(trainer.step(done - 1))
+            last = done == schedule.max_steps or interrupted.is_set()
+            if done % schedule.log_every == 0 or last:
                 row = meter.row(done, schedule.batch_size)
                 run.log(row)
                 print(describe(row), flush=True)
-            if done % schedule.ckpt_every == 0 or done == schedule.max_steps:
-                run.save(done, trainer.state_dict())
-    except KeyboardInterrupt:
-        run.save(step, trainer.state_dict())
-        raise
+            if done % schedule.ckpt_every == 0 or last:
+                run.save(done, {"settings": trainer.settings, **trainer.state_dict()})
+            if interrupted.is_set():
+                raise KeyboardInterrupt
     path = run.folder / weights_name
     save_weights(trainer.ema.weights, path)
     return path

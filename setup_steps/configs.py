@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ COMMENTS = {
     "transport.path_type": "Linear, GVP or VP",
     "transport.prediction": "velocity, noise or score",
     "sample.mode": "ODE or SDE",
-    "sample.sampling_method": "a solver's name: euler, heun, dopri5, ...",
+    "sample.sampling_method": "a solver's name: euler, heun2, dopri5, ...",
     "sample.num_sampling_steps": "points of the time grid; Euler evaluates one time fewer",
     "sample.cfg_scale": "guidance; 1 is off",
     "sample.cfg_interval_start": "no guidance before this time (0 = noise, 1 = picture)",
@@ -125,7 +126,7 @@ def bundled_config(batch: int) -> Config:
     if missing:
         raise StepError(
             f"{weights.BUNDLED} lacks {', '.join(missing)}",
-            "git restore models/fashion-mnist, or clone the project again",
+            weights.RESTORE_BUNDLED,
         )
     own = read_yaml(weights.BUNDLED / "config.yaml")
     config = {key: own[key] for key in SECTIONS if key in own}
@@ -209,6 +210,20 @@ def _flat(config: Config) -> dict[str, object]:
     return flat
 
 
+def check(config: Config, target: Path, verify: Callable[[Path], list[str]]) -> list[str]:
+    """Return what `verify` says of the YAML that `write` would put at `target`, by a file in a
+    temporary folder that is deleted again.
+
+    Raises:
+        StepError: a folder carries the name, or the file was refused.
+    """
+    _refuse_folder(target)
+    with tempfile.TemporaryDirectory() as folder:
+        fresh = Path(folder).resolve() / target.name
+        fresh.write_text(render(config), encoding="utf-8")
+        return _verified(fresh, target, verify)
+
+
 def write(config: Config, target: Path, verify: Callable[[Path], list[str]]) -> list[str]:
     """Write the YAML if `verify` (which raises where it is not good) takes it, and return lines
     that say what was done. What was there before stays until then; an edited file is kept as .bak.
@@ -216,19 +231,12 @@ def write(config: Config, target: Path, verify: Callable[[Path], list[str]]) -> 
     Raises:
         StepError: a folder carries the name, or the file was refused.
     """
-    from LightningDiT.errors import LightningDiTError
-
-    if target.is_dir():
-        raise StepError(f"{target} is a folder, a YAML file was expected", f"{AGAIN} --output FILE")
+    _refuse_folder(target)
     text = render(config)
     fresh = target.with_name(f".{target.stem}.new.yaml")
     try:
         fresh.write_text(text, encoding="utf-8")
-        try:
-            lines = [line.replace(str(fresh), str(target)) for line in verify(fresh)]
-        except LightningDiTError as error:
-            message = error.message.replace(str(fresh), str(target))
-            raise StepError(message, error.mend) from error
+        lines = _verified(fresh, target, verify)
         if target.exists():
             old = target.read_text(encoding="utf-8", errors="replace")
             if old == text:
@@ -239,6 +247,22 @@ def write(config: Config, target: Path, verify: Callable[[Path], list[str]]) -> 
     finally:
         fresh.unlink(missing_ok=True)
     return [*lines, f"written: {target}"]
+
+
+def _refuse_folder(target: Path) -> None:
+    if target.is_dir():
+        raise StepError(f"{target} is a folder, a YAML file was expected", f"{AGAIN} --output FILE")
+
+
+def _verified(fresh: Path, target: Path, verify: Callable[[Path], list[str]]) -> list[str]:
+    """What `verify` says of `fresh`, in words about `target`, whose content it is to be."""
+    from LightningDiT.errors import LightningDiTError
+
+    try:
+        return [line.replace(str(fresh), str(target)) for line in verify(fresh)]
+    except LightningDiTError as error:
+        message = error.message.replace(str(fresh), str(target))
+        raise StepError(message, error.mend) from error
 
 
 def _keep_edited(target: Path, config: Config) -> list[str]:

@@ -9,11 +9,16 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import NoReturn, TextIO
+from pathlib import Path, PurePath
+from typing import NoReturn, TextIO, TypeVar
 
 PROJECT = Path(__file__).resolve().parent.parent
 """The folder that holds the step scripts; every default path starts here."""
+VENV = PROJECT / ".venv"
+"""The virtual environment that quickstart.py makes."""
+OWN_PACKAGES = frozenset({"LightningDiT", "setup_steps"})
+
+AnyPath = TypeVar("AnyPath", bound=PurePath)
 
 OK, FAILED, INTERRUPTED = 0, 1, 130
 OLDEST_PYTHON = (3, 10)
@@ -35,8 +40,8 @@ class StepError(Exception):
 
 def run(main: Callable[[], int]) -> NoReturn:
     """Run a step's `main` and leave the process with its exit code, never with a traceback for
-    what a person can mend: StepError and the library's error become one line on stderr (exit 1),
-    Ctrl-C becomes exit 130.
+    what a person can mend: StepError, the library's error and an absent package become one line on
+    stderr (exit 1), Ctrl-C becomes exit 130.
     """
     for stream in (sys.stdout, sys.stderr):
         # A notebook shows a pipe's lines only when they are flushed, and a path may hold
@@ -50,6 +55,12 @@ def run(main: Callable[[], int]) -> NoReturn:
         code = INTERRUPTED
     except OSError as error:
         complain(f"{describe_os_error(error)}")
+        code = FAILED
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if not package or package in OWN_PACKAGES or package in sys.stdlib_module_names:
+            raise
+        complain(f"package '{package}' is not installed for this Python ({sys.executable}); mend: {mend_packages()}")
         code = FAILED
     except Exception as error:
         if not isinstance(error, (StepError, library_error())):
@@ -84,14 +95,40 @@ def describe_os_error(error: OSError) -> str:
     return f"{place}{reason}"
 
 
-def this_command(default: str) -> str:
-    """The command that is running, as a person would type it; `default` (a script with its
-    options) where this process is none of the project's scripts.
+def this_command(default: str, python: str = "python") -> str:
+    """The command that is running, as a person would type it with the interpreter `python`;
+    `default` (a script with its options) where this process is none of the project's scripts.
     """
     script = Path(sys.argv[0]).name
     if (PROJECT / script).is_file() and script.endswith(".py"):
-        return "python " + shlex.join([script, *sys.argv[1:]])
-    return f"python {default}"
+        return f"{python} {shlex.join([script, *sys.argv[1:]])}"
+    return f"{python} {default}"
+
+
+def venv_python(folder: AnyPath, system: str = os.name) -> AnyPath:
+    """The interpreter of a virtual environment; `system` is "nt" for Windows."""
+    return folder / ("Scripts/python.exe" if system == "nt" else "bin/python")
+
+
+def runs_in_venv() -> bool:
+    """True where this process runs in the project's own virtual environment."""
+    # The interpreter's file does not tell: the one in the environment is a link to the other.
+    return Path(sys.prefix).resolve() == VENV.resolve()
+
+
+def interpreter() -> str:
+    """How a person in the project's folder names the interpreter of this process."""
+    return str(venv_python(Path(VENV.name))) if runs_in_venv() else "python"
+
+
+def mend_packages() -> str:
+    """The command that mends an absent package: the same one in the project's virtual environment
+    where there is one and this process does not run in it, else step 1.
+    """
+    step1 = "step1_install_environment.py"
+    if venv_python(VENV).exists() and not runs_in_venv():
+        return this_command(step1, str(venv_python(Path(VENV.name))))
+    return f"{interpreter()} {step1}"
 
 
 def require_python() -> None:

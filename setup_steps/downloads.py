@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from setup_steps.console import Progress, StepError, format_bytes, format_seconds, this_command
+from setup_steps.console import Progress, StepError, format_bytes, format_seconds, mend_packages, this_command
 
 CHUNK = 1 << 20
 SPARE_BYTES = 64_000_000  # disk left free beside the downloads
@@ -150,7 +150,7 @@ def describe(repo: str, name: str, patience: Patience = PATIENCE) -> RemoteFile:
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
         from huggingface_hub.utils import HfHubHTTPError
     except ImportError as error:
-        raise StepError(f"huggingface_hub does not import ({error})", "python step1_install_environment.py") from error
+        raise StepError(f"huggingface_hub does not import ({error})", mend_packages()) from error
     # The HTTP library beneath huggingface_hub has changed twice (requests, httpx, httpx2); its
     # error for "no answer" is a base of the hub's own error, or an OSError.
     hub_errors = (OSError, *HfHubHTTPError.__bases__)

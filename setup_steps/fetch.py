@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from setup_steps import downloads
 from setup_steps.console import Progress, StepError, format_bytes, format_seconds
 from setup_steps.machine import require_torch
-from setup_steps.weights import WeightFile
+from setup_steps.weights import STATS, WeightFile
 
 RECORD = ".downloads.json"
 
@@ -166,12 +168,40 @@ def open_check(file: WeightFile, path: Path) -> str:
     return _check_checkpoint(file, path)
 
 
+def bundled_faults(folder: Path) -> list[str]:
+    """Open every file of the bundled model and return what is wrong with which; empty where all
+    open.
+
+    Raises:
+        StepError: torch is absent.
+    """
+    require_torch("opening the bundled model")
+    from LightningDiT.checkpoint import inspect
+    from LightningDiT.config import load_config, load_tokenizer_config
+    from LightningDiT.errors import LightningDiTError
+    from LightningDiT.tokenizer.latents import diagnose
+
+    openers: dict[str, Callable[[Path], object]] = {
+        "config.yaml": load_config,
+        "tokenizer.yaml": load_tokenizer_config,
+        "transformer.safetensors": inspect,
+        "tokenizer.safetensors": inspect,
+    }
+    faults = []
+    for name, opener in openers.items():
+        try:
+            opener(folder / name)
+        except LightningDiTError as error:
+            faults.append(error.message)
+    return faults + diagnose(folder / STATS.name)
+
+
 def _check_stats(path: Path) -> str:
     from LightningDiT.tokenizer.latents import diagnose
 
     faults = diagnose(path, channels=32)
     if faults:
-        raise StepError(f"{path}: {'; '.join(faults)}", "python fix_latents_stats.py")
+        raise StepError(f"{path}: {'; '.join(faults)}", f"python fix_latents_stats.py --stats {shlex.quote(str(path))}")
     return "opens, 32 means and standard deviations"
 
 

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
-from setup_steps.console import PROJECT, StepError, format_bytes
+from setup_steps.console import PROJECT, StepError, format_bytes, mend_packages
 
 PROBE_SECONDS = 300
 # What an import, or an operation on a device without kernels, raises when a package is broken.
@@ -84,7 +84,7 @@ def require_torch(purpose: str) -> None:
     except BROKEN as error:
         raise StepError(
             f"{purpose} needs torch, which does not import ({one_line(error)})",
-            "python step1_install_environment.py",
+            mend_packages(),
         ) from error
 
 

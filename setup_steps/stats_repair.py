@@ -34,11 +34,13 @@ class Target:
         kind: "bundled", "published" (of the published tokenizer) or "other", of a tokenizer that
             only its owner knows.
         channels: how many it must have; None where nothing says so.
+        reason: why it is this file.
     """
 
     path: Path
     kind: str
     channels: int | None
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -59,28 +61,52 @@ class Repair:
 
 def locate(given: Path | None, config: Path = CONFIG) -> Target:
     """Find the file in question: the one given, else the one that the written configuration uses,
-    else models/latents_stats.pt. A folder stands for the latents_stats.pt inside it; where
-    `data.data_path` names the file and not its folder, that file is meant.
+    else that of the published weights in models/, else the bundled model's. A folder stands for the
+    latents_stats.pt inside it; where `data.data_path` names the file and not its folder, that file
+    is meant.
     """
-    from LightningDiT.config import load_config
-
-    path, published = weights.MODELS / weights.STATS.name, False
+    published = False
     if given is not None:
-        path = given
-    elif config.is_file():
-        settings = load_config(config)
-        path = Path(settings.data.data_path or path)
-        published = settings.vae.model_name == PUBLISHED_TOKENIZER
+        path, reason = given, "named by --stats"
+    else:
+        used, published = _used_by(config)
+        path, reason = (used, f"{config.name} uses it") if used else _without_configuration(config)
     path = path.expanduser().resolve()
     if path.is_dir() and path.suffix != ".pt":
         path = path / weights.STATS.name
     if path.parent == weights.BUNDLED.resolve():
         tokenizer = weights.BUNDLED / "tokenizer.safetensors"
         known = from_tokenizer(tokenizer).stats.mean.shape[1] if tokenizer.is_file() else None
-        return Target(path, "bundled", known)
-    if published or path.parent == weights.MODELS.resolve():
-        return Target(path, "published", PUBLISHED_CHANNELS)
-    return Target(path, "other", None)
+        return Target(path, "bundled", known, reason)
+    beside = [name for name in weights.published_in(path.parent) if name != path.name]
+    if published or beside or path.parent == weights.MODELS.resolve():
+        return Target(path, "published", PUBLISHED_CHANNELS, reason)
+    return Target(path, "other", None, reason)
+
+
+def _used_by(config: Path) -> tuple[Path | None, bool]:
+    """What a configuration says of the statistics: where they are (None where it says nothing or is
+    not there), and whether they are those of the published tokenizer.
+    """
+    from LightningDiT.config import load_config
+
+    if not config.is_file():
+        return None, False
+    settings = load_config(config)
+    used = settings.data.data_path
+    return (Path(used), settings.vae.model_name == PUBLISHED_TOKENIZER) if used else (None, False)
+
+
+def _without_configuration(config: Path) -> tuple[Path, str]:
+    """The file of the model that is here, and why it is that one."""
+    lack = f"{config.name} names no data.data_path" if config.is_file() else f"there is no {config.name}"
+    published = weights.published_in(weights.MODELS)
+    if published:
+        return weights.MODELS / weights.STATS.name, f"{lack}, and {weights.MODELS} holds {', '.join(published)}"
+    return (
+        weights.BUNDLED / weights.STATS.name,
+        f"{lack} and no published file in {weights.MODELS}: the bundled model's",
+    )
 
 
 def from_tokenizer(path: Path) -> Repair:

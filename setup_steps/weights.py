@@ -53,6 +53,7 @@ SETS: dict[str, tuple[WeightFile, ...]] = {
     "bundled": (),  # comes with the project, see BUNDLED_FILES
 }
 ROLES = ("vavae", "stats", "dit")
+RESTORE_BUNDLED = "git restore models/fashion-mnist, or clone the project again"
 BUNDLED_FILES = (
     "config.yaml",
     "tokenizer.yaml",
@@ -65,6 +66,11 @@ BUNDLED_FILES = (
 def files_of(model: str, only: str | None = None) -> tuple[WeightFile, ...]:
     """The published files of a model set, or those of one role among them."""
     return tuple(file for file in SETS[model] if only in (None, file.role))
+
+
+def published_in(folder: Path) -> list[str]:
+    """Names of the published files that `folder` holds, whole or damaged."""
+    return [file.name for file in SETS["all"] if (folder / file.name).exists()]
 
 
 def missing_bundled() -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -12,6 +13,7 @@ from torch import nn
 
 from LightningDiT.checkpoint import (
     atomic_path,
+    fingerprint,
     inspect,
     load_into,
     load_weights,
@@ -100,7 +102,7 @@ def test_what_is_no_weights_file_is_named(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(LightningDiTError, match=message):
             load_weights(tmp_path / name)
-    with pytest.raises(LightningDiTError, match="does not exist; mend: python step2"):
+    with pytest.raises(LightningDiTError, match="does not exist; mend: .*python step2"):
         load_weights(tmp_path / "absent.pt")
     with pytest.raises(LightningDiTError, match="is a folder"):
         load_weights(tmp_path)
@@ -152,6 +154,23 @@ def test_nan_inside_is_refused_by_name() -> None:
     broken = weights() | {"bias": torch.tensor([1.0, float("nan")])}
     with pytest.raises(LightningDiTError, match="tensor bias holds NaN"):
         load_into(nn.Linear(3, 2), broken, "file")
+
+
+def test_a_fingerprint_follows_the_content(tmp_path: Path) -> None:
+    path = tmp_path / "weights.bin"
+    content = bytearray(np.random.default_rng(0).bytes(20_000_000))
+    path.write_bytes(content)
+    first = fingerprint(path)
+    assert fingerprint(path) == first
+    path.write_bytes(content[:-1])
+    assert fingerprint(path) != first
+    path.write_bytes(bytes(255 - byte for byte in content[:1_000_000]) + content[1_000_000:])
+    assert fingerprint(path) != first
+
+
+def test_the_mend_of_a_bundled_file_is_git(tmp_path: Path) -> None:
+    with pytest.raises(LightningDiTError, match="mend: git restore models/fashion-mnist"):
+        load_weights(tmp_path / "models" / "fashion-mnist" / "transformer.safetensors")
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

@@ -112,6 +112,13 @@ def test_extraction_writes_the_modes_and_their_statistics(tiny_folder: Path, tmp
     torch.testing.assert_close(stats.mean.flatten(), latents.mean((0, 2, 3)), atol=1e-5, rtol=1e-5)
 
 
+def test_old_shards_are_never_mixed_with_new_ones(shard_folder: Path, tiny_folder: Path, fashion_folder: Path) -> None:
+    command = ["--config", str(tiny_folder / "config.yaml"), "--data-root", str(fashion_folder)]
+    with pytest.raises(LightningDiTError, match="holds latent shards already"):
+        extract_features.main([*command, "--output", str(shard_folder)])
+    assert len(LatentShards(shard_folder)) == 9
+
+
 def test_a_folder_without_images_is_named(tiny_folder: Path, tmp_path: Path) -> None:
     command = ["--config", str(tiny_folder / "config.yaml"), "--images", str(tmp_path / "absent")]
     with pytest.raises(LightningDiTError, match="no images in"):

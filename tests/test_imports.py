@@ -17,13 +17,14 @@ ALLOWED = {
     "seeds": set(),
     "console": {"errors"},
     "cli": {"config", "errors"},
+    "labels": {"config", "errors"},
     "checkpoint": {"errors"},
     "device": {"errors"},
     "images": {"checkpoint", "errors"},
-    "training": {"checkpoint", "seeds"},
+    "training": {"checkpoint", "errors", "seeds"},
     "models": set(),
     "transport": set(),
-    "tokenizer": {"checkpoint", "config", "errors", "images"},
+    "tokenizer": {"checkpoint", "config", "device", "errors", "images"},
     "data": {"checkpoint", "errors"},
     "pipeline": {
         "checkpoint",
@@ -35,6 +36,7 @@ ALLOWED = {
         "models",
         "tokenizer",
         "transport",
+        "labels",
     },
 }
 TORCH_FREE = ["step1_install_environment.py", "step2_download_models.py", "quickstart.py", "setup_steps"]

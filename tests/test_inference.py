@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from LightningDiT import inference, runs
+from LightningDiT import cli, inference, runs
 from LightningDiT.cli import IMAGENET_DEMO_CLASSES, demo_classes
 from LightningDiT.console import duration, run_main
 from LightningDiT.errors import LightningDiTError
@@ -66,7 +65,7 @@ def test_the_time_budget_keeps_what_is_done(
     clock = iter(range(0, 10_000, 20))  # every look at the clock is twenty seconds later
     with monkeypatch.context() as patch:
         patch.setattr(runs.time, "monotonic", lambda: float(next(clock)))
-        assert sample(tiny_folder, "--num-samples", "6", "--time-budget", "4") == 0
+        assert sample(tiny_folder, "--num-samples", "6", "--time-budget", "2") == 0
     done = images_in(tiny_folder / "out")
     assert 0 < len(done) < 6
     assert "give the same command again to go on" in capsys.readouterr().out
@@ -77,7 +76,7 @@ def test_the_time_budget_keeps_what_is_done(
 def test_an_unfinished_grid_never_replaces_a_whole_one(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sample(tiny_folder, "--demo") == 0
     grid = (tiny_folder / "out" / "demo_samples.png").read_bytes()
-    assert sample(tiny_folder, "--demo", "--seed", "2", "--time-budget", "0") == 0
+    assert sample(tiny_folder, "--demo", "--seed", "2", "--time-budget", "1e-9") == 0
     assert (tiny_folder / "out" / "demo_samples.png").read_bytes() == grid
     assert (tiny_folder / "out" / "demo_samples_unfinished.png").exists()
 
@@ -97,7 +96,12 @@ def test_classes_by_name_and_a_contact_sheet(tiny_folder: Path, capsys: pytest.C
         (["--demo", "--classes", "3"], "class 3 is out of range; 0 to 2 are expected"),
         (["--demo", "--classes", "catt"], "class 'catt' is unknown; near to it: cat"),
         (["--demo", "--steps", "1"], "--steps is 1; 2 or more"),
-        (["--demo", "--solver", "eular"], "sampling_method='eular' is unknown"),
+        (["--demo", "--guidance-scale", "-3"], "--guidance-scale is -3.0; a scale of 0 or more"),
+        (["--demo", "--solver", "eular"], "sampling_method 'eular' is unknown"),
+        (["--demo", "--solver", "eular", "--dry-run"], "the nearest is euler"),
+        (["--demo", "--classes", "9", "--dry-run"], "class 9 is out of range"),
+        (["--demo", "--count", "9999999999999"], "images may take"),
+        (["--num-samples", "9999999999999"], "images may take"),
     ],
 )
 def test_bad_options_are_one_line(
@@ -111,11 +115,21 @@ def test_bad_options_are_one_line(
 
 def test_more_images_than_the_disk_holds_are_refused(tiny_folder: Path) -> None:
     with pytest.raises(LightningDiTError, match=r"999999999999 images may take .* GB and .* GB free"):
-        runs.check_space(tiny_folder, 999_999_999_999, 16)
-    runs.check_space(tiny_folder, 1, 16)
+        cli.check_space(tiny_folder, 999_999_999_999, 16)
+    cli.check_space(tiny_folder, 1, 16)
 
 
-@pytest.mark.parametrize("arguments", [["--count", "0"], ["--seed", "-1"], ["--steps", "many"], ["--no-such"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--count", "0"],
+        ["--seed", "-1"],
+        ["--steps", "many"],
+        ["--num-samples", "-5"],
+        ["--time-budget", "0"],
+        ["--no-such"],
+    ],
+)
 def test_usage_errors_end_with_two(arguments: list[str], tiny_folder: Path) -> None:
     with pytest.raises(SystemExit) as caught:
         sample(tiny_folder, *arguments)
@@ -136,11 +150,35 @@ def test_a_manifest_that_is_no_json_is_named(tiny_folder: Path, capsys: pytest.C
     assert "manifest.json cannot be read" in capsys.readouterr().err
 
 
-def test_other_weights_make_another_run(tiny_folder: Path) -> None:
+@pytest.mark.parametrize("changed", ["transformer.safetensors", "tokenizer.safetensors", "latents_stats.pt"])
+def test_other_files_of_the_same_size_make_another_run(changed: str, tiny_folder: Path) -> None:
     config = inference.load_config(tiny_folder / "config.yaml")
     name = runs.run_name(runs.manifest_of(config, [0], 0))
-    shutil.copy(tiny_folder / "tokenizer.safetensors", tiny_folder / "transformer.safetensors")
+    assert runs.run_name(runs.manifest_of(config, [0], 0)) == name
+    path = tiny_folder / changed
+    content = path.read_bytes()
+    path.write_bytes(bytes(byte ^ 1 for byte in content[:100_000]) + content[100_000:])
     assert runs.run_name(runs.manifest_of(config, [0], 0)) != name
+
+
+def test_every_call_gets_on_however_small_the_budget(tiny_folder: Path) -> None:
+    for done in (2, 4, 5):
+        assert sample(tiny_folder, "--num-samples", "5", "--time-budget", "1e-9") == 0
+        assert len(images_in(tiny_folder / "out")) == done
+
+
+def test_a_grid_of_many_pictures_needs_few_open_files(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    resource = pytest.importorskip("resource")
+    assert sample(tiny_folder, "--demo", "--count", "80", "--steps", "2", "--batch-size", "40") == 0
+    (tiny_folder / "out" / "demo_samples.png").unlink()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+    try:
+        code = sample(tiny_folder, "--demo", "--count", "80", "--steps", "2", "--batch-size", "40")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert code == 0
+    assert (tiny_folder / "out" / "demo_samples.png").exists()
 
 
 def test_durations_read_well() -> None:

@@ -12,10 +12,9 @@ import torch
 from PIL import Image
 
 from LightningDiT.checkpoint import load_weights, save_weights
-from LightningDiT.config import load_config
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import to_uint8
-from LightningDiT.pipeline import LightningDiTPipeline, class_names_of, verify_config
+from LightningDiT.pipeline import LightningDiTPipeline, verify_config
 from LightningDiT.transport.guidance import guided_velocity
 
 
@@ -97,11 +96,38 @@ def test_the_sde_ends_near_nothing_but_finite_and_reproducible(pipe: LightningDi
     torch.testing.assert_close(alone.images[0], first.images[1], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sampling_method": "dopri5"}, "Dopri5"),
+        ({"sampling_method": "heun", "timestep_shift": 0.3}, "go with mode ODE"),
+        ({"sampling_method": "heun", "last_step": "Never"}, "Never"),
+        ({"sampling_method": "heun", "diffusion_form": "square"}, "square"),
+    ],
+)
+def test_the_sde_refuses_what_it_does_not_have(
+    change: dict[str, object], message: str, pipe: LightningDiTPipeline
+) -> None:
+    sample = dataclasses.replace(pipe.config.sample, mode="SDE", **change)
+    with pytest.raises(LightningDiTError, match=message):
+        LightningDiTPipeline.from_config(dataclasses.replace(pipe.config, sample=sample), device="cpu")
+
+
+def test_the_sde_takes_its_settings_from_the_configuration(pipe: LightningDiTPipeline) -> None:
+    ends = []
+    for change in ({}, {"last_step": None}, {"sampling_method": "heun"}, {"diffusion_norm": 0.5}):
+        sample = dataclasses.replace(pipe.config.sample, mode="SDE", num_sampling_steps=4, **change)
+        stochastic = LightningDiTPipeline.from_config(dataclasses.replace(pipe.config, sample=sample), device="cpu")
+        ends.append(stochastic([0], seed=1, output_type="latent").images)
+    for end in ends[1:]:
+        assert (end - ends[0]).abs().max() > 1e-3
+
+
 def test_a_saved_pipeline_gives_the_same_images(pipe: LightningDiTPipeline, tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path / "saved")
     again = LightningDiTPipeline.from_pretrained(tmp_path / "saved", device="cpu")
     np.testing.assert_array_equal(again([0, 1], output_type="np").images, pipe([0, 1], output_type="np").images)
-    assert again.class_names == pipe.class_names
+    assert again.labels == pipe.labels
     assert len(verify_config(tmp_path / "saved" / "config.yaml")) == 4
 
 
@@ -115,48 +141,19 @@ def test_half_precision_stays_near(pipe: LightningDiTPipeline, tiny_source: Path
     assert 0 < error < 0.05
 
 
-def test_labels_by_number_and_name(pipe: LightningDiTPipeline) -> None:
-    assert [pipe.label_of(name) for name in (2, "2", "dog", "House Cat", "sea lion", "cat, house cat")] == [
-        2,
-        2,
-        1,
-        0,
-        2,
-        0,
-    ]
-    assert pipe.name_of(0) == "cat"
-    cases = {
-        3: "class 3 is out of range; 0 to 2",
-        "-1": "class -1 is out of range",
-        "dgo": "class 'dgo' is unknown; near to it: dog",
-        "lion": "near to it: sea lion",
-        "qqqq": "numbers 0 to 2 always work",
-    }
-    for label, message in cases.items():
-        with pytest.raises(LightningDiTError, match=message):
-            pipe.label_of(label)
-
-
-def test_imagenet_names_come_from_the_tables_of_timm(tiny_source: Path) -> None:
-    config = load_config(tiny_source / "config.yaml")
-    imagenet = dataclasses.replace(config, data=dataclasses.replace(config.data, num_classes=1000, class_names=None))
-    names = class_names_of(imagenet)
-    assert names is not None
-    assert names[207] == "golden retriever"
-    assert names[3].startswith("tiger shark")
-    assert len(names) == 1000
-
-
 def test_wrong_arguments_are_named(pipe: LightningDiTPipeline) -> None:
     cases = {
         "output_type 'jpg' is unknown": {"output_type": "jpg"},
         "num_inference_steps is 1; 2 or more": {"num_inference_steps": 1},
         r"latents have the shape \[1, 4, 4, 4\]; \[1, 4, 8, 8\]": {"latents": torch.zeros(1, 4, 4, 4)},
         "is not finite": {"guidance_scale": float("nan")},
+        "values that are not finite": {"latents": torch.full((1, 4, 8, 8), float("inf"))},
     }
     for message, arguments in cases.items():
         with pytest.raises(LightningDiTError, match=message):
             pipe([0], **arguments)
+    with pytest.raises(LightningDiTError, match="class_labels is empty"):
+        pipe([])
 
 
 def edit(folder: Path, old: str, new: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,6 @@ from torch import Tensor
 from LightningDiT.checkpoint import load_training_state, save_training_state
 from LightningDiT.errors import LightningDiTError
 
-MEND = "python fix_latents_stats.py"
 METADATA_KEYS = ("latents_mean", "latents_std")
 
 
@@ -70,7 +70,7 @@ class LatentStats:
         mean, std = _read(Path(path))
         problems = _problems(mean, std, channels)
         if problems:
-            raise LightningDiTError(f"latent statistics {path}: {'; '.join(problems)}", MEND)
+            raise LightningDiTError(f"latent statistics {path}: {'; '.join(problems)}", mend_of(path))
         return cls(mean.float(), std.float(), multiplier)
 
     @classmethod
@@ -79,10 +79,10 @@ class LatentStats:
         try:
             values = [torch.tensor(json.loads(metadata[key])).view(1, -1, 1, 1) for key in METADATA_KEYS]
         except (KeyError, ValueError, TypeError) as error:
-            raise LightningDiTError(f"{path} carries no latent statistics in its metadata", MEND) from error
+            raise LightningDiTError(f"{path} carries no latent statistics in its metadata", mend_of(path)) from error
         problems = _problems(*values, None)
         if problems:
-            raise LightningDiTError(f"latent statistics in {path}: {'; '.join(problems)}", MEND)
+            raise LightningDiTError(f"latent statistics in {path}: {'; '.join(problems)}", mend_of(path))
         return cls(*values)
 
     def as_metadata(self) -> dict[str, str]:
@@ -94,8 +94,15 @@ class LatentStats:
         """Write `mean` and `std` as the published code reads them, atomically, if they are valid."""
         problems = _problems(self.mean, self.std, None)
         if problems:
-            raise LightningDiTError(f"latent statistics are not written to {path}: {'; '.join(problems)}", MEND)
+            raise LightningDiTError(
+                f"latent statistics are not written to {path}: {'; '.join(problems)}", mend_of(path)
+            )
         save_training_state({"mean": self.mean.clone(), "std": self.std.clone()}, path)
+
+
+def mend_of(path: str | Path) -> str:
+    """Return the command that repairs the statistics file at `path`."""
+    return f"python fix_latents_stats.py --stats {shlex.quote(str(path))}"
 
 
 def diagnose(path: str | Path, channels: int | None = None) -> list[str]:
@@ -108,21 +115,21 @@ def diagnose(path: str | Path, channels: int | None = None) -> list[str]:
 
 def _read(path: Path) -> tuple[Tensor, Tensor]:
     if path.is_dir():
-        raise LightningDiTError(f"latent statistics {path} is a folder, a file was expected", MEND)
+        raise LightningDiTError(f"latent statistics {path} is a folder, a file was expected", mend_of(path))
     if not path.exists():
-        raise LightningDiTError(f"latent statistics {path} does not exist", MEND)
+        raise LightningDiTError(f"latent statistics {path} does not exist", mend_of(path))
     if path.stat().st_size == 0:
-        raise LightningDiTError(f"latent statistics {path} is empty (0 bytes)", MEND)
+        raise LightningDiTError(f"latent statistics {path} is empty (0 bytes)", mend_of(path))
     try:
         content = load_training_state(path)
     except LightningDiTError as error:
-        raise LightningDiTError(error.message, MEND) from error
+        raise LightningDiTError(error.message, mend_of(path)) from error
     found = [content.get(key) for key in ("mean", "std")]
     if not all(isinstance(value, Tensor) for value in found):
         raise LightningDiTError(
             f"latent statistics {path} has the entries {', '.join(map(str, content)) or 'none'};"
             " tensors `mean` and `std` are expected",
-            MEND,
+            mend_of(path),
         )
     return found[0], found[1]
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from LightningDiT.checkpoint import check_shapes, inspect, load_into, load_weights
 from LightningDiT.config import TokenizerConfig, load_tokenizer_config, typed
+from LightningDiT.device import best_device
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import centre_crop, to_uint8
 
@@ -57,6 +58,7 @@ class VA_VAE:  # noqa: N801 - the published name
         img_size: side of the images that `img_transform` gives; the YAML's resolution where left out.
         ckpt_path: weights to use instead of the YAML's.
         stats: statistics of the latents; without them `encode` and `decode` are refused.
+        device: where to compute; as in the published code a GPU that works, else the CPU, where left out.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class VA_VAE:  # noqa: N801 - the published name
         img_size: int | None = None,
         ckpt_path: str | Path | None = None,
         stats: LatentStats | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         self.config = config if isinstance(config, TokenizerConfig) else load_tokenizer_config(config)
         path = ckpt_path or self.config.ckpt_path
@@ -73,7 +76,7 @@ class VA_VAE:  # noqa: N801 - the published name
                 f"{self.config.source} names no ckpt_path, the tokenizer's weights are expected there",
                 "python step3_setup_configs.py",
             )
-        self.model = load_autoencoder(self.config, path).float()
+        self.model = load_autoencoder(self.config, path).float().to(device or best_device())
         self.embed_dim = self.model.settings.embed_dim
         self.downsample_factor = self.model.settings.downsample_factor
         self.img_size = img_size or self.model.settings.resolution
