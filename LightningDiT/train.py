@@ -164,7 +164,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     schedule = Schedule(
         train.max_steps, train.global_batch_size, train.log_every, train.ckpt_every, resume=train.resume
     )
-    print(f"wrote {training.train(Trainer(config), run, schedule, 'transformer.safetensors')}")
+    weights = training.train(Trainer(config), run, schedule, "transformer.safetensors")
+    print(f"wrote {weights}")
+    print(f"Next: set ckpt_path: {weights} in {args.config}, and python -m LightningDiT.inference --config C --demo")
     return 0
 
 

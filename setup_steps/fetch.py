@@ -169,8 +169,8 @@ def open_check(file: WeightFile, path: Path) -> str:
 
 
 def bundled_faults(folder: Path) -> list[str]:
-    """Open every file of the bundled model and return what is wrong with which; empty where all
-    open.
+    """Open every file of the bundled model and return what is wrong with which; where all open,
+    whether they fit each other (a YAML that is cut short may open). Empty where all is well.
 
     Raises:
         StepError: torch is absent.
@@ -179,6 +179,7 @@ def bundled_faults(folder: Path) -> list[str]:
     from LightningDiT.checkpoint import inspect
     from LightningDiT.config import load_config, load_tokenizer_config
     from LightningDiT.errors import LightningDiTError
+    from LightningDiT.pipeline import verify_config
     from LightningDiT.tokenizer.latents import diagnose
 
     openers: dict[str, Callable[[Path], object]] = {
@@ -187,13 +188,18 @@ def bundled_faults(folder: Path) -> list[str]:
         "transformer.safetensors": inspect,
         "tokenizer.safetensors": inspect,
     }
-    faults = []
+    faults = diagnose(folder / STATS.name)
     for name, opener in openers.items():
         try:
             opener(folder / name)
         except LightningDiTError as error:
             faults.append(error.message)
-    return faults + diagnose(folder / STATS.name)
+    if not faults:
+        try:
+            verify_config(folder / "config.yaml")
+        except LightningDiTError as error:
+            faults.append(error.message)
+    return faults
 
 
 def _check_stats(path: Path) -> str:

@@ -18,6 +18,7 @@ from LightningDiT.tokenizer.latents import LatentStats, diagnose
 from setup_steps import stats_repair, weights
 from setup_steps.console import StepError
 from tests.hub_server import Hub, running_hub
+from tests.project_copy import copy_project, run_script
 
 CHANNELS = 8
 GOOD = LatentStats(torch.linspace(-1, 1, CHANNELS).view(1, -1, 1, 1), torch.linspace(1, 2, CHANNELS).view(1, -1, 1, 1))
@@ -187,7 +188,7 @@ def test_without_a_hub_the_bad_file_stays(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_nothing_is_invented_unless_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "latents_stats.pt"
-    with pytest.raises(StepError, match="nothing tells which tokenizer"):
+    with pytest.raises(StepError, match=r"nothing tells which tokenizer .*; mend: .* --stats \S+ --latents FOLDER"):
         repair(path)
     with pytest.raises(StepError, match=r"is not known; mend: add --channels N"):
         repair(path, "--identity")
@@ -223,13 +224,68 @@ def test_the_configuration_names_the_file(tmp_path: Path, data_path: str, found:
     config = tmp_path / "config.yaml"
     config.write_text(f"data:\n  data_path: {data_path}\n")
     target = stats_repair.locate(None, config)
-    assert target == stats_repair.Target(tmp_path / found, "published", 32)
+    assert target == stats_repair.Target(tmp_path / found, "published", 32, "config.yaml uses it")
 
 
-def test_without_a_configuration_it_is_the_one_in_models(tmp_path: Path) -> None:
-    target = stats_repair.locate(None, tmp_path / "none.yaml")
-    assert target.path == weights.MODELS / "latents_stats.pt"
-    assert target.channels == 32
+@pytest.mark.parametrize("text", [None, "data:\n  num_classes: 10\n"])
+def test_without_a_configuration_it_is_that_of_the_model_that_is_here(
+    bundled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None
+) -> None:
+    """The bundled model's file, unless models/ holds a published one; so too where the YAML is silent."""
+    monkeypatch.setattr(weights, "MODELS", tmp_path)
+    config, lack = tmp_path / "c.yaml", "there is no c.yaml"
+    if text:
+        config.write_text(text)
+        lack = "c.yaml names no data.data_path"
+    target = stats_repair.locate(None, config)
+    reason = f"{lack} and no published file in {tmp_path}: the bundled model's"
+    assert target == stats_repair.Target(bundled / "latents_stats.pt", "bundled", CHANNELS, reason)
+    for name in (weights.DIT["64ep"].name, "latents_stats.pt"):
+        (tmp_path / name).touch()
+        target = stats_repair.locate(None, config)
+        reason = f"{lack}, and {tmp_path} holds {name}"
+        assert target == stats_repair.Target(tmp_path / "latents_stats.pt", "published", 32, reason)
+        (tmp_path / name).unlink()
+
+
+def test_the_bare_command_repairs_the_bundled_model_and_says_why(tmp_path: Path) -> None:
+    """In a fresh clone, whose path has a space."""
+    project = copy_project(tmp_path / "my project", "LightningDiT")
+    folder = project / "models" / "fashion-mnist"
+    folder.mkdir(parents=True)
+    save_file({"w": torch.zeros(1)}, folder / "tokenizer.safetensors", metadata=GOOD.as_metadata())
+    done = run_script(project / "fix_latents_stats.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(LatentStats.load(folder / "latents_stats.pt", CHANNELS).mean, GOOD.mean)
+    assert done.stdout.splitlines()[0] == (
+        f"Repair of {folder / 'latents_stats.pt'} (there is no kaggle_inference_config.yaml and no published file in "
+        f"{project / 'models'}: the bundled model's)"
+    )
+
+
+def test_a_path_with_spaces_in_the_bundled_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a person pastes it: relative, quoted, through a link, or as the folder."""
+    folder = tmp_path / "my project 图像" / "fashion-mnist"
+    folder.mkdir(parents=True)
+    save_file({"w": torch.zeros(1)}, folder / "tokenizer.safetensors", metadata=GOOD.as_metadata())
+    (tmp_path / "a link").symlink_to(folder)
+    monkeypatch.setattr(weights, "BUNDLED", folder)
+    monkeypatch.chdir(tmp_path)
+    path = folder / "latents_stats.pt"
+    for given in (path, path.relative_to(tmp_path), folder, Path("a link") / path.name):
+        path.write_bytes(b"bad")
+        assert repair(given) == 0
+        torch.testing.assert_close(LatentStats.load(path, CHANNELS).std, GOOD.std)
+    assert stats_repair.locate(path).reason == "named by --stats"
+
+
+def test_statistics_beside_published_weights_are_the_published_ones(tmp_path: Path) -> None:
+    """Weights in another folder, as a data set that is attached on Kaggle."""
+    path = tmp_path / "latents_stats.pt"
+    path.touch()
+    assert stats_repair.locate(path).kind == "other"
+    (tmp_path / weights.VAVAE.name).touch()
+    assert stats_repair.locate(path) == stats_repair.Target(path, "published", 32, "named by --stats")
 
 
 def write_idx(path: Path, values: torch.Tensor) -> None:

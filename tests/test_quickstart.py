@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import quickstart
-from setup_steps import weights
+from setup_steps import console, weights
 from setup_steps.console import StepError
 from tests.hub_server import running_hub
 from tests.project_copy import copy_project, run_script
@@ -65,13 +65,16 @@ def test_from_a_plain_python_to_the_picture_and_again(project: Path) -> None:
         "step4_run_inference.py VENV",
     ]
     assert str(project / "LightningDiT/demo_images/demo_samples.png") in done.stdout
-    assert "Took " in done.stdout.splitlines()[-1]
+    took, more = done.stdout.splitlines()[-2:]
+    assert took.startswith("Took ")
+    assert more == f"More: {console.venv_python(Path('.venv'))} step4_run_inference.py --help"
     made = (project / ".venv" / "pyvenv.cfg").stat().st_mtime_ns
 
     again = run_script(project / "quickstart.py", python=PLAIN_PYTHON)
     assert again.returncode == 0
     assert "aking" not in again.stdout
     assert (project / ".venv" / "pyvenv.cfg").stat().st_mtime_ns == made
+    assert again.stdout.splitlines()[-1] == more
     assert len(calls(project)) == 8
 
 
@@ -126,6 +129,8 @@ def test_the_test_command_installs_the_tools_and_ends_at_the_first_failure(proje
     passed = run_script(project / "quickstart.py", "--test")
     assert passed.returncode == 0
     assert "All checks passed" in passed.stdout
+    if sys.prefix != sys.base_prefix:  # in an environment of the reader's own, `python` is right
+        assert passed.stdout.splitlines()[-1] == "More: python step4_run_inference.py --help"
     (project / "checks" / "test_one.py").write_text("import os, sys\n")
     unclean = run_script(project / "quickstart.py", "--test")
     assert unclean.returncode == 1

@@ -5,20 +5,23 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
 import zipfile
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import pytest
 import torch
 from packaging.requirements import Requirement
 
+import step1_install_environment as step1
 import step2_download_models as step2
 import step3_setup_configs as step3
 from LightningDiT.config import load_config
+from LightningDiT.transport import ADAPTIVE_METHODS, FIXED_METHODS
 from setup_steps import configs, console, downloads, install, machine, weights
 from setup_steps.console import PROJECT, StepError
 from setup_steps.fetch import published_table
@@ -90,6 +93,49 @@ def test_a_bug_keeps_its_traceback() -> None:
     program = "from setup_steps import console\nconsole.run(lambda: 1 / 0)\n"
     done = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, check=False)
     assert "ZeroDivisionError" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "package", ["LightningDiT.no_such_module", "setup_steps.no_such_module", "lzma.no_such_module"]
+)
+def test_a_missing_module_of_the_project_or_of_python_is_a_bug(package: str) -> None:
+    program = f"from setup_steps import console\ndef main():\n    import {package}\nconsole.run(main)\n"
+    done = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert "Traceback" in done.stderr
+
+
+def test_an_absent_package_is_one_line_with_the_interpreter_that_has_it(tmp_path: Path) -> None:
+    """Step 4 by a bare Python: without .venv, with one beside it, and by the one in it."""
+    folder = copy_project(tmp_path / "copy", "LightningDiT")
+    bare = tmp_path / "bare"
+    for made in (bare, folder / ".venv"):
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(made)], check=True)
+    own = folder / ".venv"
+    own.rename(tmp_path / "aside")
+
+    def complaint(environment: Path, *options: str) -> str:
+        python = console.venv_python(environment)
+        done = run_script(folder / "step4_run_inference.py", *options, python=str(python), cwd=tmp_path, PYTHONPATH="")
+        assert done.returncode == 1
+        head, _, mend = done.stderr.partition("; mend: ")
+        assert re.fullmatch(
+            rf"error: package '\w+' is not installed for this Python \({re.escape(str(python))}\)", head
+        )
+        return mend
+
+    assert complaint(bare) == "python step1_install_environment.py\n"
+    (tmp_path / "aside").rename(own)
+    python = console.venv_python(Path(".venv"))
+    assert complaint(bare, "--seed", "3") == f"{python} step4_run_inference.py --seed 3\n"
+    assert complaint(own) == f"{python} step1_install_environment.py\n"
+    program = "from setup_steps import machine\nmachine.require_torch('this')\n"
+    done = run_script(Path("-c"), program, python=str(console.venv_python(bare)), cwd=folder, PYTHONPATH="")
+    assert done.stderr.endswith(f"; mend: {python} step1_install_environment.py\n")
+
+
+def test_the_interpreter_of_an_environment_on_both_systems() -> None:
+    assert str(console.venv_python(PureWindowsPath(".venv"), "nt")) == r".venv\Scripts\python.exe"
+    assert str(console.venv_python(PurePosixPath(".venv"), "posix")) == ".venv/bin/python"
 
 
 def test_steps_1_and_2_load_without_torch_and_the_library() -> None:
@@ -200,6 +246,10 @@ def test_an_interpreter_of_the_system_is_refused(monkeypatch: pytest.MonkeyPatch
     (tmp_path / "EXTERNALLY-MANAGED").touch()
     with pytest.raises(StepError, match=r"mend: .*-m venv .venv && .venv/bin/python step1"):
         install.refuse_managed_interpreter()
+    # So does a dry run, where there is something to install.
+    monkeypatch.setattr(install, "read_pins", lambda path: [Pin("no-such-package-here", "1.0")])
+    with pytest.raises(StepError, match=r"mend: .*-m venv .venv && .venv/bin/python step1"):
+        step1.main(["--dry-run"])
 
 
 def test_torch_facts_are_true_here() -> None:
@@ -428,18 +478,52 @@ def test_step2_explains_folders_and_files_in_each_others_place(hub: Hub, tmp_pat
         fetch_models(tmp_path / "file")
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 9702856\n"
+
+
+def link_bundled(folder: Path) -> None:
+    """The bundled model's files, the large ones by links; a test may replace one."""
+    for name in weights.BUNDLED_FILES:
+        source = PROJECT / "models" / "fashion-mnist" / name
+        if source.suffix == ".safetensors":
+            (folder / name).symlink_to(source)
+        else:
+            shutil.copy2(source, folder / name)  # the paths in a YAML start at its own folder
+
+
 def test_step2_bundled_model_needs_no_download(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(weights, "BUNDLED", tmp_path)
     with pytest.raises(StepError, match=r"lacks config.yaml, .*; mend: git restore"):
         step2.main(["--model", "bundled"])
-    for name in weights.BUNDLED_FILES:
-        (tmp_path / name).write_bytes(b"12345")
+    link_bundled(tmp_path)
     assert step2.main(["--model", "bundled"]) == 0
     said = capsys.readouterr().out
-    assert "(25 B)" in said
+    size = sum((tmp_path / name).stat().st_size for name in weights.BUNDLED_FILES)
+    assert f"({console.format_bytes(size)})" in said
     assert "Nothing to download" in said
+
+
+@pytest.mark.parametrize("name", weights.BUNDLED_FILES)
+@pytest.mark.parametrize("content", [b"", None, b"<!doctype html><p>Not found</p>", LFS_POINTER])
+def test_step2_opens_the_bundled_model(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    content: bytes | None,
+) -> None:
+    """Each file empty, cut short (None), a web page, or what git leaves where LFS is missing."""
+    link_bundled(tmp_path)
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).unlink()
+    (tmp_path / name).write_bytes(whole[: len(whole) // 2] if content is None else content)
+    monkeypatch.setattr(weights, "BUNDLED", tmp_path)
+    with pytest.raises(StepError, match=rf"{Path(name).stem}\..*; mend: git restore models/fashion-mnist") as caught:
+        step2.main(["--model", "bundled"])
+    assert "\n" not in str(caught.value)
+    assert "Nothing to download" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -575,9 +659,27 @@ def test_step3_explains_folders_and_files_in_each_others_place(models: Path, tmp
         write_config(models, output)
 
 
-def test_step3_dry_run_writes_nothing(models: Path, tmp_path: Path) -> None:
-    assert write_config(models, tmp_path / "config.yaml", "--dry-run") == 0
-    assert not (tmp_path / "config.yaml").exists()
+def test_step3_dry_run_checks_all_and_writes_nothing(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, output = sorted(tmp_path.rglob("*")), tmp_path / "config.yaml"
+    assert write_config(models, output, "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert f"configuration {output}: LightningDiT-XL/1, 1000 classes" in said
+    assert f"would write the configuration of the model '800ep' to {output}" in said
+    assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(StepError, match="is a folder, a YAML file was expected"):
+        write_config(models, models, "--dry-run")
+    (models / "latents_stats.pt").write_bytes(b"")
+    with pytest.raises(StepError, match=r"is empty \(0 bytes\); mend: python fix_latents_stats.py"):
+        write_config(models, output, "--dry-run")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_step3_offers_solvers_that_there_are() -> None:
+    offered = configs.COMMENTS["sample.sampling_method"].partition(": ")[2].removesuffix(", ...").split(", ")
+    assert offered == ["euler", "heun2", "dopri5"]
+    assert set(offered) <= {*FIXED_METHODS, *ADAPTIVE_METHODS}
 
 
 def test_step3_options_that_do_not_go_together(models: Path) -> None:
