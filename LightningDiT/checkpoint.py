@@ -24,7 +24,6 @@ from LightningDiT.errors import LightningDiTError
 WEIGHT_KEYS = ("ema", "model", "state_dict")
 #: Prefixes that wrappers (data parallel, torch.compile) put before every name.
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
-SAFETENSORS_HEADER_LIMIT = 100 * 2**20
 LISTED_NAMES = 5
 BUNDLED_FOLDER = "fashion-mnist"  # the model in git
 FINGERPRINT_SAMPLES, FINGERPRINT_BYTES = 64, 2**16

@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 from LightningDiT.errors import LightningDiTError
 
 TOKENIZER_CONFIGS = Path(__file__).parent / "tokenizer" / "configs"
-CONFIGS = Path(__file__).parent / "configs"
 
 #: Keys of the published schema that nothing here reads. They are accepted, and a note says so.
 UNREAD_KEYS = {

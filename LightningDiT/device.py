@@ -50,11 +50,6 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     return torch.autocast(device.type, dtype=dtype)
 
 
-def memory_bytes(device: torch.device) -> int | None:
-    """Return the device's total memory in bytes, or None for the CPU."""
-    return None if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory
-
-
 def _gpu_works() -> bool:
     """Whether a GPU is there and runs one real kernel: `is_available` is true for kernels that are missing."""
     if not torch.cuda.is_available():

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from LightningDiT.config import (
-    CONFIGS,
     Config,
     as_dict,
     load_config,
@@ -15,6 +14,7 @@ from LightningDiT.config import (
     tokenizer_config_path,
 )
 from LightningDiT.errors import LightningDiTError
+from tests.conftest import PACKAGE
 
 #: Every key of the published schema, with values of the kinds that the published files hold.
 PUBLISHED = """
@@ -104,7 +104,7 @@ def test_an_unknown_tokenizer_names_the_known_ones(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["lightningdit_xl_800ep", "lightningdit_xl_64ep", "demo"])
 def test_the_shipped_configurations_load(name: str) -> None:
-    config = load_config(CONFIGS / f"{name}.yaml")
+    config = load_config(PACKAGE / "configs" / f"{name}.yaml")
     assert config.model.model_type == "LightningDiT-XL/1"
     assert tokenizer_config_path(config).name == "vavae_f16d32.yaml"
     published = {"lightningdit_xl_800ep": 6.7, "lightningdit_xl_64ep": 10.0, "demo": 9.0}
