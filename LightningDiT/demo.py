@@ -24,7 +24,7 @@ REPORT_STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;color:#222}"
     "figure{display:inline-block;margin:.4rem;text-align:center}"
     "figure img{width:128px;image-rendering:pixelated;border-radius:4px}figcaption{font-size:.85rem}"
-    "pre{background:#f4f4f4;padding:1rem;overflow:auto}"
+    "pre{background:#f4f4f4;padding:1rem;white-space:pre-wrap}"
 )
 GAP_COLOUR = (200, 200, 200)
 
