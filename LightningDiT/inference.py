@@ -87,7 +87,7 @@ def run_folder(config: Config, args: argparse.Namespace) -> int:
     print(describe_settings(config, count, output))
     check_space(output, count, config.data.image_size)
     if args.dry_run:
-        return check_run(config, args.classes or [])
+        return check_run(config, classes_of(args, config.data.num_classes))
     pipe = LightningDiTPipeline.from_config(config)
     if args.classes:
         chosen = pipe.labels.numbers(classes_of(args, config.data.num_classes))

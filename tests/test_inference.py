@@ -86,6 +86,9 @@ def test_classes_by_name_and_a_contact_sheet(tiny_folder: Path, capsys: pytest.C
     assert "3 of 3 images" in capsys.readouterr().out
     assert sample(tiny_folder, "--demo", "--classes", "all", "--dry-run") == 0
     assert "images         3 ->" in capsys.readouterr().out
+    assert sample(tiny_folder, "--num-samples", "2", "--classes", "all", "--dry-run") == 0
+    assert sample(tiny_folder, "--num-samples", "4", "--classes", "all") == 0
+    assert (tiny_folder / "out" / "000003.png").exists()
     assert demo_classes(1000) == list(IMAGENET_DEMO_CLASSES)
     assert demo_classes(31) == list(range(10))
 
