@@ -52,6 +52,12 @@ def test_a_figure_has_a_panel_a_quantity(tmp_path: Path) -> None:
     assert len(figure.axes[1].lines) == 1  # run a has no kl
 
 
+def test_a_run_has_one_colour_in_every_panel() -> None:
+    runs = {"first": [{"step": 1.0, "loss": 2.0}], "second": [{"step": 1.0, "loss": 3.0, "cos_loss": 0.5}]}
+    colours = [[line.get_color() for line in panel.lines] for panel in plot_training.draw(runs).axes]
+    assert colours == [["C0", "C1"], ["C1"]]
+
+
 def test_main_writes_a_png(tmp_path: Path) -> None:
     output = tmp_path / "curves.png"
     assert plot_training.main([str(write_run(tmp_path / "run")), "--output", str(output)]) == 0

@@ -68,10 +68,10 @@ def draw(runs: Mapping[str, list[Row]]) -> Any:
     figure = Figure((PANEL_INCHES[0], PANEL_INCHES[1] * len(names)), layout="constrained")
     panels = figure.subplots(len(names), squeeze=False)[:, 0]
     for panel, name in zip(panels, names, strict=True):
-        for run, rows in runs.items():
+        for number, (run, rows) in enumerate(runs.items()):
             points = [(row["step"], row[name]) for row in rows if name in row]
             if points:
-                panel.plot(*zip(*points, strict=True), label=run)
+                panel.plot(*zip(*points, strict=True), label=run, color=f"C{number}")
         panel.set_ylabel(name.replace("_", " "))
         panel.grid(alpha=0.3)
     panels[-1].set_xlabel("step")
