@@ -22,6 +22,7 @@ from LightningDiT.pipeline import model_settings
 from LightningDiT.tokenizer.autoencoder import AutoencoderKL
 from LightningDiT.tokenizer.latents import LatentStats
 from LightningDiT.tokenizer.vavae import autoencoder_settings
+from tests.published import good_stats, light_checkpoint
 
 TINY_TOKENIZER = """
 ckpt_path: tokenizer.safetensors
@@ -113,3 +114,15 @@ def tiny_source(tiny_tokenizer: Path) -> Path:
 def tiny_folder(tiny_source: Path, tmp_path: Path) -> Path:
     """A copy of the small pipeline's folder that a test may damage."""
     return Path(shutil.copytree(tiny_source, tmp_path / "tiny"))
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Contents of the three files by role, light but whole."""
+    folder = tmp_path_factory.mktemp("published")
+    torch.save(good_stats(), folder / "stats.pt")
+    return {
+        "vavae": light_checkpoint(folder / "vavae.pt", "vavae-f16d32", "state_dict"),
+        "stats": (folder / "stats.pt").read_bytes(),
+        "dit": light_checkpoint(folder / "dit.pt", "LightningDiT-XL/1", "ema"),
+    }
