@@ -110,7 +110,7 @@ def choose_model() -> tuple[str, str]:
         return "bundled", "no GPU with enough memory for the published weights"
     for model in ("800ep", "64ep"):
         places = [
-            weights.find_file(file.name, weights.MODELS, weights.attached_folder()) for file in weights.files_of(model)
+            weights.find_file(file, weights.MODELS, weights.attached_folder()) for file in weights.files_of(model)
         ]
         if all(places):
             return model, f"a GPU, and the files of {model} are here"

@@ -78,7 +78,7 @@ def find_files(model: str, options: argparse.Namespace) -> dict[str, Path]:
     found, missing = {}, []
     for file in weights.files_of(model):
         given = getattr(options, ROLE_OPTIONS[file.role])
-        path = named_file(given, file.role) if given else weights.find_file(file.name, folder, options.attached)
+        path = named_file(given, file.role) if given else weights.find_file(file, folder, options.attached)
         if path:
             found[file.role] = path
         else:

@@ -11,6 +11,9 @@ from setup_steps.console import PROJECT, StepError
 MODELS = PROJECT / "models"
 BUNDLED = MODELS / "fashion-mnist"
 KAGGLE_INPUT = Path("/kaggle/input")
+ATTACHED_VARIABLE = "LIGHTNINGDIT_ATTACHED"
+PRECISIONS = ("fp32", "bf16", "fp16")
+"""What a transformer's weights can be converted to, the ones with the same numbers first."""
 
 
 @dataclass(frozen=True)
@@ -79,26 +82,47 @@ def missing_bundled() -> list[str]:
 
 
 def attached_folder() -> Path | None:
-    """Where data sets are attached on Kaggle; None elsewhere."""
+    """Where data sets are attached: what LIGHTNINGDIT_ATTACHED names, or /kaggle/input on Kaggle;
+    None elsewhere.
+    """
+    named = os.environ.get(ATTACHED_VARIABLE)
+    if named:
+        return Path(named).expanduser()
     return KAGGLE_INPUT if "KAGGLE_KERNEL_RUN_TYPE" in os.environ else None
 
 
-def find_file(name: str, models: Path, attached: Path | None) -> Path | None:
-    """Look for a file by name in `models`, then at any depth below `attached`.
+def converted_name(name: str, precision: str) -> str:
+    """'a.pt', 'fp16' -> 'a.fp16.safetensors'."""
+    return f"{Path(name).stem}.{precision}.safetensors"
+
+
+def usable_names(file: WeightFile) -> tuple[str, ...]:
+    """Names that the file may have, the best first: of a transformer also the converted copies, the
+    one in fp32 (same numbers, mapped faster) before the original and the others after it.
+    """
+    if file.role != "dit":
+        return (file.name,)
+    exact, *rounded = (converted_name(file.name, precision) for precision in PRECISIONS)
+    return (exact, file.name, *rounded)
+
+
+def find_file(file: WeightFile, models: Path, attached: Path | None) -> Path | None:
+    """Look for a file, or a converted copy of it, in `models`, then at any depth below `attached`.
 
     Raises:
         StepError: what carries the name is a folder.
     """
-    candidates = [models / name]
+    names = usable_names(file)
+    candidates = [models / name for name in names]
     if attached is not None and attached.is_dir():
-        candidates += sorted(attached.rglob(name))
+        candidates += [path for name in names for path in sorted(attached.rglob(name))]
     for path in candidates:
         if path.is_file():
             return path
     for path in candidates:
         if path.is_dir():
             raise StepError(
-                f"{path} is a folder, the file {name} was expected there",
+                f"{path} is a folder, the file {path.name} was expected there",
                 f"mv '{path}' '{path}.folder' && python step2_download_models.py",
             )
     return None
