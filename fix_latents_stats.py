@@ -1,78 +1,85 @@
 #!/usr/bin/env python3
 """Repair latents_stats.pt: say what is wrong with it, keep it aside and get a good one.
 
-It is also the cure for "torch.cat(): expected a non-empty list of Tensors". A good file stays as
-it is.
+It is also the cure for "torch.cat(): expected a non-empty list of Tensors", which is what the
+published code says where latents_stats.pt is missing or empty and no latent shards lie beside it, or
+where data.data_path names the file and not its folder. A good file stays as it is. Without --source,
+--latents and --images it is looked for in this order: for the bundled model the copy in its tokenizer's
+file; for the published one the hub and the attached data sets; for every model then latent shards
+beside the statistics.
 """
 
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from setup_steps import console, downloads, machine, stats_repair, weights
 
-SOURCES = ("auto", "bundled", "hub", "latents", "images")
+if TYPE_CHECKING:
+    from LightningDiT.tokenizer.latents import LatentStats
+
+ENCODING = ("max_images", "tokenizer", "checkpoint")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--stats", type=Path, metavar="FILE", help="default: the one in use")
-    parser.add_argument("--check", action="store_true", help="only say whether it is good")
-    parser.add_argument("--source", choices=SOURCES, default="auto", help="where good ones come from")
-    parser.add_argument("--latents", type=Path, metavar="FOLDER", help="computed from its shards")
-    parser.add_argument(
-        "--images",
-        type=Path,
-        metavar="FOLDER",
-        help="bundled model: computed from the Fashion-MNIST files in it",
-    )
-    parser.add_argument("--endpoint", metavar="URL", help="a mirror of the hub (or HF_ENDPOINT)")
-    parser.add_argument(
-        "--identity",
-        action="store_true",
-        help="INVENT mean 0 and std 1 (wrong for every model here)",
-    )
-    parser.add_argument("--channels", type=int, metavar="N", help="of --identity, where unknown")
-    parser.add_argument("--dry-run", action="store_true", help="change nothing")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--stats", type=Path, metavar="FILE", help="default: the one in use")
+    add("--check", action="store_true", help="only say whether it is good")
+    add("--source", choices=("auto", *stats_repair.SOURCES), help="where good ones come from")
+    add("--latents", type=Path, metavar="FOLDER", help="computed from its shards")
+    add("--images", type=Path, metavar="FOLDER", help="computed by encoding its images, or Fashion-MNIST's files")
+    add("--max-images", type=int, metavar="N", help=f"thinned out evenly; default: {stats_repair.MAX_IMAGES}")
+    add("--tokenizer", type=Path, metavar="YAML", help="encodes the images; default: the one the file belongs to")
+    add("--checkpoint", type=Path, metavar="FILE", help="that tokenizer's weights")
+    add("--attached", type=Path, metavar="FOLDER", help="attached data sets; default on Kaggle: /kaggle/input")
+    add("--endpoint", metavar="URL", help="a mirror of the hub (or HF_ENDPOINT)")
+    add("--identity", action="store_true", help="INVENT mean 0 and std 1 (wrong for every model here)")
+    add("--channels", type=int, metavar="N", help="of --identity, where unknown")
+    add("--dry-run", action="store_true", help="change nothing")
     options = parser.parse_args(argv)
-    if options.source in ("latents", "images") and not getattr(options, options.source):
-        parser.error(f"--source {options.source} needs --{options.source} FOLDER")
-    if options.channels is not None and options.channels < 1:
-        parser.error("--channels takes a number from 1")
+    if options.source == "images" and not options.images:
+        parser.error("--source images needs --images FOLDER")
+    for name in ("latents", "images"):
+        if getattr(options, name) and options.source not in (None, "auto", name):
+            parser.error(f"--{name} does not go with --source {options.source}")
+    for name in ENCODING:
+        if getattr(options, name) is not None and not options.images:
+            parser.error(f"--{name.replace('_', '-')} goes with --images FOLDER")
+    for name in ("channels", "max_images"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} takes a number from 1")
     return options
 
 
-def choose_source(options: argparse.Namespace, target: stats_repair.Target) -> str:
-    """Where good statistics come from for this file: what was named, else what fits the file."""
-    if options.source != "auto":
-        return options.source
-    for name in ("latents", "images"):
-        if getattr(options, name):
-            return name
-    if target.kind == "other":
-        raise console.StepError(
-            f"nothing tells which tokenizer {target.path} belongs to",
-            f"python fix_latents_stats.py --stats {shlex.quote(str(target.path))} --latents FOLDER "
-            "(or --source hub if it is the published one)",
-        )
-    return "bundled" if target.kind == "bundled" else "hub"
+def choose_sources(options: argparse.Namespace, target: stats_repair.Target) -> tuple[str, ...]:
+    """Where good statistics may come from, in order: what was named, else what fits the file."""
+    if options.source not in (None, "auto"):
+        return (options.source,)
+    named = tuple(name for name in ("latents", "images") if getattr(options, name))
+    return named if named and options.source is None else stats_repair.ORDER[target.kind]
 
 
-def obtain(source: str, options: argparse.Namespace) -> stats_repair.Repair:
-    """Get good statistics from one source."""
-    if source == "bundled":
-        return stats_repair.from_tokenizer(weights.BUNDLED / "tokenizer.safetensors")
-    if source == "latents":
-        return stats_repair.from_latents(options.latents.expanduser().resolve())
-    if source == "images":
-        return stats_repair.from_images(options.images.expanduser().resolve())
-    downloads.use_endpoint(options.endpoint)
-    return stats_repair.from_hub()
+def request_of(options: argparse.Namespace, sources: tuple[str, ...]) -> stats_repair.Request:
+    """What the options say about the sources, their paths absolute."""
+
+    def absolute(path: Path | None) -> Path | None:
+        return path.expanduser().resolve() if path else None
+
+    return stats_repair.Request(
+        latents=absolute(options.latents),
+        images=absolute(options.images),
+        max_images=options.max_images or stats_repair.MAX_IMAGES,
+        tokenizer=absolute(options.tokenizer),
+        checkpoint=absolute(options.checkpoint),
+        attached=absolute(options.attached or weights.attached_folder()),
+        patience=downloads.PATIENCE if len(sources) == 1 else stats_repair.HURRIED,
+    )
 
 
 def write_identity(target: stats_repair.Target, channels: int | None) -> str | None:
@@ -88,39 +95,48 @@ def write_identity(target: stats_repair.Target, channels: int | None) -> str | N
 
 def repair(options: argparse.Namespace, target: stats_repair.Target) -> None:
     """Put good statistics in place of the bad ones and report."""
-    console.require_writable(target.path.parent)
+    stats_repair.require_place(target)
     if options.identity:
         aside = write_identity(target, options.channels)
     else:
-        result = obtain(choose_source(options, target), options)
-        aside = stats_repair.put_in_place(target, result.save)
-        print(f"  good ones from {result.origin}")
-        print(f"  {stats_repair.plausibility(result.stats)}")
+        sources = choose_sources(options, target)
+        downloads.use_endpoint(options.endpoint)
+        found, aside = stats_repair.repair(target, request_of(options, sources), sources)
+        print(f"  good ones from {found.origin}")
+        show(found.stats, found.latents)
     print(f"  written: {target.path}" + (f"; the bad one is kept as {aside}" if aside else ""))
+
+
+def show(stats: LatentStats, latents: int | None = None) -> None:
+    """Print the range of the numbers and what is hard to believe of them."""
+    print(f"  {stats_repair.plausibility(stats)}")
+    for doubt in stats_repair.doubts(stats, latents):
+        print(f"  WARNING: {doubt}")
 
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     machine.require_torch("reading statistics")
-    from LightningDiT.tokenizer.latents import diagnose
+    from LightningDiT.tokenizer.latents import LatentStats, diagnose
 
     target = stats_repair.locate(options.stats)
     print(f"Repair of {target.path} ({target.reason})")
     faults = diagnose(target.path, target.channels)
+    for fault in (*faults, *([target.config_fault] if target.config_fault else [])):
+        print(f"  wrong: {fault}")
+    if options.check and (faults or target.config_fault):
+        return console.FAILED
     if not faults:
         print("  it is good; nothing is changed")
-        print("Next: python step4_run_inference.py")
+        show(LatentStats.load(target.path))
+    elif options.dry_run:
+        sources = ("identity",) if options.identity else choose_sources(options, target)
+        print(f"Would keep it aside and get good ones from: {', else '.join(sources)}")
         return console.OK
-    for fault in faults:
-        print(f"  wrong: {fault}")
-    if options.check:
-        return console.FAILED
-    if options.dry_run:
-        source = "identity" if options.identity else choose_source(options, target)
-        print(f"Would keep it aside and get good ones from: {source}")
-        return console.OK
-    repair(options, target)
-    print("Next: python step3_setup_configs.py")
+    else:
+        repair(options, target)
+    step = "step3_setup_configs.py" if faults or target.config_fault else "step4_run_inference.py"
+    print(f"Next: python {step}")
     return console.OK
 
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Step 2: fetch the weights into models/ and check them; a rerun goes on where it stopped.
+"""Step 2: get the weights into models/ and check them; a rerun goes on where it stopped.
 
-The bundled model comes with the project and needs no download.
+What is good in models/ stays; what an attached folder holds is linked; the rest is downloaded. The
+bundled model comes with the project and needs no download.
 """
 
 from __future__ import annotations
@@ -12,25 +13,61 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from setup_steps import console, downloads, fetch, weights
+from setup_steps import console, convert, downloads, fetch, plans, sources, weights
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=[*weights.SETS], default="800ep", help="default: 800ep")
-    parser.add_argument("--only", choices=weights.ROLES, help="one kind of file of that model")
-    parser.add_argument("--verify", action="store_true", help="hash what is there, fetch nothing")
-    parser.add_argument("--models-dir", type=Path, default=weights.MODELS, metavar="FOLDER")
-    parser.add_argument("--endpoint", metavar="URL", help="a mirror of the hub (or HF_ENDPOINT)")
-    parser.add_argument("--timeout", type=float, default=30.0, metavar="S", help="default: 30")
-    parser.add_argument("--attempts", type=int, default=6, metavar="N", help="default: 6")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be fetched")
+    add = parser.add_argument
+    add("--model", choices=[*weights.SETS], default="800ep", help="default: 800ep")
+    add("--only", choices=weights.ROLES, help="one kind of file of that model")
+    add("--source", choices=sources.KINDS, help="default: auto, what is attached and then the hub")
+    add("--attached", type=Path, metavar="FOLDER", help="searched by file name (on Kaggle: /kaggle/input)")
+    add("--folder", type=Path, metavar="FOLDER", help="searched by file name, in place of the hub")
+    add("--convert", choices=weights.PRECISIONS, help="the transformer's weights alone, as safetensors")
+    add("--replace", action="store_true", help="remove the original when its converted copy is proved")
+    add("--verify", action="store_true", help="compare what is there byte by byte, fetch nothing")
+    add("--models-dir", type=Path, default=weights.MODELS, metavar="FOLDER")
+    add("--endpoint", metavar="URL", help="a mirror of the hub (or HF_ENDPOINT)")
+    add("--timeout", type=float, default=30.0, metavar="S", help="default: 30")
+    add("--attempts", type=int, default=6, metavar="N", help="default: 6")
+    add("--dry-run", action="store_true", help="say what would be done")
     options = parser.parse_args(argv)
-    if options.model == "bundled" and options.only:
-        parser.error("--only does not go with --model bundled, which needs no download")
-    if options.timeout <= 0 or options.attempts < 1:
-        parser.error("--timeout takes seconds above 0, --attempts a number from 1")
+    options.source = options.source or ("folder" if options.folder else "auto")
+    options.attached = options.attached or (
+        weights.attached_folder() if options.source in ("auto", "attached") else None
+    )
+    for wrong, message in usage_faults(options):
+        if wrong:
+            parser.error(message)
     return options
+
+
+def usage_faults(options: argparse.Namespace) -> list[tuple[bool, str]]:
+    """Options that do not go together or are out of range, each with what to say of it."""
+    bundled = options.model == "bundled"
+    chosen = bool(options.only or options.convert or options.folder)
+    return [
+        (bundled and chosen, "--only, --convert and --folder do not go with --model bundled, which needs no download"),
+        (options.timeout <= 0 or options.attempts < 1, "--timeout takes seconds above 0, --attempts a number from 1"),
+        (options.replace and not options.convert, "--replace goes with --convert"),
+        (bool(options.convert) and options.only not in (None, "dit"), "--convert is for the transformer, --only dit"),
+        (bool(options.convert) and options.verify, "--verify changes nothing: leave --convert out"),
+        (bool(options.folder) != (options.source == "folder"), "--folder FOLDER and --source folder go together"),
+        (options.source == "attached" and not options.attached, "--source attached goes with --attached FOLDER"),
+        (
+            bool(options.attached) and options.source in ("hub", "folder"),
+            f"--attached does not go with --source {options.source}",
+        ),
+    ]
+
+
+def source_of(options: argparse.Namespace) -> sources.Source:
+    """Where files may come from; the folder to search is checked."""
+    folder = options.folder or options.attached
+    source = sources.Source(options.source, folder.expanduser().resolve() if folder else None)
+    source.require_folder()
+    return source
 
 
 def check_bundled() -> int:
@@ -47,50 +84,69 @@ def check_bundled() -> int:
     return console.OK
 
 
-def show_plan(files: tuple[weights.WeightFile, ...], folder: Path) -> int:
-    """Print the files, where from and where to; no network."""
+def show_plan(files: tuple[weights.WeightFile, ...], source: sources.Source, options: argparse.Namespace) -> int:
+    """Print what would be done for each file; nothing is opened and nobody is asked."""
     for file in files:
-        state = "is there" if (folder / file.name).is_file() else "absent"
-        size = console.format_bytes(file.approx_bytes)
-        print(f"  {file.name}: about {size} from {file.repo} to {folder} ({state})")
+        print("  " + plans.foresee(file, options.models_dir, source))
+        if options.convert and file.role == "dit":
+            name = weights.converted_name(file.name, options.convert)
+            print(f"  {name}: would be written{' in place of the original' if options.replace else ''}")
     return console.OK
 
 
-def fetch_all(files: tuple[weights.WeightFile, ...], folder: Path, patience: downloads.Patience) -> int:
-    """Plan every file, check the disk once for all of them, then fetch and open each."""
+def verify_all(files: tuple[weights.WeightFile, ...], source: sources.Source, options: argparse.Namespace) -> int:
+    """Compare every file that is there, one line each.
+
+    Raises:
+        StepError: some are absent or damaged; all of them are named.
+    """
+    record = fetch.Record(options.models_dir)
+    faults = []
+    for file in files:
+        try:
+            for line in fetch.verify_present(file, options.models_dir, record, source, patience_of(options)):
+                print("  " + line)
+        except console.StepError as error:
+            faults.append(error)
+    if faults:
+        raise console.StepError("; ".join(error.message for error in faults), faults[0].mend)
+    return console.OK
+
+
+def get_all(files: tuple[weights.WeightFile, ...], source: sources.Source, options: argparse.Namespace) -> int:
+    """Plan every file, check the disk once for all of them, then link or fetch, open and convert."""
+    folder, patience = options.models_dir, patience_of(options)
     console.require_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
     record = fetch.Record(folder)
-    plans = [fetch.make_plan(file, folder, record, patience) for file in files]
-    wanted = [plan for plan in plans if plan.fetch]
-    total = sum(downloads.bytes_to_fetch(plan.remote, plan.target) for plan in wanted)
-    if wanted:
-        downloads.require_disk(folder, total)
-        print(f"{len(wanted)} of {len(plans)} files to fetch, {console.format_bytes(total)}.")
-    for plan in plans:
-        print("  " + fetch.carry_out(plan, record, patience))
+    todo = [plans.make_plan(file, folder, record, source, patience) for file in files]
+    needed = sum(plans.bytes_to_write(plan, options.convert) for plan in todo)
+    if needed:
+        downloads.require_disk(folder, needed)
+        wanted = sum(bool(plan.remote) for plan in todo)
+        print(f"{wanted} of {len(todo)} files to fetch, {console.format_bytes(needed)} to write.")
+    for plan in todo:
+        print("  " + plans.carry_out(plan, record, patience))
+    for plan in todo:
+        if options.convert and plan.file.role == "dit":
+            print("  " + convert.convert(plan.target, plan.file, options.convert, options.replace))
     return console.OK
+
+
+def patience_of(options: argparse.Namespace) -> downloads.Patience:
+    return downloads.Patience(timeout=options.timeout, attempts=options.attempts)
 
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     print(f"Step 2: weights of the model '{options.model}'")
-    files = weights.files_of(options.model, options.only)
-    folder = options.models_dir.resolve()
-    patience = downloads.Patience(timeout=options.timeout, attempts=options.attempts)
-    if options.model != "bundled":
-        downloads.use_endpoint(options.endpoint)
     if options.model == "bundled":
         code = check_bundled()
-    elif options.dry_run:
-        code = show_plan(files, folder)
-    elif options.verify:
-        record = fetch.Record(folder)
-        for file in files:
-            print("  " + fetch.verify_present(file, folder, record, patience))
-        code = console.OK
     else:
-        code = fetch_all(files, folder, patience)
+        options.models_dir = options.models_dir.expanduser().resolve()
+        downloads.use_endpoint(options.endpoint)
+        work = show_plan if options.dry_run else verify_all if options.verify else get_all
+        code = work(weights.files_of(options.model, options.only), source_of(options), options)
     model = "auto" if options.model == "all" else options.model
     print(f"Next: python step3_setup_configs.py --model {model}")
     return code

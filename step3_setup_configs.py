@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import shlex
 import sys
 from pathlib import Path
 
@@ -27,15 +29,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--attached",
         type=Path,
-        default=weights.attached_folder(),
         metavar="FOLDER",
-        help="searched by file name at any depth (on Kaggle: /kaggle/input)",
+        help="searched by file name at any depth; default: LIGHTNINGDIT_ATTACHED, on Kaggle /kaggle/input",
     )
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="the transformer's weights")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="the tokenizer's weights")
     parser.add_argument("--stats", type=Path, metavar="FILE", help="a file named latents_stats.pt")
     parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FILE")
-    parser.add_argument("--print", action="store_true", dest="show", help="show the YAML too")
+    parser.add_argument(
+        "--print", action="store_true", dest="show", help="print the YAML on stdout, all else on stderr"
+    )
     parser.add_argument("--dry-run", action="store_true", help="check all, write nothing")
     options = parser.parse_args(argv)
     given = [name for name in ROLE_OPTIONS.values() if getattr(options, name)]
@@ -46,21 +49,44 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def named_file(path: Path, role: str) -> Path:
     """A file that an option names, made absolute; explains a folder, an absence, a wrong name."""
-    path, option = path.expanduser().resolve(), ROLE_OPTIONS[role]
+    option = ROLE_OPTIONS[role]
+    refuse_broken_link(path.expanduser())
+    path = path.expanduser().resolve()
     if path.is_dir():
         inside = path / weights.STATS.name if role == "stats" else path / "NAME"
         raise console.StepError(
             f"--{option} {path} is a folder, a file was expected",
-            f"{configs.AGAIN} --{option} {inside}",
+            f"{configs.AGAIN} --{option} {shlex.quote(str(inside))}",
         )
     if not path.is_file():
         raise console.StepError(f"--{option} {path} is not there", "python step2_download_models.py")
     if role == "stats" and path.name != weights.STATS.name:
         raise console.StepError(
             f"--stats {path} is not called {weights.STATS.name}, and a configuration names folders",
-            f"cp '{path}' '{path.with_name(weights.STATS.name)}'",
+            f"cp {shlex.quote(str(path))} {shlex.quote(str(path.with_name(weights.STATS.name)))}",
         )
     return path
+
+
+def named_folder(path: Path, option: str, holds: str) -> Path:
+    """A folder that an option names, made absolute; explains a file and a broken link."""
+    refuse_broken_link(path.expanduser())
+    folder = path.expanduser().resolve()
+    if folder.is_file():
+        raise console.StepError(
+            f"--{option} {folder} is a file, the folder that holds {holds} was expected",
+            f"{configs.AGAIN} --{option} {shlex.quote(str(folder.parent))}",
+        )
+    return folder
+
+
+def refuse_broken_link(path: Path) -> None:
+    """Explain a link whose target is gone, as step 2 leaves behind for a data set that is detached."""
+    if path.is_symlink() and not path.exists():
+        raise console.StepError(
+            f"{path} is a link to {path.readlink()}, which is not there: the data set is detached",
+            "attach it again, or python step2_download_models.py",
+        )
 
 
 def find_files(model: str, options: argparse.Namespace) -> dict[str, Path]:
@@ -69,23 +95,26 @@ def find_files(model: str, options: argparse.Namespace) -> dict[str, Path]:
     Raises:
         StepError: some are absent; all of them are named.
     """
-    folder = options.models_dir.expanduser().resolve()
-    if folder.is_file():
-        raise console.StepError(
-            f"--models-dir {folder} is a file, the folder that holds the weights was expected",
-            f"{configs.AGAIN} --models-dir {folder.parent}",
-        )
+    folder = named_folder(options.models_dir, "models-dir", "the weights")
+    attached = options.attached or weights.attached_folder()
+    if attached:
+        attached = named_folder(attached, "attached", "the attached data sets")
+    if options.attached and not attached.is_dir():
+        raise console.StepError(f"--attached {attached} is not there", f"name the folder, or {configs.AGAIN}")
     found, missing = {}, []
     for file in weights.files_of(model):
         given = getattr(options, ROLE_OPTIONS[file.role])
-        path = named_file(given, file.role) if given else weights.find_file(file, folder, options.attached)
+        path = named_file(given, file.role) if given else weights.find_file(file, folder, attached)
         if path:
             found[file.role] = path
         else:
-            missing.append(file.name)
+            missing.append(file)
+    for file in missing:
+        for name in weights.usable_names(file):
+            refuse_broken_link(folder / name)
     if missing:
         raise console.StepError(
-            f"not in {folder}: {', '.join(missing)}",
+            f"not in {folder}: {', '.join(file.name for file in missing)}",
             f"python step2_download_models.py --model {model}",
         )
     return found
@@ -98,39 +127,37 @@ def candidates(model: str, torch: machine.TorchFacts) -> list[str]:
     return ["800ep", "64ep", "bundled"] if torch.device_memory else ["bundled"]
 
 
-def build(model: str, options: argparse.Namespace, torch: machine.TorchFacts) -> configs.Config:
-    """Settings for one model on this machine."""
-    if model == "bundled":
-        return configs.bundled_config(configs.choose_batch("bundled", torch))
-    return configs.published_config(find_files(model, options), configs.choose_batch("published", torch))
+def build(model: str, options: argparse.Namespace) -> configs.Config:
+    """Settings for one model."""
+    return configs.bundled_config() if model == "bundled" else configs.published_config(find_files(model, options))
 
 
-def settle(model: str, options: argparse.Namespace, torch: machine.TorchFacts) -> None:
+def settle(model: str, options: argparse.Namespace, torch: machine.TorchFacts) -> configs.Config:
     """Build, check and write the configuration of one model."""
     from LightningDiT.pipeline import verify_config
 
-    config = build(model, options, torch)
-    target = options.output.expanduser().resolve()
-    if options.show:
-        print(configs.render(config))
+    target = configs.output_file(options.output)
+    config = build(model, options)
+    reason = configs.fit_to_machine(config, "bundled" if model == "bundled" else "published", torch)
     console.require_writable(target.parent)
     if options.dry_run:
         lines = configs.check(config, target, verify_config)
     else:
         target.parent.mkdir(parents=True, exist_ok=True)
         lines = configs.write(config, target, verify_config)
-    for line in lines:
+    for line in (*lines, reason):
         print(f"  {line}")
     if options.dry_run:
         print(f"All is right; would write the configuration of the model '{model}' to {target}")
-        return
+        return config
     where = f"{torch.device} ({torch.device_name})" if torch.device_memory else "the processor"
     steps, batch = (config["sample"][key] for key in ("num_sampling_steps", "per_proc_batch_size"))
     print(f"Model '{model}' on {where}, {steps} steps, {batch} pictures at a time.")
+    return config
 
 
-def main(argv: list[str] | None = None) -> int:
-    options = parse(argv)
+def settle_best(options: argparse.Namespace) -> configs.Config:
+    """Settle the first of the models that can be."""
     print("Step 3: configuration of the sampling")
     torch = machine.torch_facts()
     if not torch.works:
@@ -138,15 +165,21 @@ def main(argv: list[str] | None = None) -> int:
     names = candidates(options.model, torch)
     if options.model == "auto" and names == ["bundled"]:
         print("  no GPU: the bundled model (--model 800ep takes the published weights all the same)")
-    for name in names:
+    for name in names[:-1]:
         try:
-            settle(name, options, torch)
-            break
+            return settle(name, options, torch)
         except console.StepError as error:
-            if name == names[-1]:
-                raise
             print(f"  model '{name}' is passed over: {error}")
-    print("Next: python step4_run_inference.py")
+    return settle(names[-1], options, torch)
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
+    with contextlib.redirect_stdout(sys.stderr) if options.show else contextlib.nullcontext():
+        config = settle_best(options)
+        print("Next: python step4_run_inference.py")
+    if options.show:
+        print(configs.render(config), end="")
     return console.OK
 
 

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from LightningDiT.config import load_config, load_tokenizer_config, tokenizer_config_path
 from LightningDiT.console import Progress, run_main
-from LightningDiT.data.images import fashion_mnist, pad_to_32
+from LightningDiT.data.images import ImageBatches, fashion_mnist, image_files, pad_to_32
 from LightningDiT.data.shards import shard_path, write_shard
 from LightningDiT.device import best_device
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.seeds import generator_for
-from LightningDiT.tokenizer.latents import LatentStats
+from LightningDiT.tokenizer.latents import Moments
 from LightningDiT.tokenizer.vavae import VA_VAE
 
 Batches = Iterator[tuple[Tensor, Tensor]]
@@ -36,34 +36,23 @@ def fashion_batches(root: str, train: bool, batch_size: int) -> tuple[int, Batch
 
 def folder_batches(folder: str, tokenizer: VA_VAE, size: int, batch_size: int) -> tuple[int, Batches]:
     """Return the number of images below `folder` (one subfolder a class) and batches of them."""
-    from torch.utils.data import DataLoader
-    from torchvision.datasets import ImageFolder
+    place = Path(folder)
+    files = image_files(place)
+    flat = [path for path in files if path.parent == place]
+    if flat:
+        raise LightningDiTError(
+            f"{flat[0]} lies in no subfolder, which would name its class", "put images into one subfolder a class"
+        )
+    classes = {name: number for number, name in enumerate(sorted({path.relative_to(place).parts[0] for path in files}))}
+    reader = ImageBatches(files, tokenizer.img_transform(img_size=size), batch_size)
 
-    try:
-        dataset = ImageFolder(folder, tokenizer.img_transform(img_size=size))
-    except (FileNotFoundError, OSError) as error:
-        raise LightningDiTError(f"no images in {folder}: {error}", "put images into one subfolder a class") from error
-    return len(dataset), iter(DataLoader(dataset, batch_size))
+    def batches() -> Batches:
+        for images, paths in reader:
+            yield images, torch.tensor([classes[path.relative_to(place).parts[0]] for path in paths])
+        if reader.unreadable:
+            print(f"passed over {len(reader.unreadable)} files that are no images, {reader.unreadable[0]} the first")
 
-
-class MomentSum:
-    """Sums of values and squares by channel in float64, one pass."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.total: Tensor | float = 0.0
-        self.squares: Tensor | float = 0.0
-
-    def add(self, latents: Tensor) -> None:
-        """Add latents (N, C, h, w)."""
-        values = latents.double()
-        self.count += values[:, 0].numel()
-        self.total = self.total + values.sum((0, 2, 3))
-        self.squares = self.squares + values.square().sum((0, 2, 3))
-
-    def stats(self) -> LatentStats:
-        """Return mean and standard deviation of everything added."""
-        return LatentStats.from_moments(self.count, torch.as_tensor(self.total), torch.as_tensor(self.squares))
+    return len(files), batches()
 
 
 class ShardWriter:
@@ -99,9 +88,9 @@ class ShardWriter:
 
 def extract(
     tokenizer: VA_VAE, batches: Batches, count: int, output: Path, shard_size: int, mode: bool, flips: bool
-) -> LatentStats:
-    """Encode all batches, write shards of `shard_size` latents into `output`, return their statistics."""
-    moments, writer, progress = MomentSum(), ShardWriter(output, shard_size), Progress(count, "image")
+) -> Moments:
+    """Encode all batches, write shards of `shard_size` latents into `output`, return their moments."""
+    moments, writer, progress = Moments(), ShardWriter(output, shard_size), Progress(count, "image")
     for index, (images, labels) in enumerate(batches):
         latents = tokenizer.encode_images(images, not mode, generator_for(0, index, 0)).cpu()
         flipped = None
@@ -112,7 +101,7 @@ def extract(
         progress.update(len(images))
     writer.flush()
     progress.close()
-    return moments.stats()
+    return moments
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -151,9 +140,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{output} holds latent shards already, which would be mixed with these",
             f"choose another --output, or rm {output}/*.safetensors",
         )
-    stats = extract(tokenizer, batches, count, output, args.shard_size, args.posterior == "mode", args.flip)
-    stats.save(output / "latents_stats.pt")
-    print(f"wrote {count} latents and latents_stats.pt to {output}\nNext: python -m LightningDiT.train --help")
+    moments = extract(tokenizer, batches, count, output, args.shard_size, args.posterior == "mode", args.flip)
+    moments.stats().save(output / "latents_stats.pt")
+    print(
+        f"wrote {moments.latents} latents and latents_stats.pt to {output}\nNext: python -m LightningDiT.train --help"
+    )
     return 0
 
 

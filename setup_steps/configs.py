@@ -10,20 +10,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from setup_steps import weights
-from setup_steps.console import StepError
+from setup_steps import memory_model, weights
+from setup_steps.console import StepError, format_bytes
 from setup_steps.fetch import free_name
 from setup_steps.machine import TorchFacts, memory_bytes
 
 AGAIN = "python step3_setup_configs.py"
 STEPS = 50
+# Pictures at a time at most: enough rows to keep a device busy, and the first pictures come soon.
 LARGEST_BATCH = {"published": 16, "bundled": 64}
-# Memory of sampling with the published weights, in bytes: weights in float32 (675 M and 70 M
-# parameters) and the device's own share; per picture the decoder's largest activations
-# (128 to 256 channels at 256x256) with their work space.
-FIXED_BYTES = 3_500_000_000
-BYTES_PER_PICTURE = 500_000_000
-USABLE_SHARE = 0.85
+# The rest of a GPU's memory is left to work space of its libraries, which no shape tells, and to
+# blocks that the allocator cannot join.
+GPU_SHARE = 0.85
+# The rest of the machine's memory is left to the system, the notebook and the browser.
+CPU_SHARE = 0.5
 
 Config = dict[str, Any]
 
@@ -74,11 +74,26 @@ COMMENTS = {
     "vae.downsample_ratio": "image side / latent side",
     "vae.ckpt_path": "the tokenizer's weights",
     "model.model_type": "preset: size / patch side",
+    "model.use_qknorm": "queries and keys are normalised",
+    "model.use_swiglu": "gated MLP (SwiGLU) in place of GELU",
+    "model.use_rope": "queries and keys turn with their place (2-D RoPE)",
+    "model.use_rmsnorm": "RMSNorm in place of LayerNorm",
+    "model.wo_shift": "modulation scales and does not shift",
     "model.in_chans": "channels of a latent",
+    "model.learn_sigma": "twice the output channels, the second half is left out",
+    "model.use_checkpoint": "for training: recompute activations to save memory",
     "transport.path_type": "Linear, GVP or VP",
     "transport.prediction": "velocity, noise or score",
+    "transport.loss_weight": "for training: velocity, likelihood or none",
+    "transport.sample_eps": "distance kept from the ends of the path; none: as the path needs",
+    "transport.train_eps": "the same in training",
+    "transport.use_cosine_loss": "for training: adds the cosine loss over channels",
+    "transport.use_lognorm": "for training: times from the logit-normal distribution",
     "sample.mode": "ODE or SDE",
     "sample.sampling_method": "a solver's name: euler, heun2, dopri5, ...",
+    "sample.atol": "absolute tolerance of adaptive solvers",
+    "sample.rtol": "relative tolerance of adaptive solvers",
+    "sample.reverse": "from picture to noise",
     "sample.num_sampling_steps": "points of the time grid; Euler evaluates one time fewer",
     "sample.cfg_scale": "guidance; 1 is off",
     "sample.cfg_interval_start": "no guidance before this time (0 = noise, 1 = picture)",
@@ -86,7 +101,12 @@ COMMENTS = {
     "sample.guided_channels": 'the first N channels are guided, or "all"',
     "sample.timestep_shift": "0 is off",
     "sample.per_proc_batch_size": "pictures at a time, chosen by this machine's memory",
-    "sample.precision": "auto, fp32, bf16 or fp16",
+    "sample.fid_num": "pictures of a run for the FID",
+    "sample.precision": "auto, fp32, bf16 or fp16; auto is fp32 on the processor",
+    "sample.diffusion_form": "of the SDE: constant, SBDM, sigma, linear, ...",
+    "sample.diffusion_norm": "of the SDE: factor on its diffusion",
+    "sample.last_step": "of the SDE: Mean, Tweedie, Euler or none",
+    "sample.last_step_size": "of the SDE: size of the last step in time",
 }
 HEADER = (
     "# Written by step3_setup_configs.py. Edit it freely: when step 3 runs again, an edited file\n"
@@ -95,31 +115,53 @@ HEADER = (
 HASH_LINE = "# sha256 of what follows: "
 
 
-def choose_batch(kind: str, torch: TorchFacts) -> int:
-    """Pictures at a time for the memory that there is: the device's, or half of the machine's.
+def fit_to_machine(config: Config, kind: str, torch: TorchFacts) -> str:
+    """Set precision and pictures at a time by the memory that there is (setup_steps/memory_model.py),
+    and return one line that says why.
 
     Args:
-        kind: "published" or "bundled" (whose 16 MB fit everywhere).
+        config: what `published_config` or `bundled_config` gave; its weights file must be there.
+        kind: "published" or "bundled".
     """
-    largest = LARGEST_BATCH[kind]
-    if kind == "bundled":
-        return largest
-    usable = USABLE_SHARE * (torch.device_memory or (memory_bytes() or 0) / 2)
-    return max(1, min(largest, int((usable - FIXED_BYTES) // BYTES_PER_PICTURE)))
+    from LightningDiT.config import Config as Settings
+    from LightningDiT.config import typed
+
+    on_gpu = torch.device_memory > 0
+    settings = typed(Settings, config, "the configuration of step 3", hidden=("source", "notes"))
+    need = memory_model.sampling_need(settings, on_gpu, Path(config["ckpt_path"]).stat().st_size)
+    share, place = (GPU_SHARE, "the GPU's memory") if on_gpu else (CPU_SHARE, "the machine's memory")
+    precision = f"precision auto: {_precision_words(torch)}"
+    usable = share * (torch.device_memory or memory_bytes() or 0)
+    batch = need.largest_batch(usable, LARGEST_BATCH[kind])
+    config["sample"] |= {"per_proc_batch_size": batch, "precision": "auto"}
+    pictures = "1 picture" if batch == 1 else f"{batch} pictures"
+    peak, there = format_bytes(need.peak(batch)), f"{format_bytes(usable)} usable ({share:.0%} of {place})"
+    if need.peak(batch) <= usable:
+        return f"{precision}; {pictures} at a time take at most {peak}, of {there}"
+    return f"{precision}; WARNING: even {pictures} may take {peak}, more than the {there}"
 
 
-def published_config(files: dict[str, Path], batch: int) -> Config:
-    """Settings of the published demo with these files (by role) and this batch."""
+def _precision_words(torch: TorchFacts) -> str:
+    """What `auto` of LightningDiT/device.py comes to on this machine, and why."""
+    if not torch.device_memory:
+        return "fp32 on the processor"
+    if not torch.gpus:
+        return "bf16 where the GPU computes it natively, else fp16"
+    gpu = torch.gpus[0]
+    return f"bf16, which {gpu.title} computes" if gpu.native_bf16 else f"fp16, since {gpu.title} only emulates bf16"
+
+
+def published_config(files: dict[str, Path]) -> Config:
+    """Settings of the published demo with these files (by role)."""
     config = json.loads(json.dumps(PUBLISHED))
     config["ckpt_path"] = str(files["dit"])
     config["data"]["data_path"] = str(files["stats"].parent)
     config["vae"]["ckpt_path"] = str(files["vavae"])
-    config["sample"]["per_proc_batch_size"] = batch
     return config
 
 
-def bundled_config(batch: int) -> Config:
-    """The bundled model's own settings, its paths absolute, with a batch for this machine."""
+def bundled_config() -> Config:
+    """The bundled model's own settings, its paths absolute."""
     from LightningDiT.config import read_yaml
 
     missing = weights.missing_bundled()
@@ -139,7 +181,6 @@ def bundled_config(batch: int) -> Config:
     config["vae"]["model_name"] = str(weights.BUNDLED / "tokenizer.yaml")
     config["vae"]["ckpt_path"] = str(weights.BUNDLED / "tokenizer.safetensors")
     config["sample"].setdefault("num_sampling_steps", STEPS)
-    config["sample"]["per_proc_batch_size"] = batch
     return config
 
 
@@ -159,8 +200,7 @@ def render(config: Config) -> str:
 
 
 def _line(key: str, value: object, path: str) -> str:
-    comment = COMMENTS.get(path)
-    return f"{key}: {_scalar(value)}" + (f"  # {comment}" if comment else "")
+    return f"{key}: {_scalar(value)}  # {COMMENTS[path]}"
 
 
 def _scalar(value: object) -> str:
@@ -210,14 +250,28 @@ def _flat(config: Config) -> dict[str, object]:
     return flat
 
 
+def output_file(path: Path) -> Path:
+    """Where the YAML goes, made absolute.
+
+    Raises:
+        StepError: a folder carries the name, or a file stands where its folder was expected.
+    """
+    target = path.expanduser().resolve()
+    if target.is_dir():
+        raise StepError(f"{target} is a folder, a YAML file was expected", f"{AGAIN} --output FILE")
+    for folder in target.parents:
+        if folder.is_file():
+            raise StepError(f"{folder} is a file, the folder of {target.name} was expected", f"{AGAIN} --output FILE")
+    return target
+
+
 def check(config: Config, target: Path, verify: Callable[[Path], list[str]]) -> list[str]:
     """Return what `verify` says of the YAML that `write` would put at `target`, by a file in a
     temporary folder that is deleted again.
 
     Raises:
-        StepError: a folder carries the name, or the file was refused.
+        StepError: the file was refused.
     """
-    _refuse_folder(target)
     with tempfile.TemporaryDirectory() as folder:
         fresh = Path(folder).resolve() / target.name
         fresh.write_text(render(config), encoding="utf-8")
@@ -229,9 +283,8 @@ def write(config: Config, target: Path, verify: Callable[[Path], list[str]]) -> 
     that say what was done. What was there before stays until then; an edited file is kept as .bak.
 
     Raises:
-        StepError: a folder carries the name, or the file was refused.
+        StepError: the file was refused.
     """
-    _refuse_folder(target)
     text = render(config)
     fresh = target.with_name(f".{target.stem}.new.yaml")
     try:
@@ -247,11 +300,6 @@ def write(config: Config, target: Path, verify: Callable[[Path], list[str]]) -> 
     finally:
         fresh.unlink(missing_ok=True)
     return [*lines, f"written: {target}"]
-
-
-def _refuse_folder(target: Path) -> None:
-    if target.is_dir():
-        raise StepError(f"{target} is a folder, a YAML file was expected", f"{AGAIN} --output FILE")
 
 
 def _verified(fresh: Path, target: Path, verify: Callable[[Path], list[str]]) -> list[str]:

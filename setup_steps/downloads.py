@@ -8,6 +8,7 @@ right.
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import hashlib
 import http.client
@@ -20,6 +21,8 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -27,6 +30,7 @@ from typing import IO, Any, NoReturn
 from setup_steps.console import Progress, StepError, format_bytes, format_seconds, mend_packages, this_command
 
 CHUNK = 1 << 20
+HASH_BEHIND = 4  # chunks that wait for the hash at most
 SPARE_BYTES = 64_000_000  # disk left free beside the downloads
 RETRY_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 AGAIN = this_command("step2_download_models.py")
@@ -101,16 +105,46 @@ def new_hash(remote: RemoteFile) -> Any:
     return hashlib.sha256()
 
 
-def hash_file(path: Path, remote: RemoteFile, progress: Progress | None = None) -> str:
-    """Hash a file on the disk the way the hub hashed it."""
-    digest = new_hash(remote)
-    with path.open("rb") as file:
+class BackgroundHash:
+    """A hash that a second thread computes, in the order of the calls, while the next bytes are on
+    their way: hashlib holds no interpreter lock meanwhile.
+    """
+
+    def __init__(self, remote: RemoteFile) -> None:
+        self._digest = new_hash(remote)
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._waiting: deque[Future[None]] = deque()
+
+    def update(self, data: bytes) -> None:
+        """Hand over bytes; waits where HASH_BEHIND others are not hashed yet."""
+        self._waiting.append(self._thread.submit(self._digest.update, data))
+        if len(self._waiting) > HASH_BEHIND:
+            self._waiting.popleft().result()
+
+    def hexdigest(self) -> str:
+        """The hash of all bytes handed over."""
+        while self._waiting:
+            self._waiting.popleft().result()
+        return self._digest.hexdigest()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown()
+
+
+def read_through(path: Path, digest: Any, label: str) -> None:
+    """Feed a file on the disk to a hash (of hashlib, or a BackgroundHash), with progress."""
+    progress = Progress(label, path.stat().st_size)
+    with path.open("rb") as file, contextlib.closing(progress):
         while chunk := file.read(CHUNK):
             digest.update(chunk)
-            if progress:
-                progress.update(file.tell())
-    if progress:
-        progress.close()
+            progress.update(file.tell())
+
+
+def hash_file(path: Path, remote: RemoteFile) -> str:
+    """Hash a file on the disk the way the hub hashed it, with progress."""
+    digest = new_hash(remote)
+    read_through(path, digest, f"hashing {path.name}")
     return digest.hexdigest()
 
 
@@ -163,7 +197,7 @@ def describe(repo: str, name: str, patience: Patience = PATIENCE) -> RemoteFile:
         except hub_errors as error:
             trouble = _explain_hub_error(error, repo, name, url)
             # Without any answer a long wait only hides that the machine is offline.
-            if attempt >= (patience.attempts if trouble.wait is not None else 2):
+            if attempt >= (patience.attempts if trouble.wait is not None else min(2, patience.attempts)):
                 _give_up(f"{name}: {trouble}", NO_NETWORK, error)
             _wait(name, trouble, attempt, patience)
     if data.commit_hash is None or data.size is None or data.etag is None:
@@ -210,13 +244,9 @@ def _explain_status(code: int, headers: Any, repo: str, name: str, url: str) -> 
 
 def _retry_after(headers: Any) -> float:
     """Seconds asked for by a Retry-After header (a number or a date); 0 where there is none."""
-    value = headers.get("Retry-After")
-    if not value:
-        return 0.0
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
+    value = (headers.get("Retry-After") or "").strip()
+    if value.isdecimal():
+        return float(value)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     except (TypeError, ValueError):
@@ -275,23 +305,38 @@ class PartFile:
 
     The state says of which file the part is the beginning; a part of any other file is dropped.
     Writes are unbuffered, so that a killed process loses nothing that it had counted.
+
+    Attributes:
+        offset: bytes that the part holds.
+        resumed_from: bytes of an earlier run among them.
+        validator: the ETag of the host that served them.
+        joined: the part holds bytes of more than one answer.
+        changed: another ETag came with a later answer. From then on the hash alone decides, since a
+            host whose ETags differ from answer to answer would have every answer start again.
+        ask_range: the rest can be asked for; otherwise the whole file is, and its beginning skipped.
     """
 
     def __init__(self, target: Path, remote: RemoteFile) -> None:
         self.target, self.remote = target, remote
         self.path = target.with_name(target.name + ".part")
         self.state_path = target.with_name(target.name + ".part.json")
-        self.hash = new_hash(remote)
+        self.hash = BackgroundHash(remote)
+        self.offset = self.resumed_from = 0
         self.validator: str | None = None
+        self.joined = self.changed = False
+        self.ask_range = True
         self._file: IO[bytes] = self.path.open("ab", buffering=0)
         self._claim()
+
+    def take_up(self) -> None:
+        """Hash what an earlier run left, or drop it where it begins another file."""
         if self._fits():
-            self._read_again()
+            read_through(self.path, self.hash, f"reading {self.path.name} again")
         else:
-            self._file.truncate(0)
+            self._empty()
             self.state_path.unlink(missing_ok=True)
-        self.offset = self.path.stat().st_size
-        self.resumed_from = self.offset
+        self.offset = self.resumed_from = self.path.stat().st_size
+        self.joined = self.offset > 0
 
     def _claim(self) -> None:
         """Raise StepError where another process is writing this part."""
@@ -302,6 +347,7 @@ class PartFile:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            self._file.close()
             raise StepError(
                 f"{self.path} is being written by another process",
                 f"wait for it or stop it, then {AGAIN}",
@@ -318,17 +364,13 @@ class PartFile:
             return False
         if not isinstance(state, dict) or size > self.remote.size:
             return False
-        self.validator = state.pop("validator", None)
         wanted = asdict(self.remote)
+        validator = state.pop("validator", None)
+        self.validator = validator if state.get("url") == wanted["url"] else None
         if self.remote.hashed_by:
             # The hash names the content, whichever mirror or commit it comes from.
-            return all(state.get(key) == wanted[key] for key in ("etag", "size"))
+            return state.get("etag") == wanted["etag"]
         return state == wanted
-
-    def _read_again(self) -> None:
-        with self.path.open("rb") as file:
-            while chunk := file.read(CHUNK):
-                self.hash.update(chunk)
 
     def note(self, validator: str | None) -> None:
         """Write the state file, with the ETag of the host that serves the bytes."""
@@ -342,7 +384,7 @@ class PartFile:
             raise self._disk_error(error) from error
 
     def write(self, chunk: bytes) -> None:
-        """Append bytes and hash them.
+        """Append bytes and hash them. They are counted when they are in the file.
 
         Raises:
             StepError: the disk takes no more.
@@ -363,10 +405,17 @@ class PartFile:
         )
 
     def start_again(self) -> None:
-        """Forget the bytes so far: they belong to another version of the file."""
-        self._file.truncate(0)
-        self.offset = 0
-        self.hash = new_hash(self.remote)
+        """Forget the bytes so far: they are not the beginning of the file."""
+        self.hash.close()
+        self.hash = BackgroundHash(self.remote)
+        self._empty()
+        self.offset = self.resumed_from = 0
+        self.joined = False
+
+    def _empty(self) -> None:
+        # A file that was cut to nothing is written out when it is closed (ext4), so not without need.
+        if os.fstat(self._file.fileno()).st_size:
+            self._file.truncate(0)
 
     def is_right(self) -> bool:
         """True where the bytes are all there and hash to what the hub says."""
@@ -383,7 +432,13 @@ class PartFile:
         self.state_path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        self._file.close()
+        """End the hashing thread and let go of the part; one without bytes is removed."""
+        self.hash.close()
+        if not self._file.closed:
+            empty = not os.fstat(self._file.fileno()).st_size
+            self._file.close()
+            if empty:
+                self.drop()
 
     def drop(self) -> None:
         """Remove the part and its state."""
@@ -429,27 +484,26 @@ def download(
     began = time.monotonic()
     target.parent.mkdir(parents=True, exist_ok=True)
     part = PartFile(target, remote)
-    try:
+    with contextlib.closing(part):
+        part.take_up()
         if part.resumed_from:
             done = f"{format_bytes(part.offset)} of {format_bytes(remote.size)}"
             print(f"  {remote.name}: goes on after {done}")
         _receive_all(part, token, patience)
-        if not part.is_right() and part.resumed_from:
-            print(f"  {remote.name}: the earlier part was damaged; starting again")
+        if not part.is_right() and part.joined:
+            print(f"  {remote.name}: the pieces do not make the hub's file; starting again")
             part.start_again()
             _receive_all(part, token, patience)
         if not part.is_right():
-            part.close()
-            part.drop()
+            found = part.hash.hexdigest()
+            part.start_again()  # and an empty part is removed
+            reason = "the file changed on the server" if part.changed else "wrong bytes came"
             raise StepError(
-                f"{remote.name}: wrong bytes came (hash {part.hash.hexdigest()[:16]}..., the hub "
-                f"says {remote.etag[:16]}...); nothing was kept",
+                f"{remote.name}: {reason} (hash {found[:16]}..., the hub says {remote.etag[:16]}...); nothing was kept",
                 f"try again or another --endpoint: {AGAIN}",
             )
         fetched = remote.size - part.resumed_from
         part.finish(aside)
-    finally:
-        part.close()
     return Fetched(target, part.resumed_from, fetched, time.monotonic() - began)
 
 
@@ -477,9 +531,9 @@ def _receive(part: PartFile, token: str | None, timeout: float, progress: Progre
     headers = {"User-Agent": "lightningdit-setup", "Accept-Encoding": "identity"}
     if token:
         headers["Authorization"] = f"Bearer {token}"
-    if part.offset:
+    if part.offset and part.ask_range:
         headers["Range"] = f"bytes={part.offset}-"
-        if part.validator:
+        if part.validator and not part.changed:
             headers["If-Range"] = part.validator
     request = urllib.request.Request(remote.url, headers=headers)
     opener = urllib.request.build_opener(_Redirects)
@@ -526,19 +580,33 @@ def _accept(response: http.client.HTTPResponse, part: PartFile) -> int:
         total = int(length) if length and length.isdigit() else None
     if total not in (None, remote.size):
         raise _TryAgainError(f"the server offers {total} bytes, the hub says {remote.size}")
-    if part.offset and not resumed and part.validator and validator != part.validator:
+    if part.offset and not part.changed and _is_another(validator, part):
+        part.changed = True
         part.start_again()
+        if resumed:
+            raise _TryAgainError("the file changed on the server; starting again")
     if part.offset == 0 or validator != part.validator:
         part.note(validator)
+    part.joined = part.offset > 0
     return 0 if resumed else part.offset
+
+
+def _is_another(validator: str | None, part: PartFile) -> bool:
+    """True where the ETag of an answer says that its file is not the one that the part begins.
+
+    Without an ETag nothing is known, and the hash at the end decides where there is one.
+    """
+    if part.validator is None or (validator is None and part.remote.hashed_by):
+        return False
+    return validator != part.validator
 
 
 def _refused(error: urllib.error.HTTPError, part: PartFile) -> NoReturn:
     """Turn an HTTP error status into a retry or an end."""
-    if error.code == 416:
-        # The server's file is shorter than the part: the part cannot be its beginning.
-        part.start_again()
-        raise _TryAgainError("the server has no bytes behind the part; starting again")
+    if error.code == 416 and part.offset and part.ask_range:
+        # By its size the part is good; the whole file shows whether it is, and the hash decides.
+        part.ask_range = False
+        raise _TryAgainError(f"no bytes behind {format_bytes(part.offset)} are served; asking for the whole file")
     repo = "/".join(urllib.parse.urlsplit(part.remote.url).path.split("/resolve/")[0].split("/")[-2:])
     raise _explain_status(error.code, error.headers, repo, part.remote.name, error.url)
 

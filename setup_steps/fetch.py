@@ -1,18 +1,21 @@
-"""What step 2 does with one file: keep it, fetch it, check it, open it."""
+"""Whether a file of models/ is right: the record of what was verified, opening, comparing."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import time
+import zipfile
+import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from setup_steps import downloads
-from setup_steps.console import Progress, StepError, format_bytes, format_seconds
+from setup_steps.console import Progress, StepError
 from setup_steps.machine import require_torch
-from setup_steps.weights import STATS, WeightFile
+from setup_steps.sources import Source, at_hand, dangling_links, leads_to
+from setup_steps.weights import STATS, WeightFile, usable_names
 
 RECORD = ".downloads.json"
 
@@ -44,16 +47,19 @@ class Record:
         row = self.rows.get(name)
         if not isinstance(row, dict) or not isinstance(row.get("remote"), dict):
             return None
-        return downloads.RemoteFile(**row["remote"])  # type: ignore[arg-type]
+        try:
+            return downloads.RemoteFile(**row["remote"])
+        except TypeError:  # written by another version
+            return None
 
-    def note(self, path: Path, remote: downloads.RemoteFile) -> None:
-        """Remember that `path` was hashed and equals `remote`."""
+    def note(self, path: Path, remote: downloads.RemoteFile | None) -> None:
+        """Remember that `path` was hashed and equals `remote`, or (None) was opened and comes from a folder."""
         stat = path.stat()
         self.rows[path.name] = {
             "size": stat.st_size,
             "mtime_ns": stat.st_mtime_ns,
             "verified": time.strftime("%Y-%m-%d %H:%M"),
-            "remote": vars(remote),
+            "remote": vars(remote) if remote else None,
         }
         self._save()
 
@@ -68,19 +74,6 @@ class Record:
         fresh.replace(self.path)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What has to be done for one file. `remote` is None where the hub was not asked (the record
-    knows the file) or did not answer (`unverified` then says why).
-    """
-
-    file: WeightFile
-    target: Path
-    remote: downloads.RemoteFile | None
-    fetch: bool
-    unverified: str | None = None
-
-
 def free_name(path: Path, tag: str) -> Path:
     """The first of NAME.tag-1, NAME.tag-2, ... that is not taken."""
     number = 1
@@ -89,70 +82,11 @@ def free_name(path: Path, tag: str) -> Path:
     return path.with_name(f"{path.name}.{tag}-{number}")
 
 
-def make_plan(file: WeightFile, folder: Path, record: Record, patience: downloads.Patience) -> Plan:
-    """Decide whether a file must be fetched: it is absent, or its hash is not the hub's.
-
-    Raises:
-        StepError: a folder carries its name, or it is absent and the hub does not answer.
-    """
-    target = folder / file.name
-    if target.is_dir():
-        raise StepError(
-            f"{target} is a folder, the file {file.name} belongs there",
-            f"mv '{target}' '{target}.folder' && {downloads.AGAIN}",
-        )
-    if target.is_file() and record.knows(target):
-        return Plan(file, target, None, fetch=False)
-    try:
-        remote = downloads.describe(file.repo, file.name, patience)
-    except StepError as error:
-        if target.is_file() and target.stat().st_size:
-            return Plan(file, target, None, fetch=False, unverified=error.message)
-        raise
-    if target.is_file() and is_whole(target, remote):
-        record.note(target, remote)
-        return Plan(file, target, remote, fetch=False)
-    return Plan(file, target, remote, fetch=True)
-
-
 def is_whole(path: Path, remote: downloads.RemoteFile) -> bool:
     """Compare size and hash of a file on the disk with what the hub says; shows progress."""
     if path.stat().st_size != remote.size:
         return False
-    if remote.hashed_by is None:
-        return True
-    progress = Progress(f"hashing {path.name}", remote.size)
-    return downloads.hash_file(path, remote, progress) == remote.etag
-
-
-def carry_out(plan: Plan, record: Record, patience: downloads.Patience) -> str:
-    """Fetch if the plan says so, open the file, and return the line that reports it.
-
-    Raises:
-        StepError: the download failed, or the file is not what its name promises.
-    """
-    file, target = plan.file, plan.target
-    if plan.fetch and plan.remote is not None:
-        line = _fetch(plan, plan.remote, record, patience)
-    elif plan.unverified:
-        line = f"already there, not compared with the hub ({plan.unverified})"
-    else:
-        line = "already there and verified"
-    return f"{file.name}: {line}; {open_check(file, target)}"
-
-
-def _fetch(plan: Plan, remote: downloads.RemoteFile, record: Record, patience: downloads.Patience) -> str:
-    """Download beside what is there, which is set aside only when the new file is whole."""
-    target, aside = plan.target, None
-    if target.exists():
-        print(f"  {target.name}: the one that is there is not the hub's; fetching the hub's")
-        aside = free_name(target, "bad")
-    result = downloads.download(remote, target, downloads.hub_token(), patience, aside)
-    record.note(target, remote)
-    speed = f"{format_bytes(result.fetched / max(result.seconds, 1e-6))}/s"
-    checked = "hash right" if remote.hashed_by else "size right, the hub gives no hash"
-    line = f"{format_bytes(result.fetched)} in {format_seconds(result.seconds)} ({speed}), {checked}"
-    return f"{line}, the earlier one is kept as {aside.name}" if aside else line
+    return remote.hashed_by is None or downloads.hash_file(path, remote) == remote.etag
 
 
 def open_check(file: WeightFile, path: Path) -> str:
@@ -166,6 +100,24 @@ def open_check(file: WeightFile, path: Path) -> str:
     if file.role == "stats":
         return _check_stats(path)
     return _check_checkpoint(file, path)
+
+
+def fault_of(file: WeightFile, path: Path) -> str | None:
+    """Why a file is not what its role promises; None where it is.
+
+    Raises:
+        StepError: torch is absent.
+    """
+    require_torch(f"opening {file.name}")
+    from LightningDiT.errors import LightningDiTError
+
+    try:
+        open_check(file, path)
+    except (StepError, LightningDiTError) as error:
+        return error.message
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 def bundled_faults(folder: Path) -> list[str]:
@@ -238,18 +190,77 @@ def published_table(section: str) -> dict[str, tuple[int, ...]]:
     return {name: tuple(shape) for name, shape in rows.items()}
 
 
-def verify_present(file: WeightFile, folder: Path, record: Record, patience: downloads.Patience) -> str:
-    """Hash a file that is there again and open it (step 2's --verify); fetches nothing.
+def verify_present(
+    file: WeightFile, folder: Path, record: Record, source: Source, patience: downloads.Patience = downloads.PATIENCE
+) -> list[str]:
+    """Compare a file that is there, and of a transformer its converted copies, byte by byte with the
+    best that is at hand, and open it (step 2's --verify); fetches nothing.
+
+    Returns:
+        One line per file that says what was compared.
 
     Raises:
-        StepError: absent, damaged, or the hub is needed for its hash and does not answer.
+        StepError: absent or damaged.
     """
-    target = folder / file.name
-    if not target.is_file():
-        raise StepError(f"{target} is not there", downloads.AGAIN)
-    remote = record.remote(file.name) or downloads.describe(file.repo, file.name, patience)
-    if not is_whole(target, remote):
-        record.forget(file.name)
-        raise StepError(f"{target} is not the file that the hub has (size or hash differ)", downloads.AGAIN)
-    record.note(target, remote)
-    return f"{file.name}: {remote.hashed_by or 'size'} right; {open_check(file, target)}"
+    gone = dangling_links(file, folder)
+    if gone and not at_hand(file, folder):
+        raise StepError(f"{gone[0]} is a link to {gone[0].readlink()}, which is not there", _again_without_verify())
+    if not at_hand(file, folder):
+        raise StepError(f"{folder / file.name} is not there", _again_without_verify())
+    present = [folder / name for name in usable_names(file) if (folder / name).is_file()]
+    return [
+        f"{path.name}: {_compare(file, path, record, source, patience)}; {open_check(file, path)}" for path in present
+    ]
+
+
+def _compare(file: WeightFile, path: Path, record: Record, source: Source, patience: downloads.Patience) -> str:
+    """Hash against the record or the hub, else against the checksums that the file itself carries."""
+    if path.name != file.name:
+        return own_checksums(path)
+    try:
+        remote = record.remote(path.name)
+        if remote is None and source.asks_hub:
+            remote = downloads.describe(file.repo, file.name, patience)
+    except StepError as error:
+        return f"{own_checksums(path)} (not compared with the hub: {error.message})"
+    if remote is None:
+        return own_checksums(path)
+    if not is_whole(path, remote):
+        record.forget(path.name)
+        where = f"{path} ({leads_to(path)})" if path.is_symlink() else f"{path}"
+        mend = "python step2_download_models.py --source hub" if path.is_symlink() else _again_without_verify()
+        raise StepError(f"{where} is not the file that the hub has (size or hash differ)", mend)
+    record.note(path, remote)
+    return f"{remote.hashed_by or 'size'} right"
+
+
+def own_checksums(path: Path) -> str:
+    """Read a torch archive through and compare each record with the checksum beside it.
+
+    Returns:
+        What was compared; that only opening is left where the file carries no checksums.
+
+    Raises:
+        StepError: a record differs from its checksum.
+    """
+    if path.suffix != ".pt" or not zipfile.is_zipfile(path):
+        return "carries no checksums, so that opening is all there is"
+    progress = Progress(f"checking {path.name}", path.stat().st_size)
+    done = 0
+    try:
+        with zipfile.ZipFile(path) as archive, contextlib.closing(progress):
+            records = archive.infolist()
+            if not any(info.CRC for info in records):
+                return "was written without checksums, so that opening is all there is"
+            for info in records:
+                with archive.open(info) as record:
+                    while chunk := record.read(downloads.CHUNK):
+                        done += len(chunk)
+                        progress.update(done)
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:
+        raise StepError(f"{path} is damaged ({error})", _again_without_verify()) from error
+    return f"{len(records)} checksums of the archive itself right"
+
+
+def _again_without_verify() -> str:
+    return downloads.AGAIN.replace(" --verify", "")

@@ -1,24 +1,27 @@
-"""What step 1 decides and does: which pins are met, which are installed, which torch is kept."""
+"""What step 1 compares and installs: pins, what is there, the constraints, and who may install where."""
 
 from __future__ import annotations
 
 import os
+import platform
 import re
-import subprocess
 import sys
 import sysconfig
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from setup_steps import pip_calls
 from setup_steps.console import StepError, format_bytes
-from setup_steps.machine import TorchFacts, free_bytes, installed_version
+from setup_steps.machine import free_bytes, installed_version
+from setup_steps.pip_calls import AGAIN, STEP, InstallError, Source
+from setup_steps.releases import REPLACE, Decision, public, version_pair
 
-OLDEST_TORCH = (2, 2)  # the oldest release that the library's tests pass on
-NUMPY2_TORCH = (2, 3)  # the first release that was built for numpy 2
-TORCH_DISK = 9_000_000_000  # torch with its GPU libraries: wheels and what they unpack to
-OTHER_DISK = 1_000_000_000
-AGAIN = "python step1_install_environment.py"
+#: Bytes that an installation takes where the packages lie and, meanwhile, in the folder for temporary files.
+TORCH_DISK = (6_000_000_000, 3_000_000_000)  # torch with its GPU libraries
+OTHER_DISK = (700_000_000, 300_000_000)
+UNPACKED = 3  # at most this many times a wheel's own size is taken by what it holds
+HELD = ("torch", "torchvision", "numpy")  # compiled modules that must not change under a process
 _PIN = re.compile(
     r"(?P<name>[A-Za-z0-9_.-]+)==(?P<version>[A-Za-z0-9_.+!-]+)"
     r"(?:\s*;\s*python_version\s*(?P<sign>>=|<)\s*[\"'](?P<major>\d+)\.(?P<minor>\d+)[\"'])?"
@@ -35,34 +38,58 @@ class Pin:
 
 @dataclass(frozen=True)
 class Row:
-    """One distribution: the wanted version, the one that is there, and whether that will do.
+    """One distribution: the version that is wanted on this machine, and the one that is there.
 
     Args:
-        wanted: a version, "0.29.*" or "<2".
+        pinned: the version in the requirements file.
+        wanted: a version, "0.29.*" or "<2"; another than the pinned one where the torch here asks for it.
         installed: None where it is absent.
-        kept: it stays whatever release it is.
-        fault: why it does not import; empty where it does.
+        fault: why it will not do although the version does; empty where it will.
     """
 
     name: str
+    pinned: str
     wanted: str
     installed: str | None
-    kept: bool = False
     fault: str = ""
 
     @property
-    def as_pinned(self) -> bool:
-        """True for the pinned release; a local build of it ("+cpu") is that release."""
-        return self.installed is not None and self.installed.split("+")[0] == self.wanted
+    def as_wanted(self) -> bool:
+        """True where the version will do."""
+        return self.installed is not None and satisfies(self.installed, self.wanted)
 
     @property
     def met(self) -> bool:
-        return not self.fault and (self.kept or self.as_pinned)
+        return self.as_wanted and not self.fault
 
     @property
     def requirement(self) -> str:
         """What pip is asked for."""
         return self.name + ("" if self.wanted.startswith("<") else "==") + self.wanted
+
+    @property
+    def state(self) -> str:
+        """What a person is told about it."""
+        if self.fault:
+            return f"not usable: {self.fault}"
+        if not self.met:
+            return f"{self.requirement} is wanted"
+        same = satisfies(str(self.installed), self.pinned)
+        return "right" if same else f"right on this machine ({self.pinned} is pinned)"
+
+    @property
+    def constraint(self) -> str:
+        """The line that holds it where it is, or where it is to be."""
+        return f"{self.name}=={self.installed}" if self.met else self.requirement
+
+
+def satisfies(version: str, wanted: str) -> bool:
+    """Whether a version is the wanted release, a build of it, or within "0.29.*" or "<2"."""
+    if wanted.startswith("<"):
+        return version_pair(version) < (int(wanted[1:]), 0)
+    if wanted.endswith(".*"):
+        return f"{public(version)}.".startswith(wanted[:-1])
+    return public(version) == wanted
 
 
 def read_pins(path: Path, python: tuple[int, int] | None = None) -> list[Pin]:
@@ -100,37 +127,45 @@ def read_pins(path: Path, python: tuple[int, int] | None = None) -> list[Pin]:
     return pins
 
 
-def version_pair(version: str) -> tuple[int, int]:
-    """'2.14.1+cpu' -> (2, 14); (0, 0) where there is no such beginning."""
-    match = re.match(r"(\d+)\.(\d+)", version)
-    return (int(match[1]), int(match[2])) if match else (0, 0)
+def pinned(pins: list[Pin], name: str, source: Path) -> str:
+    """The version that a pin names.
 
-
-def make_rows(pins: list[Pin], torch: TorchFacts, faults: dict[str, str]) -> list[Row]:
-    """Compare pins with what is installed. A torch that works here is kept with its torchvision,
-    whatever release it is: it may be the only build that serves this machine's device.
+    Raises:
+        StepError: no pin has this name.
     """
-    keep = torch.works and version_pair(torch.version) >= OLDEST_TORCH
-    pinned_torch = any(pin == Pin("torch", torch.version.split("+")[0]) for pin in pins)
+    for pin in pins:
+        if pin.name == name:
+            return pin.version
+    raise StepError(f"{source} pins no {name}", "fetch the project again (git clone)")
+
+
+def make_rows(pins: list[Pin], decision: Decision, faults: dict[str, str]) -> list[Row]:
+    """Compare pins with what is installed; torch and what goes with it are as decided.
+
+    Args:
+        faults: why an installed distribution does not import, by name; empty where it does.
+    """
+    decided = {"torch": decision.torch, "torchvision": decision.torchvision, "numpy": decision.numpy}
     rows = []
     for pin in pins:
-        installed, wanted, kept = installed_version(pin.name), pin.version, False
-        pair = version_pair(installed or "")
-        if keep and pin.name == "torch":
-            kept = True
-        elif keep and pin.name == "torchvision" and not pinned_torch:
-            # torchvision 0.(x + 15) belongs to torch 2.x.
-            belongs = (0, version_pair(torch.version)[1] + 15)
-            wanted, kept = f"0.{belongs[1]}.*", pair == belongs
-        elif keep and pin.name == "numpy" and version_pair(torch.version) < NUMPY2_TORCH:
-            wanted, kept = "<2", installed is not None and pair < (2, 0)
-        rows.append(Row(pin.name, wanted, installed, kept, faults.get(pin.name, "")))
+        wanted = decided.get(pin.name) or pin.version
+        row = Row(pin.name, pin.version, wanted, installed_version(pin.name), faults.get(pin.name, ""))
+        if row.name in ("torch", "torchvision") and decision.action == REPLACE and row.met:
+            row = replace(row, fault=decision.reason)  # the right version, but not the build for this machine
+        rows.append(row)
     return rows
 
 
-def kept_rows(rows: list[Row]) -> list[Row]:
-    """What stays as it is although another release is pinned."""
-    return [row for row in rows if row.met and not row.as_pinned]
+def constraint_text(rows: list[Row]) -> str:
+    """The whole set of versions, what is kept included, so that no dependency drags another torch in."""
+    head = "# The versions that this environment is held to: python -m pip install -c THIS_FILE NAME\n"
+    return head + "".join(f"{row.constraint}\n" for row in rows)
+
+
+def refuse_unfit_process(rows: list[Row]) -> None:
+    """Raise StepError where packages must not be installed from this process or for its interpreter."""
+    refuse_managed_interpreter()
+    refuse_imported_torch(rows)
 
 
 def refuse_managed_interpreter() -> None:
@@ -141,50 +176,70 @@ def refuse_managed_interpreter() -> None:
         return
     raise StepError(
         f"{sys.executable} belongs to the operating system, packages must not be installed into it",
-        f"{sys.executable} -m venv .venv && .venv/bin/{AGAIN}, or python quickstart.py",
+        f"{sys.executable} -m venv .venv && .venv/bin/python {STEP}, or python quickstart.py",
     )
 
 
-def pip_command(requirements: list[str], *options: str) -> list[str]:
-    """The pip call that installs `requirements` into this interpreter."""
-    command = [sys.executable, "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
-    return [*command, *options, *requirements]
+def refuse_imported_torch(rows: list[Row]) -> None:
+    """Raise StepError where torch or what it computes with would be replaced under this very process,
+    as with `%run` in a notebook that has imported it.
+    """
+    held = [row.name for row in rows if not row.met and row.name in sys.modules and row.name in HELD]
+    if held:
+        raise StepError(
+            f"{', '.join(held)} is imported in this process and cannot be replaced under it",
+            f"restart the notebook's kernel, then !{AGAIN} (with an exclamation mark, before any import)",
+        )
 
 
-def install(rows: list[Row]) -> None:
-    """Install what `rows` lack, with the kept packages held in place by a constraint.
+def require_disk(rows: list[Row], source: Source) -> None:
+    """Raise InstallError where the disks of the packages and of temporary files lack the room."""
+    gpu_libraries = platform.system() == "Linux" and any(row.name == "torch" and not row.met for row in rows)
+    amounts = TORCH_DISK if gpu_libraries else OTHER_DISK
+    if source.wheel_bytes is not None:
+        amounts = (min(amounts[0], UNPACKED * source.wheel_bytes), 0)  # local wheels are not copied first
+    needed: dict[int, int] = {}
+    for folder, amount in zip((_site(), Path(tempfile.gettempdir())), amounts, strict=True):
+        disk = folder.stat().st_dev
+        needed[disk] = needed.get(disk, 0) + amount
+        if free_bytes(folder) < needed[disk]:
+            raise InstallError(
+                f"the packages need up to {format_bytes(needed[disk])} at {folder}, "
+                f"{format_bytes(free_bytes(folder))} are free",
+                f"free space there (or name a roomier folder for temporary files in TMPDIR), then {AGAIN}",
+            )
+
+
+def _site() -> Path:
+    """The folder that packages go to, or the nearest above it that is there."""
+    site = Path(sysconfig.get_path("purelib"))
+    return next(folder for folder in (site, *site.parents) if folder.is_dir())
+
+
+def put_right(rows: list[Row], forced: list[Row], sources: tuple[Source, ...]) -> None:
+    """Install what `rows` lack; together, requirements and constraint hold every version of the profile.
+
+    Args:
+        forced: of these the files are first put anew, whatever pip thinks is there.
 
     Raises:
-        StepError: no pip, too little disk, or pip failed.
+        InstallError: too little disk, or pip failed.
     """
+    pip_calls.require_pip()
     lacking = [row for row in rows if not row.met]
-    needed = TORCH_DISK if any(row.name == "torch" for row in lacking) else OTHER_DISK
-    site = Path(sysconfig.get_path("purelib"))
-    if site.is_dir() and free_bytes(site) < needed:
-        raise StepError(
-            f"the packages need up to {format_bytes(needed)} at {site}, {format_bytes(free_bytes(site))} are free",
-            f"free space there, then {AGAIN}",
-        )
+    for source in sources:
+        require_disk(rows, source)
+        renewed = not forced or _install(forced, rows, source, "--force-reinstall", "--no-deps")
+        if renewed and _install(lacking, rows, source):
+            return
+        print("The attached wheels do not suffice: the package index is asked, too")
+
+
+def _install(wanted: list[Row], rows: list[Row], source: Source, *options: str) -> bool:
+    """Install `wanted` with all other rows held; False where the source does not suffice."""
     with tempfile.TemporaryDirectory() as folder:
-        constraints = Path(folder) / "kept.txt"
-        lines = [f"{row.name}=={row.installed}\n" for row in kept_rows(rows)]
-        constraints.write_text("".join(lines), encoding="utf-8")
-        _run_pip([row.requirement for row in lacking], "--constraint", str(constraints))
-
-
-def reinstall(rows: list[Row]) -> None:
-    """Install again, without their dependencies, packages that are there but do not import."""
-    _run_pip([row.requirement for row in rows], "--force-reinstall", "--no-deps")
-
-
-def _run_pip(requirements: list[str], *options: str) -> None:
-    """pip in a process of its own: nothing is replaced under an imported module."""
-    have_pip = subprocess.run([sys.executable, "-m", "pip", "--version"], check=False, capture_output=True)
-    if have_pip.returncode:
-        raise StepError(f"{sys.executable} has no pip", f"{sys.executable} -m ensurepip --upgrade")
-    code = subprocess.run(pip_command(requirements, *options), check=False).returncode
-    if code:
-        raise StepError(
-            f"pip ended with code {code} while it installed {' '.join(requirements)} (its last lines are above)",
-            f"check the internet connection, then {AGAIN}",
-        )
+        constraints = Path(folder) / "constraints.txt"
+        # pip tells a version that is nowhere to be had from a conflict only if it is not constrained, too.
+        constraints.write_text(constraint_text([row for row in rows if row not in wanted]), encoding="utf-8")
+        requirements = [row.requirement for row in wanted]
+        return pip_calls.pip_install(requirements, source, "--constraint", str(constraints), *options)

@@ -1,4 +1,4 @@
-"""What this machine is: Python, memory, disk, and whether torch works here, on which device.
+"""What this machine is: Python, place, memory, disk, GPUs, and whether torch works here, on which device.
 
 `python -m setup_steps.machine NAME ...` imports the named distributions and prints what it found
 as JSON: step 1 runs that in a process of its own, so that a broken torch cannot take it along and
@@ -11,12 +11,16 @@ import importlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+import warnings
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from setup_steps.console import PROJECT, StepError, format_bytes, mend_packages
 
@@ -24,6 +28,52 @@ PROBE_SECONDS = 300
 # What an import, or an operation on a device without kernels, raises when a package is broken.
 BROKEN = (ImportError, OSError, RuntimeError, AssertionError, AttributeError, TypeError, ValueError)
 IMPORT_NAMES = {"pillow": "PIL"}  # distributions whose module has another name
+NATIVE_BF16 = (8, 0)  # torch's own is_bf16_supported() is true where bf16 is emulated, too
+SMI_SECONDS = 60
+SMI_FIELDS = ("name", "compute_cap", "memory.total", "driver_version")
+MIB = 1024 * 1024
+#: Compute capability by a word of the name, for drivers that do not tell it.
+CAPABILITIES = {"K80": (3, 7), "M40": (5, 2), "M60": (5, 2), "P4": (6, 1), "P40": (6, 1), "P100": (6, 0)} | {
+    "V100": (7, 0),
+    "T4": (7, 5),
+    "A100": (8, 0),
+}
+#: Where this process runs: the name and how it is told, the most telling first.
+PLACES = (
+    ("Kaggle", lambda: "KAGGLE_KERNEL_RUN_TYPE" in os.environ),
+    ("Colab", lambda: "COLAB_RELEASE_TAG" in os.environ or "COLAB_GPU" in os.environ),
+    ("conda", lambda: (Path(sys.prefix) / "conda-meta").is_dir()),
+    ("virtual environment", lambda: sys.prefix != sys.base_prefix),
+)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One accelerator.
+
+    Args:
+        capability: compute capability; (0, 0) where it is not known.
+        memory: bytes; 0 where it is not known.
+        driver: version of the NVIDIA driver; empty where it is not known.
+        fault: why no kernel ran on it; empty where one ran and came out right, None where torch,
+            if there is one, does not see the device.
+    """
+
+    name: str
+    capability: tuple[int, int] = (0, 0)
+    memory: int = 0
+    driver: str = ""
+    fault: str | None = None
+
+    @property
+    def native_bf16(self) -> bool:
+        """Whether bfloat16 is computed and not emulated."""
+        return self.capability >= NATIVE_BF16
+
+    @property
+    def title(self) -> str:
+        """'Tesla T4 (7.5)'."""
+        return f"{self.name} ({'.'.join(map(str, self.capability))})" if self.capability > (0, 0) else self.name
 
 
 @dataclass(frozen=True)
@@ -37,6 +87,10 @@ class TorchFacts:
         device_name: the accelerator's name, or the processor's.
         device_memory: bytes of the accelerator's memory; 0 on the CPU.
         note: why torch, or the accelerator, is not usable; empty where all is well.
+        cuda: CUDA version that torch is built with; empty for a build without.
+        hip: ROCm version that torch is built with (AMD devices); empty for a build without.
+        archs: kernels that this build holds, as torch lists them ("sm_75", "compute_120").
+        gpus: every accelerator that torch sees, each with the outcome of one real product.
     """
 
     version: str = ""
@@ -45,36 +99,132 @@ class TorchFacts:
     device_name: str = ""
     device_memory: int = 0
     note: str = ""
+    cuda: str = ""
+    hip: str = ""
+    archs: tuple[str, ...] = ()
+    gpus: tuple[Gpu, ...] = ()
+
+    @classmethod
+    def from_json(cls, facts: dict[str, Any]) -> TorchFacts:
+        """The facts that `asdict` and JSON made lists of."""
+        gpus = tuple(Gpu(**{**gpu, "capability": tuple(gpu["capability"])}) for gpu in facts["gpus"])
+        return cls(**{**facts, "archs": tuple(facts["archs"]), "gpus": gpus})
 
 
 def torch_facts() -> TorchFacts:
-    """Import torch here and try it on the CPU and on the accelerator it names."""
+    """Import torch here and try it on the CPU and on every accelerator it names."""
     try:
         import torch
     except BROKEN as error:
         return TorchFacts(note=f"torch does not import: {one_line(error)}")
 
-    def product_is_right(device: str) -> bool:
-        ones = torch.ones(64, 64, device=device)
-        return bool(((ones @ ones) == 64).all().item())
-
-    version, name = str(torch.__version__), platform.processor() or platform.machine()
+    name = platform.processor() or platform.machine()
+    built = getattr(torch, "version", None)
+    facts = TorchFacts(
+        str(torch.__version__),
+        device_name=name,
+        cuda=str(getattr(built, "cuda", None) or ""),
+        hip=str(getattr(built, "hip", None) or ""),
+    )
     try:
-        works = product_is_right("cpu")
+        works = product_is_right(torch, "cpu")
     except BROKEN as error:
-        return TorchFacts(version, note=f"torch does not compute: {one_line(error)}")
-    if torch.cuda.is_available():
-        gpu = torch.cuda.get_device_properties(0)
+        return replace(facts, note=f"torch does not compute: {one_line(error)}")
+    return gpu_facts(torch, replace(facts, works=works))
+
+
+def gpu_facts(torch: ModuleType, facts: TorchFacts) -> TorchFacts:
+    """`facts` with what torch sees and can do on its accelerators."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         try:
-            if product_is_right("cuda"):
-                return TorchFacts(version, works, "cuda", gpu.name, gpu.total_memory)
-            reason = "computes wrongly"
+            count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         except BROKEN as error:
-            reason = one_line(error)
-        kernels = " ".join(torch.cuda.get_arch_list())
-        note = f"{gpu.name} ({gpu.major}.{gpu.minor}) is not usable: {reason}; kernels: {kernels}"
-        return TorchFacts(version, works, "cpu", name, note=note)
-    return TorchFacts(version, works, "cpu", name)
+            return replace(facts, note=f"the GPU is not usable: {one_line(error)}")
+    if not count:  # a driver that is too old is a mere warning of torch's
+        return replace(facts, note=one_line(said[0].message) if said else "")
+    archs = tuple(torch.cuda.get_arch_list())
+    gpus = tuple(try_gpu(torch, index) for index in range(count))
+    first = gpus[0]
+    if first.fault:
+        note = f"{first.title} is not usable: {first.fault}; kernels: {' '.join(archs)}"
+        return replace(facts, archs=archs, gpus=gpus, note=note)
+    return replace(facts, archs=archs, gpus=gpus, device="cuda", device_name=first.name, device_memory=first.memory)
+
+
+def try_gpu(torch: ModuleType, index: int) -> Gpu:
+    """One accelerator that torch sees, and whether a product on it comes out right."""
+    try:
+        found = torch.cuda.get_device_properties(index)
+        gpu = Gpu(found.name, (found.major, found.minor), found.total_memory)
+    except Exception as error:  # a device that torch has no kernels for raises classes of torch's own
+        return Gpu(f"GPU {index}", fault=one_line(error))
+    try:
+        right = product_is_right(torch, f"cuda:{index}")
+    except Exception as error:
+        return replace(gpu, fault=one_line(error))
+    return replace(gpu, fault="" if right else "computes wrongly")
+
+
+def product_is_right(torch: ModuleType, device: str) -> bool:
+    """Multiply two matrices of ones (64, 64) on the device: every entry must be 64."""
+    ones = torch.ones(64, 64, device=device)
+    return bool(((ones @ ones) == 64).all().item())
+
+
+def has_kernels(archs: tuple[str, ...], capability: tuple[int, int]) -> bool:
+    """Whether a build with these kernels runs on a device of this capability: machine code ("sm_XY")
+    runs on the same major number from its minor number on, PTX ("compute_XY") on all that is newer;
+    a letter behind the number binds both to that one kind (a) or its family (f).
+    """
+    for arch in archs:
+        match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", arch)
+        if match is None:
+            continue
+        built = (int(match[2]), int(match[3]))
+        reaches = built[0] == capability[0] or (match[1] == "compute" and not match[4])
+        if built == capability or (built < capability and reaches and match[4] != "a"):
+            return True
+    return False
+
+
+def ask_nvidia_smi() -> tuple[Gpu, ...]:
+    """The GPUs that the NVIDIA driver names and this process may use; none where there is no driver."""
+    # Drivers before 510 refuse the whole question for the sake of compute_cap.
+    for fields in (SMI_FIELDS, tuple(field for field in SMI_FIELDS if field != "compute_cap")):
+        command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+        try:
+            done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=SMI_SECONDS)
+        except (OSError, subprocess.TimeoutExpired):
+            return ()
+        if done.returncode == 0:
+            lines = [line.split(", ") for line in done.stdout.splitlines()]
+            answers = [dict(zip(fields, line, strict=True)) for line in lines if len(line) == len(fields)]
+            return visible(tuple(_gpu_of(answer) for answer in answers))
+    return ()
+
+
+def _gpu_of(answer: dict[str, str]) -> Gpu:
+    """One line of nvidia-smi; what it does not know is written in brackets there."""
+    match = re.fullmatch(r"(\d+)\.(\d+)", answer.get("compute_cap", "").strip())
+    words = re.split(r"[\s-]", answer["name"])
+    known = next((CAPABILITIES[word] for word in words if word in CAPABILITIES), (0, 0))
+    memory, driver = answer["memory.total"].strip(), answer["driver_version"].strip()
+    return Gpu(
+        answer["name"].strip(),
+        (int(match[1]), int(match[2])) if match else known,
+        int(memory) * MIB if memory.isdigit() else 0,
+        driver if driver[:1].isdigit() else "",
+    )
+
+
+def visible(gpus: tuple[Gpu, ...]) -> tuple[Gpu, ...]:
+    """Those of all GPUs that CUDA_VISIBLE_DEVICES leaves to this process; nvidia-smi ignores it."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None or "GPU-" in chosen or "MIG-" in chosen:  # by name: which ones is not told here
+        return gpus
+    indices = [int(word) for word in chosen.split(",") if word.strip().isdigit()]
+    return tuple(gpus[index] for index in indices if index < len(gpus))
 
 
 def require_torch(purpose: str) -> None:
@@ -149,7 +299,7 @@ def probe(names: list[str], with_torch: bool) -> Probe:
     try:
         done = subprocess.run(command, check=False, cwd=PROJECT, capture_output=True, text=True, timeout=PROBE_SECONDS)
         answer = json.loads(done.stdout.splitlines()[-1])
-        return Probe(TorchFacts(**answer["torch"]), answer["faults"])
+        return Probe(TorchFacts.from_json(answer["torch"]), answer["faults"])
     except subprocess.TimeoutExpired:
         reason = f"no answer within {PROBE_SECONDS} s"
     except (IndexError, ValueError, KeyError, TypeError):
@@ -163,23 +313,68 @@ def probe(names: list[str], with_torch: bool) -> Probe:
     return Probe(TorchFacts(note=note), dict.fromkeys(names, reason))
 
 
-def describe_machine(torch: TorchFacts | None, folder: Path) -> list[tuple[str, str]]:
+@dataclass(frozen=True)
+class Machine:
+    """What a decision is made from.
+
+    Args:
+        python: (major, minor) of this interpreter.
+        system: as "Linux x86_64".
+        places: what keeps this interpreter, as "Kaggle"; "plain" where nothing does.
+        torch: what is installed, by evidence.
+        gpus: every GPU of this process, by torch where it sees them, else by the driver.
+    """
+
+    python: tuple[int, int]
+    system: str
+    places: tuple[str, ...]
+    torch: TorchFacts
+    gpus: tuple[Gpu, ...] = ()
+
+
+def look_around(torch: TorchFacts) -> Machine:
+    """This machine, given what the probe found out about torch."""
+    by_driver = ask_nvidia_smi()
+    driver = by_driver[0].driver if by_driver else ""
+    return Machine(
+        sys.version_info[:2],
+        f"{platform.system()} {platform.machine()}",
+        tuple(name for name, here in PLACES if here()) or ("plain",),
+        torch,
+        tuple(replace(gpu, driver=driver) for gpu in torch.gpus) or by_driver,
+    )
+
+
+def describe_machine(machine: Machine, folder: Path) -> list[tuple[str, str]]:
     """Rows for a person: what is looked at and what it is."""
-    memory = memory_bytes()
+    memory, torch = memory_bytes(), machine.torch
+    build = f" (CUDA {torch.cuda})" if torch.cuda else f" (ROCm {torch.hip})" if torch.hip else ""
     rows = [
-        ("Python", f"{platform.python_version()} ({sys.executable})"),
-        ("System", f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"),
+        ("Python", f"{platform.python_version()} ({sys.executable}, {', '.join(machine.places)})"),
+        ("System", f"{machine.system}, {os.cpu_count()} cores"),
         ("Memory", format_bytes(memory) if memory else "unknown"),
         ("Disk", f"{format_bytes(free_bytes(folder))} free at {folder}"),
+        ("torch", f"{torch.version}{build}" if torch.version else "absent or broken"),
     ]
-    if torch is not None:
-        device = torch.device_name or "processor"
-        if torch.device_memory:
-            device += f", {format_bytes(torch.device_memory)}"
-        rows.append(("torch", torch.version or "absent"))
-        if torch.version:
-            rows.append(("Device", f"{torch.device} ({device})"))
+    if torch.archs:
+        rows.append(("Kernels", " ".join(torch.archs)))
+    rows += [(f"GPU {index}", describe_gpu(gpu)) for index, gpu in enumerate(machine.gpus)]
+    if torch.version:
+        rows.append(("Device", f"{torch.device} ({torch.device_name or 'processor'})"))
+    if torch.note:
+        rows.append(("note", torch.note))
     return rows
+
+
+def describe_gpu(gpu: Gpu) -> str:
+    """One line: 'Tesla T4 (7.5), 15.8 GB, driver 580.1, bf16 emulated, a kernel ran'."""
+    parts = [gpu.title, format_bytes(gpu.memory) if gpu.memory else "memory unknown"]
+    if gpu.driver:
+        parts.append(f"driver {gpu.driver}")
+    if gpu.capability > (0, 0):
+        parts.append("bf16 native" if gpu.native_bf16 else "bf16 emulated")
+    kernel = "torch does not see it" if gpu.fault is None else f"no kernel runs: {gpu.fault}"
+    return ", ".join([*parts, "a kernel ran" if gpu.fault == "" else kernel])
 
 
 def main(argv: list[str] | None = None) -> int:

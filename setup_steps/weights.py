@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,6 +107,23 @@ def usable_names(file: WeightFile) -> tuple[str, ...]:
     return (exact, file.name, *rounded)
 
 
+def search(folder: Path, names: Collection[str]) -> dict[str, list[Path]]:
+    """What carries one of `names` at any depth below `folder`, files and folders, by name and in
+    order. Links to folders are followed, and each folder is read once.
+    """
+    found: dict[str, list[Path]] = {name: [] for name in names}
+    seen = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        stat = Path(place).stat()
+        if (stat.st_dev, stat.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((stat.st_dev, stat.st_ino))
+        for name in found.keys() & {*folders, *files}:
+            found[name].append(Path(place, name))
+    return {name: sorted(paths) for name, paths in found.items()}
+
+
 def find_file(file: WeightFile, models: Path, attached: Path | None) -> Path | None:
     """Look for a file, or a converted copy of it, in `models`, then at any depth below `attached`.
 
@@ -114,8 +132,8 @@ def find_file(file: WeightFile, models: Path, attached: Path | None) -> Path | N
     """
     names = usable_names(file)
     candidates = [models / name for name in names]
-    if attached is not None and attached.is_dir():
-        candidates += [path for name in names for path in sorted(attached.rglob(name))]
+    if attached is not None:
+        candidates += [path for paths in search(attached, names).values() for path in paths]
     for path in candidates:
         if path.is_file():
             return path

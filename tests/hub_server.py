@@ -29,22 +29,34 @@ class Fault:
 
     Args:
         status: answer this status (with `headers`) and no file.
+        headers: sent besides, in place of those of the same name.
+        late: seconds of silence before the answer.
         drop_after: close the connection after so many bytes of the body.
         stall: send nothing for so many seconds after `drop_after` bytes, then close.
+        pace: bytes per second, in small pieces; as fast as it goes where it is None.
         ignore_range: answer 200 with the whole file, whatever range was asked for.
+        ignore_if_range: answer a range even where the file is another than the one asked for.
         wrong_bytes: the right length, other bytes.
         html: a web page in place of the file.
-        lie: a Content-Length that is larger by so many bytes.
+        lie: sizes that are larger (or, below 0, smaller) than the file's by so many bytes, in
+            whatever header says one.
+        short: the body and its Content-Length lack so many bytes at the end, the other sizes do not.
+        becomes: the file's content from the next request on.
     """
 
     status: int | None = None
     headers: dict[str, str] = field(default_factory=dict)
+    late: float = 0.0
     drop_after: int | None = None
     stall: float = 0.0
+    pace: int | None = None
     ignore_range: bool = False
+    ignore_if_range: bool = False
     wrong_bytes: bool = False
     html: bool = False
     lie: int = 0
+    short: int = 0
+    becomes: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -154,23 +166,26 @@ class _Handler(BaseHTTPRequestHandler):
         stored = self.hub.files.get((place[1], place[2])) if place else None
         bytes_here = self.command == "GET" and (self.host == "cdn" or not (stored and stored.large))
         fault = self.hub.take(bytes_here)
+        time.sleep(fault.late)
+        if stored and place and fault.becomes is not None:
+            self.hub.put(place[1], place[2], fault.becomes, stored.large)
         if fault.status:
             self._reply(fault.status, fault.headers, b"refused")
         elif stored is None:
             self._reply(404, {"X-Error-Code": "EntryNotFound"}, b"no such file")
         elif fault.html:
-            self._reply(200, {"Content-Type": "text/html"}, b"<html>please log in</html>")
+            self._reply(200, {"Content-Type": "text/html", **fault.headers}, b"<html>please log in</html>")
         elif self.host == "cdn" or not stored.large:
             self._send_file(stored, fault)
         else:
-            headers = {**self._names(stored), "Location": self.hub.cdn + self.path}
+            headers = {**self._names(stored, fault), "Location": self.hub.cdn + self.path}
             self._reply(302, headers, b"")
 
-    def _names(self, stored: Stored) -> dict[str, str]:
+    def _names(self, stored: Stored, fault: Fault) -> dict[str, str]:
         return {
             "X-Repo-Commit": COMMIT,
             "X-Linked-Etag": f'"{stored.etag}"',
-            "X-Linked-Size": str(len(stored.data)),
+            "X-Linked-Size": str(len(stored.data) + fault.lie),
         }
 
     def _reply(self, status: int, headers: dict[str, str], body: bytes) -> None:
@@ -188,38 +203,45 @@ class _Handler(BaseHTTPRequestHandler):
         if fault.wrong_bytes:
             data = bytes(255 - byte for byte in data)
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        if fault.ignore_range or self.headers.get("If-Range", etag) != etag:
+        same = fault.ignore_if_range or self.headers.get("If-Range", etag) == etag
+        if fault.ignore_range or not same:
             asked = None
-        start = int(asked[1]) if asked else 0
+        start, size = int(asked[1]) if asked else 0, len(data) + fault.lie
         if asked and start >= len(data):
             self._reply(416, {"Content-Range": f"bytes */{len(data)}"}, b"")
             return
         headers = {"Content-Type": "application/octet-stream", "ETag": etag}
         if self.host == "hub":
-            headers = {**self._names(stored), **headers, "ETag": f'"{stored.etag}"'}
+            headers = {**self._names(stored, fault), **headers, "ETag": f'"{stored.etag}"'}
         if asked:
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+            headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
+        headers["Content-Length"] = str(size - start - fault.short)
         self.send_response(206 if asked else 200)
-        for key, value in headers.items():
+        for key, value in {**headers, **fault.headers}.items():
             self.send_header(key, value)
-        self.send_header("Content-Length", str(len(data) - start + fault.lie))
         self.end_headers()
         if self.command == "HEAD":
             return
-        body = data[start:]
+        body = data[start : size - fault.short]
         cut = len(body) if fault.drop_after is None else fault.drop_after
-        self._write(body[:cut])
+        self._write(body[:cut], fault.pace)
         if fault.stall:
             time.sleep(fault.stall)
         if cut < len(body) or fault.lie:
             self.close_connection = True
             self.connection.close()
 
-    def _write(self, body: bytes) -> None:
-        try:
-            self.wfile.write(body)
-            self.wfile.flush()
-        except OSError:  # the client went away, as a killed one does
-            self.close_connection = True
-            return
-        self.hub.sent += len(body)
+    def _write(self, body: bytes, pace: int | None) -> None:
+        """Send `body`, all at once or in pieces of 1/100 second."""
+        step = pace // 100 if pace else max(1, len(body))
+        for start in range(0, len(body), step):
+            piece = body[start : start + step]
+            try:
+                self.wfile.write(piece)
+                self.wfile.flush()
+            except OSError:  # the client went away, as a killed one does
+                self.close_connection = True
+                return
+            self.hub.sent += len(piece)
+            if pace:
+                time.sleep(len(piece) / pace)

@@ -16,7 +16,8 @@ def copy_project(target: Path, *names: str) -> Path:
     target.mkdir(parents=True, exist_ok=True)
     scripts = [path.name for path in PROJECT.glob("*.py")]
     skipped = shutil.ignore_patterns("__pycache__", "demo_images", "demo_output")
-    for name in (*scripts, "requirements.txt", "requirements-dev.txt", "setup_steps", *names):
+    pins = [path.name for path in PROJECT.glob("requirements*.txt")]
+    for name in (*scripts, *pins, "setup_steps", *names):
         source = PROJECT / name
         if source.is_dir():
             shutil.copytree(source, target / name, ignore=skipped)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from LightningDiT import extract_features
-from LightningDiT.data.images import fashion_mnist, pad_to_32
+from LightningDiT.data.images import ImageBatches, evenly_spaced, fashion_mnist, image_files, pad_to_32
 from LightningDiT.data.shards import LatentShards, iterate_shards, shard_path, write_shard
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.tokenizer.latents import LatentStats
@@ -123,3 +123,56 @@ def test_a_folder_without_images_is_named(tiny_folder: Path, tmp_path: Path) -> 
     command = ["--config", str(tiny_folder / "config.yaml"), "--images", str(tmp_path / "absent")]
     with pytest.raises(LightningDiTError, match="no images in"):
         extract_features.main([*command, "--output", str(tmp_path / "latents")])
+
+
+def test_images_that_name_no_class_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "images" / "flat.png")
+    command = ["--config", str(tiny_folder / "config.yaml"), "--images", str(tmp_path / "images")]
+    with pytest.raises(LightningDiTError, match=r"flat.png lies in no subfolder"):
+        extract_features.main([*command, "--output", str(tmp_path / "latents")])
+
+
+def test_extraction_passes_broken_images_over_and_keeps_the_labels_right(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, output = tmp_path / "images", tmp_path / "latents"
+    for name in ("cats", "dogs"):
+        (images / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(images / name / "1.png")
+        (images / name / "0.png").write_bytes(b"no image")
+    command = ["--config", str(tiny_folder / "config.yaml"), "--images", str(images), "--output", str(output)]
+    assert extract_features.main(command) == 0
+    assert LatentShards(output).labels.tolist() == [0, 1]
+    said = capsys.readouterr().out
+    assert f"passed over 2 files that are no images, {images / 'cats' / '0.png'} the first" in said
+    assert "wrote 2 latents" in said
+
+
+def test_image_files_are_found_by_their_endings_at_any_depth(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "folder.png").mkdir()
+    for name in ("a/b/x.JPG", "a/y.webp", "z.tiff", "notes.txt", "model.pt"):
+        (tmp_path / name).touch()
+    assert [str(path.relative_to(tmp_path)) for path in image_files(tmp_path)] == ["a/b/x.JPG", "a/y.webp", "z.tiff"]
+
+
+@pytest.mark.parametrize(
+    ("count", "at_most", "chosen"),
+    [(3, 5, [0, 1, 2]), (5, 5, [0, 1, 2, 3, 4]), (10, 4, [0, 2, 5, 7]), (7, 1, [0]), (0, 3, [])],
+)
+def test_evenly_spaced_items(count: int, at_most: int, chosen: list[int]) -> None:
+    assert evenly_spaced(range(count), at_most) == chosen
+
+
+def test_batches_are_full_whatever_cannot_be_read(tmp_path: Path) -> None:
+    """Shades 0 to 6, the odd ones of which are no images: batches of 3 hold 0, 2, 4 and 6."""
+    files = [tmp_path / f"{shade}.png" for shade in range(7)]
+    for shade, path in enumerate(files):
+        Image.new("L", (2, 2), shade).save(path)
+        if shade % 2:
+            path.write_bytes(path.read_bytes()[:-30])
+    reader = ImageBatches(files, lambda image: torch.from_numpy(np.asarray(image).copy()), 3)
+    shades = [[int(image.max()) for image in images] for images, _ in reader]
+    assert shades == [[0, 2, 4], [6]]
+    assert reader.unreadable == files[1::2]

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import ctypes
 import json
 import os
+import shutil
+import signal
+import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import quickstart
 from setup_steps import console, weights
@@ -28,6 +35,27 @@ if "step4" in __file__:
     picture.write_bytes(b"picture")
 sys.exit(CODE)
 """
+#: A step that puts things in order when it is stopped, as pip does, and takes longer than a parent would wait.
+SLOW_STEP = """
+import signal, sys, time
+from pathlib import Path
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from setup_steps import console
+def main():
+    try:
+        print("installing", flush=True)
+        time.sleep(60)
+    except KeyboardInterrupt:
+        time.sleep(1)
+        Path(__file__).with_name("in-order").touch()
+        raise
+console.run(main)
+"""
+NOWHERE = "http://127.0.0.1:9"  # a closed port: every connection is refused at once
+OFFLINE = {
+    **dict.fromkeys(("HF_ENDPOINT", "http_proxy", "https_proxy", "PIP_INDEX_URL"), NOWHERE),
+    "PIP_NO_INDEX": "1",
+}
 
 
 @pytest.fixture
@@ -168,16 +196,192 @@ def test_the_model_follows_from_gpu_files_and_hub(tmp_path: Path, monkeypatch: p
     assert quickstart.choose_model()[0] == "64ep"
 
 
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that refuses even root")
-def test_no_write_permission_is_one_line(project: Path) -> None:
-    with pytest.raises(StepError, match=r"cannot write in /proc .*; mend: copy the project to"):
-        quickstart.ensure_venv(Path("/proc/.venv"))
-    if os.geteuid() == 0:
-        return
+@pytest.fixture(scope="module")
+def made_venv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole environment; tests damage copies of it, which makes each a moved one, too."""
+    folder = tmp_path_factory.mktemp("made") / ".venv"
+    quickstart.ensure_venv(folder)
+    return folder
+
+
+@pytest.fixture
+def venv(made_venv: Path, tmp_path: Path) -> Path:
+    """The copy, with a package that somebody installed."""
+    folder = tmp_path / "other project 图像" / ".venv"
+    shutil.copytree(made_venv, folder, symlinks=True)
+    (packages_of(folder) / "thesis.py").write_text("answer = 42\n")
+    return folder
+
+
+def packages_of(venv: Path) -> Path:
+    return next(venv.glob("lib/python*/site-packages"))
+
+
+def answer(venv: Path) -> str:
+    """What the environment's interpreter says of pip and of the package; empty where it lacks one."""
+    code = "import pip._vendor.rich, thesis; print(thesis.answer)"
+    done = subprocess.run(
+        [console.venv_python(venv), "-c", code], capture_output=True, text=True, check=False, cwd=venv.parent
+    )
+    return done.stdout.strip()
+
+
+def test_a_venv_that_was_moved_or_copied_is_taken_as_it_is(venv: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = (venv / "pyvenv.cfg").stat().st_mtime_ns
+    quickstart.ensure_venv(venv)
+    assert capsys.readouterr().out == ""
+    assert (venv / "pyvenv.cfg").stat().st_mtime_ns == made
+    assert answer(venv) == "42"
+
+
+def remove_pip(venv: Path) -> None:
+    for part in packages_of(venv).glob("pip*"):
+        shutil.rmtree(part)
+
+
+def remove_python(venv: Path) -> None:
+    for link in venv.glob("bin/python*"):
+        link.unlink()
+
+
+def leave_for_a_python_that_is_gone(venv: Path) -> None:
+    remove_python(venv)
+    (venv / "bin" / "python").symlink_to("/nowhere/python3.9")
+    (venv / "lib" / packages_of(venv).parent.name).rename(venv / "lib" / "python3.9")
+
+
+def cut_short(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+DAMAGE = {
+    "no python": remove_python,
+    "of a Python that is gone": leave_for_a_python_that_is_gone,
+    "no pyvenv.cfg": lambda venv: (venv / "pyvenv.cfg").unlink(),
+    "a module of pip cut short": lambda venv: cut_short(packages_of(venv) / "pip" / "_vendor" / "rich" / "console.py"),
+    "pip stopped before its RECORD": lambda venv: next(packages_of(venv).glob("pip-*/RECORD")).unlink(),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_half_made_venv_is_made_again(name: str, venv: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    DAMAGE[name](venv)
+    assert not quickstart.examine_venv(venv)[1]
+    quickstart.ensure_venv(venv)
+    assert capsys.readouterr().out == f"Remaking the half-made {venv}\n"
+    assert quickstart.examine_venv(venv) == (sys.version_info[:2], True)
+    assert [part.name for part in (venv / "lib").iterdir()] == [f"python{sysconfig.get_python_version()}"]
+
+
+def test_a_venv_that_lacks_pip_alone_keeps_its_packages(venv: Path) -> None:
+    """Stopped in the last moment of its making, or made by a tool that puts no pip there."""
+    remove_pip(venv)
+    (venv / ".lock").touch()
+    quickstart.ensure_venv(venv)
+    assert answer(venv) == "42"
+
+
+def test_a_broken_venv_with_other_things_in_it_is_left_alone(venv: Path) -> None:
+    remove_python(venv)
+    (venv / "thesis.txt").write_text("mine")
+    with pytest.raises(StepError, match=r"none of this project's making; mend: mv '.*\.venv' '.*\.venv\.other' && "):
+        quickstart.ensure_venv(venv)
+    assert (venv / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the interpreter's stand-in is a shell script")
+def test_a_venv_of_a_python_that_is_too_old_is_left_alone(venv: Path) -> None:
+    remove_python(venv)
+    console.venv_python(venv).write_text("#!/bin/sh\necho 3 8\n")
+    console.venv_python(venv).chmod(0o755)
+    with pytest.raises(StepError, match=r"of Python 3\.8, 3\.10 or newer is needed; mend: mv "):
+        quickstart.ensure_venv(venv)
+    assert (packages_of(venv) / "thesis.py").is_file()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C as a signal to a group of processes")
+def test_ctrl_c_lets_the_step_put_things_in_order_and_a_rerun_goes_on(project: Path) -> None:
+    quick = project / "step1_install_environment.py"
+    swift = quick.read_text()
+    quick.write_text(SLOW_STEP)
+    started = subprocess.Popen(
+        [sys.executable, str(project / "quickstart.py"), "--model", "bundled"],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert started.stdout is not None
+    lines = iter(started.stdout.readline, "")
+    assert "installing\n" in lines  # reads on until the step runs
+    os.killpg(started.pid, signal.SIGINT)
+    rest = started.stdout.read()
+    assert started.wait() == console.INTERRUPTED
+    assert (project / "in-order").exists()
+    assert rest.count("stopped by Ctrl-C") == 1
+    assert not (project / "calls.txt").exists()
+    quick.write_text(swift)
+    assert run_script(project / "quickstart.py", "--model", "bundled").returncode == 0
+    assert len(calls(project)) == 4
+
+
+def test_the_second_run_needs_no_network_and_installs_nothing(tmp_path: Path, made_venv: Path) -> None:
+    """The real steps in an environment that is complete, from a plain Python, to the pictures."""
+    project = copy_project(tmp_path / "my project 图像", "LightningDiT", "models/fashion-mnist")
+    shutil.copytree(made_venv, project / ".venv", symlinks=True)
+    packages = packages_of(project / ".venv")
+    places = [folder for folder in sys.path if Path(folder).name in ("site-packages", "dist-packages")]
+    (packages / "complete.pth").write_text("\n".join(places) + "\n")
+    before = sorted(path.name for path in packages.iterdir())
+    done = run_script(
+        project / "quickstart.py",
+        python=PLAIN_PYTHON,
+        cwd=Path("/"),
+        KAGGLE_KERNEL_RUN_TYPE="",
+        LIGHTNINGDIT_ATTACHED="",
+        **OFFLINE,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(path.name for path in packages.iterdir()) == before
+    assert f"Working in the virtual environment {project / '.venv'}" in done.stdout
+    assert "Model 'bundled' (" in done.stdout
+    with Image.open(project / "LightningDiT" / "demo_images" / "demo_samples.png") as image:
+        assert len(image.convert("L").getcolors(256) or []) > 100
+
+
+@pytest.mark.parametrize(
+    "name", ["quickstart.py", "setup_steps/__init__.py", "setup_steps/console.py", "setup_steps/weights.py"]
+)
+def test_an_old_python_gets_far_enough_to_be_told(name: str) -> None:
+    """What loads before the version is checked is in the language of Python 3.7."""
+    ast.parse((console.PROJECT / name).read_text(encoding="utf-8"), feature_version=(3, 7))
+
+
+def refuse_root_too() -> None:
+    """Take the right to write everywhere from a child that runs as root, so that a mode holds for it, too."""
+    drop_from_bounds, override = 24, 1  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE of linux/prctl.h and capability.h
+    if os.geteuid() == 0 and ctypes.CDLL(None).prctl(drop_from_bounds, override, 0, 0, 0):
+        raise OSError("this root may not give up its rights")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="modes of a POSIX file system")
+@pytest.mark.parametrize("with_venv", [False, True])
+def test_no_write_permission_is_one_line(project: Path, made_venv: Path, with_venv: bool) -> None:
+    if with_venv:
+        shutil.copytree(made_venv, project / ".venv", symlinks=True)
+    environment = {key: value for key, value in os.environ.items() if key != "KAGGLE_KERNEL_RUN_TYPE"}
     project.chmod(0o555)
     try:
-        done = run_script(project / "quickstart.py", python=PLAIN_PYTHON)
+        done = subprocess.run(
+            [PLAIN_PYTHON, str(project / "quickstart.py")],
+            env=environment,
+            preexec_fn=refuse_root_too if sys.platform == "linux" else None,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     finally:
         project.chmod(0o755)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert "cannot write in" in done.stderr
+    assert f"cannot write in {project} (Permission denied); mend: copy the project to" in done.stderr
+    assert (project / ".venv").exists() == with_venv
+    assert not (project / "calls.txt").exists()

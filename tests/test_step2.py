@@ -1,36 +1,79 @@
-"""Step 2 against a hub on 127.0.0.1: fetching, checking, keeping and refusing."""
+"""Step 2 against a hub on 127.0.0.1: fetching, linking, checking, keeping and refusing."""
 
 from __future__ import annotations
 
+import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import step2_download_models as step2
-from setup_steps import console, downloads, weights
+from LightningDiT.errors import LightningDiTError
+from setup_steps import console, downloads, fetch, weights
 from setup_steps.console import PROJECT, StepError
 from tests.hub_server import Fault, Hub, running_hub
 from tests.project_copy import copy_project, run_script
 from tests.published import good_stats
 
 
+@pytest.fixture(autouse=True)
+def plain_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No hub that answers, no login, nothing attached, whatever this machine has."""
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_TOKEN", "")
+    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
+    monkeypatch.delenv(weights.ATTACHED_VARIABLE, raising=False)
+
+
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, published: dict[str, bytes]) -> Iterator[Hub]:
+def hub(monkeypatch: pytest.MonkeyPatch, published: dict[str, bytes]) -> Iterator[Hub]:
     """A hub that holds the 800-epoch model."""
     with running_hub() as running:
         for file in weights.files_of("800ep"):
             running.put(file.repo, file.name, published[file.role])
         monkeypatch.setenv("HF_ENDPOINT", running.endpoint)
-        monkeypatch.setenv("HF_TOKEN", "")
-        monkeypatch.setattr(downloads, "PATIENCE", downloads.Patience(backoff=0.01))
         yield running
+
+
+@pytest.fixture
+def attached(tmp_path: Path, published: dict[str, bytes]) -> Path:
+    """The 800-epoch model's files as data sets that someone attached, at several depths."""
+    folder = tmp_path / "input"
+    for place, file in zip(("vavae", "set/stats", "x/y/z"), weights.files_of("800ep"), strict=True):
+        (folder / place).mkdir(parents=True)
+        (folder / place / file.name).write_bytes(published[file.role])
+    return folder
+
+
+@pytest.fixture
+def tiny_table(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+    """A transformer of 20 values in the place of the published one, which is 2.7 GB in fp32."""
+    tensors = {"blocks.0.weight": torch.randn(4, 4), "blocks.0.bias": torch.randn(4)}
+    monkeypatch.setattr(fetch, "published_table", lambda _: {key: tuple(t.shape) for key, t in tensors.items()})
+    return tensors
 
 
 def fetch_models(folder: Path, *options: str) -> int:
     return step2.main(["--models-dir", str(folder), *options])
+
+
+def fetch_offline(folder: Path, *options: str) -> int:
+    return fetch_models(folder, "--endpoint", "http://127.0.0.1:9", "--attempts", "1", *options)
+
+
+DIT = weights.DIT["800ep"]
+FP16 = weights.converted_name(DIT.name, "fp16")
+Usage = namedtuple("Usage", "total used free")
 
 
 def test_step2_fetches_checks_and_then_needs_no_hub(
@@ -81,6 +124,9 @@ def test_step2_dry_run_asks_nobody(hub: Hub, tmp_path: Path) -> None:
 
 
 def test_step2_a_right_hash_of_a_wrong_file_is_an_error(hub: Hub, tmp_path: Path) -> None:
+    hub.put(weights.VAVAE.repo, weights.VAVAE.name, b"<html>please log in</html>")
+    with pytest.raises(LightningDiTError, match="is a web page, not weights"):
+        fetch_models(tmp_path, "--only", "vavae")
     torch.save({"state_dict": {"encoder.conv_in.weight": torch.zeros(3)}}, tmp_path / "other")
     hub.put(weights.VAVAE.repo, weights.VAVAE.name, (tmp_path / "other").read_bytes())
     with pytest.raises(StepError, match=r"lacks encoder\..* and 338 more: it is no vavae-f16d32"):
@@ -113,19 +159,37 @@ def test_step2_verify_finds_a_byte_that_changed(hub: Hub, tmp_path: Path) -> Non
 
 
 def test_step2_offline_takes_a_file_that_was_put_there_by_hand(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     torch.save(good_stats(), tmp_path / "latents_stats.pt")
-    assert fetch_models(tmp_path, "--only", "stats") == 0
+    assert fetch_offline(tmp_path, "--only", "stats") == 0
     assert "not compared with the hub (latents_stats.pt: 127.0.0.1:9 cannot" in capsys.readouterr().out
 
 
-def test_step2_disk_is_checked_before_the_first_byte(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("short", [0, 1])
+def test_step2_disk_is_checked_before_the_first_byte(
+    hub: Hub, tmp_path: Path, tiny_table: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch, short: int
+) -> None:
+    """Downloads and the converted copy (20 values of 2 bytes) are counted to the byte."""
+    torch.save({"ema": tiny_table}, tmp_path / "file")
+    content = (tmp_path / "file").read_bytes()
+    hub.put(DIT.repo, DIT.name, content)
+    monkeypatch.setattr(downloads, "SPARE_BYTES", 0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, len(content) + 40 - short))
+    if short:
+        with pytest.raises(StepError, match="are needed on the disk of"):
+            fetch_models(tmp_path, "--only", "dit", "--convert", "fp16")
+        assert hub.ranges() == []
+    else:
+        assert fetch_models(tmp_path, "--only", "dit", "--convert", "fp16") == 0
+
+
+def test_step2_links_need_no_disk(
+    tmp_path: Path, attached: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(downloads, "SPARE_BYTES", 10**18)
-    with pytest.raises(StepError, match="are needed on the disk of"):
-        fetch_models(tmp_path)
-    assert hub.ranges() == []
+    assert fetch_offline(tmp_path / "models", "--attached", str(attached)) == 0
+    assert "to write" not in capsys.readouterr().out
 
 
 def test_step2_explains_folders_and_files_in_each_others_place(hub: Hub, tmp_path: Path) -> None:
@@ -191,11 +255,27 @@ def test_step2_opens_the_bundled_model(
         ["--model", "huge"],
         ["--only", "everything"],
         ["--model", "bundled", "--only", "dit"],
+        ["--model", "bundled", "--convert", "fp16"],
+        ["--model", "bundled", "--folder", "x"],
         ["--timeout", "0"],
         ["--attempts", "0"],
+        ["--source", "elsewhere"],
+        ["--source", "folder"],
+        ["--source", "hub", "--folder", "x"],
+        ["--source", "attached", "--folder", "x"],
+        ["--source", "hub", "--attached", "x"],
+        ["--folder", "x", "--attached", "x"],
+        ["--source", "attached"],
+        ["--convert", "int8"],
+        ["--replace"],
+        ["--convert", "fp16", "--only", "vavae"],
+        ["--convert", "fp16", "--only", "stats"],
+        ["--convert", "fp16", "--verify"],
     ],
 )
-def test_step2_wrong_options_are_usage_errors(options: list[str]) -> None:
+def test_step2_wrong_options_are_usage_errors(options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
+    monkeypatch.delenv(weights.ATTACHED_VARIABLE, raising=False)
     with pytest.raises(SystemExit) as ended:
         step2.main(options)
     assert ended.value.code == 2
@@ -207,3 +287,299 @@ def test_step2_a_refusal_of_the_hub_is_one_line(hub: Hub, tmp_path: Path) -> Non
         fetch_models(tmp_path)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.glob("*.pt")) == []
+
+
+def test_step2_links_what_is_attached_and_asks_nobody(
+    hub: Hub, tmp_path: Path, attached: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(weights.ATTACHED_VARIABLE, str(attached))
+    models = tmp_path / "models"
+    for _ in range(2):
+        assert fetch_models(models) == 0
+        said = capsys.readouterr().out
+        for file in weights.files_of("800ep"):
+            (source,) = attached.rglob(file.name)
+            assert (models / file.name).readlink() == source
+            assert f"linked to {source}; opens, " in said
+    assert said.count("already there and linked to") == 3
+    assert hub.log == []
+
+
+@pytest.mark.parametrize(
+    "options", [("--source", "attached", "--attached"), ("--source", "folder", "--folder"), ("--folder",)]
+)
+def test_step2_takes_a_folder_that_is_named(hub: Hub, tmp_path: Path, attached: Path, options: tuple[str, ...]) -> None:
+    assert fetch_models(tmp_path / "models", *options, str(attached)) == 0
+    assert all((tmp_path / "models" / file.name).is_symlink() for file in weights.files_of("800ep"))
+    assert hub.log == []
+
+
+def test_step2_auto_names_what_does_not_fit_and_goes_to_the_hub_for_it(
+    hub: Hub, tmp_path: Path, attached: Path, published: dict[str, bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (bad,) = attached.rglob(DIT.name)
+    bad.write_bytes(published["vavae"])
+    assert fetch_models(tmp_path / "models", "--attached", str(attached)) == 0
+    assert re.search(
+        rf"{bad} is passed over: .* lacks .*: it is no LightningDiT-XL/1 checkpoint", capsys.readouterr().out
+    )
+    assert len(hub.ranges()) == 1
+    assert not (tmp_path / "models" / DIT.name).is_symlink()
+    assert (tmp_path / "models" / weights.VAVAE.name).is_symlink()
+
+
+def test_step2_a_second_candidate_is_tried(tmp_path: Path, attached: Path, hub: Hub) -> None:
+    good = attached / "set" / "stats" / "latents_stats.pt"
+    (attached / "a").mkdir()
+    (attached / "a" / "latents_stats.pt").write_bytes(b"")
+    assert fetch_models(tmp_path / "models", "--attached", str(attached), "--only", "stats") == 0
+    assert (tmp_path / "models" / "latents_stats.pt").readlink() == good
+    assert hub.log == []
+
+
+def test_step2_says_where_it_searched_for_what(hub: Hub, tmp_path: Path, attached: Path) -> None:
+    options = ("--source", "attached", "--attached", str(attached), "--model", "64ep", "--only", "dit")
+    with pytest.raises(
+        StepError, match=r"input holds no usable lightningdit-xl-imagenet256-64ep.pt .*; mend: "
+    ) as caught:
+        fetch_models(tmp_path / "models", *options)
+    assert "\n" not in str(caught.value)
+    assert hub.log == []
+
+
+def test_step2_a_good_file_is_never_replaced_by_a_link(
+    hub: Hub, tmp_path: Path, attached: Path, published: dict[str, bytes]
+) -> None:
+    models = tmp_path / "models"
+    assert fetch_models(models, "--only", "dit") == 0
+    mine = models / "latents_stats.pt"
+    mine.write_bytes(published["stats"])
+    for source in ("auto", "attached"):
+        assert fetch_offline(models, "--source", source, "--attached", str(attached)) == 0
+        assert not (models / DIT.name).is_symlink()
+        assert not mine.is_symlink()
+        assert (models / weights.VAVAE.name).is_symlink()
+
+
+@pytest.mark.parametrize("source", ["auto", "attached"])
+def test_step2_a_bad_file_is_set_aside_for_a_link(
+    tmp_path: Path, attached: Path, capsys: pytest.CaptureFixture[str], source: str
+) -> None:
+    (tmp_path / "latents_stats.pt").write_bytes(b"bad")
+    assert fetch_offline(tmp_path, "--only", "stats", "--source", source, "--attached", str(attached)) == 0
+    assert (tmp_path / "latents_stats.pt").is_symlink()
+    assert (tmp_path / "latents_stats.pt.bad-1").read_bytes() == b"bad"
+    assert "the earlier one is kept as latents_stats.pt.bad-1" in capsys.readouterr().out
+
+
+def test_step2_a_bad_file_and_no_other_names_both_troubles(tmp_path: Path) -> None:
+    (tmp_path / "latents_stats.pt").write_bytes(b"bad")
+    with pytest.raises(StepError, match=r"latents_stats.pt is not usable \(.*\); .* 127.0.0.1:9 cannot be reached"):
+        fetch_offline(tmp_path, "--only", "stats")
+    assert (tmp_path / "latents_stats.pt").read_bytes() == b"bad"
+
+
+@pytest.mark.parametrize("source", ["auto", "hub"])
+def test_step2_a_link_that_leads_nowhere_is_replaced(
+    hub: Hub, tmp_path: Path, attached: Path, capsys: pytest.CaptureFixture[str], source: str
+) -> None:
+    """A data set that an earlier session had attached is gone."""
+    models = tmp_path / "models"
+    assert fetch_models(models, "--source", "attached", "--attached", str(attached)) == 0
+    (models / FP16).symlink_to(attached / FP16)
+    moved = attached.rename(tmp_path / "elsewhere")
+    assert fetch_models(models, "--source", source, *(("--attached", str(moved)) if source == "auto" else ())) == 0
+    said = capsys.readouterr().out
+    assert f"{DIT.name}: the link to {attached}/x/y/z/{DIT.name} leads nowhere" in said
+    assert (models / DIT.name).is_symlink() == (source == "auto")
+    assert (models / DIT.name).is_file()
+    assert not (models / FP16).is_symlink()
+    assert len(hub.ranges()) == (3 if source == "hub" else 0)
+
+
+def test_step2_a_link_is_compared_where_the_hub_is_asked_for(hub: Hub, tmp_path: Path, attached: Path) -> None:
+    assert fetch_models(tmp_path / "models", "--attached", str(attached), "--only", "vavae") == 0
+    assert fetch_models(tmp_path / "models", "--source", "hub", "--only", "vavae") == 0
+    assert [seen.method for seen in hub.log] == ["HEAD"]
+    assert (tmp_path / "models" / weights.VAVAE.name).is_symlink()
+
+
+def save_copy(path: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.half() for name, tensor in tensors.items()}, path)
+    return path
+
+
+def test_step2_a_converted_copy_in_place_of_the_original_is_complete(
+    hub: Hub, tmp_path: Path, tiny_table: dict[str, torch.Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = save_copy(tmp_path / FP16, tiny_table)
+    assert fetch_models(tmp_path, "--only", "dit") == 0
+    said = capsys.readouterr().out
+    assert f"{FP16}: already there, converted from the original; opens, 2 tensors named and shaped" in said
+    assert hub.log == []
+    hub.put(DIT.repo, DIT.name, original_of(tmp_path, tiny_table))
+    copy.write_bytes(b"damaged")
+    assert fetch_models(tmp_path, "--only", "dit") == 0
+    assert (tmp_path / (FP16 + ".bad-1")).read_bytes() == b"damaged"
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")].count(DIT.name) == 1
+
+
+def original_of(folder: Path, tensors: dict[str, torch.Tensor]) -> bytes:
+    torch.save({"ema": tensors}, folder / "original")
+    content = (folder / "original").read_bytes()
+    (folder / "original").unlink()
+    return content
+
+
+def test_step2_an_attached_converted_copy_counts_too(
+    hub: Hub, tmp_path: Path, tiny_table: dict[str, torch.Tensor]
+) -> None:
+    copy = save_copy(tmp_path / "input" / "deep" / FP16, tiny_table)
+    assert fetch_models(tmp_path / "models", "--only", "dit", "--attached", str(tmp_path / "input")) == 0
+    assert (tmp_path / "models" / FP16).readlink() == copy
+    assert hub.log == []
+
+
+def test_step2_converts_what_it_fetched(
+    hub: Hub, tmp_path: Path, tiny_table: dict[str, torch.Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.put(DIT.repo, DIT.name, original_of(tmp_path, tiny_table))
+    assert fetch_models(tmp_path, "--only", "dit", "--convert", "fp16") == 0
+    expected = {name: tensor.half() for name, tensor in tiny_table.items()}
+    torch.testing.assert_close(load_file(tmp_path / FP16), expected, rtol=0, atol=0)
+    assert (tmp_path / DIT.name).is_file()
+    requests = len(hub.log)
+    for _ in range(2):
+        assert fetch_models(tmp_path, "--only", "dit", "--convert", "fp16", "--replace") == 0
+        assert not (tmp_path / DIT.name).exists()
+        torch.testing.assert_close(load_file(tmp_path / FP16), expected, rtol=0, atol=0)
+    assert len(hub.log) == requests
+    assert f"{FP16}: is what was asked for already" in capsys.readouterr().out
+
+
+def test_step2_converts_a_linked_original_and_removes_only_the_link(
+    tmp_path: Path, tiny_table: dict[str, torch.Tensor]
+) -> None:
+    source = tmp_path / "input" / DIT.name
+    source.parent.mkdir()
+    content = original_of(tmp_path, tiny_table)
+    source.write_bytes(content)
+    options = ("--only", "dit", "--folder", str(source.parent), "--convert", "bf16", "--replace")
+    assert fetch_models(tmp_path / "models", *options) == 0
+    assert source.read_bytes() == content
+    copy = tmp_path / "models" / weights.converted_name(DIT.name, "bf16")
+    assert [path for path in (tmp_path / "models").iterdir() if path.name != fetch.RECORD] == [copy]
+    assert not copy.is_symlink()
+
+
+def test_step2_dry_run_says_what_would_be_linked_and_converted(
+    hub: Hub, tmp_path: Path, attached: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = tmp_path / "models"
+    options = ("--dry-run", "--convert", "fp16", "--replace", "--model", "all")
+    assert fetch_models(models, "--attached", str(attached), *options) == 0
+    said = capsys.readouterr().out
+    assert f"{DIT.name}: absent, would be linked to {attached}/x/y/z/{DIT.name}\n" in said
+    assert f"{FP16}: would be written in place of the original" in said
+    assert "lightningdit-xl-imagenet256-64ep.pt: absent, about 6.0 GB from hustvl/" in said
+    assert fetch_models(models, "--folder", str(attached), *options) == 0
+    assert f"imagenet256-64ep.pt: absent, and not below {attached}" in capsys.readouterr().out
+    models.mkdir()
+    (models / FP16).write_bytes(b"1234")
+    assert fetch_models(models, "--dry-run", "--only", "dit") == 0
+    assert f"{FP16}: is there (4 B), would be checked" in capsys.readouterr().out
+    assert hub.log == []
+
+
+def test_step2_verify_without_a_hub_takes_the_checksums_of_the_archive(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, stats = tmp_path / "latents_stats.pt", good_stats()
+    torch.save(stats, path)
+    assert fetch_offline(tmp_path, "--only", "stats", "--verify") == 0
+    assert re.search(
+        r"  latents_stats.pt: \d+ checksums of the archive itself right \(not compared with the hub: .*\); opens",
+        capsys.readouterr().out,
+    )
+    assert fetch_offline(tmp_path, "--only", "stats", "--verify", "--folder", str(tmp_path)) == 0
+    assert "checksums of the archive itself right; opens" in capsys.readouterr().out
+    content = bytearray(path.read_bytes())
+    content[content.index(stats["std"].numpy().tobytes()) + 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(StepError, match=r"latents_stats.pt is damaged \(Bad CRC-32 .*\); mend: "):
+        fetch_offline(tmp_path, "--only", "stats", "--verify")
+
+
+def test_step2_verify_says_where_there_are_no_checksums(
+    tmp_path: Path,
+    tiny_table: dict[str, torch.Tensor],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    save_copy(tmp_path / FP16, tiny_table)
+    assert fetch_offline(tmp_path, "--only", "dit", "--verify") == 0
+    assert f"  {FP16}: carries no checksums, so that opening is all there is; opens" in capsys.readouterr().out
+    torch.save(good_stats(), tmp_path / "latents_stats.pt", _use_new_zipfile_serialization=False)
+    assert fetch_offline(tmp_path, "--only", "stats", "--verify") == 0
+    assert "latents_stats.pt: carries no checksums" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not hasattr(torch.serialization, "set_crc32_options"), reason="this torch always writes them")
+def test_step2_verify_knows_archives_without_checksums(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(good_stats(), tmp_path / "latents_stats.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert fetch_offline(tmp_path, "--only", "stats", "--verify") == 0
+    assert "latents_stats.pt: was written without checksums" in capsys.readouterr().out
+
+
+def test_step2_verify_names_every_fault(hub: Hub, tmp_path: Path, attached: Path) -> None:
+    assert fetch_models(tmp_path / "models", "--attached", str(attached)) == 0
+    assert fetch_models(tmp_path / "models", "--verify") == 0
+    with (attached / "vavae" / weights.VAVAE.name).open("ab") as file:
+        file.write(b"x")
+    (attached / "set").rename(tmp_path / "gone")
+    words = (
+        r"vavae.* \(linked to .*\) is not the file that the hub has .*; .*latents_stats.pt is a link to .*, which is "
+    )
+    with pytest.raises(StepError, match=words + r"not there; mend: python step2_download_models.py --source hub$"):
+        fetch_models(tmp_path / "models", "--verify")
+    assert (tmp_path / "models" / "latents_stats.pt").is_symlink()
+
+
+def test_step2_the_token_goes_to_the_hub_alone(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    assert fetch_models(tmp_path, "--only", "vavae") == 0
+    assert {(seen.host, seen.token) for seen in hub.log} == {("hub", "Bearer secret"), ("cdn", None)}
+
+
+def test_step2_ctrl_c_in_the_middle(hub: Hub, tmp_path: Path, published: dict[str, bytes]) -> None:
+    """A process of its own: exit code 130, one line, and the next run goes on behind the part."""
+    hub.always = Fault(pace=20_000)
+    part = tmp_path / (weights.VAVAE.name + ".part")
+    script = PROJECT / "step2_download_models.py"
+    child = subprocess.Popen(
+        [sys.executable, str(script), "--models-dir", str(tmp_path), "--only", "vavae"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    )
+    deadline = time.monotonic() + 60
+    while not (part.exists() and part.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    child.send_signal(signal.SIGINT)
+    said, errors = child.communicate(timeout=60)
+    assert child.returncode == console.INTERRUPTED
+    assert said.splitlines()[-1] == "stopped by Ctrl-C; what is whole was kept, run the same command to go on."
+    assert errors == ""
+    held = part.read_bytes()
+    assert 0 < len(held) < len(published["vavae"])
+    assert published["vavae"].startswith(held)
+    hub.always = None
+    hub.log.clear()
+    assert fetch_models(tmp_path, "--only", "vavae") == 0
+    assert hub.ranges() == [f"bytes={len(held)}-"]
+    assert not part.exists()

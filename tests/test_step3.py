@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
 from pathlib import Path
 
 import pytest
+import torch
 
 import step3_setup_configs as step3
+from LightningDiT.checkpoint import load_weights, save_weights
 from LightningDiT.config import load_config
-from LightningDiT.transport import ADAPTIVE_METHODS, FIXED_METHODS
+from LightningDiT.errors import LightningDiTError
+from LightningDiT.pipeline import LightningDiTPipeline, load_transformer, verify_config
 from setup_steps import configs, machine, weights
-from setup_steps.console import StepError
+from setup_steps.console import PROJECT, StepError
+from setup_steps.fetch import published_table
 from setup_steps.machine import TorchFacts
-
-
-@pytest.mark.parametrize(
-    ("kind", "memory", "batch"),
-    [
-        ("published", 16_000_000_000, 16),  # (13.6 - 3.5) / 0.5 = 20, at most 16
-        ("published", 8_000_000_000, 6),  # (6.8 - 3.5) / 0.5 = 6.6
-        ("published", 4_000_000_000, 1),
-        ("bundled", 4_000_000_000, 64),
-    ],
-)
-def test_the_batch_follows_the_memory(kind: str, memory: int, batch: int) -> None:
-    assert configs.choose_batch(kind, TorchFacts("2", True, "cuda", "GPU", memory)) == batch
+from tests.project_copy import run_script
 
 
 @pytest.fixture
@@ -43,7 +38,7 @@ def write_config(models: Path, output: Path, *options: str) -> int:
 
 def test_step3_writes_what_the_library_reads(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "config.yaml"
-    assert write_config(models, output, "--print") == 0
+    assert write_config(models, output) == 0
     config = load_config(output)
     assert config.ckpt_path == str(models / weights.DIT["800ep"].name)
     assert config.vae.ckpt_path == str(models / weights.VAVAE.name)
@@ -52,7 +47,6 @@ def test_step3_writes_what_the_library_reads(models: Path, tmp_path: Path, capsy
     assert (sample.num_sampling_steps, sample.cfg_scale) == (50, 9.0)
     assert (sample.cfg_interval_start, sample.timestep_shift) == (0.0, 0.0)
     said = capsys.readouterr().out
-    assert "cfg_scale: 9.0  # guidance; 1 is off" in said
     assert said.splitlines()[-1] == "Next: python step4_run_inference.py"
     assert [path.name for path in tmp_path.iterdir() if path.suffix] == ["config.yaml"]
 
@@ -102,22 +96,134 @@ def test_step3_finds_attached_files_at_any_depth(models: Path, tmp_path: Path) -
 
 
 def test_step3_explains_folders_and_files_in_each_others_place(models: Path, tmp_path: Path) -> None:
-    output = tmp_path / "config.yaml"
-    stats = models / "latents_stats.pt"
+    """Every option that takes a path, given the other kind, nothing, or a link without a target."""
+    output, stats, link = tmp_path / "config.yaml", models / "latents_stats.pt", tmp_path / "link"
+    link.symlink_to(tmp_path / "detached" / "file.pt")
+    detached = "link is a link to .*file.pt, which is not there: the data set is detached; mend: .*step2_download"
     cases = [
-        (["--models-dir", str(stats)], "is a file, the folder that holds the weights"),
-        (["--stats", str(models)], f"is a folder, a file was expected; mend: .*{stats.name}"),
-        (["--checkpoint", str(tmp_path / "none.pt")], "none.pt is not there"),
-        (["--stats", str(models / weights.VAVAE.name)], "is not called latents_stats.pt"),
-        (["--output", str(models)], "is a folder, a YAML file was expected"),
+        ("--models-dir", stats, "is a file, the folder that holds the weights was expected; mend: .* --models-dir"),
+        ("--models-dir", link, detached),
+        ("--attached", stats, "is a file, the folder that holds the attached data sets was expected; mend: "),
+        ("--attached", tmp_path / "none", "--attached .*none is not there; mend: "),
+        ("--attached", link, detached),
+        ("--stats", models, f"is a folder, a file was expected; mend: .* --stats '.*{stats.name}'"),
+        ("--stats", models / weights.VAVAE.name, "is not called latents_stats.pt.*; mend: cp '"),
+        ("--output", models, "is a folder, a YAML file was expected; mend: "),
+        ("--output", stats / "config.yaml", "latents_stats.pt is a file, the folder of config.yaml was expected; mend"),
     ]
-    for options, words in cases:
-        with pytest.raises(StepError, match=words):
-            write_config(models, output, *options)
-    stats.rename(models / "moved.pt")
-    stats.mkdir()
-    with pytest.raises(StepError, match=r"is a folder, the file latents_stats.pt was expected"):
+    for option in ("--checkpoint", "--tokenizer", "--stats"):
+        cases += [
+            (option, models, f"{option} .*my models is a folder, a file was expected; mend: .*{option}"),
+            (option, tmp_path / "none.pt", "none.pt is not there; mend: python step2_download_models.py"),
+            (option, link, detached),
+        ]
+    for option, path, words in cases:
+        with pytest.raises(StepError, match=words) as caught:
+            write_config(models, output, option, str(path))
+        assert "\n" not in str(caught.value)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("file", weights.files_of("800ep"), ids=lambda file: file.role)
+def test_step3_explains_what_lies_in_a_weights_files_place(
+    file: weights.WeightFile, models: Path, tmp_path: Path
+) -> None:
+    path, output = models / file.name, tmp_path / "config.yaml"
+    path.rename(tmp_path / "moved")
+    path.mkdir()
+    with pytest.raises(StepError, match=f"is a folder, the file {file.name} was expected"):
         write_config(models, output)
+    path.rmdir()
+    for name in weights.usable_names(file):
+        (models / name).symlink_to("/detached/" + name)
+        with pytest.raises(StepError, match=f"{name} is a link to /detached/{name}, which is not there: the data set"):
+            write_config(models, output)
+        (models / name).unlink()
+    path.symlink_to(tmp_path / "moved")  # as step 2 links what is attached
+    assert write_config(models, output) == 0
+
+
+def test_step3_mends_a_data_path_that_names_the_file(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The published code fails on it with torch.cat(); here the library explains, and step 3 mends it."""
+    output = tmp_path / "config.yaml"
+    write_config(models, output)
+    first, stats = output.read_text(), models / "latents_stats.pt"
+    output.write_text(first.replace(f'data_path: "{models}"', f'data_path: "{stats}"'))
+    with pytest.raises(LightningDiTError, match=f"is a file; the folder .* is expected; mend: set data_path: {models}"):
+        verify_config(output)
+    capsys.readouterr()
+    assert write_config(models, output) == 0
+    assert f"data.data_path: {stats} -> {models}" in capsys.readouterr().out
+    assert output.read_text() == first
+
+
+def write_holed_weights(path: Path, dtype: str, value_bytes: int) -> None:
+    """A safetensors file of the published transformer whose values take no room on the disk."""
+    header, end = {}, 0
+    for name, shape in published_table("LightningDiT-XL/1").items():
+        start, end = end, end + value_bytes * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp16", "F16"), ("bf16", "BF16")])
+def test_step3_takes_a_converted_copy(models: Path, tmp_path: Path, precision: str, dtype: str) -> None:
+    """The 2.7 GB of float32 as 1.35 GB, beside the other files or attached."""
+    (models / weights.DIT["800ep"].name).unlink()
+    name, output = weights.converted_name(weights.DIT["800ep"].name, precision), tmp_path / "config.yaml"
+    write_holed_weights(models / name, dtype, 2)
+    assert write_config(models, output) == 0
+    assert load_config(output).ckpt_path == str(models / name)
+    (tmp_path / "input" / "set").mkdir(parents=True)
+    (models / name).rename(tmp_path / "input" / "set" / name)
+    assert write_config(models, output, "--attached", str(tmp_path / "input")) == 0
+    assert load_config(output).ckpt_path == str(tmp_path / "input" / "set" / name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_converted_copy_samples_as_its_rounded_weights_do(tiny_folder: Path, dtype: torch.dtype) -> None:
+    """Computed in float32 whatever the file holds: the same numbers as a float32 file of the rounded weights."""
+    path = tiny_folder / "transformer.safetensors"
+    rounded = {name: value.to(dtype) for name, value in load_weights(path).items()}
+    images = []
+    for cast in (dtype, torch.float32):
+        save_weights({name: value.to(cast) for name, value in rounded.items()}, path)
+        pipeline = LightningDiTPipeline.from_config(tiny_folder / "config.yaml", "cpu")
+        assert {value.dtype for value in pipeline.transformer.state_dict().values()} == {torch.float32}
+        images.append(pipeline([0, 1], output_type="pt").images)
+    torch.testing.assert_close(images[0], images[1], atol=0, rtol=0)
+    half = load_transformer(load_config(tiny_folder / "config.yaml"), dtype)
+    assert {value.dtype for value in half.state_dict().values()} == {dtype}
+
+
+def test_step3_prints_yaml_alone_on_a_pipe(tmp_path: Path) -> None:
+    """`step3 --print > FILE` gives a configuration; what is said besides goes to stderr."""
+    output, piped = tmp_path / "config.yaml", tmp_path / "piped.yaml"
+    done = run_script(PROJECT / "step3_setup_configs.py", "--model", "bundled", "--print", "--output", str(output))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == output.read_text()
+    piped.write_text(done.stdout)
+    assert dataclasses.replace(load_config(piped), source="") == dataclasses.replace(load_config(output), source="")
+    assert done.stderr.splitlines()[0] == "Step 3: configuration of the sampling"
+    assert done.stderr.splitlines()[-1] == "Next: python step4_run_inference.py"
+
+
+def test_step3_says_in_one_line_why_it_chose_precision_and_batch(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(machine, "torch_facts", lambda: TorchFacts("2", True, "cuda", "GPU", 16_000_000_000))
+    output = tmp_path / "config.yaml"
+    assert write_config(models, output) == 0
+    sample = load_config(output).sample
+    assert (sample.precision, sample.per_proc_batch_size) == ("auto", 16)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "precision auto" in line]
+    assert "16 pictures at a time take at most " in line
+    assert line.endswith("13.6 GB usable (85% of the GPU's memory)")
 
 
 def test_step3_dry_run_checks_all_and_writes_nothing(
@@ -135,12 +241,6 @@ def test_step3_dry_run_checks_all_and_writes_nothing(
     with pytest.raises(StepError, match=r"is empty \(0 bytes\); mend: python fix_latents_stats.py"):
         write_config(models, output, "--dry-run")
     assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_step3_offers_solvers_that_there_are() -> None:
-    offered = configs.COMMENTS["sample.sampling_method"].partition(": ")[2].removesuffix(", ...").split(", ")
-    assert offered == ["euler", "heun2", "dopri5"]
-    assert set(offered) <= {*FIXED_METHODS, *ADAPTIVE_METHODS}
 
 
 def test_step3_options_that_do_not_go_together(models: Path) -> None:
@@ -175,21 +275,3 @@ def test_step3_auto_passes_a_damaged_model_over(
     said = capsys.readouterr().out
     assert "model '800ep' is passed over: " in said
     assert "model '64ep' is passed over: " in said
-
-
-def test_step3_bundled_settings_with_absolute_paths() -> None:
-    assert not weights.missing_bundled()
-    config = configs.bundled_config(64)
-    for path in (config["ckpt_path"], config["vae"]["ckpt_path"], config["vae"]["model_name"]):
-        assert Path(path).is_absolute()
-        assert Path(path).is_file()
-    assert config["data"]["num_classes"] == 10
-    assert "train" not in config
-
-
-def test_numbers_come_back_from_yaml(tmp_path: Path) -> None:
-    import yaml
-
-    values = [1e-06, 9.0, 1e22, 0, True, None, "a: b", "none", [1, "x y"], "微多普勒"]
-    text = "".join(f"k{i}: {configs._scalar(value)}\n" for i, value in enumerate(values))
-    assert list(yaml.safe_load(text).values()) == values

@@ -1,17 +1,21 @@
-"""Image sets for training: Fashion-MNIST as tensors, and any folder of one subfolder per class."""
+"""Image sets: Fashion-MNIST as tensors, and any folder of images, with or without one subfolder per class."""
 
 from __future__ import annotations
 
 import gzip
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from LightningDiT.errors import LightningDiTError
 
+T = TypeVar("T")
 FASHION_MNIST_CLASSES = (
     "T-shirt/top",
     "Trouser",
@@ -24,6 +28,7 @@ FASHION_MNIST_CLASSES = (
     "Bag",
     "Ankle boot",
 )
+TRAIN_IMAGES = "train-images-idx3-ubyte.gz"
 IDX_UINT8 = 0x08  # type code of unsigned bytes in the IDX header
 
 
@@ -64,7 +69,68 @@ def fashion_mnist(root: str | Path, train: bool) -> tuple[Tensor, Tensor]:
     return dataset.data, dataset.targets.long()
 
 
+def holds_fashion_mnist(folder: Path) -> bool:
+    """Whether `folder` has the training photographs of Fashion-MNIST, plain or as torchvision keeps them."""
+    return (folder / TRAIN_IMAGES).is_file() or (folder / "FashionMNIST" / "raw").is_dir()
+
+
 def pad_to_32(images: Tensor) -> Tensor:
     """Return (N, 3, 32, 32) float32 in [-1, 1] of grey uint8 images (N, 28, 28): two black pixels around."""
     padded = F.pad(images, (2, 2, 2, 2)).float() / 127.5 - 1.0  # (N, 32, 32)
     return padded.unsqueeze(1).repeat(1, 3, 1, 1)  # (N, 3, 32, 32)
+
+
+def image_files(folder: str | Path) -> list[Path]:
+    """Return every file below `folder` whose name ends as that of an image that Pillow reads, sorted.
+
+    Raises:
+        LightningDiTError: no such folder, or nothing in it.
+    """
+    place = Path(folder)
+    if place.is_file():
+        raise LightningDiTError(f"{place} is a file, a folder of images was expected", f"name {place.parent}")
+    Image.init()
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    files = sorted(path for path in place.rglob("*") if path.suffix.lower() in endings and path.is_file())
+    if not files:
+        reason = "no file there is called like an image" if place.is_dir() else "it is not there"
+        raise LightningDiTError(f"no images in {place}: {reason}", "name a folder with images (.jpg, .png, ...)")
+    return files
+
+
+def evenly_spaced(items: Sequence[T], at_most: int) -> list[T]:
+    """Return all items, or `at_most` of them at equal distances, the first among them."""
+    count = min(len(items), at_most)
+    return [items[index * len(items) // count] for index in range(count)]
+
+
+class ImageBatches:
+    """Batches of image files; what cannot be read is passed over and remembered.
+
+    Attributes:
+        unreadable: files that no image could be made of so far.
+    """
+
+    def __init__(self, files: Sequence[Path], transform: Callable[[Image.Image], Tensor], batch_size: int) -> None:
+        self.files = files
+        self.unreadable: list[Path] = []
+        self._transform = transform
+        self._batch_size = batch_size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, list[Path]]]:
+        """Yield images (N, C, H, W) and the files that they are from."""
+        images: list[Tensor] = []
+        files: list[Path] = []
+        for path in self.files:
+            try:
+                with Image.open(path) as opened:
+                    images.append(self._transform(opened))
+            except Exception:  # arbitrary bytes make Pillow's readers fail in arbitrary ways
+                self.unreadable.append(path)
+                continue
+            files.append(path)
+            if len(files) == self._batch_size:
+                yield torch.stack(images), files
+                images, files = [], []
+        if files:
+            yield torch.stack(images), files

@@ -100,6 +100,49 @@ class LatentStats:
         save_training_state({"mean": self.mean.clone(), "std": self.std.clone()}, path)
 
 
+class Moments:
+    """Count, sum and sum of squares by channel in float64, gathered in one pass.
+
+    Attributes:
+        latents: how many latents were added.
+        values: how many values of each channel that were.
+    """
+
+    def __init__(self) -> None:
+        self.latents = self.values = 0
+        self._total = self._squares = torch.zeros((), dtype=torch.float64)
+
+    def add(self, latents: Tensor) -> None:
+        """Add latents (N, C, h, w), on any device.
+
+        Raises:
+            LightningDiTError: another number of axes, or of channels than before.
+        """
+        channels = self._total.numel() if self.latents else None
+        if latents.dim() != 4 or latents.shape[1] != (channels or latents.shape[1]):
+            raise LightningDiTError(
+                f"latents have the shape {list(latents.shape)}; [N, {channels or 'C'}, h, w] is expected",
+                "give latents of one tokenizer",
+            )
+        values = latents.detach().cpu().double()
+        self.latents += len(values)
+        self.values += values[:, 0].numel()
+        self._total = self._total + values.sum((0, 2, 3))  # (C,)
+        self._squares = self._squares + values.square().sum((0, 2, 3))  # (C,)
+
+    def stats(self) -> LatentStats:
+        """Return mean and standard deviation of everything added.
+
+        Raises:
+            LightningDiTError: fewer than two values a channel have no deviation.
+        """
+        if self.values < 2:
+            raise LightningDiTError(
+                f"statistics of {self.latents} latents are asked for; at least 2 are needed", "give more data"
+            )
+        return LatentStats.from_moments(self.values, self._total, self._squares)
+
+
 def mend_of(path: str | Path) -> str:
     """Return the command that repairs the statistics file at `path`."""
     return f"python fix_latents_stats.py --stats {shlex.quote(str(path))}"

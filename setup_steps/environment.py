@@ -1,0 +1,187 @@
+"""Step 1 as a whole: a profile's pins, what is found, what is done about it, and the report."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from setup_steps import console, install, machine, pip_calls, releases
+from setup_steps.install import Pin, Row
+from setup_steps.machine import Machine
+from setup_steps.pip_calls import InstallError
+from setup_steps.releases import Asked, Decision, Release
+
+REPORT = console.PROJECT / "environment_report.json"
+CONSTRAINTS = console.PROJECT / "environment_constraints.txt"
+CURRENT = "requirements.txt"
+#: The pins of each profile, without and with what the tests need.
+PROFILES = {
+    "auto": (CURRENT, "requirements-dev.txt"),
+    "current": (CURRENT, "requirements-dev.txt"),
+    "official": ("requirements-official.txt", "requirements-official.txt"),
+}
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What is asked for.
+
+    Args:
+        name: a key of PROFILES.
+        file: the requirements file.
+        pins: its pins for this Python.
+        lines: the releases of torch that are chosen from.
+        asked: the torch that the profile names; None where the machine decides.
+    """
+
+    name: str
+    file: str
+    pins: list[Pin]
+    lines: tuple[Release, ...]
+    asked: Asked | None
+
+
+@dataclass(frozen=True)
+class State:
+    """What is there, what is decided about torch, and each package beside its pin."""
+
+    machine: Machine
+    decision: Decision
+    rows: list[Row]
+
+    @property
+    def lacking(self) -> list[Row]:
+        """The packages that are not as they should be."""
+        return [row for row in self.rows if not row.met]
+
+    @property
+    def summary(self) -> str:
+        """The decision in one line."""
+        there = self.machine.torch.version or "that does not import"
+        what = {
+            releases.KEEP: f"torch {self.decision.torch} is kept",
+            releases.INSTALL: f"torch {self.decision.torch} is installed",
+            releases.REPLACE: f"torch {there} is replaced by {self.decision.torch}",
+        }[self.decision.action]
+        wanted = " ".join(row.requirement for row in self.lacking)
+        return f"{what}; " + (f"to install: {wanted}" if wanted else "nothing to install")
+
+
+def read_profile(name: str, dev: bool) -> Profile:
+    """Read the pins of a profile, with those of the tests if `dev`."""
+    current = console.PROJECT / CURRENT
+    file = PROFILES[name][dev]
+    pins = install.read_pins(console.PROJECT / file)
+    newest = install.read_pins(current)
+    lines = releases.release_lines(*(install.pinned(newest, part, current) for part in ("torch", "torchvision")))
+    asked = None
+    if name != "auto":
+        asked = Asked(name, *(install.pinned(pins, part, console.PROJECT / file) for part in ("torch", "torchvision")))
+    return Profile(name, file, pins, lines, asked)
+
+
+def find_out(profile: Profile, not_replaced: str = "") -> State:
+    """Compare the pins with what is installed, after importing what is there in one process.
+
+    Args:
+        not_replaced: why a torch that is to be replaced could not be; it is kept if it computes.
+    """
+    there = [pin.name for pin in profile.pins if machine.installed_version(pin.name)]
+    probe = machine.probe(there, with_torch="torch" in there)
+    here = machine.look_around(probe.torch)
+    decision = releases.decide(here, profile.lines, profile.asked)
+    if not_replaced and decision.action == releases.REPLACE and releases.usable(here.torch):
+        decision = decision.kept_anyway(here.torch, not_replaced)
+    return State(here, decision, install.make_rows(profile.pins, decision, probe.faults))
+
+
+def bring_right(profile: Profile, state: State, wheels: Path | None) -> State:
+    """Install what is lacking and look again; what then is there but does not import is put anew once.
+    A torch that computes on the processor stays where the one for the GPU cannot be had.
+
+    Raises:
+        InstallError: what is needed could not be installed.
+    """
+    sources = pip_calls.find_sources(wheels)
+    forced = [row for row in state.lacking if row.as_wanted and row.fault == state.decision.reason]
+    not_replaced = ""
+    for _ in range(2):
+        try:
+            install.put_right(state.rows, forced, sources)
+        except InstallError as error:
+            optional = state.decision.action == releases.REPLACE and releases.usable(state.machine.torch)
+            if profile.asked or not optional:
+                raise
+            not_replaced = str(error)
+        state = find_out(profile, not_replaced)
+        if not state.lacking:
+            return state
+        forced = [row for row in state.lacking if row.as_wanted]
+    return state if profile.asked else find_out(profile, not_replaced or "the installation did not change that")
+
+
+def announce(profile: Profile, state: State) -> None:
+    """Say what is decided and why."""
+    print(f"Step 1: profile {profile.name} ({profile.file}) for {sys.executable}")
+    print(f"Decision: {state.summary}")
+    print(f"Reason: {state.decision.reason}")
+
+
+def show(state: State) -> None:
+    """Print the packages and the machine, one line per fact."""
+    for row in state.rows:
+        print(f"  {row.name:16} {row.installed or 'absent':16} {row.state}")
+    for name, value in machine.describe_machine(state.machine, console.PROJECT):
+        print(f"  {name:16} {value}")
+
+
+def report(profile: Profile, first: State, last: State) -> dict[str, object]:
+    """The contents of environment_report.json: what was decided (`first`) and what is there now (`last`)."""
+    here = last.machine
+    return {
+        "written": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "profile": profile.name,
+        "decision": first.summary,
+        "reason": first.decision.reason,
+        "outcome": last.decision.reason,
+        "warning": last.decision.warning,
+        "constraints": CONSTRAINTS.name,
+        "python": platform.python_version(),
+        "executable": sys.executable,
+        "places": list(here.places),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "memory_bytes": machine.memory_bytes(),
+        "free_disk_bytes": machine.free_bytes(console.PROJECT),
+        "gpus": [{**asdict(gpu), "native_bf16": gpu.native_bf16} for gpu in here.gpus],
+        "torch": asdict(here.torch),
+        "packages": {
+            row.name: {
+                "pinned": row.pinned,
+                "wanted": row.wanted,
+                "installed": row.installed,
+                "fault": row.fault,
+            }
+            for row in last.rows
+        },
+    }
+
+
+def write_outputs(profile: Profile, first: State, last: State) -> None:
+    """Write the constraints and the report; a read-only project costs a line, not the step."""
+    text = json.dumps(report(profile, first, last), indent=2) + "\n"
+    try:
+        for path, content in ((CONSTRAINTS, install.constraint_text(last.rows)), (REPORT, text)):
+            fresh = path.with_name(path.name + ".new")
+            fresh.write_text(content, encoding="utf-8")
+            fresh.replace(path)
+    except OSError as error:
+        print(f"note: {error.filename} could not be written ({error.strerror})")
+        return
+    print(f"Report: {REPORT}")
+    print(f"To add packages without changing these: python -m pip install -c {CONSTRAINTS.name} NAME")

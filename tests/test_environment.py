@@ -1,0 +1,206 @@
+"""Step 1 as a person runs it: fresh environments, real pip, wheels made on the spot."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+import step1_install_environment as step1
+from setup_steps import environment, install, machine
+from setup_steps.console import StepError
+from setup_steps.install import Pin
+from setup_steps.machine import Probe, TorchFacts
+from tests.project_copy import copy_project, run_script
+from tests.wheels import make_nvidia_smi, make_torch, make_wheel
+
+STOCK = ("2.14.1", "0.29.1", "13.0", "sm_75", "sm_80", "compute_120")
+LEGACY = ("2.7.1", "0.22.1", "12.6", "sm_50", "sm_60", "sm_70")
+PINS = "torch==2.14.1\ntorchvision==0.29.1\ntinyprobe==2.0\n"
+WORKING = Probe(TorchFacts("2.14.1", True), {})
+
+
+class Place:
+    """A copy of the project with small pins, and a fresh environment that knows no index."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.folder, self.wheels = root, copy_project(root / "copy"), root / "wheels"
+        (self.folder / "requirements.txt").write_text(PINS)
+        subprocess.run([sys.executable, "-m", "venv", str(root / "env")], check=True)
+        self.python = str(root / "env" / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python"))
+        make_nvidia_smi(root / "bin", "Tesla P100-PCIE-16GB, 6.0, 16269, 580.65.06")
+        self.env = {
+            "PATH": f"{root / 'bin'}{os.pathsep}{os.environ['PATH']}",
+            "PIP_CONFIG_FILE": os.devnull,
+            "PIP_INDEX_URL": "http://127.0.0.1:9/simple",
+            **dict.fromkeys(("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL", "PIP_NO_INDEX", "PYTHONPATH"), ""),
+            **dict.fromkeys(("CUDA_VISIBLE_DEVICES", "KAGGLE_KERNEL_RUN_TYPE", "LIGHTNINGDIT_ATTACHED"), ""),
+        }
+
+    def step(self, *options: str, **env: str) -> subprocess.CompletedProcess[str]:
+        """Run step 1 from another folder."""
+        script = self.folder / "step1_install_environment.py"
+        return run_script(script, *options, python=self.python, cwd=self.root, **{**self.env, **env})
+
+    def pip(self, *arguments: str) -> None:
+        """Change the environment behind step 1's back."""
+        subprocess.run(
+            [self.python, "-m", "pip", "-q", *arguments], check=True, env={**os.environ, "PIP_NO_INDEX": "1"}
+        )
+
+    @property
+    def report(self) -> dict:
+        return json.loads((self.folder / "environment_report.json").read_text())
+
+    @property
+    def constraints(self) -> list[str]:
+        return (self.folder / "environment_constraints.txt").read_text().splitlines()[1:]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    made = Place(tmp_path)
+    for version in ("1.0", "2.0"):
+        make_wheel(made.wheels, "tinyprobe", version, f"version = '{version}'\n", "torch")
+    return made
+
+
+def test_step1_installs_checks_and_repairs_in_a_fresh_environment(place: Place) -> None:
+    """Absent and broken packages are put right; a rerun installs nothing."""
+    (place.root / "bin" / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+    make_torch(place.wheels, *LEGACY)  # works, so that its release does not matter
+    make_torch(place.wheels, "2.14.1", "0.29.1", "13.0", "sm_60")
+    wheels = ("--wheels", str(place.wheels))
+    dry = place.step("--dry-run", *wheels)
+    assert (dry.returncode, "--no-index" in dry.stdout, "tinyprobe==2.0" in dry.stdout) == (0, True, True)
+    assert not (place.folder / "environment_report.json").exists()
+    assert place.step("--check-only").returncode == 1
+    assert place.step("--profile", "newest").returncode == 2
+
+    (place.root / "empty").mkdir()
+    wrong = place.step("--wheels", str(place.root / "empty"))
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (1, 1)
+    assert "holds no .whl file, a folder with wheels was expected; mend: python -m pip download" in wrong.stderr
+    alone = place.step()
+    assert (alone.returncode, "Traceback" in alone.stderr) == (1, False)
+    last = alone.stderr.splitlines()[-1]
+    assert last.startswith("error: pip ended with code 1 while it installed torch==2.14.1 torchvision==0.29.1")
+    assert "no connection to a package index; mend: switch the internet on (Kaggle" in last
+
+    first = place.step(*wheels)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.splitlines()[-1] == "Next: python step2_download_models.py"
+    assert place.report["packages"]["tinyprobe"]["installed"] == "2.0"
+    wanted = "torch==2.14.1 torchvision==0.29.1 tinyprobe==2.0"
+    assert place.report["decision"] == f"torch 2.14.1 is installed; to install: {wanted}"
+    assert place.report["reason"].startswith("no torch is here; 2.14.1 is the current one")
+    assert place.report["torch"]["device_memory"] == 17_059_545_088  # what quickstart.py reads
+    assert place.constraints == wanted.split()
+
+    second = place.step()  # without the wheels: nothing is asked for
+    assert second.returncode == 0
+    assert "Decision: torch 2.14.1 is kept; nothing to install" in second.stdout
+    assert "Successfully installed" not in second.stdout
+
+    module = next((place.root / "env").rglob("tinyprobe.py"))
+    module.write_text("raise ImportError('half a file')\n")
+    assert "not usable: half a file" in place.step("--check-only").stdout
+    assert place.step(*wheels).returncode == 0
+    assert module.read_text() == "version = '2.0'\n"
+
+    (place.folder / "requirements.txt").write_text(PINS.replace("=2.0", "=3.0"))
+    failed = place.step(*wheels)
+    assert failed.returncode == 1
+    assert "tinyprobe==3.0: tinyprobe==3.0 is not to be had" in failed.stderr.splitlines()[-1]
+
+
+@pytest.mark.skipif(
+    f"{platform.system()} {platform.machine()}" != "Linux x86_64" or sys.version_info >= (3, 14),
+    reason="torch 2.7.1 has wheels with GPU kernels for Linux x86_64 and Python up to 3.13",
+)
+def test_a_torch_without_kernels_for_the_gpu_is_replaced(place: Place) -> None:
+    """A P100 with the stock torch, as a notebook has it, from the attached wheels and without a network."""
+    make_torch(place.wheels / "torch", *STOCK)
+    make_torch(place.wheels / "torch", *LEGACY)
+    attached = place.root / "input" / "some data set" / "wheels"
+    place.pip("install", "--find-links", str(place.wheels / "torch"), "torch==2.14.1", "torchvision==0.29.1")
+    place.pip("install", "--find-links", str(place.wheels), "tinyprobe==2.0")
+
+    # No wheels, no connection: torch still computes on the processor, which is said.
+    alone = place.step()
+    assert alone.returncode == 0, alone.stderr
+    last = alone.stdout.splitlines()[-1]
+    assert last.startswith("Next: python step2_download_models.py (warning: torch 2.14.1 has no kernels for Tesla P100")
+    assert "no connection to a package index; mend: switch the internet on" in last
+    assert (place.report["torch"]["version"], place.report["torch"]["device"]) == ("2.14.1", "cpu")
+    assert (
+        "2.7.1 (CUDA 12.6) is the newest that serves Tesla P100-PCIE-16GB (6.0) with driver 580.65.06" in alone.stdout
+    )
+
+    attached.parent.mkdir(parents=True)
+    (place.wheels / "torch").rename(attached)
+    done = place.step(LIGHTNINGDIT_ATTACHED=str(place.root / "input"))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert done.stdout.splitlines()[-1] == "Next: python step2_download_models.py"
+    report = place.report
+    wanted = "torch==2.7.1 torchvision==0.22.1"
+    assert report["decision"] == f"torch 2.14.1 is replaced by 2.7.1; to install: {wanted}"
+    assert f"Decision: {report['decision']}\nReason: {report['reason']}\n" in done.stdout
+    assert report["outcome"] == "torch 2.7.1 works here, on Tesla P100-PCIE-16GB (6.0)"
+    assert (report["warning"], report["torch"]["device"], report["places"]) == ("", "cuda", ["virtual environment"])
+    (gpu,) = report["gpus"]
+    assert (gpu["capability"], gpu["driver"], gpu["fault"], gpu["native_bf16"]) == ([6, 0], "580.65.06", "", False)
+    assert place.constraints == [*wanted.split(), "tinyprobe==2.0"]
+    assert "nothing to install" in place.step().stdout
+
+    # requirements.txt to the letter brings the pinned one back and says what that costs.
+    current = place.step("--profile", "current", "--wheels", str(attached))
+    assert current.returncode == 0, current.stderr
+    assert place.report["reason"] == "the profile current names torch 2.14.1"
+    assert "(warning: the processor is used: torch 2.14.1 has no kernels for" in current.stdout.splitlines()[-1]
+    assert place.constraints == PINS.split()
+
+
+def test_a_system_interpreter_is_refused_by_the_dry_run_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "prefix", sys.base_prefix)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.delenv("PIP_BREAK_SYSTEM_PACKAGES", raising=False)
+    (tmp_path / "EXTERNALLY-MANAGED").touch()
+    pins = [Pin("torch", "2.14.1"), Pin("torchvision", "0.29.1"), Pin("no-such-package-here", "1.0")]
+    monkeypatch.setattr(install, "read_pins", lambda path: pins)
+    monkeypatch.setattr(machine, "probe", lambda names, with_torch: WORKING)
+    with pytest.raises(StepError, match=r"mend: .*-m venv .venv && .venv/bin/python step1"):
+        step1.main(["--dry-run"])
+
+
+def test_every_profile_reads_its_own_pins() -> None:
+    auto, current, official = (environment.read_profile(name, dev=False) for name in environment.PROFILES)
+    assert (auto.asked, auto.pins) == (None, current.pins)
+    assert (current.asked.torch, official.asked.torch, official.asked.torchvision) == (
+        auto.lines[0].torch,
+        "2.2.0",
+        "0.17.0",
+    )
+    assert {pin.name for pin in auto.pins} < {pin.name for pin in environment.read_profile("auto", dev=True).pins}
+    assert {"timm": "1.0.12", "numpy": "1.26.4"}.items() <= {pin.name: pin.version for pin in official.pins}.items()
+
+
+def test_a_read_only_project_costs_a_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(environment, "CONSTRAINTS", tmp_path / "file" / "environment_constraints.txt")
+    monkeypatch.setattr(machine, "probe", lambda names, with_torch: WORKING)
+    profile = environment.read_profile("auto", dev=False)
+    state = environment.find_out(profile)
+    environment.write_outputs(profile, state, state)
+    said = capsys.readouterr().out
+    assert said.startswith("note: ")
+    assert (said.count("\n"), "could not be written (Not a directory)" in said) == (1, True)
