@@ -22,7 +22,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from setup_steps import console, weights
 
-VENV_PARTS = {"bin", "include", "lib", "lib64", "Scripts", "Include", "Lib", "share", ".gitignore"}
+VENV_PARTS = {"bin", "include", "lib", "lib64", "Scripts", "Include", "Lib", "share", "pyvenv.cfg"}
+VENV_PARTS |= {".gitignore", ".lock", "CACHEDIR.TAG"}  # of newer venv and of other tools that make them
+# Prints the version; ends well where pip is whole: its RECORD, which is written last, and every module named there.
+EXAMINATION = """
+import sys
+print(*sys.version_info[:2])
+from importlib.metadata import files
+sys.exit(not all(file.size in (None, file.locate().stat().st_size) for file in files("pip") if file.suffix == ".py"))
+"""
 REPORT = console.PROJECT / "environment_report.json"
 PICTURE = console.PROJECT / "LightningDiT" / "demo_images" / "demo_samples.png"
 HUB = "https://huggingface.co"
@@ -61,37 +69,52 @@ def managed_place() -> str | None:
     return None
 
 
-def venv_is_whole(folder: Path) -> bool:
-    """True where the environment's interpreter starts and has pip, the last part that is made."""
+def examine_venv(folder: Path) -> tuple[tuple[int, ...], bool]:
+    """The version of a virtual environment's interpreter, empty where none starts, and whether steps can run in it."""
     python = console.venv_python(folder)
-    if not python.exists() or not (folder / "pyvenv.cfg").is_file():
-        return False
+    if not (folder / "pyvenv.cfg").is_file():  # without it the interpreter is that of the system
+        return (), False
     try:
-        done = subprocess.run([python, "-m", "pip", "--version"], capture_output=True, check=False)
-    except OSError:
-        return False
-    return done.returncode == 0
+        done = subprocess.run([python, "-c", EXAMINATION], capture_output=True, text=True, check=False)
+        version = tuple(int(part) for part in done.stdout.split())
+    except (OSError, ValueError):
+        return (), False
+    return version, done.returncode == 0 and version >= console.OLDEST_PYTHON
+
+
+def refuse_others(folder: Path, version: tuple[int, ...]) -> None:
+    """Raise StepError where the folder is not to be made again: it holds other things, or works but is too old."""
+    if not folder.exists():
+        return
+    fault = ""
+    if not folder.is_dir() or {part.name for part in folder.iterdir()} - VENV_PARTS:
+        fault = "is no virtual environment and none of this project's making"
+    elif version and version < console.OLDEST_PYTHON:
+        fault = f"is a virtual environment of Python {version[0]}.{version[1]}, 3.10 or newer is needed"
+    if fault:
+        raise console.StepError(f"{folder} {fault}", f"mv '{folder}' '{folder}.other' && {AGAIN}")
 
 
 def ensure_venv(folder: Path) -> None:
-    """Make the virtual environment, or make a half-made one again.
+    """Make the virtual environment, or mend a half-made one; one that works stays as it is.
 
     Raises:
         StepError: something else carries the name, the folder takes no file, or venv failed.
     """
-    if venv_is_whole(folder):
+    version, whole = examine_venv(folder)
+    if whole:
         return
-    ours = folder.is_dir() and {part.name for part in folder.iterdir()} <= VENV_PARTS
-    if folder.exists() and not ours and not (folder / "pyvenv.cfg").is_file():
-        raise console.StepError(
-            f"{folder} is no virtual environment and none of this project's making",
-            f"mv '{folder}' '{folder}.other' && {AGAIN}",
-        )
+    refuse_others(folder, version)
     console.require_writable(folder.parent)
     print(f"{'Remaking the half-made' if folder.exists() else 'Making'} {folder}")
+    if version:  # what is installed in it stays where pip alone is lacking
+        python = console.venv_python(folder)
+        subprocess.run([python, "-m", "ensurepip"], capture_output=True, check=False)
+        if examine_venv(folder)[1]:
+            return
     command = [sys.executable, "-m", "venv", "--clear", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode or not venv_is_whole(folder):
+    if done.returncode or not examine_venv(folder)[1]:
         lines = (done.stdout + done.stderr).strip().splitlines() or ["no word from venv"]
         raise console.StepError(
             f"the virtual environment could not be made ({lines[0]})",
@@ -134,13 +157,24 @@ def hub_answers() -> bool:
         return False
 
 
+def run_child(command: list[str]) -> int:
+    """Run a command in the project's folder and return its exit code. Ctrl-C reaches the child by itself; it is left
+    the time to put things in order, which `subprocess.run` would not give it.
+    """
+    child = subprocess.Popen(command, cwd=console.PROJECT)
+    try:
+        return child.wait()
+    except KeyboardInterrupt:
+        return child.wait() or console.INTERRUPTED
+
+
 def call(command: list[str], dry_run: bool) -> int:
     """Run one command in the project's folder, its output on this terminal."""
     names = " ".join(Path(part).name if part.endswith(".py") else part for part in command[1:])
     print(f"\n=== python {names}")
     if dry_run:
         return console.OK
-    return subprocess.run(command, cwd=console.PROJECT, check=False).returncode
+    return run_child(command)
 
 
 def step_command(name: str, *options: str) -> list[str]:
@@ -206,7 +240,7 @@ def main(argv: list[str] | None = None) -> int:
         ensure_venv(console.VENV)
         arguments = sys.argv[1:] if argv is None else argv
         command = [str(console.venv_python(console.VENV)), str(Path(__file__).resolve()), *arguments]
-        return subprocess.run(command, check=False).returncode
+        return run_child(command)
     print(f"Working in {place}")
     if not options.dry_run:
         console.require_writable(console.PROJECT)

@@ -116,9 +116,14 @@ def measure_download(folder: Path, size: int, rounds: int) -> None:
     print(f"Download of {format_bytes(size)} from 127.0.0.1")
     with serving(source) as (url, server):
         remote = downloads.RemoteFile(target.name, url, size, digest, "main")
+
+        def curl() -> None:
+            subprocess.run(["curl", "-s", "-o", str(target), url], check=True)
+
         calls: dict[str, Callable[[], object]] = {
-            "curl": lambda: subprocess.run(["curl", "-s", "-o", str(target), url], check=True),
-            "step 2, hashed": lambda: downloads.download(remote, target),
+            "curl": curl,
+            "curl, then fsync": lambda: (curl(), convert.bring_to_disk(target)),
+            "step 2, hashed, with fsync": lambda: downloads.download(remote, target),
         }
         report(paired(calls, rounds, lambda: target.unlink(missing_ok=True)), size, "curl")
         measure_resumption(source, target, remote, server)
@@ -167,8 +172,7 @@ def measure_conversion(folder: Path, rounds: int) -> None:
 
     def copy_to_disk() -> None:
         shutil.copyfile(source, copy)
-        with copy.open("rb+") as written:
-            os.fsync(written.fileno())
+        convert.bring_to_disk(copy)
 
     def clean() -> None:
         copy.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ import os
 import shlex
 import struct
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from setup_steps import fetch
 from setup_steps.console import Progress, StepError, format_bytes
-from setup_steps.downloads import AGAIN
+from setup_steps.downloads import AGAIN, CHUNK
 from setup_steps.machine import require_torch
 from setup_steps.weights import WeightFile, converted_name
 
@@ -113,7 +114,10 @@ def _write_and_prove(job: Job, file: WeightFile, metadata: dict[str, str]) -> No
     fresh = job.target.with_name(f".new.{job.target.name}")
     try:
         _write(job, fresh, metadata)
-        _compare(job, fresh)
+        with ThreadPoolExecutor(max_workers=1) as beside:
+            on_disk = beside.submit(bring_to_disk, fresh)
+            _compare(job, fresh)
+            on_disk.result()
         fetch.open_check(file, fresh)
         fresh.replace(job.target)
     except OSError as error:
@@ -122,6 +126,12 @@ def _write_and_prove(job: Job, file: WeightFile, metadata: dict[str, str]) -> No
         ) from error
     finally:
         fresh.unlink(missing_ok=True)
+
+
+def bring_to_disk(path: Path) -> None:
+    """Wait until the disk has what was written to a file."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def _is_copy_of(target: Path, origin: str) -> bool:
@@ -154,19 +164,22 @@ def _refuse_lost_digits(job: Job) -> None:
 
 
 def _write(job: Job, path: Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file, one tensor in memory at a time, and bring it to the disk."""
+    """Write a safetensors file, one tensor in memory at a time."""
     import torch
 
     written = 0
     progress = Progress(f"writing {job.target.name}", job.values * BYTES_PER_VALUE[job.precision])
     with path.open("wb") as file, closing(progress):
-        file.write(_header(job, metadata))
+        header = _header(job, metadata)
+        if hasattr(os, "posix_fallocate"):  # not on macOS and Windows; a full disk is found at once
+            os.posix_fallocate(file.fileno(), 0, len(header) + job.values * BYTES_PER_VALUE[job.precision])
+        file.write(header)
         for name, cast in job.casts():
             _require_in_range(job, name)
-            written += file.write(memoryview(cast.contiguous().view(-1).view(torch.uint8).numpy()))
+            values = memoryview(cast.contiguous().view(-1).view(torch.uint8).numpy())
+            for start in range(0, len(values), CHUNK):  # at once, 30 MB take three times as long
+                written += file.write(values[start : start + CHUNK])
             progress.update(written)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _header(job: Job, metadata: dict[str, str]) -> bytes:

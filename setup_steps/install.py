@@ -13,7 +13,7 @@ from pathlib import Path
 
 from setup_steps import pip_calls
 from setup_steps.console import StepError, format_bytes
-from setup_steps.machine import free_bytes, installed_version
+from setup_steps.machine import free_bytes, installed_version, lacks_record
 from setup_steps.pip_calls import AGAIN, STEP, InstallError, Source
 from setup_steps.releases import REPLACE, Decision, public, version_pair
 
@@ -220,16 +220,19 @@ def put_right(rows: list[Row], forced: list[Row], sources: tuple[Source, ...]) -
     """Install what `rows` lack; together, requirements and constraint hold every version of the profile.
 
     Args:
-        forced: of these the files are first put anew, whatever pip thinks is there.
+        forced: of these the files are first put anew, whatever pip thinks is there; so are those that
+            pip cannot uninstall, over what is there.
 
     Raises:
         InstallError: too little disk, or pip failed.
     """
     pip_calls.require_pip()
     lacking = [row for row in rows if not row.met]
+    unrecorded = [row for row in lacking if lacks_record(row.name)]
+    anew = ((unrecorded, "--ignore-installed"), ([row for row in forced if row not in unrecorded], "--force-reinstall"))
     for source in sources:
         require_disk(rows, source)
-        renewed = not forced or _install(forced, rows, source, "--force-reinstall", "--no-deps")
+        renewed = all(_install(group, rows, source, option, "--no-deps") for group, option in anew if group)
         if renewed and _install(lacking, rows, source):
             return
         print("The attached wheels do not suffice: the package index is asked, too")

@@ -27,6 +27,7 @@ from setup_steps.console import PROJECT, StepError, format_bytes, mend_packages
 PROBE_SECONDS = 300
 # What an import, or an operation on a device without kernels, raises when a package is broken.
 BROKEN = (ImportError, OSError, RuntimeError, AssertionError, AttributeError, TypeError, ValueError)
+MODULE_SUFFIXES = (".py", ".so", ".pyd")
 IMPORT_NAMES = {"pillow": "PIL"}  # distributions whose module has another name
 NATIVE_BF16 = (8, 0)  # torch's own is_bf16_supported() is true where bf16 is emulated, too
 SMI_SECONDS = 60
@@ -268,10 +269,34 @@ def try_imports(names: list[str]) -> dict[str, str]:
     for name in names:
         try:
             importlib.import_module(IMPORT_NAMES.get(name, name))
-            faults[name] = ""
+            faults[name] = emptied_file(name)
         except BROKEN as error:
             faults[name] = one_line(error)
     return faults
+
+
+def emptied_file(name: str) -> str:
+    """Name a module of a distribution that holds nothing although it was installed with something, as
+    a full disk or a killed installation leaves it; empty where there is none.
+    """
+    try:
+        files = metadata.files(name) or ()
+    except metadata.PackageNotFoundError:
+        return ""
+    for file in files:
+        if file.size and file.suffix in MODULE_SUFFIXES:
+            place = Path(str(file.locate()))
+            if place.is_file() and not place.stat().st_size:
+                return f"{place} is empty"
+    return ""
+
+
+def lacks_record(name: str) -> bool:
+    """True for an installed distribution that pip cannot uninstall: its list of files is not there."""
+    try:
+        return metadata.files(name) is None
+    except metadata.PackageNotFoundError:
+        return False
 
 
 def installed_version(name: str) -> str | None:

@@ -150,11 +150,15 @@ def _run(command: list[str], quiet: bool) -> tuple[int, str]:
     said = []
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace") as pip:
         assert pip.stderr is not None
-        for line in pip.stderr:
-            said.append(line)
-            if not quiet:
-                sys.stderr.write(line)
-                sys.stderr.flush()
+        try:
+            for line in pip.stderr:
+                said.append(line)
+                if not quiet:
+                    sys.stderr.write(line)
+                    sys.stderr.flush()
+        except KeyboardInterrupt:
+            pip.wait()  # it has the Ctrl-C too, and tidies up; a rerun must not meet it
+            raise
     return pip.returncode, "".join(said)
 
 

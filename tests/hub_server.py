@@ -164,7 +164,7 @@ class _Handler(BaseHTTPRequestHandler):
         )
         place = re.fullmatch(r"/(.+)/resolve/[^/]+/(.+)", unquote(urlsplit(self.path).path))
         stored = self.hub.files.get((place[1], place[2])) if place else None
-        bytes_here = self.command == "GET" and (self.host == "cdn" or not (stored and stored.large))
+        bytes_here = self.command == "GET" and stored is not None and (self.host == "cdn" or not stored.large)
         fault = self.hub.take(bytes_here)
         time.sleep(fault.late)
         if stored and place and fault.becomes is not None:

@@ -8,7 +8,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from setup_steps.console import PROJECT
+from setup_steps.install import read_pins
+from setup_steps.machine import installed_version
+
+NOT_AS_PINNED = [
+    pin.name
+    for pin in read_pins(PROJECT / "requirements.txt")
+    if (installed_version(pin.name) or "").split("+")[0] != pin.version
+]
+#: For a test in which step 1 must find nothing to install.
+needs_the_pins = pytest.mark.skipif(bool(NOT_AS_PINNED), reason=f"not as in requirements.txt: {NOT_AS_PINNED}")
 
 
 def copy_project(target: Path, *names: str) -> Path:

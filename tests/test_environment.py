@@ -114,6 +114,16 @@ def test_step1_installs_checks_and_repairs_in_a_fresh_environment(place: Place) 
     assert place.step(*wheels).returncode == 0
     assert module.read_text() == "version = '2.0'\n"
 
+    module.write_text("")  # it imports, and there is nothing in it
+    assert f"not usable: {module} is empty" in place.step("--check-only").stdout
+    assert place.step(*wheels).returncode == 0
+    assert module.read_text() == "version = '2.0'\n"
+
+    module.write_text("raise ImportError('half a file')\n")
+    next((place.root / "env").rglob("tinyprobe-2.0.dist-info/RECORD")).unlink()  # pip cannot uninstall it
+    assert place.step(*wheels).returncode == 0
+    assert module.read_text() == "version = '2.0'\n"
+
     (place.folder / "requirements.txt").write_text(PINS.replace("=2.0", "=3.0"))
     failed = place.step(*wheels)
     assert failed.returncode == 1

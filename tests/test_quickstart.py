@@ -20,7 +20,7 @@ import quickstart
 from setup_steps import console, weights
 from setup_steps.console import StepError
 from tests.hub_server import running_hub
-from tests.project_copy import copy_project, run_script
+from tests.project_copy import copy_project, needs_the_pins, run_script
 
 PLAIN_PYTHON = str(Path(getattr(sys, "_base_executable", sys.executable)).resolve())
 STEP = """
@@ -324,6 +324,7 @@ def test_ctrl_c_lets_the_step_put_things_in_order_and_a_rerun_goes_on(project: P
     assert len(calls(project)) == 4
 
 
+@needs_the_pins
 def test_the_second_run_needs_no_network_and_installs_nothing(tmp_path: Path, made_venv: Path) -> None:
     """The real steps in an environment that is complete, from a plain Python, to the pictures."""
     project = copy_project(tmp_path / "my project 图像", "LightningDiT", "models/fashion-mnist")

@@ -62,7 +62,7 @@ def make_wheel(folder: Path, name: str, version: str, body: str, *requires: str)
             f"{info}/WHEEL",
             "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
         )
-        wheel.writestr(f"{info}/RECORD", "")
+        wheel.writestr(f"{info}/RECORD", f"{name}.py,,{len(body.encode())}\n")
 
 
 def make_torch(folder: Path, version: str, torchvision: str, cuda: str, *archs: str) -> None:
