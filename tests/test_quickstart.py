@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -309,6 +310,7 @@ def test_ctrl_c_lets_the_step_put_things_in_order_and_a_rerun_goes_on(project: P
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )
     assert started.stdout is not None
     lines = iter(started.stdout.readline, "")
@@ -354,7 +356,7 @@ def test_the_second_run_needs_no_network_and_installs_nothing(tmp_path: Path, ma
 )
 def test_an_old_python_gets_far_enough_to_be_told(name: str) -> None:
     """What loads before the version is checked is in the language of Python 3.7."""
-    ast.parse((console.PROJECT / name).read_text(encoding="utf-8"), feature_version=(3, 7))
+    assert ast.parse((console.PROJECT / name).read_text(encoding="utf-8"), feature_version=(3, 7)).body
 
 
 def refuse_root_too() -> None:
