@@ -25,6 +25,7 @@ from typing import Any
 
 from setup_steps import console, convert, downloads, fetch, weights
 from setup_steps.console import PROJECT, StepError, format_bytes
+from setup_steps.files import bring_to_disk
 
 BLOCK = 1 << 24
 REQUEST_LINE = "asked from byte "
@@ -122,7 +123,7 @@ def measure_download(folder: Path, size: int, rounds: int) -> None:
 
         calls: dict[str, Callable[[], object]] = {
             "curl": curl,
-            "curl, then fsync": lambda: (curl(), convert.bring_to_disk(target)),
+            "curl, then fsync": lambda: (curl(), bring_to_disk(target)),
             "step 2, hashed, with fsync": lambda: downloads.download(remote, target),
         }
         report(paired(calls, rounds, lambda: target.unlink(missing_ok=True)), size, "curl")
@@ -172,7 +173,7 @@ def measure_conversion(folder: Path, rounds: int) -> None:
 
     def copy_to_disk() -> None:
         shutil.copyfile(source, copy)
-        convert.bring_to_disk(copy)
+        bring_to_disk(copy)
 
     def clean() -> None:
         copy.unlink(missing_ok=True)
@@ -193,13 +194,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default: 5")
     parser.add_argument("--only", choices=["download", "conversion"])
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.rounds < 1 or options.size < 2:
+        parser.error("--rounds takes a number from 1, --size one from 2")
+    if not options.folder.is_dir():
+        parser.error(f"--folder {options.folder} is no folder")
+    return options
 
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     if options.serve:
         serve(options.serve)
+    if not Path("/proc/self/io").exists():
+        raise StepError("what is read from the disk is counted by /proc, which is not here", "run it on Linux")
     if options.only != "conversion" and not shutil.which("curl"):
         raise StepError("curl is not on this machine", "install curl, or add --only conversion")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:

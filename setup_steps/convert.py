@@ -8,6 +8,7 @@ from the mapped source through the cast to the disk, so that a small machine can
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import math
 import mmap
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING
 from setup_steps import fetch
 from setup_steps.console import Progress, StepError, format_bytes
 from setup_steps.downloads import AGAIN, CHUNK
+from setup_steps.files import bring_to_disk, free_name, replacing
 from setup_steps.machine import require_torch
 from setup_steps.weights import WeightFile, converted_name
 
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 BYTES_PER_VALUE = {"fp32": 4, "bf16": 2, "fp16": 2}
 SAFETENSORS_NAMES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 HEADER_ALIGNMENT = 8
+ORIGIN = "source_fingerprint"  # in the copy's metadata
 
 
 def bytes_needed(file: WeightFile, precision: str) -> int:
@@ -96,12 +99,13 @@ def convert(source: Path, file: WeightFile, precision: str, replace: bool) -> st
     if target == source:
         return f"{target.name}: is what was asked for already"
     before, origin = source.stat().st_size, fingerprint(source)
-    line = "was converted before"
-    if not _is_copy_of(target, origin):
-        job = Job(source, target, precision, load_weights(source))
-        _refuse_lost_digits(job)
-        _write_and_prove(job, file, {"format": "pt", "source": file.name, "source_fingerprint": origin})
-        line = f"{len(job.weights)} tensors, each read back and equal to the source's"
+    _refuse_lost_digits(job := Job(source, target, precision, load_weights(source)))
+    line = f"{len(job.weights)} tensors, each read back and equal to the source's"
+    if _is_copy(job, origin):
+        line = f"was converted before, {line}"
+    else:
+        line += _set_foreign_aside(target)
+        _write_and_prove(job, file, {"format": "pt", "source": file.name, ORIGIN: origin})
     sizes = f"{format_bytes(before)} -> {format_bytes(target.stat().st_size)}"
     if replace:
         source.unlink()
@@ -111,40 +115,54 @@ def convert(source: Path, file: WeightFile, precision: str, replace: bool) -> st
 
 def _write_and_prove(job: Job, file: WeightFile, metadata: dict[str, str]) -> None:
     """Write the copy under another name, prove it, and give it its own."""
-    fresh = job.target.with_name(f".new.{job.target.name}")
     try:
-        _write(job, fresh, metadata)
-        with ThreadPoolExecutor(max_workers=1) as beside:
-            on_disk = beside.submit(bring_to_disk, fresh)
-            _compare(job, fresh)
-            on_disk.result()
-        fetch.open_check(file, fresh)
-        fresh.replace(job.target)
+        with replacing(job.target) as fresh:
+            _write(job, fresh, metadata)
+            with ThreadPoolExecutor(max_workers=1) as beside:
+                on_disk = beside.submit(bring_to_disk, fresh)
+                _compare(job, fresh)
+                on_disk.result()
+            fetch.open_check(file, fresh)
     except OSError as error:
         raise StepError(
             f"{job.target} cannot be written ({error.strerror})", f"free space on that disk, then {AGAIN}"
         ) from error
-    finally:
-        fresh.unlink(missing_ok=True)
 
 
-def bring_to_disk(path: Path) -> None:
-    """Wait until the disk has what was written to a file."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+def _is_copy(job: Job, origin: str) -> bool:
+    """True where the target is a copy, made earlier from the file with this fingerprint, that still
+    holds the source's values.
+    """
+    if _origin_of(job.target) != origin:
+        return False
+    try:
+        _compare(job, job.target)
+    except StepError as error:
+        print(f"  {error.message}; it is made anew")
+        return False
+    return True
 
 
-def _is_copy_of(target: Path, origin: str) -> bool:
-    """True where `target` is a whole copy, made earlier from the file with this fingerprint."""
+def _origin_of(path: Path) -> str | None:
+    """The fingerprint of the file that a copy was made from; None for any other file."""
     from LightningDiT.checkpoint import inspect
     from LightningDiT.errors import LightningDiTError
 
-    if not target.exists():
-        return False
+    if not path.is_file():
+        return None
     try:
-        return inspect(target).metadata.get("source_fingerprint") == origin
+        return inspect(path).metadata.get(ORIGIN)
     except LightningDiTError:
-        return False
+        return None
+
+
+def _set_foreign_aside(target: Path) -> str:
+    """Rename a file that has the copy's name and is none, and return what to say of it."""
+    if not os.path.lexists(target) or _origin_of(target):
+        return ""
+    aside = free_name(target, "other")
+    target.replace(aside)
+    return f"; the file that had this name is kept as {aside.name}"
 
 
 def _refuse_lost_digits(job: Job) -> None:
@@ -155,11 +173,11 @@ def _refuse_lost_digits(job: Job) -> None:
 
     for name, tensor in job.weights.items():
         if not tensor.is_floating_point():
-            raise StepError(f"{job.source}: tensor {name} is {tensor.dtype}, floating point was expected")
+            raise StepError(f"{job.source}: tensor {name} is {tensor.dtype}, floating point was expected", AGAIN)
         if torch.finfo(tensor.dtype).eps > torch.finfo(job.dtype).eps:
             raise StepError(
                 f"{job.source} holds {tensor.dtype} values, which have fewer digits than {job.precision}",
-                f"fetch the original: mv {shlex.quote(str(job.source))} /tmp && {AGAIN}",
+                f"fetch the original: {shlex.join(['mv', str(job.source), f'{job.source}.other'])} && {AGAIN}",
             )
 
 
@@ -171,8 +189,7 @@ def _write(job: Job, path: Path, metadata: dict[str, str]) -> None:
     progress = Progress(f"writing {job.target.name}", job.values * BYTES_PER_VALUE[job.precision])
     with path.open("wb") as file, closing(progress):
         header = _header(job, metadata)
-        if hasattr(os, "posix_fallocate"):  # not on macOS and Windows; a full disk is found at once
-            os.posix_fallocate(file.fileno(), 0, len(header) + job.values * BYTES_PER_VALUE[job.precision])
+        _reserve(file.fileno(), len(header) + job.values * BYTES_PER_VALUE[job.precision])
         file.write(header)
         for name, cast in job.casts():
             _require_in_range(job, name)
@@ -180,6 +197,19 @@ def _write(job: Job, path: Path, metadata: dict[str, str]) -> None:
             for start in range(0, len(values), CHUNK):  # at once, 30 MB take three times as long
                 written += file.write(values[start : start + CHUNK])
             progress.update(written)
+
+
+def _reserve(file: int, size: int) -> None:
+    """Ask for the room at once: a full disk is found before the work, and writing is faster. Some
+    systems and disks know nothing of it.
+    """
+    try:
+        os.posix_fallocate(file, 0, size)
+    except AttributeError:
+        return
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
 
 
 def _header(job: Job, metadata: dict[str, str]) -> bytes:
@@ -231,7 +261,7 @@ def _compare(job: Job, path: Path) -> None:
         for name, cast in job.casts():
             written = copy.get_tensor(name)
             if not torch.equal(written, cast):
-                raise StepError(f"{job.target}: tensor {name} is not that of {job.source} after writing", AGAIN)
+                raise StepError(f"{job.target}: tensor {name} is not that of {job.source}", AGAIN)
             mapped.release(written)
             done += cast.numel()
             progress.update(done)

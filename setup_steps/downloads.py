@@ -22,18 +22,28 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from setup_steps.console import Progress, StepError, format_bytes, format_seconds, mend_packages, this_command
+from setup_steps.console import (
+    Progress,
+    StepError,
+    format_bytes,
+    format_seconds,
+    interpreter,
+    mend_packages,
+    this_command,
+)
 
 CHUNK = 1 << 20
 HASH_BEHIND = 4  # chunks that wait for the hash at most
+RENAMES_OPEN_FILES = os.name != "nt"
 SPARE_BYTES = 64_000_000  # disk left free beside the downloads
 RETRY_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
-AGAIN = this_command("step2_download_models.py")
+AGAIN = this_command("step2_download_models.py", interpreter())
 NO_NETWORK = (
     "check the internet connection (Kaggle: Settings, Internet, On) and --endpoint or HF_ENDPOINT, "
     f"then {AGAIN}; without internet: python step3_setup_configs.py --model bundled"
@@ -268,7 +278,8 @@ def _give_up(message: str, mend: str, cause: Exception) -> NoReturn:
 
 
 def _host(url: str) -> str:
-    return urllib.parse.urlsplit(url).netloc
+    """Host and port, without a login that may stand before them."""
+    return urllib.parse.urlsplit(url).netloc.rpartition("@")[2]
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:
@@ -339,21 +350,28 @@ class PartFile:
         self.joined = self.offset > 0
 
     def _claim(self) -> None:
-        """Raise StepError where another process is writing this part."""
+        """Raise StepError where another process is writing this part, or has just finished it."""
         try:
             import fcntl
         except ImportError:  # not a POSIX system
             return
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._file.close()
-            raise StepError(
-                f"{self.path} is being written by another process",
-                f"wait for it or stop it, then {AGAIN}",
-            ) from error
+            taken = not self._has_its_name()
+        except BlockingIOError:
+            taken = True
         except OSError:  # a network disk without locks
             return
+        if taken:
+            self._file.close()
+            raise StepError(f"{self.path} is being written by another process", f"wait for it or stop it, then {AGAIN}")
+
+    def _has_its_name(self) -> bool:
+        """False where another process renamed the part since it was opened here."""
+        try:
+            return os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
+        except FileNotFoundError:
+            return False
 
     def _fits(self) -> bool:
         """True where the part begins the file that the hub has now."""
@@ -401,7 +419,7 @@ class PartFile:
     def _disk_error(self, error: OSError) -> StepError:
         return StepError(
             f"{self.path} cannot be written ({error.strerror})",
-            f"free space or choose another folder: {AGAIN} --models-dir FOLDER",
+            f"free space there, then {AGAIN}; step 2 takes another folder by --models-dir",
         )
 
     def start_again(self) -> None:
@@ -425,25 +443,33 @@ class PartFile:
     def finish(self, aside: Path | None) -> None:
         """Give the part its final name, after the file that has it was renamed to `aside`."""
         os.fsync(self._file.fileno())
-        self._file.close()
-        if aside is not None:
-            self.target.replace(aside)
-        self.path.replace(self.target)
-        self.state_path.unlink(missing_ok=True)
+        with self._let_go():
+            if aside is not None:
+                self.target.replace(aside)
+            self.path.replace(self.target)
+            self.state_path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """End the hashing thread and let go of the part; one without bytes is removed."""
         self.hash.close()
         if not self._file.closed:
             empty = not os.fstat(self._file.fileno()).st_size
-            self._file.close()
-            if empty:
-                self.drop()
+            with self._let_go():
+                if empty:
+                    self.path.unlink(missing_ok=True)
+                    self.state_path.unlink(missing_ok=True)
 
-    def drop(self) -> None:
-        """Remove the part and its state."""
-        self.path.unlink(missing_ok=True)
-        self.state_path.unlink(missing_ok=True)
+    @contextlib.contextmanager
+    def _let_go(self) -> Iterator[None]:
+        """Close the part around what is done to its name: after it, so that no other process takes the
+        part meanwhile, or before it where the system renames and removes no open file.
+        """
+        if not RENAMES_OPEN_FILES:
+            self._file.close()
+        try:
+            yield
+        finally:
+            self._file.close()
 
 
 def require_disk(folder: Path, needed: int) -> None:
@@ -455,7 +481,7 @@ def require_disk(folder: Path, needed: int) -> None:
     if needed + SPARE_BYTES > free:
         raise StepError(
             f"{format_bytes(needed + SPARE_BYTES)} are needed on the disk of {folder}, {format_bytes(free)} are free",
-            f"free space or choose another folder: {AGAIN} --models-dir FOLDER",
+            f"free space there, then {AGAIN}; step 2 takes another folder by --models-dir",
         )
 
 
@@ -510,19 +536,18 @@ def download(
 def _receive_all(part: PartFile, token: str | None, patience: Patience) -> None:
     """Repeat requests until the part is full; give up after too many without a new byte."""
     failures = 0
-    progress = Progress(part.remote.name, part.remote.size, part.offset)
-    while part.offset < part.remote.size:
-        before = part.offset
-        try:
-            _receive(part, token, patience.timeout, progress)
-        except _TryAgainError as trouble:
-            progress.close()
-            failures = 1 if part.offset > before else failures + 1
-            if failures >= patience.attempts:
-                kept = f"{format_bytes(part.offset)} of {format_bytes(part.remote.size)} are kept"
-                _give_up(f"{part.remote.name}: {trouble}; {kept}", NO_NETWORK, trouble)
-            _wait(part.remote.name, trouble, failures, patience)
-    progress.close()
+    with contextlib.closing(Progress(part.remote.name, part.remote.size, part.offset)) as progress:
+        while part.offset < part.remote.size:
+            before = part.offset
+            try:
+                _receive(part, token, patience.timeout, progress)
+            except _TryAgainError as trouble:
+                progress.close()
+                failures = 1 if part.offset > before else failures + 1
+                if failures >= patience.attempts:
+                    kept = f"{format_bytes(part.offset)} of {format_bytes(part.remote.size)} are kept"
+                    _give_up(f"{part.remote.name}: {trouble}; {kept}", NO_NETWORK, trouble)
+                _wait(part.remote.name, trouble, failures, patience)
 
 
 def _receive(part: PartFile, token: str | None, timeout: float, progress: Progress) -> None:

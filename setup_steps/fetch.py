@@ -13,6 +13,7 @@ from pathlib import Path
 
 from setup_steps import downloads
 from setup_steps.console import Progress, StepError
+from setup_steps.files import free_name, replacing  # noqa: F401
 from setup_steps.machine import require_torch
 from setup_steps.sources import Source, at_hand, dangling_links, leads_to
 from setup_steps.weights import STATS, WeightFile, usable_names
@@ -69,17 +70,8 @@ class Record:
             self._save()
 
     def _save(self) -> None:
-        fresh = self.path.with_name(self.path.name + ".new")
-        fresh.write_text(json.dumps(self.rows, indent=1), encoding="utf-8")
-        fresh.replace(self.path)
-
-
-def free_name(path: Path, tag: str) -> Path:
-    """The first of NAME.tag-1, NAME.tag-2, ... that is not taken."""
-    number = 1
-    while path.with_name(f"{path.name}.{tag}-{number}").exists():
-        number += 1
-    return path.with_name(f"{path.name}.{tag}-{number}")
+        with replacing(self.path) as fresh:
+            fresh.write_text(json.dumps(self.rows, indent=1), encoding="utf-8")
 
 
 def is_whole(path: Path, remote: downloads.RemoteFile) -> bool:
@@ -176,7 +168,7 @@ def _check_checkpoint(file: WeightFile, path: Path) -> str:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise StepError(
                 f"{path} {fault} {', '.join(names[:3])}{more}: it is no {file.table} checkpoint",
-                f"mv '{path}' '{path}.other' && {downloads.AGAIN}",
+                f"mv {shlex.quote(str(path))} {shlex.quote(f'{path}.other')} && {downloads.AGAIN}",
             )
     return f"opens, {len(table)} tensors named and shaped as published"
 

@@ -83,10 +83,28 @@ def test_a_copy_that_is_there_is_kept_until_the_source_changes(tmp_path: Path, e
     assert target.stat().st_mtime_ns == made
     ema["scale"] = ema["scale"] + 1
     save(tmp_path, ema)
-    assert "each read back" in convert.convert(source, FILE, "fp16", replace=False)
+    assert "before" not in convert.convert(source, FILE, "fp16", replace=False)
     assert torch.equal(load_weights(target)["scale"], ema["scale"].half())
-    target.write_bytes(target.read_bytes()[:-1])
-    assert "each read back" in convert.convert(source, FILE, "fp16", replace=False)
+
+
+def test_a_copy_that_went_bad_is_never_a_reason_to_remove_the_original(tmp_path: Path, ema: dict[str, Tensor]) -> None:
+    source, target = save(tmp_path, ema), tmp_path / converted_name(FILE.name, "fp32")
+    convert.convert(source, FILE, "fp32", replace=False)
+    content = bytearray(target.read_bytes())
+    content[-1] ^= 1
+    target.write_bytes(content)
+    assert convert.convert(source, FILE, "fp32", replace=True).endswith("small.pt is removed")
+    for name, tensor in load_weights(target).items():
+        assert torch.equal(tensor, ema[name])
+
+
+def test_a_file_of_someone_else_with_the_copys_name_is_kept(tmp_path: Path, ema: dict[str, Tensor]) -> None:
+    source, target = save(tmp_path, ema), tmp_path / converted_name(FILE.name, "bf16")
+    target.write_bytes(b"mine")
+    line = convert.convert(source, FILE, "bf16", replace=False)
+    assert line.endswith("the file that had this name is kept as small.bf16.safetensors.other-1")
+    assert (tmp_path / "small.bf16.safetensors.other-1").read_bytes() == b"mine"
+    assert load_weights(target).keys() == ema.keys()
 
 
 def test_a_converted_copy_is_a_source_too(tmp_path: Path, ema: dict[str, Tensor]) -> None:
@@ -150,7 +168,7 @@ def test_a_copy_that_reads_back_otherwise_is_dropped(
         path.write_bytes(content)
 
     monkeypatch.setattr(convert, "_write", write_wrongly)
-    with pytest.raises(StepError, match=r"tensor final.bias is not that of .*small.pt after writing"):
+    with pytest.raises(StepError, match=r"tensor final.bias is not that of .*small.pt; mend"):
         convert.convert(save(tmp_path, ema), FILE, "fp32", replace=True)
     assert [path.name for path in tmp_path.iterdir()] == ["small.pt"]
 

@@ -507,6 +507,35 @@ def test_two_processes_do_not_write_one_part(hub: Hub, tmp_path: Path) -> None:
     assert_nothing_left(tmp_path / NAME)
 
 
+def test_a_part_that_was_finished_meanwhile_is_not_emptied(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second process opens the part, then the first gives it its final name and lets go."""
+    pytest.importorskip("fcntl")
+    remote = downloads.describe(REPO, NAME)
+    first = downloads.PartFile(tmp_path / NAME, remote)
+    first.take_up()
+    first.write(DATA)
+    claim = downloads.PartFile._claim
+
+    def claim_late(second: downloads.PartFile) -> None:
+        first.finish(None)
+        claim(second)
+
+    monkeypatch.setattr(downloads.PartFile, "_claim", claim_late)
+    with pytest.raises(StepError, match="written by another process"):
+        downloads.PartFile(tmp_path / NAME, remote)
+    first.close()
+    assert_nothing_left(tmp_path / NAME)
+
+
+def test_a_login_in_the_address_is_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://user:secret@127.0.0.1:9")
+    with pytest.raises(StepError, match=r"127\.0\.0\.1:9 cannot be reached") as caught:
+        downloads.describe(REPO, NAME, QUICK)
+    assert "secret" not in str(caught.value)
+
+
 def test_endpoint_must_be_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_ENDPOINT", raising=False)
     downloads.use_endpoint(None)
