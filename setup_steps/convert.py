@@ -17,7 +17,7 @@ import shlex
 import struct
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from setup_steps import fetch
 from setup_steps.console import Progress, StepError, format_bytes
 from setup_steps.downloads import AGAIN, CHUNK
-from setup_steps.files import bring_to_disk, free_name, replacing
+from setup_steps.files import bring_to_disk, claim, free_name, fresh_name, replacing
 from setup_steps.machine import require_torch
 from setup_steps.weights import WeightFile, converted_name
 
@@ -99,18 +99,36 @@ def convert(source: Path, file: WeightFile, precision: str, replace: bool) -> st
     if target == source:
         return f"{target.name}: is what was asked for already"
     before, origin = source.stat().st_size, fingerprint(source)
-    _refuse_lost_digits(job := Job(source, target, precision, load_weights(source)))
+    job = Job(source, target, precision, load_weights(source))
+    _refuse_lost_digits(job)
     line = f"{len(job.weights)} tensors, each read back and equal to the source's"
-    if _is_copy(job, origin):
-        line = f"was converted before, {line}"
-    else:
-        line += _set_foreign_aside(target)
-        _write_and_prove(job, file, {"format": "pt", "source": file.name, ORIGIN: origin})
-    sizes = f"{format_bytes(before)} -> {format_bytes(target.stat().st_size)}"
-    if replace:
-        source.unlink()
-        line += f"; {source.name} is removed"
+    with _alone_with(source):
+        _remove_leftovers(source, file)
+        if _is_copy(job, origin):
+            line = f"was converted before, {line}"
+        else:
+            line += _set_foreign_aside(target)
+            _write_and_prove(job, file, {"format": "pt", "source": file.name, ORIGIN: origin})
+        sizes = f"{format_bytes(before)} -> {format_bytes(target.stat().st_size)}"
+        if replace:
+            source.unlink()
+            line += f"; {source.name} is removed"
     return f"{target.name}: {sizes}, {line}"
+
+
+@contextmanager
+def _alone_with(source: Path) -> Iterator[None]:
+    """Raise StepError where another process converts `source`; two would write one file."""
+    with source.open("rb") as file:
+        if not claim(file):
+            raise StepError(f"{source} is being converted by another process", f"wait for it or stop it, then {AGAIN}")
+        yield
+
+
+def _remove_leftovers(source: Path, file: WeightFile) -> None:
+    """Remove what a killed conversion left, in whichever precision."""
+    for precision in BYTES_PER_VALUE:
+        fresh_name(source.with_name(converted_name(file.name, precision))).unlink(missing_ok=True)
 
 
 def _write_and_prove(job: Job, file: WeightFile, metadata: dict[str, str]) -> None:

@@ -37,6 +37,7 @@ from setup_steps.console import (
     mend_packages,
     this_command,
 )
+from setup_steps.files import claim
 
 CHUNK = 1 << 20
 HASH_BEHIND = 4  # chunks that wait for the hash at most
@@ -168,8 +169,12 @@ def use_endpoint(endpoint: str | None) -> None:
     endpoint = endpoint or os.environ.get("HF_ENDPOINT") or None
     if endpoint is None:
         return
-    parts = urllib.parse.urlsplit(endpoint)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
+    try:
+        parts = urllib.parse.urlsplit(endpoint)
+        fits = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, brackets that are not closed
+        fits = False
+    if not fits or any(character.isspace() for character in endpoint):
         raise StepError(
             f"endpoint {endpoint!r} is no address, http://HOST or https://HOST was expected",
             f"{AGAIN} --endpoint https://HOST, or unset HF_ENDPOINT",
@@ -178,10 +183,17 @@ def use_endpoint(endpoint: str | None) -> None:
 
 
 def hub_token() -> str | None:
-    """The person's token: HF_TOKEN or the one that a hub login stored."""
+    """The person's token: HF_TOKEN or the one that a hub login stored.
+
+    Raises:
+        StepError: it holds characters that no token has.
+    """
     from huggingface_hub import get_token
 
-    return get_token()
+    token = get_token()
+    if token and not (token.isascii() and token.isprintable()):
+        raise StepError("HF_TOKEN holds characters that no token of the hub has", f"unset HF_TOKEN, then {AGAIN}")
+    return token
 
 
 def describe(repo: str, name: str, patience: Patience = PATIENCE) -> RemoteFile:
@@ -198,12 +210,18 @@ def describe(repo: str, name: str, patience: Patience = PATIENCE) -> RemoteFile:
     # The HTTP library beneath huggingface_hub has changed twice (requests, httpx, httpx2); its
     # error for "no answer" is a base of the hub's own error, or an OSError.
     hub_errors = (OSError, *HfHubHTTPError.__bases__)
+    hub_token()
     endpoint = os.environ.get("HF_ENDPOINT")
     url = hf_hub_url(repo, name, endpoint=endpoint)
     for attempt in range(1, patience.attempts + 1):
         try:
             data = get_hf_file_metadata(url, timeout=patience.timeout)
             break
+        except ImportError as error:  # a kind of proxy that the HTTP library has no package for
+            raise StepError(
+                f"{_host(url)} cannot be reached through the proxy of this environment ({error})",
+                f"unset https_proxy http_proxy all_proxy, or name an HTTP proxy there, then {AGAIN}",
+            ) from error
         except hub_errors as error:
             trouble = _explain_hub_error(error, repo, name, url)
             # Without any answer a long wait only hides that the machine is offline.
@@ -351,18 +369,7 @@ class PartFile:
 
     def _claim(self) -> None:
         """Raise StepError where another process is writing this part, or has just finished it."""
-        try:
-            import fcntl
-        except ImportError:  # not a POSIX system
-            return
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            taken = not self._has_its_name()
-        except BlockingIOError:
-            taken = True
-        except OSError:  # a network disk without locks
-            return
-        if taken:
+        if not (claim(self._file) and self._has_its_name()):
             self._file.close()
             raise StepError(f"{self.path} is being written by another process", f"wait for it or stop it, then {AGAIN}")
 

@@ -6,6 +6,24 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
+
+
+def claim(file: IO[bytes]) -> bool:
+    """Lock an open file for this process until it is closed; False where another process has it.
+    Where there are no locks (Windows, some network disks) nobody is refused.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 @contextmanager
@@ -13,12 +31,17 @@ def replacing(path: Path) -> Iterator[Path]:
     """Give a name beside `path` to write to; what is there then takes the place of `path` if the block
     ends without an error, and is removed otherwise.
     """
-    fresh = path.with_name(f".new.{path.name}")
+    fresh = fresh_name(path)
     try:
         yield fresh
         fresh.replace(path)
     finally:
         fresh.unlink(missing_ok=True)
+
+
+def fresh_name(path: Path) -> Path:
+    """The name that `replacing` writes to."""
+    return path.with_name(f".new.{path.name}")
 
 
 def bring_to_disk(path: Path) -> None:

@@ -182,10 +182,22 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, ema: dict[str,
 
 def test_what_a_killed_run_left_is_overwritten(tmp_path: Path, ema: dict[str, Tensor]) -> None:
     source = save(tmp_path, ema)
-    (tmp_path / ".new.small.fp16.safetensors").write_bytes(b"half a file" * 1000)
+    for precision in ("fp16", "fp32"):
+        (tmp_path / f".new.small.{precision}.safetensors").write_bytes(b"half a file" * 1000)
     convert.convert(source, FILE, "fp16", replace=False)
     assert inspect(tmp_path / "small.fp16.safetensors").shapes == SHAPES
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small.fp16.safetensors", "small.pt"]
+
+
+def test_two_processes_do_not_write_one_copy(tmp_path: Path, ema: dict[str, Tensor]) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    source = save(tmp_path, ema)
+    with source.open("rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(StepError, match=r"small.pt is being converted by another process; mend: wait for it"):
+            convert.convert(source, FILE, "fp16", replace=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["small.pt"]
+    convert.convert(source, FILE, "fp16", replace=True)
 
 
 CHILD = """

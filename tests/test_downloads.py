@@ -543,8 +543,31 @@ def test_endpoint_must_be_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://a")
     downloads.use_endpoint("https://mirror.example/")
     assert os.environ["HF_ENDPOINT"] == "https://mirror.example"
-    with pytest.raises(StepError, match="'mirror' is no address"):
-        downloads.use_endpoint("mirror")
+    for address in ("mirror", "http://host:port", "http://[bad", "http://exa mple", "ftp://host"):
+        with pytest.raises(StepError, match=re.escape(f"{address!r} is no address")):
+            downloads.use_endpoint(address)
+
+
+def test_a_token_that_is_none_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "我的")
+    with pytest.raises(StepError, match="HF_TOKEN holds characters that no token of the hub has"):
+        downloads.describe(REPO, NAME, QUICK)
+
+
+def test_a_proxy_that_needs_another_package_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own: the client reads the proxy once."""
+    program = "from setup_steps import console, downloads\nconsole.run(lambda: downloads.describe('a/b', 'c.pt'))\n"
+    proxies = dict.fromkeys(("https_proxy", "http_proxy", "all_proxy"), "socks5://127.0.0.1:1")
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=PROJECT,
+        env={**os.environ, **proxies, "HF_ENDPOINT": "http://hub.invalid", "no_proxy": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert "hub.invalid cannot be reached" in done.stderr
 
 
 def test_the_background_hash_is_the_hash_of_the_bytes_in_order() -> None:
