@@ -31,7 +31,6 @@ print(*sys.version_info[:2])
 from importlib.metadata import files
 sys.exit(not all(file.size in (None, file.locate().stat().st_size) for file in files("pip") if file.suffix == ".py"))
 """
-REPORT = console.PROJECT / "environment_report.json"
 PICTURE = console.PROJECT / "LightningDiT" / "demo_images" / "demo_samples.png"
 HUB = "https://huggingface.co"
 GPU_BYTES = 5_000_000_000  # memory that the published weights need on a GPU, one picture at a time
@@ -54,19 +53,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--test", action="store_true", help="set up, then lint, format and tests")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done")
     return parser.parse_args(argv)
-
-
-def managed_place() -> str | None:
-    """What already keeps this interpreter's packages apart; None for a plain Python."""
-    if sys.prefix != sys.base_prefix:
-        return f"the virtual environment {sys.prefix}"
-    if (Path(sys.prefix) / "conda-meta").is_dir():
-        return f"the conda environment {sys.prefix}"
-    if "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
-        return "Kaggle"
-    if "COLAB_RELEASE_TAG" in os.environ or "COLAB_GPU" in os.environ:
-        return "Colab"
-    return None
 
 
 def examine_venv(folder: Path) -> tuple[tuple[int, ...], bool]:
@@ -92,7 +78,7 @@ def refuse_others(folder: Path, version: tuple[int, ...]) -> None:
     elif version and version < console.OLDEST_PYTHON:
         fault = f"is a virtual environment of Python {version[0]}.{version[1]}, 3.10 or newer is needed"
     if fault:
-        raise console.StepError(f"{folder} {fault}", f"mv '{folder}' '{folder}.other' && {AGAIN}")
+        raise console.StepError(f"{folder} {fault}", f"{console.rename_command(folder, '.other')} && {AGAIN}")
 
 
 def ensure_venv(folder: Path) -> None:
@@ -125,19 +111,17 @@ def ensure_venv(folder: Path) -> None:
 def choose_model() -> tuple[str, str]:
     """The best model for this machine, by step 1's report, with the reason."""
     try:
-        torch = json.loads(REPORT.read_text(encoding="utf-8"))["torch"]
+        torch = json.loads(console.REPORT.read_text(encoding="utf-8"))["torch"]
         memory = int(torch["device_memory"])
     except (OSError, ValueError, KeyError, TypeError):
         return "bundled", "no report of step 1"
     if memory < GPU_BYTES:
         return "bundled", "no GPU with enough memory for the published weights"
+    attached = weights.Tree(weights.attached_folder())
     for model in ("800ep", "64ep"):
-        places = [
-            weights.find_file(file, weights.MODELS, weights.attached_folder()) for file in weights.files_of(model)
-        ]
-        if all(places):
+        if all(weights.find_file(file, weights.MODELS, attached) for file in weights.files_of(model)):
             return model, f"a GPU, and the files of {model} are here"
-    needed = sum(file.approx_bytes for file in weights.files_of("800ep"))
+    needed = sum(weights.bytes_to_come(file, weights.MODELS, attached) for file in weights.files_of("800ep"))
     if shutil.disk_usage(console.PROJECT).free < needed:
         return "bundled", f"a GPU, but no {console.format_bytes(needed)} free on the disk"
     if hub_answers():
@@ -232,8 +216,8 @@ def run_tests(dry_run: bool) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
-    place = managed_place()
-    if place is None:
+    places = console.places()
+    if not places:
         if options.dry_run:
             print(f"Would make {console.VENV} (where it is not there yet) and go on in it.")
             return run_tests(True) if options.test else run_steps(options.model, True)
@@ -241,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments = sys.argv[1:] if argv is None else argv
         command = [str(console.venv_python(console.VENV)), str(Path(__file__).resolve()), *arguments]
         return run_child(command)
-    print(f"Working in {place}")
+    print(f"Working in {', '.join(places)} ({sys.prefix})")
     if not options.dry_run:
         console.require_writable(console.PROJECT)
     code = run_tests(options.dry_run) if options.test else run_steps(options.model, options.dry_run)

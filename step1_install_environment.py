@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -31,11 +32,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def would_run(state: environment.State, wheels: Path | None) -> None:
-    """Print the command of a real run, after the refusals of one."""
+    """Print the commands of a real run as they can be pasted, after the refusals of one. The versions
+    that stay are held by a constraint file, which a real run writes; here its lines are shown.
+    """
     install.refuse_unfit_process(state.rows)
     source = pip_calls.find_sources(wheels)[-1]
-    command = pip_calls.pip_command([row.requirement for row in state.lacking], *source.options)
-    print("Would run: " + " ".join(command))
+    held = [row.constraint for row in state.rows if row.met]
+    if held:
+        print("Would hold, one a line in constraints.txt: " + " ".join(held))
+    for call in install.calls(state.rows, state.wrongly_built):
+        hold = ("--constraint", "constraints.txt") if held else ()
+        command = pip_calls.pip_command(call.requirements, *source.options, *hold, *call.options)
+        print("Would run: " + shlex.join(command))
 
 
 def main(argv: list[str] | None = None) -> int:

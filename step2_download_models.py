@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from setup_steps import console, convert, downloads, fetch, plans, sources, weights
+from setup_steps import console, convert, downloads, fetch, machine, plans, sources, weights
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -146,6 +146,8 @@ def main(argv: list[str] | None = None) -> int:
         options.models_dir = options.models_dir.expanduser().resolve()
         downloads.use_endpoint(options.endpoint)
         work = show_plan if options.dry_run else verify_all if options.verify else get_all
+        if not options.dry_run:  # before hours of fetching, not after the first file
+            machine.require_torch("opening the files")
         code = work(weights.files_of(options.model, options.only), source_of(options), options)
     model = "auto" if options.model == "all" else options.model
     print(f"Next: python step3_setup_configs.py --model {model}")

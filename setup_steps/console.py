@@ -16,12 +16,26 @@ PROJECT = Path(__file__).resolve().parent.parent
 """The folder that holds the step scripts; every default path starts here."""
 VENV = PROJECT / ".venv"
 """The virtual environment that quickstart.py makes."""
+REPORT = PROJECT / "environment_report.json"
+"""What step 1 found and did; quickstart.py chooses the model by it."""
 OWN_PACKAGES = frozenset({"LightningDiT", "setup_steps"})
 
 AnyPath = TypeVar("AnyPath", bound=PurePath)
 
 OK, FAILED, INTERRUPTED = 0, 1, 130
 OLDEST_PYTHON = (3, 10)
+#: What keeps this interpreter's packages apart: the name and how it is told, the most telling first.
+PLACES = (
+    ("Kaggle", lambda: "KAGGLE_KERNEL_RUN_TYPE" in os.environ),
+    ("Colab", lambda: "COLAB_RELEASE_TAG" in os.environ or "COLAB_GPU" in os.environ),
+    ("conda", lambda: (Path(sys.prefix) / "conda-meta").is_dir()),
+    ("virtual environment", lambda: sys.prefix != sys.base_prefix),
+)
+#: What mends an operating system's error, by its number.
+OS_MENDS = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "copy the project to a folder that you may write to"),
+    errno.ENOSPC: "free space on that disk and run the same command again",
+}
 
 
 class StepError(Exception):
@@ -45,8 +59,9 @@ def run(main: Callable[[], int]) -> NoReturn:
     """
     for stream in (sys.stdout, sys.stderr):
         # A notebook shows a pipe's lines only when they are flushed, and a path may hold
-        # characters that the terminal's encoding lacks.
-        stream.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
+        # characters that the terminal's encoding lacks. Under %run the stream is the notebook's own.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         require_python()
         code = main()
@@ -88,11 +103,14 @@ def describe_os_error(error: OSError) -> str:
     """Say an operating-system error in one line with the path and what to do about it."""
     place = f"{error.filename}: " if error.filename else ""
     reason = error.strerror or str(error) or type(error).__name__
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{place}{reason}; mend: copy the project to a folder that you may write to"
-    if error.errno == errno.ENOSPC:
-        return f"{place}{reason}; mend: free space on that disk and run the same command again"
-    return f"{place}{reason}"
+    look = f"ls -ld {shlex.quote(str(error.filename))} shows what is there; put it right and " if error.filename else ""
+    mend = OS_MENDS.get(error.errno or 0, f"{look}run the same command again")
+    return f"{place}{reason}; mend: {mend}"
+
+
+def rename_command(path: Path, ending: str) -> str:
+    """The command by which a person moves out of the way what carries a name that is needed."""
+    return shlex.join(["mv", str(path), f"{path}{ending}"])
 
 
 def this_command(default: str, python: str = "python") -> str:
@@ -114,6 +132,11 @@ def runs_in_venv() -> bool:
     """True where this process runs in the project's own virtual environment."""
     # The interpreter's file does not tell: the one in the environment is a link to the other.
     return Path(sys.prefix).resolve() == VENV.resolve()
+
+
+def places() -> tuple[str, ...]:
+    """What keeps this interpreter's packages apart, by name; empty for a plain Python."""
+    return tuple(name for name, here in PLACES if here())
 
 
 def interpreter() -> str:
@@ -146,7 +169,7 @@ def require_writable(folder: Path) -> None:
     while not place.exists() and place != place.parent:
         place = place.parent
     if not place.is_dir():
-        raise StepError(f"{place} is a file, a folder was expected", f"mv '{place}' '{place}.old'")
+        raise StepError(f"{place} is a file, a folder was expected", rename_command(place, ".old"))
     # os.access alone says yes to root on a read-only file system and to some network disks.
     probe = place / f".write-test-{os.getpid()}"
     try:

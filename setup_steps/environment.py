@@ -16,7 +16,6 @@ from setup_steps.machine import Machine
 from setup_steps.pip_calls import InstallError
 from setup_steps.releases import Asked, Decision, Release
 
-REPORT = console.PROJECT / "environment_report.json"
 CONSTRAINTS = console.PROJECT / "environment_constraints.txt"
 CURRENT = "requirements.txt"
 #: The pins of each profile, without and with what the tests need.
@@ -58,6 +57,11 @@ class State:
     def lacking(self) -> list[Row]:
         """The packages that are not as they should be."""
         return [row for row in self.rows if not row.met]
+
+    @property
+    def wrongly_built(self) -> list[Row]:
+        """Those of the right version, but not the build for this machine: pip would leave them as they are."""
+        return [row for row in self.lacking if row.as_wanted and row.fault == self.decision.reason]
 
     @property
     def summary(self) -> str:
@@ -108,7 +112,7 @@ def bring_right(profile: Profile, state: State, wheels: Path | None) -> State:
         InstallError: what is needed could not be installed.
     """
     sources = pip_calls.find_sources(wheels)
-    forced = [row for row in state.lacking if row.as_wanted and row.fault == state.decision.reason]
+    forced = state.wrongly_built
     not_replaced = ""
     for _ in range(2):
         try:
@@ -176,12 +180,12 @@ def write_outputs(profile: Profile, first: State, last: State) -> None:
     """Write the constraints and the report; a read-only project costs a line, not the step."""
     text = json.dumps(report(profile, first, last), indent=2) + "\n"
     try:
-        for path, content in ((CONSTRAINTS, install.constraint_text(last.rows)), (REPORT, text)):
+        for path, content in ((CONSTRAINTS, install.constraint_text(last.rows)), (console.REPORT, text)):
             fresh = path.with_name(path.name + ".new")
             fresh.write_text(content, encoding="utf-8")
             fresh.replace(path)
     except OSError as error:
         print(f"note: {error.filename} could not be written ({error.strerror})")
         return
-    print(f"Report: {REPORT}")
+    print(f"Report: {console.REPORT}")
     print(f"To add packages without changing these: python -m pip install -c {CONSTRAINTS.name} NAME")

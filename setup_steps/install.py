@@ -14,7 +14,7 @@ from pathlib import Path
 from setup_steps import pip_calls
 from setup_steps.console import StepError, format_bytes
 from setup_steps.machine import free_bytes, installed_version, lacks_record
-from setup_steps.pip_calls import AGAIN, STEP, InstallError, Source
+from setup_steps.pip_calls import AGAIN, InstallError, Source, in_own_venv
 from setup_steps.releases import REPLACE, Decision, public, version_pair
 
 #: Bytes that an installation takes where the packages lie and, meanwhile, in the folder for temporary files.
@@ -176,7 +176,7 @@ def refuse_managed_interpreter() -> None:
         return
     raise StepError(
         f"{sys.executable} belongs to the operating system, packages must not be installed into it",
-        f"{sys.executable} -m venv .venv && .venv/bin/python {STEP}, or python quickstart.py",
+        f"{in_own_venv()}, or python quickstart.py",
     )
 
 
@@ -216,33 +216,56 @@ def _site() -> Path:
     return next(folder for folder in (site, *site.parents) if folder.is_dir())
 
 
-def put_right(rows: list[Row], forced: list[Row], sources: tuple[Source, ...]) -> None:
-    """Install what `rows` lack; together, requirements and constraint hold every version of the profile.
+@dataclass(frozen=True)
+class Call:
+    """One call of pip: the rows that it installs and its options besides source and constraint."""
+
+    wanted: list[Row]
+    options: tuple[str, ...] = ()
+
+    @property
+    def requirements(self) -> list[str]:
+        return [row.requirement for row in self.wanted]
+
+
+def calls(rows: list[Row], forced: list[Row]) -> list[Call]:
+    """What pip is called for, in turn, so that every row is met.
 
     Args:
         forced: of these the files are first put anew, whatever pip thinks is there; so are those that
             pip cannot uninstall, over what is there.
+    """
+    lacking = [row for row in rows if not row.met]
+    unrecorded = [row for row in lacking if lacks_record(row.name)]
+    renewed = (
+        Call(unrecorded, ("--ignore-installed", "--no-deps")),
+        Call([row for row in forced if row not in unrecorded], ("--force-reinstall", "--no-deps")),
+        Call(lacking),
+    )
+    return [call for call in renewed if call.wanted]
+
+
+def put_right(rows: list[Row], forced: list[Row], sources: tuple[Source, ...]) -> None:
+    """Install what `rows` lack; together, requirements and constraint hold every version of the profile.
+
+    Args:
+        forced: see `calls`.
 
     Raises:
         InstallError: too little disk, or pip failed.
     """
     pip_calls.require_pip()
-    lacking = [row for row in rows if not row.met]
-    unrecorded = [row for row in lacking if lacks_record(row.name)]
-    anew = ((unrecorded, "--ignore-installed"), ([row for row in forced if row not in unrecorded], "--force-reinstall"))
     for source in sources:
         require_disk(rows, source)
-        renewed = all(_install(group, rows, source, option, "--no-deps") for group, option in anew if group)
-        if renewed and _install(lacking, rows, source):
+        if all(_install(call, rows, source) for call in calls(rows, forced)):
             return
         print("The attached wheels do not suffice: the package index is asked, too")
 
 
-def _install(wanted: list[Row], rows: list[Row], source: Source, *options: str) -> bool:
-    """Install `wanted` with all other rows held; False where the source does not suffice."""
+def _install(call: Call, rows: list[Row], source: Source) -> bool:
+    """One call with all other rows held; False where the source does not suffice."""
     with tempfile.TemporaryDirectory() as folder:
         constraints = Path(folder) / "constraints.txt"
         # pip tells a version that is nowhere to be had from a conflict only if it is not constrained, too.
-        constraints.write_text(constraint_text([row for row in rows if row not in wanted]), encoding="utf-8")
-        requirements = [row.requirement for row in wanted]
-        return pip_calls.pip_install(requirements, source, "--constraint", str(constraints), *options)
+        constraints.write_text(constraint_text([row for row in rows if row not in call.wanted]), encoding="utf-8")
+        return pip_calls.pip_install(call.requirements, source, "--constraint", str(constraints), *call.options)

@@ -22,11 +22,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from setup_steps.console import PROJECT, StepError, format_bytes, mend_packages
+from setup_steps.console import PROJECT, StepError, format_bytes, mend_packages, places
 
 PROBE_SECONDS = 300
-# What an import, or an operation on a device without kernels, raises when a package is broken.
-BROKEN = (ImportError, OSError, RuntimeError, AssertionError, AttributeError, TypeError, ValueError)
 MODULE_SUFFIXES = (".py", ".so", ".pyd")
 IMPORT_NAMES = {"pillow": "PIL"}  # distributions whose module has another name
 NATIVE_BF16 = (8, 0)  # torch's own is_bf16_supported() is true where bf16 is emulated, too
@@ -39,13 +37,6 @@ CAPABILITIES = {"K80": (3, 7), "M40": (5, 2), "M60": (5, 2), "P4": (6, 1), "P40"
     "T4": (7, 5),
     "A100": (8, 0),
 }
-#: Where this process runs: the name and how it is told, the most telling first.
-PLACES = (
-    ("Kaggle", lambda: "KAGGLE_KERNEL_RUN_TYPE" in os.environ),
-    ("Colab", lambda: "COLAB_RELEASE_TAG" in os.environ or "COLAB_GPU" in os.environ),
-    ("conda", lambda: (Path(sys.prefix) / "conda-meta").is_dir()),
-    ("virtual environment", lambda: sys.prefix != sys.base_prefix),
-)
 
 
 @dataclass(frozen=True)
@@ -116,7 +107,7 @@ def torch_facts() -> TorchFacts:
     """Import torch here and try it on the CPU and on every accelerator it names."""
     try:
         import torch
-    except BROKEN as error:
+    except Exception as error:  # a package that is cut short raises whatever its rest leads to
         return TorchFacts(note=f"torch does not import: {one_line(error)}")
 
     name = platform.processor() or platform.machine()
@@ -129,7 +120,7 @@ def torch_facts() -> TorchFacts:
     )
     try:
         works = product_is_right(torch, "cpu")
-    except BROKEN as error:
+    except Exception as error:
         return replace(facts, note=f"torch does not compute: {one_line(error)}")
     return gpu_facts(torch, replace(facts, works=works))
 
@@ -140,7 +131,7 @@ def gpu_facts(torch: ModuleType, facts: TorchFacts) -> TorchFacts:
         warnings.simplefilter("always")
         try:
             count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        except BROKEN as error:
+        except Exception as error:
             return replace(facts, note=f"the GPU is not usable: {one_line(error)}")
     if not count:  # a driver that is too old is a mere warning of torch's
         return replace(facts, note=one_line(said[0].message) if said else "")
@@ -232,7 +223,7 @@ def require_torch(purpose: str) -> None:
     """Raise StepError where torch does not import here, which `purpose` needs."""
     try:
         import torch  # noqa: F401
-    except BROKEN as error:
+    except Exception as error:
         raise StepError(
             f"{purpose} needs torch, which does not import ({one_line(error)})",
             mend_packages(),
@@ -270,7 +261,7 @@ def try_imports(names: list[str]) -> dict[str, str]:
         try:
             importlib.import_module(IMPORT_NAMES.get(name, name))
             faults[name] = emptied_file(name)
-        except BROKEN as error:
+        except Exception as error:
             faults[name] = one_line(error)
     return faults
 
@@ -364,7 +355,7 @@ def look_around(torch: TorchFacts) -> Machine:
     return Machine(
         sys.version_info[:2],
         f"{platform.system()} {platform.machine()}",
-        tuple(name for name, here in PLACES if here()) or ("plain",),
+        places() or ("plain",),
         torch,
         tuple(replace(gpu, driver=driver) for gpu in torch.gpus) or by_driver,
     )

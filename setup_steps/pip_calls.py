@@ -11,12 +11,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from setup_steps.console import StepError
-from setup_steps.weights import attached_folder
+from setup_steps.console import VENV, StepError, venv_python
+from setup_steps.weights import attached_folder, walk
 
 STEP = "step1_install_environment.py"
 AGAIN = f"python {STEP}"
 RETRIES = "2"  # pip's own five make an offline machine wait for minutes
+
+
+def in_own_venv(system: str = os.name) -> str:
+    """The command that makes the project's virtual environment and runs step 1 in it; `system` is "nt"
+    for Windows.
+    """
+    made = shlex.join([sys.executable, "-m", "venv", VENV.name])
+    return f"{made} && {venv_python(Path(VENV.name), system)} {STEP}"
 
 
 class InstallError(StepError):
@@ -42,7 +50,7 @@ COMPLAINTS = (
     Complaint(
         r"Permission denied|Errno 13|WinError 5",
         "packages must not be written there",
-        f"{sys.executable} -m venv .venv && .venv/bin/python {STEP}, or python quickstart.py",
+        f"{in_own_venv()}, or python quickstart.py",
     ),
     Complaint(
         r"DO NOT MATCH THE HASHES|BadZipFile|is not a zip file|Wheel '[^']+' .*is invalid",
@@ -63,7 +71,7 @@ COMPLAINTS = (
     Complaint(
         r"ResolutionImpossible|conflicting dependencies",
         "packages that are wanted exclude one another (pip names them above)",
-        f"python -m venv .venv && .venv/bin/python {STEP}",
+        in_own_venv(),
     ),
 )
 UNKNOWN = Complaint("", "pip says why above", f"check the internet connection, then {AGAIN}")
@@ -109,12 +117,12 @@ def find_sources(wheels: Path | None) -> tuple[Source, ...]:
             found = "holds no .whl file" if wheels.is_dir() else "is no folder"
             raise StepError(
                 f"--wheels {wheels} {found}, a folder with wheels was expected",
-                f"python -m pip download -r requirements.txt -d '{wheels}' on a machine with internet",
+                f"python -m pip download -r requirements.txt -d {shlex.quote(str(wheels))} on a machine with internet",
             )
         return (Source((wheels,), index=False),)
     attached = attached_folder()
-    found = attached.rglob("*.whl") if attached is not None and attached.is_dir() else ()
-    folders = tuple(sorted({wheel.parent for wheel in found}))
+    places = walk(attached) if attached is not None else ()
+    folders = tuple(sorted(place for place, _, files in places if any(name.endswith(".whl") for name in files)))
     with_index = Source(folders)
     return (Source(folders, index=False, last=False), with_index) if folders else (with_index,)
 
@@ -129,7 +137,7 @@ def require_pip() -> None:
     """Raise StepError where this interpreter has no pip."""
     have_pip = subprocess.run([sys.executable, "-m", "pip", "--version"], check=False, capture_output=True)
     if have_pip.returncode:
-        raise StepError(f"{sys.executable} has no pip", f"{sys.executable} -m ensurepip --upgrade")
+        raise StepError(f"{sys.executable} has no pip", f"{shlex.quote(sys.executable)} -m ensurepip --upgrade")
 
 
 def pip_install(requirements: Sequence[str], source: Source, *options: str) -> bool:

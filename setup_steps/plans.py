@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from setup_steps import convert, downloads
-from setup_steps.console import StepError, format_bytes, format_seconds
+from setup_steps.console import StepError, format_bytes, format_seconds, library_error, rename_command
 from setup_steps.fetch import Record, fault_of, free_name, is_whole, open_check
 from setup_steps.sources import Source, at_hand, dangling_links, leads_to, link
 from setup_steps.weights import WeightFile, converted_name
@@ -65,7 +66,7 @@ def make_plan(
     if target.is_dir():
         raise StepError(
             f"{target} is a folder, the file {file.name} belongs there",
-            f"mv '{target}' '{target}.folder' && {downloads.AGAIN}",
+            f"{rename_command(target, '.folder')} && {downloads.AGAIN}",
         )
     for path in dangling_links(file, folder):
         print(f"  {path.name}: the link to {path.readlink()} leads nowhere (a data set that is no longer attached?)")
@@ -132,14 +133,14 @@ def carry_out(plan: Plan, record: Record, patience: downloads.Patience = downloa
     """Link or fetch if the plan says so, open the file, and return the line that reports it.
 
     Raises:
-        StepError: the download failed, or the file is not what its name promises.
+        StepError: the download failed, or the file is not what its name promises; one that was fetched
+            is then set aside.
     """
     file, target = plan.file, plan.target
     if plan.remote:
         line = _fetch(plan, plan.remote, record, patience)
     elif plan.found:
-        kept = _set_aside(plan.bad)
-        line = link(plan.found, target) + kept
+        line = _link(plan, plan.found)
         record.note(target, None)
     else:
         line = plan.said
@@ -147,8 +148,10 @@ def carry_out(plan: Plan, record: Record, patience: downloads.Patience = downloa
         path.unlink()
     try:
         opened = open_check(file, target)
-    except Exception:
+    except Exception as error:
         record.forget(target.name)  # the next run compares it with the hub again
+        if plan.remote and isinstance(error, (StepError, library_error())):
+            raise _refuse_fetched(plan, error) from error
         raise
     return f"{target.name}: {line}; {opened}"
 
@@ -156,22 +159,51 @@ def carry_out(plan: Plan, record: Record, patience: downloads.Patience = downloa
 def _fetch(plan: Plan, remote: downloads.RemoteFile, record: Record, patience: downloads.Patience) -> str:
     """Download beside what is there, which is set aside only when the new file is whole."""
     target = plan.target
-    aside = free_name(target, "bad") if target.exists() else None
+    aside = _name_aside(target)
     result = downloads.download(remote, target, downloads.hub_token(), patience, aside)
     record.note(target, remote)
-    kept = f", the earlier one is kept as {aside.name}" if aside else _set_aside(plan.bad)
+    kept = _kept(aside) + _set_aside(plan.bad, target)
     speed = f"{format_bytes(result.fetched / max(result.seconds, 1e-6))}/s"
     checked = "hash right" if remote.hashed_by else "size right, the hub gives no hash"
     return f"{format_bytes(result.fetched)} in {format_seconds(result.seconds)} ({speed}), {checked}{kept}"
 
 
-def _set_aside(paths: tuple[Path, ...]) -> str:
-    """Rename files that cannot stay, and return what to say of it."""
+def _link(plan: Plan, found: Path) -> str:
+    """Link beside what is there, which is set aside only when the link, or the copy, is there."""
+    aside = _name_aside(plan.target)
+    done = link(found, plan.target, aside)
+    return done + _kept(aside) + _set_aside(plan.bad, plan.target)
+
+
+def _refuse_fetched(plan: Plan, error: StepError) -> StepError:
+    """Set a file aside that the hub really has but that is not what its name promises, so that no later
+    step takes it; returns what to say.
+    """
+    aside = free_name(plan.target, "bad")
+    plan.target.replace(aside)
+    mend = f"another --endpoint, or --source folder --folder FOLDER: {downloads.AGAIN}"
+    if plan.file.role == "stats":
+        mend = f"python fix_latents_stats.py --stats {shlex.quote(str(plan.target))}"
+    return StepError(f"{error.message}; it came so from the hub and is kept as {aside.name}", mend)
+
+
+def _name_aside(target: Path) -> Path | None:
+    """The name under which what is there is kept; None where nothing is."""
+    return free_name(target, "bad") if target.exists() else None
+
+
+def _kept(aside: Path | None) -> str:
+    return f", the earlier one is kept as {aside.name}" if aside else ""
+
+
+def _set_aside(paths: tuple[Path, ...], target: Path) -> str:
+    """Rename the files but for `target` that cannot stay, and return what to say of it."""
     said = ""
     for path in paths:
-        aside = free_name(path, "bad")
-        path.replace(aside)
-        said += f", the earlier one is kept as {aside.name}"
+        if path != target:
+            aside = free_name(path, "bad")
+            path.replace(aside)
+            said += _kept(aside)
     return said
 
 

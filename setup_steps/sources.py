@@ -6,6 +6,7 @@ of a 6 GB copy.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 from collections.abc import Callable
@@ -13,10 +14,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from setup_steps import weights
 from setup_steps.console import Progress, StepError, format_bytes
 from setup_steps.downloads import AGAIN, CHUNK, require_disk
-from setup_steps.weights import WeightFile, usable_names
+from setup_steps.weights import Tree, WeightFile, usable_names
 
 KINDS = ("auto", "hub", "attached", "folder")
 
@@ -38,18 +38,16 @@ class Source:
         return self.kind in ("auto", "hub")
 
     @cached_property
-    def _found(self) -> dict[str, list[Path]]:
-        """Every published file and converted copy below the folder, found in one walk."""
-        names = [name for file in weights.SETS["all"] for name in usable_names(file)]
-        return weights.search(self.folder, names) if self.folder else {}
+    def _tree(self) -> Tree:
+        """What the folder holds, read once for all files."""
+        return Tree(self.folder)
 
     def candidates(self, file: WeightFile, models: Path) -> list[Path]:
         """Files below the folder that carry one of the file's names, the best first, but for those
         that are in `models` already.
         """
-        paths = [path for name in usable_names(file) for path in self._found.get(name, [])]
         there = {(models / name).resolve() for name in usable_names(file)}
-        return [path for path in paths if path.is_file() and path.resolve() not in there]
+        return [path for path in self._tree.paths(file) if path.is_file() and path.resolve() not in there]
 
     def find(self, file: WeightFile, models: Path, fault_of: Callable[[WeightFile, Path], str | None]) -> Path | None:
         """The first candidate without a fault; those with one are named."""
@@ -106,9 +104,10 @@ def leads_to(path: Path) -> str:
     return f"linked to {path.resolve()}" if path.is_symlink() else ""
 
 
-def link(source: Path, target: Path) -> str:
+def link(source: Path, target: Path, aside: Path | None = None) -> str:
     """Make `target` a link to `source`, or a copy of it where links are not to be had (Windows
-    without the right to make them, some network disks). Whatever had the name is replaced at once.
+    without the right to make them, some network disks). What had the name is renamed to `aside` when
+    the link or the copy is there, or replaced where that is not given.
 
     Returns:
         What was done, for the report.
@@ -126,6 +125,8 @@ def link(source: Path, target: Path) -> str:
         except (OSError, NotImplementedError) as error:
             _copy(source, fresh)
             done = f"copied from {source} (no link: {getattr(error, 'strerror', None) or error})"
+        if aside is not None:
+            target.replace(aside)
         fresh.replace(target)
     finally:
         fresh.unlink(missing_ok=True)
@@ -141,13 +142,12 @@ def _copy(source: Path, target: Path) -> None:
     size = source.stat().st_size
     require_disk(target.parent, size)
     progress = Progress(f"copying {source.name}", size)
-    with source.open("rb") as reader, target.open("wb") as writer:
+    with source.open("rb") as reader, target.open("wb") as writer, contextlib.closing(progress):
         while chunk := reader.read(CHUNK):
             writer.write(chunk)
             progress.update(writer.tell())
         writer.flush()
         os.fsync(writer.fileno())
-    progress.close()
     if target.stat().st_size != size:
         copied = format_bytes(target.stat().st_size)
         raise StepError(f"{source} gave {copied} of {format_bytes(size)}", f"ls -l {shlex.quote(str(source))}; {AGAIN}")

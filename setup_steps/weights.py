@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+import time
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from setup_steps.console import PROJECT, StepError
+from setup_steps.console import PROJECT, StepError, rename_command
 
 MODELS = PROJECT / "models"
 BUNDLED = MODELS / "fashion-mnist"
 KAGGLE_INPUT = Path("/kaggle/input")
 ATTACHED_VARIABLE = "LIGHTNINGDIT_ATTACHED"
+SAY_EVERY = 5.0  # seconds between two lines of a long walk
 PRECISIONS = ("fp32", "bf16", "fp16")
 """What a transformer's weights can be converted to, the ones with the same numbers first."""
 
@@ -107,40 +109,83 @@ def usable_names(file: WeightFile) -> tuple[str, ...]:
     return (exact, file.name, *rounded)
 
 
-def search(folder: Path, names: Collection[str]) -> dict[str, list[Path]]:
-    """What carries one of `names` at any depth below `folder`, files and folders, by name and in
-    order. Links to folders are followed, and each folder is read once.
+def walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Every folder from `folder` down, with the names of the folders and of the files in it. Links to
+    folders are followed, each folder is read once, and a walk that takes long says that it goes on.
     """
-    found: dict[str, list[Path]] = {name: [] for name in names}
     seen = set()
+    said = time.monotonic()
     for place, folders, files in os.walk(folder, followlinks=True):
         stat = Path(place).stat()
         if (stat.st_dev, stat.st_ino) in seen:
             folders.clear()
             continue
         seen.add((stat.st_dev, stat.st_ino))
+        if time.monotonic() - said >= SAY_EVERY:
+            said = time.monotonic()
+            print(f"  searching {folder}: {len(seen)} folders so far", flush=True)
+        yield Path(place), folders, files
+
+
+def search(folder: Path, names: Collection[str]) -> dict[str, list[Path]]:
+    """What carries one of `names` at any depth below `folder`, files and folders, by name and in order."""
+    found: dict[str, list[Path]] = {name: [] for name in names}
+    for place, folders, files in walk(folder):
         for name in found.keys() & {*folders, *files}:
-            found[name].append(Path(place, name))
+            found[name].append(place / name)
     return {name: sorted(paths) for name, paths in found.items()}
 
 
-def find_file(file: WeightFile, models: Path, attached: Path | None) -> Path | None:
-    """Look for a file, or a converted copy of it, in `models`, then at any depth below `attached`.
+class Tree:
+    """The published files and their converted copies below a folder. It is read in one walk for all of
+    them, and not before it is asked: with a million files attached a walk takes minutes.
+
+    Args:
+        folder: None where nothing is attached.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self._found: dict[str, list[Path]] | None = None
+
+    def paths(self, file: WeightFile) -> list[Path]:
+        """What carries one of the file's names, files and folders, the best name first."""
+        if self._found is None:
+            names = [name for published in SETS["all"] for name in usable_names(published)]
+            self._found = search(self.folder, names) if self.folder else {}
+        return [path for name in usable_names(file) for path in self._found.get(name, [])]
+
+
+def find_file(file: WeightFile, models: Path, attached: Path | Tree | None) -> Path | None:
+    """Look for a file, or a converted copy of it, in `models`, then at any depth below `attached`, which
+    is a Tree where one walk serves several files.
 
     Raises:
         StepError: what carries the name is a folder.
     """
-    names = usable_names(file)
-    candidates = [models / name for name in names]
-    if attached is not None:
-        candidates += [path for paths in search(attached, names).values() for path in paths]
-    for path in candidates:
+    tree = attached if isinstance(attached, Tree) else Tree(attached)
+    here = [models / name for name in usable_names(file)]
+    for path in here:
         if path.is_file():
             return path
-    for path in candidates:
+    there = tree.paths(file)
+    for path in there:
+        if path.is_file():
+            return path
+    for path in (*here, *there):
         if path.is_dir():
             raise StepError(
                 f"{path} is a folder, the file {path.name} was expected there",
-                f"mv '{path}' '{path}.folder' && python step2_download_models.py",
+                f"{rename_command(path, '.folder')} && python step2_download_models.py",
             )
     return None
+
+
+def bytes_to_come(file: WeightFile, models: Path, attached: Tree) -> int:
+    """About how many bytes a download of a file will still write: none where it is at hand, else all but
+    what an interrupted one has left in NAME.part.
+    """
+    if find_file(file, models, attached):
+        return 0
+    part = models / (file.name + ".part")
+    return max(0, file.approx_bytes - (part.stat().st_size if part.is_file() else 0))

@@ -52,6 +52,13 @@ def test_progress_on_a_pipe_is_plain_lines() -> None:
         ("return 0", 0, ""),
         ("raise console.StepError('x is 3, 4 was expected', 'python y.py')", 1, "error: x is 3, 4"),
         ("raise PermissionError(13, 'Permission denied', '/a/b')", 1, "error: /a/b: Permission"),
+        (
+            "raise FileNotFoundError(2, 'No such file', '/a b')",
+            1,
+            "error: /a b: No such file; mend: ls -ld '/a b' shows what is there; put it right and run the same command",
+        ),
+        ("raise ConnectionResetError(104, 'reset')", 1, "error: reset; mend: run the same command again"),
+        ("raise OSError('no number')", 1, "error: no number; mend: run the same command again"),
         ("raise KeyboardInterrupt", 130, ""),
         (
             "from LightningDiT import errors\n    raise errors.LightningDiTError('bad', 'mend')",
@@ -81,6 +88,26 @@ def test_a_missing_module_of_the_project_or_of_python_is_a_bug(package: str) -> 
     program = f"from setup_steps import console\ndef main():\n    import {package}\nconsole.run(main)\n"
     done = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, check=False)
     assert "Traceback" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="mv of a POSIX shell")
+def test_a_command_that_renames_holds_for_any_name(tmp_path: Path) -> None:
+    """The command is run by a shell as a person pastes it."""
+    place = tmp_path / "Li's models $HOME 图像"
+    place.write_text("mine")
+    with pytest.raises(console.StepError, match="is a file, a folder was expected; mend: mv ") as refusal:
+        console.require_writable(place)
+    subprocess.run(refusal.value.mend, shell=True, check=True)
+    assert (place.exists(), place.with_name(place.name + ".old").read_text()) == (False, "mine")
+
+
+def test_a_stream_that_is_no_file_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under %run, where stdout is the notebook's own."""
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", stream)
+    with pytest.raises(SystemExit) as ended:
+        console.run(lambda: print("said") or 0)
+    assert (ended.value.code, stream.getvalue()) == (0, "said\n")
 
 
 def test_an_absent_package_is_one_line_with_the_interpreter_that_has_it(tmp_path: Path) -> None:

@@ -5,18 +5,24 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import step1_install_environment as step1
-from setup_steps import environment, install, machine
+from setup_steps import environment, install, machine, pip_calls, releases
 from setup_steps.console import StepError
-from setup_steps.install import Pin
-from setup_steps.machine import Probe, TorchFacts
+from setup_steps.environment import Profile, State
+from setup_steps.install import Pin, Row
+from setup_steps.machine import Gpu, Machine, Probe, TorchFacts
+from setup_steps.pip_calls import InstallError
+from setup_steps.releases import KEEP, REPLACE, Asked, Decision
 from tests.project_copy import copy_project, run_script
 from tests.wheels import make_nvidia_smi, make_torch, make_wheel
 
@@ -214,3 +220,79 @@ def test_a_read_only_project_costs_a_line(
     said = capsys.readouterr().out
     assert said.startswith("note: ")
     assert (said.count("\n"), "could not be written (Not a directory)" in said) == (1, True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="quotes of a POSIX shell")
+def test_the_dry_run_can_be_pasted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A bound and a folder with a space pass a shell whole; the versions that stay are named."""
+    monkeypatch.setattr(install, "refuse_unfit_process", lambda rows: None)
+    monkeypatch.setattr(install, "lacks_record", lambda name: False)
+    wheels = tmp_path / "my wheels"
+    make_wheel(wheels, "numpy", "1.26.4", "")
+    decision = Decision(KEEP, "2.2.0", "0.17.*", "<2", "it works")
+    rows = [Row("torch", "2.14.1", "2.2.0", "2.2.0+cpu"), Row("numpy", "2.4.6", "<2", "2.4.6")]
+    step1.would_run(environment.State(Machine((3, 11), "", (), TorchFacts()), decision, rows), wheels)
+    hold, run = capsys.readouterr().out.splitlines()
+    assert hold == "Would hold, one a line in constraints.txt: torch==2.2.0+cpu"
+    command = run.removeprefix("Would run: ")
+    echoed = subprocess.run(f"printf '%s\\n' {command}", shell=True, cwd=tmp_path, capture_output=True, text=True)
+    options = ["--no-index", "--find-links", str(wheels), "--constraint", "constraints.txt"]
+    assert echoed.stdout.splitlines() == pip_calls.pip_command(["numpy<2"], *options)
+    assert list(tmp_path.iterdir()) == [wheels]
+
+    rebuilt = [Row("torch", "2.7.1", "2.7.1", "2.7.1", fault="has no kernels")]
+    decision = Decision(REPLACE, "2.7.1", "0.22.1", "", "has no kernels")
+    step1.would_run(environment.State(Machine((3, 11), "", (), TorchFacts()), decision, rebuilt), wheels)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith(" --force-reinstall --no-deps torch==2.7.1")
+    assert second.endswith(f"--find-links '{wheels}' torch==2.7.1")
+
+
+NO_KERNELS = Gpu("Tesla P100-PCIE-16GB", (6, 0), 17_059_545_088, "580.65.06", "no kernel image is available")
+STOCK_ON_P100 = TorchFacts("2.14.1", True, cuda="13.0", archs=("sm_75", "compute_120"), gpus=(NO_KERNELS,))
+CUT_SHORT = TorchFacts(note="torch does not import: invalid syntax", gpus=(NO_KERNELS,))
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[TorchFacts, str], tuple[Profile, State]]:
+    """A machine with a P100, the stock torch and no byte free; gives what step 1 finds out there."""
+
+    def found(facts: TorchFacts, place: str) -> tuple[Profile, State]:
+        monkeypatch.setattr(machine, "probe", lambda names, with_torch: Probe(facts, {}))
+        here = Machine((3, 11), "Linux x86_64", (place,), facts, facts.gpus)
+        monkeypatch.setattr(machine, "look_around", lambda torch: here)
+        pins = [Pin("torch", "2.14.1"), Pin("torchvision", "0.29.1")]
+        profile = Profile("auto", "requirements.txt", pins, releases.release_lines("2.14.1", "0.29.1"), None)
+        return profile, environment.find_out(profile)
+
+    for module in (machine, install):
+        monkeypatch.setattr(module, "installed_version", {"torch": "2.14.1", "torchvision": "0.29.1"}.get)
+    monkeypatch.setattr(pip_calls, "attached_folder", lambda: None)
+    monkeypatch.setattr(install, "free_bytes", lambda folder: 0)
+    return found
+
+
+@pytest.mark.parametrize("place", ["Kaggle", "Colab", "conda", "plain"])
+def test_too_little_disk_keeps_a_torch_that_computes(full_disk: Callable, place: str) -> None:
+    profile, state = full_disk(STOCK_ON_P100, place)
+    assert state.decision.action == REPLACE
+    last = environment.bring_right(profile, state, None)
+    assert (last.decision.action, last.decision.torch, last.lacking) == (KEEP, "2.14.1", [])
+    assert last.decision.reason == "torch 2.14.1 computes on the processor and could not be replaced"
+    assert "has no kernels for Tesla P100" in last.decision.warning
+    assert re.search(r", but the packages need up to .* at .*, 0 B are free; mend: free space", last.decision.warning)
+
+
+def test_too_little_disk_is_an_error_where_no_torch_computes(full_disk: Callable) -> None:
+    profile, state = full_disk(CUT_SHORT, "Kaggle")
+    with pytest.raises(InstallError, match=r"the packages need up to .*, 0 B are free; mend: free space"):
+        environment.bring_right(profile, state, None)
+
+
+def test_too_little_disk_is_an_error_for_a_named_profile(full_disk: Callable) -> None:
+    profile, _ = full_disk(STOCK_ON_P100, "Kaggle")
+    profile = replace(profile, name="official", asked=Asked("official", "2.2.0", "0.17.0"))
+    with pytest.raises(InstallError, match="0 B are free"):
+        environment.bring_right(profile, environment.find_out(profile), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from setup_steps import machine
 from setup_steps.machine import Gpu, TorchFacts
-from tests.project_copy import copy_project
+from tests.project_copy import copy_project, run_script
 from tests.wheels import FAKE_TORCH, make_nvidia_smi
 
 LEGACY = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")  # torch 2.7.1 with CUDA 12.6
@@ -39,6 +40,36 @@ def test_the_probe_blames_only_what_is_broken(tmp_path: Path) -> None:
     program = "from setup_steps import machine\nprint(machine.probe(['json', 'this_kills'], with_torch=False).faults)\n"
     done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str({"json": "", "this_kills": "the process ended with code 3"})
+
+
+def test_a_package_that_is_cut_short_is_a_fault_whatever_it_raises(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bodies = {"cut_in_a_line": "def f(:\n", "cut_at_the_top": "f()\n", "cut_in_a_table": "TABLE = {}\nTABLE['x']\n"}
+    for name, body in bodies.items():
+        (tmp_path / f"{name}.py").write_text(body)
+    monkeypatch.syspath_prepend(tmp_path)
+    faults = machine.try_imports(list(bodies))
+    assert "invalid syntax" in faults["cut_in_a_line"]
+    assert faults["cut_at_the_top"] == "name 'f' is not defined"
+    assert faults["cut_in_a_table"] == "'x'"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("step2_download_models.py", "--endpoint", "http://127.0.0.1:9"),
+        ("step3_setup_configs.py",),
+        ("fix_latents_stats.py",),
+    ],
+)
+@pytest.mark.parametrize("body", ["def f(:\n", "f()\n"])
+def test_a_torch_that_is_cut_short_is_one_line(tmp_path: Path, command: tuple[str, ...], body: str) -> None:
+    folder = copy_project(tmp_path / "copy", "LightningDiT")
+    (folder / "torch.py").write_text(body)
+    done = run_script(folder / command[0], *command[1:], cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert re.search(r"torch.* does not import.*(invalid syntax|'f' is not defined).*; mend: ", done.stderr)
 
 
 @pytest.mark.parametrize("archs", [("sm_75",), ("sm_60",)])

@@ -239,3 +239,23 @@ def test_the_notebook_is_valid_and_empty_and_names_every_step() -> None:
     steps = sorted(path.name for path in PROJECT.glob("step*.py"))
     assert sorted(set(commands)) == sorted(["fix_latents_stats.py", *steps])
     assert [name for name in dict.fromkeys(commands) if name.startswith("step")][:3] == steps[:3]
+
+
+def test_run_in_the_kernel_ends_in_one_line_and_replaces_no_imported_torch(tmp_path: Path) -> None:
+    """%run in place of an exclamation mark: the notebook's streams are no files, and torch is imported."""
+    project = copy_project(tmp_path / "project")
+    (project / "torch.py").write_text("__version__ = '2.9.0'\n")
+    (project / "requirements.txt").write_text("torch==0.0.1\ntorchvision==0.0.1\n")
+    cells = ["import torch", "%run step1_install_environment.py --profile current", "%run step2_download_models.py"]
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
+    book.cells[2].source += " --dry-run"
+    client = nbclient.NotebookClient(
+        book, timeout=SECONDS, allow_errors=True, resources={"metadata": {"path": str(project)}}
+    )
+    client.execute(env={**os.environ, "PIP_BREAK_SYSTEM_PACKAGES": "1", "IPYTHONDIR": str(tmp_path / "ipython")})
+    refused, planned = (cell.outputs for cell in book.cells[1:])
+    (line,) = (output.text for output in refused if output.get("name") == "stderr")
+    assert re.fullmatch(r"error: torch.* is imported in this process and cannot be replaced .*; mend: .*\n", line)
+    assert [output.ename for output in refused if output.output_type == "error"] == ["SystemExit"]
+    assert "Decision: torch" in refused[0].text
+    assert planned[-1].text.splitlines()[-1] == "Next: python step3_setup_configs.py --model 800ep"

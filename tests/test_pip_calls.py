@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -107,3 +108,29 @@ def test_sources_by_what_is_given_and_attached(monkeypatch: pytest.MonkeyPatch, 
     for wrong, words in ((tmp_path / "input", "holds no .whl file"), (tmp_path / "nowhere", "is no folder")):
         with pytest.raises(StepError, match=words):
             pip_calls.find_sources(wrong)
+
+
+def test_attached_wheels_are_found_behind_links(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A data set may be a link, and one that leads back up is not followed for ever."""
+    make_wheel(tmp_path / "elsewhere" / "deep", "tinyprobe", "1.0", "")
+    attached = tmp_path / "input"
+    attached.mkdir()
+    (attached / "set").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "up").symlink_to(attached)
+    monkeypatch.setenv("LIGHTNINGDIT_ATTACHED", str(attached))
+    folders = (attached / "set" / "deep",)
+    assert pip_calls.find_sources(None) == (Source(folders, index=False, last=False), Source(folders))
+
+
+def test_the_command_of_an_own_environment_on_both_systems() -> None:
+    for system, python in (("posix", ".venv/bin/python"), ("nt", ".venv/Scripts/python.exe")):
+        made, _, rest = pip_calls.in_own_venv(system).partition(" && ")
+        assert shlex.split(made) == [sys.executable, "-m", "venv", ".venv"]
+        assert rest == f"{python} step1_install_environment.py"
+
+
+def test_a_folder_without_wheels_is_quoted_in_the_mend(tmp_path: Path) -> None:
+    folder = tmp_path / "Li's wheels"
+    with pytest.raises(StepError) as refusal:
+        pip_calls.find_sources(folder)
+    assert str(folder) in shlex.split(refusal.value.mend)

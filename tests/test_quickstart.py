@@ -13,6 +13,7 @@ import sys
 import sysconfig
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -22,6 +23,7 @@ from setup_steps import console, weights
 from setup_steps.console import StepError
 from tests.hub_server import running_hub
 from tests.project_copy import copy_project, needs_the_pins, run_script
+from tests.wheels import make_wheel
 
 PLAIN_PYTHON = str(Path(getattr(sys, "_base_executable", sys.executable)).resolve())
 STEP = """
@@ -174,9 +176,10 @@ def test_unknown_model_is_a_usage_error(project: Path) -> None:
 
 def test_the_model_follows_from_gpu_files_and_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = tmp_path / "report.json"
-    monkeypatch.setattr(quickstart, "REPORT", report)
+    monkeypatch.setattr(console, "REPORT", report)
     monkeypatch.setattr(weights, "MODELS", tmp_path / "models")
-    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
+    for name in ("KAGGLE_KERNEL_RUN_TYPE", weights.ATTACHED_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert quickstart.choose_model()[0] == "bundled"  # no report
     for memory in (0, 2_000_000_000):
@@ -195,6 +198,35 @@ def test_the_model_follows_from_gpu_files_and_hub(tmp_path: Path, monkeypatch: p
     for file in weights.files_of("64ep"):
         (tmp_path / "models" / file.name).write_bytes(b"x")
     assert quickstart.choose_model()[0] == "64ep"
+
+
+def test_a_rerun_needs_no_room_for_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A download that fills the disk is gone on with; the attached folder is walked through once."""
+    (tmp_path / "report.json").write_text(json.dumps({"torch": {"device_memory": 16_000_000_000}}))
+    models, attached = tmp_path / "models", tmp_path / "input"
+    for folder in (models, attached):
+        folder.mkdir()
+    monkeypatch.setattr(console, "REPORT", tmp_path / "report.json")
+    monkeypatch.setattr(weights, "MODELS", models)
+    monkeypatch.setenv(weights.ATTACHED_VARIABLE, str(attached))
+    walks, walk = [], weights.walk
+    monkeypatch.setattr(weights, "walk", lambda folder: walks.append(folder) or walk(folder))
+    dit = weights.DIT["800ep"]
+    needed = dit.approx_bytes + weights.STATS.approx_bytes
+    (attached / weights.VAVAE.name).touch()
+    with running_hub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        for part, free, model in (
+            (0, needed, "800ep"),
+            (0, needed - 1, "bundled"),
+            (1000, needed - 1000, "800ep"),
+            (1000, needed - 1001, "bundled"),
+        ):
+            (models / f"{dit.name}.part").write_bytes(b"x" * part)
+            monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+            walks.clear()
+            assert quickstart.choose_model()[0] == model
+            assert walks == [attached]
 
 
 @pytest.fixture(scope="module")
@@ -328,25 +360,40 @@ def test_ctrl_c_lets_the_step_put_things_in_order_and_a_rerun_goes_on(project: P
 
 @needs_the_pins
 def test_the_second_run_needs_no_network_and_installs_nothing(tmp_path: Path, made_venv: Path) -> None:
-    """The real steps in an environment that is complete, from a plain Python, to the pictures."""
+    """The real steps, twice, from a plain Python to the pictures; the first run has one package to install,
+    from an attached wheel.
+    """
     project = copy_project(tmp_path / "my project 图像", "LightningDiT", "models/fashion-mnist")
     shutil.copytree(made_venv, project / ".venv", symlinks=True)
     packages = packages_of(project / ".venv")
     places = [folder for folder in sys.path if Path(folder).name in ("site-packages", "dist-packages")]
     (packages / "complete.pth").write_text("\n".join(places) + "\n")
+    with (project / "requirements.txt").open("a") as pins:
+        pins.write("tinyprobe==1.0\n")
+    make_wheel(tmp_path / "input", "tinyprobe", "1.0", "")
+
+    def run(name: str, attached: str) -> str:
+        """The log of one run; pip writes each of its runs to the file of this name, too."""
+        done = run_script(
+            project / "quickstart.py",
+            python=PLAIN_PYTHON,
+            cwd=Path("/"),
+            KAGGLE_KERNEL_RUN_TYPE="",
+            LIGHTNINGDIT_ATTACHED=attached,
+            PIP_LOG=str(tmp_path / name),
+            **OFFLINE,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"Working in virtual environment ({project / '.venv'})" in done.stdout
+        assert "Model 'bundled' (" in done.stdout
+        return done.stdout
+
+    assert "Successfully installed tinyprobe-1.0" in run("first.log", str(tmp_path / "input"))
+    assert "tinyprobe==1.0" in (tmp_path / "first.log").read_text(encoding="utf-8")
     before = sorted(path.name for path in packages.iterdir())
-    done = run_script(
-        project / "quickstart.py",
-        python=PLAIN_PYTHON,
-        cwd=Path("/"),
-        KAGGLE_KERNEL_RUN_TYPE="",
-        LIGHTNINGDIT_ATTACHED="",
-        **OFFLINE,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert "; nothing to install" in run("second.log", "")
+    assert not (tmp_path / "second.log").exists()
     assert sorted(path.name for path in packages.iterdir()) == before
-    assert f"Working in the virtual environment {project / '.venv'}" in done.stdout
-    assert "Model 'bundled' (" in done.stdout
     with Image.open(project / "LightningDiT" / "demo_images" / "demo_samples.png") as image:
         assert len(image.convert("L").getcolors(256) or []) > 100
 

@@ -203,10 +203,12 @@ TABLE = {
 }
 
 
+@pytest.mark.parametrize("place", ["Kaggle", "Colab", "conda", "virtual environment", "plain"])
 @pytest.mark.parametrize("name", TABLE)
-def test_the_decision(name: str) -> None:
+def test_the_decision(name: str, place: str) -> None:
+    """By evidence alone, whatever the place is called."""
     here, action, torch, torchvision, reason, warning = TABLE[name]
-    decision = releases.decide(here, LINES)
+    decision = releases.decide(replace(here, places=(place,)), LINES)
     assert (decision.action, decision.torch, decision.torchvision) == (action, torch, torchvision)
     assert reason in decision.reason
     assert warning in decision.warning

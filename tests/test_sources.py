@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from setup_steps import downloads, sources, weights
+from setup_steps import console, downloads, sources, weights
 from setup_steps.console import StepError
 from setup_steps.sources import Source, link
 
@@ -123,6 +123,39 @@ def test_a_copy_that_finds_no_room_leaves_what_was_there(tmp_path: Path, monkeyp
         link(source, target)
     assert target.read_bytes() == b"old"
     assert list(target.parent.iterdir()) == [target]
+
+
+def test_what_was_there_is_kept_when_the_link_is_there_and_not_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = put(tmp_path / "new.pt", b"new"), put(tmp_path / "models" / "weights.pt", b"old")
+    aside = target.with_name("weights.pt.bad-1")
+    with monkeypatch.context() as no_links:
+        no_links.setattr(Path, "symlink_to", lambda *_, **__: (_ for _ in ()).throw(OSError(1, "not permitted")))
+        no_links.setattr(downloads, "SPARE_BYTES", 10**18)
+        with pytest.raises(StepError, match="are needed on the disk of"):
+            link(source, target, aside)
+    assert (target.read_bytes(), aside.exists()) == (b"old", False)
+    link(source, target, aside)
+    assert (target.readlink(), aside.read_bytes()) == (source, b"old")
+
+
+def test_a_copy_that_is_stopped_ends_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = []
+
+    class Stopped(console.Progress):
+        """Ctrl-C in the middle of a copy."""
+
+        def update(self, done: int) -> None:
+            raise KeyboardInterrupt
+
+        def close(self) -> None:
+            ended.append(self.label)
+
+    monkeypatch.setattr(sources, "Progress", Stopped)
+    with pytest.raises(KeyboardInterrupt):
+        sources._copy(put(tmp_path / "new.pt", b"new"), tmp_path / "copy.pt")
+    assert ended == ["copying new.pt"]
 
 
 def test_links_that_lead_nowhere(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import step2_download_models as step2
-from LightningDiT.errors import LightningDiTError
 from setup_steps import console, downloads, fetch, weights
 from setup_steps.console import PROJECT, StepError
 from tests.hub_server import Fault, Hub, running_hub
@@ -124,9 +124,13 @@ def test_step2_dry_run_asks_nobody(hub: Hub, tmp_path: Path) -> None:
 
 
 def test_step2_a_right_hash_of_a_wrong_file_is_an_error(hub: Hub, tmp_path: Path) -> None:
-    hub.put(weights.VAVAE.repo, weights.VAVAE.name, b"<html>please log in</html>")
-    with pytest.raises(LightningDiTError, match="is a web page, not weights"):
+    page = b"<html>please log in</html>"
+    hub.put(weights.VAVAE.repo, weights.VAVAE.name, page)
+    kept = f"{weights.VAVAE.name}.bad-1"
+    with pytest.raises(StepError, match=f"is a web page, not weights.*; it came so from the hub and is kept as {kept}"):
         fetch_models(tmp_path, "--only", "vavae")
+    assert (tmp_path / kept).read_bytes() == page
+    assert not (tmp_path / weights.VAVAE.name).exists()  # no later step may take it
     torch.save({"state_dict": {"encoder.conv_in.weight": torch.zeros(3)}}, tmp_path / "other")
     hub.put(weights.VAVAE.repo, weights.VAVAE.name, (tmp_path / "other").read_bytes())
     with pytest.raises(StepError, match=r"lacks encoder\..* and 338 more: it is no vavae-f16d32"):
@@ -135,6 +139,8 @@ def test_step2_a_right_hash_of_a_wrong_file_is_an_error(hub: Hub, tmp_path: Path
     hub.put(weights.STATS.repo, weights.STATS.name, (tmp_path / "o").read_bytes())
     with pytest.raises(StepError, match=r"placeholder.*; mend: python fix_latents_stats.py"):
         fetch_models(tmp_path, "--only", "stats")
+    names = {f"{weights.VAVAE.name}.bad-1", f"{weights.VAVAE.name}.bad-2", "latents_stats.pt.bad-1", fetch.RECORD}
+    assert {path.name for path in tmp_path.iterdir()} - {"other", "o"} == names
 
 
 def test_step2_sets_a_file_aside_that_is_not_the_hubs(hub: Hub, tmp_path: Path) -> None:
@@ -193,9 +199,13 @@ def test_step2_links_need_no_disk(
 
 
 def test_step2_explains_folders_and_files_in_each_others_place(hub: Hub, tmp_path: Path) -> None:
+    tmp_path = tmp_path / "Li's models"
+    tmp_path.mkdir()
     (tmp_path / "latents_stats.pt").mkdir()
-    with pytest.raises(StepError, match=r"is a folder, the file latents_stats.pt belongs there"):
+    with pytest.raises(StepError, match=r"is a folder, the file latents_stats.pt belongs there") as refusal:
         fetch_models(tmp_path, "--only", "stats")
+    path = f"{tmp_path / 'latents_stats.pt'}"
+    assert shlex.split(refusal.value.mend)[:4] == ["mv", path, f"{path}.folder", "&&"]
     (tmp_path / "file").touch()
     with pytest.raises(StepError, match="is a file, a folder was expected"):
         fetch_models(tmp_path / "file")
@@ -372,6 +382,45 @@ def test_step2_a_bad_file_is_set_aside_for_a_link(
     assert "the earlier one is kept as latents_stats.pt.bad-1" in capsys.readouterr().out
 
 
+def test_step2_a_bad_file_stays_where_neither_link_nor_copy_is_to_be_had(
+    tmp_path: Path, attached: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    (tmp_path / "latents_stats.pt").write_bytes(b"bad")
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    monkeypatch.setattr(downloads, "SPARE_BYTES", 10**18)
+    with pytest.raises(StepError, match="are needed on the disk of"):
+        fetch_offline(tmp_path, "--only", "stats", "--attached", str(attached))
+    assert [path.name for path in tmp_path.glob("latents*")] == ["latents_stats.pt"]
+
+
+def test_step2_a_link_replaces_nothing_without_keeping_it(tmp_path: Path, tiny_table: dict[str, torch.Tensor]) -> None:
+    """Beside a bad original a converted copy of the linked one's name."""
+    models = tmp_path / "models"
+    source = save_copy(tmp_path / "input" / FP16, tiny_table)
+    mine = save_copy(models / FP16, {"mine": torch.ones(2)}).read_bytes()
+    (models / DIT.name).write_bytes(b"bad")
+    assert fetch_offline(models, "--only", "dit", "--attached", str(source.parent)) == 0
+    assert (models / FP16).readlink() == source
+    assert (models / f"{FP16}.bad-1").read_bytes() == mine
+    assert (models / f"{DIT.name}.bad-1").read_bytes() == b"bad"
+    assert not (models / DIT.name).exists()
+
+
+def test_step2_without_torch_fetches_nothing(hub: Hub, tmp_path: Path) -> None:
+    folder = copy_project(tmp_path / "copy", "LightningDiT")
+    (folder / "torch.py").write_text("raise ImportError('no torch here')\n")
+    script, options = folder / "step2_download_models.py", ("--endpoint", hub.endpoint)
+    for more in ((), ("--verify",)):
+        done = run_script(script, *options, *more)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        assert "needs torch, which does not import (no torch here); mend: " in done.stderr
+    assert hub.log == []
+    assert run_script(script, *options, "--dry-run").returncode == 0
+
+
 def test_step2_a_bad_file_and_no_other_names_both_troubles(tmp_path: Path) -> None:
     (tmp_path / "latents_stats.pt").write_bytes(b"bad")
     with pytest.raises(StepError, match=r"latents_stats.pt is not usable \(.*\); .* 127.0.0.1:9 cannot be reached"):
@@ -383,7 +432,7 @@ def test_step2_a_bad_file_and_no_other_names_both_troubles(tmp_path: Path) -> No
 def test_step2_a_link_that_leads_nowhere_is_replaced(
     hub: Hub, tmp_path: Path, attached: Path, capsys: pytest.CaptureFixture[str], source: str
 ) -> None:
-    """A data set that an earlier session had attached is gone."""
+    """A data set that was attached earlier is gone."""
     models = tmp_path / "models"
     assert fetch_models(models, "--source", "attached", "--attached", str(attached)) == 0
     (models / FP16).symlink_to(attached / FP16)
@@ -555,6 +604,7 @@ def test_step2_the_token_goes_to_the_hub_alone(hub: Hub, tmp_path: Path, monkeyp
     assert {(seen.host, seen.token) for seen in hub.log} == {("hub", "Bearer secret"), ("cdn", None)}
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C as a signal to one process")
 def test_step2_ctrl_c_in_the_middle(hub: Hub, tmp_path: Path, published: dict[str, bytes]) -> None:
     """A process of its own: exit code 130, one line, and the next run goes on behind the part."""
     hub.always = Fault(pace=20_000)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import step3_setup_configs as step3
 from setup_steps import weights
 from setup_steps.console import StepError
 
@@ -87,3 +89,63 @@ def test_attached_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert weights.attached_folder() == Path("/kaggle/input")
     monkeypatch.setenv(weights.ATTACHED_VARIABLE, "~/data")
     assert weights.attached_folder() == Path.home() / "data"
+
+
+@pytest.fixture
+def walked(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The folders that were really walked through, one entry a walk."""
+    folders: list[Path] = []
+    walk = weights.walk
+
+    def noting(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+        folders.append(folder)
+        return walk(folder)
+
+    monkeypatch.setattr(weights, "walk", noting)
+    return folders
+
+
+def test_what_is_in_models_needs_no_walk_and_all_files_one(tmp_path: Path, walked: list[Path]) -> None:
+    models, attached = tmp_path / "models", tmp_path / "attached"
+    put(models / DIT.name)
+    stats = put(attached / "x" / weights.STATS.name)
+    assert weights.find_file(DIT, models, attached) == models / DIT.name
+    assert walked == []
+    tree = weights.Tree(attached)
+    found = [weights.find_file(file, models, tree) for file in weights.files_of("all")]
+    assert found == [None, stats, models / DIT.name, None]
+    assert walked == [attached]
+
+
+def test_step3_walks_once_for_all_files_and_models(tmp_path: Path, walked: list[Path]) -> None:
+    attached = tmp_path / "attached"
+    put(attached / "a" / weights.STATS.name)
+    options = step3.parse(["--models-dir", str(tmp_path / "models"), "--attached", str(attached)])
+    for model in ("800ep", "64ep"):
+        with pytest.raises(StepError, match=f"vavae.*, lightningdit-xl-imagenet256-{model}.pt; mend: "):
+            step3.find_files(model, options)
+    assert walked == [attached]
+
+
+def test_a_long_walk_says_that_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(tmp_path / "a" / "one.pt")
+    weights.search(tmp_path, ["one.pt"])
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(weights, "SAY_EVERY", 0.0)
+    weights.search(tmp_path, ["one.pt"])
+    assert capsys.readouterr().out.splitlines() == [
+        f"  searching {tmp_path}: {count} folders so far" for count in (1, 2)
+    ]
+
+
+def test_bytes_to_come(tmp_path: Path) -> None:
+    tree = weights.Tree(tmp_path / "attached")
+    assert weights.bytes_to_come(DIT, tmp_path, tree) == 6_000_000_000
+    (tmp_path / (DIT.name + ".part")).write_bytes(b"x" * 1234)
+    assert weights.bytes_to_come(DIT, tmp_path, tree) == 6_000_000_000 - 1234
+    (tmp_path / (weights.STATS.name + ".part")).write_bytes(b"x" * 9999)  # the real one is larger than was thought
+    assert weights.bytes_to_come(weights.STATS, tmp_path, tree) == 0
+    put(tmp_path / "attached" / COPIES[1])
+    assert weights.bytes_to_come(DIT, tmp_path, weights.Tree(tmp_path / "attached")) == 0
