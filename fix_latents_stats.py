@@ -20,6 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from setup_steps import console, downloads, machine, stats_repair, weights
 
+MOST_CHANNELS = 4096  # of --identity; no tokenizer comes near
+
 if TYPE_CHECKING:
     from LightningDiT.tokenizer.latents import LatentStats
 
@@ -29,7 +31,8 @@ ENCODING = ("max_images", "tokenizer", "checkpoint")
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--stats", type=Path, metavar="FILE", help="default: the one in use")
+    add("--stats", type=Path, metavar="FILE", help="default: the one that the configuration uses")
+    add("--config", type=Path, metavar="YAML", help=f"default: {stats_repair.CONFIG.name}")
     add("--check", action="store_true", help="only say whether it is good")
     add("--source", choices=("auto", *stats_repair.SOURCES), help="where good ones come from")
     add("--latents", type=Path, metavar="FOLDER", help="computed from its shards")
@@ -54,7 +57,27 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name in ("channels", "max_images"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} takes a number from 1")
+    if options.channels is not None and options.channels > MOST_CHANNELS:
+        parser.error(f"--channels takes a number up to {MOST_CHANNELS}")
     return options
+
+
+def configuration(named: Path | None) -> Path:
+    """The configuration that says which statistics, shards and tokenizer are meant.
+
+    Raises:
+        StepError: one was named and is no file; step 3's own may be absent.
+    """
+    path = console.absolute(named) if named else stats_repair.CONFIG
+    if named and not path.is_file():
+        raise console.StepError(f"--config {path} is no file, a YAML that step 3 wrote was expected", step3(named))
+    return path
+
+
+def step3(config: Path | None) -> str:
+    """The command that writes the configuration in question."""
+    output = ["--output", str(config)] if config else []
+    return console.step_command("step3_setup_configs.py", *output)
 
 
 def choose_sources(options: argparse.Namespace, target: stats_repair.Target) -> tuple[str, ...]:
@@ -69,7 +92,7 @@ def request_of(options: argparse.Namespace, sources: tuple[str, ...]) -> stats_r
     """What the options say about the sources, their paths absolute."""
 
     def absolute(path: Path | None) -> Path | None:
-        return path.expanduser().resolve() if path else None
+        return console.absolute(path) if path else None
 
     return stats_repair.Request(
         latents=absolute(options.latents),
@@ -78,6 +101,7 @@ def request_of(options: argparse.Namespace, sources: tuple[str, ...]) -> stats_r
         tokenizer=absolute(options.tokenizer),
         checkpoint=absolute(options.checkpoint),
         attached=absolute(options.attached or weights.attached_folder()),
+        config=configuration(options.config),
         patience=downloads.PATIENCE if len(sources) == 1 else stats_repair.HURRIED,
     )
 
@@ -103,15 +127,15 @@ def repair(options: argparse.Namespace, target: stats_repair.Target) -> None:
         downloads.use_endpoint(options.endpoint)
         found, aside = stats_repair.repair(target, request_of(options, sources), sources)
         print(f"  good ones from {found.origin}")
-        show(found.stats, found.latents)
+        show(found.stats, found.latents, found.doubt)
     print(f"  written: {target.path}" + (f"; the bad one is kept as {aside}" if aside else ""))
 
 
-def show(stats: LatentStats, latents: int | None = None) -> None:
-    """Print the range of the numbers and what is hard to believe of them."""
+def show(stats: LatentStats, latents: int | None = None, doubt: str = "") -> None:
+    """Print the range of the numbers, what is hard to believe of them and a doubt about their source."""
     print(f"  {stats_repair.plausibility(stats)}")
-    for doubt in stats_repair.doubts(stats, latents):
-        print(f"  WARNING: {doubt}")
+    for line in (*stats_repair.doubts(stats, latents), *([doubt] if doubt else [])):
+        print(f"  WARNING: {line}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -119,12 +143,14 @@ def main(argv: list[str] | None = None) -> int:
     machine.require_torch("reading statistics")
     from LightningDiT.tokenizer.latents import LatentStats, diagnose
 
-    target = stats_repair.locate(options.stats)
+    target = stats_repair.locate(options.stats, configuration(options.config))
     print(f"Repair of {target.path} ({target.reason})")
     faults = diagnose(target.path, target.channels)
     for fault in (*faults, *([target.config_fault] if target.config_fault else [])):
         print(f"  wrong: {fault}")
     if options.check and (faults or target.config_fault):
+        mends = [part for part in (sys.argv[1:] if argv is None else argv) if part != "--check"]
+        print(f"  mend: {console.step_command(Path(__file__).name, *mends) if faults else step3(options.config)}")
         return console.FAILED
     if not faults:
         print("  it is good; nothing is changed")
@@ -135,8 +161,8 @@ def main(argv: list[str] | None = None) -> int:
         return console.OK
     else:
         repair(options, target)
-    step = "step3_setup_configs.py" if faults or target.config_fault else "step4_run_inference.py"
-    print(f"Next: python {step}")
+    ready = configuration(options.config).is_file() and not target.config_fault
+    print(f"Next: {console.step_command('step4_run_inference.py') if ready else step3(options.config)}")
     return console.OK
 
 

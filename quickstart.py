@@ -70,10 +70,12 @@ def examine_venv(folder: Path) -> tuple[tuple[int, ...], bool]:
 
 def refuse_others(folder: Path, version: tuple[int, ...]) -> None:
     """Raise StepError where the folder is not to be made again: it holds other things, or works but is too old."""
-    if not folder.exists():
+    if not os.path.lexists(folder):
         return
     fault = ""
-    if not folder.is_dir() or {part.name for part in folder.iterdir()} - VENV_PARTS:
+    if not folder.exists():
+        fault = f"is a link to {folder.readlink()}, which is not there"
+    elif not folder.is_dir() or {part.name for part in folder.iterdir()} - VENV_PARTS:
         fault = "is no virtual environment and none of this project's making"
     elif version and version < console.OLDEST_PYTHON:
         fault = f"is a virtual environment of Python {version[0]}.{version[1]}, 3.10 or newer is needed"

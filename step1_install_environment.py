@@ -64,9 +64,9 @@ def main(argv: list[str] | None = None) -> int:
     environment.write_outputs(profile, first, last)
     if last.lacking:
         names = ", ".join(row.name for row in last.lacking)
-        raise console.StepError(f"not as it should be: {names}", pip_calls.AGAIN)
+        raise console.StepError(f"not as it should be: {names}", pip_calls.again())
     warning = last.decision.warning
-    print("Next: python step2_download_models.py" + f" (warning: {warning})" * bool(warning))
+    print(f"Next: {console.step_command('step2_download_models.py')}" + f" (warning: {warning})" * bool(warning))
     return console.OK
 
 

@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from setup_steps import console, convert, downloads, fetch, machine, plans, sources, weights
 
+A_DAY = 86_400.0  # seconds
+
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -46,10 +48,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def usage_faults(options: argparse.Namespace) -> list[tuple[bool, str]]:
     """Options that do not go together or are out of range, each with what to say of it."""
     bundled = options.model == "bundled"
-    chosen = bool(options.only or options.convert or options.folder)
+    chosen = bool(options.only or options.convert or options.folder or options.endpoint or options.source != "auto")
     return [
-        (bundled and chosen, "--only, --convert and --folder do not go with --model bundled, which needs no download"),
-        (options.timeout <= 0 or options.attempts < 1, "--timeout takes seconds above 0, --attempts a number from 1"),
+        (bundled and chosen, "options of a download do not go with --model bundled, which needs none"),
+        (not 0 < options.timeout <= A_DAY, "--timeout takes seconds above 0, at most a day"),
+        (options.attempts < 1, "--attempts takes a number from 1"),
+        (options.dry_run and options.verify, "--verify changes nothing: leave --dry-run out"),
         (options.replace and not options.convert, "--replace goes with --convert"),
         (bool(options.convert) and options.only not in (None, "dit"), "--convert is for the transformer, --only dit"),
         (bool(options.convert) and options.verify, "--verify changes nothing: leave --convert out"),
@@ -65,7 +69,7 @@ def usage_faults(options: argparse.Namespace) -> list[tuple[bool, str]]:
 def source_of(options: argparse.Namespace) -> sources.Source:
     """Where files may come from; the folder to search is checked."""
     folder = options.folder or options.attached
-    source = sources.Source(options.source, folder.expanduser().resolve() if folder else None)
+    source = sources.Source(options.source, console.absolute(folder) if folder else None)
     source.require_folder()
     return source
 
@@ -116,11 +120,12 @@ def verify_all(files: tuple[weights.WeightFile, ...], source: sources.Source, op
 def get_all(files: tuple[weights.WeightFile, ...], source: sources.Source, options: argparse.Namespace) -> int:
     """Plan every file, check the disk once for all of them, then link or fetch, open and convert."""
     folder, patience = options.models_dir, patience_of(options)
-    console.require_writable(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     record = fetch.Record(folder)
     todo = [plans.make_plan(file, folder, record, source, patience) for file in files]
     needed = sum(plans.bytes_to_write(plan, options.convert) for plan in todo)
+    if needed or any(plan.found for plan in todo):
+        console.require_writable(folder)
+        folder.mkdir(parents=True, exist_ok=True)
     if needed:
         downloads.require_disk(folder, needed)
         wanted = sum(bool(plan.remote) for plan in todo)
@@ -143,14 +148,14 @@ def main(argv: list[str] | None = None) -> int:
     if options.model == "bundled":
         code = check_bundled()
     else:
-        options.models_dir = options.models_dir.expanduser().resolve()
+        options.models_dir = console.absolute(options.models_dir)
         downloads.use_endpoint(options.endpoint)
         work = show_plan if options.dry_run else verify_all if options.verify else get_all
         if not options.dry_run:  # before hours of fetching, not after the first file
             machine.require_torch("opening the files")
         code = work(weights.files_of(options.model, options.only), source_of(options), options)
     model = "auto" if options.model == "all" else options.model
-    print(f"Next: python step3_setup_configs.py --model {model}")
+    print(f"Next: {console.step_command('step3_setup_configs.py', '--model', model)}")
     return code
 
 

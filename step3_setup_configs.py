@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from setup_steps import configs, console, machine, weights
+from setup_steps import configs, console, fetch, machine, sources, weights
 
 OUTPUT = console.PROJECT / "kaggle_inference_config.yaml"
 ROLE_OPTIONS = {"dit": "checkpoint", "vavae": "tokenizer", "stats": "stats"}
@@ -40,6 +40,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--print", action="store_true", dest="show", help="print the YAML on stdout, all else on stderr"
     )
     parser.add_argument("--dry-run", action="store_true", help="check all, write nothing")
+    parser.set_defaults(inputs=None)  # what is attached, read once for all models
     options = parser.parse_args(argv)
     given = [name for name in ROLE_OPTIONS.values() if getattr(options, name)]
     if given and options.model not in ("800ep", "64ep"):
@@ -47,45 +48,66 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def named_file(path: Path, role: str) -> Path:
+def fetch_command(model: str, options: argparse.Namespace) -> str:
+    """The command that fetches a model's files to where they are looked for."""
+    folder = [] if options.models_dir == weights.MODELS else ["--models-dir", str(options.models_dir)]
+    return console.step_command("step2_download_models.py", "--model", model, *folder)
+
+
+def named_file(path: Path, role: str, fetch_again: str) -> Path:
     """A file that an option names, made absolute; explains a folder, an absence, a wrong name."""
     option = ROLE_OPTIONS[role]
-    refuse_broken_link(path.expanduser())
-    path = path.expanduser().resolve()
+    refuse_broken_link(path, fetch_again)
+    path = console.absolute(path)
     if path.is_dir():
         inside = path / weights.STATS.name if role == "stats" else path / "NAME"
         raise console.StepError(
             f"--{option} {path} is a folder, a file was expected",
-            f"{configs.AGAIN} --{option} {shlex.quote(str(inside))}",
+            configs.again(f"--{option}", str(inside), without=[f"--{option}"]),
         )
     if not path.is_file():
-        raise console.StepError(f"--{option} {path} is not there", "python step2_download_models.py")
+        raise console.StepError(f"--{option} {path} is not there", fetch_again)
     if role == "stats" and path.name != weights.STATS.name:
-        raise console.StepError(
-            f"--stats {path} is not called {weights.STATS.name}, and a configuration names folders",
-            f"cp {shlex.quote(str(path))} {shlex.quote(str(path.with_name(weights.STATS.name)))}",
-        )
+        refuse_other_name(path)
     return path
+
+
+def refuse_other_name(path: Path) -> None:
+    """Explain statistics that are not called as a configuration, which names their folder, finds them."""
+    from LightningDiT.tokenizer.latents import diagnose
+
+    faults = diagnose(path)
+    if faults:
+        raise console.StepError(
+            f"--stats {path} holds no latent statistics ({faults[0]})", f"name a good {weights.STATS.name}"
+        )
+    folder = path.with_name(f"{path.stem}-folder")
+    copy = shlex.join(["cp", "-n", str(path), str(folder / weights.STATS.name)])
+    raise console.StepError(
+        f"--stats {path} is not called {weights.STATS.name}, and a configuration names folders",
+        f"{shlex.join(['mkdir', '-p', str(folder)])} && {copy} && "
+        + configs.again("--stats", str(folder / weights.STATS.name), without=["--stats"]),
+    )
 
 
 def named_folder(path: Path, option: str, holds: str) -> Path:
     """A folder that an option names, made absolute; explains a file and a broken link."""
-    refuse_broken_link(path.expanduser())
-    folder = path.expanduser().resolve()
+    refuse_broken_link(path, configs.again(f"--{option}", "FOLDER", without=[f"--{option}"]))
+    folder = console.absolute(path)
     if folder.is_file():
         raise console.StepError(
             f"--{option} {folder} is a file, the folder that holds {holds} was expected",
-            f"{configs.AGAIN} --{option} {shlex.quote(str(folder.parent))}",
+            configs.again(f"--{option}", str(folder.parent), without=[f"--{option}"]),
         )
     return folder
 
 
-def refuse_broken_link(path: Path) -> None:
+def refuse_broken_link(path: Path, mend: str) -> None:
     """Explain a link whose target is gone, as step 2 leaves behind for a data set that is detached."""
     if path.is_symlink() and not path.exists():
         raise console.StepError(
             f"{path} is a link to {path.readlink()}, which is not there: the data set is detached",
-            "attach it again, or python step2_download_models.py",
+            f"attach it again, or {mend}",
         )
 
 
@@ -100,22 +122,27 @@ def find_files(model: str, options: argparse.Namespace) -> dict[str, Path]:
     if attached:
         attached = named_folder(attached, "attached", "the attached data sets")
     if options.attached and not attached.is_dir():
-        raise console.StepError(f"--attached {attached} is not there", f"name the folder, or {configs.AGAIN}")
-    found, missing = {}, []
+        mend = configs.again("--attached", "FOLDER", without=["--attached"])
+        raise console.StepError(f"--attached {attached} is not there", mend)
+    options.inputs = options.inputs or sources.Source("attached", attached)
+    fetch_again, found, missing = fetch_command(model, options), {}, []
     for file in weights.files_of(model):
         given = getattr(options, ROLE_OPTIONS[file.role])
-        path = named_file(given, file.role) if given else weights.find_file(file, folder, attached)
+        if given:
+            path = named_file(given, file.role, fetch_again)
+        else:
+            path = weights.find_file(file, folder, None) or options.inputs.find(file, folder, fetch.fault_of)
         if path:
             found[file.role] = path
         else:
             missing.append(file)
     for file in missing:
         for name in weights.usable_names(file):
-            refuse_broken_link(folder / name)
+            refuse_broken_link(folder / name, fetch_again)
     if missing:
         raise console.StepError(
             f"not in {folder}: {', '.join(file.name for file in missing)}",
-            f"python step2_download_models.py --model {model}",
+            fetch_again,
         )
     return found
 
@@ -177,7 +204,8 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     with contextlib.redirect_stdout(sys.stderr) if options.show else contextlib.nullcontext():
         config = settle_best(options)
-        print("Next: python step4_run_inference.py")
+        named = [] if options.output == OUTPUT else ["--config", str(options.output)]
+        print(f"Next: {console.step_command('step4_run_inference.py', *named)}")
     if options.show:
         print(configs.render(config), end="")
     return console.OK

@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     print("Step 4, simple form: sampling with the defaults")
     config = load_config(CONFIG if CONFIG.exists() else BUNDLED)
     classes = demo_classes(config.data.num_classes)
-    folder = args.output.expanduser().resolve()
+    folder = console.absolute(args.output)
     print(describe_settings(config, len(classes), folder))
     from LightningDiT.demo import check_run, sample_demo, write_report
 

@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 
     print("Step 4: sampling")
     config = apply_options(load_config(args.config), args)
-    folder = args.output.expanduser().resolve()
+    folder = console.absolute(args.output)
     check_space(folder, args.count or 0, config.data.image_size)
     classes = classes_of(args, config.data.num_classes)
     print(describe_settings(config, len(classes), folder / GRID))

@@ -6,16 +6,16 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from setup_steps import memory_model, weights
-from setup_steps.console import StepError, format_bytes
-from setup_steps.fetch import free_name
+from setup_steps import console, memory_model, weights
+from setup_steps.console import StepError, absolute, format_bytes
+from setup_steps.files import free_name
 from setup_steps.machine import TorchFacts, memory_bytes
 
-AGAIN = "python step3_setup_configs.py"
+YAML_ENDINGS = (".yaml", ".yml")
 STEPS = 50
 # Pictures at a time at most: enough rows to keep a device busy, and the first pictures come soon.
 LARGEST_BATCH = {"published": 16, "bundled": 64}
@@ -102,7 +102,7 @@ COMMENTS = {
     "sample.timestep_shift": "0 is off",
     "sample.per_proc_batch_size": "pictures at a time, chosen by this machine's memory",
     "sample.fid_num": "pictures of a run for the FID",
-    "sample.precision": "auto, fp32, bf16 or fp16; auto is fp32 on the processor",
+    "sample.precision": "auto, fp32, bf16 or fp16, chosen by this machine's memory; auto is fp32 on the processor",
     "sample.diffusion_form": "of the SDE: constant, SBDM, sigma, linear, ...",
     "sample.diffusion_norm": "of the SDE: factor on its diffusion",
     "sample.last_step": "of the SDE: Mean, Tweedie, Euler or none",
@@ -117,34 +117,57 @@ HASH_LINE = "# sha256 of what follows: "
 
 def fit_to_machine(config: Config, kind: str, torch: TorchFacts) -> str:
     """Set precision and pictures at a time by the memory that there is (setup_steps/memory_model.py),
-    and return one line that says why.
+    and return one line that says why. The policy is in docs/memory.md.
 
     Args:
         config: what `published_config` or `bundled_config` gave; its weights file must be there.
         kind: "published" or "bundled".
     """
+    on_gpu = torch.device_memory > 0
+    memory = torch.device_memory or memory_bytes()
+    share, place = (GPU_SHARE, "the GPU's memory") if on_gpu else (CPU_SHARE, "the machine's memory")
+    if on_gpu:
+        precision, words, need = "auto", _gpu_words(torch), _need(config, True, memory_model.HALF)
+    else:
+        precision, words, need = _processor_precision(config, memory and share * memory)
+    config["sample"] |= {"per_proc_batch_size": 1, "precision": precision}
+    words = f"precision {precision}: {words}"
+    if memory is None:
+        return f"{words}; 1 picture at a time: memory unknown, {format_bytes(need.held(1))} are needed"
+    usable = share * memory
+    batch = need.largest_batch(usable, LARGEST_BATCH[kind])
+    config["sample"]["per_proc_batch_size"] = batch
+    pictures = "1 picture" if batch == 1 else f"{batch} pictures"
+    takes = "takes" if batch == 1 else "take"
+    amount, there = format_bytes(need.held(batch)), f"{format_bytes(usable)} usable ({share:.0%} of {place})"
+    if need.held(batch) <= usable:
+        return f"{words}; {pictures} at a time {takes} at most {amount}, of {there}"
+    return f"{words}; WARNING: even {pictures} may take {amount}, more than the {there}"
+
+
+def _need(config: Config, on_gpu: bool, value_bytes: int) -> memory_model.Need:
     from LightningDiT.config import Config as Settings
     from LightningDiT.config import typed
 
-    on_gpu = torch.device_memory > 0
     settings = typed(Settings, config, "the configuration of step 3", hidden=("source", "notes"))
-    need = memory_model.sampling_need(settings, on_gpu, Path(config["ckpt_path"]).stat().st_size)
-    share, place = (GPU_SHARE, "the GPU's memory") if on_gpu else (CPU_SHARE, "the machine's memory")
-    precision = f"precision auto: {_precision_words(torch)}"
-    usable = share * (torch.device_memory or memory_bytes() or 0)
-    batch = need.largest_batch(usable, LARGEST_BATCH[kind])
-    config["sample"] |= {"per_proc_batch_size": batch, "precision": "auto"}
-    pictures = "1 picture" if batch == 1 else f"{batch} pictures"
-    peak, there = format_bytes(need.peak(batch)), f"{format_bytes(usable)} usable ({share:.0%} of {place})"
-    if need.peak(batch) <= usable:
-        return f"{precision}; {pictures} at a time take at most {peak}, of {there}"
-    return f"{precision}; WARNING: even {pictures} may take {peak}, more than the {there}"
+    file_bytes = Path(config["ckpt_path"]).stat().st_size
+    return memory_model.sampling_need(settings, on_gpu, value_bytes, file_bytes)
 
 
-def _precision_words(torch: TorchFacts) -> str:
-    """What `auto` of LightningDiT/device.py comes to on this machine, and why."""
-    if not torch.device_memory:
-        return "fp32 on the processor"
+def _processor_precision(config: Config, usable: float | None) -> tuple[str, str, memory_model.Need]:
+    """Precision on the processor, why, and what it takes: float32, unless bf16 alone fits `usable`
+    bytes (None: unknown). Never fp16: torch 2.2 has no LayerNorm of it on processors.
+    """
+    full, half = (_need(config, False, size) for size in (memory_model.FLOAT32, memory_model.HALF))
+    if usable is None or full.held(1) <= usable:
+        return "auto", "fp32 on the processor", full
+    if half.held(1) > usable:
+        return "auto", "fp32 on the processor, since bf16 does not fit either", full
+    return "bf16", f"on the processor fp32 takes {format_bytes(full.held(1))} for 1 picture, which does not fit", half
+
+
+def _gpu_words(torch: TorchFacts) -> str:
+    """What `auto` of LightningDiT/device.py comes to on the first GPU, and why."""
     if not torch.gpus:
         return "bf16 where the GPU computes it natively, else fp16"
     gpu = torch.gpus[0]
@@ -250,18 +273,25 @@ def _flat(config: Config) -> dict[str, object]:
     return flat
 
 
+def again(*added: str, without: Sequence[str] = ()) -> str:
+    """The command that is running, step 3 unless it is another's, with other options."""
+    return console.again("step3_setup_configs.py", *added, without=without)
+
+
 def output_file(path: Path) -> Path:
     """Where the YAML goes, made absolute.
 
     Raises:
         StepError: a folder carries the name, or a file stands where its folder was expected.
     """
-    target = path.expanduser().resolve()
+    target, mend = absolute(path), again("--output", "FILE.yaml", without=["--output"])
     if target.is_dir():
-        raise StepError(f"{target} is a folder, a YAML file was expected", f"{AGAIN} --output FILE")
+        raise StepError(f"{target} is a folder, a YAML file was expected", mend)
+    if target.suffix not in YAML_ENDINGS:
+        raise StepError(f"{target} is named like no YAML file, {' or '.join(YAML_ENDINGS)} was expected", mend)
     for folder in target.parents:
         if folder.is_file():
-            raise StepError(f"{folder} is a file, the folder of {target.name} was expected", f"{AGAIN} --output FILE")
+            raise StepError(f"{folder} is a file, the folder of {target.name} was expected", mend)
     return target
 
 

@@ -6,9 +6,10 @@ import errno
 import os
 import platform
 import shlex
+import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePath
 from typing import NoReturn, TextIO, TypeVar
 
@@ -57,6 +58,9 @@ def run(main: Callable[[], int]) -> NoReturn:
     what a person can mend: StepError, the library's error and an absent package become one line on
     stderr (exit 1), Ctrl-C becomes exit 130.
     """
+    # A closed stream (`>&-`) is None.
+    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         # A notebook shows a pipe's lines only when they are flushed, and a path may hold
         # characters that the terminal's encoding lacks. Under %run the stream is the notebook's own.
@@ -105,6 +109,8 @@ def describe_os_error(error: OSError) -> str:
     reason = error.strerror or str(error) or type(error).__name__
     look = f"ls -ld {shlex.quote(str(error.filename))} shows what is there; put it right and " if error.filename else ""
     mend = OS_MENDS.get(error.errno or 0, f"{look}run the same command again")
+    if error.errno == errno.EACCES and error.filename and not os.access(error.filename, os.R_OK):
+        mend = f"chmod u+r {shlex.quote(str(error.filename))}, then run the same command again"
     return f"{place}{reason}; mend: {mend}"
 
 
@@ -113,14 +119,44 @@ def rename_command(path: Path, ending: str) -> str:
     return shlex.join(["mv", str(path), f"{path}{ending}"])
 
 
-def this_command(default: str, python: str = "python") -> str:
-    """The command that is running, as a person would type it with the interpreter `python`;
-    `default` (a script with its options) where this process is none of the project's scripts.
+def again(default: str, *added: str, without: Sequence[str] = (), python: str | None = None) -> str:
+    """The command that is running, as a person would type it in the project's folder.
+
+    Args:
+        default: the script to name where this process is none of the project's scripts.
+        added: options put at its end.
+        without: options that are left out, with their values.
+        python: the interpreter; by default that of this process.
     """
-    script = Path(sys.argv[0]).name
-    if (PROJECT / script).is_file() and script.endswith(".py"):
-        return f"{python} {shlex.join([script, *sys.argv[1:]])}"
-    return f"{python} {default}"
+    script, given = Path(sys.argv[0]).name, sys.argv[1:]
+    if not ((PROJECT / script).is_file() and script.endswith(".py")):
+        script, given = default, []
+    kept, leaving = [], False
+    for part in given:
+        if part.startswith("--"):
+            leaving = part.partition("=")[0] in without
+        if not leaving:
+            kept.append(part)
+    return f"{python or interpreter()} {shlex.join([script, *kept, *added])}"
+
+
+def step_command(script: str, *options: str) -> str:
+    """A step's command as a person would type it in the project's folder."""
+    return f"{interpreter()} {shlex.join([script, *options])}"
+
+
+def absolute(path: Path) -> Path:
+    """The full path of what a person named, `~` and links resolved.
+
+    Raises:
+        StepError: there is no such user's home, or a link leads to itself.
+    """
+    try:
+        return path.expanduser().resolve()
+    except (RuntimeError, OSError) as error:
+        raise StepError(
+            f"{path} leads nowhere ({error})", f"ls -ld {shlex.quote(str(path))}, or name it in full"
+        ) from error
 
 
 def venv_python(folder: AnyPath, system: str = os.name) -> AnyPath:
@@ -141,7 +177,9 @@ def places() -> tuple[str, ...]:
 
 def interpreter() -> str:
     """How a person in the project's folder names the interpreter of this process."""
-    return str(venv_python(Path(VENV.name))) if runs_in_venv() else "python"
+    if runs_in_venv():
+        return str(venv_python(Path(VENV.name)))
+    return "python" if shutil.which("python") or os.name == "nt" else "python3"
 
 
 def mend_packages() -> str:
@@ -150,8 +188,8 @@ def mend_packages() -> str:
     """
     step1 = "step1_install_environment.py"
     if venv_python(VENV).exists() and not runs_in_venv():
-        return this_command(step1, str(venv_python(Path(VENV.name))))
-    return f"{interpreter()} {step1}"
+        return again(step1, python=str(venv_python(Path(VENV.name))))
+    return step_command(step1)
 
 
 def require_python() -> None:

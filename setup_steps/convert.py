@@ -13,7 +13,6 @@ import json
 import math
 import mmap
 import os
-import shlex
 import struct
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from setup_steps import fetch
-from setup_steps.console import Progress, StepError, format_bytes
-from setup_steps.downloads import AGAIN, CHUNK
+from setup_steps.console import Progress, StepError, format_bytes, rename_command
+from setup_steps.downloads import CHUNK, again
 from setup_steps.files import bring_to_disk, claim, free_name, fresh_name, replacing
 from setup_steps.machine import require_torch
 from setup_steps.weights import WeightFile, converted_name
@@ -121,7 +120,9 @@ def _alone_with(source: Path) -> Iterator[None]:
     """Raise StepError where another process converts `source`; two would write one file."""
     with source.open("rb") as file:
         if not claim(file):
-            raise StepError(f"{source} is being converted by another process", f"wait for it or stop it, then {AGAIN}")
+            raise StepError(
+                f"{source} is being converted by another process", f"wait for it or stop it, then {again()}"
+            )
         yield
 
 
@@ -143,7 +144,7 @@ def _write_and_prove(job: Job, file: WeightFile, metadata: dict[str, str]) -> No
             fetch.open_check(file, fresh)
     except OSError as error:
         raise StepError(
-            f"{job.target} cannot be written ({error.strerror})", f"free space on that disk, then {AGAIN}"
+            f"{job.target} cannot be written ({error.strerror})", f"free space on that disk, then {again()}"
         ) from error
 
 
@@ -191,11 +192,11 @@ def _refuse_lost_digits(job: Job) -> None:
 
     for name, tensor in job.weights.items():
         if not tensor.is_floating_point():
-            raise StepError(f"{job.source}: tensor {name} is {tensor.dtype}, floating point was expected", AGAIN)
+            raise StepError(f"{job.source}: tensor {name} is {tensor.dtype}, floating point was expected", again())
         if torch.finfo(tensor.dtype).eps > torch.finfo(job.dtype).eps:
             raise StepError(
                 f"{job.source} holds {tensor.dtype} values, which have fewer digits than {job.precision}",
-                f"fetch the original: {shlex.join(['mv', str(job.source), f'{job.source}.other'])} && {AGAIN}",
+                f"fetch the original: {rename_command(job.source, '.other')} && {again()}",
             )
 
 
@@ -255,7 +256,7 @@ def _require_in_range(job: Job, name: str) -> None:
     least, most = (float(value) for value in torch.aminmax(job.weights[name]))
     largest = torch.finfo(job.dtype).max
     if not (math.isfinite(least) and math.isfinite(most)):
-        raise StepError(f"{job.source}: tensor {name} holds NaN or infinite values", f"fetch it again: {AGAIN}")
+        raise StepError(f"{job.source}: tensor {name} holds NaN or infinite values", f"fetch it again: {again()}")
     if max(-least, most) > largest:
         raise StepError(
             f"{job.source}: tensor {name} reaches {max(-least, most):g}, {job.precision} ends at {largest:g}",
@@ -279,7 +280,7 @@ def _compare(job: Job, path: Path) -> None:
         for name, cast in job.casts():
             written = copy.get_tensor(name)
             if not torch.equal(written, cast):
-                raise StepError(f"{job.target}: tensor {name} is not that of {job.source}", AGAIN)
+                raise StepError(f"{job.target}: tensor {name} is not that of {job.source}", again())
             mapped.release(written)
             done += cast.numel()
             progress.update(done)

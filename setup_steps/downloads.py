@@ -22,21 +22,14 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from setup_steps.console import (
-    Progress,
-    StepError,
-    format_bytes,
-    format_seconds,
-    interpreter,
-    mend_packages,
-    this_command,
-)
+from setup_steps import console
+from setup_steps.console import Progress, StepError, format_bytes, format_seconds, mend_packages
 from setup_steps.files import claim
 
 CHUNK = 1 << 20
@@ -44,11 +37,21 @@ HASH_BEHIND = 4  # chunks that wait for the hash at most
 RENAMES_OPEN_FILES = os.name != "nt"
 SPARE_BYTES = 64_000_000  # disk left free beside the downloads
 RETRY_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
-AGAIN = this_command("step2_download_models.py", interpreter())
-NO_NETWORK = (
-    "check the internet connection (Kaggle: Settings, Internet, On) and --endpoint or HF_ENDPOINT, "
-    f"then {AGAIN}; without internet: python step3_setup_configs.py --model bundled"
-)
+STEP = "step2_download_models.py"
+
+
+def again(*added: str, without: Sequence[str] = ()) -> str:
+    """The command that is running, step 2 unless it is the repair, with other options."""
+    return console.again(STEP, *added, without=without)
+
+
+def no_network() -> str:
+    """What to do where the hub does not answer."""
+    bundled = console.step_command("step3_setup_configs.py", "--model", "bundled")
+    return (
+        "check the internet connection (Kaggle: Settings, Internet, On) and --endpoint or HF_ENDPOINT, "
+        f"then {again()}; without internet: {bundled}"
+    )
 
 
 @dataclass(frozen=True)
@@ -177,7 +180,7 @@ def use_endpoint(endpoint: str | None) -> None:
     if not fits or any(character.isspace() for character in endpoint):
         raise StepError(
             f"endpoint {endpoint!r} is no address, http://HOST or https://HOST was expected",
-            f"{AGAIN} --endpoint https://HOST, or unset HF_ENDPOINT",
+            f"{again('--endpoint', 'https://HOST', without=['--endpoint'])}, or unset HF_ENDPOINT",
         )
     os.environ["HF_ENDPOINT"] = endpoint.rstrip("/")
 
@@ -192,7 +195,7 @@ def hub_token() -> str | None:
 
     token = get_token()
     if token and not (token.isascii() and token.isprintable()):
-        raise StepError("HF_TOKEN holds characters that no token of the hub has", f"unset HF_TOKEN, then {AGAIN}")
+        raise StepError("HF_TOKEN holds characters that no token of the hub has", f"unset HF_TOKEN, then {again()}")
     return token
 
 
@@ -220,19 +223,19 @@ def describe(repo: str, name: str, patience: Patience = PATIENCE) -> RemoteFile:
         except ImportError as error:  # a kind of proxy that the HTTP library has no package for
             raise StepError(
                 f"{_host(url)} cannot be reached through the proxy of this environment ({error})",
-                f"unset https_proxy http_proxy all_proxy, or name an HTTP proxy there, then {AGAIN}",
+                f"unset https_proxy http_proxy all_proxy, or name an HTTP proxy there, then {again()}",
             ) from error
         except hub_errors as error:
             trouble = _explain_hub_error(error, repo, name, url)
             # Without any answer a long wait only hides that the machine is offline.
             if attempt >= (patience.attempts if trouble.wait is not None else min(2, patience.attempts)):
-                _give_up(f"{name}: {trouble}", NO_NETWORK, error)
+                _give_up(f"{name}: {trouble}", no_network(), error)
             _wait(name, trouble, attempt, patience)
     if data.commit_hash is None or data.size is None or data.etag is None:
         raise StepError(
             f"{_host(url)} does not answer like a hub (no commit or size for {name}); "
             "a mirror or a login page of the network may stand between",
-            "unset HF_ENDPOINT or open a web page on this network once, then " + AGAIN,
+            "unset HF_ENDPOINT or open a web page on this network once, then " + again(),
         )
     pinned = hf_hub_url(repo, name, revision=data.commit_hash, endpoint=endpoint)
     return RemoteFile(name, pinned, data.size, data.etag.lower(), data.commit_hash)
@@ -244,7 +247,7 @@ def _explain_hub_error(error: Exception, repo: str, name: str, url: str) -> _Try
     if response is not None:
         return _explain_status(response.status_code, response.headers, repo, name, url)
     if type(error).__name__ == "OfflineModeIsEnabled":
-        raise StepError(f"{name}: HF_HUB_OFFLINE is set", f"unset HF_HUB_OFFLINE && {AGAIN}")
+        raise StepError(f"{name}: HF_HUB_OFFLINE is set", f"unset HF_HUB_OFFLINE && {again()}")
     return _TryAgainError(f"{_host(url)} cannot be reached ({str(error) or type(error).__name__})")
 
 
@@ -255,18 +258,18 @@ def _explain_status(code: int, headers: Any, repo: str, name: str, url: str) -> 
     reasons = {
         401: (
             f"{repo} is not open to this login, or does not exist there (401 from {_host(url)})",
-            f"HF_TOKEN=your-token {AGAIN}",
+            f"HF_TOKEN=your-token {again()}",
         ),
         403: (
             f"this login may not read {repo} (403 from {_host(url)})",
-            f"accept the conditions on the repository's page, then HF_TOKEN=your-token {AGAIN}",
+            f"accept the conditions on the repository's page, then HF_TOKEN=your-token {again()}",
         ),
         404: (
             f"{name} is not in {repo} (404 from {_host(url)})",
-            f"check --endpoint or unset HF_ENDPOINT, then {AGAIN}",
+            f"check --endpoint or unset HF_ENDPOINT, then {again()}",
         ),
     }
-    message, mend = reasons.get(code, (f"{name}: {_host(url)} answered {code}", AGAIN))
+    message, mend = reasons.get(code, (f"{name}: {_host(url)} answered {code}", again()))
     raise StepError(message, mend)
 
 
@@ -285,7 +288,7 @@ def _wait(name: str, trouble: _TryAgainError, failures: int, patience: Patience)
     """Sleep before the next attempt and say why."""
     asked = trouble.wait or 0.0
     if asked > patience.longest_wait:
-        raise StepError(f"{name}: {trouble} and asks to wait {format_seconds(asked)}", f"later: {AGAIN}")
+        raise StepError(f"{name}: {trouble} and asks to wait {format_seconds(asked)}", f"later: {again()}")
     seconds = max(asked, min(patience.backoff * 2 ** (failures - 1), patience.longest_wait))
     print(f"  {name}: {trouble}; next try in {format_seconds(seconds)}")
     time.sleep(seconds)
@@ -371,7 +374,9 @@ class PartFile:
         """Raise StepError where another process is writing this part, or has just finished it."""
         if not (claim(self._file) and self._has_its_name()):
             self._file.close()
-            raise StepError(f"{self.path} is being written by another process", f"wait for it or stop it, then {AGAIN}")
+            raise StepError(
+                f"{self.path} is being written by another process", f"wait for it or stop it, then {again()}"
+            )
 
     def _has_its_name(self) -> bool:
         """False where another process renamed the part since it was opened here."""
@@ -426,7 +431,7 @@ class PartFile:
     def _disk_error(self, error: OSError) -> StepError:
         return StepError(
             f"{self.path} cannot be written ({error.strerror})",
-            f"free space there, then {AGAIN}; step 2 takes another folder by --models-dir",
+            f"free space there, then {again()}; step 2 takes another folder by --models-dir",
         )
 
     def start_again(self) -> None:
@@ -488,7 +493,7 @@ def require_disk(folder: Path, needed: int) -> None:
     if needed + SPARE_BYTES > free:
         raise StepError(
             f"{format_bytes(needed + SPARE_BYTES)} are needed on the disk of {folder}, {format_bytes(free)} are free",
-            f"free space there, then {AGAIN}; step 2 takes another folder by --models-dir",
+            f"free space there, then {again()}; step 2 takes another folder by --models-dir",
         )
 
 
@@ -533,7 +538,7 @@ def download(
             reason = "the file changed on the server" if part.changed else "wrong bytes came"
             raise StepError(
                 f"{remote.name}: {reason} (hash {found[:16]}..., the hub says {remote.etag[:16]}...); nothing was kept",
-                f"try again or another --endpoint: {AGAIN}",
+                f"try again or another --endpoint: {again()}",
             )
         fetched = remote.size - part.resumed_from
         part.finish(aside)
@@ -553,7 +558,7 @@ def _receive_all(part: PartFile, token: str | None, patience: Patience) -> None:
                 failures = 1 if part.offset > before else failures + 1
                 if failures >= patience.attempts:
                     kept = f"{format_bytes(part.offset)} of {format_bytes(part.remote.size)} are kept"
-                    _give_up(f"{part.remote.name}: {trouble}; {kept}", NO_NETWORK, trouble)
+                    _give_up(f"{part.remote.name}: {trouble}; {kept}", no_network(), trouble)
                 _wait(part.remote.name, trouble, failures, patience)
 
 
@@ -597,7 +602,7 @@ def _accept(response: http.client.HTTPResponse, part: PartFile) -> int:
     if kind == "text/html":
         raise StepError(
             f"{remote.name}: a web page came in place of the file from {_host(response.url)}",
-            "a login page of the network or a wrong --endpoint? put that right, then " + AGAIN,
+            "a login page of the network or a wrong --endpoint? put that right, then " + again(),
         )
     etag = response.headers.get("ETag")
     validator = etag if etag and not etag.startswith("W/") else None
@@ -649,7 +654,7 @@ def _explain_network(error: Exception, remote: RemoteFile) -> _TryAgainError:
     if isinstance(reason, ssl.SSLCertVerificationError):
         raise StepError(
             f"{_host(remote.url)}: the certificate is not trusted ({reason.verify_message})",
-            "set SSL_CERT_FILE to your network's certificate bundle, then " + AGAIN,
+            "set SSL_CERT_FILE to your network's certificate bundle, then " + again(),
         )
     if isinstance(reason, TimeoutError):
         return _TryAgainError("no byte came for too long")

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from setup_steps import downloads
-from setup_steps.console import Progress, StepError
-from setup_steps.files import free_name, replacing  # noqa: F401
+from setup_steps.console import Progress, StepError, rename_command
+from setup_steps.files import replacing
 from setup_steps.machine import require_torch
 from setup_steps.sources import Source, at_hand, dangling_links, leads_to
 from setup_steps.weights import STATS, WeightFile, usable_names
@@ -169,7 +169,7 @@ def _check_checkpoint(file: WeightFile, path: Path) -> str:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise StepError(
                 f"{path} {fault} {', '.join(names[:3])}{more}: it is no {file.table} checkpoint",
-                f"mv {shlex.quote(str(path))} {shlex.quote(f'{path}.other')} && {downloads.AGAIN}",
+                f"{rename_command(path, '.other')} && {downloads.again()}",
             )
     return f"opens, {len(table)} tensors named and shaped as published"
 
@@ -197,9 +197,11 @@ def verify_present(
     """
     gone = dangling_links(file, folder)
     if gone and not at_hand(file, folder):
-        raise StepError(f"{gone[0]} is a link to {gone[0].readlink()}, which is not there", _again_without_verify())
+        raise StepError(
+            f"{gone[0]} is a link to {gone[0].readlink()}, which is not there", downloads.again(without=["--verify"])
+        )
     if not at_hand(file, folder):
-        raise StepError(f"{folder / file.name} is not there", _again_without_verify())
+        raise StepError(f"{folder / file.name} is not there", downloads.again(without=["--verify"]))
     present = [folder / name for name in usable_names(file) if (folder / name).is_file()]
     return [
         f"{path.name}: {_compare(file, path, record, source, patience)}; {open_check(file, path)}" for path in present
@@ -221,7 +223,7 @@ def _compare(file: WeightFile, path: Path, record: Record, source: Source, patie
     if not is_whole(path, remote):
         record.forget(path.name)
         where = f"{path} ({leads_to(path)})" if path.is_symlink() else f"{path}"
-        mend = _again_without_verify() + " --source hub" * path.is_symlink()
+        mend = downloads.again(*(["--source", "hub"] * path.is_symlink()), without=["--verify", "--source"])
         raise StepError(f"{where} is not the file that the hub has (size or hash differ)", mend)
     record.note(path, remote)
     return f"{remote.hashed_by or 'size'} right"
@@ -251,9 +253,5 @@ def own_checksums(path: Path) -> str:
                         done += len(chunk)
                         progress.update(done)
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:
-        raise StepError(f"{path} is damaged ({error})", _again_without_verify()) from error
+        raise StepError(f"{path} is damaged ({error})", downloads.again(without=["--verify"])) from error
     return f"{len(records)} checksums of the archive itself right"
-
-
-def _again_without_verify() -> str:
-    return downloads.AGAIN.replace(" --verify", "")

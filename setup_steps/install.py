@@ -14,7 +14,7 @@ from pathlib import Path
 from setup_steps import pip_calls
 from setup_steps.console import StepError, format_bytes
 from setup_steps.machine import free_bytes, installed_version, lacks_record
-from setup_steps.pip_calls import AGAIN, InstallError, Source, in_own_venv
+from setup_steps.pip_calls import InstallError, Source, again, in_own_venv
 from setup_steps.releases import REPLACE, Decision, public, version_pair
 
 #: Bytes that an installation takes where the packages lie and, meanwhile, in the folder for temporary files.
@@ -117,7 +117,7 @@ def read_pins(path: Path, python: tuple[int, int] | None = None) -> list[Pin]:
         if not match:
             raise StepError(
                 f"{path}:{number}: {line!r} is no pin, NAME==VERSION was expected",
-                f"put the line right, then {AGAIN}",
+                f"put the line right, then {again()}",
             )
         if match["sign"]:
             newer = here >= (int(match["major"]), int(match["minor"]))
@@ -188,7 +188,7 @@ def refuse_imported_torch(rows: list[Row]) -> None:
     if held:
         raise StepError(
             f"{', '.join(held)} is imported in this process and cannot be replaced under it",
-            f"restart the notebook's kernel, then !{AGAIN} (with an exclamation mark, before any import)",
+            f"restart the notebook's kernel, then !{again()} (with an exclamation mark, before any import)",
         )
 
 
@@ -206,7 +206,7 @@ def require_disk(rows: list[Row], source: Source) -> None:
             raise InstallError(
                 f"the packages need up to {format_bytes(needed[disk])} at {folder}, "
                 f"{format_bytes(free_bytes(folder))} are free",
-                f"free space there (or name a roomier folder for temporary files in TMPDIR), then {AGAIN}",
+                f"free space there (or name a roomier folder for temporary files in TMPDIR), then {again()}",
             )
 
 

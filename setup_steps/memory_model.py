@@ -8,12 +8,14 @@ weights     transformer: parameters x bytes per value of the chosen precision; t
             x 4 (it stays in float32).
 loading     a file in another precision than the chosen one is mapped while it is converted, so its
             bytes lie beside the converted ones; only on the CPU, since a GPU gets the converted ones.
+            The system takes them back where memory is short: they are part of the peak that is
+            measured, and not of what must fit (`held`).
 per image   the larger of a transformer step and a decode, which follow each other. A step with
             guidance computes 2 rows an image.
 
 What is computed is bounded by every tensor that the largest block makes, as if none were freed before
 the block ends: allocators (glibc's heap, torch's cache) keep freed blocks of that size. Measured by
-`python -m LightningDiT.tools.measure_memory`; the table is in docs/memory.md.
+`python -m setup_steps.measure_memory`; the table is in docs/memory.md.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from LightningDiT.tokenizer.autoencoder import AutoencoderSettings
 
 FLOAT32, HALF = 4, 2
-"""Bytes of a value."""
+"""Bytes of a value, which is what a precision comes to here."""
 ROWS_PER_IMAGE = 2  # guidance computes each state with its class and with none
 # Tensors of tokens x width that one transformer block makes: norm, modulated, q, k, v, for q and k
 # each the cosine product, the turned copy and the rotated result, the attention's output, its joined
@@ -55,11 +57,17 @@ class Need:
     per_image: int
 
     def peak(self, batch: int) -> int:
-        """Bytes at the worst moment of sampling `batch` images at a time."""
+        """Resident bytes at the worst moment of sampling `batch` images at a time."""
         return self.framework + self.weights + max(self.loading, batch * self.per_image)
 
+    def held(self, batch: int) -> int:
+        """Bytes that sampling `batch` images at a time needs throughout: the peak without what is
+        mapped for loading alone.
+        """
+        return self.framework + self.weights + batch * self.per_image
+
     def largest_batch(self, memory: float, at_most: int) -> int:
-        """The largest batch whose peak `memory` (bytes) holds, from 1 to `at_most`; 1 where none is."""
+        """The largest batch that `memory` (bytes) holds, from 1 to `at_most`; 1 where none is."""
         room = memory - self.framework - self.weights
         return max(1, min(at_most, int(room // self.per_image)))
 
@@ -98,11 +106,12 @@ def parameters_of(config: Config) -> tuple[int, int]:
     return transformer, tokenizer
 
 
-def sampling_need(config: Config, on_gpu: bool, file_bytes: int) -> Need:
-    """What sampling with guidance by a configuration takes, in the precision `auto`.
+def sampling_need(config: Config, on_gpu: bool, value_bytes: int, file_bytes: int) -> Need:
+    """What sampling with guidance by a configuration takes.
 
     Args:
-        on_gpu: half precision on the device's memory; else float32 in the machine's.
+        on_gpu: in the device's memory; else in the machine's.
+        value_bytes: FLOAT32 or HALF, of the precision that the transformer computes in.
         file_bytes: size of the transformer's weights file. A file with less than 3 bytes for each
             parameter holds half precision; a published one holds more than the weights that are read.
     """
@@ -112,12 +121,13 @@ def sampling_need(config: Config, on_gpu: bool, file_bytes: int) -> Need:
 
     transformer, tokenizer = parameters_of(config)
     sizes = autoencoder_settings(load_tokenizer_config(tokenizer_config_path(config)))
-    value_bytes = HALF if on_gpu else FLOAT32
-    stored_in_half = file_bytes < 3 * transformer
+    stored = HALF if file_bytes < 3 * transformer else FLOAT32
+    # The size does not tell bf16 from fp16, so a file in half precision counts as the other one.
+    as_stored = on_gpu or stored == value_bytes == FLOAT32
     step = block_bytes(model_settings(config), ROWS_PER_IMAGE, value_bytes)
     return Need(
         framework=GPU_CONTEXT_BYTES if on_gpu else FRAMEWORK_BYTES,
         weights=transformer * value_bytes + tokenizer * FLOAT32,
-        loading=0 if on_gpu or not stored_in_half else transformer * HALF,
+        loading=0 if as_stored else transformer * stored,
         per_image=max(step, decode_bytes(sizes, 1, config.data.image_size)),
     )

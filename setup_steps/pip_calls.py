@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from setup_steps import console
 from setup_steps.console import VENV, StepError, venv_python
 from setup_steps.weights import attached_folder, walk
 
 STEP = "step1_install_environment.py"
-AGAIN = f"python {STEP}"
 RETRIES = "2"  # pip's own five make an offline machine wait for minutes
 
 
@@ -25,6 +25,11 @@ def in_own_venv(system: str = os.name) -> str:
     """
     made = shlex.join([sys.executable, "-m", "venv", VENV.name])
     return f"{made} && {venv_python(Path(VENV.name), system)} {STEP}"
+
+
+def again(*added: str) -> str:
+    """The command that is running, or step 1, with more options."""
+    return console.again(STEP, *added)
 
 
 class InstallError(StepError):
@@ -45,7 +50,7 @@ COMPLAINTS = (
     Complaint(
         r"No space left on device|Errno 28|not enough space on the disk",
         "the disk is full",
-        f"free space (python -m pip cache purge helps), then {AGAIN}",
+        "free space (python -m pip cache purge helps), then {again}",
     ),
     Complaint(
         r"Permission denied|Errno 13|WinError 5",
@@ -55,18 +60,18 @@ COMPLAINTS = (
     Complaint(
         r"DO NOT MATCH THE HASHES|BadZipFile|is not a zip file|Wheel '[^']+' .*is invalid",
         "a downloaded file is damaged",
-        f"python -m pip cache purge, then {AGAIN}",
+        "python -m pip cache purge, then {again}",
     ),
     Complaint(
         r"NewConnectionError|ConnectTimeout|ReadTimeout|NameResolution|[Nn]ame resolution|Failed to establish"
         r"|Connection refused|[Cc]onnection broken|[Cc]onnection reset|unreachable|ProxyError|SSLError|Max retries",
         "no connection to a package index",
-        f"switch the internet on (Kaggle: Settings, Internet), or {AGAIN} --wheels FOLDER with the wheels in it",
+        "switch the internet on (Kaggle: Settings, Internet), or {again} --wheels FOLDER with the wheels in it",
     ),
     Complaint(
         r"No matching distribution found for (?P<what>[^\s;]+)",
         "{what} is not to be had for this Python {python}",
-        f"another Python (3.11 or 3.12 have every wheel), or {AGAIN} --wheels FOLDER with that wheel in it",
+        "another Python (3.11 or 3.12 have every wheel), or {again} --wheels FOLDER with that wheel in it",
     ),
     Complaint(
         r"ResolutionImpossible|conflicting dependencies",
@@ -74,7 +79,7 @@ COMPLAINTS = (
         in_own_venv(),
     ),
 )
-UNKNOWN = Complaint("", "pip says why above", f"check the internet connection, then {AGAIN}")
+UNKNOWN = Complaint("", "pip says why above", "check the internet connection, then {again}")
 
 
 @dataclass(frozen=True)
@@ -179,5 +184,5 @@ def judge(said: str, requirements: Sequence[str], code: int) -> InstallError:
     return InstallError(
         f"pip ended with code {code} while it installed {shlex.join(requirements)}: "
         + row.message.format(python=python, **named),
-        row.mend,
+        row.mend.format(again=again()),
     )

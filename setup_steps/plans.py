@@ -8,9 +8,10 @@ from pathlib import Path
 
 from setup_steps import convert, downloads
 from setup_steps.console import StepError, format_bytes, format_seconds, library_error, rename_command
-from setup_steps.fetch import Record, fault_of, free_name, is_whole, open_check
+from setup_steps.fetch import Record, fault_of, is_whole, open_check
+from setup_steps.files import free_name
 from setup_steps.sources import Source, at_hand, dangling_links, leads_to, link
-from setup_steps.weights import WeightFile, converted_name
+from setup_steps.weights import WeightFile, converted_name, usable_names
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,14 @@ def make_plan(
     if target.is_dir():
         raise StepError(
             f"{target} is a folder, the file {file.name} belongs there",
-            f"{rename_command(target, '.folder')} && {downloads.AGAIN}",
+            f"{rename_command(target, '.folder')} && {downloads.again()}",
         )
     for path in dangling_links(file, folder):
         print(f"  {path.name}: the link to {path.readlink()} leads nowhere (a data set that is no longer attached?)")
     here = [judge(file, path, record, source, patience) for path in at_hand(file, folder)]
     for judged in here:
         if judged.said:
-            return Plan(file, judged.path, judged.said)
+            return Plan(file, judged.path, judged.said + _better_names_aside(file, judged.path))
         print(f"  {judged.path.name}: the one that is there {judged.fault}")
     bad = tuple(judged.path for judged in here)
     found = source.find(file, folder, fault_of)
@@ -86,6 +87,13 @@ def make_plan(
             raise StepError(f"{judged.path} {judged.fault}; {judged.unreachable.message}", judged.unreachable.mend)
     remote = here[0].remote if here else None
     return Plan(file, target, remote=remote or downloads.describe(file.repo, file.name, patience), bad=bad)
+
+
+def _better_names_aside(file: WeightFile, good: Path) -> str:
+    """Rename copies that are damaged and that step 3 would take before the good one; say so."""
+    names = usable_names(file)
+    before = [good.with_name(name) for name in names[: names.index(good.name)]]
+    return _set_aside(tuple(path for path in before if path.is_file() and fault_of(file, path)), good)
 
 
 def judge(
@@ -181,7 +189,7 @@ def _refuse_fetched(plan: Plan, error: StepError) -> StepError:
     """
     aside = free_name(plan.target, "bad")
     plan.target.replace(aside)
-    mend = f"another --endpoint, or --source folder --folder FOLDER: {downloads.AGAIN}"
+    mend = f"another --endpoint, or --source folder --folder FOLDER: {downloads.again()}"
     if plan.file.role == "stats":
         mend = f"python fix_latents_stats.py --stats {shlex.quote(str(plan.target))}"
     return StepError(f"{error.message}; it came so from the hub and is kept as {aside.name}", mend)
@@ -203,7 +211,7 @@ def _set_aside(paths: tuple[Path, ...], target: Path) -> str:
         if path != target:
             aside = free_name(path, "bad")
             path.replace(aside)
-            said += _kept(aside)
+            said += f", the damaged {path.name} is kept as {aside.name}"
     return said
 
 

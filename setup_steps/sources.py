@@ -15,9 +15,10 @@ from functools import cached_property
 from pathlib import Path
 
 from setup_steps.console import Progress, StepError, format_bytes
-from setup_steps.downloads import AGAIN, CHUNK, require_disk
+from setup_steps.downloads import CHUNK, again, require_disk
 from setup_steps.weights import Tree, WeightFile, usable_names
 
+SOURCE_OPTIONS = ("--source", "--attached", "--folder")
 KINDS = ("auto", "hub", "attached", "folder")
 
 
@@ -46,8 +47,8 @@ class Source:
         """Files below the folder that carry one of the file's names, the best first, but for those
         that are in `models` already.
         """
-        there = {(models / name).resolve() for name in usable_names(file)}
-        return [path for path in self._tree.paths(file) if path.is_file() and path.resolve() not in there]
+        there = {os.path.realpath(models / name) for name in usable_names(file)}
+        return [path for path in self._tree.paths(file) if path.is_file() and os.path.realpath(path) not in there]
 
     def find(self, file: WeightFile, models: Path, fault_of: Callable[[WeightFile, Path], str | None]) -> Path | None:
         """The first candidate without a fault; those with one are named."""
@@ -66,7 +67,7 @@ class Source:
         names = ", ".join(usable_names(file))
         return StepError(
             f"{self.folder} holds no usable {file.name} at any depth (searched for {names})",
-            f"{self._other_folder()}, or python step2_download_models.py --source hub",
+            f"{self._other_folder()}, or {again('--source', 'hub', without=SOURCE_OPTIONS)}",
         )
 
     def require_folder(self) -> None:
@@ -82,8 +83,9 @@ class Source:
         raise StepError(f"{fault}, the folder to search was expected", self._other_folder())
 
     def _other_folder(self) -> str:
-        option = "--folder FOLDER" if self.kind == "folder" else "--attached FOLDER"
-        return f"python step2_download_models.py {option}"
+        if self.kind == "folder":
+            return again("--folder", "FOLDER", without=SOURCE_OPTIONS)
+        return again("--source", "attached", "--attached", "FOLDER", without=SOURCE_OPTIONS)
 
 
 def dangling_links(file: WeightFile, models: Path) -> list[Path]:
@@ -150,4 +152,6 @@ def _copy(source: Path, target: Path) -> None:
         os.fsync(writer.fileno())
     if target.stat().st_size != size:
         copied = format_bytes(target.stat().st_size)
-        raise StepError(f"{source} gave {copied} of {format_bytes(size)}", f"ls -l {shlex.quote(str(source))}; {AGAIN}")
+        raise StepError(
+            f"{source} gave {copied} of {format_bytes(size)}", f"ls -l {shlex.quote(str(source))}; {again()}"
+        )

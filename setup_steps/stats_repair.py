@@ -4,17 +4,18 @@ data sets, latent shards or images. Nothing is ever invented here but the identi
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from setup_steps import downloads, weights
-from setup_steps.console import PROJECT, Progress, StepError, format_seconds, require_writable
-from setup_steps.fetch import free_name
+from setup_steps.console import PROJECT, Progress, StepError, absolute, format_seconds, require_writable
+from setup_steps.files import free_name
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +65,7 @@ class Request:
         max_images: more images than these are thinned out evenly.
         tokenizer, checkpoint: YAML and weights that encode; None: those that belong to the file.
         attached: folder of attached data sets.
-        config: the configuration that step 3 wrote.
+        config: the configuration whose statistics, shards and tokenizer are meant.
         patience: how long the hub is waited for.
     """
 
@@ -80,14 +81,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Repair:
-    """Good statistics, a line that says where they come from, the bytes of a published file, and of
-    how many latents they were computed here.
+    """Good statistics, a line that says where they come from, the bytes of a published file, of how
+    many latents they were computed here, and what is doubtful about where they come from.
     """
 
     stats: LatentStats
     origin: str
     content: bytes | None = None
     latents: int | None = None
+    doubt: str = ""
 
     def save(self, path: Path) -> None:
         """Write them; a published file stays as it is to the byte, so that its hash stays right."""
@@ -105,7 +107,7 @@ def locate(given: Path | None, config: Path = CONFIG) -> Target:
     """
     settings, fault = None, None
     if given is not None:
-        path, reason = given.expanduser(), "named by --stats"
+        path, reason = _named(given), "named by --stats"
     else:
         settings = _settings(config)
         if settings and settings.data.data_path:
@@ -127,6 +129,18 @@ def locate(given: Path | None, config: Path = CONFIG) -> Target:
     if published or beside or path.parent == weights.MODELS.resolve():
         return Target(path, "published", PUBLISHED_CHANNELS, reason, fault)
     return Target(path, "other", settings.model.in_chans if settings else None, reason, fault)
+
+
+def _named(path: Path) -> Path:
+    """The file that --stats names, links kept; a file that is another part of a model is refused."""
+    named = absolute(path.parent) / path.name if path.name else absolute(path)
+    others = {name for file in weights.SETS["all"] for name in weights.usable_names(file)} - {weights.STATS.name}
+    if named.name in others or named.suffix == ".safetensors":
+        raise StepError(
+            f"--stats {named} is another part of a model, latent statistics were expected",
+            f"name a {weights.STATS.name}, or the folder that it belongs to",
+        )
+    return named
 
 
 def _settings(config: Path) -> Config | None:
@@ -177,7 +191,8 @@ def from_hub(target: Target, request: Request) -> Repair:
 
 def from_attached(target: Target, request: Request) -> Repair:
     """The first good file of that name in the attached data sets, one beside published weights
-    before all others.
+    before all others. One that lies elsewhere comes with a doubt: any tokenizer of as many channels
+    has a good file of that name.
     """
     from LightningDiT.tokenizer.latents import LatentStats, diagnose
 
@@ -192,7 +207,9 @@ def from_attached(target: Target, request: Request) -> Repair:
     for path in found:
         wrong = diagnose(path, target.channels)
         if not wrong:
-            return Repair(LatentStats.load(path), f"the attached {path}", path.read_bytes())
+            alone = weights.published_in(path.parent) == [name]
+            doubt = f"nothing beside {path} shows which tokenizer it belongs to" if alone else ""
+            return Repair(LatentStats.load(path), f"the attached {path}", path.read_bytes(), doubt=doubt)
         faults += wrong
     raise StepError(
         f"no good {name} below {folder}" + (f" ({'; '.join(faults)})" if faults else ""),
@@ -207,15 +224,15 @@ def from_latents(target: Target, request: Request) -> Repair:
     from LightningDiT.data.shards import iterate_shards
 
     folder = request.latents or _folder_of_shards(target, request)
-    progress = Progress("reading", len(list(folder.glob("*.safetensors"))), say=lambda count: f"{count:.0f} shards")
+    count = len(list(folder.glob("*.safetensors")))
 
-    def batches() -> Iterator[torch.Tensor]:
+    def batches(progress: Progress) -> Iterator[torch.Tensor]:
         for number, shard in enumerate(iterate_shards(folder), 1):
             yield shard["latents"]
             progress.update(number)
-        progress.close()
 
-    return _computed(batches(), f"latents in {folder}")
+    with contextlib.closing(Progress("reading", count, say=lambda count: f"{count:.0f} shards")) as progress:
+        return _computed(batches(progress), f"latents in {folder}")
 
 
 def _folder_of_shards(target: Target, request: Request) -> Path:
@@ -237,61 +254,74 @@ def from_images(target: Target, request: Request) -> Repair:
     """Computed by encoding images, or the Fashion-MNIST photographs, that a folder holds; like the
     latents that a transformer learns from, they are samples of the posterior.
     """
-    import torch
-
     from LightningDiT.data.images import holds_fashion_mnist
 
     if request.images is None:
         raise StepError("no folder of images is named", "add --images FOLDER")
     tokenizer = _tokenizer_for(target, request)
     batch = max(1, ENCODED_PIXELS // tokenizer.img_size**2)
-    read = _fashion_batches if holds_fashion_mnist(request.images) and tokenizer.img_size == 32 else _image_batches
-    generator = torch.Generator().manual_seed(0)
-    images = read(request.images, request.max_images, tokenizer, batch)
-    latents = (tokenizer.encode_images(part, generator=generator) for part in images)
-    return _computed(latents, f"images in {request.images}")
+    fashion = holds_fashion_mnist(request.images) and tokenizer.img_size == 32
+    pictures = (_fashion_pictures if fashion else _pictures_of)(request.images, request.max_images, tokenizer, batch)
+    chosen, there = pictures.chosen, pictures.there
+    amount = f"{chosen} of {there} images, evenly spaced," if chosen < there else f"{there} images"
+    print(f"  encoding {amount} by {tokenizer.config.source} on {tokenizer.device.type}")
+    try:
+        with contextlib.closing(Progress("encoding", chosen, say=lambda count: f"{count:.0f} images")) as progress:
+            return _computed(_encoded(pictures, tokenizer, progress), f"images in {request.images}")
+    finally:
+        _list_unreadable(pictures.unreadable, request.images)
 
 
-def _fashion_batches(folder: Path, at_most: int, tokenizer: VA_VAE, batch: int) -> Iterator[torch.Tensor]:
-    """Padded training photographs (N, 3, 32, 32), evenly spaced where there are more than `at_most`."""
+@dataclass(frozen=True)
+class Pictures:
+    """What is encoded: how many of how many that are there, batches (N, 3, h, w) in [-1, 1], and the
+    files that no image could be made of so far.
+    """
+
+    chosen: int
+    there: int
+    batches: Iterator[torch.Tensor]
+    unreadable: list[Path] = field(default_factory=list)
+
+
+def _fashion_pictures(folder: Path, at_most: int, tokenizer: VA_VAE, batch: int) -> Pictures:
+    """Padded training photographs, evenly spaced where there are more than `at_most`."""
     from LightningDiT.data.images import evenly_spaced, fashion_mnist, pad_to_32
 
     images, _ = fashion_mnist(folder, train=True)
     chosen = images[evenly_spaced(range(len(images)), at_most)]
-    progress = _announce(len(chosen), len(images), tokenizer)
-    for start in range(0, len(chosen), batch):
-        yield pad_to_32(chosen[start : start + batch])
-        progress.update(min(start + batch, len(chosen)))
-    progress.close()
+    return Pictures(len(chosen), len(images), map(pad_to_32, chosen.split(batch)))
 
 
-def _image_batches(folder: Path, at_most: int, tokenizer: VA_VAE, batch: int) -> Iterator[torch.Tensor]:
+def _pictures_of(folder: Path, at_most: int, tokenizer: VA_VAE, batch: int) -> Pictures:
     """Images of any folder, cut to the tokenizer's resolution, evenly spaced in the order of their
-    names where there are more than `at_most`; what is no image is listed at the end.
+    names where there are more than `at_most`.
     """
     from LightningDiT.data.images import ImageBatches, evenly_spaced, image_files
 
     files = image_files(folder)
     chosen = evenly_spaced(files, at_most)
     reader = ImageBatches(chosen, tokenizer.img_transform(), batch)
-    progress = _announce(len(chosen), len(files), tokenizer)
-    encoded = 0
-    for images, _ in reader:
-        yield images
+    return Pictures(len(chosen), len(files), (images for images, _ in reader), reader.unreadable)
+
+
+def _encoded(pictures: Pictures, tokenizer: VA_VAE, progress: Progress) -> Iterator[torch.Tensor]:
+    """Latents (N, C, h, w) of one batch after the other, from one generator."""
+    import torch
+
+    generator, encoded = torch.Generator().manual_seed(0), 0
+    for images in pictures.batches:
+        yield tokenizer.encode_images(images, generator=generator)
         encoded += len(images)
-        progress.update(encoded + len(reader.unreadable))
-    progress.close()
-    if reader.unreadable:
-        names = ", ".join(str(path.relative_to(folder)) for path in reader.unreadable[:LISTED])
-        more = ", ..." if len(reader.unreadable) > LISTED else ""
-        print(f"  passed over {len(reader.unreadable)} files that could not be read: {names}{more}")
+        progress.update(encoded + len(pictures.unreadable))
 
 
-def _announce(chosen: int, there: int, tokenizer: VA_VAE) -> Progress:
-    """Say what is encoded by what, and return the progress of it."""
-    amount = f"{chosen} of {there} images, evenly spaced," if chosen < there else f"{there} images"
-    print(f"  encoding {amount} by {tokenizer.config.source} on {tokenizer.device.type}")
-    return Progress("encoding", chosen, say=lambda count: f"{count:.0f} images")
+def _list_unreadable(files: Sequence[Path], folder: Path) -> None:
+    """Say which files are no images."""
+    if files:
+        names = ", ".join(str(path.relative_to(folder)) for path in files[:LISTED])
+        more = ", ..." if len(files) > LISTED else ""
+        print(f"  passed over {len(files)} files that could not be read: {names}{more}")
 
 
 def _tokenizer_for(target: Target, request: Request) -> VA_VAE:
@@ -376,10 +406,14 @@ def repair(target: Target, request: Request, sources: Sequence[str]) -> tuple[Re
             if len(sources) == 1:
                 raise
             print(f"  {name}: passed over, {error.message}")
-    raise StepError(
-        f"no source has good statistics for {target.path}",
+    raise StepError(f"no source has good statistics for {target.path}", _another_source(target))
+
+
+def _another_source(target: Target) -> str:
+    """The command that names where good statistics come from."""
+    return (
         f"python fix_latents_stats.py --stats {shlex.quote(str(target.path))} --images FOLDER "
-        "(or --latents FOLDER; --source hub if it is the published tokenizer's)",
+        "(or --latents FOLDER; --source hub if it is the published tokenizer's)"
     )
 
 
@@ -420,7 +454,7 @@ def put_in_place(target: Target, save: Callable[[Path], None], check: bool = Tru
         save(fresh)
         faults = diagnose(fresh, target.channels) if check else []
         if faults:
-            raise StepError(f"the new statistics are not good either: {'; '.join(faults)}")
+            raise StepError(f"the new statistics are not good either: {'; '.join(faults)}", _another_source(target))
         if path.exists() or path.is_symlink():
             aside = free_name(path, "bad")
             path.replace(aside)

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from setup_steps.console import PROJECT, StepError, rename_command
+from setup_steps.console import PROJECT, StepError, absolute, rename_command, step_command
 
 MODELS = PROJECT / "models"
 BUNDLED = MODELS / "fashion-mnist"
@@ -90,7 +90,7 @@ def attached_folder() -> Path | None:
     """
     named = os.environ.get(ATTACHED_VARIABLE)
     if named:
-        return Path(named).expanduser()
+        return absolute(Path(named))
     return KAGGLE_INPUT if "KAGGLE_KERNEL_RUN_TYPE" in os.environ else None
 
 
@@ -176,7 +176,7 @@ def find_file(file: WeightFile, models: Path, attached: Path | Tree | None) -> P
         if path.is_dir():
             raise StepError(
                 f"{path} is a folder, the file {path.name} was expected there",
-                f"{rename_command(path, '.folder')} && python step2_download_models.py",
+                f"{rename_command(path, '.folder')} && {step_command('step2_download_models.py')}",
             )
     return None
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from LightningDiT.config import load_config
+from LightningDiT.pipeline import LightningDiTPipeline
 from LightningDiT.transport import ADAPTIVE_METHODS, FIXED_METHODS
-from setup_steps import configs, weights
+from setup_steps import configs, memory_model, weights
 from setup_steps.configs import CPU_SHARE, GPU_SHARE, LARGEST_BATCH
 from setup_steps.machine import Gpu, TorchFacts
 
@@ -92,29 +94,89 @@ def test_a_device_that_is_too_small_is_said(published_files: dict[str, Path]) ->
     assert "WARNING: even 1 picture may take 2.9 GB, more than the 1.7 GB usable (85% of the GPU's memory)" in reason
 
 
-@pytest.mark.parametrize(
-    ("kind", "memory", "batch"),
-    # in float32: 0.85 GB of framework, 4 bytes a parameter: 3.83 GB, of half the machine's memory
-    [("published", 64 * GB, 16), ("published", 12 * GB, 8), ("published", 8 * GB, 1), ("bundled", 8 * GB, 64)],
+# On a processor, of half the machine's memory: 0.85 GB of framework, 4 or 2 bytes a parameter of the transformer.
+FP32, BF16 = (850_000_000 + 675_256_736 * size + 69_836_067 * 4 for size in (4, 2))
+SHARE = "usable (50% of the machine's memory)"
+TOO_MUCH = "precision bf16: on the processor fp32 takes 4.1 GB for 1 picture, which does not fit; "
+NEITHER = (
+    "precision auto: fp32 on the processor, since bf16 does not fit either; WARNING: even 1 picture may take 4.1 GB, "
 )
-def test_the_batch_on_a_processor(
-    kind: str, memory: int, batch: int, published_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(configs, "memory_bytes", lambda: memory)
-    config = settings(kind, published_files)
+
+
+def fit_to_processor(kind: str, files: dict[str, Path], memory: int | None, patch: pytest.MonkeyPatch) -> tuple:
+    """Precision, batch and the line that says why, on a machine with so much memory and no GPU."""
+    patch.setattr(configs, "memory_bytes", lambda: memory)
+    config = settings(kind, files)
     reason = configs.fit_to_machine(config, kind, TorchFacts("2", True))
-    assert config["sample"]["per_proc_batch_size"] == batch <= LARGEST_BATCH[kind]
-    assert reason.startswith("precision auto: fp32 on the processor; ")
-    assert reason.endswith(f"{CPU_SHARE * memory / GB:.1f} GB usable (50% of the machine's memory)")
+    assert "\n" not in reason
+    return config["sample"]["precision"], config["sample"]["per_proc_batch_size"], reason
 
 
-def test_unknown_memory_gives_the_smallest_batch(
-    published_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("memory", "precision", "batch", "words"),
+    [
+        (
+            64 * GB,
+            "auto",
+            16,
+            f"precision auto: fp32 on the processor; 16 pictures at a time take at most 8.1 GB, of 32.0 GB {SHARE}",
+        ),
+        (
+            12 * GB,
+            "auto",
+            8,
+            f"precision auto: fp32 on the processor; 8 pictures at a time take at most 6.0 GB, of 6.0 GB {SHARE}",
+        ),
+        (
+            2 * (FP32 + PICTURE),
+            "auto",
+            1,
+            f"precision auto: fp32 on the processor; 1 picture at a time takes at most 4.1 GB, of 4.1 GB {SHARE}",
+        ),
+        (2 * (FP32 + PICTURE) - 2, "bf16", 6, f"{TOO_MUCH}6 pictures at a time take at most 4.1 GB, of 4.1 GB {SHARE}"),
+        (8 * GB, "bf16", 5, f"{TOO_MUCH}5 pictures at a time take at most 3.8 GB, of 4.0 GB {SHARE}"),
+        (2 * (BF16 + PICTURE), "bf16", 1, f"{TOO_MUCH}1 picture at a time takes at most 2.7 GB, of 2.7 GB {SHARE}"),
+        (2 * (BF16 + PICTURE) - 2, "auto", 1, f"{NEITHER}more than the 2.7 GB {SHARE}"),
+        (
+            None,
+            "auto",
+            1,
+            "precision auto: fp32 on the processor; 1 picture at a time: memory unknown, 4.1 GB are needed",
+        ),
+    ],
+)
+def test_precision_and_batch_on_a_processor(
+    memory: int | None,
+    precision: str,
+    batch: int,
+    words: str,
+    published_files: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(configs, "memory_bytes", lambda: None)
-    config = settings("published", published_files)
-    configs.fit_to_machine(config, "published", TorchFacts("2", True))
-    assert config["sample"]["per_proc_batch_size"] == 1
+    """Up to the byte: float32 as long as one picture fits, else bf16 where that fits; no number that nobody knows."""
+    assert fit_to_processor("published", published_files, memory, monkeypatch) == (precision, batch, words)
+
+
+def test_the_bundled_model_on_a_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    precision, batch, reason = fit_to_processor("bundled", {}, 8 * GB, monkeypatch)
+    assert (precision, batch) == ("auto", LARGEST_BATCH["bundled"])
+    assert reason.endswith(f"of {CPU_SHARE * 8:.1f} GB {SHARE}")
+
+
+def test_bf16_that_is_chosen_samples_on_the_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bundled model on a machine that holds it in bf16 alone: the same pictures but for the rounding."""
+    images = {}
+    for size in (memory_model.FLOAT32, memory_model.HALF):
+        config = configs.bundled_config()
+        need = configs._need(config, False, size)
+        monkeypatch.setattr(configs, "memory_bytes", lambda need=need: 2 * need.held(1))
+        configs.fit_to_machine(config, "bundled", TorchFacts("2", True))
+        path = tmp_path / f"{size}.yaml"
+        path.write_text(configs.render(config))
+        done = LightningDiTPipeline.from_config(path, "cpu")([0, 8], num_inference_steps=4, output_type="pt")
+        images[done.dtype] = done.images
+    full, half = images[torch.float32], images[torch.bfloat16]
+    assert 0 < (full - half).abs().mean() < 0.05 * full.std()
 
 
 @pytest.mark.parametrize(

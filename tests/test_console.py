@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -153,3 +154,22 @@ def test_steps_1_and_2_load_without_torch_and_the_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_the_command_is_given_back_with_other_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ["step2_download_models.py", "--model", "64ep", "--source=attached", "--attached", "a b", "--verify"]
+    monkeypatch.setattr(sys, "argv", [f"/somewhere/{given[0]}", *given[1:]])
+    monkeypatch.setattr(console, "interpreter", lambda: "python")
+    assert console.again("step1.py") == "python " + shlex.join(given)
+    without = console.again("step1.py", "--source", "hub", without=("--source", "--attached", "--verify"))
+    assert without == "python step2_download_models.py --model 64ep --source hub"
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/pytest", "-q"])
+    assert console.again("step1_install_environment.py", "--dev") == "python step1_install_environment.py --dev"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="closes a stream as a POSIX shell does")
+def test_a_closed_stdout_is_no_fault() -> None:
+    program = "from setup_steps import console\ndef main():\n    print('x')\n    return 0\nconsole.run(main)\n"
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(program)} >&-"
+    done = subprocess.run(["/bin/sh", "-c", command], cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

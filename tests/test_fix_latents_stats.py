@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import io
+import itertools
 import os
 import pickle
 import re
@@ -24,10 +26,11 @@ from LightningDiT.config import load_config
 from LightningDiT.data.images import pad_to_32
 from LightningDiT.data.shards import shard_path, write_shard
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.images import centre_crop
 from LightningDiT.pipeline import load_stats
 from LightningDiT.tokenizer.latents import LatentStats, diagnose
 from LightningDiT.tokenizer.vavae import VA_VAE
-from setup_steps import downloads, stats_repair, weights
+from setup_steps import console, downloads, stats_repair, weights
 from setup_steps.console import PROJECT, StepError
 from tests.hub_server import Hub, running_hub
 from tests.project_copy import copy_project, run_script
@@ -92,8 +95,10 @@ def test_every_damage_is_named_kept_aside_and_repaired(
     before = path.read_bytes() if there else b""
 
     assert repair(path, "--check") == 1
-    (fault,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  wrong: ")]
+    *_, fault, mend = capsys.readouterr().out.splitlines()
+    assert fault.startswith("  wrong: ")
     assert words in fault
+    assert mend == f"  mend: python fix_latents_stats.py --stats {path}"
     assert (path.read_bytes() if path.is_file() else b"") == before
 
     assert repair(path) == 0
@@ -151,28 +156,31 @@ def test_torch_cat_expected_a_non_empty_list_of_tensors_is_recognised_and_mended
 
 
 def test_torch_cat_expected_a_non_empty_list_of_tensors_where_data_path_names_the_file(
-    bundled: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    bundled: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The published code looks for shards below the file, and finds an empty list."""
     path, config = bundled / "latents_stats.pt", bundled / "config.yaml"
     config.write_text(f"data: {{data_path: '{path}'}}\nmodel: {{in_chans: {CHANNELS}}}\n")
     with pytest.raises((RuntimeError, ValueError), match=r"expected a non-empty list of Tensors"):
         torch.cat([torch.load(shard) for shard in sorted(path.glob("*.safetensors"))])
-    monkeypatch.setattr(stats_repair, "CONFIG", config)
-    locate = stats_repair.locate
-    monkeypatch.setattr(stats_repair, "locate", lambda given: locate(given, config))
+    named, step3 = ["--config", str(config)], f"python step3_setup_configs.py --output {config}"
     words = f"wrong: data.data_path in config.yaml names the file {path}; its folder {bundled} is expected"
     path.touch()
-    for code, options in ((1, ["--check"]), (0, []), (1, ["--check"])):  # the last: a good file, the path still wrong
-        assert fix_latents_stats.main(options) == code
-        assert words in capsys.readouterr().out
-    assert fix_latents_stats.main([]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "Next: python step3_setup_configs.py"
+    for options, code, last in (
+        (["--check"], 1, f"  mend: python fix_latents_stats.py --config {config}"),
+        ([], 0, f"Next: {step3}"),
+        (["--check"], 1, f"  mend: {step3}"),  # a good file, the path still wrong
+        ([], 0, f"Next: {step3}"),
+    ):
+        assert fix_latents_stats.main([*named, *options]) == code
+        said = capsys.readouterr().out
+        assert words in said
+        assert said.splitlines()[-1] == last
     with pytest.raises(LightningDiTError, match=f"mend: set data_path: {bundled}"):
         load_stats(load_config(config))
     config.write_text(config.read_text().replace(str(path), str(bundled)))  # what the message says
     torch.testing.assert_close(load_stats(load_config(config)).mean, GOOD.mean)
-    assert fix_latents_stats.main(["--check"]) == 0
+    assert fix_latents_stats.main([*named, "--check"]) == 0
 
 
 def test_a_bad_source_changes_nothing(bundled: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -217,8 +225,9 @@ def test_statistics_of_shards_are_exact(tmp_path: Path, capsys: pytest.CaptureFi
 def test_shards_of_another_tokenizer_are_refused(bundled: Path, tmp_path: Path) -> None:
     write_shards(tmp_path)
     path = bundled / "latents_stats.pt"
-    with pytest.raises(StepError, match=r"not good either: .* \[1, 8, 1, 1\] is expected"):
+    with pytest.raises(StepError, match=r"either: .* \[1, 8, 1, 1\] is expected; mend: .* --images FOLDER") as caught:
         repair(path, "--latents", str(tmp_path))
+    assert f"--stats {path} " in (caught.value.mend or "")
     assert not path.exists()
 
 
@@ -435,13 +444,17 @@ def write_pictures(folder: Path) -> list[Path]:
     return sorted(folder / name for name in names)
 
 
+def cropped(files: list[Path]) -> torch.Tensor:
+    """Images as the small tokenizer takes them: (N, 3, 16, 16) in [-1, 1]."""
+    crops = [np.asarray(centre_crop(Image.open(file).convert("RGB"), 16)) for file in files]
+    return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2) / 127.5 - 1
+
+
 @pytest.mark.parametrize("options", [[], ["--checkpoint"]])
 def test_statistics_from_a_folder_of_images(
     options: list[str], tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of any kind Pillow reads, cut to the tokenizer's 16x16; what is no image is listed and counted."""
-    from LightningDiT.images import centre_crop
-
     folder, path, yaml = tmp_path / "images", tmp_path / "latents_stats.pt", tiny_folder / "tokenizer.yaml"
     files = write_pictures(folder)
     if options:
@@ -450,9 +463,7 @@ def test_statistics_from_a_folder_of_images(
     assert repair(path, "--images", str(folder), "--tokenizer", str(yaml), *options) == 0
     if options:
         other.rename(tiny_folder / "tokenizer.safetensors")
-    crops = [np.asarray(centre_crop(Image.open(file).convert("RGB"), 16)) for file in files]
-    images = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2) / 127.5 - 1
-    mean, std = posterior_stats(yaml, images, 7)
+    mean, std = posterior_stats(yaml, cropped(files), 7)
     made = LatentStats.load(path, 4)
     torch.testing.assert_close(made.mean.flatten(), mean, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(made.std.flatten(), std, atol=1e-5, rtol=1e-5)
@@ -471,6 +482,65 @@ def test_the_tokenizer_of_the_images_is_the_one_that_the_configuration_names(tin
     elsewhere = stats_repair.Target(tmp_path / "latents_stats.pt", "other", None, "")
     with pytest.raises(StepError, match=r"nothing tells which tokenizer .*; mend: add --tokenizer YAML"):
         stats_repair.from_images(elsewhere, request)
+
+
+def test_a_configuration_of_another_name_says_which_file_is_meant(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It names the file, and the tokenizer that encodes for it; a name with nothing behind it is an error."""
+    monkeypatch.chdir(tiny_folder)
+    files = write_pictures(tmp_path / "images")
+    path = tiny_folder / "latents_stats.pt"
+    path.unlink()
+    assert fix_latents_stats.main(["--config", "config.yaml", "--images", str(tmp_path / "images")]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == f"Repair of {path} (config.yaml uses it)"
+    mean, _ = posterior_stats(tiny_folder / "tokenizer.yaml", cropped(files), 7)
+    torch.testing.assert_close(LatentStats.load(path, 4).mean.flatten(), mean, atol=1e-5, rtol=1e-5)
+    with pytest.raises(StepError, match=r"--config .*no.yaml is no file, .*; mend: python step3_.* --output no.yaml"):
+        fix_latents_stats.main(["--config", "no.yaml"])
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is one."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("source", ["latents", "images"])
+def test_a_failure_ends_the_moving_line(
+    source: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second shard does not fit, or Ctrl-C comes at the second image: the line is wiped for what is said next."""
+    terminal, calls = Terminal(), itertools.count()
+
+    class Shown(console.Progress):
+        def __init__(self, *args: object, **options: object) -> None:
+            super().__init__(*args, stream=terminal, **options)
+            self.period = 0.0
+
+    def encode_images(self: VA_VAE, images: torch.Tensor, **_: object) -> torch.Tensor:
+        if next(calls):
+            raise KeyboardInterrupt
+        return torch.zeros(len(images), 4, 2, 2)
+
+    monkeypatch.setattr(stats_repair, "Progress", Shown)
+    monkeypatch.setattr(stats_repair, "ENCODED_PIXELS", 1)
+    monkeypatch.setattr(VA_VAE, "encode_images", encode_images)
+    folder = tmp_path / source
+    options = [f"--{source}", str(folder)]
+    if source == "images":
+        write_pictures(folder)
+        options += ["--tokenizer", str(tiny_folder / "tokenizer.yaml")]
+    else:
+        for index, channels in enumerate((4, 5)):
+            write_shard(shard_path(folder, 0, index), torch.randn(3, channels, 2, 2), torch.zeros(3))
+    with pytest.raises((LightningDiTError, KeyboardInterrupt)) as kept:  # it keeps the frames of the failure, too
+        repair(tmp_path / "latents_stats.pt", *options)
+    assert kept.value
+    *_, shown, blank, end = terminal.getvalue().split("\r")
+    assert shown.strip().startswith(("reading: ", "encoding: "))
+    assert (blank, end) == (" " * len(shown), "")
 
 
 def test_images_for_the_published_file_need_the_published_tokenizer(
@@ -568,10 +638,14 @@ def test_attached_statistics_are_found_checked_and_preferred_beside_weights(
 ) -> None:
     path = tmp_path / "models" / "latents_stats.pt"
     good = attached / "d-beside" / "latents_stats.pt"
-    for found in (good, attached / "c-good" / "deep" / "latents_stats.pt"):
+    alone = attached / "c-good" / "deep" / "latents_stats.pt"
+    doubt = f"  WARNING: nothing beside {alone} shows which tokenizer it belongs to\n"
+    for found in (good, alone):
         path.write_bytes(b"")
         assert repair(path, "--source", "attached", "--attached", str(attached)) == 0
-        assert f"good ones from the attached {found}\n" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert f"good ones from the attached {found}\n" in said
+        assert (doubt in said) == ("WARNING" in said) == (found == alone)
         assert path.read_bytes() == found.read_bytes()
         found.write_bytes(b"")
     path.write_bytes(b"")
@@ -659,3 +733,11 @@ def test_a_place_that_takes_no_file_is_explained(tmp_path: Path, monkeypatch: py
     own = weights.MODELS / "latents_stats.pt"
     with pytest.raises(StepError, match=f"mend: .*--stats {own}, then .*step3.* --stats {own}"):
         stats_repair.require_place(target)
+
+
+def test_another_part_of_a_model_is_not_taken_for_statistics(tmp_path: Path) -> None:
+    path = tmp_path / weights.VAVAE.name
+    path.write_bytes(b"a tokenizer of 800 MB")
+    with pytest.raises(StepError, match=r"is another part of a model, latent statistics were expected; mend: name a"):
+        repair(path)
+    assert path.read_bytes() == b"a tokenizer of 800 MB"

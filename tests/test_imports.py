@@ -85,6 +85,20 @@ def test_the_parts_never_import_one_another() -> None:
             assert not library_imports(path, "LightningDiT") & (set(PARTS) - {part}), path
 
 
+def test_the_library_needs_nothing_of_the_set_up() -> None:
+    """Installed as a package it stands alone: neither setup_steps nor a step lies beside it."""
+    for path in PACKAGE.rglob("*.py"):
+        assert not {name for name in all_imports(path) if name == "setup_steps" or name.startswith("step")}, path
+
+
+def all_imports(path: Path) -> set[str]:
+    """Return the first names of what a file imports, at any depth of the code."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 0}
+    return {name.split(".")[0] for name in names}
+
+
 def top_level_imports(path: Path) -> set[str]:
     """Return the modules that importing a file imports."""
     tree = ast.parse(path.read_text(encoding="utf-8"))

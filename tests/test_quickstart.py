@@ -109,6 +109,12 @@ def test_from_a_plain_python_to_the_picture_and_again(project: Path) -> None:
     assert len(calls(project)) == 8
 
 
+def test_a_venv_that_is_a_link_to_nowhere_is_said(tmp_path: Path) -> None:
+    (tmp_path / ".venv").symlink_to(tmp_path / "gone")
+    with pytest.raises(StepError, match=r"\.venv is a link to .*gone, which is not there; mend: mv "):
+        quickstart.ensure_venv(tmp_path / ".venv")
+
+
 def test_a_folder_of_someone_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv" / "thesis.txt").write_text("mine")

@@ -63,7 +63,7 @@ def test_absence_names_where_what_and_the_mend(tmp_path: Path) -> None:
     error = Source("attached", tmp_path).explain_absence(weights.DIT["64ep"])
     assert f"{tmp_path} holds no usable lightningdit-xl-imagenet256-64ep.pt" in str(error)
     assert "lightningdit-xl-imagenet256-64ep.bf16.safetensors" in str(error)
-    assert "; mend: python step2_download_models.py --attached FOLDER, or python step2" in str(error)
+    assert "; mend: python step2_download_models.py --source attached --attached FOLDER, or python step2" in str(error)
     assert "\n" not in str(error)
 
 

@@ -172,6 +172,30 @@ def test_step2_offline_takes_a_file_that_was_put_there_by_hand(
     assert "not compared with the hub (latents_stats.pt: 127.0.0.1:9 cannot" in capsys.readouterr().out
 
 
+def test_step2_moves_a_damaged_copy_out_of_step_3s_way(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The original is good; the fp32 copy, which step 3 would take before it, is cut short."""
+    assert fetch_models(tmp_path, "--only", "dit") == 0
+    copy = tmp_path / weights.converted_name(weights.DIT["800ep"].name, "fp32")
+    copy.write_bytes(b"cut short")
+    assert fetch_models(tmp_path, "--only", "dit") == 0
+    assert f"the damaged {copy.name} is kept as {copy.name}.bad-1" in capsys.readouterr().out
+    assert not copy.exists()
+
+
+@pytest.mark.parametrize("folder", ["~nobody-of-this-name/models", "loop"])
+def test_step2_a_path_that_leads_nowhere_is_one_line(tmp_path: Path, folder: str) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    place = folder if folder.startswith("~") else str(tmp_path / folder)
+    done = run_script(PROJECT / "step2_download_models.py", "--models-dir", place, "--dry-run")
+    if folder.startswith("~"):
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+        assert "leads nowhere" in done.stderr
+    else:
+        assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("short", [0, 1])
 def test_step2_disk_is_checked_before_the_first_byte(
     hub: Hub, tmp_path: Path, tiny_table: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch, short: int

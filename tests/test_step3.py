@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -47,7 +49,7 @@ def test_step3_writes_what_the_library_reads(models: Path, tmp_path: Path, capsy
     assert (sample.num_sampling_steps, sample.cfg_scale) == (50, 9.0)
     assert (sample.cfg_interval_start, sample.timestep_shift) == (0.0, 0.0)
     said = capsys.readouterr().out
-    assert said.splitlines()[-1] == "Next: python step4_run_inference.py"
+    assert said.splitlines()[-1] == f"Next: python step4_run_inference.py --config {output}"
     assert [path.name for path in tmp_path.iterdir() if path.suffix] == ["config.yaml"]
 
 
@@ -102,12 +104,12 @@ def test_step3_explains_folders_and_files_in_each_others_place(models: Path, tmp
     detached = "link is a link to .*file.pt, which is not there: the data set is detached; mend: .*step2_download"
     cases = [
         ("--models-dir", stats, "is a file, the folder that holds the weights was expected; mend: .* --models-dir"),
-        ("--models-dir", link, detached),
+        ("--models-dir", link, detached.replace("step2_download", "step3_setup_configs.py .*--models-dir FOLDER")),
         ("--attached", stats, "is a file, the folder that holds the attached data sets was expected; mend: "),
         ("--attached", tmp_path / "none", "--attached .*none is not there; mend: "),
-        ("--attached", link, detached),
-        ("--stats", models, f"is a folder, a file was expected; mend: .* --stats '.*{stats.name}'"),
-        ("--stats", models / weights.VAVAE.name, "is not called latents_stats.pt.*; mend: cp '"),
+        ("--attached", link, detached.replace("step2_download", "step3_setup_configs.py .*--attached FOLDER")),
+        ("--stats", models, f"is a folder, a file was expected; mend: .* --stats '?.*{stats.name}'?"),
+        ("--stats", models / weights.VAVAE.name, "holds no latent statistics .*; mend: name a good latents_stats.pt"),
         ("--output", models, "is a folder, a YAML file was expected; mend: "),
         ("--output", stats / "config.yaml", "latents_stats.pt is a file, the folder of config.yaml was expected; mend"),
     ]
@@ -210,7 +212,7 @@ def test_step3_prints_yaml_alone_on_a_pipe(tmp_path: Path) -> None:
     piped.write_text(done.stdout)
     assert dataclasses.replace(load_config(piped), source="") == dataclasses.replace(load_config(output), source="")
     assert done.stderr.splitlines()[0] == "Step 3: configuration of the sampling"
-    assert done.stderr.splitlines()[-1] == "Next: python step4_run_inference.py"
+    assert done.stderr.splitlines()[-1] == f"Next: python step4_run_inference.py --config {output}"
 
 
 def test_step3_says_in_one_line_why_it_chose_precision_and_batch(
@@ -275,3 +277,36 @@ def test_step3_auto_passes_a_damaged_model_over(
     said = capsys.readouterr().out
     assert "model '800ep' is passed over: " in said
     assert "model '64ep' is passed over: " in said
+
+
+def test_step3_statistics_of_another_name_go_to_a_folder_of_their_own(models: Path, tmp_path: Path) -> None:
+    """The mend is run as it stands; the good file beside it is not touched."""
+    good = models / "latents_stats.pt"
+    other = models / "my stats.pt"
+    shutil.copy2(good, other)
+    before = good.stat().st_mtime_ns
+    with pytest.raises(StepError, match="is not called latents_stats.pt") as caught:
+        write_config(models, tmp_path / "config.yaml", "--stats", str(other))
+    mend = str(caught.value.mend).rpartition(" && ")[0]
+    subprocess.run(mend, shell=True, check=True)
+    assert good.stat().st_mtime_ns == before
+    stats = models / "my stats-folder" / "latents_stats.pt"
+    assert write_config(models, tmp_path / "config.yaml", "--stats", str(stats)) == 0
+    assert load_config(tmp_path / "config.yaml").data.data_path == str(stats.parent)
+
+
+def test_step3_passes_a_damaged_attached_file_over(models: Path, tmp_path: Path) -> None:
+    for name in ("a", "z"):
+        (tmp_path / "input" / name).mkdir(parents=True)
+    dit = weights.DIT["800ep"].name
+    (models / dit).rename(tmp_path / "input" / "z" / dit)
+    (tmp_path / "input" / "a" / dit).write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    assert write_config(models, tmp_path / "config.yaml", "--attached", str(tmp_path / "input")) == 0
+    assert load_config(tmp_path / "config.yaml").ckpt_path == str(tmp_path / "input" / "z" / dit)
+
+
+def test_step3_writes_over_nothing_but_yaml(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(StepError, match=r"README.md is named like no YAML file, .yaml or .yml was expected"):
+        write_config(models, tmp_path / "README.md")
+    assert (tmp_path / "README.md").read_text() == "mine"

@@ -1,4 +1,4 @@
-"""Measure what sampling takes of memory on the CPU: `python -m LightningDiT.tools.measure_memory`.
+"""Measure what sampling takes of memory on the CPU: `python -m setup_steps.measure_memory`.
 
 Every case is a process of its own that loads seeded weights from a file, computes once and reports the largest
 resident size that it had (VmHWM of /proc/self/status, so on Linux only). Beside it stands what
@@ -15,30 +15,25 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
+from setup_steps import console, memory_model
+from setup_steps.console import PROJECT, StepError
 
-from LightningDiT.checkpoint import save_weights
-from LightningDiT.config import Config, load_config, load_tokenizer_config, tokenizer_config_path
-from LightningDiT.console import run_main
-from LightningDiT.errors import LightningDiTError
-from LightningDiT.models.lightningdit import LightningDiT
-from LightningDiT.pipeline import LightningDiTPipeline, load_transformer, model_settings
-from LightningDiT.tokenizer.autoencoder import AutoencoderKL
-from LightningDiT.tokenizer.latents import LatentStats
-from LightningDiT.tokenizer.vavae import VA_VAE, autoencoder_settings
-from LightningDiT.transport import GuidanceSettings, GuidedVelocity
-from setup_steps import memory_model
+if TYPE_CHECKING:
+    from torch import nn
 
-PROJECT = Path(__file__).resolve().parents[2]
+    from LightningDiT.config import Config
+
 STATUS = Path("/proc/self/status")
 MODELS = ("LightningDiT-XL/1", "LightningDiT-B/1")
 BATCHES = (1, 2, 4)
+PRECISIONS = {"fp32": memory_model.FLOAT32, "bf16": memory_model.HALF}
+"""Bytes of a value by the name of what the transformer computes in."""
 WEIGHT_STD = 0.02
-GUIDANCE = GuidanceSettings(scale=9.0)
+GUIDANCE_SCALE = 9.0
 
 
 @dataclass(frozen=True)
@@ -46,6 +41,7 @@ class Row:
     """One case: bytes at the peak, measured and modelled."""
 
     model: str
+    precision: str
     case: str
     batch: int
     measured: int
@@ -56,23 +52,29 @@ def largest_resident_bytes() -> int:
     """Return the largest resident size that this process had so far.
 
     Raises:
-        LightningDiTError: the system does not say.
+        StepError: the system does not say.
     """
     try:
         return int(re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())[1]) * 1024
     except (OSError, TypeError) as error:
-        raise LightningDiTError(f"{STATUS} gives no VmHWM, which Linux writes there", "measure on Linux") from error
+        raise StepError(f"{STATUS} gives no VmHWM, which Linux writes there", "measure on Linux") from error
 
 
 def write_model(folder: Path, model_type: str) -> Path:
-    """Write seeded weights of a transformer and of VA-VAE f16d32 and return the YAML that names them."""
+    """Write seeded weights of a transformer and of VA-VAE f16d32, in float32, and return the YAML that names them."""
+    import torch
+
+    from LightningDiT.checkpoint import save_weights
+    from LightningDiT.config import load_config
+    from LightningDiT.tokenizer.latents import LatentStats
+
     path = folder / "config.yaml"
     settings = {
         "ckpt_path": "transformer.safetensors",
         "data": {"data_path": "."},
         "vae": {"ckpt_path": "tokenizer.safetensors"},
         "model": {"model_type": model_type},
-        "sample": {"cfg_scale": GUIDANCE.scale},
+        "sample": {"cfg_scale": GUIDANCE_SCALE},
     }
     path.write_text(json.dumps(settings), encoding="utf-8")  # YAML reads JSON
     with torch.device("meta"):
@@ -88,32 +90,54 @@ def write_model(folder: Path, model_type: str) -> Path:
 
 
 def _transformer(config: Config) -> nn.Module:
+    from LightningDiT.models.lightningdit import LightningDiT
+    from LightningDiT.pipeline import model_settings
+
     return LightningDiT(model_settings(config))
 
 
 def _tokenizer(config: Config) -> nn.Module:
+    from LightningDiT.config import load_tokenizer_config, tokenizer_config_path
+    from LightningDiT.tokenizer.autoencoder import AutoencoderKL
+    from LightningDiT.tokenizer.vavae import autoencoder_settings
+
     return AutoencoderKL(autoencoder_settings(load_tokenizer_config(tokenizer_config_path(config))))
 
 
 def run_framework(config: Config, batch: int) -> None:
     """What every case begins with: the library, and the modules without weights."""
+    import torch
+
     with torch.device("meta"):
         _transformer(config)
         _tokenizer(config)
 
 
 def run_step(config: Config, batch: int) -> None:
-    """One guided evaluation of the transformer."""
-    model = load_transformer(config)
+    """One guided evaluation of the transformer, as the pipeline makes it."""
+    import torch
+
+    from LightningDiT.device import resolve_precision
+    from LightningDiT.pipeline import load_transformer
+    from LightningDiT.transport import GuidanceSettings, GuidedVelocity
+
+    dtype = resolve_precision(config.sample.precision, torch.device("cpu"))
+    model = load_transformer(config, dtype)
     sizes = model.settings
-    state = torch.randn(batch, sizes.in_channels, sizes.input_size, sizes.input_size)
+    state = torch.randn(batch, sizes.in_channels, sizes.input_size, sizes.input_size, dtype=dtype)
     labels = torch.zeros(batch, dtype=torch.long)
+    null = torch.full_like(labels, model.null_class)
     with torch.inference_mode():
-        GuidedVelocity(model, labels, torch.full_like(labels, model.null_class), GUIDANCE)(state, torch.zeros(batch))
+        GuidedVelocity(model, labels, null, GuidanceSettings(scale=GUIDANCE_SCALE))(state, torch.zeros(batch))
 
 
 def run_decode(config: Config, batch: int) -> None:
     """Latents to images."""
+    import torch
+
+    from LightningDiT.config import tokenizer_config_path
+    from LightningDiT.tokenizer.vavae import VA_VAE
+
     tokenizer = VA_VAE(tokenizer_config_path(config), ckpt_path=config.vae.ckpt_path, device="cpu")
     side = tokenizer.img_size // tokenizer.downsample_factor
     with torch.inference_mode():
@@ -122,6 +146,8 @@ def run_decode(config: Config, batch: int) -> None:
 
 def run_sampling(config: Config, batch: int) -> None:
     """The pipeline as step 4 uses it, with one evaluation."""
+    from LightningDiT.pipeline import LightningDiTPipeline
+
     pipeline = LightningDiTPipeline.from_config(config, "cpu")
     pipeline([0] * batch, num_inference_steps=2, batch_size=batch)
 
@@ -136,46 +162,62 @@ CASES: dict[str, Callable[[Config, int], None]] = {
 
 def modelled(config: Config, case: str, batch: int) -> int:
     """Return the bytes that the memory model gives for a case."""
-    need = memory_model.sampling_need(config, False, Path(config.ckpt_path or "").stat().st_size)
-    transformer, tokenizer = (count * memory_model.FLOAT32 for count in memory_model.parameters_of(config))
-    rows = batch * memory_model.ROWS_PER_IMAGE
-    step = memory_model.block_bytes(model_settings(config), rows, memory_model.FLOAT32)
+    from LightningDiT.config import load_tokenizer_config, tokenizer_config_path
+    from LightningDiT.pipeline import model_settings
+    from LightningDiT.tokenizer.vavae import autoencoder_settings
+
+    value_bytes = PRECISIONS[config.sample.precision]
+    need = memory_model.sampling_need(config, False, value_bytes, Path(config.ckpt_path or "").stat().st_size)
+    transformer, tokenizer = memory_model.parameters_of(config)
+    step = memory_model.block_bytes(model_settings(config), batch * memory_model.ROWS_PER_IMAGE, value_bytes)
     sizes = autoencoder_settings(load_tokenizer_config(tokenizer_config_path(config)))
     decode = memory_model.decode_bytes(sizes, batch, config.data.image_size)
     return {
         "framework": need.framework,
-        "step": need.framework + transformer + step,
-        "decode": need.framework + tokenizer + decode,
+        "step": need.framework + transformer * value_bytes + max(need.loading, step),
+        "decode": need.framework + tokenizer * memory_model.FLOAT32 + decode,
         "sampling": need.peak(batch),
     }[case]
 
 
-def measure(path: Path, case: str, batch: int) -> Row:
+def in_precision(path: Path, precision: str) -> Config:
+    """Return the configuration at `path` with another precision."""
+    from LightningDiT.config import load_config
+
+    config = load_config(path)
+    return replace(config, sample=replace(config.sample, precision=precision))
+
+
+def measure(path: Path, precision: str, case: str, batch: int) -> Row:
     """Run one case of the configuration at `path` in a process of its own."""
-    command = [sys.executable, "-m", "LightningDiT.tools.measure_memory", "--case", case]
-    command += ["--config", str(path), "--batches", str(batch)]
+    command = [sys.executable, "-m", "setup_steps.measure_memory", "--case", case, "--config", str(path)]
+    command += ["--precisions", precision, "--batches", str(batch)]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-        raise LightningDiTError(f"case {case} with {batch} images failed: {reason}", "free memory, or fewer --batches")
-    config = load_config(path)
-    return Row(config.model.model_type, case, batch, int(done.stdout.split()[-1]), modelled(config, case, batch))
+        raise StepError(f"case {case} with {batch} images failed: {reason}", "free memory, or fewer --batches")
+    config = in_precision(path, precision)
+    measured = int(done.stdout.split()[-1])
+    return Row(config.model.model_type, precision, case, batch, measured, modelled(config, case, batch))
 
 
 def table(rows: Sequence[Row]) -> str:
     """Return the rows in Markdown, in MB."""
-    lines = ["| model | case | images | measured | modelled | modelled / measured |", "|---|---|--:|--:|--:|--:|"]
+    head = "| model | precision | case | images | measured | modelled | modelled / measured |"
+    lines = [head, "|---|---|---|--:|--:|--:|--:|"]
     for row in rows:
+        named = f"{row.model} | {row.precision} | {row.case} | {row.batch}"
         sizes = f"{row.measured / 1e6:,.0f} MB | {row.modelled / 1e6:,.0f} MB"
-        lines.append(f"| {row.model} | {row.case} | {row.batch} | {sizes} | {row.modelled / row.measured:.2f} |")
+        lines.append(f"| {named} | {sizes} | {row.modelled / row.measured:.2f} |")
     return "\n".join(lines)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's arguments."""
-    parser = argparse.ArgumentParser(prog="python -m LightningDiT.tools.measure_memory", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m setup_steps.measure_memory", description=__doc__)
     parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME", help=f"default: {' '.join(MODELS)}")
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES, metavar="N", help="images at a time")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), metavar="NAME")
     parser.add_argument("--folder", help="where the weights are written; a temporary folder where left out")
     parser.add_argument("--case", choices=CASES, help="run this case here, and print bytes alone")
     parser.add_argument("--config", help="of --case")
@@ -187,29 +229,36 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def measure_all(args: argparse.Namespace, model_type: str) -> list[Row]:
+    """Write one model's weights and run every case of it."""
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        print(f"writing seeded weights of {model_type} to {folder}", file=sys.stderr)
+        path = write_model(Path(folder), model_type)
+        plan = [("fp32", "framework", 1)] + [("fp32", "decode", batch) for batch in args.batches]
+        plan += [(name, case, n) for name in args.precisions for case in ("step", "sampling") for n in args.batches]
+        rows = []
+        for precision, case, batch in plan:
+            print(f"  {case} in {precision}, {batch} images", file=sys.stderr)
+            rows.append(measure(path, precision, case, batch))
+        return rows
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, measure, print."""
     args = parse(argv)
     if args.case:
-        config = load_config(args.config)
+        config = in_precision(Path(args.config), args.precisions[0])
         run_framework(config, 0)
         CASES[args.case](config, args.batches[0])
         print(largest_resident_bytes())
-        return 0
+        return console.OK
     largest_resident_bytes()
-    rows = []
-    for model_type in args.models:
-        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-            print(f"writing seeded weights of {model_type} to {folder}", file=sys.stderr)
-            path = write_model(Path(folder), model_type)
-            plan = [("framework", 1)]
-            plan += [(case, batch) for case in CASES if case != "framework" for batch in args.batches]
-            for case, batch in plan:
-                print(f"  {case}, {batch} images", file=sys.stderr)
-                rows.append(measure(path, case, batch))
+    rows = [row for model_type in args.models for row in measure_all(args, model_type)]
+    import torch
+
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n\n{table(rows)}")
-    return 0
+    return console.OK
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    console.run(main)
