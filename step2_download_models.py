@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from setup_steps import console, convert, downloads, fetch, machine, plans, sources, weights
+from setup_steps import checks, console, convert, downloads, machine, plans, sources, weights
 
 A_DAY = 86_400.0  # seconds
 
@@ -79,7 +79,7 @@ def check_bundled() -> int:
     missing = weights.missing_bundled()
     if missing:
         raise console.StepError(f"{weights.BUNDLED} lacks {', '.join(missing)}", weights.RESTORE_BUNDLED)
-    faults = fetch.bundled_faults(weights.BUNDLED)
+    faults = checks.bundled_faults(weights.BUNDLED)
     if faults:
         raise console.StepError("; ".join(faults), weights.RESTORE_BUNDLED)
     size = sum((weights.BUNDLED / name).stat().st_size for name in weights.BUNDLED_FILES)
@@ -104,11 +104,11 @@ def verify_all(files: tuple[weights.WeightFile, ...], source: sources.Source, op
     Raises:
         StepError: some are absent or damaged; all of them are named.
     """
-    record = fetch.Record(options.models_dir)
+    record = checks.Record(options.models_dir)
     faults = []
     for file in files:
         try:
-            for line in fetch.verify_present(file, options.models_dir, record, source, patience_of(options)):
+            for line in checks.verify_present(file, options.models_dir, record, source, patience_of(options)):
                 print("  " + line)
         except console.StepError as error:
             faults.append(error)
@@ -120,7 +120,7 @@ def verify_all(files: tuple[weights.WeightFile, ...], source: sources.Source, op
 def get_all(files: tuple[weights.WeightFile, ...], source: sources.Source, options: argparse.Namespace) -> int:
     """Plan every file, check the disk once for all of them, then link or fetch, open and convert."""
     folder, patience = options.models_dir, patience_of(options)
-    record = fetch.Record(folder)
+    record = checks.Record(folder)
     todo = [plans.make_plan(file, folder, record, source, patience) for file in files]
     needed = sum(plans.bytes_to_write(plan, options.convert) for plan in todo)
     if needed or any(plan.found for plan in todo):

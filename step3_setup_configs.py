@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from setup_steps import configs, console, fetch, machine, sources, weights
+from setup_steps import checks, configs, console, machine, sources, weights
 
 OUTPUT = console.PROJECT / "kaggle_inference_config.yaml"
 ROLE_OPTIONS = {"dit": "checkpoint", "vavae": "tokenizer", "stats": "stats"}
@@ -131,7 +131,7 @@ def find_files(model: str, options: argparse.Namespace) -> dict[str, Path]:
         if given:
             path = named_file(given, file.role, fetch_again)
         else:
-            path = weights.find_file(file, folder, None) or options.inputs.find(file, folder, fetch.fault_of)
+            path = weights.find_file(file, folder, None) or options.inputs.find(file, folder, checks.fault_of)
         if path:
             found[file.role] = path
         else:

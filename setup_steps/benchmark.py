@@ -23,7 +23,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from setup_steps import console, convert, downloads, fetch, weights
+from setup_steps import checks, console, convert, downloads, weights
 from setup_steps.console import PROJECT, StepError, format_bytes
 from setup_steps.files import bring_to_disk
 
@@ -159,7 +159,7 @@ def make_checkpoint(path: Path, file: weights.WeightFile) -> int:
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    shapes = fetch.published_table(str(file.table))
+    shapes = checks.published_table(str(file.table))
     torch.save({"ema": {name: 0.02 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}}, path)
     return path.stat().st_size
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from setup_steps import fetch
+from setup_steps import checks
 from setup_steps.console import Progress, StepError, format_bytes, rename_command
 from setup_steps.downloads import CHUNK, again
 from setup_steps.files import bring_to_disk, claim, free_name, fresh_name, replacing
@@ -39,7 +39,7 @@ ORIGIN = "source_fingerprint"  # in the copy's metadata
 
 def bytes_needed(file: WeightFile, precision: str) -> int:
     """Size in bytes of the converted copy of a published transformer, without its header."""
-    shapes = fetch.published_table(str(file.table)).values()
+    shapes = checks.published_table(str(file.table)).values()
     return sum(math.prod(shape) for shape in shapes) * BYTES_PER_VALUE[precision]
 
 
@@ -141,7 +141,7 @@ def _write_and_prove(job: Job, file: WeightFile, metadata: dict[str, str]) -> No
                 on_disk = beside.submit(bring_to_disk, fresh)
                 _compare(job, fresh)
                 on_disk.result()
-            fetch.open_check(file, fresh)
+            checks.open_check(file, fresh)
     except OSError as error:
         raise StepError(
             f"{job.target} cannot be written ({error.strerror})", f"free space on that disk, then {again()}"

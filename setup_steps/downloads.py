@@ -30,7 +30,7 @@ from typing import IO, Any, NoReturn
 
 from setup_steps import console
 from setup_steps.console import Progress, StepError, format_bytes, format_seconds, mend_packages
-from setup_steps.files import claim
+from setup_steps.files import claim, replacing
 
 CHUNK = 1 << 20
 HASH_BEHIND = 4  # chunks that wait for the hash at most
@@ -406,10 +406,9 @@ class PartFile:
         """Write the state file, with the ETag of the host that serves the bytes."""
         self.validator = validator
         state = {**asdict(self.remote), "validator": validator}
-        fresh = self.state_path.with_name(self.state_path.name + ".new")
         try:
-            fresh.write_text(json.dumps(state, indent=1), encoding="utf-8")
-            fresh.replace(self.state_path)
+            with replacing(self.state_path) as fresh:
+                fresh.write_text(json.dumps(state, indent=1), encoding="utf-8")
         except OSError as error:
             raise self._disk_error(error) from error
 

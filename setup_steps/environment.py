@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from setup_steps import console, install, machine, pip_calls, releases
+from setup_steps.files import replacing
 from setup_steps.install import Pin, Row
 from setup_steps.machine import Machine
 from setup_steps.pip_calls import InstallError
@@ -181,9 +182,8 @@ def write_outputs(profile: Profile, first: State, last: State) -> None:
     text = json.dumps(report(profile, first, last), indent=2) + "\n"
     try:
         for path, content in ((CONSTRAINTS, install.constraint_text(last.rows)), (console.REPORT, text)):
-            fresh = path.with_name(path.name + ".new")
-            fresh.write_text(content, encoding="utf-8")
-            fresh.replace(path)
+            with replacing(path) as fresh:
+                fresh.write_text(content, encoding="utf-8")
     except OSError as error:
         print(f"note: {error.filename} could not be written ({error.strerror})")
         return

@@ -27,13 +27,17 @@ def claim(file: IO[bytes]) -> bool:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, aside: Path | None = None) -> Iterator[Path]:
     """Give a name beside `path` to write to; what is there then takes the place of `path` if the block
-    ends without an error, and is removed otherwise.
+    ends without an error, and is removed otherwise. What had the place is renamed to `aside`, where
+    that is given.
     """
     fresh = fresh_name(path)
+    fresh.unlink(missing_ok=True)
     try:
         yield fresh
+        if aside is not None:
+            path.replace(aside)
         fresh.replace(path)
     finally:
         fresh.unlink(missing_ok=True)

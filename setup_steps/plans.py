@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from setup_steps import convert, downloads
+from setup_steps.checks import Record, fault_of, is_whole, open_check
 from setup_steps.console import StepError, format_bytes, format_seconds, library_error, rename_command
-from setup_steps.fetch import Record, fault_of, is_whole, open_check
 from setup_steps.files import free_name
 from setup_steps.sources import Source, at_hand, dangling_links, leads_to, link
 from setup_steps.weights import WeightFile, converted_name, usable_names

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from setup_steps.console import Progress, StepError, format_bytes
 from setup_steps.downloads import CHUNK, again, require_disk
+from setup_steps.files import replacing
 from setup_steps.weights import Tree, WeightFile, usable_names
 
 SOURCE_OPTIONS = ("--source", "--attached", "--folder")
@@ -118,21 +119,13 @@ def link(source: Path, target: Path, aside: Path | None = None) -> str:
         StepError: the disk has no room for the copy.
     """
     source = source.resolve()
-    fresh = target.with_name(f".new.{target.name}")
-    try:
-        fresh.unlink(missing_ok=True)
+    with replacing(target, aside) as fresh:
         try:
             fresh.symlink_to(source)
-            done = f"linked to {source}"
+            return f"linked to {source}"
         except (OSError, NotImplementedError) as error:
             _copy(source, fresh)
-            done = f"copied from {source} (no link: {getattr(error, 'strerror', None) or error})"
-        if aside is not None:
-            target.replace(aside)
-        fresh.replace(target)
-    finally:
-        fresh.unlink(missing_ok=True)
-    return done
+            return f"copied from {source} (no link: {getattr(error, 'strerror', None) or error})"
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -5,6 +5,7 @@ data sets, latent shards or images. Nothing is ever invented here but the identi
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import tempfile
 import time
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from setup_steps import downloads, weights
 from setup_steps.console import PROJECT, Progress, StepError, absolute, format_seconds, require_writable
-from setup_steps.files import free_name
+from setup_steps.files import free_name, replacing
 
 if TYPE_CHECKING:
     import torch
@@ -448,19 +449,12 @@ def put_in_place(target: Target, save: Callable[[Path], None], check: bool = Tru
 
     path = target.path
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.new")
-    aside = None
-    try:
+    aside = free_name(path, "bad") if os.path.lexists(path) else None
+    with replacing(path, aside) as fresh:
         save(fresh)
         faults = diagnose(fresh, target.channels) if check else []
         if faults:
             raise StepError(f"the new statistics are not good either: {'; '.join(faults)}", _another_source(target))
-        if path.exists() or path.is_symlink():
-            aside = free_name(path, "bad")
-            path.replace(aside)
-        fresh.replace(path)
-    finally:
-        fresh.unlink(missing_ok=True)
     return aside.name if aside else None
 
 

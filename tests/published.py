@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from setup_steps.fetch import published_table
+from setup_steps.checks import published_table
 
 
 def light_checkpoint(path: Path, table: str, key: str) -> bytes:

@@ -148,7 +148,7 @@ def test_the_interpreter_of_an_environment_on_both_systems() -> None:
 def test_steps_1_and_2_load_without_torch_and_the_library() -> None:
     program = (
         "import sys, quickstart, step1_install_environment, step2_download_models\n"
-        "from setup_steps import configs, downloads, fetch, install, machine, stats_repair\n"
+        "from setup_steps import configs, downloads, checks, install, machine, stats_repair\n"
         "found = {name.split('.')[0] for name in sys.modules}\n"
         "print(found & {'torch', 'LightningDiT', 'huggingface_hub', 'numpy', 'yaml'})\n"
     )

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from LightningDiT.checkpoint import inspect, load_weights
-from setup_steps import convert, fetch
+from setup_steps import checks, convert
 from setup_steps.console import PROJECT, StepError
 from setup_steps.weights import WeightFile, converted_name
 
@@ -26,7 +26,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 @pytest.fixture
 def ema(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     """Seeded weights, and a table of published names and shapes that they fit."""
-    monkeypatch.setattr(fetch, "published_table", lambda section: SHAPES)
+    monkeypatch.setattr(checks, "published_table", lambda section: SHAPES)
     generator = torch.Generator().manual_seed(0)
     return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
 
@@ -204,7 +204,7 @@ CHILD = """
 import resource, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from setup_steps import console, convert, fetch
+from setup_steps import console, convert, checks
 from setup_steps.weights import WeightFile
 import torch
 from LightningDiT import checkpoint
@@ -217,7 +217,7 @@ def peak():
 
 source = Path(sys.argv[2])
 shapes = checkpoint.inspect(source).shapes
-fetch.published_table = lambda section: shapes
+checks.published_table = lambda section: shapes
 torch.ones(9).half().sum()
 if sys.argv[4] != "0":
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]),) * 2)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from setup_steps import benchmark, fetch
+from setup_steps import benchmark, checks
 from setup_steps.console import StepError
 
 
@@ -30,7 +30,7 @@ def test_a_download_is_measured_beside_curl_and_goes_on(tmp_path: Path, capsys: 
 def test_a_conversion_is_measured_beside_a_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(fetch, "published_table", lambda section: {"a": (50, 100), "b": (7,)})
+    monkeypatch.setattr(checks, "published_table", lambda section: {"a": (50, 100), "b": (7,)})
     assert benchmark.main(["--only", "conversion", "--rounds", "1", "--folder", str(tmp_path)]) == 0
     rows = re.findall(r"(copy|--convert \w+) +\d+\.\d\d s .*/s  \d+\.\d\d of copy's rate", capsys.readouterr().out)
     assert rows == ["copy", "--convert fp32", "--convert bf16", "--convert fp16"]

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import step2_download_models as step2
-from setup_steps import console, downloads, fetch, weights
+from setup_steps import checks, console, downloads, weights
 from setup_steps.console import PROJECT, StepError
 from tests.hub_server import Fault, Hub, running_hub
 from tests.project_copy import copy_project, run_script
@@ -59,7 +59,7 @@ def attached(tmp_path: Path, published: dict[str, bytes]) -> Path:
 def tiny_table(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
     """A transformer of 20 values in the place of the published one, which is 2.7 GB in fp32."""
     tensors = {"blocks.0.weight": torch.randn(4, 4), "blocks.0.bias": torch.randn(4)}
-    monkeypatch.setattr(fetch, "published_table", lambda _: {key: tuple(t.shape) for key, t in tensors.items()})
+    monkeypatch.setattr(checks, "published_table", lambda _: {key: tuple(t.shape) for key, t in tensors.items()})
     return tensors
 
 
@@ -139,7 +139,7 @@ def test_step2_a_right_hash_of_a_wrong_file_is_an_error(hub: Hub, tmp_path: Path
     hub.put(weights.STATS.repo, weights.STATS.name, (tmp_path / "o").read_bytes())
     with pytest.raises(StepError, match=r"placeholder.*; mend: python fix_latents_stats.py"):
         fetch_models(tmp_path, "--only", "stats")
-    names = {f"{weights.VAVAE.name}.bad-1", f"{weights.VAVAE.name}.bad-2", "latents_stats.pt.bad-1", fetch.RECORD}
+    names = {f"{weights.VAVAE.name}.bad-1", f"{weights.VAVAE.name}.bad-2", "latents_stats.pt.bad-1", checks.RECORD}
     assert {path.name for path in tmp_path.iterdir()} - {"other", "o"} == names
 
 
@@ -542,7 +542,7 @@ def test_step2_converts_a_linked_original_and_removes_only_the_link(
     assert fetch_models(tmp_path / "models", *options) == 0
     assert source.read_bytes() == content
     copy = tmp_path / "models" / weights.converted_name(DIT.name, "bf16")
-    assert [path for path in (tmp_path / "models").iterdir() if path.name != fetch.RECORD] == [copy]
+    assert [path for path in (tmp_path / "models").iterdir() if path.name != checks.RECORD] == [copy]
     assert not copy.is_symlink()
 
 

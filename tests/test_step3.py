@@ -18,8 +18,8 @@ from LightningDiT.config import load_config
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.pipeline import LightningDiTPipeline, load_transformer, verify_config
 from setup_steps import configs, machine, weights
+from setup_steps.checks import published_table
 from setup_steps.console import PROJECT, StepError
-from setup_steps.fetch import published_table
 from setup_steps.machine import TorchFacts
 from tests.project_copy import run_script
 
