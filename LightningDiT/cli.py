@@ -10,7 +10,7 @@ import dataclasses
 import shutil
 from pathlib import Path
 
-from LightningDiT.config import RULES, Config
+from LightningDiT.config import NAMED_SOLVERS, RULES, Config
 from LightningDiT.errors import LightningDiTError
 
 #: Classes that the published demo shows.
@@ -24,7 +24,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that `apply_options` and `classes_of` read."""
     parser.add_argument("--seed", type=_natural, default=0, help="noise of image i comes from (seed, i); default 0")
     parser.add_argument("--steps", type=positive, help="points of the time grid")
-    parser.add_argument("--solver", help="euler, midpoint, heun2, rk4, dopri5, ... (a method of torchdiffeq)")
+    parser.add_argument("--solver", help="fast, published, euler, ab3, unipc2, dopri5, ...: docs/sampling.md")
     parser.add_argument("--guidance-scale", type=float, help="1 is off")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), help="of the transformer")
     parser.add_argument("--batch-size", type=positive, help="images sampled at once")
@@ -92,6 +92,9 @@ def demo_classes(num_classes: int) -> list[int | str]:
 def describe_settings(config: Config, images: int, output: Path) -> str:
     """Return the resolved settings in a few lines, for `--dry-run` and the start of a run."""
     sample = config.sample
+    points = f"{NAMED_SOLVERS.get(sample.sampling_method, ('', sample.num_sampling_steps))[1]} points"
+    if sample.sampling_method in ("fast", "calibrated"):
+        points = f"at most {points}"  # the weights and the solver file, not read yet, decide
     guidance = (
         f"guidance {sample.cfg_scale:g} on {sample.guided_channels} channels"
         f" from t = {sample.cfg_interval_start:g} to {sample.cfg_interval_end:g}"
@@ -100,7 +103,7 @@ def describe_settings(config: Config, images: int, output: Path) -> str:
         (
             f"configuration  {config.source}",
             f"model          {config.model.model_type} from {config.ckpt_path}",
-            f"sampling       {sample.mode} {sample.sampling_method}, {sample.num_sampling_steps} points,"
+            f"sampling       {sample.mode} {sample.sampling_method}, {points},"
             f" shift {sample.timestep_shift:g}; {guidance}",
             f"precision      {sample.precision}, {sample.per_proc_batch_size} images at once",
             f"images         {images} -> {output}",

@@ -65,6 +65,10 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("sample.guided_channels", lambda value: value == "all" or _is_count(value), 'a positive number, or "all"'),
 )
 
+#: Names for solver and points of the time grid together, whatever num_sampling_steps says. `fast` is the calibrated
+#: solver with the most evaluations where sample.solver_file has one that fits, else this row on a graded grid.
+NAMED_SOLVERS = {"fast": ("ab3", 26), "published": ("euler", 250)}
+
 T = TypeVar("T")
 
 
@@ -150,7 +154,8 @@ class SampleConfig:
     """Solver, guidance and amount of sampling."""
 
     mode: str = "ODE"  # ODE | SDE (SiT, arXiv 2401.08740)
-    sampling_method: str = "euler"
+    sampling_method: str = "euler"  # euler, ab3, unipc2, dopri5, ... (docs/sampling.md), calibrated, fast or published
+    solver_file: str | None = None  # calibrated solvers of these weights, from tools/calibrate_solver
     atol: float = 1e-6  # of the adaptive solvers
     rtol: float = 1e-3
     reverse: bool = False  # from data to noise, for latents that are given
@@ -394,7 +399,10 @@ def _with_absolute_paths(config: Config) -> Config:
         output_dir=_absolute(config.train.output_dir, source),
         weight_init=absolute(config.train.weight_init),
     )
-    return dataclasses.replace(config, ckpt_path=absolute(config.ckpt_path), data=data, vae=vae, train=train)
+    sample = dataclasses.replace(config.sample, solver_file=absolute(config.sample.solver_file))
+    return dataclasses.replace(
+        config, ckpt_path=absolute(config.ckpt_path), data=data, vae=vae, train=train, sample=sample
+    )
 
 
 def _absolute(value: str, source: Path) -> str:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 
 from LightningDiT.errors import LightningDiTError
 
 PLAIN_INTERVAL = 10.0  # seconds between progress lines where standard error is no terminal
+BAR = "{percentage:3.0f}% |{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
 
 def run_main(main: Callable[[], int]) -> int:
@@ -24,31 +28,78 @@ def run_main(main: Callable[[], int]) -> int:
 
 
 class Progress:
-    """A bar on a terminal, and in a log a plain line every ten seconds, with the time left."""
+    """A bar on a terminal, and in a log a plain line every ten seconds, with the rate and the time left.
 
-    def __init__(self, total: int, unit: str) -> None:
+    Args:
+        quiet: show nothing, for all but one of several processes.
+    """
+
+    def __init__(self, total: int, unit: str, *, quiet: bool = False) -> None:
         from tqdm import tqdm
 
-        self.total, self.unit, self.done = total, unit, 0
+        self.total, self.unit, self.done = total, unit, 0.0
+        self._quiet = quiet
         self._started = self._shown = time.monotonic()
-        self._bar = tqdm(total=total, unit=unit) if sys.stderr.isatty() else None
+        self._bar = tqdm(total=total, unit=unit, bar_format=BAR) if sys.stderr.isatty() and not quiet else None
 
-    def update(self, count: int = 1) -> None:
+    def update(self, count: float = 1) -> None:
         """Count `count` finished units."""
-        self.done += count
+        self.reach(self.done + count)
+
+    def reach(self, done: float, note: str = "") -> None:
+        """Show that `done` units are finished, a part of one included, and `note` behind them."""
+        self.done = done
         if self._bar is not None:
-            self._bar.update(count)
+            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(done - self._bar.n)
             return
         now = time.monotonic()
-        if now - self._shown >= PLAIN_INTERVAL:
+        if not self._quiet and now - self._shown >= PLAIN_INTERVAL and done > 0:
             self._shown = now
-            left = (now - self._started) / self.done * (self.total - self.done)
-            print(f"  {self.done} of {self.total} {self.unit}s, about {duration(left)} left", flush=True)
+            seconds = (now - self._started) / done
+            rate = f"{1 / seconds:.1f} {self.unit}s/s" if seconds < 1 else f"{seconds:.1f} s/{self.unit}"
+            parts = [f"  {done:.0f} of {self.total} {self.unit}s", rate, note]
+            parts.append(f"about {duration(seconds * (self.total - done))} left")
+            print(", ".join(part for part in parts if part), flush=True)
 
     def close(self) -> None:
         """Leave the bar as it stands."""
         if self._bar is not None:
             self._bar.close()
+
+
+class StopRequest:
+    """Ctrl-C as a request: within the block the first one is noted, and the second one ends at once.
+
+    Attributes:
+        asked: whether it came.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.asked = False
+        self._quiet, self._took_over = quiet, False
+
+    def __enter__(self) -> StopRequest:
+        # a program that handles or ignores Ctrl-C itself keeps to that, and threads get no signals
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler and _in_main_thread():
+            signal.signal(signal.SIGINT, self._note)
+            self._took_over = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._took_over:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _note(self, *_: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        if not self._quiet:  # not by print, which may be what the signal interrupted
+            os.write(2, b"\nstopping after the batch under way; Ctrl-C again ends at once\n")
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def duration(seconds: float) -> str:

@@ -18,7 +18,8 @@ from LightningDiT.console import duration
 from LightningDiT.images import image_grid, save_png
 from LightningDiT.labels import Labels
 from LightningDiT.pipeline import LightningDiTPipeline, verify
-from LightningDiT.runs import RunResult, manifest_of, run_name, sample_run
+from LightningDiT.processes import ALONE, Processes
+from LightningDiT.runs import RunResult, Strip, manifest_of, run_name, sample_run
 
 REPORT_STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;color:#222}"
@@ -68,6 +69,8 @@ def sample_demo(
     folder: Path,
     name: str,
     minutes: float | None,
+    processes: Processes = ALONE,
+    strip: Strip | None = None,
 ) -> Demo:
     """Sample one image per class and write the grid `name` into `folder`.
 
@@ -76,18 +79,22 @@ def sample_demo(
 
     Raises:
         LightningDiTError: see `LightningDiTPipeline` and `sample_run`.
+        KeyboardInterrupt: Ctrl-C ended the run; the grid of what is there is written.
     """
     started = time.perf_counter()
-    pipe = LightningDiTPipeline.from_config(config)
+    pipe = processes.agree(lambda: LightningDiTPipeline.from_config(config))
     labels = pipe.labels.numbers(classes)
     captions = [pipe.labels.caption(label) for label in labels]
-    place = folder / run_name(manifest_of(config, labels, seed))
+    place = folder / run_name(manifest_of(config, labels, seed, pipe.dtype))
     load_seconds = time.perf_counter() - started
-    run = sample_run(pipe, labels, seed, place, minutes)
+    run = sample_run(pipe, labels, seed, place, minutes, processes, strip)
     target = folder / name
     if not run.complete and target.exists():
         target = folder / f"{target.stem}_unfinished{target.suffix}"
-    save_png(_grid(run.paths, captions, config.data.image_size), target)
+    if processes.is_main:
+        save_png(_grid(run.paths, captions, config.data.image_size), target)
+    if run.interrupted:
+        processes.end_by_interrupt()
     return Demo(config, captions, run, target, load_seconds)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 
 import torch
 
@@ -10,12 +11,35 @@ from LightningDiT.errors import LightningDiTError
 
 #: Names of precisions in settings and on command lines.
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+#: What torch says where an allocation fails, apart from its own type for GPUs.
+OUT_OF_MEMORY = ("DefaultCPUAllocator", "not enough memory", "out of memory", "ALLOC_FAILED")
 NATIVE_BF16 = (8, 0)  # compute capability from which bfloat16 is computed and not emulated
 
 
 def best_device() -> torch.device:
-    """Return the first GPU that has kernels in this torch, else the CPU."""
-    return torch.device("cuda") if _gpu_works() else torch.device("cpu")
+    """Return the GPU of this process if it has kernels in this torch, else the CPU.
+
+    That is the first GPU, and the one of its own local rank where a launcher started several processes; with
+    fewer GPUs than processes they share them.
+    """
+    local_rank = os.environ.get("LOCAL_RANK")
+    gpu = torch.device("cuda")
+    if local_rank and torch.cuda.device_count():
+        gpu = torch.device("cuda", int(local_rank) % torch.cuda.device_count())
+    return gpu if _gpu_works(gpu) else torch.device("cpu")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be had, on a GPU or on the CPU."""
+    if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+def release_memory() -> None:
+    """Give the memory that torch keeps for later tensors back to the device."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
@@ -50,11 +74,11 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     return torch.autocast(device.type, dtype=dtype)
 
 
-def _gpu_works() -> bool:
-    """Whether a GPU is there and runs one real kernel: `is_available` is true for kernels that are missing."""
+def _gpu_works(gpu: torch.device) -> bool:
+    """Whether `gpu` is there and runs one real kernel: `is_available` is true for kernels that are missing."""
     if not torch.cuda.is_available():
         return False
     try:
-        return float(torch.ones(2, device="cuda").sum()) == 2.0
+        return float(torch.ones(2, device=gpu).sum()) == 2.0
     except RuntimeError:
         return False

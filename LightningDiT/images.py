@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from LightningDiT.checkpoint import atomic_path
+from LightningDiT.errors import LightningDiTError
 
 CAPTION_COLOUR = (40, 40, 40)
 PAPER = (255, 255, 255)
@@ -81,7 +83,23 @@ def to_pil(images: np.ndarray) -> list[Image.Image]:
 
 
 def save_png(image: Image.Image, path: str | Path) -> Path:
-    """Write `image` as PNG, whole or not at all, and return the path."""
-    with atomic_path(path) as temporary:
+    """Write `image` as PNG, whole or not at all, and return the path.
+
+    Raises:
+        LightningDiTError: the folder cannot be written, or the disk is full.
+    """
+    with disk_errors(path), atomic_path(path) as temporary:
         image.save(temporary, format="PNG")
     return Path(path)
+
+
+@contextlib.contextmanager
+def disk_errors(path: str | Path) -> Iterator[None]:
+    """Turn what the system says while `path` is written into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise LightningDiTError(
+            f"{path} cannot be written ({error.strerror or error})",
+            "free space on that disk, and give the same command again",
+        ) from error

@@ -2,7 +2,8 @@
 
 `--demo` writes one grid of a few classes to demo_images/demo_samples.png beside this file; without it
 `--num-samples` images of random classes go to a folder, and a run that was stopped goes on when the command is
-given again. `python inference.py` inside this folder is the same.
+given again. `python inference.py` inside this folder is the same. Several processes share a run when started by
+`torchrun --nproc-per-node 2 -m LightningDiT.inference ...` or `accelerate launch -m LightningDiT.inference ...`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 HERE = Path(__file__).resolve().parent
 if __package__ in (None, ""):
@@ -28,8 +30,14 @@ from LightningDiT.cli import (  # noqa: E402
 from LightningDiT.config import Config, load_config  # noqa: E402
 from LightningDiT.console import duration, run_main  # noqa: E402
 
+if TYPE_CHECKING:
+    from LightningDiT.pipeline import LightningDiTPipeline
+    from LightningDiT.processes import Processes
+    from LightningDiT.runs import RunResult, Strip
+
 DEMO_FOLDER = HERE / "demo_images"
 DEMO_NAME = "demo_samples.png"
+PREVIEW_NAME = "demo_preview.png"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -39,9 +47,25 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--demo", action="store_true", help="one grid of a few classes")
     parser.add_argument("--num-samples", type=positive, help="images without --demo; sample.fid_num where left out")
     parser.add_argument("--output", help="folder of the images")
+    parser.add_argument(
+        "--npz",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="at the end also all images in one file of ADM's layout; OUTPUT.npz where FILE is left out",
+    )
+    parser.add_argument(
+        "--preview",
+        type=positive,
+        metavar="N",
+        help="a strip of the first images: what the model takes them for after every N-th step",
+    )
     add_class_options(parser)
     add_sampling_options(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.demo and args.npz is not None:
+        parser.error("--npz goes with a folder of images, not with --demo")
+    return args
 
 
 def random_labels(count: int, num_classes: int, seed: int) -> list[int]:
@@ -57,49 +81,80 @@ def random_labels(count: int, num_classes: int, seed: int) -> list[int]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, build, run."""
     args = parse(argv)
-    config = apply_options(load_config(args.config), args)
-    return run_demo(config, args) if args.demo else run_folder(config, args)
+    from LightningDiT.processes import launched_processes
+
+    with launched_processes() as processes:
+        config = processes.agree(lambda: apply_options(load_config(args.config), args))
+        return run_demo(config, args, processes) if args.demo else run_folder(config, args, processes)
 
 
-def run_demo(config: Config, args: argparse.Namespace) -> int:
+def run_demo(config: Config, args: argparse.Namespace, processes: Processes) -> int:
     """Sample the demonstration's classes and write their grid."""
     from LightningDiT.demo import check_run, sample_demo
+    from LightningDiT.runs import Strip
 
     folder = Path(args.output or DEMO_FOLDER)
-    check_space(folder, args.count or 0, config.data.image_size)
+    processes.from_main(lambda: check_space(folder, args.count or 0, config.data.image_size))
     classes = classes_of(args, config.data.num_classes)
-    print(describe_settings(config, len(classes), folder / DEMO_NAME))
+    processes.say(describe_settings(config, len(classes), folder / DEMO_NAME))
     if args.dry_run:
-        return check_run(config, classes)
-    demo = sample_demo(config, classes, args.seed, folder, DEMO_NAME, args.time_budget)
-    print(demo.summary())
+        return processes.from_main(lambda: check_run(config, classes))
+    strip = Strip(args.preview, folder / PREVIEW_NAME) if args.preview else None
+    demo = sample_demo(config, classes, args.seed, folder, DEMO_NAME, args.time_budget, processes, strip)
+    processes.say(demo.summary() + _about(strip, demo.run))
     return 0
 
 
-def run_folder(config: Config, args: argparse.Namespace) -> int:
+def run_folder(config: Config, args: argparse.Namespace, processes: Processes) -> int:
     """Sample many images into a folder, going on where an earlier run stopped."""
     from LightningDiT.demo import check_run
     from LightningDiT.pipeline import LightningDiTPipeline
-    from LightningDiT.runs import sample_run
+    from LightningDiT.runs import Strip, sample_run, write_samples
 
     count = args.num_samples or args.count or config.sample.fid_num
     output = Path(args.output or HERE.parent / "output" / "samples")
-    print(describe_settings(config, count, output))
-    check_space(output, count, config.data.image_size)
+    processes.say(describe_settings(config, count, output))
+    processes.from_main(lambda: check_space(output, count, config.data.image_size))
     if args.dry_run:
-        return check_run(config, classes_of(args, config.data.num_classes))
-    pipe = LightningDiTPipeline.from_config(config)
-    if args.classes:
-        chosen = pipe.labels.numbers(classes_of(args, config.data.num_classes))
-        labels = [chosen[index % len(chosen)] for index in range(count)]
-    else:
-        labels = random_labels(count, config.data.num_classes, args.seed)
-    result = sample_run(pipe, labels, args.seed, output, args.time_budget)
+        return processes.from_main(lambda: check_run(config, classes_of(args, config.data.num_classes)))
+    pipe = processes.agree(lambda: LightningDiTPipeline.from_config(config))
+    labels = processes.agree(lambda: labels_of(pipe, args, count))
+    strip = Strip(args.preview, _beside(output, "_preview.png")) if args.preview else None
+    result = sample_run(pipe, labels, args.seed, output, args.time_budget, processes, strip)
     done = sum(path is not None for path in result.paths)
-    print(f"{done} of {count} images in {output}, {result.made} of them made now in {duration(result.seconds)}")
+    processes.say(
+        f"{done} of {count} images in {output}, {result.made} of them made now in {duration(result.seconds)}"
+        + _about(strip, result)
+    )
+    if result.interrupted:
+        processes.end_by_interrupt()
     if not result.complete:
-        print("The time budget is over; give the same command again to go on.")
+        processes.say("The time budget is over; give the same command again to go on.")
+    elif args.npz is not None:
+        file = Path(args.npz) if args.npz else _beside(output, ".npz")
+        processes.from_main(lambda: write_samples(result, labels, config.data.image_size, file))
+        processes.say(f"all of them in {file}")
     return 0
+
+
+def labels_of(pipe: LightningDiTPipeline, args: argparse.Namespace, count: int) -> list[int]:
+    """Return the class of each image: those of the command line in turn, or random ones."""
+    classes = pipe.config.data.num_classes
+    if not args.classes:
+        return random_labels(count, classes, args.seed)
+    chosen = pipe.labels.numbers(classes_of(args, classes))
+    return [chosen[index % len(chosen)] for index in range(count)]
+
+
+def _beside(folder: Path, ending: str) -> Path:
+    """A file next to the folder of the images, so that tools which read the folder see images alone."""
+    return folder.absolute().with_name(folder.absolute().name + ending)
+
+
+def _about(strip: Strip | None, run: RunResult) -> str:
+    if strip is None:
+        return ""
+    return f"\npreview: {strip.path}" if run.made else "\nno preview: every image was there, and none was sampled"
 
 
 if __name__ == "__main__":

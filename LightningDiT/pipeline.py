@@ -6,16 +6,21 @@ import contextlib
 import dataclasses
 import difflib
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from LightningDiT.batches import BatchLimit
+from LightningDiT.calibrated import CalibratedSolver, find_solver, load_solvers, save_solvers, weights_fingerprint
 from LightningDiT.checkpoint import atomic_path, check_shapes, inspect, load_into, load_weights, save_weights
 from LightningDiT.config import (
+    NAMED_SOLVERS,
     Config,
     SampleConfig,
     TokenizerConfig,
@@ -41,21 +46,27 @@ from LightningDiT.seeds import generator_for
 from LightningDiT.tokenizer.latents import LatentStats
 from LightningDiT.tokenizer.vavae import VA_VAE, autoencoder_settings, check_tokenizer_file
 from LightningDiT.transport import (
-    ADAPTIVE_METHODS,
-    FIXED_METHODS,
+    ODE_METHODS,
     GuidanceSettings,
     GuidedVelocity,
     Sampler,
     SdeSettings,
     Transport,
+    Velocity,
+    check_method,
     create_transport,
     draw_noise,
+    graded_grid,
     integrate_ode,
+    jumps_of,
+    linear_multistep,
     sde_states,
 )
 
 CONFIG_NAME = "config.yaml"
 STATS_NAME = "latents_stats.pt"
+CALIBRATED, FAST, PUBLISHED = "calibrated", "fast", "published"
+SOLVER_NAMES = (*NAMED_SOLVERS, CALIBRATED, *ODE_METHODS)
 Callback = Callable[[int, float, Tensor], None]
 
 
@@ -130,7 +141,7 @@ def verify(config: Config) -> list[str]:
         LightningDiTError: something is missing, damaged, or does not fit the rest.
     """
     build_transport(config)
-    check_solver(config.sample)
+    check_solver(config.sample, config.transport.path_type)
     tokenizer = load_tokenizer_config(tokenizer_config_path(config))
     lines = [f"configuration {config.source}: {config.model.model_type}, {config.data.num_classes} classes"]
     lines += config.notes
@@ -145,7 +156,7 @@ def verify(config: Config) -> list[str]:
     return lines
 
 
-def check_solver(sample: SampleConfig) -> None:
+def check_solver(sample: SampleConfig, path_type: str = "Linear") -> None:
     """Refuse a solver that the mode does not have, or options that do not go with it.
 
     Raises:
@@ -154,12 +165,14 @@ def check_solver(sample: SampleConfig) -> None:
     with _as_user_error("sample"):
         if sample.mode == "SDE":
             sde_settings(sample)
-        elif sample.sampling_method not in FIXED_METHODS + ADAPTIVE_METHODS:
-            near = difflib.get_close_matches(sample.sampling_method, FIXED_METHODS + ADAPTIVE_METHODS, 1, 0.0)
+        elif sample.sampling_method not in SOLVER_NAMES:
+            near = difflib.get_close_matches(sample.sampling_method, SOLVER_NAMES, 1, 0.0)
             raise ValueError(
-                f"sampling_method {sample.sampling_method!r} is unknown; {', '.join(FIXED_METHODS + ADAPTIVE_METHODS)}"
-                f" are expected, the nearest is {near[0]}"
+                f"sampling_method {sample.sampling_method!r} is unknown; {', '.join(SOLVER_NAMES)} are expected,"
+                f" the nearest is {near[0]}"
             )
+        else:
+            check_method(sample.sampling_method, path_type, sample.reverse)
 
 
 def sde_settings(sample: SampleConfig) -> SdeSettings:
@@ -260,6 +273,7 @@ class LightningDiTPipeline:
         self.transport = transport
         self.config = config
         self.labels = Labels.of(config)
+        self.batch_limit = BatchLimit()
         self.to(device, dtype)
 
     @classmethod
@@ -273,7 +287,7 @@ class LightningDiTPipeline:
             LightningDiTError: a file is missing, damaged or does not fit the others.
         """
         settings = config if isinstance(config, Config) else load_config(config)
-        check_solver(settings.sample)
+        check_solver(settings.sample, settings.transport.path_type)
         place = torch.device(device) if device else best_device()
         dtype = resolve_precision(settings.sample.precision, place)
         stats = load_stats(settings)
@@ -304,6 +318,9 @@ class LightningDiTPipeline:
         data = dataclasses.replace(self.config.data, data_path=".")
         vae = dataclasses.replace(self.config.vae, model_name="tokenizer.yaml", ckpt_path=None)
         config = dataclasses.replace(self.config, ckpt_path="transformer.safetensors", data=data, vae=vae)
+        if solver_file := self.config.sample.solver_file:
+            save_solvers(load_solvers(solver_file), place / "solvers.yaml")
+            config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, solver_file="solvers.yaml"))
         if self.config.data.latent_norm and stats:
             stats.save(place / STATS_NAME)
         tokenizer = read_yaml(self.tokenizer.config.source) | {"ckpt_path": "tokenizer.safetensors"}
@@ -341,11 +358,14 @@ class LightningDiTPipeline:
             seed, indices: image k starts from the noise of (seed, indices[k]), or of (seed, k), whatever the batch.
             latents: noise (N, C, h, w) to start from instead.
             output_type: `pil`, `np`, `pt` or `latent`, see `PipelineOutput.images`.
-            batch_size: images sampled at once; the configuration's where left out.
-            callback: called as callback(step, t, state) after each solver step of each batch.
+            batch_size: images sampled at once, the configuration's where left out; where memory runs out fewer are,
+                which changes no noise and no label.
+            callback: called as callback(step, t, state) after each solver step of each batch; step is 0 again where
+                a batch starts, or starts again in halves.
 
         Raises:
-            LightningDiTError: a label, a setting or the shape of `latents` is wrong.
+            LightningDiTError: a label, a setting or the shape of `latents` is wrong, or one image is too much for
+                the memory.
         """
         if output_type not in ("pil", "np", "pt", "latent"):
             raise LightningDiTError(f"output_type {output_type!r} is unknown; pil, np, pt, latent are", "choose one")
@@ -358,20 +378,37 @@ class LightningDiTPipeline:
         seeds = [(seed, index) for index in (range(len(labels)) if indices is None else indices)]
         size = batch_size or sample.per_proc_batch_size
         started, counts, made = time.perf_counter(), [], []
-        for start in range(0, len(labels), size):
-            part = slice(start, start + size)
+        start = 0
+        while start < len(labels):
+            part = slice(start, start + self.batch_limit.of(size))
             noise = None if latents is None else latents[part]
-            with _as_user_error(self.config.source):
-                state, nfe = self._sample(labels[part], seeds[part], noise, sample, callback)
-            counts.append(nfe)
-            if not bool(state.isfinite().all()):
-                raise LightningDiTError(
-                    f"sampling in {self.dtype} gave values that are not finite", "sample with --precision fp32"
-                )
-            made.append(self._decode(state, output_type))
+            batch = partial(self._batch, labels[part], seeds[part], noise, sample, callback, output_type)
+            if (result := self.batch_limit.attempt(batch, len(labels[part]))) is None:
+                continue
+            made.append(result[0])
+            counts.append(result[1])
+            start = part.stop
         images = self._join(made, output_type)
         seconds = time.perf_counter() - started
         return PipelineOutput(images, labels, seeds, max(counts, default=0), seconds, self.dtype)
+
+    def _batch(
+        self,
+        labels: list[int],
+        seeds: list[tuple[int, int]],
+        noise: Tensor | None,
+        sample: SampleConfig,
+        callback: Callback | None,
+        output_type: str,
+    ) -> tuple[Any, int]:
+        """Return the images of one batch and the evaluations that each of them took."""
+        with _as_user_error(self.config.source):
+            state, nfe = self._sample(labels, seeds, noise, sample, callback)
+        if not bool(state.isfinite().all()):
+            raise LightningDiTError(
+                f"sampling in {self.dtype} gave values that are not finite", "sample with --precision fp32"
+            )
+        return self._decode(state, output_type), nfe
 
     def _sample_settings(self, guidance_scale: float | None, steps: int | None) -> SampleConfig:
         sample = self.config.sample
@@ -409,10 +446,7 @@ class LightningDiTPipeline:
         if noise is None:
             noise = draw_noise((len(labels), *self.latent_shape), generators)
         state = noise.to(self.device, torch.float32)
-        channels = None if sample.guided_channels == "all" else int(sample.guided_channels)
-        guidance = GuidanceSettings(sample.cfg_scale, sample.cfg_interval_start, sample.cfg_interval_end, channels)
-        y = torch.tensor(labels, device=self.device)
-        guided = GuidedVelocity(self._predict, y, torch.full_like(y, self.transformer.null_class), guidance)
+        guided = self.guided(labels, sample)
         counter = _CountedModel(guided)
         if sample.mode == "SDE":
             settings = sde_settings(sample)
@@ -421,13 +455,64 @@ class LightningDiTPipeline:
                 if callback is not None:
                     callback(step, (step + 1) / settings.num_steps, state)
             return state, counter.calls
-        times = Sampler(self.transport).times(sample.num_sampling_steps, sample.timestep_shift, sample.reverse)
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             return self.transport.velocity(counter, x, t)
 
-        state = integrate_ode(velocity, state, times, sample.sampling_method, sample.atol, sample.rtol, callback)
-        return state, counter.calls
+        return self._integrate(velocity, state, sample, guided.settings, callback), counter.calls
+
+    def guided(self, labels: Sequence[int], sample: SampleConfig) -> GuidedVelocity:
+        """Return the guided model for images of these classes, a function of state and time."""
+        channels = None if sample.guided_channels == "all" else int(sample.guided_channels)
+        guidance = GuidanceSettings(sample.cfg_scale, sample.cfg_interval_start, sample.cfg_interval_end, channels)
+        y = torch.tensor(labels, device=self.device)
+        return GuidedVelocity(self._predict, y, torch.full_like(y, self.transformer.null_class), guidance)
+
+    def _integrate(
+        self,
+        velocity: Velocity,
+        state: Tensor,
+        sample: SampleConfig,
+        guidance: GuidanceSettings,
+        callback: Callback | None,
+    ) -> Tensor:
+        """Return the final state (N, C, h, w) by the method of the ODE that the settings name."""
+        sampler, jumps = Sampler(self.transport), jumps_of(guidance)
+        method, points = NAMED_SOLVERS.get(sample.sampling_method, (sample.sampling_method, sample.num_sampling_steps))
+        if solver := self.calibrated_solver(sample):
+            times, coefficients = (tensor.to(state.device) for tensor in solver.tensors())
+            return linear_multistep(velocity, state, times, coefficients, callback)
+        times = sampler.times(points, sample.timestep_shift, sample.reverse)
+        if sample.sampling_method == FAST:
+            low, high = sorted((float(times[0]), float(times[-1])))
+            times = graded_grid(points, jumps)[0].clamp(low, high)
+            times = times.flip(0) if sample.reverse else times
+        return integrate_ode(velocity, state, times, method, sample.atol, sample.rtol, callback, jumps)
+
+    def calibrated_solver(self, sample: SampleConfig) -> CalibratedSolver | None:
+        """Return the calibrated solver that sampling settings ask for.
+
+        `calibrated` takes the most evaluations that `num_sampling_steps` points allow; `fast` the most that there
+        are, and None, with a warning, where the file has none that fits.
+
+        Raises:
+            LightningDiTError: `calibrated`, and the file has none that fits.
+        """
+        find = partial(find_solver, sample, self.transport.path_type)
+        if sample.sampling_method == CALIBRATED:
+            return find(self._weights_fingerprint, sample.num_sampling_steps - 1)
+        if sample.sampling_method != FAST or not sample.solver_file:
+            return None
+        try:
+            return find(self._weights_fingerprint)
+        except LightningDiTError as error:
+            method, points = NAMED_SOLVERS[FAST]
+            warnings.warn(f"{error.message}; {method} with {points} points takes its place", stacklevel=2)
+            return None
+
+    @cached_property
+    def _weights_fingerprint(self) -> str:
+        return weights_fingerprint(_required(self.config, "ckpt_path"))
 
     def _predict(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The transformer in its precision, between a float32 state and a float32 prediction."""

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+import torch
+from torch import Tensor
 
 from LightningDiT.checkpoint import atomic_path, fingerprint
 from LightningDiT.cli import check_space
 from LightningDiT.config import Config, as_dict, load_tokenizer_config, tokenizer_config_path
-from LightningDiT.console import Progress
+from LightningDiT.console import Progress, StopRequest
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import save_png
+from LightningDiT.npz import write_npz
 from LightningDiT.pipeline import STATS_NAME, LightningDiTPipeline
+from LightningDiT.preview import Preview
+from LightningDiT.processes import ALONE, Processes
 
 MANIFEST = "manifest.json"
-#: Settings that decide how a run is computed and not what comes out of it.
-WITHOUT_EFFECT = ("per_proc_batch_size", "fid_num")
+#: Settings that decide how a run is computed and not what comes out of it, or that the manifest has in another form.
+WITHOUT_EFFECT = ("per_proc_batch_size", "fid_num", "precision", "solver_file")
+ABSENT = "default"  # how a message calls a setting that a manifest does not have, since defaults are left out
+TORN = (f".{MANIFEST}.*.tmp", ".[0-9]*.png.*.tmp")  # what `atomic_path` leaves behind where it is killed
 
 
 @dataclass(frozen=True)
@@ -28,16 +38,18 @@ class RunResult:
     """What a run has in its folder when it ends.
 
     Attributes:
-        paths: the image of each label, None where the time budget ended before it.
+        paths: the image of each label, None where the run ended before it.
         made: how many of them this call sampled.
         nfe: evaluations of the velocity per image; 0 where nothing was sampled.
         seconds: wall clock of this call.
+        interrupted: whether Ctrl-C ended it.
     """
 
     paths: list[Path | None]
     made: int
     nfe: int
     seconds: float
+    interrupted: bool = False
 
     @property
     def complete(self) -> bool:
@@ -45,16 +57,31 @@ class RunResult:
         return all(path is not None for path in self.paths)
 
 
-def manifest_of(config: Config, labels: Sequence[int], seed: int) -> dict[str, Any]:
-    """Return everything that the pixels of a run depend on, as plain values."""
+@dataclass(frozen=True)
+class Strip:
+    """A preview that a run writes: every how many steps, and where."""
+
+    every: int
+    path: Path
+
+
+def manifest_of(config: Config, labels: Sequence[int], seed: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Return everything that the pixels of a run depend on, as plain values.
+
+    Args:
+        dtype: what the transformer computes in; `auto` in the configuration depends on the machine.
+    """
     sample = {name: value for name, value in as_dict(config.sample).items() if name not in WITHOUT_EFFECT}
     tokenizer = load_tokenizer_config(tokenizer_config_path(config))
     files = {"transformer": config.ckpt_path, "tokenizer": config.vae.ckpt_path or tokenizer.ckpt_path}
     if config.data.latent_norm and config.data.data_path:
         files["statistics"] = str(Path(config.data.data_path) / STATS_NAME)
+    if config.sample.solver_file and Path(config.sample.solver_file).is_file():
+        files["solvers"] = config.sample.solver_file
     return {
         "seed": seed,
         "labels": list(labels),
+        "precision": str(dtype).removeprefix("torch."),
         "sample": sample,
         "transport": as_dict(config.transport),
         "model": as_dict(config.model),
@@ -69,70 +96,232 @@ def run_name(manifest: dict[str, Any]) -> str:
     return f"run-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
 
-def open_run(folder: Path, manifest: dict[str, Any]) -> None:
-    """Make `folder` the place of a run, or make sure that it is the place of this very run.
+def manifest_differences(there: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return a text for each setting in which two manifests differ, sections taken apart."""
+    old, new = _flat(there), _flat(now)
+    pairs = {key: (old.get(key, ABSENT), new.get(key, ABSENT)) for key in {**new, **old}}
+    return [_difference(key, *pair) for key, pair in pairs.items() if pair[0] != pair[1]]
+
+
+@contextlib.contextmanager
+def opened_run(folder: Path, manifest: dict[str, Any]) -> Iterator[None]:
+    """Make `folder` the place of a run, or make sure that it is the place of this very run, and hold it.
+
+    What a killed run left half-written is removed.
 
     Raises:
-        LightningDiTError: it holds a run of other settings (the differing ones are named), or cannot be
-            written.
+        LightningDiTError: it holds a run of other settings (the differing ones are named), another run writes
+            there at this moment, or it cannot be written.
     """
     file = folder / MANIFEST
     if file.exists():
-        try:
-            known = json.loads(file.read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:
-            raise LightningDiTError(f"{file} cannot be read ({error})", "choose another --output") from error
-        plain = json.loads(json.dumps(manifest))
-        changed = [key for key in plain if known.get(key) != plain[key]]
-        if changed:
-            details = "; ".join(f"{key}: {_short(known.get(key))} there, {_short(plain[key])} now" for key in changed)
-            raise LightningDiTError(f"{folder} holds a run of other settings ({details})", "choose another --output")
-        return
-    with atomic_path(file) as temporary:
-        temporary.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        _check_manifest(file, manifest)
+    else:
+        with atomic_path(file) as temporary:
+            temporary.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    with file.open("r+b") as held:
+        if not _lock(held):
+            raise LightningDiTError(f"another run writes into {folder}", "wait for its end, or choose another --output")
+        for pattern in TORN:
+            for torn in folder.glob(pattern):
+                torn.unlink(missing_ok=True)
+        yield
 
 
 def sample_run(
-    pipe: LightningDiTPipeline, labels: Sequence[int], seed: int, folder: Path, minutes: float | None
+    pipe: LightningDiTPipeline,
+    labels: Sequence[int],
+    seed: int,
+    folder: Path,
+    minutes: float | None,
+    processes: Processes = ALONE,
+    strip: Strip | None = None,
 ) -> RunResult:
     """Sample the image of every label into `folder` as `000000.png`, ..., leaving out those that are there.
 
+    The images are cut into batches by their index, whatever is there already and however many processes share
+    them, and a batch of which one is missing is sampled whole: a run that was killed gives the very bytes of one
+    that was not. The processes, which see one file system, take the batches in turn.
+
     Args:
-        minutes: time budget; when it is over the batch under way is finished and the rest is left to a rerun,
-            so that every call gets on.
+        minutes: time budget; when it is over, or after Ctrl-C, the batches under way are finished and the rest is
+            left to a rerun, so that every call gets on.
+        strip: a preview of the first images that this call samples.
 
     Raises:
         LightningDiTError: the folder cannot be written, holds another run, or the disk is too small.
     """
     started = time.monotonic()
     deadline = started + 60 * minutes if minutes is not None else None
-    open_run(folder, manifest_of(pipe.config, labels, seed))
     paths = [folder / f"{index:06d}.png" for index in range(len(labels))]
-    missing = [index for index, path in enumerate(paths) if not path.exists()]
-    check_space(folder, len(missing), pipe.config.data.image_size)
-    size = pipe.config.sample.per_proc_batch_size
-    batches = [missing[start : start + size] for start in range(0, len(missing), size)]
-    progress = Progress(len(batches) * (pipe.config.sample.num_sampling_steps - 1), "step")
-    made, nfe = 0, 0
-    try:
-        for batch in batches:
-            if made and deadline is not None and time.monotonic() > deadline:
+    made, nfe, interrupted = 0, 0, False
+    with contextlib.ExitStack() as stack:
+        batches = processes.from_main(lambda: stack.enter_context(_planned(pipe, labels, seed, paths)))
+        stop = stack.enter_context(StopRequest(quiet=not processes.is_main))
+        progress = Progress(sum(map(len, batches)), "image", quiet=not processes.is_main)
+        stack.callback(progress.close)
+        part = _Part(pipe, labels, seed, paths, progress, stop, deadline)
+        if strip and batches and processes.is_main:
+            part.preview = Preview(pipe, strip.every, seed, batches[0])
+        for first in range(0, len(batches), processes.count):
+            reports = processes.share(partial(part.sample, batches[first : first + processes.count], processes.rank))
+            made, nfe = made + sum(report.made for report in reports), max(report.nfe for report in reports)
+            if strip and part.preview and first == 0:
+                part.preview.save(strip.path)
+            interrupted = any(report.interrupted for report in reports)
+            if interrupted or any(report.over for report in reports):
                 break
-            out = pipe(
-                [labels[index] for index in batch],
-                seed=seed,
-                indices=batch,
-                callback=lambda step, t, state: progress.update(),
-            )
-            for index, image in zip(batch, out.images, strict=True):
-                save_png(image, paths[index])
-            made, nfe = made + len(batch), out.nfe
+    whole = [path if _is_there(path) else None for path in paths]
+    return RunResult(whole, made, nfe, time.monotonic() - started, interrupted)
+
+
+def write_samples(run: RunResult, labels: Sequence[int], side: int, target: Path) -> None:
+    """Write the images of a complete run into one file; see `write_npz`.
+
+    Raises:
+        LightningDiTError: see `write_npz`; or the disk is too small.
+    """
+    images = [path for path in run.paths if path is not None]
+    check_space(target.parent, len(images), side)
+    progress = Progress(len(images), "image")
+    try:
+        write_npz(images, labels, side, target, progress.update)
     finally:
         progress.close()
-    whole = [path if path.exists() else None for path in paths]
-    return RunResult(whole, made, nfe, time.monotonic() - started)
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What a process says to the others after each batch."""
+
+    made: int
+    nfe: int
+    over: bool
+    interrupted: bool
+
+
+class _Part:
+    """One process's part of a run: batches in, images in the folder."""
+
+    def __init__(
+        self,
+        pipe: LightningDiTPipeline,
+        labels: Sequence[int],
+        seed: int,
+        paths: Sequence[Path],
+        progress: Progress,
+        stop: StopRequest,
+        deadline: float | None,
+    ) -> None:
+        self.pipe, self.labels, self.seed, self.paths = pipe, labels, seed, paths
+        self.progress, self.stop, self.deadline = progress, stop, deadline
+        self.preview: Preview | None = None
+        self._done, self._note = 0, ""
+        self._steps = pipe.config.sample.num_sampling_steps - 1  # of a batch, until the first one has shown it
+
+    def sample(self, turn: list[list[int]], rank: int) -> _Report:
+        """Sample this process's batch of `turn`, which has one a process but for the last turn."""
+        mine = turn[rank] if rank < len(turn) else []
+        images = sum(map(len, turn))
+        made, nfe = self._sample(mine, images) if mine else (0, 0)
+        self._done += images
+        if nfe:
+            self._note = f"{nfe} evaluations each"
+        self.progress.reach(self._done, self._note)
+        over = self.deadline is not None and time.monotonic() > self.deadline
+        return _Report(made, nfe, over, self.stop.asked)
+
+    def _sample(self, indices: list[int], images: int) -> tuple[int, int]:
+        """Sample a batch, save what is not there, and return the number saved and the evaluations."""
+        seen, last = 0, 0
+
+        def watch(step: int, t: float, state: Tensor) -> None:
+            nonlocal seen, last
+            seen, last = seen + len(state), step
+            share = min(1.0, seen / (self._steps * len(indices)))
+            self.progress.reach(self._done + images * share, self._note)
+            if self.preview is not None:
+                self.preview(step, t, state)
+
+        out = self.pipe(
+            [self.labels[index] for index in indices],
+            seed=self.seed,
+            indices=indices,
+            batch_size=len(indices),
+            callback=watch,
+        )
+        self._steps = last + 1
+        missing = [place for place, index in enumerate(indices) if not _is_there(self.paths[index])]
+        for place in missing:
+            save_png(out.images[place], self.paths[indices[place]])
+        return len(missing), out.nfe
+
+
+@contextlib.contextmanager
+def _planned(
+    pipe: LightningDiTPipeline, labels: Sequence[int], seed: int, paths: Sequence[Path]
+) -> Iterator[list[list[int]]]:
+    """Hold the run's folder and give the batches, as indices, in which an image is missing."""
+    folder = paths[0].parent
+    size = pipe.config.sample.per_proc_batch_size
+    with opened_run(folder, manifest_of(pipe.config, labels, seed, pipe.dtype)):
+        missing = [index for index, path in enumerate(paths) if not _is_there(path)]
+        check_space(folder, len(missing), pipe.config.data.image_size)
+        numbers = sorted({index // size for index in missing})
+        yield [list(range(number * size, min((number + 1) * size, len(paths)))) for number in numbers]
+
+
+def _is_there(path: Path) -> bool:
+    """Whether an image is in its place; an empty file is what a power cut can leave of one."""
+    try:
+        return path.stat().st_size > 0
+    except FileNotFoundError:
+        return False
+
+
+def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(known, dict):
+            raise ValueError("a mapping was expected")
+    except (ValueError, OSError) as error:
+        raise LightningDiTError(f"{file} cannot be read ({error})", "choose another --output") from error
+    if changed := manifest_differences(known, json.loads(json.dumps(manifest))):
+        raise LightningDiTError(
+            f"{file.parent} holds a run of other settings ({'; '.join(changed)})", "choose another --output"
+        )
+
+
+def _lock(file: IO[bytes]) -> bool:
+    """Take the lock of an open file, which its end or a kill gives back; False where another process has it."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):  # Windows, and network disks without locks: two runs there do double work
+        return True
+    return True
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings as one level, the keys joined by dots."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _difference(key: str, there: Any, now: Any) -> str:
+    if isinstance(there, list) and isinstance(now, list):
+        if len(there) != len(now):
+            return f"{key}: {len(there)} there, {len(now)} now"
+        place = next(place for place, pair in enumerate(zip(there, now, strict=True)) if pair[0] != pair[1])
+        key, there, now = f"{key}[{place}]", there[place], now[place]
+    return f"{key}: {_short(there)} there, {_short(now)} now"
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value)
+    text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -121,6 +121,7 @@ def bundled_faults(folder: Path) -> list[str]:
         StepError: torch is absent.
     """
     require_torch("opening the bundled model")
+    from LightningDiT.calibrated import load_solvers
     from LightningDiT.checkpoint import inspect
     from LightningDiT.config import load_config, load_tokenizer_config
     from LightningDiT.errors import LightningDiTError
@@ -132,6 +133,7 @@ def bundled_faults(folder: Path) -> list[str]:
         "tokenizer.yaml": load_tokenizer_config,
         "transformer.safetensors": inspect,
         "tokenizer.safetensors": inspect,
+        "solvers.yaml": load_solvers,
     }
     faults = diagnose(folder / STATS.name)
     for name, opener in openers.items():

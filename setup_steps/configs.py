@@ -91,6 +91,7 @@ COMMENTS = {
     "transport.use_lognorm": "for training: times from the logit-normal distribution",
     "sample.mode": "ODE or SDE",
     "sample.sampling_method": "a solver's name: euler, heun2, dopri5, ...",
+    "sample.solver_file": "calibrated solvers of these weights; sampling_method fast takes the best of them",
     "sample.atol": "absolute tolerance of adaptive solvers",
     "sample.rtol": "relative tolerance of adaptive solvers",
     "sample.reverse": "from picture to noise",
@@ -204,6 +205,8 @@ def bundled_config() -> Config:
     config["vae"]["model_name"] = str(weights.BUNDLED / "tokenizer.yaml")
     config["vae"]["ckpt_path"] = str(weights.BUNDLED / "tokenizer.safetensors")
     config["sample"].setdefault("num_sampling_steps", STEPS)
+    if solvers := config["sample"].get("solver_file"):
+        config["sample"]["solver_file"] = str(weights.BUNDLED / solvers)
     return config
 
 

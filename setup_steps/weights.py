@@ -66,6 +66,7 @@ BUNDLED_FILES = (
     "transformer.safetensors",
     "tokenizer.safetensors",
     "latents_stats.pt",
+    "solvers.yaml",
 )
 
 

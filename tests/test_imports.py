@@ -21,12 +21,18 @@ ALLOWED = {
     "checkpoint": {"errors"},
     "device": {"errors"},
     "images": {"checkpoint", "errors"},
+    "npz": {"checkpoint", "errors", "images"},
+    "batches": {"device", "errors"},
+    "calibrated": {"checkpoint", "config", "errors"},
+    "processes": {"errors"},
     "training": {"checkpoint", "errors", "seeds"},
     "models": set(),
     "transport": set(),
     "tokenizer": {"checkpoint", "config", "device", "errors", "images"},
     "data": {"checkpoint", "errors"},
     "pipeline": {
+        "batches",
+        "calibrated",
         "checkpoint",
         "config",
         "device",
@@ -73,7 +79,7 @@ def test_a_layer_imports_only_what_lies_below_it(layer: str) -> None:
 
 
 def test_every_module_of_the_library_has_a_place_in_the_order() -> None:
-    entry_points = {"inference", "train", "train_tokenizer", "extract_features", "runs", "demo", "tools"}
+    entry_points = {"inference", "train", "train_tokenizer", "extract_features", "runs", "preview", "demo", "tools"}
     modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
     folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     assert modules | folders == set(ALLOWED) | entry_points

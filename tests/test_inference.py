@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from LightningDiT import cli, inference, runs
@@ -53,7 +54,7 @@ def test_a_folder_of_other_settings_is_refused(tiny_folder: Path, capsys: pytest
     assert "holds a run of other settings (seed: 0 there, 9 now" in capsys.readouterr().err
     assert sample(tiny_folder, "--num-samples", "2", "--guidance-scale", "3") == 1
     error = capsys.readouterr().err
-    assert "sample: " in error
+    assert "(sample.cfg_scale: 2.0 there, 3.0 now)" in error
     assert "choose another --output" in error
     after = images_in(tiny_folder / "out")
     assert all((after[name] == image).all() for name, image in before.items())
@@ -156,12 +157,12 @@ def test_a_manifest_that_is_no_json_is_named(tiny_folder: Path, capsys: pytest.C
 @pytest.mark.parametrize("changed", ["transformer.safetensors", "tokenizer.safetensors", "latents_stats.pt"])
 def test_other_files_of_the_same_size_make_another_run(changed: str, tiny_folder: Path) -> None:
     config = inference.load_config(tiny_folder / "config.yaml")
-    name = runs.run_name(runs.manifest_of(config, [0], 0))
-    assert runs.run_name(runs.manifest_of(config, [0], 0)) == name
+    name = runs.run_name(runs.manifest_of(config, [0], 0, torch.float32))
+    assert runs.run_name(runs.manifest_of(config, [0], 0, torch.float32)) == name
     path = tiny_folder / changed
     content = path.read_bytes()
     path.write_bytes(bytes(byte ^ 1 for byte in content[:100_000]) + content[100_000:])
-    assert runs.run_name(runs.manifest_of(config, [0], 0)) != name
+    assert runs.run_name(runs.manifest_of(config, [0], 0, torch.float32)) != name
 
 
 def test_every_call_gets_on_however_small_the_budget(tiny_folder: Path) -> None:

@@ -275,7 +275,7 @@ def test_step2_opens_the_bundled_model(
     link_bundled(tmp_path)
     whole = (tmp_path / name).read_bytes()
     (tmp_path / name).unlink()
-    (tmp_path / name).write_bytes(whole[: len(whole) // 2] if content is None else content)
+    (tmp_path / name).write_bytes(whole[: len(whole) // 4] if content is None else content)
     monkeypatch.setattr(weights, "BUNDLED", tmp_path)
     with pytest.raises(StepError, match=rf"{Path(name).stem}\..*; mend: git restore models/fashion-mnist") as caught:
         step2.main(["--model", "bundled"])

@@ -6,6 +6,7 @@ from .path import PATHS, Path
 from .sampler import (
     ADAPTIVE_METHODS,
     FIXED_METHODS,
+    ODE_METHODS,
     Sampler,
     SdeSettings,
     draw_noise,
@@ -13,10 +14,13 @@ from .sampler import (
     sde_states,
     time_grid,
 )
+from .solvers import OWN_METHODS, Velocity, check_method, graded_grid, jumps_of, linear_multistep
 
 __all__ = [
     "ADAPTIVE_METHODS",
     "FIXED_METHODS",
+    "ODE_METHODS",
+    "OWN_METHODS",
     "PATHS",
     "GuidanceSettings",
     "GuidedVelocity",
@@ -24,10 +28,15 @@ __all__ = [
     "Sampler",
     "SdeSettings",
     "Transport",
+    "Velocity",
+    "check_method",
     "create_transport",
     "draw_noise",
+    "graded_grid",
     "guided_velocity",
     "integrate_ode",
+    "jumps_of",
+    "linear_multistep",
     "sde_states",
     "time_grid",
 ]

@@ -18,11 +18,8 @@ from torchdiffeq import odeint
 
 from .objective import Model, Transport
 from .path import DIFFUSION_FORMS, check_choice, expand_time
+from .solvers import OWN_METHODS, StepCallback, Velocity, check_method, solve
 
-#: velocity(x (N, ...), t (N,)) -> dx/dt (N, ...).
-Velocity = Callable[[Tensor, Tensor], Tensor]
-#: callback(step_index, t, x): after each step, with the time and the state that it reached.
-StepCallback = Callable[[int, float, Tensor], None]
 #: One generator for the whole batch, one per image, or None for torch's default generator.
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
@@ -39,6 +36,8 @@ FIXED_METHODS = (
     "fixed_adams",
 )
 ADAPTIVE_METHODS = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
+#: Every method of the ODE: those of torchdiffeq, and ours.
+ODE_METHODS = FIXED_METHODS + ADAPTIVE_METHODS + OWN_METHODS
 
 
 def time_grid(
@@ -143,18 +142,22 @@ def integrate_ode(
     atol: float = 1e-6,
     rtol: float = 1e-3,
     callback: StepCallback | None = None,
+    jumps: Sequence[float] = (),
 ) -> Tensor:
     """Solve dx/dt = velocity(x, t) along `times` (rising or falling) and return the last state.
 
     Keeps only what the method itself needs, no trajectory, and ends exactly on the last time
     (`exact_end` of `Sampler.sample_ode`). `callback` is called after each step,
-    which for adaptive methods means each step that they accept.
+    which for adaptive methods means each step that they accept. `jumps` are the times at which the velocity jumps;
+    the methods of `OWN_METHODS` heed them, the others keep the grid as it is.
 
     Raises:
         ValueError: the method is unknown.
         FloatingPointError: an adaptive method finds no step that meets the tolerances.
     """
     x = _full_precision(x)
+    if method in OWN_METHODS:
+        return solve(velocity, x, times.to(x), method, jumps, callback)
     field = _as_field(velocity)
     reached = 0
 
@@ -343,6 +346,7 @@ class Sampler:
         reverse: bool = False,
         timestep_shift: float = 0.0,
         exact_end: bool = False,
+        jumps: Sequence[float] = (),
     ) -> Callable[..., Tensor]:
         """Return ``fn(x, model, **model_kwargs)`` -> states (num_steps, N, ...) at grid points.
 
@@ -351,12 +355,13 @@ class Sampler:
 
         Where the interval is all of [0, 1], adaptive methods step beyond it and interpolate, as
         published; `exact_end` makes them end on it, which is more accurate. Backwards, and where
-        the interval is shorter, they always do.
+        the interval is shorter, they always do. `jumps` is that of `integrate_ode`.
 
         Raises:
             ValueError: a setting is unknown or out of range.
         """
-        check_choice("sampling_method", sampling_method, FIXED_METHODS + ADAPTIVE_METHODS)
+        check_choice("sampling_method", sampling_method, ODE_METHODS)
+        check_method(sampling_method, self.transport.path_type, reverse)
         self.times(num_steps, timestep_shift, reverse)
         # An interval that is kept short of [0, 1] is so because the model is undefined beyond it.
         whole = self.transport.interval(self.transport.sample_eps) == (0.0, 1.0)
@@ -365,6 +370,11 @@ class Sampler:
         def sample(x: Tensor, model: Model, **model_kwargs: Any) -> Tensor:
             x = _full_precision(x)
             times = self.times(num_steps, timestep_shift, reverse, x.dtype).to(x.device)
+            if sampling_method in OWN_METHODS:
+                states = [x]
+                velocity = self._velocity(model, model_kwargs)
+                solve(velocity, x, times, sampling_method, jumps, lambda i, t, state: states.append(state))
+                return torch.stack(states)
             field = _as_field(self._velocity(model, model_kwargs))
             return _solve(field, x, times, sampling_method, atol, rtol, keep_all=True, exact_end=exact_end)
 

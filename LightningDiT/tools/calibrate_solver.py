@@ -1,0 +1,337 @@
+"""Fit few-step solvers to a model: `python -m LightningDiT.tools.calibrate_solver --config C --evaluations 8 12`.
+
+A solver of n evaluations is n + 1 times and a triangle of coefficients, x_n+1 = x_n + sum_j<=n c_nj v_j (idea: Wang et
+al., "Differentiable Solver Search for Fast Diffusion Sampling", arXiv 2505.21114). The fit starts from the
+Adams-Bashforth method on a graded grid, takes for each step the coefficients of least squares to reference
+trajectories where these are better, and then moves coefficients and times together by Adam through the model.
+What is kept is what was best on noises that the fit never saw. The file belongs to the weights and their guidance;
+a second run goes on from what the file has, and never puts a worse solver in a better one's place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from LightningDiT.calibrated import (
+    CalibratedSolver,
+    Guidance,
+    SolverFile,
+    load_solvers,
+    save_solvers,
+    weights_fingerprint,
+)
+from LightningDiT.config import SampleConfig, load_config
+from LightningDiT.console import Progress, run_main
+from LightningDiT.errors import LightningDiTError
+from LightningDiT.pipeline import LightningDiTPipeline, verify_config
+from LightningDiT.seeds import generator_for
+from LightningDiT.transport import Velocity, draw_noise, graded_grid, integrate_ode, jumps_of, linear_multistep
+from LightningDiT.transport.solvers import velocity_coefficients
+
+FILE_NAME = "solvers.yaml"
+REFERENCE_METHOD = "ab3"
+FIT_STREAM, CHECK_STREAM = 1, 2  # noises come from (seed, stream, index): other ones than those of any image
+CHECK_EVERY = 5  # steps of Adam
+ORDERS = (2, 3)  # of the Adams-Bashforth methods to start from
+GRADES = (1.2, 1.5)  # powers of the grids to start from
+COEFFICIENT_RATE, TIME_RATE = 1e-3, 4e-3  # of Adam: rms change of a state; logarithms of the step sizes
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Noises, their velocity and where they lead.
+
+    Attributes:
+        noise: (N, C, h, w).
+        velocity: with classes dealt over the noises in turn.
+        times: (T,) of the reference.
+        states: (T, N, C, h, w), the reference trajectories.
+    """
+
+    noise: Tensor
+    velocity: Velocity
+    times: Tensor
+    states: Tensor
+
+    def target(self, t: float) -> Tensor:
+        """Return the reference states (N, C, h, w) at time t, on the straight line between neighbours."""
+        above = int((self.times < t).sum().clamp(1, len(self.times) - 1))
+        below = above - 1
+        share = (t - float(self.times[below])) / float(self.times[above] - self.times[below])
+        return torch.lerp(self.states[below], self.states[above], share)
+
+    def error(self, last: Tensor) -> Tensor:
+        """Return the mean relative error of final states (N, C, h, w), a scalar."""
+        return relative_error(last, self.states[-1])
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Times (K,) and coefficients (K - 1, K - 1) of a solver, and its error on noises that the fit never saw."""
+
+    times: Tensor
+    coefficients: Tensor
+    error: float
+
+
+def relative_error(states: Tensor, reference: Tensor) -> Tensor:
+    """Return the mean over states (N, ...) of |x - r| / |r| in the Euclidean norm, a scalar."""
+    return ((states - reference).flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1)).mean()
+
+
+def velocity_of(pipe: LightningDiTPipeline, sample: SampleConfig, count: int) -> Velocity:
+    """Return the guided velocity of `count` states whose classes are dealt in turn."""
+    labels = [index % pipe.config.data.num_classes for index in range(count)]
+    guided = pipe.guided(labels, sample)
+    return lambda x, t: pipe.transport.velocity(guided, x, t)
+
+
+def noise_for(pipe: LightningDiTPipeline, seeds: Sequence[int], count: int) -> Tensor:
+    """Return noise (count, C, h, w) of the seeds (*seeds, index)."""
+    generators = [generator_for(*seeds, index) for index in range(count)]
+    return draw_noise((count, *pipe.latent_shape), generators, pipe.device)
+
+
+def grid_of(pipe: LightningDiTPipeline, sample: SampleConfig, points: int, power: float) -> Tensor:
+    """Return a graded grid (points,) over the transport's interval with a node where guidance sets in or ends."""
+    low, high = pipe.transport.interval(pipe.transport.sample_eps)
+    jumps = jumps_of(pipe.guided([0], sample).settings)
+    return graded_grid(points, jumps, power)[0].clamp(low, high).to(pipe.device)
+
+
+@torch.no_grad()
+def make_problem(
+    pipe: LightningDiTPipeline, sample: SampleConfig, seeds: Sequence[int], count: int, steps: int
+) -> Problem:
+    """Draw noises and follow each to its end by the reference method, in so many steps; shows progress."""
+    noise, velocity = noise_for(pipe, seeds, count), velocity_of(pipe, sample, count)
+    times = grid_of(pipe, sample, steps + 1, GRADES[-1])
+    jumps = jumps_of(pipe.guided([0], sample).settings)
+    print(f"Following {count} noises in {steps} steps of {REFERENCE_METHOD}", flush=True)
+    states, progress = [noise], Progress(steps, "step")
+
+    def keep(step: int, t: float, state: Tensor) -> None:
+        states.append(state)
+        progress.update()
+
+    integrate_ode(velocity, noise, times, REFERENCE_METHOD, callback=keep, jumps=jumps)
+    progress.close()
+    return Problem(noise, velocity, times, torch.stack(states))
+
+
+@torch.no_grad()
+def candidate(problem: Problem, times: Tensor, coefficients: Tensor) -> Candidate:
+    """Return times and coefficients with their error on `problem`."""
+    last = linear_multistep(problem.velocity, problem.noise, times, coefficients)
+    return Candidate(times.clone(), coefficients.clone(), float(problem.error(last)))
+
+
+@torch.no_grad()
+def least_squares(problem: Problem, times: Tensor) -> Tensor:
+    """Return the coefficients (K - 1, K - 1) whose every step comes nearest to the reference, one after the other."""
+    steps = len(times) - 1
+    matrix = torch.zeros(steps, steps, dtype=torch.float64)
+    x, values = problem.noise, []
+    for index in range(steps):
+        values.append(problem.velocity(x, times[index].expand(len(x))))
+        basis = torch.stack([value.flatten() for value in values], dim=1).double()  # (N C h w, index + 1)
+        wanted = (problem.target(float(times[index + 1])) - x).flatten().double()
+        matrix[index, : index + 1] = torch.linalg.lstsq(basis, wanted[:, None]).solution[:, 0].cpu()
+        x = x + (basis @ matrix[index, : index + 1].to(basis)).view_as(x).to(x.dtype)
+    return matrix.to(times)
+
+
+@torch.no_grad()
+def start_of(pipe: LightningDiTPipeline, sample: SampleConfig, steps: int, fit: Problem, check: Problem) -> Candidate:
+    """Return the best of the classical methods and of their grids with coefficients of least squares."""
+    jumps = jumps_of(pipe.guided([0], sample).settings)
+    found = []
+    for power in GRADES:
+        times = grid_of(pipe, sample, steps + 1, power)
+        nodes = graded_grid(steps + 1, jumps, power)[1]
+        found += [candidate(check, times, velocity_coefficients(times, order, nodes).to(times)) for order in ORDERS]
+        found.append(candidate(check, times, least_squares(fit, times)))
+    return min(found, key=lambda one: one.error)
+
+
+class Times:
+    """A grid as unbounded numbers: logarithms of step sizes, normalised between nodes that stay where they are."""
+
+    def __init__(self, times: Tensor, jumps: Sequence[float]) -> None:
+        fixed = [0, *(int((times - jump).abs().argmin()) for jump in jumps), len(times) - 1]
+        self.parts = list(itertools.pairwise(sorted(set(fixed))))
+        self.ends = times.clone()
+        self.logarithms = times.diff().log().requires_grad_()
+
+    def grid(self) -> Tensor:
+        """Return the times (K,), differentiable."""
+        pieces = [self.ends[:1]]
+        for begin, end in self.parts:
+            first, last = self.ends[begin], self.ends[end]
+            shares = self.logarithms[begin:end].softmax(0).cumsum(0)[:-1]
+            pieces += [first + (last - first) * shares, last[None]]
+        return torch.cat(pieces)
+
+
+@torch.no_grad()
+def whitening(problem: Problem, start: Candidate) -> list[Tensor]:
+    """Return for each step the matrix that turns independent directions of unit size into coefficients.
+
+    The velocities of one trajectory nearly coincide; in their own coordinates Adam would move all of them at once.
+    """
+    asked: list[Tensor] = []
+
+    def spy(x: Tensor, t: Tensor) -> Tensor:
+        asked.append(problem.velocity(x, t))
+        return asked[-1]
+
+    linear_multistep(spy, problem.noise, start.times, start.coefficients)
+    flat = torch.stack([value.flatten() for value in asked], dim=1).double()  # (N C h w, K - 1)
+    gram = flat.T @ flat / len(flat)
+    gram += 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    factors = [torch.linalg.cholesky(gram[:size, :size]) for size in range(1, len(gram) + 1)]
+    return [torch.linalg.inv(factor).T.to(start.times) for factor in factors]
+
+
+def refine(
+    start: Candidate,
+    jumps: Sequence[float],
+    fit: Problem,
+    check: Problem,
+    steps: int,
+    kept: Callable[[Candidate], None],
+) -> None:
+    """Move coefficients and times by `steps` steps of Adam; `kept` gets every new best of the noises unseen."""
+    times, directions = Times(start.times, jumps), whitening(fit, start)
+    moves = [torch.zeros(len(matrix), device=matrix.device, requires_grad=True) for matrix in directions]
+    optimizer = torch.optim.Adam(
+        [{"params": moves, "rate": COEFFICIENT_RATE}, {"params": [times.logarithms], "rate": TIME_RATE}],
+        betas=(0.8, 0.95),
+    )
+    best = start.error
+    print(f"Moving coefficients and times, {best:.4f} at the start", flush=True)
+    progress = Progress(steps, "step")
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = group["rate"] * 0.5 * (1 + math.cos(math.pi * step / steps))
+        grid, matrix = times.grid(), _moved(start.coefficients, directions, moves)
+        loss = fit.error(linear_multistep(fit.velocity, fit.noise, grid, matrix))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        if (step + 1) % CHECK_EVERY == 0 or step + 1 == steps:
+            with torch.no_grad():
+                now = candidate(check, times.grid(), _moved(start.coefficients, directions, moves))
+            if now.error < best:
+                best = now.error
+                kept(now)
+        progress.update()
+    progress.close()
+
+
+def _moved(coefficients: Tensor, directions: list[Tensor], moves: list[Tensor]) -> Tensor:
+    """Return the coefficients (K - 1, K - 1), each row moved by its directions."""
+    width = coefficients.shape[1]
+    rows = [
+        torch.nn.functional.pad(matrix @ move, (0, width - len(move)))
+        for matrix, move in zip(directions, moves, strict=True)
+    ]
+    return coefficients + torch.stack(rows)
+
+
+def as_solver(found: Candidate, sample: SampleConfig, path_type: str, noises: int) -> CalibratedSolver:
+    """Return a candidate as an entry of the file."""
+    rows = tuple(tuple(row[: index + 1]) for index, row in enumerate(found.coefficients.tolist()))
+    return CalibratedSolver(Guidance.of(sample), path_type, tuple(found.times.tolist()), rows, found.error, noises)
+
+
+def calibrate(pipe: LightningDiTPipeline, sample: SampleConfig, args: argparse.Namespace, output: Path) -> None:
+    """Fit a solver for each of `args.evaluations` and write every one as soon as it is better than what there is."""
+    file = opened(output, weights_fingerprint(pipe.config.ckpt_path or ""))
+    path_type, jumps = pipe.transport.path_type, jumps_of(pipe.guided([0], sample).settings)
+    check = make_problem(pipe, sample, (args.seed, CHECK_STREAM), args.checks, args.reference_steps)
+    fit = make_problem(pipe, sample, (args.seed, FIT_STREAM), args.noises, args.reference_steps)
+    for steps in args.evaluations:
+        known = file.best(Guidance.of(sample), path_type, steps)
+        if known is not None and known.evaluations == steps:
+            start = candidate(check, *(tensor.to(pipe.device) for tensor in known.tensors()))
+        else:
+            start = start_of(pipe, sample, steps, fit, check)
+
+        def kept(found: Candidate) -> None:
+            nonlocal file
+            file = file.with_solver(as_solver(found, sample, path_type, args.noises))
+            save_solvers(file, output)
+
+        kept(start)
+        refine(start, jumps, fit, check, args.iterations, kept)
+        best = file.best(Guidance.of(sample), path_type, steps)
+        print(f"{steps} evaluations: mean relative error {best.error if best else start.error:.4f}", flush=True)
+
+
+def opened(path: Path, fingerprint: str) -> SolverFile:
+    """Return the file at `path`, or a new one where there is none.
+
+    Raises:
+        LightningDiTError: it belongs to other weights.
+    """
+    if not path.exists():
+        return SolverFile(fingerprint)
+    file = load_solvers(path)
+    if file.weights != fingerprint:
+        raise LightningDiTError(
+            f"{path} belongs to weights {file.weights}, and these are {fingerprint}", "name another --output"
+        )
+    return file
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the command line's arguments."""
+    parser = argparse.ArgumentParser(prog="python -m LightningDiT.tools.calibrate_solver", description=__doc__)
+    parser.add_argument("--config", required=True, help="YAML of the model; its guidance is what the solver is for")
+    parser.add_argument("--evaluations", nargs="+", type=int, default=[6, 8, 10, 12], help="one solver for each")
+    parser.add_argument("--output", help=f"solver file; {FILE_NAME} beside the configuration where left out")
+    parser.add_argument("--noises", type=int, default=32, help="that the fit sees")
+    parser.add_argument("--checks", type=int, default=40, help="noises that the fit never sees, which choose the best")
+    parser.add_argument("--reference-steps", type=int, default=160, help="of the trajectories that are fitted")
+    parser.add_argument("--iterations", type=int, default=80, help="steps of Adam for each solver")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--guidance-scale", type=float, help="in place of the configuration's")
+    parser.add_argument("--guidance-start", type=float, help="in place of the configuration's cfg_interval_start")
+    args = parser.parse_args(argv)
+    for name, least in (("noises", 1), ("checks", 1), ("reference_steps", 20), ("iterations", 1), ("seed", 0)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; {least} or more is expected")
+    if min(args.evaluations) < 3:
+        parser.error(f"--evaluations {min(args.evaluations)} is too few; 3 or more are expected")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, build, run."""
+    args = parse(argv)
+    config = load_config(args.config)
+    verify_config(args.config)
+    given = {"cfg_scale": args.guidance_scale, "cfg_interval_start": args.guidance_start}
+    sample = replace(config.sample, **{key: value for key, value in given.items() if value is not None})
+    if sample.mode != "ODE" or sample.reverse:
+        raise LightningDiTError(f"{args.config} samples by the SDE or in reverse", "set mode: ODE and reverse: false")
+    output = Path(args.output) if args.output else Path(config.source).parent / FILE_NAME
+    pipe = LightningDiTPipeline.from_config(replace(config, sample=replace(sample, sampling_method="euler")))
+    pipe.transformer.requires_grad_(False)
+    calibrate(pipe, sample, args, output)
+    print(f"wrote {output}; sample it by `sampling_method: calibrated` and `solver_file: {output.name}`")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

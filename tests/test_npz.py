@@ -1,0 +1,75 @@
+"""The sample file of ADM's evaluation: its layout, its size in memory, and what it refuses."""
+
+from __future__ import annotations
+
+import tracemalloc
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from LightningDiT.errors import LightningDiTError
+from LightningDiT.images import save_png
+from LightningDiT.npz import write_npz
+
+
+def save_images(folder: Path, pixels: np.ndarray) -> list[Path]:
+    return [save_png(Image.fromarray(image), folder / f"{index:06d}.png") for index, image in enumerate(pixels)]
+
+
+def nothing() -> None:
+    """Take no note of an image that is in."""
+
+
+def test_it_is_what_savez_writes(tmp_path: Path) -> None:
+    """ADM's `np.savez(path, images, labels)`, against the file written in a stream."""
+    pixels = np.random.RandomState(0).randint(0, 256, (5, 8, 8, 3)).astype(np.uint8)
+    labels = [3, 1, 4, 1, 5]
+    counted: list[int] = []
+    paths = save_images(tmp_path, pixels)
+    write_npz(paths, labels, 8, tmp_path / "streamed.npz", lambda: counted.append(1))
+    np.savez(tmp_path / "whole.npz", pixels, np.array(labels, dtype=np.int64))
+    assert len(counted) == 5
+    streamed, whole = (np.load(tmp_path / name) for name in ("streamed.npz", "whole.npz"))
+    assert streamed.files == whole.files == ["arr_0", "arr_1"]
+    for name in whole.files:
+        assert streamed[name].dtype == whole[name].dtype
+        np.testing.assert_array_equal(streamed[name], whole[name])
+    with zipfile.ZipFile(tmp_path / "streamed.npz") as one, zipfile.ZipFile(tmp_path / "whole.npz") as other:
+        assert one.testzip() is None
+        for member in other.namelist():
+            assert one.read(member) == other.read(member)
+
+
+def test_memory_holds_one_image_at_a_time(tmp_path: Path) -> None:
+    side, count = 128, 100
+    paths = save_images(tmp_path, np.zeros((1, side, side, 3), np.uint8)) * count
+    tracemalloc.start()
+    try:
+        write_npz(paths, [0] * count, side, tmp_path / "all.npz", nothing)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 10 * side * side * 3  # all of them are 100 times that of one
+    assert np.load(tmp_path / "all.npz")["arr_0"].shape == (count, side, side, 3)
+
+
+def test_an_image_that_is_no_whole_image_of_the_run_is_named(tmp_path: Path) -> None:
+    paths = save_images(tmp_path, np.full((3, 8, 8, 3), 200, np.uint8))
+    write_npz(paths, [0, 1, 2], 8, tmp_path / "all.npz", nothing)
+    good = (tmp_path / "all.npz").read_bytes()
+    whole = paths[1].read_bytes()
+    save_png(Image.new("RGB", (9, 7)), paths[1])
+    with pytest.raises(LightningDiTError, match=r"000001.png has 9x7 pixels, 8x8 expected; mend: delete it"):
+        write_npz(paths, [0, 1, 2], 8, tmp_path / "all.npz", nothing)
+    for damaged in (whole[:40], b"no picture"):
+        paths[1].write_bytes(damaged)
+        with pytest.raises(LightningDiTError, match=r"000001.png is no whole image .*; mend: delete it"):
+            write_npz(paths, [0, 1, 2], 8, tmp_path / "all.npz", nothing)
+    paths[1].unlink()
+    with pytest.raises(LightningDiTError, match=r"000001.png is no whole image"):
+        write_npz(paths, [0, 1, 2], 8, tmp_path / "all.npz", nothing)
+    assert (tmp_path / "all.npz").read_bytes() == good
+    assert not list(tmp_path.glob("*.tmp"))
