@@ -142,7 +142,7 @@ def test_torch_cat_expected_a_non_empty_list_of_tensors_is_recognised_and_mended
     """
     path = bundled / "latents_stats.pt"
     with pytest.raises((RuntimeError, ValueError)) as published:
-        torch.cat([torch.load(shard) for shard in sorted(bundled.glob("latents_*.safetensors"))])
+        torch.cat([torch.load(shard, weights_only=True) for shard in sorted(bundled.glob("latents_*.safetensors"))])
     text = str(published.value)
     assert f'"{text}"' in " ".join((fix_latents_stats.__doc__ or "").split())
     with pytest.raises(SystemExit):
@@ -162,7 +162,7 @@ def test_torch_cat_expected_a_non_empty_list_of_tensors_where_data_path_names_th
     path, config = bundled / "latents_stats.pt", bundled / "config.yaml"
     config.write_text(f"data: {{data_path: '{path}'}}\nmodel: {{in_chans: {CHANNELS}}}\n")
     with pytest.raises((RuntimeError, ValueError), match=r"expected a non-empty list of Tensors"):
-        torch.cat([torch.load(shard) for shard in sorted(path.glob("*.safetensors"))])
+        torch.cat([torch.load(shard, weights_only=True) for shard in sorted(path.glob("*.safetensors"))])
     named, step3 = ["--config", str(config)], f"python step3_setup_configs.py --output {config}"
     words = f"wrong: data.data_path in config.yaml names the file {path}; its folder {bundled} is expected"
     path.touch()
