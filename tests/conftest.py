@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,9 @@ from LightningDiT.tokenizer.autoencoder import AutoencoderKL
 from LightningDiT.tokenizer.latents import LatentStats
 from LightningDiT.tokenizer.vavae import autoencoder_settings
 from tests.published import good_stats, light_checkpoint
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job ignores Ctrl-C; the tests send it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY_TOKENIZER = """
 ckpt_path: tokenizer.safetensors
