@@ -109,7 +109,8 @@ def describe_os_error(error: OSError) -> str:
     reason = error.strerror or str(error) or type(error).__name__
     look = f"ls -ld {shlex.quote(str(error.filename))} shows what is there; put it right and " if error.filename else ""
     mend = OS_MENDS.get(error.errno or 0, f"{look}run the same command again")
-    if error.errno == errno.EACCES and error.filename and not os.access(error.filename, os.R_OK):
+    named = Path(error.filename) if error.filename else None
+    if error.errno == errno.EACCES and named and named.is_file() and not os.access(named, os.R_OK):
         mend = f"chmod u+r {shlex.quote(str(error.filename))}, then run the same command again"
     return f"{place}{reason}; mend: {mend}"
 

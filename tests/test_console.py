@@ -173,3 +173,14 @@ def test_a_closed_stdout_is_no_fault() -> None:
     command = f"{shlex.quote(sys.executable)} -c {shlex.quote(program)} >&-"
     done = subprocess.run(["/bin/sh", "-c", command], cwd=PROJECT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_file_that_may_not_be_read_is_told_from_one_that_may_not_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for a person who is not root, whom nothing keeps from reading."""
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    (tmp_path / "there").touch()
+    there, absent = (PermissionError(13, "Permission denied", str(tmp_path / name)) for name in ("there", "absent"))
+    assert f"; mend: chmod u+r {tmp_path / 'there'}, then run" in console.describe_os_error(there)
+    assert "; mend: copy the project to a folder that you may write to" in console.describe_os_error(absent)
