@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from setup_steps.console import PROJECT
+from setup_steps.console import PROJECT, interpreter
 from setup_steps.install import read_pins
 from setup_steps.machine import installed_version
 
+#: How the steps' messages name the interpreter of the tests: `.venv/bin/python` where they run in that.
+PYTHON = interpreter()
 NOT_AS_PINNED = [
     pin.name
     for pin in read_pins(PROJECT / "requirements.txt")

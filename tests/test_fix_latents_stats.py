@@ -33,7 +33,7 @@ from LightningDiT.tokenizer.vavae import VA_VAE
 from setup_steps import console, downloads, stats_repair, weights
 from setup_steps.console import PROJECT, StepError
 from tests.hub_server import Hub, running_hub
-from tests.project_copy import copy_project, run_script
+from tests.project_copy import PYTHON, copy_project, run_script
 from tests.published import good_stats
 
 CHANNELS = 8
@@ -98,7 +98,7 @@ def test_every_damage_is_named_kept_aside_and_repaired(
     *_, fault, mend = capsys.readouterr().out.splitlines()
     assert fault.startswith("  wrong: ")
     assert words in fault
-    assert mend == f"  mend: python fix_latents_stats.py --stats {path}"
+    assert mend == f"  mend: {PYTHON} fix_latents_stats.py --stats {path}"
     assert (path.read_bytes() if path.is_file() else b"") == before
 
     assert repair(path) == 0
@@ -163,11 +163,11 @@ def test_torch_cat_expected_a_non_empty_list_of_tensors_where_data_path_names_th
     config.write_text(f"data: {{data_path: '{path}'}}\nmodel: {{in_chans: {CHANNELS}}}\n")
     with pytest.raises((RuntimeError, ValueError), match=r"expected a non-empty list of Tensors"):
         torch.cat([torch.load(shard, weights_only=True) for shard in sorted(path.glob("*.safetensors"))])
-    named, step3 = ["--config", str(config)], f"python step3_setup_configs.py --output {config}"
+    named, step3 = ["--config", str(config)], f"{PYTHON} step3_setup_configs.py --output {config}"
     words = f"wrong: data.data_path in config.yaml names the file {path}; its folder {bundled} is expected"
     path.touch()
     for options, code, last in (
-        (["--check"], 1, f"  mend: python fix_latents_stats.py --config {config}"),
+        (["--check"], 1, f"  mend: {PYTHON} fix_latents_stats.py --config {config}"),
         ([], 0, f"Next: {step3}"),
         (["--check"], 1, f"  mend: {step3}"),  # a good file, the path still wrong
         ([], 0, f"Next: {step3}"),
@@ -496,7 +496,7 @@ def test_a_configuration_of_another_name_says_which_file_is_meant(
     assert capsys.readouterr().out.splitlines()[0] == f"Repair of {path} (config.yaml uses it)"
     mean, _ = posterior_stats(tiny_folder / "tokenizer.yaml", cropped(files), 7)
     torch.testing.assert_close(LatentStats.load(path, 4).mean.flatten(), mean, atol=1e-5, rtol=1e-5)
-    with pytest.raises(StepError, match=r"--config .*no.yaml is no file, .*; mend: python step3_.* --output no.yaml"):
+    with pytest.raises(StepError, match=rf"--config .*no.yaml is no file, .*; mend: {PYTHON} step3_.* no.yaml"):
         fix_latents_stats.main(["--config", "no.yaml"])
 
 

@@ -17,6 +17,7 @@ from setup_steps.console import PROJECT, StepError
 from setup_steps.install import Pin, Row
 from setup_steps.pip_calls import InstallError, Source
 from setup_steps.releases import INSTALL, KEEP, REPLACE, Decision
+from tests.project_copy import PYTHON
 from tests.wheels import make_wheel
 
 
@@ -149,7 +150,7 @@ def test_an_imported_torch_is_never_replaced_under_the_process(monkeypatch: pyte
     right = Row("torch", "2.14.1", "2.14.1", "2.14.1")
     monkeypatch.setitem(sys.modules, "torch", sys)
     install.refuse_imported_torch([right])
-    with pytest.raises(StepError, match=r"torch is imported in this process.*; mend: restart .* !python step1"):
+    with pytest.raises(StepError, match=rf"torch is imported in this process.*; mend: restart .* !{PYTHON} step1"):
         install.refuse_imported_torch([wrong])
     monkeypatch.delitem(sys.modules, "torch")
     install.refuse_imported_torch([wrong])

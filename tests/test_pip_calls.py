@@ -12,6 +12,7 @@ import pytest
 from setup_steps import pip_calls
 from setup_steps.console import StepError
 from setup_steps.pip_calls import InstallError, Source
+from tests.project_copy import PYTHON
 from tests.wheels import make_wheel
 
 ALONE = {"PIP_CONFIG_FILE": "/dev/null", "PIP_INDEX_URL": "http://127.0.0.1:9/simple"}
@@ -39,7 +40,7 @@ def test_no_connection_is_said_soon(offline: None, tmp_path: Path) -> None:
     said = complaint(Source(), "tinyprobe==1.0", tmp_path)
     assert "while it installed tinyprobe==1.0: no connection to a package index; mend: switch the internet on" in said
     assert said.endswith(
-        "(Kaggle: Settings, Internet), or python step1_install_environment.py --wheels FOLDER with the wheels in it"
+        f"(Kaggle: Settings, Internet), or {PYTHON} step1_install_environment.py --wheels FOLDER with the wheels in it"
     )
     assert time.monotonic() - began < 60
 

@@ -10,6 +10,7 @@ import pytest
 from setup_steps import console, downloads, sources, weights
 from setup_steps.console import StepError
 from setup_steps.sources import Source, link
+from tests.project_copy import PYTHON
 
 STATS = weights.STATS
 
@@ -63,7 +64,8 @@ def test_absence_names_where_what_and_the_mend(tmp_path: Path) -> None:
     error = Source("attached", tmp_path).explain_absence(weights.DIT["64ep"])
     assert f"{tmp_path} holds no usable lightningdit-xl-imagenet256-64ep.pt" in str(error)
     assert "lightningdit-xl-imagenet256-64ep.bf16.safetensors" in str(error)
-    assert "; mend: python step2_download_models.py --source attached --attached FOLDER, or python step2" in str(error)
+    step2 = f"{PYTHON} step2_download_models.py --source"
+    assert f"; mend: {step2} attached --attached FOLDER, or {step2} hub" in str(error)
     assert "\n" not in str(error)
 
 

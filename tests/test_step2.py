@@ -22,7 +22,7 @@ import step2_download_models as step2
 from setup_steps import checks, console, downloads, weights
 from setup_steps.console import PROJECT, StepError
 from tests.hub_server import Fault, Hub, running_hub
-from tests.project_copy import copy_project, run_script
+from tests.project_copy import PYTHON, copy_project, run_script
 from tests.published import good_stats
 
 
@@ -91,7 +91,7 @@ def test_step2_fetches_checks_and_then_needs_no_hub(
     assert "342 tensors named and shaped as published" in said
     assert "351 tensors named and shaped as published" in said
     assert "32 means and standard deviations" in said
-    assert said.splitlines()[-1] == "Next: python step3_setup_configs.py --model 800ep"
+    assert said.splitlines()[-1] == f"Next: {PYTHON} step3_setup_configs.py --model 800ep"
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert fetch_models(folder) == 0
     assert capsys.readouterr().out.count("already there and verified") == 3
@@ -617,7 +617,7 @@ def test_step2_verify_names_every_fault(hub: Hub, tmp_path: Path, attached: Path
     words = (
         r"vavae.* \(linked to .*\) is not the file that the hub has .*; .*latents_stats.pt is a link to .*, which is "
     )
-    with pytest.raises(StepError, match=words + r"not there; mend: python step2_download_models.py --source hub$"):
+    with pytest.raises(StepError, match=words + rf"not there; mend: {PYTHON} step2_download_models.py --source hub$"):
         fetch_models(tmp_path / "models", "--verify")
     assert (tmp_path / "models" / "latents_stats.pt").is_symlink()
 

@@ -21,7 +21,7 @@ from setup_steps import configs, machine, weights
 from setup_steps.checks import published_table
 from setup_steps.console import PROJECT, StepError
 from setup_steps.machine import TorchFacts
-from tests.project_copy import run_script
+from tests.project_copy import PYTHON, run_script
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_step3_writes_what_the_library_reads(models: Path, tmp_path: Path, capsy
     assert (sample.num_sampling_steps, sample.cfg_scale) == (50, 9.0)
     assert (sample.cfg_interval_start, sample.timestep_shift) == (0.0, 0.0)
     said = capsys.readouterr().out
-    assert said.splitlines()[-1] == f"Next: python step4_run_inference.py --config {output}"
+    assert said.splitlines()[-1] == f"Next: {PYTHON} step4_run_inference.py --config {output}"
     assert [path.name for path in tmp_path.iterdir() if path.suffix] == ["config.yaml"]
 
 
@@ -116,7 +116,7 @@ def test_step3_explains_folders_and_files_in_each_others_place(models: Path, tmp
     for option in ("--checkpoint", "--tokenizer", "--stats"):
         cases += [
             (option, models, f"{option} .*my models is a folder, a file was expected; mend: .*{option}"),
-            (option, tmp_path / "none.pt", "none.pt is not there; mend: python step2_download_models.py"),
+            (option, tmp_path / "none.pt", f"none.pt is not there; mend: {PYTHON} step2_download_models.py"),
             (option, link, detached),
         ]
     for option, path, words in cases:
@@ -212,7 +212,7 @@ def test_step3_prints_yaml_alone_on_a_pipe(tmp_path: Path) -> None:
     piped.write_text(done.stdout)
     assert dataclasses.replace(load_config(piped), source="") == dataclasses.replace(load_config(output), source="")
     assert done.stderr.splitlines()[0] == "Step 3: configuration of the sampling"
-    assert done.stderr.splitlines()[-1] == f"Next: python step4_run_inference.py --config {output}"
+    assert done.stderr.splitlines()[-1] == f"Next: {PYTHON} step4_run_inference.py --config {output}"
 
 
 def test_step3_says_in_one_line_why_it_chose_precision_and_batch(
