@@ -178,8 +178,8 @@ def settle(model: str, options: argparse.Namespace, torch: machine.TorchFacts) -
         print(f"All is right; would write the configuration of the model '{model}' to {target}")
         return config
     where = f"{torch.device} ({torch.device_name})" if torch.device_memory else "the processor"
-    steps, batch = (config["sample"][key] for key in ("num_sampling_steps", "per_proc_batch_size"))
-    print(f"Model '{model}' on {where}, {steps} steps, {batch} pictures at a time.")
+    solver, batch = (config["sample"][key] for key in ("sampling_method", "per_proc_batch_size"))
+    print(f"Model '{model}' on {where}, solver {solver}, {batch} pictures at a time.")
     return config
 
 

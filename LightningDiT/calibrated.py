@@ -24,23 +24,39 @@ DIGITS = 9  # of the numbers in the file: a float32 exactly
 
 @dataclass(frozen=True)
 class Guidance:
-    """The guidance that a solver was fitted with; the names are those of `SampleConfig`."""
+    """The guidance that a solver was fitted with; the first four names are those of `SampleConfig`."""
 
     cfg_scale: float
     cfg_interval_start: float
     cfg_interval_end: float
     guided_channels: int | str
+    guide: str | None = None  # `weights_fingerprint` of the guide; None: classifier-free guidance
 
     @classmethod
     def of(cls, sample: SampleConfig) -> Guidance:
         """Return the guidance of sampling settings."""
-        return cls(*(getattr(sample, item.name) for item in dataclasses.fields(cls)))
+        return cls(
+            sample.cfg_scale,
+            sample.cfg_interval_start,
+            sample.cfg_interval_end,
+            sample.guided_channels,
+            weights_fingerprint(sample.guide_ckpt) if sample.guide_ckpt else None,
+        )
 
     def __str__(self) -> str:
+        kind = f"autoguidance (guide {self.guide})" if self.guide else "guidance"
         return (
-            f"guidance {self.cfg_scale:g} on {self.guided_channels} channels"
+            f"{kind} {self.cfg_scale:g} on {self.guided_channels} channels"
             f" from {self.cfg_interval_start:g} to {self.cfg_interval_end:g}"
         )
+
+    def as_yaml(self) -> str:
+        """Return the guidance as a mapping in one line."""
+        values = dataclasses.asdict(self)
+        guide = values.pop("guide")
+        pairs = [f"{key}: {value}" for key, value in values.items()]
+        pairs += [f"guide: '{guide}'"] if guide else []  # quoted: digits alone would be read as a number
+        return f"{{{', '.join(pairs)}}}"
 
 
 @dataclass(frozen=True)
@@ -145,9 +161,8 @@ def save_solvers(file: SolverFile, path: str | Path) -> None:
         "solvers:",
     ]
     for solver in file.solvers:
-        guidance = dataclasses.asdict(solver.guidance)
         lines += [
-            f"- guidance: {{{', '.join(f'{key}: {value}' for key, value in guidance.items())}}}",
+            f"- guidance: {solver.guidance.as_yaml()}",
             f"  path_type: {solver.path_type}",
             f"  error: {solver.error:.3g}",
             f"  noises: {solver.noises}",

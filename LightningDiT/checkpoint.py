@@ -10,13 +10,14 @@ import pickle
 import re
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from LightningDiT.errors import LightningDiTError
 
@@ -25,6 +26,8 @@ WEIGHT_KEYS = ("ema", "model", "state_dict")
 #: Prefixes that wrappers (data parallel, torch.compile) put before every name.
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 LISTED_NAMES = 5
+#: Bytes of a file that are converted before the mapping they were read through is given up.
+PORTION_BYTES = 64 * 2**20
 BUNDLED_FOLDER = "fashion-mnist"  # the model in git
 FINGERPRINT_SAMPLES, FINGERPRINT_BYTES = 64, 2**16
 
@@ -53,6 +56,30 @@ class CheckpointInfo:
         return sum(int(torch.Size(shape).numel()) for shape in self.shapes.values())
 
 
+class _WithoutCompiler(TorchFunctionMode):
+    """Goes around what torch works out on the meta device by its compiler, whose import takes 150 MB and 1 second."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, arguments: tuple[Any, ...] = (), options: Any = None
+    ) -> Any:
+        given = dict(options or {})
+        if function in (nn.init.normal_, Tensor.normal_):  # there are no values to draw
+            return given["tensor"] if "tensor" in given else arguments[0]
+        if function is torch.arange:
+            given["device"] = "cpu"  # and with it the tables of positions, which are small
+        return function(*arguments, **given)
+
+
+@contextlib.contextmanager
+def without_values() -> Iterator[None]:
+    """Modules made inside have names and shapes and no values: they are on the meta device, until a file is loaded.
+
+    What a module computes for itself from `torch.arange`, such as tables of positions, is on the CPU.
+    """
+    with torch.device("meta"), _WithoutCompiler():
+        yield
+
+
 def inspect(path: str | Path) -> CheckpointInfo:
     """Return what the weights file at `path` holds, after the safety checks of `load_weights`."""
     return _open(path)[0]
@@ -69,6 +96,40 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
             than tensors and plain values to be opened.
     """
     return _open(path)[1]
+
+
+def load_file(
+    module: nn.Module,
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format = torch.preserve_format,
+    ignored: tuple[str, ...] = (),
+) -> list[str]:
+    """Give `module` (which may be on the meta device) the tensors that it wants of the weights file at `path`.
+
+    What is to be changed is changed in portions, each read through a mapping of its own, so that the converted
+    weights and one portion of the file (`PORTION_BYTES`, or the largest tensor) are in memory at most, whatever the
+    file holds besides. What is as wanted stays mapped. A file in torch's format of before 1.6 cannot be mapped and
+    is in memory whole at first.
+
+    Args:
+        dtype: of floating-point tensors; the file's where left out.
+        memory_format: of four-dimensional tensors.
+        ignored: prefixes of names that the file may hold besides.
+
+    Returns:
+        The names in the file that the module has no place for, all of them below `ignored`.
+
+    Raises:
+        LightningDiTError: as `load_weights` and `load_into`, or a value is too large for `dtype`.
+    """
+    weights = load_weights(path)
+    check_shapes(module, {name: tuple(tensor.shape) for name, tensor in weights.items()}, path, ignored)
+    wanted = module.state_dict().keys()
+    others = [name for name in weights if name not in wanted]
+    weights = {name: weights[name] for name in weights if name in wanted}
+    load_into(module, _changed(weights, Path(path), dtype, memory_format), path)
+    return others
 
 
 def load_into(
@@ -91,7 +152,7 @@ def load_into(
     wanted = module.state_dict().keys()
     for name in wanted:
         tensor = weights[name]
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if not _is_finite(tensor):
             raise LightningDiTError(
                 f"{path}: tensor {name} holds NaN or infinite values; the file is damaged",
                 _mend_of(Path(path)),
@@ -101,6 +162,60 @@ def load_into(
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(trained[name])  # torch 2.2 switches gradients on with assign
     return [name for name in weights if name not in wanted]
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+
+
+def _changed(
+    weights: dict[str, Tensor], file: Path, dtype: torch.dtype | None, memory_format: torch.memory_format
+) -> dict[str, Tensor]:
+    """Return the weights of `file` in another precision and memory format; see `load_file`. Empties `weights`."""
+
+    def type_of(tensor: Tensor) -> torch.dtype:
+        return dtype if dtype and tensor.is_floating_point() else tensor.dtype
+
+    def layout_of(tensor: Tensor) -> torch.memory_format:
+        return memory_format if tensor.dim() == 4 else torch.preserve_format
+
+    def is_wanted(tensor: Tensor) -> bool:
+        laid_out = layout_of(tensor) is torch.preserve_format or tensor.is_contiguous(memory_format=memory_format)
+        return laid_out and tensor.dtype == type_of(tensor)
+
+    result = {name: tensor for name, tensor in weights.items() if is_wanted(tensor)}
+    portions = _portions({name: tensor.nbytes for name, tensor in weights.items() if name not in result})
+    for portion in portions:
+        opened = load_weights(file) if _can_be_mapped(file) else weights
+        for name in portion:
+            tensor = opened.pop(name)
+            result[name] = tensor.to(type_of(tensor), memory_format=layout_of(tensor))
+            _refuse_overflow(name, tensor, result[name], file)
+    return result
+
+
+def _portions(sizes: Mapping[str, int]) -> list[list[str]]:
+    """Return the names in order, in groups of at most `PORTION_BYTES`, or of one."""
+    portions: list[list[str]] = []
+    filled = PORTION_BYTES
+    for name, size in sizes.items():
+        if filled + size > PORTION_BYTES:
+            portions.append([])
+            filled = 0
+        portions[-1].append(name)
+        filled += size
+    return portions
+
+
+def _refuse_overflow(name: str, before: Tensor, after: Tensor, file: Path) -> None:
+    """Raise LightningDiTError where finite values have become infinite. What is damaged is found at loading."""
+    narrower = after.is_floating_point() and torch.finfo(after.dtype).max < torch.finfo(before.dtype).max
+    if narrower and not _is_finite(after) and _is_finite(before):
+        largest, kind = float(before.abs().max()), str(after.dtype).removeprefix("torch.")
+        raise LightningDiTError(
+            f"{file}: tensor {name} reaches {largest:g}, {kind} ends at {torch.finfo(after.dtype).max:g}",
+            "sample with --precision bf16 or fp32",
+        )
 
 
 def check_shapes(
@@ -257,8 +372,13 @@ def _load_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise LightningDiTError(f"{file} is cut short or no safetensors file ({error})", _mend_of(file)) from error
 
 
+def _can_be_mapped(file: Path) -> bool:
+    """Whether the tensors of a weights file are read from the disk only where they are used."""
+    return file.suffix == ".safetensors" or zipfile.is_zipfile(file)
+
+
 def _load_pickle(file: Path) -> dict[str, Any]:
-    mapped = zipfile.is_zipfile(file)
+    mapped = _can_be_mapped(file)
     try:
         content = torch.load(str(file), map_location="cpu", weights_only=True, mmap=mapped or None)
     except pickle.UnpicklingError as error:

@@ -10,7 +10,7 @@ import dataclasses
 import shutil
 from pathlib import Path
 
-from LightningDiT.config import NAMED_SOLVERS, RULES, Config
+from LightningDiT.config import RULES, Config, resolved_solver, with_points
 from LightningDiT.errors import LightningDiTError
 
 #: Classes that the published demo shows.
@@ -22,11 +22,13 @@ BYTES_PER_PIXEL = 3  # an upper bound of what a PNG of photographs takes
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that `apply_options` and `classes_of` read."""
-    parser.add_argument("--seed", type=_natural, default=0, help="noise of image i comes from (seed, i); default 0")
-    parser.add_argument("--steps", type=positive, help="points of the time grid")
+    parser.add_argument("--seed", type=natural, default=0, help="noise of image i comes from (seed, i); default 0")
+    parser.add_argument("--steps", type=positive, help="points of the time grid; `fast` then is ab3 with so many")
     parser.add_argument("--solver", help="fast, published, euler, ab3, unipc2, dopri5, ...: docs/sampling.md")
     parser.add_argument("--guidance-scale", type=float, help="1 is off")
+    parser.add_argument("--guide-ckpt", metavar="FILE", help="weaker weights of the same shape, for autoguidance")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), help="of the transformer")
+    parser.add_argument("--compile", action="store_true", default=None, help="compile the transformer: docs/compile.md")
     parser.add_argument("--batch-size", type=positive, help="images sampled at once")
     parser.add_argument(
         "--time-budget",
@@ -58,7 +60,9 @@ def apply_options(config: Config, args: argparse.Namespace) -> Config:
         "num_sampling_steps": "steps",
         "sampling_method": "solver",
         "cfg_scale": "guidance_scale",
+        "guide_ckpt": "guide_ckpt",
         "precision": "precision",
+        "compile": "compile",
         "per_proc_batch_size": "batch_size",
     }
     given = {key: getattr(args, name) for key, name in options.items() if getattr(args, name) is not None}
@@ -67,7 +71,9 @@ def apply_options(config: Config, args: argparse.Namespace) -> Config:
         if key in given and not good(given[key]):
             option = options[key].replace("_", "-")
             raise LightningDiTError(f"--{option} is {given[key]}; {expected} is expected", "choose another value")
-    return dataclasses.replace(config, sample=dataclasses.replace(config.sample, **given))
+    points = given.pop("num_sampling_steps", None)
+    sample = dataclasses.replace(config.sample, **given)
+    return dataclasses.replace(config, sample=with_points(sample, points) if points else sample)
 
 
 def classes_of(args: argparse.Namespace, num_classes: int) -> list[int | str]:
@@ -92,20 +98,23 @@ def demo_classes(num_classes: int) -> list[int | str]:
 def describe_settings(config: Config, images: int, output: Path) -> str:
     """Return the resolved settings in a few lines, for `--dry-run` and the start of a run."""
     sample = config.sample
-    points = f"{NAMED_SOLVERS.get(sample.sampling_method, ('', sample.num_sampling_steps))[1]} points"
+    spelt = resolved_solver(sample)
+    points = f"{spelt.num_sampling_steps} points"
     if sample.sampling_method in ("fast", "calibrated"):
         points = f"at most {points}"  # the weights and the solver file, not read yet, decide
+    grid = "graded grid" if spelt.time_grid == "graded" else f"shift {spelt.timestep_shift:g}"
+    kind = f"autoguidance by {sample.guide_ckpt}, scale" if sample.guide_ckpt else "guidance"
     guidance = (
-        f"guidance {sample.cfg_scale:g} on {sample.guided_channels} channels"
+        f"{kind} {sample.cfg_scale:g} on {sample.guided_channels} channels"
         f" from t = {sample.cfg_interval_start:g} to {sample.cfg_interval_end:g}"
     )
     return "\n".join(
         (
             f"configuration  {config.source}",
             f"model          {config.model.model_type} from {config.ckpt_path}",
-            f"sampling       {sample.mode} {sample.sampling_method}, {points},"
-            f" shift {sample.timestep_shift:g}; {guidance}",
-            f"precision      {sample.precision}, {sample.per_proc_batch_size} images at once",
+            f"sampling       {sample.mode} {sample.sampling_method}, {points}, {grid}; {guidance}",
+            f"precision      {sample.precision}{', compiled' if sample.compile else ''},"
+            f" {sample.per_proc_batch_size} images at once",
             f"images         {images} -> {output}",
             *(f"note           {note}" for note in config.notes),
         )
@@ -145,7 +154,8 @@ def _minutes(text: str) -> float:
     return minutes
 
 
-def _natural(text: str) -> int:
+def natural(text: str) -> int:
+    """Return an option's value as a whole number of at least 0."""
     return _at_least(text, 0)
 
 

@@ -11,6 +11,7 @@ from LightningDiT.errors import LightningDiTError
 
 #: Names of precisions in settings and on command lines.
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+HALF_PRECISIONS = (torch.bfloat16, torch.float16)
 #: What torch says where an allocation fails, apart from its own type for GPUs.
 OUT_OF_MEMORY = ("DefaultCPUAllocator", "not enough memory", "out of memory", "ALLOC_FAILED")
 NATIVE_BF16 = (8, 0)  # compute capability from which bfloat16 is computed and not emulated
@@ -42,8 +43,54 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def synchronise(device: torch.device) -> None:
+    """Wait until `device` has done what it was given; a clock is read after this."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def gpu_name(device: torch.device) -> str | None:
+    """Return the name of a GPU; None for the CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
+
+
+def gpu_peak_bytes(device: torch.device) -> int | None:
+    """Return the most bytes of tensors that this process had on a GPU at a time; None for the CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def gpu_random_states() -> list[torch.Tensor]:
+    """Return the state of every GPU's random numbers; an empty list where this process uses none."""
+    return torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+
+def set_gpu_random_states(states: list[torch.Tensor]) -> None:
+    """Take over what `gpu_random_states` returned, on a machine with as many GPUs."""
+    if len(states) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states)
+
+
+def gpu_free_bytes(device: torch.device) -> int | None:
+    """Return the free bytes of a GPU's memory; None for the CPU."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype for a precision name; `auto` is fp32 on the CPU, else bf16 where native, else fp16.
+    """Return the dtype of the transformer's weights for a precision name; the tokenizer stays float32.
+
+    `auto` is float32 on the CPU, bf16 on GPUs that compute it natively (capability 8.0 and newer: A100, L4, H100) and
+    fp16 on older ones (T4, V100, P100). Under half-precision weights
+
+    | part | computes in |
+    |---|---|
+    | linear layers, convolutions, q k^T and attention times v | inputs in half, sums in float32 |
+    | activations between two linear layers, rotation of q and k | half |
+    | norms, softmax, sinusoids of the time, sum and SiLU of the condition | float32 |
+    | modulation and gates, and the tokens between the blocks that they act on | float32 |
+    | state of the ODE or SDE, guidance, decoder | float32 |
+
+    Tokens grow from block to block and pass 65504, where fp16 ends. What passes it inside a block makes the state
+    infinite or NaN, and the pipeline then makes the batch again in float32.
 
     Raises:
         LightningDiTError: an unknown name.

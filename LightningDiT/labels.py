@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import SupportsIndex
 
 from LightningDiT.config import Config
@@ -33,10 +35,7 @@ class Labels:
         """Return the classes of a configuration: its own names, or ImageNet's where there are 1000."""
         names = config.data.class_names
         if names is None and config.data.num_classes == IMAGENET_CLASSES:
-            from timm.data import ImageNetInfo
-
-            info = ImageNetInfo()
-            names = tuple(info.index_to_description(index) for index in range(IMAGENET_CLASSES))
+            names = _imagenet_names()
         return cls(config.data.num_classes, names)
 
     def number(self, name: SupportsIndex | str) -> int:
@@ -83,3 +82,14 @@ class Labels:
         if self.names and self.count <= LISTED_CLASSES:
             return f"known: {', '.join(self.names)}"
         return f"numbers 0 to {self.count - 1} always work"
+
+
+def _imagenet_names() -> tuple[str, ...]:
+    """Return ImageNet's class names from timm's tables, read without timm, whose import takes 130 MB and seconds."""
+    found = importlib.util.find_spec("timm")
+    if found is None or not found.submodule_search_locations:
+        raise LightningDiTError("timm, which has ImageNet's class names, is not installed", "pip install timm")
+    tables = Path(found.submodule_search_locations[0]) / "data" / "_info"
+    lines = (tables / "imagenet_synset_to_lemma.txt").read_text(encoding="utf-8").splitlines()
+    with_names = dict(line.split("\t", 1) for line in lines)
+    return tuple(with_names[synset] for synset in (tables / "imagenet_synsets.txt").read_text("utf-8").split())

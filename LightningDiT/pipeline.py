@@ -18,7 +18,8 @@ from torch import Tensor
 
 from LightningDiT.batches import BatchLimit
 from LightningDiT.calibrated import CalibratedSolver, find_solver, load_solvers, save_solvers, weights_fingerprint
-from LightningDiT.checkpoint import atomic_path, check_shapes, inspect, load_into, load_weights, save_weights
+from LightningDiT.checkpoint import atomic_path, check_shapes, inspect, load_file, save_weights, without_values
+from LightningDiT.compiled import compile_forward
 from LightningDiT.config import (
     NAMED_SOLVERS,
     Config,
@@ -28,10 +29,13 @@ from LightningDiT.config import (
     load_config,
     load_tokenizer_config,
     read_yaml,
+    resolved_solver,
     tokenizer_config_path,
+    with_points,
 )
-from LightningDiT.device import best_device, resolve_precision
+from LightningDiT.device import HALF_PRECISIONS, best_device, resolve_precision
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.finite import all_finite, first_not_finite
 from LightningDiT.images import to_pil, to_uint8
 from LightningDiT.labels import Labels
 from LightningDiT.models.lightningdit import (
@@ -65,7 +69,9 @@ from LightningDiT.transport import (
 
 CONFIG_NAME = "config.yaml"
 STATS_NAME = "latents_stats.pt"
+GUIDE_NAME = "guide.safetensors"
 CALIBRATED, FAST, PUBLISHED = "calibrated", "fast", "published"
+GRADED = "graded"
 SOLVER_NAMES = (*NAMED_SOLVERS, CALIBRATED, *ODE_METHODS)
 Callback = Callable[[int, float, Tensor], None]
 
@@ -81,7 +87,7 @@ class PipelineOutput:
         seeds: (seed, index) of each image; noise that was not given as latents depends on nothing else.
         nfe: evaluations of the velocity that each image took.
         seconds: wall clock of sampling and decoding.
-        dtype: precision that the transformer computed in.
+        dtype: precision that the transformer computed in; a warning names batches that were made again in float32.
     """
 
     images: Any
@@ -146,6 +152,8 @@ def verify(config: Config) -> list[str]:
     lines = [f"configuration {config.source}: {config.model.model_type}, {config.data.num_classes} classes"]
     lines += config.notes
     lines.append(check_transformer_file(config, _required(config, "ckpt_path")))
+    if guide := config.sample.guide_ckpt:
+        lines.append(check_guide_file(config, guide))
     weights = config.vae.ckpt_path or tokenizer.ckpt_path
     if not weights:
         raise LightningDiTError(f"{config.source} names no vae.ckpt_path", "python step3_setup_configs.py")
@@ -173,6 +181,8 @@ def check_solver(sample: SampleConfig, path_type: str = "Linear") -> None:
             )
         else:
             check_method(sample.sampling_method, path_type, sample.reverse)
+            if sample.time_grid == GRADED and sample.timestep_shift:
+                raise ValueError("timestep_shift goes with time_grid shifted, not with graded")
 
 
 def sde_settings(sample: SampleConfig) -> SdeSettings:
@@ -181,8 +191,8 @@ def sde_settings(sample: SampleConfig) -> SdeSettings:
     Raises:
         ValueError: an unknown name, or an option that only the ODE has.
     """
-    if sample.timestep_shift or sample.reverse:
-        raise ValueError("timestep_shift and reverse go with mode ODE, not with SDE")
+    if sample.timestep_shift or sample.reverse or sample.time_grid == GRADED:
+        raise ValueError("timestep_shift, reverse and time_grid graded go with mode ODE, not with SDE")
     return SdeSettings(
         sampling_method=sample.sampling_method.capitalize(),  # SiT writes Euler and Heun
         diffusion_form=sample.diffusion_form,
@@ -207,11 +217,21 @@ def check_transformer_file(config: Config, path: str | Path) -> str:
             f"{path} holds {actual} and does not fit {config.source}: {'; '.join(wrong)}",
             "choose the model_type and sizes that belong to the file, or python step3_setup_configs.py",
         )
-    with torch.device("meta"):
+    with without_values():
         check_shapes(LightningDiT(wanted), info.shapes, path)
     held = f"entry {info.weights_key}" if info.weights_key else "bare weights"
     besides = f", besides it {', '.join(info.extras)}" if info.extras else ""
     return f"transformer {path}: {info.parameters:,} values, {held}{besides}"
+
+
+def check_guide_file(config: Config, path: str | Path) -> str:
+    """Compare the guide's weights file with the configuration, as the model's is, and return a line that says so."""
+    try:
+        return f"guide {check_transformer_file(config, path).removeprefix('transformer ')}"
+    except LightningDiTError as error:
+        raise LightningDiTError(
+            f"the guide {error.message}", "name weights of the model's own shape in sample.guide_ckpt"
+        ) from error
 
 
 def check_latent_shape(config: Config, tokenizer: TokenizerConfig) -> None:
@@ -236,10 +256,20 @@ def load_transformer(config: Config, dtype: torch.dtype | None = None) -> Lightn
     """
     path = _required(config, "ckpt_path")
     check_transformer_file(config, path)
-    with torch.device("meta"):
+    with without_values():
         model = LightningDiT(model_settings(config))
-    load_into(model, load_weights(path), path)
-    return model.eval().requires_grad_(False).to(dtype or torch.float32)
+    load_file(model, path, dtype or torch.float32)
+    if config.sample.compile:
+        compile_forward(model)
+    return model.eval().requires_grad_(False)
+
+
+def load_guide(config: Config, dtype: torch.dtype | None = None) -> LightningDiT | None:
+    """Return the network of `sample.guide_ckpt` as `load_transformer` does, or None where there is none."""
+    if not (path := config.sample.guide_ckpt):
+        return None
+    check_guide_file(config, path)
+    return load_transformer(dataclasses.replace(config, ckpt_path=path), dtype)
 
 
 def load_stats(config: Config) -> LatentStats:
@@ -257,7 +287,8 @@ def load_stats(config: Config) -> LatentStats:
 
 
 class LightningDiTPipeline:
-    """A LightningDiT, the tokenizer of its latents, and the sampling settings of a configuration."""
+    """A LightningDiT, the tokenizer of its latents, the sampling settings of a configuration, and for autoguidance a
+    guide: a weaker LightningDiT of the same shape."""
 
     def __init__(
         self,
@@ -267,8 +298,10 @@ class LightningDiTPipeline:
         config: Config,
         device: torch.device,
         dtype: torch.dtype,
+        guide: LightningDiT | None = None,
     ) -> None:
         self.transformer = transformer
+        self.guide = guide
         self.tokenizer = tokenizer
         self.transport = transport
         self.config = config
@@ -295,7 +328,8 @@ class LightningDiTPipeline:
             tokenizer_config_path(settings), settings.data.image_size, settings.vae.ckpt_path, stats, place
         )
         check_latent_shape(settings, tokenizer.config)
-        return cls(load_transformer(settings, dtype), tokenizer, build_transport(settings), settings, place, dtype)
+        transformer, guide = load_transformer(settings, dtype), load_guide(settings, dtype)
+        return cls(transformer, tokenizer, build_transport(settings), settings, place, dtype, guide)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: torch.device | str | None = None) -> LightningDiTPipeline:
@@ -321,6 +355,9 @@ class LightningDiTPipeline:
         if solver_file := self.config.sample.solver_file:
             save_solvers(load_solvers(solver_file), place / "solvers.yaml")
             config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, solver_file="solvers.yaml"))
+        if self.guide is not None:
+            save_weights(self.guide.state_dict(), place / GUIDE_NAME)
+            config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, guide_ckpt=GUIDE_NAME))
         if self.config.data.latent_norm and stats:
             stats.save(place / STATS_NAME)
         tokenizer = read_yaml(self.tokenizer.config.source) | {"ckpt_path": "tokenizer.safetensors"}
@@ -329,9 +366,11 @@ class LightningDiTPipeline:
                 OmegaConf.save(OmegaConf.create(values), temporary)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> LightningDiTPipeline:
-        """Move to `device`; `dtype` is the transformer's precision, the tokenizer stays float32."""
+        """Move to `device`; `dtype` is the precision of transformer and guide, the tokenizer stays float32."""
         self.device = torch.device(device)
         self.transformer = self.transformer.to(device=self.device, dtype=dtype)
+        if self.guide is not None:
+            self.guide = self.guide.to(device=self.device, dtype=dtype)
         self.dtype = next(self.transformer.parameters()).dtype
         self.tokenizer.to(self.device)
         return self
@@ -361,7 +400,7 @@ class LightningDiTPipeline:
             batch_size: images sampled at once, the configuration's where left out; where memory runs out fewer are,
                 which changes no noise and no label.
             callback: called as callback(step, t, state) after each solver step of each batch; step is 0 again where
-                a batch starts, or starts again in halves.
+                a batch starts, or starts again in halves or in float32.
 
         Raises:
             LightningDiTError: a label, a setting or the shape of `latents` is wrong, or one image is too much for
@@ -403,12 +442,52 @@ class LightningDiTPipeline:
     ) -> tuple[Any, int]:
         """Return the images of one batch and the evaluations that each of them took."""
         with _as_user_error(self.config.source):
-            state, nfe = self._sample(labels, seeds, noise, sample, callback)
-        if not bool(state.isfinite().all()):
-            raise LightningDiTError(
-                f"sampling in {self.dtype} gave values that are not finite", "sample with --precision fp32"
-            )
+            state, nfe = self._finite(partial(self._sample, labels, seeds, noise, sample), callback)
         return self._decode(state, output_type), nfe
+
+    def _finite(
+        self, run: Callable[[Callback | None], tuple[Tensor, int]], callback: Callback | None
+    ) -> tuple[Tensor, int]:
+        """Return states (N, C, h, w) and evaluations that `run` gives.
+
+        Where half precision gives what is not finite, the batch is made again in float32. Images that were finite
+        stay as they were, so that none depends on its batch.
+
+        Raises:
+            LightningDiTError: a state is not finite in float32 either; names the first layer.
+        """
+        state = None
+        try:
+            state, nfe = run(callback)
+            if all_finite(state):
+                return state, nfe
+        except FloatingPointError:  # an adaptive solver finds no step; where all is finite, the replay says so again
+            pass
+        networks = {"": self.transformer} | ({"guide.": self.guide} if self.guide is not None else {})
+        place = first_not_finite(networks, partial(run, None)) or "the state after the last evaluation"
+        message = f"sampling in {self.dtype} gave values that are not finite, first {place}"
+        if self.dtype not in HALF_PRECISIONS:
+            raise LightningDiTError(message, "lower --guidance-scale, or python step2_download_models.py --verify")
+        # six frames up is who called the pipeline
+        warnings.warn(f"{message}; this batch is made again in float32", stacklevel=6)
+        with self._in_float32():
+            again, nfe = self._finite(run, callback)
+        if state is None:
+            return again, nfe
+        finite = state.isfinite().flatten(1).all(1).view(-1, 1, 1, 1)  # (N, 1, 1, 1)
+        return torch.where(finite, state, again), nfe
+
+    @contextlib.contextmanager
+    def _in_float32(self) -> Iterator[None]:
+        """Compute in float32 for a while; from half precision to float32 and back no weight changes."""
+        dtype = self.dtype
+        try:
+            with torch.inference_mode(False):  # else the weights become tensors that serve inference alone
+                self.to(self.device, torch.float32)
+            yield
+        finally:
+            with torch.inference_mode(False):
+                self.to(self.device, dtype)
 
     def _sample_settings(self, guidance_scale: float | None, steps: int | None) -> SampleConfig:
         sample = self.config.sample
@@ -417,8 +496,15 @@ class LightningDiTPipeline:
         if steps is not None:
             if steps < 2:
                 raise LightningDiTError(f"num_inference_steps is {steps}; 2 or more are expected", "ask for more steps")
-            sample = dataclasses.replace(sample, num_sampling_steps=steps)
+            sample = with_points(sample, steps)
         return sample
+
+    def steps_of(self, sample: SampleConfig) -> int:
+        """Return the steps that a batch takes; those of an adaptive solver, unknown before, count as its grid's."""
+        if sample.mode == "SDE":
+            return sample.num_sampling_steps
+        solver = self.calibrated_solver(sample)
+        return solver.evaluations if solver else resolved_solver(sample).num_sampling_steps - 1
 
     def _check_latents(self, latents: Tensor | None, count: int) -> None:
         if latents is not None and tuple(latents.shape) != (count, *self.latent_shape):
@@ -466,7 +552,9 @@ class LightningDiTPipeline:
         channels = None if sample.guided_channels == "all" else int(sample.guided_channels)
         guidance = GuidanceSettings(sample.cfg_scale, sample.cfg_interval_start, sample.cfg_interval_end, channels)
         y = torch.tensor(labels, device=self.device)
-        return GuidedVelocity(self._predict, y, torch.full_like(y, self.transformer.null_class), guidance)
+        null = torch.full_like(y, self.transformer.null_class)
+        guide = None if self.guide is None else partial(self._predict, network=self.guide)
+        return GuidedVelocity(self._predict, y, null, guidance, guide)
 
     def _integrate(
         self,
@@ -477,17 +565,16 @@ class LightningDiTPipeline:
         callback: Callback | None,
     ) -> Tensor:
         """Return the final state (N, C, h, w) by the method of the ODE that the settings name."""
-        sampler, jumps = Sampler(self.transport), jumps_of(guidance)
-        method, points = NAMED_SOLVERS.get(sample.sampling_method, (sample.sampling_method, sample.num_sampling_steps))
+        jumps, spelt = jumps_of(guidance), resolved_solver(sample)
         if solver := self.calibrated_solver(sample):
             times, coefficients = (tensor.to(state.device) for tensor in solver.tensors())
             return linear_multistep(velocity, state, times, coefficients, callback)
-        times = sampler.times(points, sample.timestep_shift, sample.reverse)
-        if sample.sampling_method == FAST:
+        times = Sampler(self.transport).times(spelt.num_sampling_steps, spelt.timestep_shift, spelt.reverse)
+        if spelt.time_grid == GRADED:
             low, high = sorted((float(times[0]), float(times[-1])))
-            times = graded_grid(points, jumps)[0].clamp(low, high)
-            times = times.flip(0) if sample.reverse else times
-        return integrate_ode(velocity, state, times, method, sample.atol, sample.rtol, callback, jumps)
+            times = graded_grid(spelt.num_sampling_steps, jumps)[0].clamp(low, high)
+            times = times.flip(0) if spelt.reverse else times
+        return integrate_ode(velocity, state, times, spelt.sampling_method, spelt.atol, spelt.rtol, callback, jumps)
 
     def calibrated_solver(self, sample: SampleConfig) -> CalibratedSolver | None:
         """Return the calibrated solver that sampling settings ask for.
@@ -506,17 +593,18 @@ class LightningDiTPipeline:
         try:
             return find(self._weights_fingerprint)
         except LightningDiTError as error:
-            method, points = NAMED_SOLVERS[FAST]
-            warnings.warn(f"{error.message}; {method} with {points} points takes its place", stacklevel=2)
+            method, points, _ = NAMED_SOLVERS[FAST]
+            reason = error.message.partition(";")[0]  # without the list of what the file has
+            warnings.warn(f"{reason}; {method} with {points} points takes its place", stacklevel=2)
             return None
 
     @cached_property
     def _weights_fingerprint(self) -> str:
         return weights_fingerprint(_required(self.config, "ckpt_path"))
 
-    def _predict(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """The transformer in its precision, between a float32 state and a float32 prediction."""
-        return self.transformer(x.to(self.dtype), t, y).float()
+    def _predict(self, x: Tensor, t: Tensor, y: Tensor, network: LightningDiT | None = None) -> Tensor:
+        """The transformer, or another network, in its precision, between a float32 state and a float32 prediction."""
+        return (network or self.transformer)(x, t[:1], y).float()  # all times of a batch are equal
 
     def _decode(self, state: Tensor, output_type: str) -> Any:
         if output_type == "latent":

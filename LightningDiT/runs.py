@@ -28,7 +28,7 @@ from LightningDiT.processes import ALONE, Processes
 
 MANIFEST = "manifest.json"
 #: Settings that decide how a run is computed and not what comes out of it, or that the manifest has in another form.
-WITHOUT_EFFECT = ("per_proc_batch_size", "fid_num", "precision", "solver_file")
+WITHOUT_EFFECT = ("per_proc_batch_size", "fid_num", "precision", "solver_file", "guide_ckpt")
 ABSENT = "default"  # how a message calls a setting that a manifest does not have, since defaults are left out
 TORN = (f".{MANIFEST}.*.tmp", ".[0-9]*.png.*.tmp")  # what `atomic_path` leaves behind where it is killed
 
@@ -78,6 +78,8 @@ def manifest_of(config: Config, labels: Sequence[int], seed: int, dtype: torch.d
         files["statistics"] = str(Path(config.data.data_path) / STATS_NAME)
     if config.sample.solver_file and Path(config.sample.solver_file).is_file():
         files["solvers"] = config.sample.solver_file
+    if config.sample.guide_ckpt:
+        files["guide"] = config.sample.guide_ckpt
     return {
         "seed": seed,
         "labels": list(labels),
@@ -120,7 +122,7 @@ def opened_run(folder: Path, manifest: dict[str, Any]) -> Iterator[None]:
         with atomic_path(file) as temporary:
             temporary.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     with file.open("r+b") as held:
-        if not _lock(held):
+        if not lock(held):
             raise LightningDiTError(f"another run writes into {folder}", "wait for its end, or choose another --output")
         for pattern in TORN:
             for torn in folder.glob(pattern):
@@ -217,7 +219,7 @@ class _Part:
         self.progress, self.stop, self.deadline = progress, stop, deadline
         self.preview: Preview | None = None
         self._done, self._note = 0, ""
-        self._steps = pipe.config.sample.num_sampling_steps - 1  # of a batch, until the first one has shown it
+        self._steps = pipe.steps_of(pipe.config.sample)  # of a batch, until the first one has shown it
 
     def sample(self, turn: list[list[int]], rank: int) -> _Report:
         """Sample this process's batch of `turn`, which has one a process but for the last turn."""
@@ -292,7 +294,7 @@ def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
         )
 
 
-def _lock(file: IO[bytes]) -> bool:
+def lock(file: IO[bytes]) -> bool:
     """Take the lock of an open file, which its end or a kill gives back; False where another process has it."""
     try:
         import fcntl

@@ -50,7 +50,7 @@ PUBLISHED: Config = {
     # The published demo: strong guidance all the way, no shift.
     "sample": {
         "mode": "ODE",
-        "sampling_method": "euler",
+        "sampling_method": "fast",
         "num_sampling_steps": STEPS,
         "cfg_scale": 9.0,
         "cfg_interval_start": 0.0,
@@ -90,20 +90,23 @@ COMMENTS = {
     "transport.use_cosine_loss": "for training: adds the cosine loss over channels",
     "transport.use_lognorm": "for training: times from the logit-normal distribution",
     "sample.mode": "ODE or SDE",
-    "sample.sampling_method": "a solver's name: euler, heun2, dopri5, ...",
+    "sample.sampling_method": "fast, published (Euler, 250 points), or a solver: euler, ab3, heun, dopri5, ...",
     "sample.solver_file": "calibrated solvers of these weights; sampling_method fast takes the best of them",
     "sample.atol": "absolute tolerance of adaptive solvers",
     "sample.rtol": "relative tolerance of adaptive solvers",
     "sample.reverse": "from picture to noise",
-    "sample.num_sampling_steps": "points of the time grid; Euler evaluates one time fewer",
+    "sample.num_sampling_steps": "points of the time grid; fast and published have their own",
     "sample.cfg_scale": "guidance; 1 is off",
+    "sample.guide_ckpt": "autoguidance: weaker weights of the same shape; none is classifier-free guidance",
     "sample.cfg_interval_start": "no guidance before this time (0 = noise, 1 = picture)",
     "sample.cfg_interval_end": "no guidance after this time",
     "sample.guided_channels": 'the first N channels are guided, or "all"',
+    "sample.time_grid": "shifted (by timestep_shift) or graded (short steps where guidance sets in)",
     "sample.timestep_shift": "0 is off",
     "sample.per_proc_batch_size": "pictures at a time, chosen by this machine's memory",
     "sample.fid_num": "pictures of a run for the FID",
     "sample.precision": "auto, fp32, bf16 or fp16, chosen by this machine's memory; auto is fp32 on the processor",
+    "sample.compile": "torch.compile of the transformer: docs/compile.md",
     "sample.diffusion_form": "of the SDE: constant, SBDM, sigma, linear, ...",
     "sample.diffusion_norm": "of the SDE: factor on its diffusion",
     "sample.last_step": "of the SDE: Mean, Tweedie, Euler or none",
@@ -134,14 +137,14 @@ def fit_to_machine(config: Config, kind: str, torch: TorchFacts) -> str:
     config["sample"] |= {"per_proc_batch_size": 1, "precision": precision}
     words = f"precision {precision}: {words}"
     if memory is None:
-        return f"{words}; 1 picture at a time: memory unknown, {format_bytes(need.held(1))} are needed"
+        return f"{words}; 1 picture at a time: memory unknown, {format_bytes(need.peak(1))} are needed"
     usable = share * memory
     batch = need.largest_batch(usable, LARGEST_BATCH[kind])
     config["sample"]["per_proc_batch_size"] = batch
     pictures = "1 picture" if batch == 1 else f"{batch} pictures"
     takes = "takes" if batch == 1 else "take"
-    amount, there = format_bytes(need.held(batch)), f"{format_bytes(usable)} usable ({share:.0%} of {place})"
-    if need.held(batch) <= usable:
+    amount, there = format_bytes(need.peak(batch)), f"{format_bytes(usable)} usable ({share:.0%} of {place})"
+    if need.peak(batch) <= usable:
         return f"{words}; {pictures} at a time {takes} at most {amount}, of {there}"
     return f"{words}; WARNING: even {pictures} may take {amount}, more than the {there}"
 
@@ -151,8 +154,7 @@ def _need(config: Config, on_gpu: bool, value_bytes: int) -> memory_model.Need:
     from LightningDiT.config import typed
 
     settings = typed(Settings, config, "the configuration of step 3", hidden=("source", "notes"))
-    file_bytes = Path(config["ckpt_path"]).stat().st_size
-    return memory_model.sampling_need(settings, on_gpu, value_bytes, file_bytes)
+    return memory_model.sampling_need(settings, on_gpu, value_bytes)
 
 
 def _processor_precision(config: Config, usable: float | None) -> tuple[str, str, memory_model.Need]:
@@ -160,11 +162,11 @@ def _processor_precision(config: Config, usable: float | None) -> tuple[str, str
     bytes (None: unknown). Never fp16: torch 2.2 has no LayerNorm of it on processors.
     """
     full, half = (_need(config, False, size) for size in (memory_model.FLOAT32, memory_model.HALF))
-    if usable is None or full.held(1) <= usable:
+    if usable is None or full.peak(1) <= usable:
         return "auto", "fp32 on the processor", full
-    if half.held(1) > usable:
+    if half.peak(1) > usable:
         return "auto", "fp32 on the processor, since bf16 does not fit either", full
-    return "bf16", f"on the processor fp32 takes {format_bytes(full.held(1))} for 1 picture, which does not fit", half
+    return "bf16", f"on the processor fp32 takes {format_bytes(full.peak(1))} for 1 picture, which does not fit", half
 
 
 def _gpu_words(torch: TorchFacts) -> str:

@@ -2,7 +2,8 @@
 
 Every case is a process of its own that loads seeded weights from a file, computes once and reports the largest
 resident size that it had (VmHWM of /proc/self/status, so on Linux only). Beside it stands what
-setup_steps/memory_model.py says, and the ratio; the published model's weights take 2.7 GB of disk meanwhile.
+setup_steps/memory_model.py says, and the ratio. The published model's weights take 2.7 GB of disk meanwhile, and 8 GB
+more in the form of the official file, where the model and the optimizer's state stand beside the EMA.
 It is run from the project's folder.
 """
 
@@ -33,6 +34,7 @@ BATCHES = (1, 2, 4)
 PRECISIONS = {"fp32": memory_model.FLOAT32, "bf16": memory_model.HALF}
 """Bytes of a value by the name of what the transformer computes in."""
 WEIGHT_STD = 0.02
+OFFICIAL = "official"  # the case, and the name of its file
 GUIDANCE_SCALE = 9.0
 
 
@@ -64,7 +66,7 @@ def write_model(folder: Path, model_type: str) -> Path:
     """Write seeded weights of a transformer and of VA-VAE f16d32, in float32, and return the YAML that names them."""
     import torch
 
-    from LightningDiT.checkpoint import save_weights
+    from LightningDiT.checkpoint import save_weights, without_values
     from LightningDiT.config import load_config
     from LightningDiT.tokenizer.latents import LatentStats
 
@@ -77,7 +79,7 @@ def write_model(folder: Path, model_type: str) -> Path:
         "sample": {"cfg_scale": GUIDANCE_SCALE},
     }
     path.write_text(json.dumps(settings), encoding="utf-8")  # YAML reads JSON
-    with torch.device("meta"):
+    with without_values():
         modules = {"transformer": _transformer(load_config(path)), "tokenizer": _tokenizer(load_config(path))}
     generator = torch.Generator().manual_seed(0)
     for name, module in modules.items():
@@ -87,6 +89,22 @@ def write_model(folder: Path, model_type: str) -> Path:
     channels = load_config(path).model.in_chans
     LatentStats(torch.zeros(1, channels, 1, 1), torch.full((1, channels, 1, 1), 2.0)).save(folder / "latents_stats.pt")
     return path
+
+
+def write_official(path: Path) -> None:
+    """Write the weights of the configuration at `path` beside it once more, as training's `ema`, `model` and `opt`.
+
+    The other two are zeros, which take no memory to write.
+    """
+    import torch
+
+    from LightningDiT.checkpoint import load_weights, save_training_state
+    from LightningDiT.config import load_config
+
+    ema = load_weights(load_config(path).ckpt_path or "")
+    model, moments = ({name: torch.zeros(tensor.shape) for name, tensor in ema.items()} for _ in range(2))
+    state = {index: {"exp_avg": moment} for index, moment in enumerate(moments.values())}
+    save_training_state({"model": model, "ema": ema, "opt": {"state": state}}, path.with_name(f"{OFFICIAL}.pt"))
 
 
 def _transformer(config: Config) -> nn.Module:
@@ -106,9 +124,9 @@ def _tokenizer(config: Config) -> nn.Module:
 
 def run_framework(config: Config, batch: int) -> None:
     """What every case begins with: the library, and the modules without weights."""
-    import torch
+    from LightningDiT.checkpoint import without_values
 
-    with torch.device("meta"):
+    with without_values():
         _transformer(config)
         _tokenizer(config)
 
@@ -157,34 +175,31 @@ CASES: dict[str, Callable[[Config, int], None]] = {
     "step": run_step,
     "decode": run_decode,
     "sampling": run_sampling,
+    OFFICIAL: run_sampling,
 }
 
 
 def modelled(config: Config, case: str, batch: int) -> int:
     """Return the bytes that the memory model gives for a case."""
-    from LightningDiT.config import load_tokenizer_config, tokenizer_config_path
-    from LightningDiT.pipeline import model_settings
-    from LightningDiT.tokenizer.vavae import autoencoder_settings
-
     value_bytes = PRECISIONS[config.sample.precision]
-    need = memory_model.sampling_need(config, False, value_bytes, Path(config.ckpt_path or "").stat().st_size)
+    need = memory_model.sampling_need(config, False, value_bytes)
     transformer, tokenizer = memory_model.parameters_of(config)
-    step = memory_model.block_bytes(model_settings(config), batch * memory_model.ROWS_PER_IMAGE, value_bytes)
-    sizes = autoencoder_settings(load_tokenizer_config(tokenizer_config_path(config)))
-    decode = memory_model.decode_bytes(sizes, batch, config.data.image_size)
     return {
         "framework": need.framework,
-        "step": need.framework + transformer * value_bytes + max(need.loading, step),
-        "decode": need.framework + tokenizer * memory_model.FLOAT32 + decode,
+        "step": replace(need, weights=transformer * value_bytes, decode=0).peak(batch),
+        "decode": replace(need, weights=tokenizer * memory_model.FLOAT32, step=0).peak(batch),
         "sampling": need.peak(batch),
+        OFFICIAL: need.peak(batch),
     }[case]
 
 
-def in_precision(path: Path, precision: str) -> Config:
-    """Return the configuration at `path` with another precision."""
+def config_of(path: Path, precision: str, case: str) -> Config:
+    """Return the configuration at `path` with the precision and the file of a case."""
     from LightningDiT.config import load_config
 
     config = load_config(path)
+    if case == OFFICIAL:
+        config = replace(config, ckpt_path=str(path.with_name(f"{OFFICIAL}.pt")))
     return replace(config, sample=replace(config.sample, precision=precision))
 
 
@@ -196,7 +211,7 @@ def measure(path: Path, precision: str, case: str, batch: int) -> Row:
     if done.returncode:
         reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
         raise StepError(f"case {case} with {batch} images failed: {reason}", "free memory, or fewer --batches")
-    config = in_precision(path, precision)
+    config = config_of(path, precision, case)
     measured = int(done.stdout.split()[-1])
     return Row(config.model.model_type, precision, case, batch, measured, modelled(config, case, batch))
 
@@ -236,6 +251,8 @@ def measure_all(args: argparse.Namespace, model_type: str) -> list[Row]:
         path = write_model(Path(folder), model_type)
         plan = [("fp32", "framework", 1)] + [("fp32", "decode", batch) for batch in args.batches]
         plan += [(name, case, n) for name in args.precisions for case in ("step", "sampling") for n in args.batches]
+        plan += [(name, OFFICIAL, 1) for name in args.precisions]
+        write_official(path)
         rows = []
         for precision, case, batch in plan:
             print(f"  {case} in {precision}, {batch} images", file=sys.stderr)
@@ -247,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, measure, print."""
     args = parse(argv)
     if args.case:
-        config = in_precision(Path(args.config), args.precisions[0])
+        config = config_of(Path(args.config), args.precisions[0], args.case)
         run_framework(config, 0)
         CASES[args.case](config, args.batches[0])
         print(largest_resident_bytes())

@@ -256,6 +256,21 @@ def test_fast_falls_back_with_a_warning_and_published_is_euler_with_250_points(c
     torch.testing.assert_close(without.images, published.images, rtol=0, atol=0.1)
 
 
+def test_points_asked_for_leave_a_named_solver_for_its_method_and_grid(calibrated):
+    pipe = LightningDiTPipeline.from_pretrained(calibrated)
+
+    def sampled(points=None, **change):
+        pipe.config = dataclasses.replace(pipe.config, sample=dataclasses.replace(pipe.config.sample, **change))
+        return pipe([1], seed=5, output_type="latent", num_inference_steps=points)
+
+    asked = sampled(9, sampling_method="fast", timestep_shift=0.3)
+    assert (asked.nfe, pipe.steps_of(pipe.config.sample)) == (8, 4)
+    spelt = sampled(sampling_method="ab3", num_sampling_steps=9, time_grid="graded", timestep_shift=0.0)
+    assert torch.equal(asked.images, spelt.images)
+    assert not torch.equal(asked.images, sampled(time_grid="shifted").images)
+    assert pipe.steps_of(pipe.config.sample) == 8
+
+
 @pytest.mark.parametrize("text", ["times: [0, 1, 0.5]", "coefficients: [[1.0]]", "noise: 3"])
 def test_a_damaged_file_is_named(calibrated, text):
     file, key = calibrated / "solvers.yaml", text.partition(":")[0]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +19,15 @@ from LightningDiT.checkpoint import (
     atomic_path,
     fingerprint,
     inspect,
+    load_file,
     load_into,
     load_weights,
     save_training_state,
     save_weights,
+    without_values,
 )
 from LightningDiT.errors import LightningDiTError
+from tests.conftest import PROJECT
 
 
 def weights() -> dict[str, torch.Tensor]:
@@ -154,6 +161,113 @@ def test_nan_inside_is_refused_by_name() -> None:
     broken = weights() | {"bias": torch.tensor([1.0, float("nan")])}
     with pytest.raises(LightningDiTError, match="tensor bias holds NaN"):
         load_into(nn.Linear(3, 2), broken, "file")
+
+
+def stored(form: str, folder: Path, content: dict[str, torch.Tensor]) -> Path:
+    """A file of one of the three kinds that `load_weights` reads."""
+    path = folder / f"weights.{form}"
+    if form == "safetensors":
+        save_file(content, path)
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=form != "legacy")
+    return path
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pt", "legacy"])
+@pytest.mark.parametrize("portion", [0, 2**26])
+def test_a_file_is_loaded_in_another_precision_and_layout(
+    form: str, portion: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether each tensor is a portion of its own or all are one."""
+    monkeypatch.setattr("LightningDiT.checkpoint.PORTION_BYTES", portion)
+    kernel, extra = torch.randn(4, 3, 3, 3), {"loss.scale": torch.zeros(1)}
+    given = {"weight": kernel, "bias": torch.randn(4), "steps": torch.tensor(7)}
+    with without_values():
+        module = nn.Conv2d(3, 4, 3)
+        module.register_buffer("steps", torch.zeros((), dtype=torch.long))
+    path = stored(form, tmp_path, given | extra)
+    assert load_file(module, path, torch.bfloat16, torch.channels_last, ("loss.",)) == ["loss.scale"]
+    assert module.weight.is_contiguous(memory_format=torch.channels_last)
+    assert (module.bias.dtype, module.steps.item()) == (torch.bfloat16, 7)
+    expected = {name: value.bfloat16() if value.is_floating_point() else value for name, value in given.items()}
+    torch.testing.assert_close(dict(module.state_dict()), expected, atol=0, rtol=0)
+
+
+def test_a_file_that_does_not_fit_is_refused_before_it_is_converted(tmp_path: Path) -> None:
+    path = stored("pt", tmp_path, weights() | {"weight": torch.full((3, 2), 7e4)})
+    with pytest.raises(LightningDiTError, match=r"does not fit Linear.* weight \[3, 2\] instead of \[2, 3\]"):
+        load_file(nn.Linear(3, 2), path, torch.float16)
+
+
+def test_a_value_that_the_precision_cannot_hold_is_named(tmp_path: Path) -> None:
+    path = stored("safetensors", tmp_path, weights() | {"bias": torch.tensor([1.0, -7e4])})
+    with pytest.raises(LightningDiTError) as raised:
+        load_file(nn.Linear(3, 2), path, torch.float16)
+    message = f"{path}: tensor bias reaches 70000, float16 ends at 65504; mend: sample with --precision bf16 or fp32"
+    assert str(raised.value) == message
+    load_file(module := nn.Linear(3, 2), path, torch.bfloat16)
+    assert module.bias[1] == torch.tensor(-7e4).bfloat16()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_a_damaged_value_is_found_in_every_precision(dtype: torch.dtype | None, tmp_path: Path) -> None:
+    path = stored("pt", tmp_path, weights() | {"bias": torch.tensor([1.0, float("inf")])})
+    with pytest.raises(LightningDiTError, match="tensor bias holds NaN or infinite values; the file is damaged"):
+        load_file(nn.Linear(3, 2), path, dtype)
+
+
+LAYERS, WIDTH = 8, 2048  # 16 MiB a layer in float32, 128 MiB in all
+MEASURED_LOADING = """
+import json, re, sys
+import torch
+from torch import nn
+from LightningDiT import checkpoint
+from LightningDiT.models.lightningdit import LightningDiT
+from LightningDiT.tokenizer.autoencoder import AutoencoderKL, AutoencoderSettings
+
+def resident(key):
+    return int(re.search(key + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+
+layers, width, path, dtype = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], getattr(torch, sys.argv[4])
+checkpoint.PORTION_BYTES = 2**24
+with checkpoint.without_values():
+    LightningDiT(use_rope=True), AutoencoderKL(AutoencoderSettings())
+    module = nn.ModuleList([nn.Embedding(width, width), *(nn.Linear(width, width, False) for _ in range(layers - 1))])
+before = resident("VmRSS")
+checkpoint.load_file(module, path, dtype, ignored=("loss.",))
+print(json.dumps([resident("VmHWM") - before, "torch._dynamo" in sys.modules]))
+"""
+
+
+@pytest.fixture(scope="module")
+def large_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    """Weights of 128 MiB in two formats, each with two times as much besides that a model has no place for."""
+    folder = tmp_path_factory.mktemp("large")
+    own, model, loss = (
+        {f"{prefix}{index}.weight": torch.full((WIDTH, WIDTH), 0.5) for index in range(LAYERS)}
+        for prefix in ("", "", "loss.")
+    )
+    files = {"pt": folder / "official.pt", "safetensors": folder / "with_loss.safetensors"}
+    torch.save({"model": model, "ema": own, "opt": {"state": {0: {"exp_avg": loss}}}}, files["pt"])
+    save_file(own | loss | {f"loss.{name}": tensor for name, tensor in model.items()}, files["safetensors"])
+    yield files
+    for path in files.values():
+        path.unlink()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="VmHWM is read from /proc")
+@pytest.mark.parametrize(("form", "dtype"), [("pt", "float32"), ("pt", "bfloat16"), ("safetensors", "bfloat16")])
+def test_loading_takes_the_weights_and_one_portion(form: str, dtype: str, large_files: dict[str, Path]) -> None:
+    """The peak of a process of its own. What stands besides, or the unconverted weights, would add 128 MiB or more."""
+    command = [sys.executable, "-c", MEASURED_LOADING, str(LAYERS), str(WIDTH), str(large_files[form]), dtype]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True)
+    peak, compiler_came_along = json.loads(done.stdout)
+    mebibyte = 2**20
+    own = LAYERS * WIDTH**2 * getattr(torch, dtype).itemsize
+    portion = 0 if dtype == "float32" else 16 * mebibyte
+    one_tensor_is_checked = 40 * mebibyte  # its absolute values, and what is finite of them
+    assert own <= peak <= own + portion + one_tensor_is_checked + 8 * mebibyte
+    assert not compiler_came_along
 
 
 def test_a_fingerprint_follows_the_content(tmp_path: Path) -> None:

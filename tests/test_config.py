@@ -46,7 +46,7 @@ def test_the_published_schema_loads_unmodified(tmp_path: Path) -> None:
     assert config.optimizer.lr == 2e-4  # YAML 1.1 reads this spelling as a string
     assert config.sample.cfg_interval_start == 0.125
     assert config.model.use_checkpoint is True
-    ignored = ("data.fid_reference_file", "data.valid_path", "data.num_workers", "sample.likelihood")
+    ignored = ("data.fid_reference_file", "data.num_workers", "sample.likelihood")
     assert config.notes == tuple(f"{key} is accepted and has no effect" for key in ignored)
 
 
@@ -71,6 +71,7 @@ def test_what_is_left_out_has_its_default(tmp_path: Path) -> None:
         ("data: {num_classes: 2, class_names: [one]}", "1 names for 2 classes"),
         ("data: {image_size: 250}", "image_size 250 is no multiple of vae.downsample_ratio 16"),
         ("sample: {num_sampling_steps: 1}", "num_sampling_steps is 1; 2 or more"),
+        ("sample: {time_grid: curved}", "time_grid is 'curved'; shifted or graded"),
         (
             "sample: {cfg_interval_start: 0.9, cfg_interval_end: 0.5}",
             "cfg_interval_start is 0.9, after cfg_interval_end 0.5",

@@ -8,9 +8,9 @@ import pytest
 import torch
 import yaml
 
-from LightningDiT.config import load_config
+from LightningDiT.config import NAMED_SOLVERS, load_config
 from LightningDiT.pipeline import LightningDiTPipeline
-from LightningDiT.transport import ADAPTIVE_METHODS, FIXED_METHODS
+from LightningDiT.transport import ODE_METHODS
 from setup_steps import configs, memory_model, weights
 from setup_steps.configs import CPU_SHARE, GPU_SHARE, LARGEST_BATCH
 from setup_steps.machine import Gpu, TorchFacts
@@ -65,14 +65,18 @@ def test_every_key_that_a_bundled_model_could_have_has_a_comment() -> None:
 
 
 def test_solvers_that_are_offered_exist() -> None:
-    offered = configs.COMMENTS["sample.sampling_method"].partition(": ")[2].removesuffix(", ...").split(", ")
-    assert offered == ["euler", "heun2", "dopri5"]
-    assert set(offered) <= {*FIXED_METHODS, *ADAPTIVE_METHODS}
+    comment = configs.COMMENTS["sample.sampling_method"]
+    offered = comment.partition(": ")[2].removesuffix(", ...").split(", ")
+    assert offered == ["euler", "ab3", "heun", "dopri5"]
+    assert set(offered) <= set(ODE_METHODS)
+    assert comment.startswith("fast, published (Euler, 250 points)")
+    assert NAMED_SOLVERS["published"][:2] == ("euler", 250)
 
 
-# bytes of sampling in half precision: 1 GB of context, 675,256,736 x 2 and 69,836,067 x 4 of weights,
-# and 8 maps of 128 x 256 x 256 float32 a picture
+# bytes of sampling in half precision: 1 GB of context, 675,256,736 x 2 and 69,836,067 x 4 of weights; a decode of one
+# picture at a time takes 8 maps of 128 x 256 x 256 float32, a step 2 rows of 256 tokens for each
 FIXED = 1_000_000_000 + 675_256_736 * 2 + 69_836_067 * 4
+STEP = 2 * 256 * (19 * 1152 + 4 * 3072) * 3
 PICTURE = 8 * 128 * 256 * 256 * 4
 
 
@@ -81,7 +85,7 @@ def test_the_batch_is_the_largest_that_fits_the_gpu(memory: int, published_files
     config = settings("published", published_files)
     reason = configs.fit_to_machine(config, "published", gpu(memory))
     batch = config["sample"]["per_proc_batch_size"]
-    assert batch == min(16, int((GPU_SHARE * memory - FIXED) // PICTURE))
+    assert batch == min(16, int((GPU_SHARE * memory - FIXED) // STEP))
     assert f"{batch} picture" in reason
     assert "WARNING" not in reason
     assert "\n" not in reason
@@ -94,12 +98,12 @@ def test_a_device_that_is_too_small_is_said(published_files: dict[str, Path]) ->
     assert "WARNING: even 1 picture may take 2.9 GB, more than the 1.7 GB usable (85% of the GPU's memory)" in reason
 
 
-# On a processor, of half the machine's memory: 0.85 GB of framework, 4 or 2 bytes a parameter of the transformer.
-FP32, BF16 = (850_000_000 + 675_256_736 * size + 69_836_067 * 4 for size in (4, 2))
+# On a processor, of half the machine's memory: 0.7 GB of framework, a portion of 64 MiB, 4 or 2 bytes a parameter.
+FP32, BF16 = (700_000_000 + 2**26 + 675_256_736 * size + 69_836_067 * 4 for size in (4, 2))
 SHARE = "usable (50% of the machine's memory)"
-TOO_MUCH = "precision bf16: on the processor fp32 takes 4.1 GB for 1 picture, which does not fit; "
+TOO_MUCH = "precision bf16: on the processor fp32 takes 4.0 GB for 1 picture, which does not fit; "
 NEITHER = (
-    "precision auto: fp32 on the processor, since bf16 does not fit either; WARNING: even 1 picture may take 4.1 GB, "
+    "precision auto: fp32 on the processor, since bf16 does not fit either; WARNING: even 1 picture may take 4.0 GB, "
 )
 
 
@@ -119,29 +123,34 @@ def fit_to_processor(kind: str, files: dict[str, Path], memory: int | None, patc
             64 * GB,
             "auto",
             16,
-            f"precision auto: fp32 on the processor; 16 pictures at a time take at most 8.1 GB, of 32.0 GB {SHARE}",
+            f"precision auto: fp32 on the processor; 16 pictures at a time take at most 4.9 GB, of 32.0 GB {SHARE}",
         ),
         (
-            12 * GB,
+            9 * GB,
             "auto",
-            8,
-            f"precision auto: fp32 on the processor; 8 pictures at a time take at most 6.0 GB, of 6.0 GB {SHARE}",
+            10,
+            f"precision auto: fp32 on the processor; 10 pictures at a time take at most 4.4 GB, of 4.5 GB {SHARE}",
         ),
         (
             2 * (FP32 + PICTURE),
             "auto",
-            1,
-            f"precision auto: fp32 on the processor; 1 picture at a time takes at most 4.1 GB, of 4.1 GB {SHARE}",
+            3,
+            f"precision auto: fp32 on the processor; 3 pictures at a time take at most 4.0 GB, of 4.0 GB {SHARE}",
         ),
-        (2 * (FP32 + PICTURE) - 2, "bf16", 6, f"{TOO_MUCH}6 pictures at a time take at most 4.1 GB, of 4.1 GB {SHARE}"),
-        (8 * GB, "bf16", 5, f"{TOO_MUCH}5 pictures at a time take at most 3.8 GB, of 4.0 GB {SHARE}"),
-        (2 * (BF16 + PICTURE), "bf16", 1, f"{TOO_MUCH}1 picture at a time takes at most 2.7 GB, of 2.7 GB {SHARE}"),
+        (
+            2 * (FP32 + PICTURE) - 2,
+            "bf16",
+            16,
+            f"{TOO_MUCH}16 pictures at a time take at most 3.2 GB, of 4.0 GB {SHARE}",
+        ),
+        (6 * GB, "bf16", 11, f"{TOO_MUCH}11 pictures at a time take at most 3.0 GB, of 3.0 GB {SHARE}"),
+        (2 * (BF16 + PICTURE), "bf16", 5, f"{TOO_MUCH}5 pictures at a time take at most 2.7 GB, of 2.7 GB {SHARE}"),
         (2 * (BF16 + PICTURE) - 2, "auto", 1, f"{NEITHER}more than the 2.7 GB {SHARE}"),
         (
             None,
             "auto",
             1,
-            "precision auto: fp32 on the processor; 1 picture at a time: memory unknown, 4.1 GB are needed",
+            "precision auto: fp32 on the processor; 1 picture at a time: memory unknown, 4.0 GB are needed",
         ),
     ],
 )
@@ -169,7 +178,7 @@ def test_bf16_that_is_chosen_samples_on_the_processor(tmp_path: Path, monkeypatc
     for size in (memory_model.FLOAT32, memory_model.HALF):
         config = configs.bundled_config()
         need = configs._need(config, False, size)
-        monkeypatch.setattr(configs, "memory_bytes", lambda need=need: 2 * need.held(1))
+        monkeypatch.setattr(configs, "memory_bytes", lambda need=need: 2 * need.peak(1))
         configs.fit_to_machine(config, "bundled", TorchFacts("2", True))
         path = tmp_path / f"{size}.yaml"
         path.write_text(configs.render(config))

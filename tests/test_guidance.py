@@ -10,15 +10,16 @@ Y, NULL = torch.tensor([3, 7]), torch.tensor([10, 10])
 
 
 class Linear:
-    """v = (1 + label / 10) x, with a record of the batch sizes that it was called on."""
+    """v = (start + slope label) x, with a record of the batch sizes that it was called on."""
 
-    def __init__(self):
+    def __init__(self, start=1.0, slope=0.1):
+        self.start, self.slope = start, slope
         self.calls = []
 
     def __call__(self, x, t, y):
         assert len(x) == len(t) == len(y)
         self.calls.append(len(x))
-        return (1 + y.reshape(-1, 1, 1, 1) / 10) * x
+        return (self.start + self.slope * y.reshape(-1, 1, 1, 1)) * x
 
 
 def at(time, n=2):
@@ -66,11 +67,49 @@ def test_scale_zero_is_the_null_model():
     torch.testing.assert_close(v, 2 * X)
 
 
-def test_another_network_may_guide():
-    model, guide = Linear(), Linear()
-    v = guided_velocity(model, X, at(0.5), Y, NULL, 4.0, guided_channels=None, guide=guide)
-    torch.testing.assert_close(v, guided_velocity(Linear(), X, at(0.5), Y, NULL, 4.0, 0, 1, None))
+@pytest.mark.parametrize("channels", [3, None])
+def test_a_guide_sees_the_same_labels_as_the_model(channels):
+    model, guide = Linear(), Linear(start=0.5, slope=0.2)
+    v = guided_velocity(model, X, at(0.5), Y, NULL, 4.0, guided_channels=channels, guide=guide)
+    # labels 3 and 7: the model's gains are 1.3 and 1.7, the guide's 1.1 and 1.9;
+    # 1.1 + 4 (1.3 - 1.1) = 1.9 and 1.9 + 4 (1.7 - 1.9) = 1.1
+    guided = 5 if channels is None else channels
+    expected = torch.tensor([[1.9] * guided + [1.3] * (5 - guided), [1.1] * guided + [1.7] * (5 - guided)])
+    torch.testing.assert_close(gains(v), expected)
     assert model.calls == [2] and guide.calls == [2]
+
+
+@pytest.mark.parametrize(("time", "scale"), [(0.2, 4.0), (0.9, 4.0), (0.5, 1.0)])
+def test_a_guide_is_not_called_where_guidance_does_not_act(time, scale):
+    model, guide = Linear(), Linear(start=0.5)
+    v = guided_velocity(model, X, at(time), Y, NULL, scale, 0.3, 0.8, guide=guide)
+    assert torch.equal(v, Linear()(X, at(time), Y))
+    assert model.calls == [2] and guide.calls == []
+
+
+def test_scale_zero_is_the_guide():
+    guide = Linear(start=0.5)
+    v = guided_velocity(Linear(), X, at(0.5), Y, NULL, 0.0, guided_channels=None, guide=guide)
+    assert torch.equal(v, guide(X, at(0.5), Y))
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.7, 2.0, 10.0, 1000.0])
+@pytest.mark.parametrize("channels", [3, None])
+def test_a_model_that_guides_itself_is_unguided(scale, channels, unit_model, golden):
+    model, x, y = unit_model("default"), golden["cfg.x"][:2], golden["cfg.y"][:2]
+    with torch.no_grad():
+        v = guided_velocity(model, x, at(0.5), y, y, scale, guided_channels=channels, guide=model)
+        assert torch.equal(v, model(x, at(0.5), y))
+
+
+def test_the_two_predictions_and_their_mix_make_the_guided_one():
+    settings = GuidanceSettings(4.0, guided_channels=3)
+    for guide, weak in ((None, [2.0, 2.0]), (Linear(start=0.5, slope=0.2), [1.1, 1.9])):
+        guided = GuidedVelocity(Linear(), Y, NULL, settings, guide)
+        pair = guided.both(X, at(0.5))
+        for prediction, expected in zip(pair, ([1.3, 1.7], weak), strict=True):
+            torch.testing.assert_close(gains(prediction), torch.tensor(expected)[:, None].expand(2, 5))
+        assert torch.equal(guided.mix(*pair), guided(X, at(0.5)))
 
 
 def test_the_object_equals_the_function():

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from LightningDiT.checkpoint import PORTION_BYTES
 from LightningDiT.config import load_config
 from LightningDiT.models.lightningdit import LightningDiTSettings
 from LightningDiT.tokenizer.autoencoder import AutoencoderSettings
@@ -49,13 +50,12 @@ def test_the_largest_map_by_hand(multipliers: tuple[int, ...], largest: int) -> 
 
 
 def test_the_largest_batch_fits_and_the_next_does_not() -> None:
-    need = Need(framework=100, weights=50, loading=30, per_image=7)
-    assert need.peak(1) == 180  # loading is the worst moment
-    assert need.peak(10) == need.held(10) == 220
-    assert need.held(1) == 157  # what was mapped for loading goes back to the system
-    for memory in range(157, 400):
+    """Up to two images a decode of 20 each is the worst moment, from six on the steps of 7 an image are."""
+    need = Need(framework=90, weights=50, loading=10, step=7, decode=20, chunk=2)
+    assert [need.peak(batch) for batch in (1, 2, 5, 6, 10)] == [170, 190, 190, 192, 220]
+    for memory in range(170, 400):
         batch = need.largest_batch(memory, 1000)
-        assert 150 + 7 * batch <= memory < 150 + 7 * (batch + 1)
+        assert need.peak(batch) <= memory < need.peak(batch + 1)
     assert need.largest_batch(10_000, 16) == 16
     assert need.largest_batch(10, 16) == 1
 
@@ -63,19 +63,17 @@ def test_the_largest_batch_fits_and_the_next_does_not() -> None:
 PARAMETERS, TOKENIZER = 675_256_736, 69_836_067
 
 
-def test_a_file_in_another_precision_lies_beside_the_converted_weights(tmp_path: Path) -> None:
-    config = load_config(config_of(tmp_path, "LightningDiT-XL/1"))
-    for file_bytes, on_gpu, value_bytes, loading in (
-        (2 * PARAMETERS, False, FLOAT32, 2 * PARAMETERS),
-        (4 * PARAMETERS, False, FLOAT32, 0),
-        (6_000_000_000, False, FLOAT32, 0),
-        (4 * PARAMETERS, False, HALF, 4 * PARAMETERS),
-        (2 * PARAMETERS, False, HALF, 2 * PARAMETERS),  # bf16 may have to be made of fp16
-        (2 * PARAMETERS, True, HALF, 0),
-    ):
-        need = memory_model.sampling_need(config, on_gpu, value_bytes, file_bytes)
-        assert need.loading == loading
-        assert need.weights == value_bytes * PARAMETERS + 4 * TOKENIZER
+@pytest.mark.parametrize(("side", "chunk"), [(128, 4), (256, 1), (512, 1)])
+def test_the_parts_of_a_need(side: int, chunk: int, tmp_path: Path) -> None:
+    path = config_of(tmp_path, "LightningDiT-XL/1")
+    path.write_text(path.read_text() + f"data: {{image_size: {side}}}\n")
+    table = (side // 16) ** 2 * 1152 * 2  # the positions' table and the RoPE's two: tokens x width, tokens x 72 each
+    for on_gpu, value_bytes, step_bytes in ((False, FLOAT32, 4), (False, HALF, 3), (True, HALF, 3)):
+        need = memory_model.sampling_need(load_config(path), on_gpu, value_bytes)
+        assert need.weights == pytest.approx(value_bytes * PARAMETERS + 4 * TOKENIZER, abs=2 * table * value_bytes)
+        assert need.loading == (0 if on_gpu else PORTION_BYTES)
+        assert (need.chunk, need.decode) == (chunk, 8 * 128 * side**2 * 4)
+        assert need.step == 2 * (side // 16) ** 2 * (19 * 1152 + 4 * 3072) * step_bytes
 
 
 needs_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="VmHWM is read from /proc")
@@ -93,18 +91,21 @@ def test_the_largest_resident_size_is_that_of_this_process() -> None:
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Seeded weights of LightningDiT-S/1 and VA-VAE f16d32, 0.4 GB, for as long as the tests run."""
     folder = tmp_path_factory.mktemp("memory")
-    yield measure_memory.write_model(folder, "LightningDiT-S/1")
-    for path in folder.glob("*.safetensors"):
-        path.unlink()
+    path = measure_memory.write_model(folder, "LightningDiT-S/1")
+    measure_memory.write_official(path)
+    yield path
+    for file in (*folder.glob("*.safetensors"), *folder.glob("*.pt")):
+        file.unlink()
 
 
 @needs_linux
-@pytest.mark.parametrize("precision", measure_memory.PRECISIONS)
-def test_the_model_bounds_the_peak_of_sampling(precision: str, small_model: Path) -> None:
-    """A process loads real weights, samples and decodes; what it maps of its files is the least it can take."""
-    row = measure_memory.measure(small_model, precision, "sampling", 1)
-    files = sum(path.stat().st_size for path in small_model.parent.glob("*.safetensors"))
-    assert files < row.measured <= row.modelled
+@pytest.mark.parametrize(("precision", "case"), [("bf16", "sampling"), ("fp32", measure_memory.OFFICIAL)])
+def test_the_model_bounds_the_peak_of_sampling(precision: str, case: str, small_model: Path) -> None:
+    """A process loads real weights, samples and decodes; its weights are the least that it can take."""
+    row = measure_memory.measure(small_model, precision, case, 1)
+    config = measure_memory.config_of(small_model, precision, case)
+    weights = memory_model.sampling_need(config, False, measure_memory.PRECISIONS[precision]).weights
+    assert weights < row.measured <= row.modelled
 
 
 @needs_linux
@@ -144,9 +145,7 @@ def test_the_table_in_the_documents_is_that_of_the_model(row: list[str], tmp_pat
     model, precision, case, batch, measured, modelled, ratio = row
     path = tmp_path / "config.yaml"
     path.write_text(f"ckpt_path: weights\nmodel: {{model_type: {model}}}\n")
-    config = measure_memory.in_precision(path, precision)
-    with (tmp_path / "weights").open("wb") as file:
-        file.truncate(4 * memory_model.parameters_of(config)[0])
+    config = measure_memory.config_of(path, precision, case)
     expected = measure_memory.modelled(config, case, int(batch))
     assert abs(megabytes(modelled) - expected / 1e6) <= 1.0
     if case == "framework":
@@ -159,6 +158,6 @@ def test_the_documents_hold_every_model_case_and_precision() -> None:
     measured = {tuple(row[:3]) for row in ROWS}
     for model in measure_memory.MODELS:
         assert {(model, "fp32", case) for case in measure_memory.CASES} <= measured
-        assert (model, "bf16", "sampling") in measured
+        assert {(model, "bf16", case) for case in ("step", "sampling", measure_memory.OFFICIAL)} <= measured
     assert f"{memory_model.FRAMEWORK_BYTES / 1e9:.2f} GB on the processor" in DOCUMENT
     assert f"{TOKENIZER:,} times 4" in DOCUMENT

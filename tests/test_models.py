@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from LightningDiT.models.layers import ONEDNN_LINEAR, LayerNorm, Linear, RMSNorm, attend
 from LightningDiT.models.lightningdit import (
     PRESETS,
     LightningDiT,
@@ -26,6 +30,7 @@ from tests.conftest import seed_weights
 PACKAGE = Path(__file__).parent.parent / "LightningDiT"
 VARIANTS = ["default", "qknorm", "wo_shift", "plain_dit_patch2", "learn_sigma"]
 Build = Callable[..., LightningDiT]
+HALF = [torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -114,3 +119,170 @@ def test_the_null_class_is_the_number_of_classes(unit_model: Build) -> None:
     dropped = model.y_embedder(torch.tensor([3, 4]), dropped=torch.tensor([True, False]))
     table = model.y_embedder.embedding_table.weight
     torch.testing.assert_close(dropped, table[[10, 4]], atol=0, rtol=0)
+
+
+def plain_forward(model: LightningDiT, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    """The forward of one image after another, with the SiLU of its condition taken in every layer."""
+    made = []
+    for image, time, label in zip(x, t, y, strict=True):
+        tokens = model.x_embedder(image[None]) + model.pos_embed
+        condition = model.t_embedder(time[None]) + model.y_embedder(label[None])
+        for block in model.blocks:
+            parts = block.adaLN_modulation[1](F.silu(condition)).unsqueeze(1)
+            shift1, scale1, gate1, shift2, scale2, gate2 = parts.chunk(6, dim=2)
+            tokens = tokens + gate1 * block.attn(block.norm1(tokens) * (1 + scale1) + shift1, model.feat_rope)
+            tokens = tokens + gate2 * block.mlp(block.norm2(tokens) * (1 + scale2) + shift2)
+        last = model.final_layer
+        shift, scale = last.adaLN_modulation[1](F.silu(condition)).unsqueeze(1).chunk(2, dim=2)
+        patches = last.linear(last.norm_final(tokens) * (1 + scale) + shift)
+        side = model.settings.side
+        made.append(patches.view(1, side, side, -1).permute(0, 3, 1, 2))
+    return torch.cat(made)
+
+
+def test_a_time_that_all_share_is_embedded_once(unit_model: Build, golden: dict[str, Tensor]) -> None:
+    model, seen = unit_model("default"), []
+    model.t_embedder.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    x, y = golden["x"], golden["y"]
+    t = torch.full((len(x),), 0.37)
+    with torch.no_grad():
+        shared, apart = model(x, t[:1], y), model(x, t, y)
+        assert seen == [1, len(x)]
+        expected = plain_forward(model, x, t, y)
+    torch.testing.assert_close(shared, apart, atol=1e-6, rtol=0)
+    torch.testing.assert_close(shared, expected, atol=5e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_half_precision_is_for_the_products_alone(variant: str, dtype: torch.dtype, unit_model: Build) -> None:
+    model = unit_model(variant).to(dtype)
+    products, wide = [], []
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            layer.register_forward_hook(lambda layer, x, out: products.append((x[0].dtype, out.dtype)))
+        elif name.endswith(("norm1", "norm2", "norm_final")):
+            layer.register_forward_hook(lambda layer, x, out: wide.append((x[0].dtype, out.dtype)))
+        elif name.endswith("adaLN_modulation"):
+            layer.register_forward_hook(lambda layer, x, out: wide.extend((x[0].dtype, part.dtype) for part in out))
+    with torch.no_grad():
+        model(torch.randn(1, 8, 8, 8), torch.tensor([0.5]), torch.tensor([1]))
+    assert products and set(products) == {(dtype, dtype)}
+    assert wide and set(wide) == {(torch.float32, torch.float32)}
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_half_precision_stays_near_the_published_output(
+    variant: str, dtype: torch.dtype, unit_model: Build, golden: dict[str, Tensor]
+) -> None:
+    with torch.no_grad():
+        out = unit_model(variant).to(dtype)(golden["x"], golden["t"], golden["y"])
+    expected = golden[f"forward.{variant}"]
+    error = (out.float() - expected).norm() / expected.norm()
+    assert 0 < error < 8 * torch.finfo(dtype).eps
+
+
+def test_tokens_beyond_the_range_of_fp16_do_no_harm(unit_model: Build, golden: dict[str, Tensor]) -> None:
+    model, largest = unit_model("default"), []
+    with torch.no_grad():
+        for block in model.blocks:
+            gates = block.adaLN_modulation[1].bias.chunk(6)
+            gates[2].fill_(30_000.0)
+            gates[5].fill_(30_000.0)
+        expected = model(golden["x"], golden["t"], golden["y"])
+        model.blocks[-1].register_forward_hook(lambda block, x, out: largest.append(float(out.abs().max())))
+        out = model.half()(golden["x"], golden["t"], golden["y"]).float()
+    assert largest[0] > torch.finfo(torch.float16).max
+    assert out.isfinite().all()
+    assert (out - expected).norm() / expected.norm() < 8 * torch.finfo(torch.float16).eps
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_norms_compute_in_float32(dtype: torch.dtype) -> None:
+    x = torch.tensor([[300.0, -400.0, 500.0, 600.0]])  # squares beyond 65504; exact in both
+    mean, eps = x.double().mean(), 1e-6
+    rms = (x.double().square().mean() + eps).sqrt()
+    deviation = (x.double().var(unbiased=False) + eps).sqrt()
+    for norm, expected in ((RMSNorm(4), x / rms), (LayerNorm(4), (x - mean) / deviation)):
+        with torch.no_grad():
+            norm.weight.copy_(torch.tensor([1.0, 2.0, -1.0, 0.5]))
+            out = norm.to(dtype)(x.to(dtype))
+        assert out.dtype == dtype
+        torch.testing.assert_close(out, (expected * norm.weight).to(dtype), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("size", [1, 8, 60])
+def test_attention_keeps_large_logits_in_float32(dtype: torch.dtype, size: int) -> None:
+    """Queries and keys of size 60 have products beyond 65504, where fp16 ends."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (size * torch.randn(2, 3, 32, 64, generator=generator).to(dtype) for _ in range(2))
+    v = torch.randn(2, 3, 32, 64, generator=generator).to(dtype)
+    products = q.double() @ k.double().transpose(-2, -1)
+    if dtype == torch.float16 and not torch_writes_products_in_float32():
+        pytest.skip("this torch has no fused attention for fp16 on the CPU")
+    assert (products.abs().max() > torch.finfo(torch.float16).max) == (size == 60)
+    expected = (products / 8).softmax(-1) @ v.double()
+    difference = (attend(q, k, v).double() - expected).abs().max()
+    assert difference < 4 * torch.finfo(dtype).eps
+
+
+def torch_writes_products_in_float32() -> bool:
+    return tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 5)
+
+
+def test_attention_without_a_fused_kernel_scales_before_the_product() -> None:
+    q = torch.zeros(1, 1, 2, 64, dtype=torch.float16)
+    q[..., 0, :32], q[..., 1, 32:] = 60.0, 60.0  # 60^2 * 32 = 115200 is beyond 65504; over 8 it is 14400
+    v = torch.tensor([[1.0, 2.0]]).half().view(1, 1, 2, 1).expand(1, 1, 2, 64)
+    with math_kernel():
+        out = attend(q, q, v)
+    torch.testing.assert_close(out, v, atol=0, rtol=0)  # each token sees itself alone
+
+
+def math_kernel() -> AbstractContextManager[object]:
+    """Allow only the kernel that writes q k^T out."""
+    if hasattr(nn, "attention"):
+        return nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH)
+    return torch.backends.cuda.sdp_kernel(enable_flash=False, enable_math=True, enable_mem_efficient=False)
+
+
+def test_in_float32_nothing_is_converted(unit_model: Build, golden: dict[str, Tensor]) -> None:
+    class Conversions(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += function is torch.ops.aten._to_copy.default
+            return function(*args, **(kwargs or {}))
+
+    counts = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = unit_model("qknorm").to(dtype)
+        with torch.no_grad(), Conversions() as conversions:
+            model(golden["x"], golden["t"], golden["y"])
+        counts.append(conversions.count)
+    assert counts[0] == 0 < counts[1]
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 24), (1, 24), (2, 1, 24)])
+def test_linear_without_gradients_is_the_same_product(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    linear, x = Linear(24, 40), torch.randn(shape, requires_grad=True)
+    wanted = (x.double() @ linear.weight.double().T + linear.bias.double()).float()
+    with torch.inference_mode():
+        torch.testing.assert_close(linear(x), wanted, atol=1e-6, rtol=1e-6)
+    (grad,) = torch.autograd.grad(linear(x).sum(), x)
+    torch.testing.assert_close(grad, linear.weight.sum(0).expand(shape), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.skipif(ONEDNN_LINEAR is None, reason="this torch or processor has no oneDNN linear layer to choose")
+def test_linear_takes_onednn_without_gradients_alone() -> None:
+    linear, x = Linear(24, 40), torch.randn(2, 24)
+    operator = "mkldnn::_linear_pointwise"
+    with torch.profiler.profile() as kept, torch.inference_mode():
+        linear(x)
+    assert operator in {event.key for event in kept.key_averages()}
+    with torch.profiler.profile() as kept:
+        linear(x).sum().backward()
+    assert operator not in {event.key for event in kept.key_averages()}

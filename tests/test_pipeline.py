@@ -4,18 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
+from LightningDiT import inference
+from LightningDiT.calibrated import (
+    CalibratedSolver,
+    Guidance,
+    SolverFile,
+    load_solvers,
+    save_solvers,
+    weights_fingerprint,
+)
 from LightningDiT.checkpoint import load_weights, save_weights
+from LightningDiT.cli import apply_options
+from LightningDiT.config import SampleConfig, load_config
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import to_uint8
-from LightningDiT.pipeline import LightningDiTPipeline, verify_config
+from LightningDiT.models.lightningdit import LightningDiT
+from LightningDiT.pipeline import LightningDiTPipeline, model_settings, verify_config
 from LightningDiT.transport.guidance import guided_velocity
+from tests.conftest import BUNDLED, COMPUTED, seeded_tensor
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +118,7 @@ def test_the_sde_ends_near_nothing_but_finite_and_reproducible(pipe: LightningDi
     [
         ({"sampling_method": "dopri5"}, "Dopri5"),
         ({"sampling_method": "heun", "timestep_shift": 0.3}, "go with mode ODE"),
+        ({"sampling_method": "heun", "time_grid": "graded"}, "go with mode ODE"),
         ({"sampling_method": "heun", "last_step": "Never"}, "Never"),
         ({"sampling_method": "heun", "diffusion_form": "square"}, "square"),
     ],
@@ -110,6 +128,12 @@ def test_the_sde_refuses_what_it_does_not_have(
 ) -> None:
     sample = dataclasses.replace(pipe.config.sample, mode="SDE", **change)
     with pytest.raises(LightningDiTError, match=message):
+        LightningDiTPipeline.from_config(dataclasses.replace(pipe.config, sample=sample), device="cpu")
+
+
+def test_a_graded_grid_is_not_shifted_besides(pipe: LightningDiTPipeline) -> None:
+    sample = dataclasses.replace(pipe.config.sample, time_grid="graded", timestep_shift=0.3)
+    with pytest.raises(LightningDiTError, match="timestep_shift goes with time_grid shifted"):
         LightningDiTPipeline.from_config(dataclasses.replace(pipe.config, sample=sample), device="cpu")
 
 
@@ -219,3 +243,279 @@ def test_a_tokenizer_of_other_channels_is_refused(tiny_folder: Path) -> None:
     (tiny_folder / "tokenizer.yaml").write_text(text.replace("embed_dim: 4", "embed_dim: 8"))
     with pytest.raises(LightningDiTError, match=r"of another shape: .*quant_conv"):
         verify_config(tiny_folder / "config.yaml")
+
+
+#: Where class 0 overflows; the attention of torch 2.2 keeps q k^T in half on the CPU.
+LOUDEST = r"blocks\.0\.(mlp\.w3|attn\.proj)"
+
+
+def loud_pipeline(folder: Path, factor: float, dtype: torch.dtype) -> LightningDiTPipeline:
+    """The small pipeline, with a larger embedding of class 0: its modulation grows, and SwiGLU's product more so."""
+    loud = LightningDiTPipeline.from_config(folder / "config.yaml", device="cpu")
+    loud.transformer.y_embedder.embedding_table.weight[0] *= factor
+    return loud.to("cpu", dtype)
+
+
+def weights_of(pipe: LightningDiTPipeline) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
+
+
+def assert_untouched(pipe: LightningDiTPipeline, before: dict[str, torch.Tensor]) -> None:
+    for name, value in pipe.transformer.state_dict().items():
+        assert value.dtype == before[name].dtype
+        assert torch.equal(value, before[name])
+        assert not value.is_inference()
+    assert pipe.dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"sampling_method": "dopri5", "rtol": 0.1, "atol": 0.1}, {"mode": "SDE", "sampling_method": "euler"}]
+)
+def test_a_batch_that_overflows_fp16_is_made_again_in_float32(tiny_source: Path, change: dict[str, object]) -> None:
+    loud = loud_pipeline(tiny_source, 2e4, torch.float16)
+    loud.config = dataclasses.replace(loud.config, sample=dataclasses.replace(loud.config.sample, **change))
+    before, used = weights_of(loud), []
+    quiet = loud([1], indices=[1], output_type="latent")
+    loud.transformer.register_forward_pre_hook(lambda module, inputs: used.append(module.pos_embed.dtype))
+    with pytest.warns(UserWarning) as caught:
+        out = loud([0, 1], output_type="latent", batch_size=1)
+    (warning,) = [str(w.message) for w in caught]
+    assert re.match(
+        rf"sampling in torch.float16 gave values that are not finite, first the input of {LOUDEST} ", warning
+    )
+    assert "made again in float32" in warning
+    assert caught[0].filename == __file__
+    # half until it fails, half to find the layer, float32, and the next batch in half again
+    order = [dtype for dtype, _ in itertools.groupby(used)]
+    assert order == [torch.float16, torch.float32, torch.float16]
+    assert used[-quiet.nfe :] == [torch.float16] * quiet.nfe
+    assert_untouched(loud, before)
+    torch.testing.assert_close(out.images[1], quiet.images[0], atol=0, rtol=0)
+    full = loud.to("cpu", torch.float32)([0], output_type="latent")
+    torch.testing.assert_close(out.images[:1], full.images, atol=0, rtol=0)
+    assert full.images.isfinite().all()
+
+
+def test_what_is_finite_in_half_does_not_depend_on_its_batch(tiny_source: Path) -> None:
+    loud = loud_pipeline(tiny_source, 2e4, torch.float16)
+    quiet = loud([1, 1], output_type="latent", batch_size=2).images
+    with pytest.warns(UserWarning, match="made again in float32"):
+        mixed = loud([0, 1], output_type="latent", batch_size=2).images
+    torch.testing.assert_close(mixed[1], quiet[1], atol=0, rtol=0)
+    full = loud.to("cpu", torch.float32)([0, 1], output_type="latent", batch_size=2).images
+    torch.testing.assert_close(mixed[0], full[0], atol=0, rtol=0)
+    assert (full[1] - mixed[1]).abs().max() > 1e-4  # half is not float32
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_the_weights_are_half_again_when_float32_is_broken_off(tiny_source: Path, error: type[BaseException]) -> None:
+    loud = loud_pipeline(tiny_source, 2e4, torch.float16)
+    before = weights_of(loud)
+
+    def stop(step: int, t: float, state: torch.Tensor) -> None:
+        if loud.dtype == torch.float32:
+            raise error
+
+    with pytest.warns(UserWarning, match="again in float32"), pytest.raises((KeyboardInterrupt, LightningDiTError)):
+        loud([0], callback=stop)
+    assert_untouched(loud, before)
+
+
+def test_what_overflows_float32_is_an_error_that_names_the_layer(tiny_source: Path) -> None:
+    message = rf"torch.float32 gave values that are not finite, first the input of {LOUDEST} at t = 0;"
+    with pytest.raises(LightningDiTError, match=message):
+        loud_pipeline(tiny_source, 1e25, torch.float32)([0])
+    warned = pytest.warns(UserWarning, match=rf"torch.bfloat16 .* {LOUDEST} at t = 0;")
+    with warned, pytest.raises(LightningDiTError, match=message):
+        loud_pipeline(tiny_source, 1e25, torch.bfloat16)([0])
+
+
+def test_a_layer_of_the_guide_is_named_as_such(tiny_source: Path) -> None:
+    loud = loud_pipeline(tiny_source, 2e4, torch.float16)
+    guided = LightningDiTPipeline.from_config(tiny_source / "config.yaml", device="cpu")
+    guided.guide = loud.transformer
+    guided.to("cpu", torch.float16)
+    with pytest.warns(UserWarning, match=rf"first the input of guide\.{LOUDEST} at t = 0;"):
+        out = guided([0], output_type="latent")
+    full = guided.to("cpu", torch.float32)([0], output_type="latent")
+    torch.testing.assert_close(out.images, full.images, atol=0, rtol=0)
+
+
+def test_the_time_of_a_batch_is_embedded_once_a_step(pipe: LightningDiTPipeline) -> None:
+    rows = []
+    hook = pipe.transformer.t_embedder.register_forward_pre_hook(lambda module, t: rows.append(len(t[0])))
+    pipe([0, 1], output_type="latent", num_inference_steps=4, batch_size=2)
+    hook.remove()
+    assert rows == [1, 1, 1]
+
+
+# --- autoguidance: a second, weaker network guides ---
+
+
+@pytest.fixture
+def guided_folder(tiny_folder: Path) -> Path:
+    """The small pipeline with other seeded weights as a guide, on three channels from t = 0.3 on."""
+    weights = load_weights(tiny_folder / "transformer.safetensors")
+    other = {
+        name: value if name.endswith(COMPUTED) else seeded_tensor(f"guide.{name}", tuple(value.shape))
+        for name, value in weights.items()
+    }
+    save_weights(other, tiny_folder / "weaker.safetensors")
+    edit(
+        tiny_folder,
+        "cfg_scale: 2.0, guided_channels: all",
+        "cfg_scale: 2.5, guided_channels: 3, cfg_interval_start: 0.3, guide_ckpt: weaker.safetensors",
+    )
+    return tiny_folder
+
+
+def network_of(weights: Path, like: LightningDiTPipeline) -> LightningDiT:
+    """The network of a file, built without the pipeline."""
+    network = LightningDiT(like.transformer.settings)
+    network.load_state_dict(load_weights(weights))
+    return network.eval()
+
+
+def test_autoguidance_is_what_the_paper_says(guided_folder: Path) -> None:
+    """Euler with the guide's prediction for the same labels, written out, against the call."""
+    pipe = LightningDiTPipeline.from_config(guided_folder / "config.yaml", device="cpu")
+    strong, weak = (network_of(guided_folder / f"{name}.safetensors", pipe) for name in ("transformer", "weaker"))
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    labels, state = torch.tensor([0, 2]), noise
+    with torch.no_grad():
+        for step in range(4):  # t = 0, 0.25, 0.5, 0.75; the last two are guided
+            t = torch.full((2,), step / 4)
+            velocity = strong(state, t, labels)
+            if step > 1:
+                guide = weak(state, t, labels)
+                velocity[:, :3] = guide[:, :3] + 2.5 * (velocity[:, :3] - guide[:, :3])
+            state = state + velocity / 4
+    calls: dict[str, list[int]] = {"model": [], "guide": []}
+    for name, network in (("model", pipe.transformer), ("guide", pipe.guide)):
+        assert network is not None
+        network.register_forward_hook(lambda module, inputs, out, seen=calls[name]: seen.append(len(inputs[0])))
+    out = pipe([0, 2], latents=noise, num_inference_steps=5, output_type="latent")
+    torch.testing.assert_close(out.images, state, atol=1e-5, rtol=1e-5)
+    assert calls == {"model": [2, 2, 2, 2], "guide": [2, 2]}
+    assert out.nfe == 4
+
+
+def test_a_pipeline_that_guides_itself_is_unguided(guided_folder: Path) -> None:
+    edit(guided_folder, "weaker", "transformer")
+    pipe = LightningDiTPipeline.from_config(guided_folder / "config.yaml", device="cpu")
+    unguided = pipe([0, 1], guidance_scale=1.0, output_type="latent").images
+    for scale in (0.0, 3.0, 10.0):
+        assert torch.equal(pipe([0, 1], guidance_scale=scale, output_type="latent").images, unguided)
+
+
+def test_the_guide_moves_and_is_saved_with_the_pipeline(guided_folder: Path, tmp_path: Path) -> None:
+    pipe = LightningDiTPipeline.from_config(guided_folder / "config.yaml", device="cpu")
+    pipe.save_pretrained(tmp_path / "saved")
+    (guided_folder / "weaker.safetensors").unlink()
+    again = LightningDiTPipeline.from_pretrained(tmp_path / "saved", device="cpu")
+    np.testing.assert_array_equal(again([0, 1], output_type="np").images, pipe([0, 1], output_type="np").images)
+    lines = verify_config(tmp_path / "saved" / "config.yaml")
+    assert len(lines) == 5
+    assert any(line.startswith(f"guide {tmp_path / 'saved' / 'guide.safetensors'}: ") for line in lines)
+    assert again.guide is not None
+    assert {value.dtype for value in again.to("cpu", torch.bfloat16).guide.parameters()} == {torch.bfloat16}
+    exact, half = pipe([0], output_type="latent").images, again([0], output_type="latent").images
+    assert 0 < (half - exact).norm() / exact.norm() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("guide", "message"),
+    [
+        ("absent.safetensors", r"the guide weights file .*absent.safetensors does not exist; .*sample.guide_ckpt"),
+        ("tokenizer.safetensors", "the guide .*tokenizer.safetensors: no LightningDiT.*sample.guide_ckpt"),
+        ("small.safetensors", "the guide .* holds LightningDiT-S/2 .*hidden_size is 384 in the file and 192"),
+        ("short.safetensors", "the guide .* tensors 1 missing: blocks.3.mlp.w3.bias"),
+    ],
+)
+def test_a_guide_that_does_not_fit_is_named(guide: str, message: str, guided_folder: Path) -> None:
+    config = load_config(guided_folder / "config.yaml")
+    small = dataclasses.replace(config, model=dataclasses.replace(config.model, model_type="LightningDiT-S/2"))
+    save_weights(LightningDiT(model_settings(small)).state_dict(), guided_folder / "small.safetensors")
+    weights = load_weights(guided_folder / "weaker.safetensors")
+    save_weights(
+        {name: value for name, value in weights.items() if name != "blocks.3.mlp.w3.bias"},
+        guided_folder / "short.safetensors",
+    )
+    path = edit(guided_folder, "weaker.safetensors", guide)
+    for open_it in (verify_config, LightningDiTPipeline.from_config):
+        with pytest.raises(LightningDiTError, match=message) as caught:
+            open_it(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_the_guide_is_an_option_of_the_command_line(guided_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weaker = guided_folder / "weaker.safetensors"
+    edit(guided_folder, ", guide_ckpt: weaker.safetensors", "")
+    options = ["--config", str(guided_folder / "config.yaml"), "--num-samples", "1", "--guide-ckpt", str(weaker)]
+    assert inference.main([*options, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert f"autoguidance by {weaker}, scale 2.5 on 3 channels" in shown
+    assert f"guide {weaker}: " in shown
+
+
+def test_a_solver_for_classifier_free_guidance_is_refused_under_autoguidance(guided_folder: Path) -> None:
+    own, weaker = (guided_folder / f"{name}.safetensors" for name in ("transformer", "weaker"))
+    edit(guided_folder, "sample: {", "sample: {sampling_method: calibrated, solver_file: solvers.yaml, ")
+    sample = load_config(guided_folder / "config.yaml").sample
+    free = dataclasses.replace(sample, guide_ckpt=None)
+    file = guided_folder / "solvers.yaml"
+
+    def written(settings: SampleConfig, middle: float) -> CalibratedSolver:
+        rows = ((middle,), (0.0, 1 - middle))
+        return CalibratedSolver(Guidance.of(settings), "Linear", (0.0, middle, 1.0), rows, 0.5, 1)
+
+    save_solvers(SolverFile(weights_fingerprint(own), (written(free, 0.5),)), file)
+    pipe = LightningDiTPipeline.from_config(guided_folder / "config.yaml", device="cpu")
+    assert pipe.calibrated_solver(free) == written(free, 0.5)
+    with pytest.raises(LightningDiTError, match=r"no solver .* autoguidance \(guide [0-9a-f]{16}\) 2.5 on 3 channels"):
+        pipe([0])
+    both = load_solvers(file).with_solver(written(sample, 0.25))
+    assert len(both.solvers) == 2
+    save_solvers(both, file)
+    assert set(load_solvers(file).solvers) == set(both.solvers)
+    assert pipe.calibrated_solver(sample) == written(sample, 0.25)
+    assert pipe.calibrated_solver(free) == written(free, 0.5)
+    save_weights({name: 0.5 * value for name, value in load_weights(weaker).items()}, weaker)
+    with pytest.raises(LightningDiTError, match="has no solver"):  # another guide, another solver
+        pipe.calibrated_solver(sample)
+
+
+def test_a_guide_of_digits_alone_comes_back_as_text(tmp_path: Path) -> None:
+    guidance = Guidance(2.0, 0.0, 1.0, "all", "1234567890123456")
+    file = SolverFile("0123456789012345", (CalibratedSolver(guidance, "Linear", (0.0, 1.0), ((1.0,),), 0.5, 1),))
+    save_solvers(file, tmp_path / "solvers.yaml")
+    assert load_solvers(tmp_path / "solvers.yaml") == file
+
+
+def test_solver_files_from_before_autoguidance_read_and_write_unchanged(tmp_path: Path) -> None:
+    file = load_solvers(BUNDLED / "solvers.yaml")
+    assert {solver.guidance.guide for solver in file.solvers} == {None}
+    save_solvers(file, tmp_path / "again.yaml")
+    assert (tmp_path / "again.yaml").read_bytes() == (BUNDLED / "solvers.yaml").read_bytes()
+
+
+# torch.compile as a switch
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="a CPU's torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("error:torch.compile does not work here")
+def test_a_compiled_pipeline_gives_the_same_images(tiny_folder: Path) -> None:
+    """The switch is read, the pixels differ by one level at most, and the names of the weights are the same."""
+    path = tiny_folder / "config.yaml"
+    options = ["--config", str(path), "--demo", "--compile"]
+    config = apply_options(load_config(path), inference.parse(options))
+    assert (load_config(path).sample.compile, config.sample.compile) == (False, True)
+    plain, compiled = (LightningDiTPipeline.from_config(one, "cpu") for one in (path, config))
+    images = [pipe([0, 2], seed=1, output_type="np").images.astype(int) for pipe in (plain, compiled)]
+    assert "forward" in vars(compiled.transformer)
+    assert "forward" not in vars(plain.transformer)
+    assert abs(images[0] - images[1]).max() <= 1
+    compiled.save_pretrained(tiny_folder / "saved")
+    names = load_weights(tiny_folder / "transformer.safetensors").keys()
+    assert load_file(tiny_folder / "saved" / "transformer.safetensors").keys() == names
+    assert load_config(tiny_folder / "saved" / "config.yaml").sample.compile

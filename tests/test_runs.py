@@ -6,10 +6,12 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,13 @@ import torch
 from PIL import Image
 
 from LightningDiT import console
+from LightningDiT.config import load_config
 from LightningDiT.console import run_main
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import to_uint8
 from LightningDiT.inference import main
 from LightningDiT.pipeline import LightningDiTPipeline
-from LightningDiT.runs import MANIFEST, Strip, manifest_differences, opened_run, sample_run
+from LightningDiT.runs import MANIFEST, Strip, manifest_differences, manifest_of, opened_run, sample_run
 from LightningDiT.seeds import generator_for
 from tests.conftest import PROJECT
 
@@ -187,6 +190,20 @@ def test_a_difference_is_named_by_its_key() -> None:
         "weights.a: x there, y now",
     ]
     assert manifest_differences({"labels": [1]}, {"labels": [1, 2]}) == ["labels: 1 there, 2 now"]
+
+
+def test_the_guide_belongs_to_the_run_by_its_content(tiny_folder: Path) -> None:
+    config = load_config(tiny_folder / "config.yaml")
+    assert "guide" not in manifest_of(config, [0], 0, torch.float32)["weights"]
+    manifests = []
+    for name, content in (("a", "transformer"), ("b", "transformer"), ("c", "tokenizer")):
+        shutil.copy(tiny_folder / f"{content}.safetensors", tiny_folder / f"{name}.safetensors")
+        guided = replace(config.sample, guide_ckpt=str(tiny_folder / f"{name}.safetensors"))
+        manifests.append(manifest_of(replace(config, sample=guided), [0], 0, torch.float32))
+    assert manifests[0] == manifests[1]  # wherever the file lies
+    assert manifests[0]["weights"]["guide"] == manifests[0]["weights"]["transformer"]
+    (difference,) = manifest_differences(manifests[0], manifests[2])
+    assert difference.startswith("weights.guide: ")
 
 
 def test_two_runs_do_not_write_one_folder(tmp_path: Path) -> None:

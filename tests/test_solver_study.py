@@ -67,12 +67,14 @@ def test_a_study_of_a_small_pipeline(tiny_folder, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(study, "EULER_BUDGETS", (4, 16))
     argv = ["--model", str(tiny_folder), "--noises", "3", "--output", str(tmp_path)]
     assert study.main([*argv, "--part", "errors"]) == 0
-    (setting,) = json.loads((tmp_path / "sampling" / "study.json").read_text())["errors"]["settings"]
-    errors = {(row["solver"], row["grid"], row["evaluations"]): row["error"] for row in setting["rows"]}
-    assert {key[0] for key in errors} == {"euler", "heun", "ab2"}  # no solver file, so none is calibrated
-    for solver, grid in {key[:2] for key in errors}:
-        few, many = (errors[solver, grid, n] for n in ((4, 16) if solver == "euler" else (4, 8)))
-        assert setting["reference_error"] < many < few
+    settings = json.loads((tmp_path / "sampling" / "study.json").read_text())["errors"]["settings"]
+    assert [setting["start"] for setting in settings] == [0.0, 0.125]  # the model's own, and the table's
+    for setting in settings:
+        errors = {(row["solver"], row["grid"], row["evaluations"]): row["error"] for row in setting["rows"]}
+        assert {key[0] for key in errors} == {"euler", "heun", "ab2"}  # no solver file, so none is calibrated
+        for solver, grid in {key[:2] for key in errors}:
+            few, many = (errors[solver, grid, n] for n in ((4, 16) if solver == "euler" else (4, 8)))
+            assert setting["reference_error"] < many < few
     assert (tmp_path / "sampling" / "errors.png").read_bytes().startswith(b"\x89PNG")
     assert "| ab2 | graded |" in capsys.readouterr().out
 

@@ -11,15 +11,19 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from LightningDiT.checkpoint import save_weights
 from LightningDiT.config import TOKENIZER_CONFIGS, load_tokenizer_config
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import to_uint8
+from LightningDiT.tokenizer import vavae
 from LightningDiT.tokenizer.autoencoder import AutoencoderKL, AutoencoderSettings, DiagonalGaussian
 from LightningDiT.tokenizer.latents import LatentStats
 from LightningDiT.tokenizer.vavae import VA_VAE, autoencoder_settings
 from tests.conftest import GOLDEN, PACKAGE, seed_weights
+
+FILE = "tokenizer.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -44,16 +48,27 @@ def test_the_shipped_yaml_gives_the_published_sizes() -> None:
     assert autoencoder_settings(config) == AutoencoderSettings()
 
 
+LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+
+
+@LAYOUTS
 @torch.no_grad()
-def test_encoding_meets_the_published_output(published: AutoencoderKL, vae_golden: dict[str, Tensor]) -> None:
+def test_encoding_meets_the_published_output(
+    layout: torch.memory_format, published: AutoencoderKL, vae_golden: dict[str, Tensor]
+) -> None:
+    published.to(memory_format=layout)
     posterior = published.encode(vae_golden["image"])
     torch.testing.assert_close(posterior.mean, vae_golden["mean"], atol=1e-4, rtol=0)
     torch.testing.assert_close(posterior.logvar, vae_golden["logvar"], atol=1e-4, rtol=0)
     torch.testing.assert_close(posterior.kl(), vae_golden["kl"], atol=1e-4, rtol=1e-5)
 
 
+@LAYOUTS
 @torch.no_grad()
-def test_decoding_meets_the_published_output(published: AutoencoderKL, vae_golden: dict[str, Tensor]) -> None:
+def test_decoding_meets_the_published_output(
+    layout: torch.memory_format, published: AutoencoderKL, vae_golden: dict[str, Tensor]
+) -> None:
+    published.to(memory_format=layout)
     decoded = published.decode(vae_golden["latent"])
     torch.testing.assert_close(decoded, vae_golden["decoded"], atol=1e-4, rtol=0)
     difference = (to_uint8(decoded).int() - vae_golden["decoded_uint8"].int()).abs()
@@ -99,6 +114,59 @@ def test_encode_and_decode_own_the_normalisation(tiny_tokenizer: Path) -> None:
     torch.testing.assert_close(
         tokenizer.decode(tokenizer.encode(images)), tokenizer.decode_latents(raw), atol=1e-5, rtol=1e-5
     )
+
+
+@pytest.fixture
+def two_at_once(tiny_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> VA_VAE:
+    """The small tokenizer, which takes two of its images of 16x16 at once."""
+    monkeypatch.setattr(vavae, "CHUNK_PIXELS", 2 * 16 * 16 + 100)
+    return VA_VAE(tiny_tokenizer, device="cpu")
+
+
+def counts_of(module: nn.Module) -> list[int]:
+    """The images that each later call of `module` gets."""
+    counts: list[int] = []
+    module.register_forward_hook(lambda layer, inputs, output: counts.append(len(inputs[0])))
+    return counts
+
+
+@torch.no_grad()
+def test_images_go_through_the_network_in_chunks(two_at_once: VA_VAE) -> None:
+    """Five images, two at once: what comes out is what the network gives for all of them together."""
+    latents = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    decoded, posterior = two_at_once.model.decode(latents), two_at_once.model.encode(images)
+    for layer, function, given, whole in (
+        ("decoder", two_at_once.decode_latents, latents, decoded),
+        ("encoder", lambda x: two_at_once.encode_images(x, sample=False), images, posterior.mean),
+    ):
+        counts = counts_of(getattr(two_at_once.model, layer))
+        made = function(given)
+        assert counts == [2, 2, 1]
+        assert made.is_contiguous()
+        torch.testing.assert_close(made, whole, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_chunks_change_no_draw(two_at_once: VA_VAE) -> None:
+    images = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    drawn = two_at_once.encode_images(images, generator=torch.Generator().manual_seed(2))
+    whole = two_at_once.model.encode(images).sample(torch.Generator().manual_seed(2))
+    torch.testing.assert_close(drawn, whole, atol=1e-5, rtol=0)
+
+
+def test_how_many_images_are_in_the_network_at_once() -> None:
+    assert [vavae.images_at_once(side**2) for side in (16, 32, 128, 256, 512)] == [256, 64, 4, 1, 1]
+
+
+def test_the_weights_lie_channels_last_and_are_saved_as_published(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    tokenizer = VA_VAE(tiny_tokenizer)
+    weight = tokenizer.model.decoder.conv_in.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert not weight.is_contiguous()
+    save_weights(tokenizer.model.state_dict(), tmp_path / "again.safetensors")
+    again, before = (load_file(path) for path in (tmp_path / "again.safetensors", tiny_tokenizer.parent / FILE))
+    torch.testing.assert_close(again, before, atol=0, rtol=0)
 
 
 def test_encode_without_statistics_says_what_to_pass(tiny_tokenizer: Path) -> None:

@@ -1,8 +1,13 @@
-"""The layers of LightningDiT: embeddings, RMSNorm, SwiGLU, attention and the modulated block."""
+"""The layers of LightningDiT: embeddings, norms, SwiGLU, attention and the modulated block.
+
+Which part computes in which precision under half-precision weights is in the table of
+`LightningDiT.device.resolve_precision`. In float32 every conversion below returns its argument.
+"""
 
 from __future__ import annotations
 
 import math
+import platform
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +19,31 @@ TIME_FREQUENCIES = 256
 NORM_EPS = 1e-6
 SHORT_SEQUENCE = 64  # tokens up to which attention is written out while training on a CPU
 
+IS_COMPILING = getattr(torch.compiler, "is_compiling", None)  # torch before 2.3 has none
+#: oneDNN's linear layer; None where this torch has none, or cannot say that it compiles: inductor refuses the operator.
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
+ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if HAS_ONEDNN and IS_COMPILING else None
+
+
+def by_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether a linear layer computes by oneDNN, whose operator has no backward pass."""
+    if ONEDNN_LINEAR is None or IS_COMPILING() or torch.is_grad_enabled():
+        return False
+    return x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+
+
+class Linear(nn.Linear):
+    """x W^T + b; without gradients, in float32 on an x86 processor, by oneDNN.
+
+    torch takes MKL for float32 there, which on AMD's processors leaves half of the rate unused (docs/benchmark.md).
+    Both sum in float32, in different orders.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if by_onednn(x, self.weight):
+            return ONEDNN_LINEAR(x, self.weight, self.bias, "none", [], "")  # (..., out)
+        return super().forward(x)  # (..., out)
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, computed in float32 (Zhang and Sennrich, arXiv 1910.07467)."""
@@ -24,13 +54,19 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        if not hasattr(F, "rms_norm"):  # torch before 2.4
-            wide = x.float()  # (..., width)
-            scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)  # (..., 1)
-            return (wide * scale).to(x.dtype) * self.weight  # (..., width)
-        if x.dtype == self.weight.dtype == torch.float32:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # (..., width)
-        return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype) * self.weight  # (..., width)
+        wide, weight = x.float(), self.weight.float()  # (..., width), (width,)
+        if hasattr(F, "rms_norm"):
+            return F.rms_norm(wide, weight.shape, weight, self.eps).to(x.dtype)  # (..., width)
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)  # (..., 1); torch before 2.4
+        return (wide * scale * weight).to(x.dtype)  # (..., width)
+
+
+class LayerNorm(nn.LayerNorm):
+    """(x - mean) / deviation * weight + bias, computed in float32 (Ba et al., arXiv 1607.06450)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (None if value is None else value.float() for value in (self.weight, self.bias))  # (width,) each
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)  # (..., width)
 
 
 class PatchEmbed(nn.Module):
@@ -41,7 +77,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, width, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)  # (N, tokens, width)
+        return self.proj(x.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)  # (N, tokens, width)
 
 
 class TimestepEmbedder(nn.Module):
@@ -49,7 +85,7 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(TIME_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(Linear(TIME_FREQUENCIES, width), nn.SiLU(), Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
         half = TIME_FREQUENCIES // 2
@@ -82,11 +118,11 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.w12 = nn.Linear(width, 2 * hidden)
-        self.w3 = nn.Linear(hidden, width)
+        self.w12 = Linear(width, 2 * hidden)
+        self.w3 = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.w12(x).chunk(2, dim=-1)  # (N, T, hidden) each
+        gate, value = self.w12(x.to(self.w12.weight.dtype)).chunk(2, dim=-1)  # (N, T, hidden) each
         return self.w3(F.silu(gate) * value)  # (N, T, width)
 
 
@@ -95,15 +131,21 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))  # (N, T, width)
+        hidden = self.fc1(x.to(self.fc1.weight.dtype))  # (N, T, hidden)
+        return self.fc2(F.gelu(hidden, approximate="tanh"))  # (N, T, width)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return softmax(q k^T / sqrt(width)) v for (N, heads, T, width) each."""
+    """Return softmax(q k^T / sqrt(width)) v for (N, heads, T, width) each.
+
+    torch's fused kernels keep q k^T and the softmax in float32 for half inputs. The kernel that writes q k^T out, which
+    serves where no fused one does, multiplies q and k by width^-1/4 each before the product, so that nothing overflows
+    but a logit that is beyond the range itself.
+    """
     if q.requires_grad and q.device.type == "cpu" and q.shape[-2] <= SHORT_SEQUENCE:
         # the fused kernel's backward pass takes seven times as long in bf16 at 16 tokens
         weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (N, heads, T, T)
@@ -118,14 +160,14 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         head_width = width // heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
         if qk_norm:
-            self.q_norm = RMSNorm(head_width) if rms_norm else nn.LayerNorm(head_width)
-            self.k_norm = RMSNorm(head_width) if rms_norm else nn.LayerNorm(head_width)
+            self.q_norm = RMSNorm(head_width) if rms_norm else LayerNorm(head_width)
+            self.k_norm = RMSNorm(head_width) if rms_norm else LayerNorm(head_width)
 
     def forward(self, x: Tensor, rope: RotaryEmbedding2d | None) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (N, T, 3, heads, head width)
+        qkv = self.qkv(x.to(self.qkv.weight.dtype)).unflatten(-1, (3, self.heads, -1))  # (N, T, 3, heads, head width)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (N, heads, T, head width) each
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
@@ -144,7 +186,23 @@ def modulate(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
 
 def block_norm(width: int, rms_norm: bool) -> nn.Module:
     """Return the norm before attention, MLP and output: RMSNorm, or LayerNorm without parameters."""
-    return RMSNorm(width) if rms_norm else nn.LayerNorm(width, elementwise_affine=False, eps=NORM_EPS)
+    return RMSNorm(width) if rms_norm else LayerNorm(width, elementwise_affine=False, eps=NORM_EPS)
+
+
+class Modulation(nn.Sequential):
+    """The condition to shifts, scales and gates, in float32 (adaLN, arXiv 2212.09748).
+
+    The model takes the SiLU of the condition once for all its layers; the linear layer keeps its published name, 1.
+    """
+
+    def __init__(self, width: int, parts: int) -> None:
+        super().__init__(nn.Identity(), Linear(width, parts * width))
+        self.parts = parts
+
+    def forward(self, active: Tensor) -> tuple[Tensor, ...]:
+        """Return `parts` tensors (N, width) of the condition's SiLU (N, width)."""
+        linear = self[1]
+        return linear(active.to(linear.weight.dtype)).float().chunk(self.parts, dim=1)  # (N, width) each
 
 
 class LightningDiTBlock(nn.Module):
@@ -167,15 +225,16 @@ class LightningDiTBlock(nn.Module):
         self.norm2 = block_norm(width, use_rmsnorm)
         self.attn = Attention(width, heads, use_qknorm, use_rmsnorm)
         self.mlp = SwiGLU(width, int(2 / 3 * hidden)) if use_swiglu else Mlp(width, hidden)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, (4 if wo_shift else 6) * width))
+        self.adaLN_modulation = Modulation(width, 4 if wo_shift else 6)
 
-    def forward(self, x: Tensor, condition: Tensor, rope: RotaryEmbedding2d | None) -> Tensor:
-        parts = self.adaLN_modulation(condition)  # (N, 6 * width), or 4 without shift
+    def forward(self, x: Tensor, active: Tensor, rope: RotaryEmbedding2d | None) -> Tensor:
+        """Return the tokens (N, T, width) after attention and MLP; `active` (N, width) is the condition's SiLU."""
+        parts = self.adaLN_modulation(active)  # (N, width) each
         if self.wo_shift:
-            scale1, gate1, scale2, gate2 = parts.chunk(4, dim=1)  # (N, width) each
+            scale1, gate1, scale2, gate2 = parts
             shift1 = shift2 = None
         else:
-            shift1, scale1, gate1, shift2, scale2, gate2 = parts.chunk(6, dim=1)  # (N, width) each
+            shift1, scale1, gate1, shift2, scale2, gate2 = parts
         attended = self.attn(modulate(self.norm1(x), shift1, scale1), rope)  # (N, T, width)
         x = torch.addcmul(x, gate1.unsqueeze(1), attended)  # (N, T, width)
         mixed = self.mlp(modulate(self.norm2(x), shift2, scale2))  # (N, T, width)
@@ -188,9 +247,11 @@ class FinalLayer(nn.Module):
     def __init__(self, width: int, patch_size: int, out_channels: int, use_rmsnorm: bool) -> None:
         super().__init__()
         self.norm_final = block_norm(width, use_rmsnorm)
-        self.linear = nn.Linear(width, patch_size * patch_size * out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.linear = Linear(width, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = Modulation(width, 2)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=1)  # (N, width) each
-        return self.linear(modulate(self.norm_final(x), shift, scale))  # (N, T, patch^2 * out)
+    def forward(self, x: Tensor, active: Tensor) -> Tensor:
+        """Return (N, T, patch^2 * out) of tokens x (N, T, width); `active` (N, width) is the condition's SiLU."""
+        shift, scale = self.adaLN_modulation(active)  # (N, width) each
+        modulated = modulate(self.norm_final(x), shift, scale)  # (N, T, width)
+        return self.linear(modulated.to(self.linear.weight.dtype))  # (N, T, patch^2 * out)

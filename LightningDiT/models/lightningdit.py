@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .layers import FinalLayer, LabelEmbedder, LightningDiTBlock, PatchEmbed, TimestepEmbedder
@@ -124,16 +125,21 @@ class LightningDiT(nn.Module):
         return self.settings.num_classes
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Return the prediction (N, C, H, W) for latents x (N, C, H, W), times t (N,) and labels y (N,)."""
+        """Return the prediction (N, C, H, W) for latents x (N, C, H, W) and labels y (N,).
+
+        Args:
+            t: times (N,), or (1,) where all are equal, which is then embedded once.
+        """
         rope = self.feat_rope if self.settings.use_rope else None
-        tokens = self.x_embedder(x) + self.pos_embed  # (N, T, width)
-        condition = self.t_embedder(t) + self.y_embedder(y)  # (N, width)
+        tokens = self.x_embedder(x) + self.pos_embed.float()  # (N, T, width), float32 in every precision
+        condition = self.t_embedder(t) + self.y_embedder(y).float()  # (N, width)
+        active = F.silu(condition)  # (N, width), the same for all layers
         for block in self.blocks:
             if self.settings.use_checkpoint and self.training:
-                tokens = checkpoint(block, tokens, condition, rope, use_reentrant=False)
+                tokens = checkpoint(block, tokens, active, rope, use_reentrant=False)
             else:
-                tokens = block(tokens, condition, rope)  # (N, T, width)
-        patches = self.final_layer(tokens, condition)  # (N, T, patch^2 * out)
+                tokens = block(tokens, active, rope)  # (N, T, width)
+        patches = self.final_layer(tokens, active)  # (N, T, patch^2 * out)
         return self._unpatchify(patches)[:, : self.settings.in_channels]  # (N, C, H, W)
 
     def _unpatchify(self, patches: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ normalised pair that the pipeline uses.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +14,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from LightningDiT.checkpoint import check_shapes, inspect, load_into, load_weights
+from LightningDiT.checkpoint import check_shapes, inspect, load_file, without_values
 from LightningDiT.config import TokenizerConfig, load_tokenizer_config, typed
 from LightningDiT.device import best_device
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import centre_crop, to_uint8
 
-from .autoencoder import AutoencoderKL, AutoencoderSettings
+from .autoencoder import AutoencoderKL, AutoencoderSettings, DiagonalGaussian
 from .latents import LatentStats
 
 #: What the published file holds besides the autoencoder: parts of its training.
 TRAINING_PREFIXES = ("loss.", "foundation_model.", "linear_proj.")
+#: Of weights and images: the convolutions of CPUs and GPUs take it as it is and turn the other one over at each layer.
+LAYOUT = torch.channels_last
+#: Pixels of the images that are in the network at once: one image of 256x256. It fills every core and takes 0.2 GB;
+#: four take 0.7 GB. Smaller images go in larger groups.
+CHUNK_PIXELS = 256 * 256
 
 
 def autoencoder_settings(config: TokenizerConfig) -> AutoencoderSettings:
@@ -35,18 +40,23 @@ def autoencoder_settings(config: TokenizerConfig) -> AutoencoderSettings:
 
 def check_tokenizer_file(config: TokenizerConfig, path: str | Path) -> str:
     """Compare names and shapes in the weights file with the settings and return a line that says so."""
-    with torch.device("meta"):
+    with without_values():
         model = AutoencoderKL(autoencoder_settings(config))
     info = inspect(path)
     check_shapes(model, info.shapes, path, TRAINING_PREFIXES)
     return f"tokenizer {path}: {len(info.shapes)} tensors fit {Path(config.source).name}"
 
 
+def images_at_once(pixels: int) -> int:
+    """Return how many images of so many pixels are encoded or decoded at once."""
+    return max(1, CHUNK_PIXELS // pixels)
+
+
 def load_autoencoder(config: TokenizerConfig, path: str | Path) -> AutoencoderKL:
-    """Return the autoencoder in eval mode with the weights in `path`, in the precision of the file."""
-    with torch.device("meta"):
+    """Return the autoencoder in eval mode with the weights in `path`, in float32 and in `LAYOUT`."""
+    with without_values():
         model = AutoencoderKL(autoencoder_settings(config))
-    load_into(model, load_weights(path), path, TRAINING_PREFIXES)
+    load_file(model, path, torch.float32, LAYOUT, TRAINING_PREFIXES)
     return model.eval()
 
 
@@ -76,7 +86,7 @@ class VA_VAE:  # noqa: N801 - the published name
                 f"{self.config.source} names no ckpt_path, the tokenizer's weights are expected there",
                 "python step3_setup_configs.py",
             )
-        self.model = load_autoencoder(self.config, path).float().to(device or best_device())
+        self.model = load_autoencoder(self.config, path).to(device or best_device())
         self.embed_dim = self.model.settings.embed_dim
         self.downsample_factor = self.model.settings.downsample_factor
         self.img_size = img_size or self.model.settings.resolution
@@ -113,15 +123,31 @@ class VA_VAE:  # noqa: N801 - the published name
         Args:
             sample: draw from the posterior, as published; false gives its mode.
         """
-        weight = self.model.quant_conv.weight
-        posterior = self.model.encode(images.to(device=weight.device, dtype=weight.dtype))
+        posterior = self.posterior(images)
         return posterior.sample(generator) if sample else posterior.mode()
+
+    @torch.no_grad()
+    def posterior(self, images: Tensor) -> DiagonalGaussian:
+        """Return the posterior over the raw latents of images (N, 3, H, W) in [-1, 1]."""
+        posteriors = [self.model.encode(chunk) for chunk in self._chunks(images, 1)]
+        mean, logvar = (torch.cat([getattr(one, name) for one in posteriors]) for name in ("mean", "logvar"))
+        return DiagonalGaussian(mean.contiguous(), logvar.contiguous())
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Return images (N, 3, H, W), about [-1, 1], of raw latents (N, C, h, w)."""
+        chunks = self._chunks(latents, self.downsample_factor)
+        return torch.cat([self.model.decode(chunk) for chunk in chunks]).contiguous()
+
+    def _chunks(self, values: Tensor, scale: int) -> Iterator[Tensor]:
+        """Yield images or latents (N, C, H, W) as the network takes them, `images_at_once` in each group.
+
+        Args:
+            scale: pixels of the image along a side of one position.
+        """
         weight = self.model.quant_conv.weight
-        return self.model.decode(latents.to(device=weight.device, dtype=weight.dtype))
+        for chunk in values.split(images_at_once(values.shape[-2] * values.shape[-1] * scale**2)):
+            yield chunk.to(device=weight.device, dtype=weight.dtype).contiguous(memory_format=LAYOUT)
 
     def decode_to_images(self, latents: Tensor) -> np.ndarray:
         """Return uint8 pixels (N, H, W, 3) of raw latents (N, C, h, w)."""

@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from LightningDiT.checkpoint import atomic_path
+from LightningDiT.config import with_points
 from LightningDiT.console import Progress, run_main
 from LightningDiT.data.images import FASHION_MNIST_CLASSES, fashion_mnist, pad_to_32
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import image_grid, save_png, to_pil, to_uint8
+from LightningDiT.metrics.neighbours import distance_summary, search
 from LightningDiT.pipeline import LightningDiTPipeline
 from LightningDiT.seeds import generator_for
 from LightningDiT.tokenizer.vavae import VA_VAE
@@ -33,7 +35,6 @@ from LightningDiT.tools.metrics import (
     frechet_distance,
     mean_pairwise_distance,
     mean_psnr,
-    nearest_neighbours,
     pooled_psnr,
 )
 
@@ -116,9 +117,11 @@ def generated(pipeline: LightningDiTPipeline, judge: Judge, args: argparse.Names
     labels = torch.arange(CLASSES).repeat_interleave(args.count // CLASSES)
     batches = torch.arange(len(labels)).split(BATCH_SIZE)
     sample = pipeline.config.sample
-    points = args.steps or sample.num_sampling_steps
+    if args.steps:
+        sample = with_points(sample, args.steps)
+    steps = pipeline.steps_of(sample)
     print(f"Generating {len(labels)} images", flush=True)
-    progress = Progress(len(batches) * (points - 1), "step")
+    progress = Progress(len(batches) * steps, "step")
     parts: list[np.ndarray] = []
     seconds = 0.0
     for indices in batches:
@@ -140,7 +143,7 @@ def generated(pipeline: LightningDiTPipeline, judge: Judge, args: argparse.Names
         "seed": args.seed,
         "mode": sample.mode,
         "solver": sample.sampling_method if sample.mode == "ODE" else "Euler-Maruyama",
-        "grid_points": points,
+        "grid_points": steps + 1,
         "evaluations": output.nfe,
         "guidance_scale": sample.cfg_scale if args.guidance_scale is None else args.guidance_scale,
         "guided_channels": sample.guided_channels,
@@ -188,27 +191,14 @@ def diversity_figures(made: ImageSet, real: ImageSet) -> Report:
     return {"mean": sum(ratios.values()) / CLASSES, "by_class": ratios}
 
 
-def distance_summary(distances: Tensor) -> Report:
-    """Return median, first percentile and minimum of distances (N,)."""
-    return {
-        "median": float(distances.median()),
-        "percentile_1": float(distances.quantile(0.01)),
-        "minimum": float(distances.min()),
-    }
-
-
 def neighbour_figures(made: ImageSet, train: ImageSet, test: ImageSet, output: Path) -> Report:
     """Compare the distances of generated and of real test images to the training set, and draw neighbours."""
     known = photographs(train)
-    found: dict[str, tuple[Tensor, Tensor]] = {}
-    for title, images in (("generated", made), ("test", test)):
-        print(f"Searching the training set for the nearest neighbours of {title} images", flush=True)
-        progress = Progress(len(images), "image")
-        found[title] = nearest_neighbours(photographs(images), known, progress=progress.update)
-        progress.close()
-    distances, indices = found["generated"]
-    save_neighbours(made, train, distances, indices, output / "neighbours.png")
-    return {title: distance_summary(pair[0]) for title, pair in found.items()}
+    sets = {"generated": made, "test": test}
+    found = {title: search(photographs(images), known, title) for title, images in sets.items()}
+    nearest = found["generated"]
+    save_neighbours(made, train, nearest.distances, nearest.indices, output / "neighbours.png")
+    return {title: distance_summary(neighbours.distances) for title, neighbours in found.items()}
 
 
 def save_neighbours(made: ImageSet, train: ImageSet, distances: Tensor, indices: Tensor, path: Path) -> None:

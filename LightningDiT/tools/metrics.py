@@ -37,29 +37,49 @@ def pooled_psnr(images: Tensor, references: Tensor) -> float:
 
 
 def frechet_distance(features: Tensor, references: Tensor) -> float:
-    """Return the Frechet distance between normal distributions fitted to two sets of features.
+    """Return the Frechet distance between normal distributions fitted to two sets of features; see `FrechetDistance`.
+
+    Args:
+        features: (N, F), N at least 2.
+        references: (M, F), M at least 2.
+    """
+    return FrechetDistance(*moments(features))(*moments(references))
+
+
+class FrechetDistance:
+    """The Frechet distance from one normal distribution to others.
 
     `|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))` (Dowson and Landau, 1982; as FID: Heusel et al.,
     arXiv 1706.08500), in float64. The trace of the root is that of the symmetric `(R C2 R)^(1/2)` with
     `R = C1^(1/2)`, whose eigenvalues are real, so that nothing imaginary has to be thrown away.
 
     Args:
-        features: (N, F), N at least 2.
-        references: (M, F), M at least 2.
+        mean: (F,) float64.
+        covariance: (F, F) float64, whose root is taken once for all distances.
     """
-    mean1, covariance1 = _moments(features)
-    mean2, covariance2 = _moments(references)
-    values, vectors = torch.linalg.eigh(covariance1)
-    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T  # (F, F)
-    mixed = torch.linalg.eigvalsh(root @ covariance2 @ root)  # (F,)
-    traces = covariance1.trace() + covariance2.trace() - 2.0 * mixed.clamp_min(0).sqrt().sum()
-    return max(0.0, float((mean1 - mean2).square().sum() + traces))
+
+    def __init__(self, mean: Tensor, covariance: Tensor) -> None:
+        values, vectors = torch.linalg.eigh(covariance)
+        self._mean, self._trace = mean, covariance.trace()
+        self._root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T  # (F, F)
+
+    def __call__(self, mean: Tensor, covariance: Tensor) -> float:
+        """Return the distance to the normal distribution of this mean (F,) and covariance (F, F)."""
+        mixed = torch.linalg.eigvalsh(self._root @ covariance @ self._root)  # (F,)
+        traces = self._trace + covariance.trace() - 2.0 * mixed.clamp_min(0).sqrt().sum()
+        return max(0.0, float((self._mean - mean).square().sum() + traces))
 
 
-def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean (F,) and covariance (F, F) of features (N, F), in float64."""
+def moments(features: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return mean (F,) and covariance (F, F) of features (N, F), in float64.
+
+    Args:
+        weights: (N,) integers, how often each row counts; once where left out.
+    """
     wide = features.double()
-    return wide.mean(0), torch.cov(wide.T)
+    if weights is None:
+        return wide.mean(0), torch.cov(wide.T)
+    return weights.double() @ wide / weights.sum(), torch.cov(wide.T, fweights=weights)
 
 
 def mean_pairwise_distance(points: Tensor) -> float:

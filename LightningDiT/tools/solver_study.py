@@ -10,7 +10,6 @@ docs/sampling.md and the plot are renewed from there.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -33,10 +32,11 @@ from LightningDiT.tools.calibrate_solver import relative_error
 from LightningDiT.tools.evaluate_bundled import JUDGE_NAME, judged, real_images, recognised
 from LightningDiT.tools.judge import load_judge
 from LightningDiT.tools.metrics import frechet_distance
+from LightningDiT.tools.report import keep_part, put_between_marks
 from LightningDiT.transport import draw_noise, graded_grid, integrate_ode, jumps_of, linear_multistep, time_grid
 
 CLASSES = len(FASHION_MNIST_CLASSES)
-STARTS = (0.125, 0.0)  # guidance as published in kind, and constant
+STARTS = (0.125, 0.0)  # guidance as published in kind, and constant; the model's own comes besides
 SHIFTS = (0.0, 0.3)
 REFERENCE = ("ab3", 320)  # method and evaluations, on a graded grid; its error is against half as many
 SEED = 11  # noises that no fit has seen
@@ -55,12 +55,11 @@ METHODS = {
     "unipc3": 1,
 }
 GRADED = ("ab2", "ab3", "unipc2")  # also on `graded_grid`
-BUDGETS = (10, 15)  # evaluations
+BUDGETS = (10, 15, 25)  # evaluations
 EULER_BUDGETS = (15, 49, 249)
-CALIBRATED_BUDGETS = (6, 8, 10, 12, 15)
-MARKS = ("<!-- measured: begin -->", "<!-- measured: end -->")
+CALIBRATED_BUDGETS = (6, 8, 10, 12, 14, 15)
 ROUNDS = 3  # of the wall clock
-CLOCK_BUDGETS = (10, 12)  # evaluations of the calibrated solvers beside the named ones
+CLOCK_BUDGETS = (10, 12, 14)  # evaluations of the calibrated solvers beside the named ones
 PARTS = ("errors", "clock", "images")
 
 
@@ -174,7 +173,7 @@ def published_procedure(
         mixed = null + settings.scale * (cond - null)
         return torch.cat([mixed[:, :channels], cond[:, channels:]], dim=1)
 
-    method, points = NAMED_SOLVERS[PUBLISHED]
+    method, points, _ = NAMED_SOLVERS[PUBLISHED]
     return integrate_ode(both_halves, noise, time_grid(points, timestep_shift=sample.timestep_shift), method)
 
 
@@ -205,7 +204,9 @@ def wall_clock(pipe: LightningDiTPipeline, images: int) -> list[dict[str, Any]]:
 
 def _with_sample(pipe: LightningDiTPipeline, sample: SampleConfig) -> LightningDiTPipeline:
     config = replace(pipe.config, sample=sample)
-    return LightningDiTPipeline(pipe.transformer, pipe.tokenizer, pipe.transport, config, pipe.device, pipe.dtype)
+    return LightningDiTPipeline(
+        pipe.transformer, pipe.tokenizer, pipe.transport, config, pipe.device, pipe.dtype, pipe.guide
+    )
 
 
 def points_of(name: str) -> int:
@@ -302,14 +303,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
 
 def write_tables(study: dict[str, Any], page: Path) -> None:
     """Put the tables of the study between the marks of a Markdown page; a page without them gets them at its end."""
-    begin, end = MARKS
-    tables = "\n".join(line for part in PARTS if part in study for line in TABLES[part](study[part]))
-    text = page.read_text(encoding="utf-8") if page.exists() else f"# Sampling\n\n{begin}\n{end}\n"
-    if begin not in text or end not in text:
-        text = f"{text.rstrip()}\n\n{begin}\n{end}\n"
-    before, after = text.split(begin)[0], text.split(end)[1]
-    with atomic_path(page) as temporary:
-        temporary.write_text(f"{before}{begin}\n\n{tables}\n{end}{after}", encoding="utf-8")
+    put_between_marks(page, [line for part in PARTS if part in study for line in TABLES[part](study[part])], "Sampling")
 
 
 def draw_errors(part: dict[str, Any], path: Path) -> None:
@@ -338,8 +332,10 @@ def draw_errors(part: dict[str, Any], path: Path) -> None:
 def measure(part: str, pipe: LightningDiTPipeline, args: argparse.Namespace) -> dict[str, Any]:
     """Return the figures of one part."""
     if part == "errors":
-        starts = (replace(pipe.config.sample, cfg_interval_start=start) for start in STARTS)
-        return {"settings": [asdict(measure_errors(pipe, sample, args.noises)) for sample in starts]}
+        own = pipe.config.sample
+        starts = dict.fromkeys((own.cfg_interval_start, *STARTS))
+        samples = (replace(own, cfg_interval_start=start) for start in starts)
+        return {"settings": [asdict(measure_errors(pipe, sample, args.noises)) for sample in samples]}
     if part == "clock":
         machine = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
         return {"images": args.noises, "machine": machine, "rows": wall_clock(pipe, args.noises)}
@@ -358,7 +354,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--image-solvers",
         nargs="+",
         metavar="SOLVER[:POINTS]",
-        default=["calibrated:9", "calibrated:11", "calibrated:16", "euler:50", PUBLISHED],
+        default=["calibrated:9", "calibrated:11", "calibrated:13", "calibrated:15", FAST, "euler:50", PUBLISHED],
         help="whose images are judged; fast and published have their own number of points",
     )
     parser.add_argument("--output", default="docs", help="folder of sampling.md and sampling/")
@@ -381,11 +377,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     for part in args.part:
         figures = measure(part, pipe, args)
-        kept = folder / "study.json"
-        study = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
-        study[part] = figures
-        with atomic_path(kept) as temporary:
-            temporary.write_text(json.dumps(study, indent=1) + "\n", encoding="utf-8")
+        study = keep_part(folder / "study.json", part, figures)
         write_tables(study, Path(args.output) / "sampling.md")
         if part == "errors":
             draw_errors(figures, folder / "errors.png")

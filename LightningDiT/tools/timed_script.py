@@ -1,6 +1,6 @@
 """Run a script and note when its first evaluation of a LightningDiT begins.
 
-`python -m LightningDiT.tools.timed_script TIMES.json SCRIPT [ARGUMENT ...]`, used by tools/benchmark.py. The script
+`python -m LightningDiT.tools.timed_script TIMES.json SCRIPT [ARGUMENT ...]`, used by tools/benchmark. The script
 sees the same process, arguments and exit code as without it.
 """
 

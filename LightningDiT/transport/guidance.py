@@ -1,7 +1,9 @@
-"""Classifier-free guidance (Ho and Salimans, 2022) on an interval of times and some channels.
+"""Classifier-free guidance and autoguidance, on an interval of times and some channels.
 
-The interval follows Kynkaanniemi et al., "Applying Guidance in a Limited Interval" (2024).
-LightningDiT's published figures guide the first 3 latent channels only.
+Both extrapolate from a weaker prediction to the model's, v = weak + scale (strong - weak). The weak one is the model's
+own without a label (classifier-free guidance, Ho and Salimans, 2022), or that of a weaker network with the same label
+(autoguidance, Karras et al., arXiv 2406.02507). The interval follows Kynkaanniemi et al., "Applying Guidance in a
+Limited Interval" (2024). LightningDiT's published figures guide the first 3 latent channels only.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ class GuidanceSettings:
         ValueError: a setting is out of range.
     """
 
-    scale: float = 1.0  # 1 is off; v = v_null + scale (v_cond - v_null)
+    scale: float = 1.0  # 1 is off; v = weak + scale (strong - weak)
     interval_start: float = 0.0  # no guidance at times below it (t = 0 is noise)
     interval_end: float = 1.0  # nor above this one
     guided_channels: int | None = 3  # the first so many channels; None guides all
@@ -67,13 +69,14 @@ def guided_velocity(
     """Return the guided output (N, C, ...) of `model` for N states.
 
     Where guidance does not act the model is called once on the N states, else once on 2N:
-    conditional and null halves stacked. Outputs that are noise or score are guided the same way.
+    conditional and null halves stacked. With a guide the model and the guide are each called once
+    on N there. Outputs that are noise or score are guided the same way.
 
     Args:
         x: states (N, C, ...); t: times (N,), all equal; y, null_y: labels (N,).
         scale, interval_start, interval_end, guided_channels: see `GuidanceSettings`.
-        guide: called as guide(x, t, y=null_y) for the null half in the model's stead, so that
-            another network may guide (autoguidance, Karras et al. 2024).
+        guide: a weaker network for autoguidance, called as guide(x, t, y=y): it sees the same
+            labels as the model, and null_y is not used.
 
     Raises:
         ValueError: a setting is out of range, or more channels are guided than there are.
@@ -88,7 +91,7 @@ class GuidedVelocity:
 
     model: ConditionalModel
     y: Tensor  # labels (N,)
-    null_y: Tensor  # null labels (N,)
+    null_y: Tensor  # null labels (N,), for classifier-free guidance
     settings: GuidanceSettings
     guide: ConditionalModel | None = None  # see `guided_velocity`
 
@@ -102,15 +105,20 @@ class GuidedVelocity:
             )
         if not self.settings.acts_at(t):
             return self.model(x, t, y=self.y)
-        cond, null = self._both(x, t)  # (N, C, ...) each
-        mixed = null + self.settings.scale * (cond - null)  # (N, C, ...)
-        if guided is None:
-            return mixed
-        return torch.cat([mixed[:, :guided], cond[:, guided:]], dim=1)  # (N, C, ...)
+        return self.mix(*self.both(x, t))
 
-    def _both(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def both(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the strong and the weak prediction (N, C, ...) at states x (N, C, ...) and times t (N,)."""
         if self.guide is not None:
-            return self.model(x, t, y=self.y), self.guide(x, t, y=self.null_y)
+            return self.model(x, t, y=self.y), self.guide(x, t, y=self.y)
         labels = torch.cat([self.y, self.null_y])  # (2N,)
-        cond, null = self.model(torch.cat([x, x]), torch.cat([t, t]), y=labels).chunk(2)
-        return cond, null
+        strong, weak = self.model(torch.cat([x, x]), torch.cat([t, t]), y=labels).chunk(2)
+        return strong, weak
+
+    def mix(self, strong: Tensor, weak: Tensor) -> Tensor:
+        """Return the guided output (N, C, ...) of a strong and a weak prediction."""
+        channels = self.settings.guided_channels
+        mixed = weak + self.settings.scale * (strong - weak)  # (N, C, ...)
+        if channels is None:
+            return mixed
+        return torch.cat([mixed[:, :channels], strong[:, channels:]], dim=1)  # (N, C, ...)

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchdiffeq import odeint
 
 from .objective import Model, Transport
 from .path import DIFFUSION_FORMS, check_choice, expand_time
@@ -111,6 +110,8 @@ def _solve(
     beyond and interpolates, which asks the model at times where it may be undefined and costs
     accuracy (0.002 to 0.04 against 0.00001 on the unit model, dopri5, rtol 1e-3).
     """
+    from torchdiffeq import odeint  # brings SciPy along, which our own solvers do without
+
     check_choice("sampling_method", method, FIXED_METHODS + ADAPTIVE_METHODS)
     ends = times[[0, -1]]
     kept = times if keep_all else ends

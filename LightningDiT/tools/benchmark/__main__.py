@@ -1,0 +1,78 @@
+"""Measure the speed on this machine: `python -m LightningDiT.tools.benchmark [--json FILE] [--quick] [--part ...]`.
+
+Every figure is a median over rounds in which all cases take turns, after one round to warm up. What does matrix
+products is compared with the rate of a large one in the same rounds, so that the shares of two machines, or of two
+hours on a shared machine, can be compared. It computes on the GPU where one works, in the precision that sampling takes
+there, else on the CPU in float32; docs/benchmark.md says what each part measures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from LightningDiT.checkpoint import atomic_path
+from LightningDiT.console import run_main
+from LightningDiT.device import best_device, release_memory, resolve_precision
+
+from .demo import measure_demo
+from .forward import measure_forwards, measure_profile
+from .loading import measure_loading
+from .machine import machine, machine_line
+from .rounds import Setting
+from .sampling import measure_decoding, measure_growth, measure_images
+from .tables import TABLES, check_marks, render, write_between_marks
+
+PARTS: dict[str, Callable[[Setting], dict[str, Any]]] = {
+    "forward": measure_forwards,
+    "profile": measure_profile,
+    "decode": measure_decoding,
+    "load": measure_loading,
+    "images": measure_images,
+    "growth": measure_growth,
+    "demo": measure_demo,
+}
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the command line's arguments."""
+    parser = argparse.ArgumentParser(prog="python -m LightningDiT.tools.benchmark", description=__doc__)
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure; default all")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, no XL/1, no batch of 8, fewer images")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures to FILE besides")
+    parser.add_argument("--output", metavar="PAGE", type=Path, help="put the tables between the marks of PAGE besides")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, measure, print."""
+    args = parse(argv)
+    if args.output:
+        check_marks(args.output, args.part)  # before minutes of measuring
+    device = best_device()
+    setting = Setting(device, resolve_precision("auto", device), args.quick)
+    facts = machine(device, setting.dtype)
+    print(f"Measuring on {machine_line(facts)}", flush=True)
+    figures: dict[str, Any] = {}
+    for part in dict.fromkeys(args.part):
+        print(f"{TABLES[part][0]} ...", flush=True)
+        figures[part] = PARTS[part](setting)
+        release_memory()
+    texts = {part: render(part, found, facts) for part, found in figures.items()}
+    print("\n" + "\n".join(texts.values()))
+    if args.json:
+        with atomic_path(args.json) as temporary:
+            content = json.dumps({"machine": facts, **figures}, indent=2, default=asdict)
+            temporary.write_text(content + "\n", encoding="utf-8")
+    if args.output:
+        write_between_marks(args.output, texts)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

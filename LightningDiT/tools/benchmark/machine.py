@@ -1,0 +1,82 @@
+"""What the figures were measured on, and how much memory there is and was taken."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from LightningDiT.device import gpu_name
+
+PROJECT = Path(__file__).resolve().parents[3]
+STATUS = Path("/proc/self/status")
+MEMINFO = Path("/proc/meminfo")
+
+
+def processor_name() -> str:
+    """Return the processor's name as the system states it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Return what the figures were measured on."""
+    return {
+        "device": gpu_name(device) or processor_name(),
+        "processor": processor_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "precision": str(dtype).removeprefix("torch."),
+    }
+
+
+def machine_line(facts: dict[str, Any]) -> str:
+    """Return the facts in one line."""
+    processor = "" if facts["device"] == facts["processor"] else f" in a machine with {facts['processor']}"
+    return (
+        f"{facts['device']}{processor}, {facts['cores']} cores, {facts['threads']} threads,"
+        f" Python {facts['python']}, torch {facts['torch']}, {facts['precision']}"
+    )
+
+
+def _stated_bytes(file: Path, name: str) -> int | None:
+    found = (
+        re.search(rf"^{name}:\s+(\d+) kB", file.read_text(encoding="utf-8"), re.MULTILINE) if file.exists() else None
+    )
+    return int(found[1]) * 1024 if found else None
+
+
+def peak_resident_bytes() -> int | None:
+    """Return the largest resident size that this process had so far; None where the system is not Linux."""
+    return _stated_bytes(STATUS, "VmHWM")
+
+
+def free_memory_bytes() -> int | None:
+    """Return the main memory that programs can have; None where the system is not Linux."""
+    return _stated_bytes(MEMINFO, "MemAvailable")
+
+
+def lack_of(needed: dict[str, tuple[int, int | None]]) -> str | None:
+    """Return what there is too little of, in words, or None.
+
+    Args:
+        needed: bytes that are needed and bytes that there are (None: unknown, which counts as enough), by name.
+    """
+    for name, (need, there) in needed.items():
+        if there is not None and there < need:
+            return f"{need / 1e9:.1f} GB of {name} are needed, {there / 1e9:.1f} GB are free"
+    return None
+
+
+def free_disk_bytes(folder: Path) -> int:
+    """Return the bytes that may be written to the disk of `folder`."""
+    return shutil.disk_usage(folder).free

@@ -1,0 +1,196 @@
+"""The figures as Markdown, to be pasted anywhere or put between the marks of a page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from LightningDiT.checkpoint import atomic_path
+from LightningDiT.errors import LightningDiTError
+
+from .demo import DEMO
+from .forward import summary
+from .machine import machine_line
+from .rounds import Result
+
+MEGA, GIGA = 1e6, 1e9
+
+
+def rows(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    """Return a Markdown table; every column but the first is aligned to the right."""
+    lines = [f"| {' | '.join(head)} |", f"|---|{'--:|' * (len(head) - 1)}"]
+    return [*lines, *(f"| {' | '.join(cells)} |" for cells in body), ""]
+
+
+def notes(skipped: Sequence[str]) -> list[str]:
+    """Return what is left out, with the reasons."""
+    return [f"Left out: {'; '.join(skipped)}.", ""] if skipped else []
+
+
+def rates(product: Result, triad: Result) -> str:
+    """Return the two rates that the shares are of."""
+    return (
+        f"{product.name.capitalize()}: {product.gflops:,.0f} GFLOP/s. Triad a = b + 2 c of"
+        f" {triad.moved / 12 * 4 / 2**20:.0f} MiB arrays, two reads and one write counted: {triad.gbytes:,.1f} GB/s."
+    )
+
+
+def product_table(results: Sequence[Result]) -> list[str]:
+    """Return seconds and rates of the cases after the product and the triad that were timed beside them."""
+    head = ("what", "seconds", "seconds an image", "GFLOP", "GFLOP/s", "share of the product's rate")
+    product, triad, *cases = results
+    body = [
+        (
+            case.name,
+            f"{case.seconds:.3f}",
+            f"{case.seconds / case.units:.3f}",
+            f"{case.flops / GIGA:,.1f}",
+            f"{case.gflops:,.0f}",
+            f"{case.product_share:.2f}",
+        )
+        for case in cases
+    ]
+    return [rates(product, triad), "", *rows(head, body)]
+
+
+def forward_table(part: dict[str, Any]) -> list[str]:
+    """Return the forwards of every model."""
+    return [line for group in part["groups"] for line in product_table(group)] + notes(part["skipped"])
+
+
+def profile_table(part: dict[str, Any]) -> list[str]:
+    """Return where the seconds of one forward go."""
+    forward, triad, found = part["forward"], part["triad"], summary(part)
+    head = ("part of the forward", "ms", "share of the forward", "GFLOP/s", "share of the product's rate")
+
+    def row(name: str, seconds: float, gflops: str = "", share: str = "") -> tuple[str, ...]:
+        return name, f"{1e3 * seconds:.1f}", f"{seconds / forward.seconds:.1%}", gflops, share
+
+    alone = sorted(part["alone"], key=lambda result: -result.seconds)
+    body = [row(one.name, one.seconds, f"{one.gflops:,.0f}", f"{one.product_share:.2f}") for one in alone]
+    bound = f"{forward.flops / found['alone'] / GIGA:,.0f}", f"{found['bound']:.2f}"
+    body += [
+        row("all of these by themselves: a bound on the share", found["alone"], *bound),
+        row("everything else", found["rest"]),
+        row(forward.name, forward.seconds, f"{forward.gflops:,.0f}", f"{forward.product_share:.2f}"),
+    ]
+    small = part["small_triad"]
+    lines = [
+        rates(part["product"], triad),
+        "",
+        *rows(head, body),
+        f"Everything else moves at least {part['moved'] / MEGA:,.0f} MB: {1e3 * found['in_memory']:.1f} ms at the"
+        f" triad's rate in memory, {1e3 * found['in_cache']:.1f} ms at that of a {small.name},"
+        f" {small.gbytes:,.1f} GB/s. The weights, {part['weights'] / MEGA:,.0f} MB, take"
+        f" {1e3 * part['weights'] / GIGA / triad.gbytes:.1f} ms to be read from memory.",
+        "",
+        "By torch.profiler, over the same forward:",
+        "",
+    ]
+    kinds = sorted(part["kinds"].items(), key=lambda pair: -pair[1])
+    return lines + rows(("kind of operator", "share"), [(kind, f"{share:.1%}") for kind, share in kinds])
+
+
+def _megabytes(value: int | None) -> str:
+    return "not known here" if value is None else f"{value / MEGA:,.0f}"
+
+
+def load_table(part: dict[str, Any]) -> list[str]:
+    """Return seconds and peaks of loading."""
+    on_gpu = any(row["gpu_peak"] is not None for row in part["loaded"])
+    head = ("float32 file of", "MB", "seconds", "resident before, MB", "resident at the peak, MB")
+    body = [
+        (
+            row["model_type"],
+            _megabytes(row["file"]),
+            f"{row['seconds']:.2f}",
+            _megabytes(row["before"]),
+            _megabytes(row["peak"]),
+            *([_megabytes(row["gpu_peak"])] if on_gpu else []),
+        )
+        for row in part["loaded"]
+    ]
+    return rows((*head, "on the GPU at the peak, MB") if on_gpu else head, body) + notes(part["skipped"])
+
+
+def image_table(part: dict[str, Any]) -> list[str]:
+    """Return images a minute of the two procedures and their ratio."""
+    slow = part["results"][0]
+    head = ("bundled model, noise to pixels", "images", "seconds", "images a minute", "times faster")
+    body = [
+        (
+            one.name,
+            str(one.units),
+            f"{one.seconds:.2f}",
+            f"{60 * one.units / one.seconds:,.0f}",
+            f"{slow.seconds / slow.units * one.units / one.seconds:.1f}",
+        )
+        for one in part["results"]
+    ]
+    return rows(head, body)
+
+
+def growth_table(part: dict[str, Any]) -> list[str]:
+    """Return seconds against what grows, and seconds a unit of it."""
+    head = ("bundled model, what grows", "size", "seconds", "ms a unit")
+    body = [
+        (what, str(one.units), f"{one.seconds:.3f}", f"{1e3 * one.seconds / one.units:.2f}")
+        for what, results in part.items()
+        for one in results
+    ]
+    return rows(head, body)
+
+
+def demo_table(part: dict[str, Any]) -> list[str]:
+    """Return the seconds of the demonstration."""
+    if part["seconds"] is None:
+        return notes(part["skipped"])
+    named = (("first_step", "start to first sampling step"), ("picture", "start to pictures"))
+    return rows((DEMO.name, "seconds"), [(title, f"{part['seconds'][key]:.1f}") for key, title in named])
+
+
+#: Title and table of each part.
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
+    "forward": ("Forwards of the transformer", forward_table),
+    "profile": ("Where a forward goes", profile_table),
+    "decode": ("Decoding by VA-VAE f16d32, in float32 everywhere,", lambda part: product_table(part["results"])),
+    "load": ("Loading", load_table),
+    "images": ("Pictures", image_table),
+    "growth": ("Growth", growth_table),
+    "demo": ("The demonstration", demo_table),
+}
+
+
+def render(part: str, figures: dict[str, Any], facts: dict[str, Any]) -> str:
+    """Return one part: a line about the machine, then its tables."""
+    title, table = TABLES[part]
+    return "\n".join([f"**{title}** on {machine_line(facts)}:", "", *table(figures)])
+
+
+def marks_of(part: str) -> tuple[str, str]:
+    """Return the lines of a page between which a part stands."""
+    return f"<!-- benchmark, {part}: begin -->", f"<!-- benchmark, {part}: end -->"
+
+
+def check_marks(page: Path, parts: Iterable[str]) -> None:
+    """Raise LightningDiTError where there is no such page, or it has no marks for a part."""
+    if not page.is_file():
+        raise LightningDiTError(f"{page} is no file; a page with marks is expected", "name docs/benchmark.md")
+    content = page.read_text(encoding="utf-8")
+    for part in parts:
+        begin, end = marks_of(part)
+        if begin not in content or end not in content.split(begin)[1]:
+            raise LightningDiTError(f"{page} lacks the lines {begin} and {end}", f"git restore {page}")
+
+
+def write_between_marks(page: Path, texts: dict[str, str]) -> None:
+    """Put the text of every part between its marks of a page, which has them, and leave the rest as it is."""
+    check_marks(page, texts)
+    content = page.read_text(encoding="utf-8")
+    for part, text in texts.items():
+        begin, end = marks_of(part)
+        before, after = content.split(begin)[0], content.split(end)[1]
+        content = f"{before}{begin}\n\n{text}\n{end}{after}"
+    with atomic_path(page) as temporary:
+        temporary.write_text(content, encoding="utf-8")
