@@ -161,7 +161,7 @@ def build(model: str, options: argparse.Namespace) -> configs.Config:
 
 def settle(model: str, options: argparse.Namespace, torch: machine.TorchFacts) -> configs.Config:
     """Build, check and write the configuration of one model."""
-    from LightningDiT.pipeline import verify_config
+    from LightningDiT.loading import verify_config
 
     target = configs.output_file(options.output)
     config = build(model, options)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,14 +140,19 @@ def load_solvers(path: str | Path) -> SolverFile:
     """Return what a solver file holds.
 
     Raises:
-        LightningDiTError: the file is missing, no YAML, or its entries do not fit together.
+        LightningDiTError: the file is missing, no YAML, lacks something, or its entries do not fit together.
     """
     if not Path(path).exists():
         raise LightningDiTError(
             f"sample.solver_file {path} does not exist", "python -m LightningDiT.tools.calibrate_solver --config FILE"
         )
     values = read_yaml(path)
-    entries = values.pop("solvers", [])
+    entries = values.pop("solvers", None)
+    if not (entries and isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)):
+        raise LightningDiTError(
+            f"{path}: solvers is {str(entries)[:80]}; a list of mappings is expected",
+            "restore that file, or remove it and python -m LightningDiT.tools.calibrate_solver --config FILE",
+        )
     file = typed(SolverFile, values, str(path), hidden=("solvers",))
     solvers = tuple(typed(CalibratedSolver, entry, f"{path}: solver {n}") for n, entry in enumerate(entries, 1))
     return dataclasses.replace(file, solvers=solvers)
@@ -186,12 +191,12 @@ def _number(value: float) -> str:
 
 
 def find_solver(
-    sample: SampleConfig, path_type: str, fingerprint: str, evaluations: int | None = None
+    sample: SampleConfig, path_type: str, fingerprint: Callable[[], str], evaluations: int | None = None
 ) -> CalibratedSolver:
     """Return the solver of `sample.solver_file` that fits settings and weights.
 
     Args:
-        fingerprint: of the transformer's weights, see `weights_fingerprint`.
+        fingerprint: gives that of the transformer's weights, see `weights_fingerprint`.
         evaluations: at most so many.
 
     Raises:
@@ -201,19 +206,20 @@ def find_solver(
     if not sample.solver_file:
         raise LightningDiTError("sampling_method calibrated needs sample.solver_file", command)
     file = load_solvers(sample.solver_file)
-    if file.weights != fingerprint:
+    if file.weights != (found := fingerprint()):
         raise LightningDiTError(
-            f"{sample.solver_file} belongs to weights {file.weights}, and these are {fingerprint}", command
+            f"{sample.solver_file} belongs to weights {file.weights}, and these are {found}", command
         )
     guidance = Guidance.of(sample)
     solver = file.best(guidance, path_type, evaluations)
     if solver is None or sample.reverse:
-        known = {f"{one.evaluations} evaluations with {one.guidance}, path {one.path_type}": 0 for one in file.solvers}
+        fitting = [one for one in file.solvers if (one.guidance, one.path_type) == (guidance, path_type)]
+        known = [str(one.evaluations) for one in fitting] or sorted({str(one.guidance) for one in file.solvers})
         most = "any number of" if evaluations is None else f"at most {evaluations}"
         direction = ", from data to noise" if sample.reverse else ""
         raise LightningDiTError(
             f"{sample.solver_file} has no solver of {most} evaluations with {guidance}, path {path_type}{direction};"
-            f" it has {'; '.join(known) or 'none'}",
+            f" it has {'those of' if fitting else 'some for'} {', '.join(known) or 'nothing'}",
             command,
         )
     return solver

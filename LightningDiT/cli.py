@@ -26,7 +26,9 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=positive, help="points of the time grid; `fast` then is ab3 with so many")
     parser.add_argument("--solver", help="fast, published, euler, ab3, unipc2, dopri5, ...: docs/sampling.md")
     parser.add_argument("--guidance-scale", type=float, help="1 is off")
-    parser.add_argument("--guide-ckpt", metavar="FILE", help="weaker weights of the same shape, for autoguidance")
+    parser.add_argument(
+        "--guide-ckpt", type=_name, metavar="FILE", help="weaker weights of the same shape, for autoguidance"
+    )
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), help="of the transformer")
     parser.add_argument("--compile", action="store_true", default=None, help="compile the transformer: docs/compile.md")
     parser.add_argument("--batch-size", type=positive, help="images sampled at once")
@@ -99,10 +101,14 @@ def describe_settings(config: Config, images: int, output: Path) -> str:
     """Return the resolved settings in a few lines, for `--dry-run` and the start of a run."""
     sample = config.sample
     spelt = resolved_solver(sample)
-    points = f"{spelt.num_sampling_steps} points"
-    if sample.sampling_method in ("fast", "calibrated"):
-        points = f"at most {points}"  # the weights and the solver file, not read yet, decide
     grid = "graded grid" if spelt.time_grid == "graded" else f"shift {spelt.timestep_shift:g}"
+    points = f"{spelt.num_sampling_steps} points, {grid}"
+    if sample.sampling_method == "calibrated":
+        points = f"at most {spelt.num_sampling_steps - 1} evaluations"
+    elif sample.sampling_method == "fast":
+        points = f"{spelt.sampling_method}, {points}"
+        if sample.solver_file:  # the weights, not read yet, decide
+            points = f"calibrated where one fits, else {points}"
     kind = f"autoguidance by {sample.guide_ckpt}, scale" if sample.guide_ckpt else "guidance"
     guidance = (
         f"{kind} {sample.cfg_scale:g} on {sample.guided_channels} channels"
@@ -112,7 +118,7 @@ def describe_settings(config: Config, images: int, output: Path) -> str:
         (
             f"configuration  {config.source}",
             f"model          {config.model.model_type} from {config.ckpt_path}",
-            f"sampling       {sample.mode} {sample.sampling_method}, {points}, {grid}; {guidance}",
+            f"sampling       {sample.mode} {sample.sampling_method}, {points}; {guidance}",
             f"precision      {sample.precision}{', compiled' if sample.compile else ''},"
             f" {sample.per_proc_batch_size} images at once",
             f"images         {images} -> {output}",
@@ -139,6 +145,21 @@ def check_space(folder: Path, images: int, side: int) -> None:
         )
 
 
+def check_target(file: Path) -> None:
+    """Refuse a file that cannot be written at the end of a run, before it begins.
+
+    Raises:
+        LightningDiTError: it is a folder, or what should be its folder is a file.
+    """
+    if file.is_dir():
+        raise LightningDiTError(
+            f"{file} is a folder; a file to write is expected", f"name a file, such as {file}/samples.npz"
+        )
+    place = next(parent for parent in file.absolute().parents if parent.exists())
+    if not place.is_dir():
+        raise LightningDiTError(f"{file} cannot be written ({place} is a file)", "name a file in a folder")
+
+
 def positive(text: str) -> int:
     """Return an option's value as a whole number of at least 1."""
     return _at_least(text, 1)
@@ -152,6 +173,12 @@ def _minutes(text: str) -> float:
     if not 0 < minutes < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is no positive number of minutes")
     return minutes
+
+
+def _name(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("the name of a file is expected")
+    return text
 
 
 def natural(text: str) -> int:

@@ -64,13 +64,13 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("train.valid_share", lambda value: 0 <= value < 1, "a share from 0 to below 1"),
     ("train.sample_every", _not_negative, "0 (off) or a number of steps"),
     ("train.sample_count", _positive, "a positive number"),
+    ("train.lognorm_until_step", lambda value: value is None or value >= 0, "a number of steps"),
     ("train.max_skips", _positive, "1 or more"),
     ("train.spike_factor", lambda value: value == 0 or value > 1, "0 (off) or a factor above 1"),
     ("train.rate_cut", lambda value: 0 < value <= 1, "a factor above 0 and up to 1"),
     ("train.global_seed", _not_negative, "0 or more"),
     ("optimizer.beta2", lambda value: 0 <= value < 1, "a decay from 0 to below 1"),
     ("optimizer.lr", lambda value: 0 < value < 1, "a rate between 0 and 1"),
-    ("transport.lognorm_until_step", lambda value: value is None or value >= 0, "a number of steps"),
     ("sample.mode", lambda value: value in ("ODE", "SDE"), "ODE or SDE"),
     ("sample.num_sampling_steps", lambda value: value > 1, "2 or more"),
     ("sample.per_proc_batch_size", _positive, "1 or more"),
@@ -100,7 +100,7 @@ class DataConfig:
     latent_norm: bool = True  # normalise latents by mean and std per channel
     latent_multiplier: float = 1.0  # factor on latents after the normalisation
     valid_path: str | None = None  # a folder of shards for the validation loss of training
-    class_names: tuple[str, ...] | None = None  # one a class; ImageNet's names where there are 1000 classes
+    class_names: tuple[str, ...] | None = None  # one a class; else the latents' manifest has them, or ImageNet for 1000
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,7 @@ class TrainConfig:
     valid_share: float = 0.0  # held out of the training latents where there is no data.valid_path
     sample_every: int = 0  # steps between two grids of samples, of the averaged weights
     sample_count: int = 16  # images of a grid
+    lognorm_until_step: int | None = None  # uniform times from this step on, where transport.use_lognorm is on
     max_skips: int = 10  # so many steps in a row that are not finite: back to the newest checkpoint
     spike_factor: float = 4.0  # the same for a loss so many times the median of the last 100; 0 is off
     rate_cut: float = 0.5  # factor on the learning rate at each return
@@ -179,7 +180,6 @@ class TransportConfig:
     train_eps: float | None = None
     use_cosine_loss: bool = False
     use_lognorm: bool = False  # logit-normal training times
-    lognorm_until_step: int | None = None  # uniform times from this step on
 
 
 @dataclass(frozen=True)
@@ -258,6 +258,7 @@ class TokenizerTrainConfig:
     warmup_steps: int = 200
     decay_steps: int | None = None  # cosine fall to zero over the last steps; all after the warm-up where left out
     max_grad_norm: float | None = 1.0
+    precision: str = "auto"  # of matrix products: auto (bf16 where it is native, else fp32) | fp32 | bf16
     ema_decay: float = 0.999
     l1_weight: float = 1.0  # on the mean absolute error per value, images in [-1, 1]
     l2_weight: float = 1.0  # on the mean squared error per value
@@ -339,6 +340,7 @@ TOKENIZER_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     *((name, _not_negative, "0 or more") for name in ("cos_weight", "distmat_weight", "disc_start", "warmup_steps")),
     *((name, lambda value: 0 <= value <= 2, "a margin from 0 to 2") for name in ("cos_margin", "distmat_margin")),
     ("epochs", lambda value: value is None or value > 0, "a positive number"),
+    ("precision", lambda value: value in ("auto", "fp32", "bf16"), "auto, fp32 or bf16"),
     ("disc_layers", lambda value: 1 <= value <= 5, "1 to 5 layers"),
     ("vision_size", lambda value: value is None or value > 0, "a positive number of pixels"),
     ("vision_input", lambda value: value in ("own", "published"), "own or published"),
@@ -386,7 +388,8 @@ def _published_loss(config: TokenizerConfig) -> dict[str, Any]:
             raise LightningDiTError(f"{where}.params.{key} is {params[key]!r}; {only!r} is expected", "edit that value")
     hints = typing.get_type_hints(TokenizerTrainConfig)
     values = {
-        ours: _coerce(params.get(key, default), hints[ours], f"{where}.params.{key}") for key, ours, default in LOSS_KEYS
+        ours: _coerce(params.get(key, default), hints[ours], f"{where}.params.{key}")
+        for key, ours, default in LOSS_KEYS
     }
     if not (config.train.vision_model or config.use_vf):
         values["vf_weight"] = 0.0  # there the alignment is what use_vf switches on
@@ -425,9 +428,7 @@ def load_tokenizer_config(path: str | Path) -> TokenizerConfig:
     section = _mapping(values.get("train") or {}, f"{where}: train")
     train = typed(TokenizerTrainConfig, section, f"{where}: train")
     files = {name: getattr(train, name) for name in ("weight_init", "lpips_weights", "vision_weights")}
-    train = dataclasses.replace(
-        train, **{name: _absolute(value, Path(path)) for name, value in files.items() if value}
-    )
+    train = dataclasses.replace(train, **{name: _absolute(value, Path(path)) for name, value in files.items() if value})
     ckpt_path = values.get("ckpt_path")
     return TokenizerConfig(
         ckpt_path=_absolute(ckpt_path, Path(path)) if ckpt_path else None,
@@ -454,7 +455,7 @@ def tokenizer_config_path(config: Config) -> Path:
         return shipped
     if name.endswith((".yaml", ".yml")) and Path(name).is_file():
         return Path(name)
-    known = sorted(path.stem for path in TOKENIZER_CONFIGS.glob("*.yaml"))
+    known = sorted(path.stem for path in TOKENIZER_CONFIGS.glob("*.yaml") if "_stage" not in path.stem)
     raise LightningDiTError(
         f"vae.model_name {name!r} is neither one of {', '.join(known)} nor an existing .yaml file",
         f"edit vae.model_name in {config.source or 'the configuration'}",
@@ -491,11 +492,15 @@ def typed(cls: type[T], values: dict[str, Any], where: str, hidden: tuple[str, .
         hidden: fields that a file may not set.
 
     Raises:
-        LightningDiTError: an unknown key (the nearest known one is named) or a value of another type.
+        LightningDiTError: an unknown key (the nearest known one is named), a missing one that has no default, or a
+            value of another type.
     """
     hints = typing.get_type_hints(cls)
     known = [name for name in hints if name not in hidden]
     _refuse_unknown(values, known, where)
+    for item in dataclasses.fields(cls):
+        if item.name not in values and item.default is item.default_factory is dataclasses.MISSING:
+            raise LightningDiTError(f"{where}: {item.name} is missing", "set it")
     filled: dict[str, Any] = {}
     for name, value in values.items():
         hint = hints[name]

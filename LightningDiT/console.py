@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 
 from LightningDiT.errors import LightningDiTError
@@ -16,7 +17,11 @@ BAR = "{percentage:3.0f}% |{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {r
 
 
 def run_main(main: Callable[[], int]) -> int:
-    """Return the exit code of `main`: its own, 1 for a LightningDiTError (printed), 130 for Ctrl-C."""
+    """Return the exit code of `main`: its own, 1 for a LightningDiTError (printed), 130 for Ctrl-C.
+
+    Warnings become one line each, without the place in the code, which is no business of a command's reader.
+    """
+    warnings.formatwarning = lambda message, *place, **more: f"warning: {message}\n"
     try:
         return main()
     except LightningDiTError as error:

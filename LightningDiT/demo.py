@@ -17,7 +17,8 @@ from LightningDiT.config import Config
 from LightningDiT.console import duration
 from LightningDiT.images import image_grid, save_png
 from LightningDiT.labels import Labels
-from LightningDiT.pipeline import LightningDiTPipeline, verify
+from LightningDiT.loading import verify
+from LightningDiT.pipeline import LightningDiTPipeline
 from LightningDiT.processes import ALONE, Processes
 from LightningDiT.runs import RunResult, Strip, manifest_of, run_name, sample_run
 

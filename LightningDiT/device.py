@@ -30,6 +30,21 @@ def best_device() -> torch.device:
     return gpu if _gpu_works(gpu) else torch.device("cpu")
 
 
+def usable_device(name: torch.device | str) -> torch.device:
+    """Return the device of this name.
+
+    Raises:
+        LightningDiTError: there is no such device, or this torch cannot use it.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).split("\n")[0][:160]
+        raise LightningDiTError(f"device {str(name)!r} cannot be used ({reason})", "give 'cpu', or none") from error
+    return device
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory could not be had, on a GPU or on the CPU."""
     if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):

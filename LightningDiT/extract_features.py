@@ -1,150 +1,138 @@
 """Encode images into latent shards and their statistics: `python -m LightningDiT.extract_features --help`.
 
-Images come from Fashion-MNIST (`--data-root`) or from a folder with one subfolder per class (`--images`).
-The output folder is what `data.data_path` names: shards and `latents_stats.pt`.
+Images come from a folder with one subfolder per class (`--images`), a list file of one `path class` a line (`--list`),
+or a data set of torchvision (`--dataset NAME --data-root FOLDER`; `--data-root` alone is Fashion-MNIST). The output
+folder is what `data.data_path` names: shards, `latents_stats.pt` and a manifest with the class names that the pipeline
+shows.
+
+A run that was stopped or killed goes on when the command is given again. Several processes share it when started by
+`torchrun --nproc-per-node 2 -m LightningDiT.extract_features ...` or by accelerate.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from LightningDiT.cli import positive
+from LightningDiT.config import Config, load_config, load_tokenizer_config, tokenizer_config_path
+from LightningDiT.console import duration, run_main
 
-from LightningDiT.config import load_config, load_tokenizer_config, tokenizer_config_path
-from LightningDiT.console import Progress, run_main
-from LightningDiT.data.images import ImageBatches, fashion_mnist, image_files, pad_to_32
-from LightningDiT.data.shards import shard_path, write_shard
-from LightningDiT.device import best_device
-from LightningDiT.errors import LightningDiTError
-from LightningDiT.seeds import generator_for
-from LightningDiT.tokenizer.latents import Moments
-from LightningDiT.tokenizer.vavae import VA_VAE
+if TYPE_CHECKING:
+    from LightningDiT.data.sets import ImageSet
+    from LightningDiT.extraction import ExtractionResult, ExtractionSettings
 
-Batches = Iterator[tuple[Tensor, Tensor]]
-
-
-def fashion_batches(root: str, train: bool, batch_size: int) -> tuple[int, Batches]:
-    """Return the number of Fashion-MNIST images and batches of (images in [-1, 1], labels)."""
-    images, labels = fashion_mnist(root, train)
-    pairs = zip(images.split(batch_size), labels.split(batch_size), strict=True)
-    return len(images), ((pad_to_32(part), label) for part, label in pairs)
-
-
-def folder_batches(folder: str, tokenizer: VA_VAE, size: int, batch_size: int) -> tuple[int, Batches]:
-    """Return the number of images below `folder` (one subfolder a class) and batches of them."""
-    place = Path(folder)
-    files = image_files(place)
-    flat = [path for path in files if path.parent == place]
-    if flat:
-        raise LightningDiTError(
-            f"{flat[0]} lies in no subfolder, which would name its class", "put images into one subfolder a class"
-        )
-    classes = {name: number for number, name in enumerate(sorted({path.relative_to(place).parts[0] for path in files}))}
-    reader = ImageBatches(files, tokenizer.img_transform(img_size=size), batch_size)
-
-    def batches() -> Batches:
-        for images, paths in reader:
-            yield images, torch.tensor([classes[path.relative_to(place).parts[0]] for path in paths])
-        if reader.unreadable:
-            print(f"passed over {len(reader.unreadable)} files that are no images, {reader.unreadable[0]} the first")
-
-    return len(files), batches()
-
-
-class ShardWriter:
-    """Collects encoded batches and writes a shard whenever `shard_size` latents have come together."""
-
-    def __init__(self, folder: Path, shard_size: int) -> None:
-        self.folder = folder
-        self.shard_size = shard_size
-        self.shards = 0
-        self._rows: dict[str, list[Tensor]] = {"latents": [], "labels": [], "flipped": []}
-        self._waiting = 0
-
-    def add(self, latents: Tensor, labels: Tensor, flipped: Tensor | None) -> None:
-        """Take a batch of latents (N, C, h, w), labels (N,) and the mirrored images' latents, if any."""
-        self._rows["latents"].append(latents)
-        self._rows["labels"].append(labels)
-        if flipped is not None:
-            self._rows["flipped"].append(flipped)
-        self._waiting += len(labels)
-        if self._waiting >= self.shard_size:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write what is waiting."""
-        if not self._waiting:
-            return
-        joined = {name: torch.cat(parts) for name, parts in self._rows.items() if parts}
-        path = shard_path(self.folder, 0, self.shards)
-        write_shard(path, joined["latents"], joined["labels"], joined.get("flipped"))
-        self._rows = {name: [] for name in self._rows}
-        self._waiting, self.shards = 0, self.shards + 1
-
-
-def extract(
-    tokenizer: VA_VAE, batches: Batches, count: int, output: Path, shard_size: int, mode: bool, flips: bool
-) -> Moments:
-    """Encode all batches, write shards of `shard_size` latents into `output`, return their moments."""
-    moments, writer, progress = Moments(), ShardWriter(output, shard_size), Progress(count, "image")
-    for index, (images, labels) in enumerate(batches):
-        latents = tokenizer.encode_images(images, not mode, generator_for(0, index, 0)).cpu()
-        flipped = None
-        if flips:
-            flipped = tokenizer.encode_images(images.flip(-1), not mode, generator_for(0, index, 1)).cpu()
-        writer.add(latents, labels, flipped)
-        moments.add(latents)
-        progress.update(len(images))
-    writer.flush()
-    progress.close()
-    return moments
+MOST_THREADS = 8
+LISTED_FILES = 5
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(prog="python -m LightningDiT.extract_features", description=__doc__)
     parser.add_argument("--config", required=True, help="YAML of the published schema; its tokenizer encodes")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data-root", help="folder of Fashion-MNIST")
-    source.add_argument("--images", help="folder with one subfolder of images a class")
-    parser.add_argument("--split", choices=("train", "test"), default="train", help="of Fashion-MNIST")
-    parser.add_argument("--output", required=True, help="folder for shards and latents_stats.pt")
-    parser.add_argument("--batch-size", type=int, default=100)
-    parser.add_argument("--shard-size", type=int, default=10_000, help="latents in a file")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--images", metavar="FOLDER", help="folder with one subfolder of images a class")
+    source.add_argument("--list", metavar="FILE", help="`path class` a line, apart by a tab or the last space, or CSV")
+    source.add_argument("--dataset", metavar="NAME", help="of torchvision, such as CIFAR10; needs --data-root")
+    parser.add_argument("--data-root", metavar="FOLDER", help="of --dataset; alone: folder of Fashion-MNIST")
+    parser.add_argument("--split", default="train", help="of --dataset: train (default), test, or its own name")
+    parser.add_argument("--output", required=True, help="folder for the shards, latents_stats.pt and the manifest")
+    parser.add_argument("--shard-size", type=positive, default=10_000, help="images of a shard; default 10000")
     parser.add_argument("--posterior", choices=("sample", "mode"), default="sample", help="what is stored")
-    parser.add_argument("--flip", action="store_true", help="store mirrored images besides")
+    parser.add_argument("--seed", type=int, default=0, help="of the posterior's noise; default 0")
+    parser.add_argument(
+        "--flip", action="store_true", help="store mirrored images besides, as published; not for spectrograms or text"
+    )
+    parser.add_argument("--batch-size", type=positive, default=64, help="images at once; has no effect on the latents")
+    parser.add_argument("--read-threads", type=positive, help="that read images ahead; default: one a core, at most 8")
     parser.add_argument("--dry-run", action="store_true", help="print the settings and end")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not (args.images or args.list or args.data_root):
+        parser.error("one of --images, --list and --data-root (with --dataset, or alone for Fashion-MNIST) is needed")
+    if args.data_root and (args.images or args.list):
+        parser.error("--data-root goes with --dataset, not with --images or --list")
+    if args.seed < 0:
+        parser.error(f"argument --seed: {args.seed} is below 0")
+    return args
+
+
+def open_images(args: argparse.Namespace) -> ImageSet:
+    """Return the image set of the command line."""
+    from LightningDiT.data.sets import FASHION_MNIST, open_folder, open_list, open_torchvision
+
+    if args.images:
+        return open_folder(args.images)
+    if args.list:
+        return open_list(args.list)
+    return open_torchvision(args.dataset or FASHION_MNIST, args.data_root, args.split)
+
+
+def settings_of(args: argparse.Namespace, config: Config) -> ExtractionSettings:
+    """Return the extraction's settings of the command line."""
+    from LightningDiT.extraction import ExtractionSettings
+
+    threads = args.read_threads or min(os.cpu_count() or 1, MOST_THREADS)
+    return ExtractionSettings(
+        image_size=config.data.image_size,
+        shard_size=args.shard_size,
+        sample=args.posterior == "sample",
+        flips=args.flip,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        threads=threads,
+    )
+
+
+def summary(result: ExtractionResult, output: Path) -> str:
+    """Return what was done in a few lines."""
+    lines = []
+    if broken := result.unreadable:
+        lines = [f"passed over {len(broken)} of {result.images} images, which cannot be read; the manifest names all:"]
+        lines += [f"  {name}: {reason}" for name, reason in broken[:LISTED_FILES]]
+    if result.made:
+        shares = ", ".join(f"{name} {share:.1%}" for name, share in result.shares.items())
+        lines.append(f"encoded {result.made} images in {duration(result.seconds)}, all processes together: {shares}")
+    lines.append(f"{result.latents} latents in {len(result.records)} shards and their statistics are in {output}")
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, build, run."""
     args = parse(argv)
-    config = load_config(args.config)
-    settings = load_tokenizer_config(tokenizer_config_path(config))
-    print(f"{settings.source} -> {args.output} ({args.posterior}, flips {'on' if args.flip else 'off'})")
-    if args.dry_run:
-        return 0
-    tokenizer = VA_VAE(settings, config.data.image_size, config.vae.ckpt_path).to(best_device())
-    if args.data_root:
-        count, batches = fashion_batches(args.data_root, args.split == "train", args.batch_size)
-    else:
-        count, batches = folder_batches(args.images, tokenizer, config.data.image_size, args.batch_size)
-    output = Path(args.output)
-    if any(output.glob("*.safetensors")):
-        raise LightningDiTError(
-            f"{output} holds latent shards already, which would be mixed with these",
-            f"choose another --output, or rm {output}/*.safetensors",
+    from LightningDiT.device import best_device
+    from LightningDiT.extraction import extract
+    from LightningDiT.processes import launched_processes
+    from LightningDiT.tokenizer.vavae import VA_VAE
+
+    with launched_processes() as processes:
+        config = processes.agree(lambda: load_config(args.config))
+        tokenizer_settings = processes.agree(lambda: load_tokenizer_config(tokenizer_config_path(config)))
+        source = args.images or args.list or f"{args.dataset or 'FashionMNIST'} {args.split} in {args.data_root}"
+        processes.say(
+            f"{source} -> {args.output} by {tokenizer_settings.source} ({config.data.image_size} pixels,"
+            f" {args.posterior}, flips {'on' if args.flip else 'off'})"
         )
-    moments = extract(tokenizer, batches, count, output, args.shard_size, args.posterior == "mode", args.flip)
-    moments.stats().save(output / "latents_stats.pt")
-    print(
-        f"wrote {moments.latents} latents and latents_stats.pt to {output}\nNext: python -m LightningDiT.train --help"
-    )
+        if args.dry_run:
+            return 0
+        weights = config.vae.ckpt_path or tokenizer_settings.ckpt_path
+        tokenizer = processes.agree(
+            lambda: VA_VAE(tokenizer_settings, config.data.image_size, weights, device=best_device())
+        )
+        first = processes.from_main(lambda: open_images(args).count)  # alone, since it may download
+        images, output = processes.agree(lambda: open_images(args)), Path(args.output)
+        processes.say(f"{first} images{f' of {len(images.class_names)} classes' if images.class_names else ''}")
+        result = extract(images, tokenizer, weights, output, settings_of(args, config), processes)
+        if result.interrupted:
+            processes.end_by_interrupt()
+        processes.say(summary(result, output))
+        processes.say(
+            f"Next: set data.data_path: {output} and data.num_classes: {result.classes} in {args.config},"
+            f" and python -m LightningDiT.train --config {args.config}"
+        )
     return 0
 
 

@@ -23,6 +23,7 @@ from LightningDiT.cli import (  # noqa: E402
     add_sampling_options,
     apply_options,
     check_space,
+    check_target,
     classes_of,
     describe_settings,
     positive,
@@ -65,6 +66,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.demo and args.npz is not None:
         parser.error("--npz goes with a folder of images, not with --demo")
+    if args.demo and args.num_samples:
+        parser.error("--num-samples goes with a folder of images; --demo takes --count")
+    if args.num_samples and args.count:
+        parser.error("--num-samples and --count both say how many images; give one of them")
     return args
 
 
@@ -113,8 +118,11 @@ def run_folder(config: Config, args: argparse.Namespace, processes: Processes) -
 
     count = args.num_samples or args.count or config.sample.fid_num
     output = Path(args.output or HERE.parent / "output" / "samples")
+    file = Path(args.npz or _beside(output, ".npz")) if args.npz is not None else None
     processes.say(describe_settings(config, count, output))
     processes.from_main(lambda: check_space(output, count, config.data.image_size))
+    if file is not None:
+        processes.from_main(lambda: check_target(file))
     if args.dry_run:
         return processes.from_main(lambda: check_run(config, classes_of(args, config.data.num_classes)))
     pipe = processes.agree(lambda: LightningDiTPipeline.from_config(config))
@@ -130,8 +138,7 @@ def run_folder(config: Config, args: argparse.Namespace, processes: Processes) -
         processes.end_by_interrupt()
     if not result.complete:
         processes.say("The time budget is over; give the same command again to go on.")
-    elif args.npz is not None:
-        file = Path(args.npz) if args.npz else _beside(output, ".npz")
+    elif file is not None:
         processes.from_main(lambda: write_samples(result, labels, config.data.image_size, file))
         processes.say(f"all of them in {file}")
     return 0

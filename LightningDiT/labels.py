@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import json
 import operator
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from LightningDiT.config import Config
 from LightningDiT.errors import LightningDiTError
 
 IMAGENET_CLASSES = 1000
+LATENTS_MANIFEST = "manifest.json"  # beside latent shards: what they were made of, with the names of the classes
 LISTED_CLASSES = 20  # so many names fit one line of an error
 NEAREST_NAMES = 3
 
@@ -32,8 +35,8 @@ class Labels:
 
     @classmethod
     def of(cls, config: Config) -> Labels:
-        """Return the classes of a configuration: its own names, or ImageNet's where there are 1000."""
-        names = config.data.class_names
+        """Return the classes of a configuration: its own names, those of its latents, or ImageNet's for 1000."""
+        names = config.data.class_names or _names_of_latents(config)
         if names is None and config.data.num_classes == IMAGENET_CLASSES:
             names = _imagenet_names()
         return cls(config.data.num_classes, names)
@@ -84,12 +87,47 @@ class Labels:
         return f"numbers 0 to {self.count - 1} always work"
 
 
+def _names_of_latents(config: Config) -> tuple[str, ...] | None:
+    """Return the class names in the manifest of `data.data_path`, where it has one for each class; else None.
+
+    Names that are numbers of WordNet's synsets, as ImageNet's folders have them, are shown in words.
+
+    Raises:
+        LightningDiTError: the manifest is damaged.
+    """
+    file = Path(config.data.data_path or "") / LATENTS_MANIFEST
+    if not config.data.data_path or not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LightningDiTError(
+            f"the manifest {file} cannot be read ({error})", "set data.class_names, or move it away"
+        ) from error
+    names = content.get("class_names") if isinstance(content, dict) else None
+    if not isinstance(names, list) or len(names) != config.data.num_classes:
+        return None
+    if all(re.fullmatch(r"n\d{8}", str(name)) for name in names):
+        words, _ = _imagenet_tables()
+        return tuple(words.get(name, name) for name in names)
+    return tuple(map(str, names))
+
+
 def _imagenet_names() -> tuple[str, ...]:
-    """Return ImageNet's class names from timm's tables, read without timm, whose import takes 130 MB and seconds."""
+    """Return the names of ImageNet's 1000 classes."""
+    words, synsets = _imagenet_tables()
+    return tuple(words[synset] for synset in synsets)
+
+
+def _imagenet_tables() -> tuple[dict[str, str], list[str]]:
+    """Return words by synset and the synsets of the 1000 classes from timm's tables.
+
+    They are read without timm, whose import takes 130 MB and seconds.
+    """
     found = importlib.util.find_spec("timm")
     if found is None or not found.submodule_search_locations:
         raise LightningDiTError("timm, which has ImageNet's class names, is not installed", "pip install timm")
     tables = Path(found.submodule_search_locations[0]) / "data" / "_info"
     lines = (tables / "imagenet_synset_to_lemma.txt").read_text(encoding="utf-8").splitlines()
-    with_names = dict(line.split("\t", 1) for line in lines)
-    return tuple(with_names[synset] for synset in (tables / "imagenet_synsets.txt").read_text("utf-8").split())
+    words = dict(line.split("\t", 1) for line in lines)
+    return words, (tables / "imagenet_synsets.txt").read_text("utf-8").split()

@@ -15,26 +15,27 @@ from LightningDiT.images import disk_errors
 
 
 def write_npz(
-    images: Sequence[Path], labels: Sequence[int], side: int, target: str | Path, each: Callable[[], None]
+    images: Sequence[Path], labels: Sequence[int] | None, side: int, target: str | Path, each: Callable[[], None]
 ) -> None:
     """Write `target` whole or not at all, in memory for one image, calling `each` after every image.
 
     The layout is that of `image_sample.py` in guided-diffusion (Dhariwal and Nichol, arXiv 2105.05233), which its
-    `evaluator.py` reads: `arr_0` uint8 (N, side, side, 3) in the order of `images`, `arr_1` int64 (N,) labels. The
-    bytes depend on pixels and labels alone.
+    `evaluator.py` reads: `arr_0` uint8 (N, side, side, 3) in the order of `images`, `arr_1` int64 (N,) labels where
+    there are any. The bytes depend on pixels and labels alone.
 
     Raises:
         LightningDiTError: an image is missing, damaged or of another size, or the file cannot be written.
     """
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(images), side, side, 3)}
-    with atomic_path(target) as temporary, disk_errors(target), zipfile.ZipFile(temporary, "w") as archive:
+    with disk_errors(target), atomic_path(target) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
             np.lib.format.write_array_header_1_0(member, header)
             for path in images:
                 member.write(_pixels(path, side))
                 each()
-        with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as member:
-            np.lib.format.write_array(member, np.asarray(labels, dtype=np.int64))
+        if labels is not None:
+            with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as member:
+                np.lib.format.write_array(member, np.asarray(labels, dtype=np.int64))
 
 
 def _pixels(path: Path, side: int) -> bytes:

@@ -41,7 +41,7 @@ class Preview:
         if self.whole:
             return
         count = min(SHOWN, len(state))
-        if step == 0:  # also where a batch begins again because memory ran out
+        if step == 0:  # also where a batch begins again, in halves or in float32
             self._panels, self._times = [], []
             self._t, self._state = self._start, self._noise(count).to(state)
         now = state[:count]
@@ -53,8 +53,8 @@ class Preview:
 
     @property
     def whole(self) -> bool:
-        """Whether the strip has come to its end."""
-        return bool(self._times) and self._is_end(self._times[-1])
+        """Whether the strip has come to its end, with states that are not made again."""
+        return bool(self._times) and self._is_end(self._times[-1]) and bool(self._state.isfinite().all())
 
     def save(self, path: str | Path) -> Path:
         """Write the strip, an image a row and a step a column, and return the path."""

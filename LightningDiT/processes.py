@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from LightningDiT.errors import LightningDiTError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: How long a process waits for another one: batches of a large model on a CPU take hours.
 PATIENCE = timedelta(days=7)
 INTERRUPTED = 130  # exit code after Ctrl-C
+SETTLING = 0.1  # seconds for the threads of an exchange to end it
 
 T = TypeVar("T")
 
@@ -32,10 +37,12 @@ class Processes:
     Attributes:
         rank: number of this process, from 0.
         count: how many there are.
+        device: where tensors lie that they exchange.
     """
 
     rank: int = 0
     count: int = 1
+    device: str = "cpu"
 
     @property
     def is_main(self) -> bool:
@@ -74,6 +81,24 @@ class Processes:
         results: list[Any] = self.share(action if self.is_main else lambda: None)
         return results[0]
 
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the mean over all processes of `values`, which has the same shape in each and lies on `device`."""
+        if self.count == 1:
+            return values
+        import torch.distributed
+
+        total = values.detach().clone()
+        _exchange(lambda: torch.distributed.all_reduce(total))
+        return total / self.count
+
+    def any(self, flag: bool) -> bool:
+        """Return to every process whether `flag` is true in one of them."""
+        if self.count == 1:
+            return flag
+        import torch
+
+        return bool(self.mean(torch.tensor(float(flag), device=self.device)) > 0)
+
     def end_by_interrupt(self) -> NoReturn:
         """End after Ctrl-C, which the main process alone says."""
         if self.is_main:
@@ -90,10 +115,12 @@ ALONE = Processes()
 
 
 @contextlib.contextmanager
-def launched_processes() -> Iterator[Processes]:
+def launched_processes(on_gpus: bool = False) -> Iterator[Processes]:
     """Give the processes that a launcher started together, or `ALONE` without one.
 
-    They exchange a few bytes a batch, by gloo, on CPUs and GPUs alike.
+    Args:
+        on_gpus: they exchange gradients, by the GPUs' own means (each process has one). Else they exchange a few
+            bytes a batch, by gloo, on CPUs and GPUs alike.
 
     Raises:
         LightningDiTError: accelerate is not installed, or the processes do not find one another.
@@ -104,7 +131,7 @@ def launched_processes() -> Iterator[Processes]:
     try:
         from accelerate import PartialState
 
-        state = PartialState(cpu=True, timeout=PATIENCE)
+        state = PartialState(cpu=not on_gpus, timeout=PATIENCE)
     except ImportError as error:
         raise LightningDiTError(
             f"several processes need a package that is missing ({error})", "python step1_install_environment.py"
@@ -113,15 +140,42 @@ def launched_processes() -> Iterator[Processes]:
         raise LightningDiTError(
             f"the processes do not find one another ({_first_line(error)})", "start them by torchrun"
         ) from error
-    # The group ends with the process: torch 2.2 hangs where it is destroyed after another process has left.
-    yield Processes(state.process_index, state.num_processes)
+    import torch.distributed
+
+    ended_well = False
+    try:
+        yield Processes(state.process_index, state.num_processes, str(state.device))
+        with contextlib.suppress(RuntimeError):  # the launcher reports a process that died in its last work
+            torch.distributed.barrier()
+        ended_well = True
+    finally:
+        if ended_well or not on_gpus:  # on GPUs, work that waits for a dead process may be under way
+            _end_group()
+
+
+def _end_group() -> None:
+    """End the threads of the process group.
+
+    A thread of gloo keeps the tensor of the last exchange for a moment and needs Python's lock to let it go. Where
+    Python ends meanwhile, the thread aborts the process ("terminate called without an active exception").
+    """
+    import torch.distributed
+
+    time.sleep(SETTLING)  # leaves the lock to them
+    # Old releases (2.2 among them) hold the lock while they wait for the threads, which then hangs for ever.
+    if hasattr(torch.distributed.ProcessGroup, "shutdown"):
+        torch.distributed.destroy_process_group()
 
 
 def _gather(value: Any) -> list[Any]:
     from accelerate.utils import gather_object
 
+    return _exchange(lambda: gather_object([value]))
+
+
+def _exchange(action: Callable[[], T]) -> T:
     try:
-        return gather_object([value])
+        return action()
     except RuntimeError as error:
         raise LightningDiTError(
             f"another process of this run has ended ({_first_line(error)})", "see what it said, and start all again"

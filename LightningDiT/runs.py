@@ -17,16 +17,18 @@ from torch import Tensor
 
 from LightningDiT.checkpoint import atomic_path, fingerprint
 from LightningDiT.cli import check_space
-from LightningDiT.config import Config, as_dict, load_tokenizer_config, tokenizer_config_path
+from LightningDiT.config import Config, as_dict, load_tokenizer_config, resolved_solver, tokenizer_config_path
 from LightningDiT.console import Progress, StopRequest
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import save_png
+from LightningDiT.loading import STATS_NAME
 from LightningDiT.npz import write_npz
-from LightningDiT.pipeline import STATS_NAME, LightningDiTPipeline
+from LightningDiT.pipeline import LightningDiTPipeline
 from LightningDiT.preview import Preview
 from LightningDiT.processes import ALONE, Processes
 
 MANIFEST = "manifest.json"
+LOCK = ".lock"  # stays, empty: a lock that is removed is one that two runs can hold
 #: Settings that decide how a run is computed and not what comes out of it, or that the manifest has in another form.
 WITHOUT_EFFECT = ("per_proc_batch_size", "fid_num", "precision", "solver_file", "guide_ckpt")
 ABSENT = "default"  # how a message calls a setting that a manifest does not have, since defaults are left out
@@ -71,7 +73,8 @@ def manifest_of(config: Config, labels: Sequence[int], seed: int, dtype: torch.d
     Args:
         dtype: what the transformer computes in; `auto` in the configuration depends on the machine.
     """
-    sample = {name: value for name, value in as_dict(config.sample).items() if name not in WITHOUT_EFFECT}
+    spelt = as_dict(resolved_solver(config.sample)) | {"sampling_method": config.sample.sampling_method}
+    sample = {name: value for name, value in spelt.items() if name not in WITHOUT_EFFECT}
     tokenizer = load_tokenizer_config(tokenizer_config_path(config))
     files = {"transformer": config.ckpt_path, "tokenizer": config.vae.ckpt_path or tokenizer.ckpt_path}
     if config.data.latent_norm and config.data.data_path:
@@ -112,18 +115,21 @@ def opened_run(folder: Path, manifest: dict[str, Any]) -> Iterator[None]:
     What a killed run left half-written is removed.
 
     Raises:
-        LightningDiTError: it holds a run of other settings (the differing ones are named), another run writes
-            there at this moment, or it cannot be written.
+        LightningDiTError: it holds a run of other settings (the differing ones are named) or images of no known run,
+            another run writes there at this moment, or it cannot be written.
     """
     file = folder / MANIFEST
-    if file.exists():
-        _check_manifest(file, manifest)
-    else:
-        with atomic_path(file) as temporary:
-            temporary.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    with file.open("r+b") as held:
+    # asked in this order: a run that starts meanwhile has its manifest before its first image
+    if any(image.stem.isdigit() for image in folder.glob("[0-9]*.png")) and not file.exists():
+        raise LightningDiTError(f"{folder} holds images of no known run", "choose another --output")
+    with _lock_file(folder) as held:
         if not lock(held):
             raise LightningDiTError(f"another run writes into {folder}", "wait for its end, or choose another --output")
+        if file.exists():
+            _check_manifest(file, manifest)
+        else:
+            with atomic_path(file) as temporary:
+                temporary.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for pattern in TORN:
             for torn in folder.glob(pattern):
                 torn.unlink(missing_ok=True)
@@ -219,7 +225,7 @@ class _Part:
         self.progress, self.stop, self.deadline = progress, stop, deadline
         self.preview: Preview | None = None
         self._done, self._note = 0, ""
-        self._steps = pipe.steps_of(pipe.config.sample)  # of a batch, until the first one has shown it
+        self._steps = pipe.procedure(pipe.config.sample).steps  # of a batch, until the first one has shown it
 
     def sample(self, turn: list[list[int]], rank: int) -> _Report:
         """Sample this process's batch of `turn`, which has one a process but for the last turn."""
@@ -292,6 +298,17 @@ def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
         raise LightningDiTError(
             f"{file.parent} holds a run of other settings ({'; '.join(changed)})", "choose another --output"
         )
+
+
+def _lock_file(folder: Path) -> IO[bytes]:
+    """Open the file whose lock is that of the folder; the manifest's own would go where another one replaces it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return (folder / LOCK).open("a+b")
+    except OSError as error:
+        raise LightningDiTError(
+            f"{folder} cannot be written ({error.strerror})", "choose a folder that you may write to"
+        ) from error
 
 
 def lock(file: IO[bytes]) -> bool:

@@ -1,14 +1,18 @@
 """Train LightningDiT on latent shards: `python -m LightningDiT.train --config C`.
 
-The run lies in `train.output_dir`/`train.exp_name`: checkpoints, log, and in the end the averaged weights. A
-run that was stopped goes on from its newest checkpoint when the command is given again.
+The run lies in `train.output_dir`/`train.exp_name`: checkpoints, log, curves, and in the end the averaged weights. A
+run that was stopped or killed goes on from its newest whole checkpoint when the command is given again. Several
+processes: `torchrun --nproc-per-node 2 -m LightningDiT.train --config C`, or `accelerate launch`.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
 import math
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,82 +21,143 @@ import torch
 from torch import Tensor, nn
 
 from LightningDiT import training
-from LightningDiT.checkpoint import load_into, load_weights
+from LightningDiT.checkpoint import inspect, without_values
+from LightningDiT.compiled import compile_forward
 from LightningDiT.config import Config, as_dict, load_config
 from LightningDiT.console import run_main
-from LightningDiT.data.shards import LatentShards
-from LightningDiT.device import autocast, best_device, training_dtype
-from LightningDiT.errors import LightningDiTError
+from LightningDiT.device import PRECISIONS, autocast, best_device, training_dtype
+from LightningDiT.fine_tuning import initialise, plan
+from LightningDiT.latent_batches import LatentBatches, PartialBatch
+from LightningDiT.loading import build_transport, model_settings
 from LightningDiT.models.lightningdit import LightningDiT
-from LightningDiT.pipeline import build_transport, model_settings
-from LightningDiT.seeds import generator_for
-from LightningDiT.tokenizer.latents import LatentStats
-from LightningDiT.training import BatchOrder, Ema, RunFolder, Schedule, learning_rate, require_finite
+from LightningDiT.processes import ALONE, Processes, launched_processes
+from LightningDiT.training import (
+    Ema,
+    GuardSettings,
+    LossScaler,
+    NotFiniteError,
+    RunFolder,
+    Schedule,
+    learning_rate,
+    require_finite,
+)
+from LightningDiT.watching import Curves, watchers
 
-LABEL_DROPOUT = 0.1  # share of labels that become the null class, so that guidance can be learnt
+TERMS = ("loss", "cos_loss")
 
 
 class Trainer:
-    """Model, average, optimizer and data of one run; `step` is one optimizer step."""
+    """Model, average, optimizer and data of one run; `step` is one optimizer step.
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    Args:
+        starts: the run has no checkpoint yet, so that the weights of `train.weight_init` are wanted.
+    """
+
+    def __init__(self, config: Config, processes: Processes = ALONE, starts: bool = True) -> None:
+        self.config, self.processes = config, processes
         self.device = best_device()
-        self.dtype = training_dtype(self.device)
-        self.shards, self.stats = open_latents(config)
-        train = config.train
-        self.order = BatchOrder(len(self.shards), train.global_batch_size, train.global_seed)
-        torch.manual_seed(train.global_seed)  # initial weights
-        # labels are dropped here, by a generator of the step, and not by the model's own dice
-        model = LightningDiT(model_settings(config), class_dropout_prob=0.0)
-        if train.weight_init:
-            load_into(model, load_weights(train.weight_init), train.weight_init)
-        self.model = model.float().to(self.device)
-        self.settings = {
-            "model": as_dict(config.model),
-            "transport": as_dict(config.transport),
-            "batch": train.global_batch_size,
-            "seed": train.global_seed,
-            "latents": [*self.shards.shape, len(self.shards)],
-        }
-        self.ema = Ema(self.model, train.ema_decay)
-        self.transport = build_transport(config)
+        self.dtype = PRECISIONS.get(config.train.precision) or training_dtype(self.device)
+        self.data = LatentBatches(config, build_transport(config), processes.rank, processes.count)
+        self.model = self._initial_model(starts).float().to(self.device)
+        self.ema = Ema(self.model, config.train.ema_decay)
+        self.scaler = LossScaler(self.dtype == torch.float16)
+        self.rate_scale = 1.0
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=config.optimizer.lr,
             betas=(0.9, config.optimizer.beta2),
             weight_decay=0.0,
+            fused=self.device.type != "cpu",
         )
+        self.network = self._network()
+        self.settings = {
+            "model": as_dict(config.model),
+            "transport": as_dict(config.transport),
+            "lognorm_until_step": config.train.lognorm_until_step,
+            "batch": config.train.global_batch_size,
+            "seed": config.train.global_seed,
+            "latents": self.data.description,
+        }
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor, torch.Generator]:
-        """Return normalised latents (B, C, h, w), labels (B,) with dropped ones, and the step's generator."""
-        indices = self.order.indices(step)
-        generator = generator_for(self.config.train.global_seed, 1, step)
-        flips = torch.rand(len(indices), generator=generator) < 0.5
-        latents, labels = self.shards.batch(indices, flips)
-        dropped = torch.rand(len(indices), generator=generator) < LABEL_DROPOUT
-        labels = torch.where(dropped, self.model.null_class, labels)
-        return self.stats.normalise(latents).to(self.device), labels.to(self.device), generator
+    def _initial_model(self, starts: bool) -> LightningDiT:
+        """Return the model with random weights, or with those of `train.weight_init`."""
+        torch.manual_seed(self.config.train.global_seed)
+        # labels are dropped by a generator of the sample, and not by the model's own dice
+        model = LightningDiT(model_settings(self.config), class_dropout_prob=0.0)
+        if starts and (path := self.config.train.weight_init):
+            self.processes.say(initialise(model, path).text())
+        return model
 
-    def step(self, step: int) -> Mapping[str, Tensor]:
-        """Take one optimizer step and return the loss terms."""
-        train, optimizer = self.config.train, self.config.optimizer
-        latents, labels, generator = self.batch(step)
-        rate = learning_rate(step, optimizer.lr, train.warmup_steps, train.decay_steps, train.max_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        with autocast(self.device, self.dtype):
-            losses = self.transport.training_losses(self.model, latents, {"y": labels}, generator=generator)
-        terms = {name: losses[name].mean() for name in ("loss", "cos_loss") if name in losses}
-        total = torch.stack(list(terms.values())).sum()
-        require_finite("loss", total, step)
+    def _network(self) -> nn.Module:
+        """Return what computes the prediction: the model, compiled and joined with its copies where asked."""
+        if self.config.train.compile:
+            compile_forward(self.model)
+        if self.processes.count == 1:
+            return self.model
+        return nn.parallel.DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+
+    def step(self, step: int) -> Mapping[str, Tensor | float]:
+        """Take one optimizer step and return the loss terms, means over the global batch."""
+        started = time.monotonic()
+        batch = self.data.batch(step)
+        waited = time.monotonic() - started
+        self._set_rate(step)
         self.optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        limit = math.inf if optimizer.max_grad_norm is None else optimizer.max_grad_norm
-        require_finite("gradient", nn.utils.clip_grad_norm_(self.model.parameters(), limit), step)
+        terms = self.processes.mean(self._backward(batch))
+        require_finite("loss", terms, step)
+        norm = self._clipped_norm(step)
         self.optimizer.step()
         self.ema.update(self.model)
-        return terms
+        row = dict(zip(self._names, terms, strict=True)) | {"gradient_norm": norm, "data_seconds": waited}
+        return row | ({"loss_scale": self.scaler.scale} if self.scaler.enabled else {})
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return TERMS if self.config.transport.use_cosine_loss else TERMS[:1]
+
+    def _set_rate(self, step: int) -> None:
+        train, base = self.config.train, self.config.optimizer.lr
+        rate = learning_rate(step, base, train.warmup_steps, train.decay_steps, train.max_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * self.rate_scale
+
+    def _backward(self, batch: PartialBatch) -> Tensor:
+        """Add the gradients of this process's rows, a micro-batch at a time, and return its mean terms."""
+        total = torch.zeros(len(self._names), device=self.device)
+        parts = batch.parts(self.config.train.micro_batch_size)
+        for number, part in enumerate(parts):
+            last = number == len(parts) - 1
+            with contextlib.nullcontext() if last or self.network is self.model else self.network.no_sync():
+                terms = self._terms(part.to(self.device)) * (len(part) / len(batch))
+                self.scaler.scaled(terms.sum()).backward()
+            total += terms.detach()
+        return total
+
+    def _terms(self, part: PartialBatch) -> Tensor:
+        """Return the mean loss terms (1 or 2,) of a micro-batch."""
+        with autocast(self.device, self.dtype):
+            losses = part.transport.training_losses(
+                lambda x, t, y: self.network(x, t, y), part.latents, {"y": part.labels}, x0=part.noise, t=part.times
+            )
+        return torch.stack([losses[name].mean() for name in self._names])
+
+    def _clipped_norm(self, step: int) -> Tensor:
+        """Clip the gradient and return the norm that it had; raises NotFiniteError."""
+        limit = self.config.optimizer.max_grad_norm
+        self.scaler.unscale(self.model.parameters())
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), math.inf if limit is None else limit)
+        searching = self.scaler.searches(bool(torch.isfinite(norm)))
+        if searching:
+            raise NotFiniteError("gradient", step, counts=False)
+        require_finite("gradient", norm, step)
+        return norm
+
+    def averaged_model(self) -> LightningDiT:
+        """Return a model in eval mode whose weights are the average's own tensors, so that it costs no memory."""
+        with without_values():
+            model = LightningDiT(self.model.settings)
+        model.load_state_dict(self.ema.weights, assign=True)
+        return model.eval().requires_grad_(False)
 
     def state_dict(self) -> dict[str, object]:
         """Return everything that a resumed run needs."""
@@ -101,42 +166,15 @@ class Trainer:
             "ema": self.ema.weights,
             "ema_steps": self.ema.steps,
             "opt": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Take over what `state_dict` returned."""
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict({"weights": state["ema"], "steps": state["ema_steps"]})
-        self.optimizer.load_state_dict(state["opt"])
-
-
-def open_latents(config: Config) -> tuple[LatentShards, LatentStats]:
-    """Return the shards in `data.data_path` and their statistics.
-
-    Raises:
-        LightningDiTError: there are none, or their shape or labels are not the configuration's.
-    """
-    data = config.data
-    if not data.data_path:
-        raise LightningDiTError(f"{config.source} names no data.data_path", "python -m LightningDiT.extract_features")
-    shards = LatentShards(data.data_path)
-    side = data.image_size // config.vae.downsample_ratio
-    wanted = (config.model.in_chans, side, side)
-    if shards.shape != wanted:
-        raise LightningDiTError(
-            f"latents in {data.data_path} have the shape {shards.shape}; {config.source} expects {wanted}",
-            "extract them with the tokenizer of this configuration",
-        )
-    largest = int(shards.labels.max())
-    if largest >= data.num_classes:
-        raise LightningDiTError(
-            f"latents in {data.data_path} have the label {largest}; data.num_classes is {data.num_classes}",
-            f"set data.num_classes: {largest + 1} in {config.source}",
-        )
-    if not data.latent_norm:
-        return shards, LatentStats.identity(shards.shape[0])
-    stats = LatentStats.load(Path(data.data_path) / "latents_stats.pt", shards.shape[0], data.latent_multiplier)
-    return shards, stats
+        self.optimizer.load_state_dict(copy.deepcopy(state["opt"]))  # else it goes on reading the file
+        self.scaler.load_state_dict(state["scaler"])
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -145,28 +183,65 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="YAML of the published schema")
     parser.add_argument("--data-path", help="folder of shards and statistics, in place of data.data_path")
     parser.add_argument("--output", help="folder of the run, in place of train.output_dir/exp_name")
-    parser.add_argument("--dry-run", action="store_true", help="print the settings and end")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the settings, and what train.weight_init gives, and end"
+    )
     return parser.parse_args(argv)
+
+
+def read_config(args: argparse.Namespace) -> Config:
+    """Return the configuration with the command line's data folder in it."""
+    config = load_config(args.config)
+    return replace(config, data=replace(config.data, data_path=args.data_path)) if args.data_path else config
+
+
+def schedule_of(config: Config) -> Schedule:
+    """Return the loop's settings."""
+    train = config.train
+    return Schedule(
+        train.max_steps,
+        train.global_batch_size,
+        train.log_every,
+        train.ckpt_every,
+        train.resume,
+        GuardSettings(train.max_skips, train.spike_factor, train.rate_cut),
+    )
+
+
+def described(config: Config, dry_run: bool) -> str:
+    """Return the settings in words, and for a dry run what `train.weight_init` would give."""
+    lines = [f"settings: {model_settings(config)}", f"          {config.train}", f"          {config.optimizer}"]
+    lines += [f"note: {note}" for note in config.notes]
+    if dry_run and config.train.weight_init:
+        with without_values():
+            model = LightningDiT(model_settings(config))
+        lines.append(plan(model, inspect(config.train.weight_init)).text())
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, build, run."""
     args = parse(argv)
-    config = load_config(args.config)
-    if args.data_path:
-        config = replace(config, data=replace(config.data, data_path=args.data_path))
-    train = config.train
-    print(f"settings: {model_settings(config)}\n          {train}\n          {config.optimizer}")
-    print("".join(f"note: {note}\n" for note in config.notes), end="")
-    if args.dry_run:
-        return 0
-    run = RunFolder(args.output or Path(train.output_dir) / train.exp_name)
-    schedule = Schedule(
-        train.max_steps, train.global_batch_size, train.log_every, train.ckpt_every, resume=train.resume
-    )
-    weights = training.train(Trainer(config), run, schedule, "transformer.safetensors")
-    print(f"wrote {weights}")
-    print(f"Next: set ckpt_path: {weights} in {args.config}, and python -m LightningDiT.inference --config C --demo")
+    with launched_processes(on_gpus=best_device().type != "cpu") as processes:
+        config = processes.agree(lambda: read_config(args))
+        processes.say(processes.from_main(lambda: described(config, args.dry_run)))
+        if args.dry_run:
+            return 0
+        train = config.train
+        run = RunFolder(
+            args.output or Path(train.output_dir) / train.exp_name, train.keep_checkpoints, train.keep_every
+        )
+        starts = processes.from_main(lambda: run.newest() is None)
+        trainer = processes.agree(lambda: Trainer(config, processes, starts))
+        looks = processes.agree(lambda: watchers(config, trainer.data, trainer.averaged_model, run.folder, processes))
+        with Curves(run.folder) as curves:
+            weights = training.train(
+                trainer, run, schedule_of(config), "transformer.safetensors", processes, looks, [curves.add]
+            )
+        processes.say(
+            f"wrote {weights}\n"
+            f"Next: set ckpt_path: {weights} in {args.config}, and python -m LightningDiT.inference --config C --demo"
+        )
     return 0
 
 

@@ -125,7 +125,7 @@ def bundled_faults(folder: Path) -> list[str]:
     from LightningDiT.checkpoint import inspect
     from LightningDiT.config import load_config, load_tokenizer_config
     from LightningDiT.errors import LightningDiTError
-    from LightningDiT.pipeline import verify_config
+    from LightningDiT.loading import verify_config
     from LightningDiT.tokenizer.latents import diagnose
 
     openers: dict[str, Callable[[Path], object]] = {

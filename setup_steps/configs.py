@@ -69,6 +69,7 @@ COMMENTS = {
     "data.num_classes": "labels are 0 to this number less 1; the number itself is the null class",
     "data.latent_norm": "latents are normalised by latents_stats.pt",
     "data.latent_multiplier": "factor on normalised latents",
+    "data.valid_path": "latents for the validation loss of training",
     "data.class_names": "what the labels are called",
     "vae.model_name": "a name in LightningDiT/tokenizer/configs or the path of a tokenizer YAML",
     "vae.downsample_ratio": "image side / latent side",

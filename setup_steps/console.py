@@ -9,6 +9,7 @@ import shlex
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePath
 from typing import NoReturn, TextIO, TypeVar
@@ -66,6 +67,7 @@ def run(main: Callable[[], int]) -> NoReturn:
         # characters that the terminal's encoding lacks. Under %run the stream is the notebook's own.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
+    warnings.formatwarning = lambda message, *place, **more: f"warning: {message}\n"  # one line, as all messages
     try:
         require_python()
         code = main()

@@ -108,8 +108,8 @@ def write_official(path: Path) -> None:
 
 
 def _transformer(config: Config) -> nn.Module:
+    from LightningDiT.loading import model_settings
     from LightningDiT.models.lightningdit import LightningDiT
-    from LightningDiT.pipeline import model_settings
 
     return LightningDiT(model_settings(config))
 
@@ -136,7 +136,7 @@ def run_step(config: Config, batch: int) -> None:
     import torch
 
     from LightningDiT.device import resolve_precision
-    from LightningDiT.pipeline import load_transformer
+    from LightningDiT.loading import load_transformer
     from LightningDiT.transport import GuidanceSettings, GuidedVelocity
 
     dtype = resolve_precision(config.sample.precision, torch.device("cpu"))

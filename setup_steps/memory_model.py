@@ -4,8 +4,8 @@
 
 framework   what a process holds before any weight is read: the interpreter, torch and its libraries;
             on a GPU the driver's context.
-weights     transformer: parameters x bytes per value of the chosen precision; tokenizer: parameters
-            x 4 (it stays in float32).
+weights     transformer: parameters x bytes per value of the chosen precision, twice where a guide of the
+            same shape is beside it; tokenizer: parameters x 4 (it stays in float32).
 loading     what is converted is read from the file in portions, one of which is in memory at a time;
             what allocators keep of the freed ones is about as much.
 step        of one image: a step with guidance computes 2 rows. With half precision the tokens, the
@@ -41,7 +41,7 @@ PLAIN_MLP_TENSORS = 2  # fc1 and GELU
 # Maps that one residual block of the decoder makes: its input, and twice norm, SiLU and convolution,
 # then the sum.
 RESIDUAL_MAPS = 8
-# docs/memory.md, row "framework" (596 MB), with what the first computation loads on top.
+# docs/memory.md, row "framework" (about 600 MB), with what the first computation loads on top.
 FRAMEWORK_BYTES = 700_000_000
 # An allowance, not a measurement: what driver, cuBLAS and cuDNN take on a GPU beside torch's tensors.
 GPU_CONTEXT_BYTES = 1_000_000_000
@@ -91,8 +91,8 @@ def parameters_of(config: Config) -> tuple[int, int]:
     """Numbers of parameters of a configuration's transformer and tokenizer; no weight is read."""
     from LightningDiT.checkpoint import without_values
     from LightningDiT.config import load_tokenizer_config, tokenizer_config_path
+    from LightningDiT.loading import model_settings
     from LightningDiT.models.lightningdit import LightningDiT
-    from LightningDiT.pipeline import model_settings
     from LightningDiT.tokenizer.autoencoder import AutoencoderKL
     from LightningDiT.tokenizer.vavae import autoencoder_settings
 
@@ -114,15 +114,16 @@ def sampling_need(config: Config, on_gpu: bool, value_bytes: int) -> Need:
     """
     from LightningDiT.checkpoint import PORTION_BYTES
     from LightningDiT.config import load_tokenizer_config, tokenizer_config_path
-    from LightningDiT.pipeline import model_settings
+    from LightningDiT.loading import model_settings
     from LightningDiT.tokenizer.vavae import autoencoder_settings, images_at_once
 
     transformer, tokenizer = parameters_of(config)
+    networks = 2 if config.sample.guide_ckpt else 1
     sizes = autoencoder_settings(load_tokenizer_config(tokenizer_config_path(config)))
     side = config.data.image_size
     return Need(
         framework=GPU_CONTEXT_BYTES if on_gpu else FRAMEWORK_BYTES,
-        weights=transformer * value_bytes + tokenizer * FLOAT32,
+        weights=networks * transformer * value_bytes + tokenizer * FLOAT32,
         loading=0 if on_gpu else PORTION_BYTES,
         step=block_bytes(model_settings(config), ROWS_PER_IMAGE, MIXED if value_bytes == HALF else FLOAT32),
         decode=decode_bytes(sizes, 1, side),

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from LightningDiT.checkpoint import save_weights
 from LightningDiT.config import load_config, load_tokenizer_config
+from LightningDiT.loading import model_settings
 from LightningDiT.models.lightningdit import LightningDiT
-from LightningDiT.pipeline import model_settings
 from LightningDiT.tokenizer.autoencoder import AutoencoderKL
 from LightningDiT.tokenizer.latents import LatentStats
 from LightningDiT.tokenizer.vavae import autoencoder_settings

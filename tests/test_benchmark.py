@@ -40,7 +40,8 @@ from LightningDiT.tools.benchmark.loading import lack_of_room, load_in_process, 
 from LightningDiT.tools.benchmark.machine import lack_of, machine, machine_line, peak_resident_bytes, processor_name
 from LightningDiT.tools.benchmark.rounds import Case, Result, Setting, measure, product_case, triad_case
 from LightningDiT.tools.benchmark.sampling import FAST_NAME, PUBLISHED_NAME, decode_cases, growth_cases, image_cases
-from LightningDiT.tools.benchmark.tables import TABLES, marks_of, render, write_between_marks
+from LightningDiT.tools.benchmark.tables import TABLES, mark_of, render
+from LightningDiT.tools.report import marks_of, put_between_marks
 
 ROOT = Path(__file__).parents[1]
 SMALL = LightningDiTSettings(
@@ -369,22 +370,32 @@ def test_the_machine_is_named_by_its_processor() -> None:
 
 def test_a_page_keeps_what_is_outside_the_marks_of_a_part(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    load, demo = marks_of("load"), marks_of("demo")
+    load, demo = (marks_of(mark_of(part)) for part in ("load", "demo"))
     page.write_text(f"before\n{load[0]}\nold\n{load[1]}\nbetween\n{demo[0]}\nkept\n{demo[1]}\nafter\n")
-    write_between_marks(page, {"load": "new\n"})
+    put_between_marks(page, ["new", ""], "Benchmark", mark_of("load"))
     expected = f"before\n{load[0]}\n\nnew\n\n{load[1]}\nbetween\n{demo[0]}\nkept\n{demo[1]}\nafter\n"
     assert page.read_text() == expected
     with pytest.raises(LightningDiTError, match="lacks the lines <!-- benchmark, growth: begin -->"):
-        write_between_marks(page, {"load": "newer\n", "growth": "x"})
+        main(["--part", "load", "growth", "--output", str(page)])
     assert page.read_text() == expected
     with pytest.raises(LightningDiTError, match="is no file"):
         main(["--part", "load", "--output", str(tmp_path / "none.md")])
 
 
+def test_a_page_with_one_of_two_marks_is_left_as_it_is(tmp_path: Path) -> None:
+    page, (begin, end) = tmp_path / "page.md", marks_of("measured")
+    for text in (f"a\n{begin}\nb\n", f"a\n{end}\nb\n", f"a\n{end}\nb\n{begin}\nc\n"):
+        page.write_text(text)
+        with pytest.raises(LightningDiTError, match=f"lacks the lines {begin} and {end}; mend: git restore"):
+            put_between_marks(page, ["new"], "Title")
+        assert page.read_text() == text
+
+
 def test_the_page_in_docs_has_a_place_for_every_part(tmp_path: Path) -> None:
     page = tmp_path / "benchmark.md"
     page.write_text((ROOT / "docs" / "benchmark.md").read_text(encoding="utf-8"), encoding="utf-8")
-    write_between_marks(page, {part: f"figures of {part}" for part in PARTS})
+    for part in PARTS:
+        put_between_marks(page, [f"figures of {part}"], "Benchmark", mark_of(part))
     assert [line for line in page.read_text().splitlines() if line.startswith("figures of")] == [
         f"figures of {part}" for part in PARTS
     ]
@@ -396,7 +407,7 @@ def test_the_command_writes_every_figure_with_the_machine(
     """A whole part on the bundled model, with smaller sizes than it has by itself."""
     monkeypatch.setattr("LightningDiT.tools.benchmark.sampling.GROWTH", {"images": ((), (1, 2))})
     page, figures = tmp_path / "page.md", tmp_path / "figures.json"
-    page.write_text("\n".join(marks_of("growth")))
+    page.write_text("\n".join(marks_of(mark_of("growth"))))
     assert main(["--part", "growth", "--quick", "--json", str(figures), "--output", str(page)]) == 0
     printed = capsys.readouterr().out
     content = json.loads(figures.read_text())

@@ -13,7 +13,8 @@ from PIL import Image
 
 from LightningDiT.checkpoint import inspect
 from LightningDiT.data.images import FASHION_MNIST_CLASSES
-from LightningDiT.pipeline import LightningDiTPipeline, verify_config
+from LightningDiT.loading import verify_config
+from LightningDiT.pipeline import LightningDiTPipeline
 from LightningDiT.tokenizer.latents import LatentStats
 from LightningDiT.tools.judge import load_judge
 from tests.conftest import BUNDLED
@@ -116,6 +117,23 @@ def test_help_and_dry_run_make_nothing(script: str, project: Path, elsewhere: Pa
     assert done.returncode == 0, done.stderr
     assert "LightningDiT-XS/2" in done.stdout
     assert not output.exists()
+
+
+def test_another_guidance_than_the_calibrated_one_is_said_once_in_one_line(project: Path, elsewhere: Path) -> None:
+    options = (
+        "--config",
+        str(BUNDLED / "config.yaml"),
+        "--guidance-scale",
+        "1.7",
+        "--output",
+        str(elsewhere / "other"),
+    )
+    done = run_script(project / "step4_run_inference.py", *options, "--dry-run")
+    assert (done.returncode, done.stderr) == (
+        0,
+        "warning: solvers.yaml has no solver of any number of evaluations with guidance 1.7 on all channels"
+        " from 0.1 to 1, path Linear; ab3 with 26 points takes its place\n",
+    )
 
 
 def test_bad_input_is_one_line(project: Path, elsewhere: Path) -> None:

@@ -212,7 +212,7 @@ def test_the_fingerprint_follows_the_weights_and_not_the_file(tiny_folder):
     [
         (
             {"cfg_scale": 3.0},
-            "no solver of .* guidance 3 on all channels.* it has .* with guidance 2 on all",
+            "no solver of .* guidance 3 on all channels.* it has some for guidance 2 on all",
         ),
         ({"num_sampling_steps": 3}, "has no solver of at most 2 evaluations"),
         ({"reverse": True}, "from data to noise"),
@@ -264,11 +264,11 @@ def test_points_asked_for_leave_a_named_solver_for_its_method_and_grid(calibrate
         return pipe([1], seed=5, output_type="latent", num_inference_steps=points)
 
     asked = sampled(9, sampling_method="fast", timestep_shift=0.3)
-    assert (asked.nfe, pipe.steps_of(pipe.config.sample)) == (8, 4)
+    assert (asked.nfe, pipe.procedure(pipe.config.sample).steps) == (8, 4)
     spelt = sampled(sampling_method="ab3", num_sampling_steps=9, time_grid="graded", timestep_shift=0.0)
     assert torch.equal(asked.images, spelt.images)
     assert not torch.equal(asked.images, sampled(time_grid="shifted").images)
-    assert pipe.steps_of(pipe.config.sample) == 8
+    assert pipe.procedure(pipe.config.sample).steps == 8
 
 
 @pytest.mark.parametrize("text", ["times: [0, 1, 0.5]", "coefficients: [[1.0]]", "noise: 3"])
@@ -282,6 +282,23 @@ def test_a_damaged_file_is_named(calibrated, text):
     file.write_text("\n".join(lines))
     with pytest.raises(LightningDiTError, match="solvers.yaml"):
         load_solvers(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("weights: '0'\nsolvers: 3\n", "solvers is 3; a list of mappings is expected"),
+        ("weights: '0'\nsolvers: [1]\n", r"solvers is \[1\]; a list of mappings is expected"),
+        ("weights: '0'\nsolvers:\n", "solvers is None; a list of mappings is expected"),
+        ("weights: '0'\nsolvers: [{path_type: Linear, error: 0.1}]\n", "solver 1: guidance is missing"),
+        ("solvers: [{path_type: Linear}]\n", "weights is missing"),
+        ("", "solvers is None"),
+    ],
+)
+def test_a_file_that_lacks_something_is_named(text, message, tmp_path):
+    (tmp_path / "solvers.yaml").write_text(text)
+    with pytest.raises(LightningDiTError, match=f"solvers.yaml: {message}"):
+        load_solvers(tmp_path / "solvers.yaml")
 
 
 @pytest.mark.parametrize("option", [["--evaluations", "2"], ["--noises", "0"], ["--iterations", "0"]])

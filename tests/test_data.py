@@ -1,9 +1,10 @@
-"""Image sets, shards and the feature extraction between them."""
+"""Images, shards, and work ahead of its use."""
 
 from __future__ import annotations
 
 import gzip
 import struct
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from LightningDiT import extract_features
-from LightningDiT.data.images import ImageBatches, evenly_spaced, fashion_mnist, image_files, pad_to_32
+from LightningDiT.data.ahead import Ahead
+from LightningDiT.data.images import ImageBatches, as_rgb, evenly_spaced, fashion_mnist, image_files, pad_to_32
 from LightningDiT.data.shards import LatentShards, iterate_shards, shard_path, write_shard
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.tokenizer.latents import LatentStats
-from LightningDiT.tokenizer.vavae import VA_VAE
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:
@@ -76,7 +75,7 @@ def test_shards_read_at_random_places(shard_folder: Path) -> None:
 
 
 def test_sets_without_mirrored_latents_ignore_the_wish(tmp_path: Path) -> None:
-    write_shard(shard_path(tmp_path, 0, 0), torch.ones(2, 1, 1, 1), torch.zeros(2))
+    write_shard(shard_path(tmp_path, 0, 0), torch.ones(2, 1, 1, 1), torch.zeros(2, dtype=torch.long))
     latents, _ = LatentShards(tmp_path).batch(torch.tensor([1, 0]), torch.tensor([True, True]))
     assert latents.flatten().tolist() == [1, 1]
 
@@ -92,61 +91,136 @@ def test_missing_and_damaged_shards_are_named(shard_folder: Path, tmp_path: Path
         list(iterate_shards(shard_folder))
 
 
-def test_extraction_writes_the_modes_and_their_statistics(tiny_folder: Path, tmp_path: Path) -> None:
-    images = tmp_path / "images"
-    for number, name in enumerate(("cats", "dogs", "seals")):
-        (images / name).mkdir(parents=True)
-        for shade in range(3):
-            Image.new("RGB", (16, 16), (80 * number, 60 * shade, 128)).save(images / name / f"{shade}.png")
-    output = tmp_path / "latents"
-    command = ["--config", str(tiny_folder / "config.yaml"), "--images", str(images), "--output", str(output)]
-    assert extract_features.main([*command, "--batch-size", "2", "--shard-size", "4", "--posterior", "mode"]) == 0
-    shards = LatentShards(output)
-    assert shards.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    latents, _ = shards.batch(torch.arange(9))
-    tokenizer = VA_VAE(tiny_folder / "tokenizer.yaml")
-    picture = tokenizer.img_transform()(Image.open(images / "dogs" / "2.png"))
-    expected = tokenizer.encode_images(picture.unsqueeze(0), sample=False)
-    torch.testing.assert_close(latents[5:6], expected, atol=1e-5, rtol=1e-5)
-    stats = LatentStats.load(output / "latents_stats.pt", 4)
-    torch.testing.assert_close(stats.mean.flatten(), latents.mean((0, 2, 3)), atol=1e-5, rtol=1e-5)
+def test_shards_of_any_number_are_read_in_order(tmp_path: Path) -> None:
+    for index in (0, 2, 10, 999, 1000, 1001):
+        write_shard(shard_path(tmp_path, 0, index), torch.full((1, 1, 1, 1), float(index)), torch.tensor([index]))
+    write_shard(shard_path(tmp_path, 1, 1), torch.zeros(1, 1, 1, 1), torch.tensor([7]))  # of a second process
+    assert LatentShards(tmp_path).labels.tolist() == [0, 2, 10, 999, 1000, 1001, 7]
 
 
-def test_old_shards_are_never_mixed_with_new_ones(shard_folder: Path, tiny_folder: Path, fashion_folder: Path) -> None:
-    command = ["--config", str(tiny_folder / "config.yaml"), "--data-root", str(fashion_folder)]
-    with pytest.raises(LightningDiTError, match="holds latent shards already"):
-        extract_features.main([*command, "--output", str(shard_folder)])
-    assert len(LatentShards(shard_folder)) == 9
+def test_random_batches_are_rows_of_the_files(tmp_path: Path) -> None:
+    """Against the tensors as they were written, in random order, with repeats."""
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(size, 3, 2, 2, generator=generator) for size in (5, 1, 8)]
+    labels = torch.randint(9, (14,), generator=generator)
+    for index, (part, named) in enumerate(zip(parts, labels.split([5, 1, 8]), strict=True)):
+        write_shard(shard_path(tmp_path, 0, index), part, named, -part)
+    write_shard(shard_path(tmp_path, 0, 3), torch.zeros(0, 3, 2, 2), torch.zeros(0, dtype=torch.long))  # none readable
+    whole = torch.cat(parts)
+    shards = LatentShards(tmp_path)
+    assert shards.has_flips  # the empty shard has none, and counts for nothing
+    indices = torch.randint(14, (20,), generator=generator)
+    latents, found = shards.batch(indices)
+    assert torch.equal(latents, whole[indices])
+    assert torch.equal(found, labels[indices])
+    flips = torch.rand(20, generator=generator) < 0.5
+    mirrored, _ = shards.batch(indices, flips)
+    assert torch.equal(mirrored, torch.where(flips.view(-1, 1, 1, 1), -whole[indices], whole[indices]))
+    with pytest.raises(IndexError):
+        shards.batch(torch.tensor([14]))
 
 
-def test_a_folder_without_images_is_named(tiny_folder: Path, tmp_path: Path) -> None:
-    command = ["--config", str(tiny_folder / "config.yaml"), "--images", str(tmp_path / "absent")]
-    with pytest.raises(LightningDiTError, match="no images in"):
-        extract_features.main([*command, "--output", str(tmp_path / "latents")])
+def test_the_memory_of_a_batch_is_used_again_only_once_nobody_has_it(shard_folder: Path) -> None:
+    shards = LatentShards(shard_folder)
+    batches = [shards.batch(torch.tensor([place]))[0] for place in range(5)]
+    view = batches[4][0, 0].view(-1)[:1]
+    assert [float(latents[0, 0, 0, 0]) for latents in batches] == [0, 1, 2, 3, 4]
+    del batches
+    others = [shards.batch(torch.tensor([8]))[0] for _ in range(4)]
+    assert float(view) == 4.0  # a view alone holds it
+    assert all(float(latents[0, 0, 0, 0]) == 8.0 for latents in others)
+    place = others[3].data_ptr()
+    del others
+    taken = [shards.batch(torch.tensor([1]))[0] for _ in range(2)]
+    assert place in [latents.data_ptr() for latents in taken]
 
 
-def test_images_that_name_no_class_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "images").mkdir()
-    Image.new("RGB", (16, 16)).save(tmp_path / "images" / "flat.png")
-    command = ["--config", str(tiny_folder / "config.yaml"), "--images", str(tmp_path / "images")]
-    with pytest.raises(LightningDiTError, match=r"flat.png lies in no subfolder"):
-        extract_features.main([*command, "--output", str(tmp_path / "latents")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_shards_of_any_precision_give_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+    values = torch.arange(6.0).view(3, 2, 1, 1) / 4  # exact in all of them
+    write_shard(shard_path(tmp_path, 0, 0), values.to(dtype), torch.arange(3))
+    latents, _ = LatentShards(tmp_path).batch(torch.tensor([2, 0]))
+    assert latents.dtype == torch.float32
+    assert torch.equal(latents, values[[2, 0]])
 
 
-def test_extraction_passes_broken_images_over_and_keeps_the_labels_right(
-    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("latents", "labels", "flipped", "message"),
+    [
+        ((2, 1, 1, 1), [0, 1, 2], None, r"latents \[2, 1, 1, 1\] and labels \[3\]"),
+        ((2, 1, 1), [0, 1], None, r"latents \[2, 1, 1\]"),
+        ((2, 1, 1, 1), [0.5, 1], None, "float32"),
+        ((2, 1, 1, 1), [0, -1], None, "the label -1 is no class"),
+        ((2, 1, 1, 1), [0, 1], (1, 1, 1, 1), r"latents_flip has the shape \[1, 1, 1, 1\]"),
+    ],
+)
+def test_shards_whose_tensors_do_not_belong_together_are_named(
+    latents: tuple[int, ...], labels: list[float], flipped: tuple[int, ...] | None, message: str, tmp_path: Path
 ) -> None:
-    images, output = tmp_path / "images", tmp_path / "latents"
-    for name in ("cats", "dogs"):
-        (images / name).mkdir(parents=True)
-        Image.new("RGB", (16, 16)).save(images / name / "1.png")
-        (images / name / "0.png").write_bytes(b"no image")
-    command = ["--config", str(tiny_folder / "config.yaml"), "--images", str(images), "--output", str(output)]
-    assert extract_features.main(command) == 0
-    assert LatentShards(output).labels.tolist() == [0, 1]
-    said = capsys.readouterr().out
-    assert f"passed over 2 files that are no images, {images / 'cats' / '0.png'} the first" in said
-    assert "wrote 2 latents" in said
+    path = shard_path(tmp_path, 0, 0)
+    write_shard(path, torch.zeros(latents), torch.tensor(labels), None if flipped is None else torch.ones(flipped))
+    with pytest.raises(LightningDiTError, match=message) as caught:
+        LatentShards(tmp_path)
+    assert str(path) in str(caught.value)
+
+
+def test_shards_of_two_shapes_are_no_set(tmp_path: Path) -> None:
+    write_shard(shard_path(tmp_path, 0, 0), torch.zeros(1, 4, 2, 2), torch.tensor([0]))
+    write_shard(shard_path(tmp_path, 0, 1), torch.zeros(1, 4, 4, 4), torch.tensor([0]))
+    with pytest.raises(LightningDiTError, match=r"shapes \(4, 2, 2\) and \(4, 4, 4\)"):
+        LatentShards(tmp_path)
+
+
+def test_results_come_in_order_and_errors_at_their_place() -> None:
+    """Later items are done first; the third one fails."""
+    done = []
+
+    def work(item: int) -> int:
+        time.sleep(0.02 if item == 0 else 0.0)
+        done.append(item)
+        if item == 2:
+            raise ValueError("two")
+        return 10 * item
+
+    ahead = Ahead(work, range(6), threads=3)
+    results = iter(ahead)
+    assert [next(results), next(results)] == [0, 10]
+    with pytest.raises(ValueError, match="two"):
+        next(results)
+    assert ahead.waited > 0
+    assert set(done) <= set(range(6))
+    assert list(Ahead(work, [], threads=2)) == []
+
+
+def test_no_more_results_than_asked_for_are_held() -> None:
+    started = []
+    results = iter(Ahead(lambda item: started.append(item), range(100), threads=2))
+    next(results)
+    results.close()
+    assert len(started) <= 3  # two threads' and the one that was taken
+
+
+@pytest.mark.parametrize(
+    ("mode", "values", "expected"),
+    [
+        ("I;16", [0, 257, 32896, 65535], [0, 1, 128, 255]),
+        ("I", [0, 257, 32896, 65535], [0, 1, 128, 255]),
+        ("L", [0, 1, 128, 255], [0, 1, 128, 255]),
+        ("1", [0, 1, 1, 0], [0, 255, 255, 0]),
+    ],
+)
+def test_grey_pixels_of_any_depth_keep_black_and_white(mode: str, values: list[int], expected: list[int]) -> None:
+    kind = {"I;16": np.uint16, "I": np.int32, "L": np.uint8, "1": bool}[mode]
+    image = as_rgb(Image.fromarray(np.array([values], kind)))
+    assert image.mode == "RGB"
+    assert np.asarray(image)[0].tolist() == [[value] * 3 for value in expected]
+
+
+def test_pixels_without_a_fixed_range_are_refused() -> None:
+    with pytest.raises(ValueError, match="fractions"):
+        as_rgb(Image.fromarray(np.array([[0.5]], np.float32)))
+    with pytest.raises(ValueError, match="from -3 to 70000, beyond 16 bits"):
+        as_rgb(Image.fromarray(np.array([[-3, 70000]], np.int32)))
 
 
 def test_image_files_are_found_by_their_endings_at_any_depth(tmp_path: Path) -> None:

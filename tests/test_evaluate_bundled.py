@@ -20,8 +20,8 @@ from LightningDiT.config import load_config, load_tokenizer_config
 from LightningDiT.data.images import pad_to_32
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import to_uint8
+from LightningDiT.loading import model_settings
 from LightningDiT.models.lightningdit import LightningDiT
-from LightningDiT.pipeline import model_settings
 from LightningDiT.tokenizer.autoencoder import AutoencoderKL
 from LightningDiT.tokenizer.latents import LatentStats
 from LightningDiT.tokenizer.vavae import autoencoder_settings

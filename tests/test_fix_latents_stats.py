@@ -27,7 +27,7 @@ from LightningDiT.data.images import pad_to_32
 from LightningDiT.data.shards import shard_path, write_shard
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import centre_crop
-from LightningDiT.pipeline import load_stats
+from LightningDiT.loading import load_stats
 from LightningDiT.tokenizer.latents import LatentStats, diagnose
 from LightningDiT.tokenizer.vavae import VA_VAE
 from setup_steps import console, downloads, stats_repair, weights

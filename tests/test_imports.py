@@ -20,16 +20,33 @@ ALLOWED = {
     "labels": {"config", "errors"},
     "checkpoint": {"errors"},
     "device": {"errors"},
+    "finite": set(),
     "images": {"checkpoint", "errors"},
     "npz": {"checkpoint", "errors", "images"},
     "batches": {"device", "errors"},
+    "compiled": {"device"},
     "calibrated": {"checkpoint", "config", "errors"},
     "processes": {"errors"},
-    "training": {"checkpoint", "errors", "seeds"},
+    "training": {"checkpoint", "device", "errors", "processes", "seeds"},
+    "fine_tuning": {"checkpoint", "errors", "models"},
+    "training_memory": {"checkpoint", "device", "models"},
+    "latent_batches": {"config", "data", "errors", "seeds", "tokenizer", "training", "transport"},
     "models": set(),
     "transport": set(),
     "tokenizer": {"checkpoint", "config", "device", "errors", "images"},
-    "data": {"checkpoint", "errors"},
+    "data": {"checkpoint", "errors", "images"},
+    "procedure": {"calibrated", "config", "errors", "transport"},
+    "loading": {
+        "calibrated",
+        "checkpoint",
+        "compiled",
+        "config",
+        "errors",
+        "models",
+        "procedure",
+        "tokenizer",
+        "transport",
+    },
     "pipeline": {
         "batches",
         "calibrated",
@@ -37,12 +54,15 @@ ALLOWED = {
         "config",
         "device",
         "errors",
+        "finite",
         "images",
-        "seeds",
+        "labels",
+        "loading",
         "models",
+        "procedure",
+        "seeds",
         "tokenizer",
         "transport",
-        "labels",
     },
 }
 TORCH_FREE = ["step1_install_environment.py", "step2_download_models.py", "quickstart.py", "setup_steps"]
@@ -79,7 +99,19 @@ def test_a_layer_imports_only_what_lies_below_it(layer: str) -> None:
 
 
 def test_every_module_of_the_library_has_a_place_in_the_order() -> None:
-    entry_points = {"inference", "train", "train_tokenizer", "extract_features", "runs", "preview", "demo", "tools"}
+    entry_points = {
+        "inference",
+        "train",
+        "train_tokenizer",
+        "extract_features",
+        "extraction",
+        "runs",
+        "preview",
+        "demo",
+        "tools",
+    }
+    entry_points |= {"watching"}
+    entry_points |= {"evaluate", "evaluate_tokenizer", "metrics"}
     modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
     folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     assert modules | folders == set(ALLOWED) | entry_points

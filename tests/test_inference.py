@@ -106,6 +106,7 @@ def test_classes_by_name_and_a_contact_sheet(tiny_folder: Path, capsys: pytest.C
         (["--demo", "--classes", "9", "--dry-run"], "class 9 is out of range"),
         (["--demo", "--count", "9999999999999"], "images may take"),
         (["--num-samples", "9999999999999"], "images may take"),
+        (["--demo", "--guide-ckpt", "none.pt"], "shape in sample.guide_ckpt or --guide-ckpt"),
     ],
 )
 def test_bad_options_are_one_line(
@@ -132,6 +133,9 @@ def test_more_images_than_the_disk_holds_are_refused(tiny_folder: Path) -> None:
         ["--num-samples", "-5"],
         ["--time-budget", "0"],
         ["--no-such"],
+        ["--demo", "--num-samples", "50"],
+        ["--num-samples", "5", "--count", "3"],
+        ["--demo", "--guide-ckpt", ""],
     ],
 )
 def test_usage_errors_end_with_two(arguments: list[str], tiny_folder: Path) -> None:
@@ -145,6 +149,40 @@ def test_a_place_that_cannot_be_written_is_named(tiny_folder: Path, capsys: pyte
     assert sample(tiny_folder, "--num-samples", "2") == 1
     assert "cannot be written" in capsys.readouterr().err
     assert (tiny_folder / "out").read_text() == "a file where the folder should be"
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_a_target_that_cannot_be_is_named_before_anything_is_sampled(
+    more: list[str], tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tiny_folder / "out.npz").mkdir()
+    config = str(tiny_folder / "config.yaml")
+    for target, message in (
+        ([], "out.npz is a folder; a file to write is expected"),
+        ([str(tiny_folder)], f"{tiny_folder} is a folder; a file to write is expected"),
+        ([config + "/new/all.npz"], f"all.npz cannot be written ({config} is a file)"),
+    ):
+        assert sample(tiny_folder, "--num-samples", "1", "--npz", *target, *more) == 1
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert not (tiny_folder / "out").exists()
+    assert sample(tiny_folder, "--num-samples", "1", "--npz", str(tiny_folder / "new" / "all.npz"), *more) == 0
+
+
+@pytest.mark.parametrize("there", ["000000.png", "7.png"])
+def test_images_of_another_origin_are_not_taken_for_those_of_a_run(
+    there: str, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tiny_folder / "out").mkdir()
+    (tiny_folder / "out" / there).write_bytes(b"mine")
+    assert sample(tiny_folder, "--num-samples", "2") == 1
+    error = capsys.readouterr().err
+    assert "out holds images of no known run; mend: choose another --output" in error
+    assert error.count("\n") == 1
+    assert [path.name for path in (tiny_folder / "out").iterdir()] == [there]
+    (tiny_folder / "out" / there).rename(tiny_folder / "out" / "00_dog.png")  # a picture with a caption for a name
+    assert sample(tiny_folder, "--num-samples", "2") == 0
 
 
 def test_a_manifest_that_is_no_json_is_named(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,15 @@ def test_the_parts_of_a_need(side: int, chunk: int, tmp_path: Path) -> None:
         assert need.loading == (0 if on_gpu else PORTION_BYTES)
         assert (need.chunk, need.decode) == (chunk, 8 * 128 * side**2 * 4)
         assert need.step == 2 * (side // 16) ** 2 * (19 * 1152 + 4 * 3072) * step_bytes
+
+
+def test_a_guide_is_a_second_transformer(tmp_path: Path) -> None:
+    path = config_of(tmp_path, "LightningDiT-S/1")
+    alone = memory_model.sampling_need(load_config(path), False, HALF)
+    path.write_text(path.read_text() + "sample: {guide_ckpt: weaker.pt}\n")
+    guided = memory_model.sampling_need(load_config(path), False, HALF)
+    transformer, _ = memory_model.parameters_of(load_config(path))
+    assert guided == replace(alone, weights=alone.weights + HALF * transformer)
 
 
 needs_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="VmHWM is read from /proc")
@@ -159,5 +169,8 @@ def test_the_documents_hold_every_model_case_and_precision() -> None:
     for model in measure_memory.MODELS:
         assert {(model, "fp32", case) for case in measure_memory.CASES} <= measured
         assert {(model, "bf16", case) for case in ("step", "sampling", measure_memory.OFFICIAL)} <= measured
-    assert f"{memory_model.FRAMEWORK_BYTES / 1e9:.2f} GB on the processor" in DOCUMENT
+    measured = {round(megabytes(row[4]), -2) for row in ROWS if row[2] == "framework"}
+    allowed = memory_model.FRAMEWORK_BYTES / 1e6
+    assert f"{allowed:.0f} MB are allowed on the processor, about {measured.pop():.0f} MB measured" in DOCUMENT
+    assert not measured  # one figure for all of them
     assert f"{TOKENIZER:,} times 4" in DOCUMENT

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from scipy.linalg import sqrtm
 
 from LightningDiT.tools.metrics import (
+    FrechetDistance,
     class_accuracy,
     frechet_distance,
     mean_pairwise_distance,
     mean_psnr,
+    moments,
     nearest_neighbours,
     pooled_psnr,
     psnr_per_image,
@@ -77,6 +81,27 @@ def test_frechet_distance_of_general_covariances_meets_the_eigenvalue_formula() 
     expected = means + covariance1.trace() + covariance2.trace() - 2 * eigenvalues.sqrt().sum()
     assert frechet_distance(first, second) == pytest.approx(float(expected), rel=1e-9)
     assert frechet_distance(second, first) == pytest.approx(float(expected), rel=1e-9)
+
+
+def test_frechet_distance_is_that_of_scipys_matrix_root() -> None:
+    # the route of FID's first code: sqrtm of the unsymmetric product, here by SciPy
+    first = (randn(80, 6, seed=3) @ randn(6, 6, seed=4)).double()
+    second = (randn(90, 6, seed=5) @ randn(6, 6, seed=6)).double() + 1.0
+    (mean1, covariance1), (mean2, covariance2) = ((x.mean(0), np.cov(x.T)) for x in (first.numpy(), second.numpy()))
+    traces = np.trace(covariance1 + covariance2 - 2 * sqrtm(covariance1 @ covariance2).real)
+    expected = np.square(mean1 - mean2).sum() + traces
+    assert frechet_distance(first, second) == pytest.approx(expected, rel=1e-9)
+    distance = FrechetDistance(*moments(second))
+    assert distance(*moments(first)) == pytest.approx(expected, rel=1e-9)
+    assert distance(*moments(second)) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_weights_count_rows_as_often_as_they_say() -> None:
+    features, weights = randn(6, 3), torch.tensor([2, 0, 1, 3, 0, 1])
+    repeated = np.repeat(features.double().numpy(), weights.numpy(), axis=0)
+    mean, covariance = moments(features, weights)
+    np.testing.assert_allclose(mean.numpy(), repeated.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(covariance.numpy(), np.cov(repeated.T), rtol=1e-12)
 
 
 def test_frechet_distance_of_features_that_never_fire() -> None:

@@ -56,6 +56,13 @@ def test_memory_holds_one_image_at_a_time(tmp_path: Path) -> None:
     assert np.load(tmp_path / "all.npz")["arr_0"].shape == (count, side, side, 3)
 
 
+def test_a_target_that_is_a_folder_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "all.npz").mkdir()
+    with pytest.raises(LightningDiTError, match=r"all.npz cannot be written"):
+        write_npz(save_images(tmp_path, np.zeros((1, 8, 8, 3), np.uint8)), [0], 8, tmp_path / "all.npz", nothing)
+    assert not list(tmp_path.glob(".all.npz*"))
+
+
 def test_an_image_that_is_no_whole_image_of_the_run_is_named(tmp_path: Path) -> None:
     paths = save_images(tmp_path, np.full((3, 8, 8, 3), 200, np.uint8))
     write_npz(paths, [0, 1, 2], 8, tmp_path / "all.npz", nothing)

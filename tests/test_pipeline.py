@@ -29,8 +29,9 @@ from LightningDiT.cli import apply_options
 from LightningDiT.config import SampleConfig, load_config
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import to_uint8
+from LightningDiT.loading import model_settings, procedure_of, verify, verify_config
 from LightningDiT.models.lightningdit import LightningDiT
-from LightningDiT.pipeline import LightningDiTPipeline, model_settings, verify_config
+from LightningDiT.pipeline import LightningDiTPipeline
 from LightningDiT.transport.guidance import guided_velocity
 from tests.conftest import BUNDLED, COMPUTED, seeded_tensor
 
@@ -152,7 +153,7 @@ def test_a_saved_pipeline_gives_the_same_images(pipe: LightningDiTPipeline, tmp_
     again = LightningDiTPipeline.from_pretrained(tmp_path / "saved", device="cpu")
     np.testing.assert_array_equal(again([0, 1], output_type="np").images, pipe([0, 1], output_type="np").images)
     assert again.labels == pipe.labels
-    assert len(verify_config(tmp_path / "saved" / "config.yaml")) == 4
+    assert len(verify_config(tmp_path / "saved" / "config.yaml")) == 5
 
 
 def test_half_precision_stays_near(pipe: LightningDiTPipeline, tiny_source: Path) -> None:
@@ -170,7 +171,6 @@ def test_wrong_arguments_are_named(pipe: LightningDiTPipeline) -> None:
         "output_type 'jpg' is unknown": {"output_type": "jpg"},
         "num_inference_steps is 1; 2 or more": {"num_inference_steps": 1},
         r"latents have the shape \[1, 4, 4, 4\]; \[1, 4, 8, 8\]": {"latents": torch.zeros(1, 4, 4, 4)},
-        "is not finite": {"guidance_scale": float("nan")},
         "values that are not finite": {"latents": torch.full((1, 4, 8, 8), float("inf"))},
     }
     for message, arguments in cases.items():
@@ -415,7 +415,7 @@ def test_the_guide_moves_and_is_saved_with_the_pipeline(guided_folder: Path, tmp
     again = LightningDiTPipeline.from_pretrained(tmp_path / "saved", device="cpu")
     np.testing.assert_array_equal(again([0, 1], output_type="np").images, pipe([0, 1], output_type="np").images)
     lines = verify_config(tmp_path / "saved" / "config.yaml")
-    assert len(lines) == 5
+    assert len(lines) == 6
     assert any(line.startswith(f"guide {tmp_path / 'saved' / 'guide.safetensors'}: ") for line in lines)
     assert again.guide is not None
     assert {value.dtype for value in again.to("cpu", torch.bfloat16).guide.parameters()} == {torch.bfloat16}
@@ -470,19 +470,24 @@ def test_a_solver_for_classifier_free_guidance_is_refused_under_autoguidance(gui
         return CalibratedSolver(Guidance.of(settings), "Linear", (0.0, middle, 1.0), rows, 0.5, 1)
 
     save_solvers(SolverFile(weights_fingerprint(own), (written(free, 0.5),)), file)
-    pipe = LightningDiTPipeline.from_config(guided_folder / "config.yaml", device="cpu")
-    assert pipe.calibrated_solver(free) == written(free, 0.5)
+    config = load_config(guided_folder / "config.yaml")
+
+    def found(settings: SampleConfig) -> CalibratedSolver | None:
+        return procedure_of(config, settings).solver
+
+    assert found(free) == written(free, 0.5)
+    pipe = LightningDiTPipeline.from_config(config, device="cpu")
     with pytest.raises(LightningDiTError, match=r"no solver .* autoguidance \(guide [0-9a-f]{16}\) 2.5 on 3 channels"):
         pipe([0])
     both = load_solvers(file).with_solver(written(sample, 0.25))
     assert len(both.solvers) == 2
     save_solvers(both, file)
     assert set(load_solvers(file).solvers) == set(both.solvers)
-    assert pipe.calibrated_solver(sample) == written(sample, 0.25)
-    assert pipe.calibrated_solver(free) == written(free, 0.5)
+    assert found(sample) == written(sample, 0.25)
+    assert found(free) == written(free, 0.5)
     save_weights({name: 0.5 * value for name, value in load_weights(weaker).items()}, weaker)
     with pytest.raises(LightningDiTError, match="has no solver"):  # another guide, another solver
-        pipe.calibrated_solver(sample)
+        found(sample)
 
 
 def test_a_guide_of_digits_alone_comes_back_as_text(tmp_path: Path) -> None:
@@ -497,6 +502,109 @@ def test_solver_files_from_before_autoguidance_read_and_write_unchanged(tmp_path
     assert {solver.guidance.guide for solver in file.solvers} == {None}
     save_solvers(file, tmp_path / "again.yaml")
     assert (tmp_path / "again.yaml").read_bytes() == (BUNDLED / "solvers.yaml").read_bytes()
+
+
+# what is settled once, and what a call may not ask for
+
+
+def with_settings(folder: Path, **change: object) -> LightningDiTPipeline:
+    config = load_config(folder / "config.yaml")
+    sample = dataclasses.replace(config.sample, **change)
+    return LightningDiTPipeline.from_config(dataclasses.replace(config, sample=sample), device="cpu")
+
+
+def test_steps_that_a_solver_chooses_suit_each_image_alone(tiny_folder: Path) -> None:
+    pipe = with_settings(tiny_folder, sampling_method="dopri5")
+    together = pipe([0, 1, 2], seed=3, output_type="latent", batch_size=3)
+    alone = [pipe([label], seed=3, indices=[label], output_type="latent") for label in range(3)]
+    assert torch.equal(together.images, torch.cat([one.images for one in alone]))
+    assert together.nfe == max(one.nfe for one in alone)
+
+
+def test_a_solver_file_is_read_once(tiny_folder: Path) -> None:
+    file = tiny_folder / "solvers.yaml"
+    sample = dataclasses.replace(
+        load_config(tiny_folder / "config.yaml").sample, sampling_method="fast", solver_file=str(file)
+    )
+    solver = CalibratedSolver(Guidance.of(sample), "Linear", (0.0, 0.5, 1.0), ((0.5,), (0.0, 0.5)), 0.5, 1)
+    save_solvers(SolverFile(weights_fingerprint(tiny_folder / "transformer.safetensors"), (solver,)), file)
+    pipe = with_settings(tiny_folder, sampling_method="fast", solver_file=str(file))
+    first = pipe([0], output_type="latent")
+    file.unlink()  # what a run began with is what it ends with
+    assert torch.equal(pipe([0], output_type="latent").images, first.images)
+    assert first.nfe == 2
+
+
+def test_a_rounded_copy_keeps_its_calibrated_solvers(tiny_folder: Path, tmp_path: Path) -> None:
+    file = tiny_folder / "solvers.yaml"
+    sample = dataclasses.replace(load_config(tiny_folder / "config.yaml").sample, solver_file=str(file))
+    solver = CalibratedSolver(Guidance.of(sample), "Linear", (0.0, 0.5, 1.0), ((0.5,), (0.0, 0.5)), 0.5, 1)
+    save_solvers(SolverFile(weights_fingerprint(tiny_folder / "transformer.safetensors"), (solver,)), file)
+    pipe = with_settings(tiny_folder, sampling_method="fast", solver_file=str(file), precision="bf16")
+    pipe.save_pretrained(tmp_path / "saved")
+    again = LightningDiTPipeline.from_pretrained(tmp_path / "saved", device="cpu")
+    assert again.procedure(again.config.sample).solver == solver
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0; 1 or more"),
+        ({"batch_size": -1}, "batch_size is -1; 1 or more"),
+        ({"num_inference_steps": 1}, "num_inference_steps is 1; 2 or more"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps is 2.5; 2 or more"),
+        ({"num_inference_steps": "5"}, "num_inference_steps is '5'; 2 or more"),
+        ({"guidance_scale": -3.0}, "guidance_scale is -3.0; a scale of 0 or more"),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan; a scale of 0 or more"),
+        ({"guidance_scale": "2"}, "guidance_scale is '2'; a scale of 0 or more"),
+    ],
+)
+def test_a_call_is_held_to_the_rules_of_the_configuration(
+    call: dict[str, object], message: str, pipe: LightningDiTPipeline
+) -> None:
+    with pytest.raises(LightningDiTError, match=re.escape(message)):
+        pipe([0], **call)
+
+
+def test_labels_and_latents_of_numpy_are_taken(pipe: LightningDiTPipeline) -> None:
+    noise = torch.randn((1, *pipe.latent_shape), generator=torch.Generator().manual_seed(0))
+    wanted = pipe([1], latents=noise, output_type="latent").images
+    assert torch.equal(pipe(np.array([1]), latents=noise.numpy(), output_type="latent").images, wanted)
+
+
+def test_from_data_to_noise_needs_the_data(tiny_folder: Path) -> None:
+    with pytest.raises(LightningDiTError, match="no latents are given"):
+        with_settings(tiny_folder, reverse=True)([0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"guided_channels": 9}, "guided_channels is 9, and model.in_chans 4"),
+        ({"sampling_method": "ab3", "time_grid": "graded", "num_sampling_steps": 2}, "expected at least 3"),
+        ({"sampling_method": "calibrated"}, "needs sample.solver_file"),
+        ({"mode": "SDE", "sampling_method": "fast"}, "fast goes with mode ODE"),
+    ],
+)
+def test_the_check_before_a_run_refuses_what_sampling_would(
+    change: dict[str, object], message: str, tiny_folder: Path
+) -> None:
+    config = load_config(tiny_folder / "config.yaml")
+    sample = dataclasses.replace(config.sample, cfg_interval_start=0.2, **change)
+    with pytest.raises(LightningDiTError, match=message):
+        verify(dataclasses.replace(config, sample=sample))
+
+
+def test_an_interval_of_no_length_is_one_jump(tiny_folder: Path) -> None:
+    change = {"sampling_method": "ab3", "num_sampling_steps": 8, "cfg_interval_start": 0.5, "cfg_interval_end": 0.5}
+    for grid in ("shifted", "graded"):
+        out = with_settings(tiny_folder, time_grid=grid, **change)([0], output_type="latent")
+        assert out.images.isfinite().all()
+
+
+def test_a_device_that_is_not_there_is_one_line(tiny_folder: Path) -> None:
+    with pytest.raises(LightningDiTError, match="device 'nowhere' cannot be used"):
+        LightningDiTPipeline.from_config(tiny_folder / "config.yaml", device="nowhere")
 
 
 # torch.compile as a switch

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import LightningDiT.tools.precision_study as study
+from LightningDiT.errors import LightningDiTError
 from LightningDiT.models.lightningdit import LightningDiT
+from LightningDiT.tools import solver_study
 from LightningDiT.tools.report import keep_part, put_between_marks
 from LightningDiT.transport import GuidanceSettings
 from tests.conftest import BUNDLED, PROJECT
@@ -158,6 +160,19 @@ def test_parts_and_tables_leave_the_rest_as_it_is(tmp_path: Path) -> None:
     put_between_marks(page, ["two", "three"], "Another")
     begin, end = "<!-- measured: begin -->", "<!-- measured: end -->"
     assert page.read_text() == f"# Title\n\nProse.\n\n{begin}\n\ntwo\nthree\n{end}\nEnd.\n"
+
+
+@pytest.mark.parametrize("tool", ["precision", "sampling"])
+@pytest.mark.parametrize("content", ['{"bundled": {"rows": [', "[]", "\udcff"])
+def test_a_damaged_study_is_named_before_anything_is_measured(tool: str, content: str, tmp_path: Path) -> None:
+    """The model's folder is missing too, which is seen later."""
+    kept = tmp_path / tool / "study.json"
+    kept.parent.mkdir()
+    kept.write_bytes(content.encode("utf-8", "surrogateescape"))
+    main = {"precision": study.main, "sampling": solver_study.main}[tool]
+    with pytest.raises(LightningDiTError, match=r"study.json cannot be read .*; mend: git restore .*, or remove it"):
+        main(["--output", str(tmp_path), "--model", str(tmp_path / "none")])
+    assert kept.read_bytes() == content.encode("utf-8", "surrogateescape")
 
 
 @pytest.mark.parametrize("option", [["--count", "25"], ["--count", "10"], ["--noises", "0"], ["--part", "all"]])

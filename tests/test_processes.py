@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass
 
 import pytest
+import torch
 
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.processes import ALONE, launched_processes
@@ -24,7 +25,7 @@ from LightningDiT.processes import launched_processes
 assert inference.main(["--config", sys.argv[3], "--demo", "--dry-run"]) == 0
 import LightningDiT.runs
 print("accelerate" in sys.modules)
-import accelerate
+import accelerate, torch
 
 def fail():
     raise LightningDiTError("the disk is full", "free space")
@@ -35,6 +36,8 @@ def play(case):
         assert processes.share(lambda: 10 * rank) == [0, 10]
         assert processes.from_main(lambda: f"from {rank}") == "from 0"
         assert processes.agree(lambda: rank) == rank
+        assert processes.mean(torch.tensor([rank, 4.0])).tolist() == [0.5, 4.0]
+        assert (processes.any(rank == 1), processes.any(False)) == (True, False)
         processes.say("said once")
         if case == "error":
             processes.agree(fail if rank == 1 else lambda: None)
@@ -131,6 +134,8 @@ def test_alone_nothing_is_exchanged(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     with launched_processes() as processes:
         assert processes is ALONE
     assert ALONE.share(lambda: 3) == [3]
+    assert ALONE.mean(torch.tensor([2.0])).tolist() == [2.0]
+    assert (ALONE.any(True), ALONE.any(False)) == (True, False)
     assert ALONE.from_main(lambda: 4) == ALONE.agree(lambda: 4) == 4
     ALONE.say("said")
     assert capsys.readouterr().out == "said\n"

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,15 @@ import pytest
 import torch
 from PIL import Image
 
-from LightningDiT import console
+from LightningDiT import console, runs
 from LightningDiT.config import load_config
 from LightningDiT.console import run_main
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import to_uint8
 from LightningDiT.inference import main
 from LightningDiT.pipeline import LightningDiTPipeline
-from LightningDiT.runs import MANIFEST, Strip, manifest_differences, manifest_of, opened_run, sample_run
+from LightningDiT.preview import Preview
+from LightningDiT.runs import LOCK, MANIFEST, Strip, manifest_differences, manifest_of, opened_run, sample_run
 from LightningDiT.seeds import generator_for
 from tests.conftest import PROJECT
 
@@ -54,7 +56,8 @@ for line in sys.stdin:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """Every file of a run but its lock, which is empty and stays."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != LOCK}
 
 
 def arguments(folder: Path, output: str, *more: str) -> list[str]:
@@ -219,6 +222,31 @@ def test_two_runs_do_not_write_one_folder(tmp_path: Path) -> None:
         assert json.loads((tmp_path / MANIFEST).read_text()) == manifest
 
 
+@pytest.mark.parametrize("moment", ["lock", "atomic_path"])
+def test_one_of_two_runs_that_start_together_enters(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one, of other settings, starts just before the first takes the lock, or writes its manifest."""
+    pytest.importorskip("fcntl")
+    plain, held, entered = getattr(runs, moment), ExitStack(), list[int]()
+
+    def enter(stack: ExitStack, seed: int) -> None:
+        with suppress(LightningDiTError):
+            stack.enter_context(opened_run(tmp_path, {"seed": seed}))
+            entered.append(seed)
+
+    def late(argument: Any) -> Any:
+        monkeypatch.setattr(runs, moment, plain)
+        enter(held, 2)
+        return plain(argument)
+
+    monkeypatch.setattr(runs, moment, late)
+    with held:
+        enter(held, 1)
+        assert entered == [{"lock": 2, "atomic_path": 1}[moment]]
+        assert json.loads((tmp_path / MANIFEST).read_text()) == {"seed": entered[0]}
+
+
 def test_the_precision_that_is_computed_in_belongs_to_the_run(pipe: LightningDiTPipeline, tmp_path: Path) -> None:
     sample_run(pipe, [0], 0, tmp_path, None)
     pipe.to("cpu", torch.bfloat16)
@@ -251,6 +279,23 @@ def test_the_strip_shows_the_predictions_of_the_data(pipe: LightningDiTPipeline,
 def test_a_strip_ends_with_the_last_step(every: int, panels: int, pipe: LightningDiTPipeline, tmp_path: Path) -> None:
     sample_run(pipe, [0, 1, 2], 0, tmp_path / "run", None, strip=Strip(every, tmp_path / "strip.png"))
     assert Image.open(tmp_path / "strip.png").width == 4 + panels * (128 + 4)
+
+
+def test_a_strip_shows_what_is_made_again_and_no_later_batch(pipe: LightningDiTPipeline, tmp_path: Path) -> None:
+    """A batch with an end that is not finite, the same one in float32, and the next one, as a pipeline reports them."""
+    strip = Preview(pipe, 1, 0, [0, 1])
+    good = torch.randn(2, 2, 4, 8, 8, generator=generator_for(3, 0))  # (K, N, C, h, w)
+    for states in (torch.stack((good[0], good[1] / 0)), good, 2 * good):
+        for step, state in enumerate(states):
+            strip(step, (step + 1) / 2, state)
+    strip.save(tmp_path / "strip.png")
+    pixels = np.asarray(Image.open(tmp_path / "strip.png")).astype(int)
+    assert pixels.shape[1] == 4 + 2 * (128 + 4)
+    with torch.inference_mode():
+        last = to_uint8(pipe.tokenizer.decode(good[1])).numpy()  # at t = 1 the prediction is the state
+    for row in range(2):
+        top = 4 + row * (pixels.shape[0] - 4) // 2
+        assert np.abs(pixels[top : top + 128 : 8, 136 : 136 + 128 : 8] - last[row]).max() <= 1
 
 
 def test_no_strip_where_nothing_is_sampled(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -146,7 +146,7 @@ def test_graded_grids_are_powers_between_jumps():
     assert nodes == {2}
     expected = [0, 0.025, 0.1, *(0.1 + 0.9 * (k / 6) ** 2 for k in range(1, 7))]
     torch.testing.assert_close(grid, torch.tensor(expected))
-    with pytest.raises(ValueError, match="num_steps=2 is too small, expected at least 3"):
+    with pytest.raises(ValueError, match=r"num_sampling_steps \(--steps\) is 2, expected at least 3"):
         graded_grid(2, (0.1,))
 
 

@@ -16,7 +16,8 @@ import step3_setup_configs as step3
 from LightningDiT.checkpoint import load_weights, save_weights
 from LightningDiT.config import load_config
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.pipeline import LightningDiTPipeline, load_transformer, verify_config
+from LightningDiT.loading import load_transformer, verify_config
+from LightningDiT.pipeline import LightningDiTPipeline
 from setup_steps import configs, machine, weights
 from setup_steps.checks import published_table
 from setup_steps.console import PROJECT, StepError

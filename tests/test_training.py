@@ -5,20 +5,33 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from LightningDiT import train, train_tokenizer
 from LightningDiT.checkpoint import load_weights, save_weights
-from LightningDiT.config import TokenizerTrainConfig
 from LightningDiT.data.shards import shard_path, write_shard
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.tokenizer.latents import LatentStats
-from LightningDiT.training import BatchOrder, Ema, RunFolder, learning_rate
+from LightningDiT.training import (
+    BatchOrder,
+    Ema,
+    GuardSettings,
+    LossScaler,
+    RunFolder,
+    describe,
+    learning_rate,
+    meter,
+    share_of,
+)
+from LightningDiT.training.guard import Guard
+from LightningDiT.training.randomness import random_state, set_random_state
 from tests.test_data import fashion_folder  # noqa: F401 - a fixture
 
 
@@ -57,15 +70,141 @@ def test_the_learning_rate_rises_stays_and_falls() -> None:
     assert learning_rate(5, 2.0, 0, 0, 10) == 2.0
 
 
-def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path)
-    assert run.latest() is None
-    for step in (5, 50, 500):
-        run.save(step, {"value": torch.tensor(step)})
-    assert [path.name for path in run.checkpoints()] == ["checkpoint-0000050.pt", "checkpoint-0000500.pt"]
+def saved(folder: Path, steps: tuple[int, ...], **rule: int) -> RunFolder:
+    run = RunFolder(folder, **rule)
+    for step in steps:
+        run.save(step, {"value": torch.full((1000,), step)})
+    return run
+
+
+def names(run: RunFolder) -> list[int]:
+    return [int(path.stem[-7:]) for path in run.checkpoints()]
+
+
+def test_checkpoints_are_pruned_by_rule(tmp_path: Path) -> None:
+    steps = (0, 10, 20, 30, 40, 50)
+    assert names(saved(tmp_path / "a", steps, keep=3)) == [30, 40, 50]
+    assert names(saved(tmp_path / "b", steps, keep=1, keep_every=20)) == [0, 20, 40, 50]
+    # Ctrl-C saved at 42 and 43: the last regular one, to which a run in trouble goes back, stays
+    run = saved(tmp_path / "c", (*steps[:5], 42, 43), keep=2, regular=10)
+    assert names(run) == [40, 42, 43]
+    assert run.newest(regular=True) == tmp_path / "c" / "checkpoint-0000040.pt"
+    assert run.newest(below=42) == tmp_path / "c" / "checkpoint-0000042.pt"
+
+
+def damage(path: Path, kind: str) -> None:
+    content = bytearray(path.read_bytes())
+    if kind == "cut short":
+        content = content[: len(content) // 2]
+    elif kind == "its part":
+        content[len(content) // 2] ^= 1  # a bit in the middle of the tensor
+    else:
+        content = bytearray(len(content))  # as after a power cut
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["cut short", "its part", "File is not a zip file"])
+def test_a_torn_checkpoint_is_passed_over(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = saved(tmp_path, (10, 20))
+    damage(tmp_path / "checkpoint-0000020.pt", kind)
+    (tmp_path / ".checkpoint-0000030.pt.abc.tmp").write_bytes(b"half")
     latest = run.latest()
     assert latest is not None
-    assert (latest["step"], int(latest["value"])) == (500, 500)
+    assert (latest["step"], int(latest["value"][0])) == (10, 10)
+    run.latest()
+    said = capsys.readouterr().out
+    assert said.count("checkpoint-0000020.pt is passed over: ") == 1
+    assert kind in said
+    run.sweep()
+    assert not list(tmp_path.glob(".*"))
+    run.save(20, {"value": torch.zeros(1)})
+    assert run.newest() == tmp_path / "checkpoint-0000020.pt"
+
+
+def test_every_random_state_comes_back() -> None:
+    state = random_state()
+    first = (random.random(), np.random.standard_normal(3).tolist(), torch.randn(3).tolist())
+    set_random_state(state)
+    assert (random.random(), np.random.standard_normal(3).tolist(), torch.randn(3).tolist()) == first
+
+
+def test_a_random_state_is_plain_enough_for_a_checkpoint(tmp_path: Path) -> None:
+    np.random.standard_normal()  # leaves a second normal for later
+    run = RunFolder(tmp_path)
+    run.save(1, {"random": random_state()})
+    first = (random.random(), np.random.standard_normal(3).tolist(), torch.randn(3).tolist())
+    latest = run.latest()
+    assert latest is not None
+    set_random_state(latest["random"])
+    assert (random.random(), np.random.standard_normal(3).tolist(), torch.randn(3).tolist()) == first
+
+
+def test_the_guard_knows_spikes_and_runs_of_bad_steps() -> None:
+    guard = Guard(GuardSettings(max_skips=3, spike_factor=2.0, rate_cut=0.25))
+    assert not any(guard.good(step, 1.0 + step % 3) for step in range(20))  # the median is 2
+    state = guard.state_dict()
+    assert not guard.good(20, 3.9)
+    assert guard.good(21, 4.1)
+    guard.go_back(state)
+    assert (guard.rate_scale, guard.returns, guard.leaves_out(21), guard.leaves_out(20)) == (0.25, 1, True, False)
+    guard.passed(20)
+    assert guard.returns == 1  # not beyond it yet
+    guard.passed(22)
+    assert guard.returns == 0
+    assert [guard.bad(step) for step in (22, 23)] == [False, False]
+    assert not guard.good(24, 1.0)  # which ends the run of bad ones
+    assert [guard.bad(step) for step in (25, 26, 27)] == [False, False, True]
+    again = Guard(GuardSettings(max_skips=3, spike_factor=2.0))
+    again.load_state_dict(guard.state_dict())
+    assert again.state_dict() == guard.state_dict()
+    assert guard.skipped == 5
+
+
+def test_spikes_are_not_looked_for_before_the_median_is_known_nor_when_off() -> None:
+    guard = Guard(GuardSettings(spike_factor=2.0))
+    assert not any(guard.good(step, 1.0) for step in range(19))
+    assert not guard.good(19, 100.0)
+    off = Guard(GuardSettings())
+    assert not any(off.good(step, 10.0**step) for step in range(50))
+
+
+def test_the_loss_scale_falls_rises_and_ends() -> None:
+    scaler = LossScaler(True)
+    weight = nn.Parameter(torch.tensor([2.0]))
+    scaler.scaled(weight.square().sum()).backward()
+    assert float(weight.grad) == 4 * 2.0**16
+    scaler.unscale([weight])
+    assert float(weight.grad) == 4.0
+    assert scaler.searches(False)
+    assert scaler.scale == 2.0**15
+    assert not any(scaler.searches(True) for _ in range(2000))
+    assert scaler.scale == 2.0**16
+    assert [scaler.searches(False) for _ in range(17)] == [True] * 15 + [False] * 2  # at 1 it is real trouble
+    other = LossScaler(True)
+    other.load_state_dict(scaler.state_dict() | {"scale": 8.0})
+    assert other.scale == 8.0
+    off = LossScaler(False)
+    off.load_state_dict(other.state_dict())
+    assert off.scale == 1.0
+    assert not off.searches(False)
+
+
+def test_processes_take_equal_parts_in_order() -> None:
+    assert [list(share_of(6, rank, 3)) for rank in range(3)] == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_speed_and_time_left_follow_from_the_time_since_the_last_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter((0.0, 4.0, 4.0, 5.0, 5.0))
+    monkeypatch.setattr(meter.time, "monotonic", lambda: next(clock))
+    watch = meter.Meter(total_steps=10, batch_size=8)
+    watch.add({"loss": 1.0, "data_seconds": 1.0})
+    watch.add({"loss": 3.0, "data_seconds": 0.0})
+    expected = {"loss": 2.0, "data_share": 0.25, "images_per_second": 4.0, "seconds_left": 16.0}
+    assert watch.row(2) == expected
+    watch.add({})  # a step that was skipped
+    assert watch.row(3) == {"images_per_second": 8.0, "seconds_left": 7.0}
+    assert describe({"step": 2.0} | expected) == "step 2: loss 2 (4 images/s, 0.3 min left)"
+    assert describe({"step": 3.0, "valid_loss": 1.5}) == "step 3: valid_loss 1.5"
 
 
 @pytest.fixture
@@ -133,25 +272,6 @@ def test_a_run_of_other_settings_is_refused(training_config: Path, capsys: pytes
     assert "going on from step 6" in capsys.readouterr().out
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_weights(
-    training_config: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real_batch = train.Trainer.batch
-
-    def batch_with_nan(self: train.Trainer, step: int) -> object:
-        latents, labels, generator = real_batch(self, step)
-        return latents * (float("nan") if step == 3 else 1.0), labels, generator
-
-    monkeypatch.setattr(train.Trainer, "batch", batch_with_nan)
-    run = training_config.parent / "run"
-    with pytest.raises(LightningDiTError, match="the loss of step 3 is not finite"):
-        train.main(["--config", str(training_config), "--output", str(run)])
-    latest = RunFolder(run).latest()
-    assert latest is not None
-    assert latest["step"] == 2
-    assert all(value.isfinite().all() for value in latest["ema"].values())
-
-
 def test_fine_tuning_starts_from_half_precision_weights(training_config: Path) -> None:
     source = training_config.parent / "half.safetensors"
     weights = load_weights(training_config.parent / "transformer.safetensors")
@@ -186,27 +306,6 @@ def test_latents_of_another_shape_or_class_are_named(training_config: Path) -> N
     training_config.write_text(text.replace(names, "num_classes: 2"))
     with pytest.raises(LightningDiTError, match="the label 2; data.num_classes is 2"):
         train.main(["--config", str(training_config)])
-
-
-def test_the_reconstruction_loss_is_the_sum_of_its_terms() -> None:
-    class Shift(nn.Module):
-        """A tokenizer that moves every value by a half and knows its posterior."""
-
-        def encode(self, images: torch.Tensor) -> object:
-            from LightningDiT.tokenizer.autoencoder import DiagonalGaussian
-
-            return DiagonalGaussian(images, torch.full_like(images, -30.0))
-
-        def decode(self, latents: torch.Tensor) -> torch.Tensor:
-            return latents + 0.5
-
-    images = torch.zeros(2, 3, 4, 4)
-    config = TokenizerTrainConfig(l1_weight=2.0, l2_weight=4.0, kl_weight=0.01)
-    terms = train_tokenizer.reconstruction_loss(Shift(), images, config, torch.Generator().manual_seed(0))
-    kl = 0.5 * (math.exp(-30) - 1 + 30) * 48
-    assert math.isclose(float(terms["l1"]), 0.5, rel_tol=1e-4)
-    assert math.isclose(float(terms["l2"]), 0.25, rel_tol=1e-4)
-    assert math.isclose(float(terms["loss"]), 2 * 0.5 + 4 * 0.25 + 0.01 * kl, rel_tol=1e-3)
 
 
 def test_the_tokenizer_trains_and_goes_on(fashion_folder: Path, tmp_path: Path) -> None:  # noqa: F811

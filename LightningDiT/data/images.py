@@ -29,6 +29,7 @@ FASHION_MNIST_CLASSES = (
     "Ankle boot",
 )
 TRAIN_IMAGES = "train-images-idx3-ubyte.gz"
+WHITE_16_BIT = 65535
 IDX_UINT8 = 0x08  # type code of unsigned bytes in the IDX header
 
 
@@ -80,6 +81,24 @@ def pad_to_32(images: Tensor) -> Tensor:
     return padded.unsqueeze(1).repeat(1, 3, 1, 1)  # (N, 3, 32, 32)
 
 
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Return an opened image with 8 bits for each of red, green and blue; the first picture of an animation.
+
+    Grey values of 16 bits are divided by 257, so that white stays white; Pillow's own conversion cuts them at 255.
+
+    Raises:
+        ValueError: the pixels have no fixed range: fractions, or whole numbers beyond 16 bits.
+    """
+    if image.mode == "F":
+        raise ValueError("its pixels are fractions, for which no range is fixed")
+    if not image.mode.startswith("I"):
+        return image.convert("RGB")
+    values = np.asarray(image).astype(np.int64)  # "I;16", or "I", as which older releases of Pillow open such files
+    if values.min() < 0 or values.max() > WHITE_16_BIT:
+        raise ValueError(f"its pixels reach from {values.min()} to {values.max()}, beyond 16 bits")
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+
+
 def image_files(folder: str | Path) -> list[Path]:
     """Return every file below `folder` whose name ends as that of an image that Pillow reads, sorted.
 
@@ -124,7 +143,7 @@ class ImageBatches:
         for path in self.files:
             try:
                 with Image.open(path) as opened:
-                    images.append(self._transform(opened))
+                    images.append(self._transform(as_rgb(opened)))
             except Exception:  # arbitrary bytes make Pillow's readers fail in arbitrary ways
                 self.unreadable.append(path)
                 continue

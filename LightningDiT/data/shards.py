@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+import threading
+import weakref
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from LightningDiT.checkpoint import save_weights
 from LightningDiT.errors import LightningDiTError
 
+KEPT_BATCHES = 2  # whose memory is used again
 MEND = "python -m LightningDiT.extract_features --help"
 
 
@@ -19,16 +24,32 @@ def shard_path(folder: str | Path, rank: int, index: int) -> Path:
     return Path(folder) / f"latents_rank{rank:02d}_shard{index:03d}.safetensors"
 
 
-def write_shard(path: Path, latents: Tensor, labels: Tensor, flipped: Tensor | None = None) -> None:
+def write_shard(
+    path: Path,
+    latents: Tensor,
+    labels: Tensor,
+    flipped: Tensor | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write latents (N, C, h, w), labels (N,) and, where given, the latents of the mirrored images."""
     tensors = {"latents": latents, "labels": labels}
     if flipped is not None:
         tensors["latents_flip"] = flipped
-    save_weights(tensors, path)
+    save_weights(tensors, path, metadata)
+
+
+def shard_files(folder: str | Path) -> list[Path]:
+    """Return the shards in `folder` in the order of the numbers in their names, which may have any number of digits."""
+    return sorted(Path(folder).glob("*.safetensors"), key=_order)
+
+
+def _order(path: Path) -> list[tuple[int, str]]:
+    """Texts and numbers of a name in turn, as pairs that can be compared."""
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", path.name)]
 
 
 def iterate_shards(folder: str | Path) -> Iterator[dict[str, Tensor]]:
-    """Yield the tensors of every shard in `folder`, in the order of their names.
+    """Yield the tensors of every shard in `folder`, mapped into memory, in the order of `shard_files`.
 
     Raises:
         LightningDiTError: the folder is missing or holds no shards, or one is no shard.
@@ -39,7 +60,7 @@ def iterate_shards(folder: str | Path) -> Iterator[dict[str, Tensor]]:
     place = Path(folder)
     if place.is_file():
         raise LightningDiTError(f"{place} is a file, the folder of latent shards was expected", f"name {place.parent}")
-    paths = sorted(place.glob("*.safetensors"))
+    paths = shard_files(place)
     if not paths:
         raise LightningDiTError(f"no latent shards (*.safetensors) in {place}", MEND)
     for path in paths:
@@ -50,24 +71,56 @@ def iterate_shards(folder: str | Path) -> Iterator[dict[str, Tensor]]:
         missing = [name for name in ("latents", "labels") if name not in tensors]
         if missing:
             raise LightningDiTError(f"{path} is no latent shard: {', '.join(missing)} missing", MEND)
+        _check_rows(path, tensors)
         yield tensors
+
+
+def _check_rows(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a shard whose tensors do not belong together."""
+    latents, labels = tensors["latents"], tensors["labels"]
+    if latents.dim() != 4 or labels.shape != (len(latents),) or labels.is_floating_point():
+        raise LightningDiTError(
+            f"{path} is no latent shard: latents {list(latents.shape)} and labels {list(labels.shape)}"
+            f" ({str(labels.dtype).removeprefix('torch.')}); [N, C, h, w] and [N] whole numbers are expected",
+            MEND,
+        )
+    flipped = tensors.get("latents_flip", latents)
+    if flipped.shape != latents.shape:
+        raise LightningDiTError(
+            f"{path}: latents_flip has the shape {list(flipped.shape)}, latents {list(latents.shape)}", MEND
+        )
+    if len(labels) and int(labels.min()) < 0:
+        raise LightningDiTError(f"{path}: the label {int(labels.min())} is no class; 0 and more are", MEND)
 
 
 class LatentShards:
     """All shards of a folder, mapped into memory, as one set with random access.
 
+    The files are opened once. A batch is a copy of each row from the mapping to its place, by NumPy and without
+    threads: rows of 32 KB are copied at the speed of memory, and threads would wait for cores that the training uses.
+
     Attributes:
         labels: (N,) int64.
         shape: (C, h, w) of one latent.
+        has_flips: whether the mirrored images' latents are there, in every shard.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self._shards = list(iterate_shards(folder))
-        self.labels = torch.cat([shard["labels"].long() for shard in self._shards])
-        self.shape = tuple(self._shards[0]["latents"].shape[1:])
-        sizes = torch.tensor([len(shard["labels"]) for shard in self._shards])
-        self._ends = sizes.cumsum(0)
-        self.has_flips = all("latents_flip" in shard for shard in self._shards)
+        shards = [shard for shard in iterate_shards(folder) if len(shard["labels"])]
+        if not shards:
+            raise LightningDiTError(f"the latent shards in {folder} hold no latents", MEND)
+        shapes = sorted({tuple(shard["latents"].shape[1:]) for shard in shards})
+        if len(shapes) > 1:
+            raise LightningDiTError(
+                f"the shards in {folder} hold latents of the shapes {shapes[0]} and {shapes[1]}", MEND
+            )
+        self.shape = shapes[0]
+        self.labels = torch.cat([shard["labels"].long() for shard in shards])
+        self.has_flips = all("latents_flip" in shard for shard in shards)
+        self._starts = np.cumsum([0, *(len(shard["labels"]) for shard in shards)])
+        names = ("latents", "latents_flip") if self.has_flips else ("latents",)
+        self._memory = _Memory()
+        self._rows = [[_as_array(shard[name]) for name in names] for shard in shards]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -78,14 +131,39 @@ class LatentShards:
         Args:
             flips: (B,) bool, where the mirrored image's latent is wanted; ignored in sets without flips.
         """
-        shards = torch.searchsorted(self._ends, indices, right=True)  # (B,)
-        latents = torch.empty(len(indices), *self.shape)
-        flipped = flips if flips is not None and self.has_flips else torch.zeros(len(indices), dtype=torch.bool)
-        for number in shards.unique().tolist():
-            shard = self._shards[number]
-            start = int(self._ends[number]) - len(shard["labels"])
-            for name, wanted in (("latents", ~flipped), ("latents_flip", flipped)):
-                rows = ((shards == number) & wanted).nonzero().squeeze(1)
-                if len(rows):
-                    latents[rows] = shard[name][indices[rows] - start].float()
-        return latents, self.labels[indices]
+        target = self._memory.take((len(indices), *self.shape))
+        numbers = indices.numpy()
+        shards = np.searchsorted(self._starts, numbers, side="right") - 1  # (B,)
+        rows = numbers - self._starts[shards]
+        mirrored = flips.tolist() if flips is not None and self.has_flips else [False] * len(rows)
+        for place, (shard, row, flip) in enumerate(zip(shards.tolist(), rows.tolist(), mirrored, strict=True)):
+            target[place] = self._rows[shard][flip][row]
+        return torch.from_numpy(target), torch.from_numpy(self.labels.numpy()[numbers])
+
+
+class _Memory:
+    """Memory of batches, taken again once nobody has them: the first use of new memory takes longer than the copy.
+
+    A tensor that shares the memory of an array holds that array, and so do the tensor's views.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lent: list[tuple[np.ndarray, weakref.ref[np.ndarray]]] = []
+
+    def take(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Return an array of float32 whose values are not set."""
+        with self._lock:
+            free = (whole for whole, holder in self._lent if holder() is None and whole.shape == shape)
+            whole = next(free, None)
+            if whole is None:
+                whole = np.empty(shape, np.float32)
+            part = whole[:]
+            others = [pair for pair in self._lent if pair[0] is not whole]
+            self._lent = [*others, (whole, weakref.ref(part))][-KEPT_BATCHES:]
+        return part
+
+
+def _as_array(latents: Tensor) -> np.ndarray:
+    """Return the values where they are mapped; those of bfloat16, which NumPy does not have, as float32 in memory."""
+    return (latents.float() if latents.dtype == torch.bfloat16 else latents).numpy()

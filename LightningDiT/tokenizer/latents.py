@@ -7,11 +7,12 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from LightningDiT.checkpoint import load_training_state, save_training_state
+from LightningDiT.checkpoint import atomic_path, load_training_state
 from LightningDiT.errors import LightningDiTError
 
 METADATA_KEYS = ("latents_mean", "latents_std")
@@ -90,14 +91,20 @@ class LatentStats:
         tensors = (self.mean, self.std)
         return {key: json.dumps(value.flatten().tolist()) for key, value in zip(METADATA_KEYS, tensors, strict=True)}
 
-    def save(self, path: str | Path) -> None:
-        """Write `mean` and `std` as the published code reads them, atomically, if they are valid."""
+    def save(self, path: str | Path, count: int | None = None) -> None:
+        """Write `mean` and `std` as the published code reads them, atomically, if they are valid.
+
+        Args:
+            count: latents that they were computed from, which is written besides.
+        """
         problems = _problems(self.mean, self.std, None)
         if problems:
             raise LightningDiTError(
                 f"latent statistics are not written to {path}: {'; '.join(problems)}", mend_of(path)
             )
-        save_training_state({"mean": self.mean.clone(), "std": self.std.clone()}, path)
+        counted = {} if count is None else {"count": count}
+        with atomic_path(path) as temporary, temporary.open("wb") as stream:  # a path's name would be in the bytes
+            torch.save({"mean": self.mean.clone(), "std": self.std.clone(), **counted}, stream)
 
 
 class Moments:
@@ -129,6 +136,18 @@ class Moments:
         self.values += values[:, 0].numel()
         self._total = self._total + values.sum((0, 2, 3))  # (C,)
         self._squares = self._squares + values.square().sum((0, 2, 3))  # (C,)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the numbers as plain values, from which `merge` gets them back to the last bit."""
+        sums = {"total": self._total, "squares": self._squares}
+        return {"latents": self.latents, "values": self.values, **{name: x.tolist() for name, x in sums.items()}}
+
+    def merge(self, moments: Mapping[str, Any]) -> None:
+        """Add what other moments gave by `as_dict`."""
+        self.latents += moments["latents"]
+        self.values += moments["values"]
+        self._total = self._total + torch.tensor(moments["total"], dtype=torch.float64)
+        self._squares = self._squares + torch.tensor(moments["squares"], dtype=torch.float64)
 
     def stats(self) -> LatentStats:
         """Return mean and standard deviation of everything added.

@@ -32,7 +32,8 @@ from LightningDiT.calibrated import (
 from LightningDiT.config import SampleConfig, load_config
 from LightningDiT.console import Progress, run_main
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.pipeline import LightningDiTPipeline, verify_config
+from LightningDiT.loading import verify_config
+from LightningDiT.pipeline import LightningDiTPipeline
 from LightningDiT.seeds import generator_for
 from LightningDiT.transport import Velocity, draw_noise, graded_grid, integrate_ode, jumps_of, linear_multistep
 from LightningDiT.transport.solvers import velocity_coefficients
@@ -103,9 +104,9 @@ def noise_for(pipe: LightningDiTPipeline, seeds: Sequence[int], count: int) -> T
 
 def grid_of(pipe: LightningDiTPipeline, sample: SampleConfig, points: int, power: float) -> Tensor:
     """Return a graded grid (points,) over the transport's interval with a node where guidance sets in or ends."""
-    low, high = pipe.transport.interval(pipe.transport.sample_eps)
+    ends = pipe.transport.interval(pipe.transport.sample_eps)
     jumps = jumps_of(pipe.guided([0], sample).settings)
-    return graded_grid(points, jumps, power)[0].clamp(low, high).to(pipe.device)
+    return graded_grid(points, jumps, power, ends)[0].to(pipe.device)
 
 
 @torch.no_grad()

@@ -23,8 +23,8 @@ from LightningDiT.config import load_config
 from LightningDiT.console import Progress, run_main
 from LightningDiT.device import best_device
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.loading import load_transformer
 from LightningDiT.models.lightningdit import LightningDiT
-from LightningDiT.pipeline import load_transformer
 from LightningDiT.tools.benchmark.forward import model_inputs, on_meta, published_settings, random_weights
 from LightningDiT.tools.benchmark.machine import machine, machine_line
 from LightningDiT.tools.benchmark.rounds import seconds_of

@@ -119,7 +119,7 @@ def generated(pipeline: LightningDiTPipeline, judge: Judge, args: argparse.Names
     sample = pipeline.config.sample
     if args.steps:
         sample = with_points(sample, args.steps)
-    steps = pipeline.steps_of(sample)
+    steps = pipeline.procedure(sample).steps
     print(f"Generating {len(labels)} images", flush=True)
     progress = Progress(len(batches) * steps, "step")
     parts: list[np.ndarray] = []

@@ -24,7 +24,8 @@ from LightningDiT.config import Config, SampleConfig, load_config
 from LightningDiT.console import run_main
 from LightningDiT.data.images import FASHION_MNIST_CLASSES
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.pipeline import CONFIG_NAME, LightningDiTPipeline, load_guide, verify
+from LightningDiT.loading import verify
+from LightningDiT.pipeline import CONFIG_NAME, LightningDiTPipeline
 from LightningDiT.runs import manifest_differences
 from LightningDiT.tools.evaluate_bundled import (
     JUDGE_NAME,
@@ -206,11 +207,7 @@ def measure(
         if case.kind == REAL:
             made = some_of_each_class(real_images(judge, root, train=True), count // CLASSES, SEED)
         else:
-            config = replace(base.config, sample=sample_of(case, base.config.sample, guides))
-            guide = load_guide(config, base.dtype)
-            pipe = LightningDiTPipeline(
-                base.transformer, base.tokenizer, base.transport, config, base.device, base.dtype, guide
-            )
+            pipe = base.with_sample(sample_of(case, base.config.sample, guides))
             options = argparse.Namespace(count=count, seed=SEED, guidance_scale=None, steps=None)
             made = generated(pipe, judge, options)[0]
         study.keep(case, figures_of(made, test))

@@ -38,7 +38,7 @@ from LightningDiT.seeds import generator_for
 from LightningDiT.tools.evaluate_bundled import JUDGE_NAME, judged, real_images, recognised
 from LightningDiT.tools.judge import load_judge
 from LightningDiT.tools.metrics import frechet_distance
-from LightningDiT.tools.report import keep_part, put_between_marks
+from LightningDiT.tools.report import keep_part, kept_parts, put_between_marks
 from LightningDiT.transport import GuidanceSettings, GuidedVelocity, draw_noise, graded_grid, integrate_ode, jumps_of
 
 CLASSES = len(FASHION_MNIST_CLASSES)
@@ -174,7 +174,7 @@ def measure_solvers(args: argparse.Namespace) -> Figures:
         pipe.config = replace(own, sample=sample)
         reference = sampled(pipe, FULL, labels)[0]
         drift = {name: latent_drift(sampled(pipe, name, labels)[0], reference)["error"] for name in (BF16, EMULATED)}
-        rows.append({"solver": solver, "evaluations": pipe.steps_of(sample), "errors": drift})
+        rows.append({"solver": solver, "evaluations": pipe.procedure(sample).steps, "errors": drift})
     return {"count": args.noises, "rows": rows}
 
 
@@ -330,6 +330,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, build, run."""
     args = parse(argv)
     kept, page = Path(args.output) / "precision" / "study.json", Path(args.output) / "precision.md"
+    kept_parts(kept)
     for part in args.part:
         figures = MEASURES[part](args)
         study = keep_part(kept, part, figures)

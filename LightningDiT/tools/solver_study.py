@@ -26,13 +26,14 @@ from LightningDiT.config import NAMED_SOLVERS, SampleConfig
 from LightningDiT.console import Progress, run_main
 from LightningDiT.data.images import FASHION_MNIST_CLASSES
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.pipeline import CALIBRATED, FAST, PUBLISHED, LightningDiTPipeline
+from LightningDiT.pipeline import LightningDiTPipeline
+from LightningDiT.procedure import CALIBRATED, FAST, PUBLISHED
 from LightningDiT.seeds import generator_for
 from LightningDiT.tools.calibrate_solver import relative_error
 from LightningDiT.tools.evaluate_bundled import JUDGE_NAME, judged, real_images, recognised
 from LightningDiT.tools.judge import load_judge
 from LightningDiT.tools.metrics import frechet_distance
-from LightningDiT.tools.report import keep_part, put_between_marks
+from LightningDiT.tools.report import keep_part, kept_parts, put_between_marks
 from LightningDiT.transport import draw_noise, graded_grid, integrate_ode, jumps_of, linear_multistep, time_grid
 
 CLASSES = len(FASHION_MNIST_CLASSES)
@@ -109,7 +110,7 @@ class Experiment:
         """Return the final latents of the calibrated solver of so many evaluations, or None without one."""
         sample = replace(self.sample, sampling_method=CALIBRATED, num_sampling_steps=evaluations + 1)
         try:
-            solver = self.pipe.calibrated_solver(sample)
+            solver = self.pipe.procedure(sample).solver
         except LightningDiTError:
             return None
         if solver is None or solver.evaluations != evaluations:
@@ -194,19 +195,12 @@ def wall_clock(pipe: LightningDiTPipeline, images: int) -> list[dict[str, Any]]:
         seconds = time.perf_counter() - started
         taken = [("published procedure, both halves always", NAMED_SOLVERS[PUBLISHED][1] - 1, seconds)]
         for name, change in (*named, *few):
-            solver = _with_sample(pipe, replace(pipe.config.sample, **change))
+            solver = pipe.with_sample(replace(pipe.config.sample, **change))
             output = solver(labels, latents=noise, output_type="latent", batch_size=images)
             taken.append((name, output.nfe, output.seconds))
         for name, evaluations, seconds in taken:
             best[name, evaluations] = min(seconds, best.get((name, evaluations), seconds))
     return [{"name": name, "evaluations": count, "seconds": seconds} for (name, count), seconds in best.items()]
-
-
-def _with_sample(pipe: LightningDiTPipeline, sample: SampleConfig) -> LightningDiTPipeline:
-    config = replace(pipe.config, sample=sample)
-    return LightningDiTPipeline(
-        pipe.transformer, pipe.tokenizer, pipe.transport, config, pipe.device, pipe.dtype, pipe.guide
-    )
 
 
 def points_of(name: str) -> int:
@@ -228,9 +222,7 @@ def image_figures(pipe: LightningDiTPipeline, args: argparse.Namespace) -> list[
     ]
     for name, change in rows:
         print(f"Generating {args.count} images: {name}", flush=True)
-        output = _with_sample(pipe, replace(sample, **change))(
-            labels.tolist(), seed=0, output_type="np", batch_size=100
-        )
+        output = pipe.with_sample(replace(sample, **change))(labels.tolist(), seed=0, output_type="np", batch_size=100)
         made = judged(judge, torch.from_numpy(np.asarray(output.images)), labels)
         figures.append(
             {
@@ -307,26 +299,32 @@ def write_tables(study: dict[str, Any], page: Path) -> None:
 
 
 def draw_errors(part: dict[str, Any], path: Path) -> None:
-    """Draw error against evaluations, a panel for each guidance."""
+    """Draw error against evaluations and against milliseconds an image, a column for each guidance."""
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     settings = part["settings"]
-    figure = Figure(figsize=(6.4 * len(settings), 4.6), layout="constrained")
+    figure = Figure(figsize=(6.4 * len(settings), 8.6), layout="constrained")
     FigureCanvasAgg(figure)
-    for index, setting in enumerate(settings, 1):
-        axes = figure.add_subplot(1, len(settings), index)
+    panels = figure.subplots(2, len(settings), squeeze=False)
+    for setting, (above, below) in zip(settings, panels.T, strict=True):
         rows = [Row(**row) for row in setting["rows"] if row["grid"] != f"shift {SHIFTS[1]:g}"]
-        for solver, grid in dict.fromkeys((row.solver, row.grid) for row in rows):
-            points = sorted((r.evaluations, r.error) for r in rows if (r.solver, r.grid) == (solver, grid))
-            style = {"graded": "o--", "fitted": "k*-"}.get(grid, ".-")
-            axes.loglog(*zip(*points, strict=True), style, label=f"{solver}, {grid}", linewidth=1)
-        axes.axhline(setting["reference_error"], color="grey", linestyle=":", label="the reference's own error")
-        axes.set(title=f"guidance from t = {setting['start']:g}", xlabel="evaluations", ylabel="mean relative error")
-        axes.legend(fontsize=6, ncols=2)
+        costs = (lambda row: row.evaluations, lambda row, n=setting["noises"]: 1000 * row.seconds / n)
+        for axes, cost, label in zip((above, below), costs, ("evaluations", "milliseconds an image"), strict=True):
+            axes.set_prop_cycle(color=colormaps["tab20"].colors)
+            for solver, grid in dict.fromkeys((row.solver, row.grid) for row in rows):
+                points = sorted((cost(r), r.error) for r in rows if (r.solver, r.grid) == (solver, grid))
+                style = {"graded": "o--", "fitted": "k*-"}.get(grid, ".-")
+                axes.loglog(*zip(*points, strict=True), style, label=f"{solver}, {grid}", linewidth=1)
+            axes.set(xlabel=label, ylabel="mean relative error", ylim=(min(row.error for row in rows) / 2, 1))
+        above.set_title(
+            f"guidance from t = {setting['start']:g}; the reference's own error {setting['reference_error']:.0e}"
+        )
+        below.legend(fontsize=6, ncols=3)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
+        figure.savefig(temporary, dpi=100, format="png")
 
 
 def measure(part: str, pipe: LightningDiTPipeline, args: argparse.Namespace) -> dict[str, Any]:
@@ -372,9 +370,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, build, run."""
     args = parse(argv)
-    pipe = LightningDiTPipeline.from_pretrained(args.model)
     folder = Path(args.output) / "sampling"
+    kept_parts(folder / "study.json")
     folder.mkdir(parents=True, exist_ok=True)
+    pipe = LightningDiTPipeline.from_pretrained(args.model)
     for part in args.part:
         figures = measure(part, pipe, args)
         study = keep_part(folder / "study.json", part, figures)

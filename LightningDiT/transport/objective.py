@@ -34,6 +34,10 @@ LOSS_WEIGHTS: dict[str | None, Callable[[Path, Tensor], Tensor]] = {
 #: where `sample_eps` is 0, an SDE keeps this distance from them.
 SDE_EPS = 1e-3
 
+#: Lengths below this count as this in the cosine. A model that starts at zero else has gradients of 1e7 in its first
+#: step, which end fp16 and which Adam's second moment remembers for hundreds of steps. Velocities are 100 times longer.
+COSINE_EPS = 1e-2
+
 
 def _mean_per_sample(x: Tensor) -> Tensor:
     return x.flatten(1).mean(dim=1)  # (N, ...) -> (N,)
@@ -138,7 +142,7 @@ class Transport:
         pred = _checked(model(x_t, t, **(model_kwargs or {})), x_t)
         terms = {"pred": pred, "loss": _mean_per_sample(self._squared_error(pred, x0, u_t, t))}
         if self.use_cosine_loss and self.prediction == "velocity":
-            cosine = F.cosine_similarity(pred.to(u_t.dtype), u_t, dim=1)  # (N, H, W)
+            cosine = F.cosine_similarity(pred.to(u_t.dtype), u_t, dim=1, eps=COSINE_EPS)  # (N, H, W)
             terms["cos_loss"] = _mean_per_sample(1 - cosine)
         return terms
 

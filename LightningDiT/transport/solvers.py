@@ -93,7 +93,8 @@ def jumps_of(guidance: GuidanceSettings) -> tuple[float, ...]:
     """Return the times strictly between 0 and 1 at which guidance sets in or ends, so that the velocity jumps."""
     if guidance.scale == 1:
         return ()
-    return tuple(t for t in (guidance.interval_start, guidance.interval_end) if 0 < t < 1)
+    bounds = dict.fromkeys((guidance.interval_start, guidance.interval_end))
+    return tuple(t for t in bounds if 0 < t < 1)
 
 
 def with_nodes(times: Tensor, points: Sequence[float]) -> tuple[Tensor, frozenset[int]]:
@@ -121,9 +122,14 @@ def with_nodes(times: Tensor, points: Sequence[float]) -> tuple[Tensor, frozense
     return torch.cat([times[:1], inner, times[-1:]]), indices
 
 
-def graded_grid(num_steps: int, jumps: Sequence[float] = (), power: float = GRADE) -> tuple[Tensor, frozenset[int]]:
-    """Return a grid (num_steps,) from 0 to 1 in float32 with short steps after 0 and after each jump, and the jumps'
-    indices.
+def graded_grid(
+    num_steps: int,
+    jumps: Sequence[float] = (),
+    power: float = GRADE,
+    ends: tuple[float, float] = (0.0, 1.0),
+) -> tuple[Tensor, frozenset[int]]:
+    """Return a rising grid (num_steps,) in float32 with short steps after its beginning and after each jump, and the
+    jumps' indices.
 
     A multistep method starts there at first order, so most of its error arises there. Between two jumps the points
     lie at u^power for equally spaced u; steps are dealt over the parts by the square root of their length.
@@ -131,15 +137,17 @@ def graded_grid(num_steps: int, jumps: Sequence[float] = (), power: float = GRAD
     Raises:
         ValueError: fewer steps than parts.
     """
-    ends = [0.0, *sorted({jump for jump in jumps if 0 < jump < 1}), 1.0]
-    parts = list(itertools.pairwise(ends))
+    low, high = ends
+    parts = list(itertools.pairwise([low, *sorted({jump for jump in jumps if low < jump < high}), high]))
     if num_steps <= len(parts):
-        raise ValueError(f"num_steps={num_steps!r} is too small, expected at least {len(parts) + 1} for this guidance")
+        raise ValueError(
+            f"num_sampling_steps (--steps) is {num_steps}, expected at least {len(parts) + 1} for this guidance"
+        )
     weights = [math.sqrt(end - begin) for begin, end in parts]
     bounds = [round((num_steps - 1) * sum(weights[:k]) / sum(weights)) for k in range(len(parts) + 1)]
     for k in range(1, len(parts)):  # one step at least in every part
         bounds[k] = min(max(bounds[k], bounds[k - 1] + 1), num_steps - 1 - (len(parts) - k))
-    pieces = [torch.zeros(1)]
+    pieces = [torch.tensor([low])]
     for (begin, end), steps in zip(parts, (b - a for a, b in itertools.pairwise(bounds)), strict=True):
         piece = begin + (end - begin) * torch.linspace(0, 1, steps + 1)[1:] ** power
         pieces.append(torch.cat([piece[:-1], torch.tensor([end])]))

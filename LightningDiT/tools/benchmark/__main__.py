@@ -19,6 +19,7 @@ from typing import Any
 from LightningDiT.checkpoint import atomic_path
 from LightningDiT.console import run_main
 from LightningDiT.device import best_device, release_memory, resolve_precision
+from LightningDiT.tools.report import check_marks, put_between_marks
 
 from .demo import measure_demo
 from .forward import measure_forwards, measure_profile
@@ -26,7 +27,7 @@ from .loading import measure_loading
 from .machine import machine, machine_line
 from .rounds import Setting
 from .sampling import measure_decoding, measure_growth, measure_images
-from .tables import TABLES, check_marks, render, write_between_marks
+from .tables import TABLES, mark_of, render
 
 PARTS: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "forward": measure_forwards,
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, measure, print."""
     args = parse(argv)
     if args.output:
-        check_marks(args.output, args.part)  # before minutes of measuring
+        check_marks(args.output, map(mark_of, args.part))  # before minutes of measuring
     device = best_device()
     setting = Setting(device, resolve_precision("auto", device), args.quick)
     facts = machine(device, setting.dtype)
@@ -70,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             content = json.dumps({"machine": facts, **figures}, indent=2, default=asdict)
             temporary.write_text(content + "\n", encoding="utf-8")
     if args.output:
-        write_between_marks(args.output, texts)
+        for part, text in texts.items():
+            put_between_marks(args.output, text.split("\n"), "Benchmark", mark_of(part))
     return 0
 
 

@@ -21,7 +21,7 @@ from LightningDiT.config import load_config
 from LightningDiT.console import run_main
 from LightningDiT.device import best_device, gpu_peak_bytes, resolve_precision, synchronise
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.pipeline import load_transformer, model_settings
+from LightningDiT.loading import load_transformer, model_settings
 
 from .forward import on_meta, random_weights, room_for
 from .machine import PROJECT, free_disk_bytes, lack_of, peak_resident_bytes

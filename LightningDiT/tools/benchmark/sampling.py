@@ -13,7 +13,8 @@ from torch import Tensor
 from LightningDiT.checkpoint import save_weights, without_values
 from LightningDiT.config import TokenizerConfig, load_tokenizer_config
 from LightningDiT.images import to_uint8
-from LightningDiT.pipeline import FAST, LightningDiTPipeline
+from LightningDiT.pipeline import LightningDiTPipeline
+from LightningDiT.procedure import FAST
 from LightningDiT.seeds import generator_for
 from LightningDiT.tokenizer.autoencoder import AutoencoderKL
 from LightningDiT.tokenizer.vavae import VA_VAE, autoencoder_settings

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
-
-from LightningDiT.checkpoint import atomic_path
-from LightningDiT.errors import LightningDiTError
 
 from .demo import DEMO
 from .forward import summary
@@ -168,29 +164,6 @@ def render(part: str, figures: dict[str, Any], facts: dict[str, Any]) -> str:
     return "\n".join([f"**{title}** on {machine_line(facts)}:", "", *table(figures)])
 
 
-def marks_of(part: str) -> tuple[str, str]:
-    """Return the lines of a page between which a part stands."""
-    return f"<!-- benchmark, {part}: begin -->", f"<!-- benchmark, {part}: end -->"
-
-
-def check_marks(page: Path, parts: Iterable[str]) -> None:
-    """Raise LightningDiTError where there is no such page, or it has no marks for a part."""
-    if not page.is_file():
-        raise LightningDiTError(f"{page} is no file; a page with marks is expected", "name docs/benchmark.md")
-    content = page.read_text(encoding="utf-8")
-    for part in parts:
-        begin, end = marks_of(part)
-        if begin not in content or end not in content.split(begin)[1]:
-            raise LightningDiTError(f"{page} lacks the lines {begin} and {end}", f"git restore {page}")
-
-
-def write_between_marks(page: Path, texts: dict[str, str]) -> None:
-    """Put the text of every part between its marks of a page, which has them, and leave the rest as it is."""
-    check_marks(page, texts)
-    content = page.read_text(encoding="utf-8")
-    for part, text in texts.items():
-        begin, end = marks_of(part)
-        before, after = content.split(begin)[0], content.split(end)[1]
-        content = f"{before}{begin}\n\n{text}\n{end}{after}"
-    with atomic_path(page) as temporary:
-        temporary.write_text(content, encoding="utf-8")
+def mark_of(part: str) -> str:
+    """Return the name of the marks of a page between which a part stands."""
+    return f"benchmark, {part}"

@@ -1,0 +1,192 @@
+"""Weights to start from that were trained for other classes, latents or sizes: what is taken, resized or new.
+
+A file of the same shapes is loaded strictly. Else every tensor is taken, resized or new, and listed:
+
+| part | with another … | becomes |
+|---|---|---|
+| class table | number of classes | new rows; the null class is taken |
+| patch embedding | number of channels | the shared channels' weights; further channels start at zero |
+| final layer | number of channels | the shared channels' weights; further channels start at zero |
+| position table, rotary tables | latent size | computed for the new size; a table that was learnt is interpolated |
+| norms of queries and keys | `use_qknorm` | new, or left out |
+
+So at the start the prediction of the shared channels is that of the old model, whatever the further ones hold.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from LightningDiT.checkpoint import CheckpointInfo, inspect, load_into, load_weights
+from LightningDiT.errors import LightningDiTError
+from LightningDiT.models.lightningdit import LightningDiT, LightningDiTSettings, differences, settings_from_shapes
+from LightningDiT.models.positions import sincos_table
+
+TAKEN, RESIZED, NEW, LEFT_OUT = "taken", "resized", "new", "left out"
+CHANGEABLE = ("num_classes", "in_channels", "input_size", "learn_sigma", "use_qknorm")
+CLASS_TABLE, PATCHES, POSITIONS = "y_embedder.embedding_table.weight", "x_embedder.proj.weight", "pos_embed"
+OUTPUT = ("final_layer.linear.weight", "final_layer.linear.bias")
+ROTARY = ("feat_rope.freqs_cos", "feat_rope.freqs_sin")
+QK_NORMS = (".attn.q_norm.", ".attn.k_norm.")
+LISTED = 6
+
+
+@dataclass(frozen=True)
+class Change:
+    """What becomes of one tensor: `kind` is taken, resized, new or left out, `how` says it in words."""
+
+    name: str
+    kind: str
+    how: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of every tensor of the model and of the file."""
+
+    path: Path
+    changes: tuple[Change, ...]
+
+    def text(self) -> str:
+        """Return a line for what is taken, and one for each tensor that is not."""
+        taken = sum(change.kind == TAKEN for change in self.changes)
+        lines = [f"weights of {self.path}: {taken} tensors taken as they are"]
+        groups: dict[tuple[str, str], list[str]] = {}
+        for change in self.changes:
+            if change.kind != TAKEN:
+                groups.setdefault((change.kind, change.how), []).append(change.name)
+        for (kind, how), names in groups.items():
+            listed = ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+            lines.append(f"  {kind}: {listed}: {how}")
+        return "\n".join(lines)
+
+
+def plan(model: LightningDiT, info: CheckpointInfo) -> Plan:
+    """Say what becomes of the tensors in a weights file; the model may be on the meta device.
+
+    Raises:
+        LightningDiTError: the file is of another kind, depth, width or structure.
+    """
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if wanted == info.shapes:
+        return Plan(info.path, tuple(Change(name, TAKEN) for name in wanted))
+    found = _source_settings(model.settings, info)
+    changes = [_change(name, shape, info.shapes, model.settings, found) for name, shape in wanted.items()]
+    changes += [Change(name, LEFT_OUT, "the model has no place for it") for name in info.shapes if name not in wanted]
+    return Plan(info.path, tuple(changes))
+
+
+def initialise(model: LightningDiT, path: str | Path) -> Plan:
+    """Give `model` what the weights file at `path` has for it, in float32, and return what became of each tensor.
+
+    Raises:
+        LightningDiTError: the file is missing, damaged, or of another structure.
+    """
+    info = inspect(path)
+    made = plan(model, info)
+    weights = {name: tensor.float() for name, tensor in load_weights(path).items()}
+    own = model.state_dict()
+    if all(change.kind == TAKEN for change in made.changes):
+        load_into(model, weights, path)
+        return made
+    channels = min(model.settings.in_channels, settings_from_shapes(info.shapes).in_channels)
+    result = {name: tensor.clone() for name, tensor in own.items()}
+    for change in made.changes:
+        if change.kind == TAKEN:
+            result[change.name] = weights[change.name]
+        elif change.kind == RESIZED:
+            result[change.name] = _resized(
+                change.name, weights[change.name], own[change.name], model.settings, channels
+            )
+    load_into(model, result, path)
+    return made
+
+
+def _source_settings(wanted: LightningDiTSettings, info: CheckpointInfo) -> LightningDiTSettings:
+    """Return the settings of the file's model, which may differ from the wanted ones where a change is known."""
+    try:
+        found = settings_from_shapes(info.shapes)
+    except (ValueError, KeyError, IndexError) as error:
+        raise LightningDiTError(f"{info.path}: {error}", "name a transformer's weights in train.weight_init") from error
+    same = replace(found, **{name: getattr(wanted, name) for name in CHANGEABLE})
+    if wrong := differences(wanted, same):
+        raise LightningDiTError(
+            f"{info.path} does not fit: {'; '.join(wrong)}",
+            "choose the model_type and switches that belong to the file",
+        )
+    return found
+
+
+def _change(
+    name: str,
+    shape: tuple[int, ...],
+    shapes: Mapping[str, tuple[int, ...]],
+    wanted: LightningDiTSettings,
+    found: LightningDiTSettings,
+) -> Change:
+    if shapes.get(name) == shape:
+        return Change(name, TAKEN)
+    if name == CLASS_TABLE:
+        how = f"{wanted.num_classes} classes in place of {found.num_classes}; the rows are new, the null class is taken"
+        return Change(name, RESIZED, how)
+    if name == PATCHES or name in OUTPUT:
+        shared = min(wanted.in_channels, found.in_channels)
+        how = f"{wanted.in_channels} channels in place of {found.in_channels}; {shared} taken, further ones zero"
+        if wanted.learn_sigma != found.learn_sigma and name in OUTPUT:
+            how += f"; learn_sigma is {str(wanted.learn_sigma).lower()} here"
+        return Change(name, RESIZED, how)
+    if name == POSITIONS:
+        how = f"{wanted.side} x {wanted.side} patches in place of {found.side} x {found.side}"
+        return Change(name, RESIZED, how)
+    if name in ROTARY:
+        return Change(name, NEW, f"computed for {wanted.side} x {wanted.side} patches")
+    if any(part in name for part in QK_NORMS):
+        return Change(name, NEW, "the file's model does not normalise queries and keys")
+    raise LightningDiTError(
+        f"tensor {name} is {list(shapes.get(name, ()))} in the file and {list(shape)} in the model",
+        "choose the configuration that belongs to this file",
+    )
+
+
+def _resized(name: str, old: Tensor, new: Tensor, settings: LightningDiTSettings, channels: int) -> Tensor:
+    makers: dict[str, Callable[[], Tensor]] = {
+        CLASS_TABLE: lambda: torch.cat([new[:-1], old[-1:]]),
+        PATCHES: lambda: _with_channels(old, new.shape[1], 1),
+        POSITIONS: lambda: _positions(old, settings),
+    }
+    return makers.get(name, lambda: _output(old, settings, channels))()
+
+
+def _with_channels(old: Tensor, count: int, dim: int) -> Tensor:
+    """Return `old` with `count` entries along `dim`: the first ones, then zeros."""
+    shared = old.narrow(dim, 0, min(count, old.shape[dim]))
+    shape = list(old.shape)
+    shape[dim] = count - shared.shape[dim]
+    return torch.cat([shared, old.new_zeros(shape)], dim)
+
+
+def _output(old: Tensor, settings: LightningDiTSettings, channels: int) -> Tensor:
+    """Return the final layer's rows (patch^2 * out, ...) for other channels, of which `channels` are shared.
+
+    A patch's pixels follow one another, and each has its channels: those of the prediction, then with learn_sigma
+    as many of the variance, which training does not use and which start at zero.
+    """
+    pixels = old.reshape(settings.patch_size**2, -1, *old.shape[1:])  # (p^2, out, ...)
+    return _with_channels(pixels[:, :channels], settings.out_channels, 1).flatten(0, 1)
+
+
+def _positions(old: Tensor, settings: LightningDiTSettings) -> Tensor:
+    """Return the table (1, side^2, width): computed where the old one was, else interpolated."""
+    side, width = math.isqrt(old.shape[1]), old.shape[2]
+    if torch.allclose(old, sincos_table(width, side), atol=2e-3):  # half precision keeps three digits
+        return sincos_table(width, settings.side)
+    grid = old.view(1, side, side, width).permute(0, 3, 1, 2)  # (1, width, side, side)
+    grid = F.interpolate(grid, size=(settings.side, settings.side), mode="bicubic", align_corners=False)
+    return grid.flatten(2).transpose(1, 2).contiguous()

@@ -1,0 +1,161 @@
+"""What a training step sees: latents, labels, times and noise, each drawn from (seed, step, row) alone.
+
+Neither the number of processes nor that of micro-batches changes a draw: row k of the global batch of a step has a
+generator of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from LightningDiT.config import Config
+from LightningDiT.data.shards import LatentShards
+from LightningDiT.errors import LightningDiTError
+from LightningDiT.seeds import generator_for
+from LightningDiT.tokenizer.latents import LatentStats
+from LightningDiT.training import BatchOrder, share_of
+from LightningDiT.transport import Transport
+
+LABEL_DROPOUT = 0.1  # share of labels that become the null class, so that guidance can be learnt
+ROW_STREAM, HELD_OUT_STREAM = 1, 2  # second seeds; 0 is the order of the samples
+
+
+@dataclass(frozen=True)
+class PartialBatch:
+    """Rows of a step's global batch.
+
+    Attributes:
+        latents: (B, C, h, w), normalised.
+        labels: (B,) int64, some of them the null class.
+        times: (B,).
+        noise: (B, C, h, w).
+        transport: the one of this step.
+    """
+
+    latents: Tensor
+    labels: Tensor
+    times: Tensor
+    noise: Tensor
+    transport: Transport
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def parts(self, size: int | None) -> list[PartialBatch]:
+        """Return the rows in order, at most `size` of them at a time."""
+        starts = range(0, len(self), size or len(self))
+        return [self._apply(lambda x, start=start: x[start : start + (size or len(self))]) for start in starts]
+
+    def to(self, device: torch.device) -> PartialBatch:
+        """Return the rows on `device`."""
+        return self._apply(lambda x: x.to(device, non_blocking=True))
+
+    def _apply(self, change: Callable[[Tensor], Tensor]) -> PartialBatch:
+        tensors = (self.latents, self.labels, self.times, self.noise)
+        return PartialBatch(*map(change, tensors), self.transport)
+
+
+class LatentBatches:
+    """The batches of one process; the next one is made while a step computes.
+
+    Attributes:
+        held_out: (K,) numbers of the samples that are kept for the validation loss.
+    """
+
+    def __init__(self, config: Config, transport: Transport, rank: int = 0, count: int = 1) -> None:
+        train = config.train
+        self.config = config
+        self.shards, self.stats = open_latents(config)
+        self.seed = train.global_seed
+        self.rows = share_of(train.global_batch_size, rank, count)
+        self.samples, self.held_out = self._parted(0.0 if config.data.valid_path else train.valid_share)
+        self.order = BatchOrder(len(self.samples), train.global_batch_size, self.seed)
+        self._transports = (transport, replace(transport, use_lognorm=False))
+        self._worker: ThreadPoolExecutor | None = None
+        self._next: tuple[int, Future[PartialBatch]] | None = None
+
+    def _parted(self, share: float) -> tuple[Tensor, Tensor]:
+        """Return the numbers of the samples to train on, and of a random share of them that is held out."""
+        numbers = torch.arange(len(self.shards))
+        if not share:
+            return numbers, numbers[:0]
+        mixed = torch.randperm(len(numbers), generator=generator_for(self.seed, HELD_OUT_STREAM))
+        held_out = mixed[: max(1, round(share * len(numbers)))]
+        trained_on = torch.ones(len(numbers), dtype=torch.bool)
+        trained_on[held_out] = False
+        return numbers[trained_on], held_out
+
+    @property
+    def description(self) -> list[int]:
+        """What must not change within a run: shape of the latents, and how many are trained on."""
+        return [*self.shards.shape, len(self.samples)]
+
+    def transport_at(self, step: int) -> Transport:
+        """Return the transport, with uniform times from `train.lognorm_until_step` on."""
+        until = self.config.train.lognorm_until_step
+        return self._transports[until is not None and step >= until]
+
+    def batch(self, step: int) -> PartialBatch:
+        """Return this process's rows of `step`, which were made while the step before it computed."""
+        if self._worker is None:
+            self._worker = ThreadPoolExecutor(1)
+        awaited = self._next[1] if self._next and self._next[0] == step else self._worker.submit(self.make, step)
+        self._next = (step + 1, self._worker.submit(self.make, step + 1))
+        return awaited.result()
+
+    def make(self, step: int) -> PartialBatch:
+        """Return this process's rows of `step`."""
+        transport = self.transport_at(step)
+        size = len(self.rows)
+        chances, times = torch.empty(size, 2), torch.empty(size)
+        noise = torch.empty(size, *self.shards.shape)
+        for place, row in enumerate(self.rows):
+            generator = generator_for(self.seed, ROW_STREAM, step, row)
+            torch.rand(2, generator=generator, out=chances[place])
+            times[place] = transport.sample_times(1, generator)[0]
+            torch.randn(self.shards.shape, generator=generator, out=noise[place])
+        samples = self.samples[self.order.indices(step)[self.rows.start : self.rows.stop]]
+        latents, labels = self.shards.batch(samples, chances[:, 0] < 0.5)
+        labels = torch.where(chances[:, 1] < LABEL_DROPOUT, self.config.data.num_classes, labels)
+        return PartialBatch(self.stats.normalise(latents), labels, times, noise, transport)
+
+
+def open_latents(config: Config) -> tuple[LatentShards, LatentStats]:
+    """Return the shards in `data.data_path` and their statistics.
+
+    Raises:
+        LightningDiTError: there are none, or their shape or labels are not the configuration's.
+    """
+    data = config.data
+    if not data.data_path:
+        raise LightningDiTError(f"{config.source} names no data.data_path", "python -m LightningDiT.extract_features")
+    shards = open_shards(config, data.data_path)
+    if not data.latent_norm:
+        return shards, LatentStats.identity(shards.shape[0])
+    stats = LatentStats.load(Path(data.data_path) / "latents_stats.pt", shards.shape[0], data.latent_multiplier)
+    return shards, stats
+
+
+def open_shards(config: Config, folder: str) -> LatentShards:
+    """Return the shards in `folder`, compared with the configuration."""
+    shards = LatentShards(folder)
+    side = config.data.image_size // config.vae.downsample_ratio
+    wanted = (config.model.in_chans, side, side)
+    if tuple(shards.shape) != wanted:
+        raise LightningDiTError(
+            f"latents in {folder} have the shape {tuple(shards.shape)}; {config.source} expects {wanted}",
+            "extract them with the tokenizer of this configuration",
+        )
+    largest = int(shards.labels.max())
+    if largest >= config.data.num_classes:
+        raise LightningDiTError(
+            f"latents in {folder} have the label {largest}; data.num_classes is {config.data.num_classes}",
+            f"set data.num_classes: {largest + 1} in {config.source}",
+        )
+    return shards

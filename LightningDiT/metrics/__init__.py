@@ -1,0 +1,1 @@
+"""What generated images are judged by: image sets, networks that see them, scores, neighbours, and the picture."""

@@ -1,0 +1,158 @@
+"""The tokenizer's whole loss: the terms of `losses` with their networks, and what each of them needs.
+
+The tensors that are trained besides the autoencoder have the names of the published checkpoints:
+`loss.discriminator.main.0.weight`, `loss.logvar`, `linear_proj.weight`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from LightningDiT.config import TokenizerTrainConfig
+
+from .autoencoder import AutoencoderKL, DiagonalGaussian
+from .discriminator import PatchDiscriminator
+from .losses import (
+    ALIGNMENT_CEILING,
+    GAN_CEILING,
+    adaptive_weight,
+    cosine_alignment,
+    distance_matrix_alignment,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+    negative_log_likelihood,
+)
+from .perceptual import PerceptualDistance
+from .vision import VisionModel
+
+Terms = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one forward pass of the autoencoder gave.
+
+    Attributes:
+        images: (N, 3, H, W) in [-1, 1].
+        posterior: of the latents.
+        latents: drawn from it, (N, C, h, w).
+        reconstructions: (N, 3, H, W) float32.
+    """
+
+    images: Tensor
+    posterior: DiagonalGaussian
+    latents: Tensor
+    reconstructions: Tensor
+
+
+class Criterion(nn.Module):
+    """The loss of the autoencoder and that of its discriminator. A term whose weight is 0 is not computed.
+
+    Args:
+        config: weights and margins.
+        latent_width: channels of the latent.
+        vision: the frozen vision model, where the alignment has a weight.
+        perceptual: LPIPS, where it has one.
+        reverse_proj: latents are projected to the features' width (arXiv 2501.01423); false: the other way round.
+    """
+
+    def __init__(
+        self,
+        config: TokenizerTrainConfig,
+        latent_width: int,
+        vision: VisionModel | None = None,
+        perceptual: PerceptualDistance | None = None,
+        reverse_proj: bool = True,
+    ) -> None:
+        super().__init__()
+        self.config, self.reverse_proj = config, reverse_proj
+        self.loss = nn.Module()
+        self.loss.logvar = nn.Parameter(torch.tensor(config.logvar_init), requires_grad=config.learn_logvar)
+        if config.disc_weight:
+            self.loss.discriminator = PatchDiscriminator(config.disc_layers)
+        if vision is not None:
+            widths = (latent_width, vision.width) if reverse_proj else (vision.width, latent_width)
+            self.linear_proj = nn.Conv2d(*widths, kernel_size=1, bias=False)
+        # frozen: neither in the state nor in the average
+        self._frozen: dict[str, nn.Module | None] = {"vision": vision, "perceptual": perceptual}
+
+    @property
+    def discriminator(self) -> PatchDiscriminator | None:
+        """The discriminator, where the adversarial term has a weight."""
+        return getattr(self.loss, "discriminator", None)
+
+    def to_device(self, device: torch.device) -> Criterion:
+        """Move everything, the frozen networks included, and return the loss."""
+        for network in self._frozen.values():
+            if network is not None:
+                network.to(device)
+        return self.to(device)
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """Return what is trained together with the autoencoder: the projection, and the scale where it is learnt."""
+        parameters = [self.loss.logvar] if self.config.learn_logvar else []
+        return parameters + (list(self.linear_proj.parameters()) if self._frozen["vision"] else [])
+
+    def is_adversarial(self, step: int) -> bool:
+        """Whether the discriminator takes part in `step`, counted from 0."""
+        return self.discriminator is not None and step + 1 >= self.config.disc_start
+
+    def autoencoder_loss(self, result: Pass, model: AutoencoderKL, step: int) -> Terms:
+        """Return `loss` and its terms for one forward pass, scalars.
+
+        `l1` and `l2` are means over all values, `lpips` and `kl` (nats) over images, and the weights in front of the
+        adversarial term and the alignment are among the terms (`gan_adaptive`, `vf_adaptive`).
+        """
+        config, terms = self.config, self._distances(result)
+        weights = {"l1": config.l1_weight, "l2": config.l2_weight, "lpips": config.lpips_weight}
+        distance = sum(weights[name] * term for name, term in terms.items())
+        values = result.images[0].numel() if config.sum_values else 1
+        likelihood = negative_log_likelihood(distance, self.loss.logvar, values)
+        terms["kl"] = result.posterior.kl().mean()
+        total = likelihood + config.kl_weight * terms["kl"]
+        if self._frozen["vision"] is not None:
+            alignment = self._alignment(result)
+            aligned = config.cos_weight * alignment["vf_cos"] + config.distmat_weight * alignment["vf_distmat"]
+            if config.adaptive_vf:
+                layer = model.encoder.conv_out.weight
+                alignment["vf_adaptive"] = adaptive_weight(likelihood, aligned, layer, ALIGNMENT_CEILING)
+            total = total + config.vf_weight * alignment.get("vf_adaptive", 1.0) * aligned
+            terms |= alignment
+        if self.is_adversarial(step):
+            terms["gan"] = hinge_generator_loss(self.discriminator(result.reconstructions))
+            layer = model.decoder.conv_out.weight
+            terms["gan_adaptive"] = adaptive_weight(likelihood, terms["gan"], layer, GAN_CEILING)
+            total = total + config.disc_weight * terms["gan_adaptive"] * terms["gan"]
+        return {"loss": total, **terms}
+
+    def discriminator_loss(self, result: Pass) -> Terms:
+        """Return the discriminator's hinge loss and the mean logits of real and reconstructed images, scalars."""
+        real = self.discriminator(result.images)  # (N, 1, h, w)
+        fake = self.discriminator(result.reconstructions.detach())  # (N, 1, h, w)
+        terms = {"logits_real": real.float().mean(), "logits_fake": fake.float().mean()}
+        return {"disc": hinge_discriminator_loss(real, fake), **terms}
+
+    def _distances(self, result: Pass) -> Terms:
+        """Return the terms of the reconstruction."""
+        error = result.reconstructions - result.images  # (N, 3, H, W)
+        terms = {"l1": error.abs().mean(), "l2": error.square().mean()}
+        perceptual = self._frozen["perceptual"]
+        if perceptual is not None:
+            terms["lpips"] = perceptual(result.images, result.reconstructions).mean()
+        return terms
+
+    def _alignment(self, result: Pass) -> Terms:
+        """Return the two terms of the alignment with the vision model."""
+        features = self._frozen["vision"](result.images)  # (N, D, h, w)
+        latents = result.latents  # (N, C, h, w)
+        if self.reverse_proj:
+            latents = self.linear_proj(latents)  # (N, D, h, w)
+        else:
+            features = self.linear_proj(features)  # (N, C, h, w)
+        return {
+            "vf_cos": cosine_alignment(latents, features, self.config.cos_margin),
+            "vf_distmat": distance_matrix_alignment(latents, features, self.config.distmat_margin),
+        }

@@ -1,0 +1,87 @@
+"""The terms of the tokenizer's loss, as functions of tensors alone.
+
+VA-VAE (Yao, Yang and Wang, arXiv 2501.01423) adds an alignment with a frozen vision model to the loss of latent
+diffusion's autoencoder (Rombach et al., arXiv 2112.10752), which has its adversarial part from VQGAN (Esser, Rombach
+and Ommer, arXiv 2012.09841).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ADAPTIVE_OFFSET = 1e-4  # keeps the ratio of two gradient norms finite
+GAN_CEILING, ALIGNMENT_CEILING = 1e4, 1e8  # of the two adaptive weights
+
+
+def negative_log_likelihood(distance: Tensor, logvar: Tensor, values: int) -> Tensor:
+    """Return `values * (distance / exp(logvar) + logvar)`, a scalar.
+
+    With `values` the number of values in an image this is the published sum over an image, mean over images; with 1
+    it is the mean over values.
+
+    Args:
+        distance: scalar, weighted distance of images and reconstructions, mean per value.
+        logvar: scalar, logarithm of the scale that all values share.
+    """
+    return values * (distance * torch.exp(-logvar) + logvar)
+
+
+def cosine_alignment(latents: Tensor, features: Tensor, margin: float) -> Tensor:
+    """Return the mean over positions of `relu(1 - margin - cos(z', f))` (arXiv 2501.01423, marginal cosine similarity).
+
+    Args:
+        latents: z', (N, D, h, w).
+        features: f, (N, D, h, w).
+        margin: what lies so near to 1 is not pulled any nearer.
+    """
+    similarity = F.cosine_similarity(latents.float(), features.float(), dim=1)  # (N, h, w)
+    return F.relu(1.0 - margin - similarity).mean()
+
+
+def distance_matrix_alignment(latents: Tensor, features: Tensor, margin: float) -> Tensor:
+    """Return the mean over pairs of positions of `relu(|S_z' - S_f| - margin)` (arXiv 2501.01423, distance matrix).
+
+    S is the matrix of cosine similarities between all positions of an image. The two widths may differ.
+
+    Args:
+        latents: z', (N, D, h, w).
+        features: f, (N, E, h, w).
+        margin: differences up to it are free.
+    """
+    difference = similarity_matrix(latents) - similarity_matrix(features)  # (N, hw, hw)
+    return F.relu(difference.abs() - margin).mean()
+
+
+def similarity_matrix(maps: Tensor) -> Tensor:
+    """Return the cosine similarities (N, hw, hw) between the positions of maps (N, D, h, w)."""
+    unit = F.normalize(maps.float().flatten(2), dim=1)  # (N, D, hw)
+    return unit.transpose(1, 2) @ unit
+
+
+def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """Return `(E relu(1 - D(x)) + E relu(1 + D(x'))) / 2` (Lim and Ye, arXiv 1705.02894) of logits of any shape."""
+    return 0.5 * (F.relu(1.0 - real.float()).mean() + F.relu(1.0 + fake.float()).mean())
+
+
+def hinge_generator_loss(fake: Tensor) -> Tensor:
+    """Return `-E D(x')` of logits of any shape."""
+    return -fake.float().mean()
+
+
+def adaptive_weight(reference: Tensor, term: Tensor, weight: Tensor, ceiling: float) -> Tensor:
+    """Return the factor that gives `term` a gradient as large as that of `reference` at one layer, a scalar.
+
+    `|d reference / d weight| / (|d term / d weight| + 1e-4)`, at most `ceiling`; no gradient flows through it
+    (arXiv 2012.09841, equation 7; arXiv 2501.01423, adaptive weighting).
+
+    Args:
+        reference: scalar, the reconstruction loss.
+        term: scalar.
+        weight: of the last layer that both depend on: the decoder's for the adversarial term, the encoder's for the
+            alignment.
+    """
+    (wanted,) = torch.autograd.grad(reference, weight, retain_graph=True)
+    (own,) = torch.autograd.grad(term, weight, retain_graph=True)
+    return (wanted.norm() / (own.norm() + ADAPTIVE_OFFSET)).clamp(max=ceiling).detach()

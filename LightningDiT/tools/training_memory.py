@@ -1,0 +1,139 @@
+"""Say whether a training fits into memory: `python -m LightningDiT.tools.training_memory --config C --memory 16`.
+
+`--measure 1 4` trains one real step after another on the CPU, with so many samples at a time, each in a process of its
+own, and shows the largest resident size beside what is computed. The formula is in LightningDiT/training_memory.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from LightningDiT.config import Config, load_config
+from LightningDiT.console import run_main
+from LightningDiT.device import PRECISIONS, autocast, best_device, training_dtype
+from LightningDiT.errors import LightningDiTError
+from LightningDiT.loading import model_settings
+from LightningDiT.models.lightningdit import LightningDiT
+from LightningDiT.training import Ema
+from LightningDiT.training_memory import TrainingNeed, training_need
+
+GIB = 2**30
+STATUS = Path("/proc/self/status")
+#: Freed memory goes back at once: glibc else keeps up to a fifth more for later, which differs from run to run.
+PROMPT_RETURN = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+STEPS = 2  # the first one makes Adam's moments, the second has them from the start
+
+
+def need_of(config: Config, on_gpu: bool, checkpointing: bool) -> TrainingNeed:
+    """Return what training by a configuration takes, with or without activation checkpointing."""
+    dtype = PRECISIONS.get(config.train.precision) or (torch.bfloat16 if on_gpu else training_dtype(best_device()))
+    return training_need(replace(model_settings(config), use_checkpoint=checkpointing), dtype, on_gpu)
+
+
+def report(config: Config, memory: float, on_gpu: bool, processes: int) -> str:
+    """Return in words what fits into `memory` (GiB) of each of so many processes."""
+    plain, saving = (need_of(config, on_gpu, checkpointing) for checkpointing in (False, True))
+    lines = [
+        f"{config.model.model_type}, {plain.parameters:,} parameters, precision {config.train.precision}",
+        f"weights, Adam's moments, average: {plain.state / GIB:.2f} GiB; gradients: {plain.gradients / GIB:.2f} GiB;"
+        f" copies in half precision: {plain.half_copies / GIB:.2f} GiB",
+    ]
+    for words, need in (("", plain), (" with use_checkpoint", saving)):
+        most = need.largest_batch(memory * GIB)
+        fits = (
+            f"micro_batch_size: {most} at most in {memory:g} GiB"
+            if most
+            else f"does not fit into {memory:g} GiB at all"
+        )
+        lines.append(f"activations{words}: {need.activations / 2**20:.1f} MiB a sample; {fits}")
+    share = math.ceil(config.train.global_batch_size / processes)
+    asked = min(share, config.train.micro_batch_size or share)
+    need = saving if model_settings(config).use_checkpoint else plain
+    peak = need.peak(asked, accumulates=asked < share) / GIB
+    verdict = "fits" if peak <= memory else "does not fit"
+    lines.append(f"as configured, {asked} samples at a time: {peak:.2f} GiB, which {verdict}")
+    return "\n".join(lines)
+
+
+def measured_peak(config_path: str, batch: int) -> int:
+    """Return the largest resident size in bytes of a process that trains on the CPU with `batch` samples at a time."""
+    command = [
+        sys.executable,
+        "-m",
+        "LightningDiT.tools.training_memory",
+        "--config",
+        config_path,
+        "--child",
+        str(batch),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | PROMPT_RETURN)
+    if done.returncode:
+        raise LightningDiTError(
+            f"measuring failed: {done.stderr.strip().splitlines()[-1:]}", "free memory and try again"
+        )
+    return int(done.stdout.split()[-1])
+
+
+def train_steps(config: Config, batch: int) -> int:
+    """Train on random latents and return the largest resident size of this process in bytes.
+
+    Raises:
+        LightningDiTError: the system does not say.
+    """
+    dtype = PRECISIONS.get(config.train.precision) or training_dtype(torch.device("cpu"))
+    model = LightningDiT(model_settings(config), class_dropout_prob=0.0)
+    average, optimizer = Ema(model, 0.99), torch.optim.AdamW(model.parameters())
+    side = model.settings.input_size
+    for _ in range(STEPS):
+        optimizer.zero_grad(set_to_none=True)
+        states = torch.randn(batch, model.settings.in_channels, side, side)
+        with autocast(torch.device("cpu"), dtype):
+            out = model(states, torch.rand(batch), torch.zeros(batch, dtype=torch.long))
+        (out.float() - states).square().mean().backward()
+        optimizer.step()
+        average.update(model)
+    try:
+        return int(re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())[1]) * 1024
+    except (OSError, TypeError) as error:
+        raise LightningDiTError(f"{STATUS} gives no VmHWM, which Linux writes there", "measure on Linux") from error
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the command line's arguments."""
+    parser = argparse.ArgumentParser(prog="python -m LightningDiT.tools.training_memory", description=__doc__)
+    parser.add_argument("--config", required=True, help="YAML of the published schema")
+    parser.add_argument("--memory", type=float, default=16.0, help="GiB of the device (default 16)")
+    parser.add_argument("--processes", type=int, default=1, help="that share the batch, each with such memory")
+    parser.add_argument("--cpu", action="store_true", help="training on the CPU, where a GPU is meant otherwise")
+    parser.add_argument("--measure", type=int, nargs="+", metavar="BATCH", help="measure on the CPU besides")
+    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, build, run."""
+    args = parse(argv)
+    config = load_config(args.config)
+    if args.child:
+        print(train_steps(config, args.child))
+        return 0
+    print(report(config, args.memory, not args.cpu, args.processes))
+    for batch in args.measure or ():
+        peak = measured_peak(args.config, batch) / GIB
+        need = need_of(config, False, model_settings(config).use_checkpoint).peak(batch) / GIB
+        print(f"on the CPU, {batch} at a time: measured {peak:.2f} GiB, computed {need:.2f} ({need / peak:.2f})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

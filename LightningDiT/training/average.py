@@ -1,0 +1,36 @@
+"""The exponential moving average of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Ema:
+    """Exponential moving average of a module's parameters (Polyak and Juditsky, 1992)."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.steps = 0
+        self.weights = {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """Move the average towards the module; early steps weigh more, so that the start is forgotten."""
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        for name, value in module.state_dict().items():
+            self.weights[name].lerp_(value, 1 - decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the weights and the number of updates."""
+        return {"weights": self.weights, "steps": self.steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        for name, average in self.weights.items():
+            average.copy_(state["weights"][name])  # keeps the device that the module is on
+        self.steps = int(state["steps"])

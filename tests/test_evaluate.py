@@ -1,0 +1,669 @@
+"""The evaluation: torch-fidelity's own numbers, NumPy's and SciPy's, and what it refuses in one line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import os
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from scipy.linalg import sqrtm
+from scipy.stats import binomtest
+from torch import Tensor, nn
+
+from LightningDiT import evaluate
+from LightningDiT.checkpoint import save_weights
+from LightningDiT.console import run_main
+from LightningDiT.data.images import FASHION_MNIST_CLASSES
+from LightningDiT.errors import LightningDiTError
+from LightningDiT.images import save_png
+from LightningDiT.metrics import bootstrap_study, cache, extractors, neighbours
+from LightningDiT.metrics.classes import class_table, overall_accuracy
+from LightningDiT.metrics.extractors import JUDGE_FILE, Extractor, Inception, JudgeView, TimmView, make_extractor
+from LightningDiT.metrics.scores import Bootstrap, Comparison, Score, bootstrap_score, proportion, scores_of
+from LightningDiT.metrics.sources import ImageSource, open_images, open_source
+from LightningDiT.seeds import generator_for
+from LightningDiT.tools.judge import load_judge
+from LightningDiT.tools.metrics import FrechetDistance, moments
+
+torch_fidelity = pytest.importorskip("torch_fidelity")
+
+
+def pixels_of(count: int, side: int, seed: int, brightness: int = 0) -> np.ndarray:
+    """Return smooth random pictures (N, side, side, 3) uint8."""
+    coarse = np.random.RandomState(seed).randint(0, 200 - brightness, (count, 4, 4, 3))
+    return (coarse + brightness).repeat(side // 4, 1).repeat(side // 4, 2).astype(np.uint8)
+
+
+def save_folder(folder: Path, pixels: np.ndarray, first: int = 0) -> Path:
+    for index, image in enumerate(pixels):
+        save_png(Image.fromarray(image), folder / f"{first + index:06d}.png")
+    return folder
+
+
+def run(output: Path, samples: Path, reference: Path, *options: str) -> dict[str, Any]:
+    """Evaluate by the command line and return its report."""
+    given = ["--samples", str(samples), "--reference", str(reference), "--output", str(output)]
+    assert evaluate.main([*given, *options]) == 0
+    return json.loads((output / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Inception's weights in torch-fidelity's format, random but of a scale that keeps activations alive."""
+    from torch_fidelity import feature_extractor_inceptionv3 as port
+
+    network = port.FeatureExtractorInceptionV3
+    absent = mock.patch.object(port, "load_state_dict_from_url", return_value={})
+    with absent, mock.patch.object(network, "load_state_dict", return_value=None):
+        module = network("inception-v3-compat", ["2048"])
+    generator = torch.Generator().manual_seed(0)
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):
+            scale = math.sqrt(2 / part.weight[0].numel())
+            part.weight.data = scale * torch.randn(part.weight.shape, generator=generator)
+    file = tmp_path_factory.mktemp("inception") / "inception.pth"
+    torch.save(module.state_dict(), file)
+    return file
+
+
+def test_scores_are_those_of_torch_fidelity(weights: Path, tmp_path: Path) -> None:
+    made = save_folder(tmp_path / "made", pixels_of(10, 16, seed=0))
+    real = save_folder(tmp_path / "real", pixels_of(5, 16, seed=1, brightness=60))
+    report = run(tmp_path / "out", made, real, "--inception-weights", str(weights), "--resamples", "0")
+    options = {"cuda": False, "cache": False, "save_cpu_ram": True, "verbose": False, "isc": True, "prc": True}
+    theirs = torch_fidelity.calculate_metrics(
+        input1=str(made),
+        input2=str(real),
+        feature_extractor="inception-v3-compat",
+        feature_extractor_weights_path=str(weights),
+        fid=True,
+        **options,
+    )
+    ours = {name: score["value"] for name, score in report["scores"].items()}
+    assert ours["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
+    assert ours["inception_score"] == pytest.approx(theirs["inception_score_mean"], rel=1e-5)
+    assert ours["precision"] == pytest.approx(theirs["precision"])
+    assert ours["recall"] == pytest.approx(theirs["recall"])
+    assert report["features"] == {"network": "inception", "layer": "pool_3", "dimensions": 2048}
+    assert any("10 generated images: below 10000" in line for line in report["warnings"])
+    spatial = [spatial_views(tmp_path / "out", title) for title in ("generated", "reference")]
+    assert ours["sfid"] == pytest.approx(distance_by_svd(*spatial), rel=1e-5)
+    first = open_images(str(made)).read(0, 2)
+    np.testing.assert_allclose(spatial[0][:2], spatial_by_layers(weights, first), rtol=1e-4, atol=1e-5)
+
+
+def spatial_views(output: Path, title: str) -> np.ndarray:
+    (file,) = output.glob(f"features/{title}-*/*.safetensors")
+    return load_file(file)["spatial"].double().numpy()
+
+
+def spatial_by_layers(weights: Path, pixels: Tensor) -> np.ndarray:
+    """Return the first 7 channels of `mixed_6/conv`, by the network's layers called one after the other."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x as resize
+
+    network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(weights))
+    before = (
+        "Conv2d_1a_3x3 Conv2d_2a_3x3 Conv2d_2b_3x3 MaxPool_1 Conv2d_3b_1x1 Conv2d_4a_3x3 MaxPool_2"
+        " Mixed_5b Mixed_5c Mixed_5d Mixed_6a Mixed_6b Mixed_6c"
+    )
+    x = (resize(pixels.float(), size=(299, 299), align_corners=False) - 128) / 128
+    for name in before.split():
+        x = getattr(network, name)(x)
+    spatial = network.Mixed_6d.branch1x1(x)[:, :7]
+    assert spatial.shape[1:] == (7, 17, 17)
+    return spatial.reshape(len(pixels), -1).numpy()
+
+
+def distance_by_svd(made: np.ndarray, real: np.ndarray) -> float:
+    """Return the Frechet distance of few features of many dimensions, by NumPy.
+
+    The trace of the root of C1 C2 is the sum of singular values of A1 A2^T, with A the centred features over the
+    root of N - 1: the eigenvalues of C1 C2 = A1^T A1 A2^T A2 are the squares of those values.
+    """
+    parts = [(side - side.mean(0)) / math.sqrt(len(side) - 1) for side in (made, real)]
+    roots = np.linalg.svd(parts[0] @ parts[1].T, compute_uv=False).sum()
+    shift = np.square(made.mean(0) - real.mean(0)).sum()
+    return float(shift + sum(np.square(part).sum() for part in parts) - 2 * roots)
+
+
+def gaussian(count: int, width: int, seed: int) -> Tensor:
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_distance_is_that_of_scipy_and_its_resamples_are_those_of_repeated_rows(tmp_path: Path) -> None:
+    made, real = gaussian(40, 5, seed=0) * 1.5, gaussian(50, 5, seed=1) + 0.5
+    comparison = Comparison("judge", {"features": made}, {"features": real}, {}, "key")
+    scores = scores_of(comparison, Bootstrap(20, 3, tmp_path))
+
+    def by_scipy(features: np.ndarray) -> float:
+        (mean1, covariance1), (mean2, covariance2) = ((x.mean(0), np.cov(x.T)) for x in (features, real.numpy()))
+        root = sqrtm(covariance1 @ covariance2).real
+        return float(np.square(mean1 - mean2).sum() + np.trace(covariance1 + covariance2 - 2 * root))
+
+    assert scores["frechet_distance"].value == pytest.approx(by_scipy(made.numpy()), rel=1e-5)
+    (file,) = tmp_path.glob("resamples-fid-*.json")
+    kept = json.loads(file.read_text())
+    expected = [
+        by_scipy(made.double().numpy()[torch.randint(40, (40,), generator=generator_for(3, number)).numpy()])
+        for number in range(20)
+    ]
+    assert kept == pytest.approx(expected, rel=1e-5)
+    bias = np.mean(expected) - scores["frechet_distance"].value
+    assert scores["frechet_distance"].bias == pytest.approx(bias, rel=1e-4)
+
+
+def test_the_mean_of_the_resamples_tells_the_bias() -> None:
+    """The truth: sets of 100 from the reference's own distribution lie above the distance 0 by their mean."""
+    distance = FrechetDistance(torch.zeros(6).double(), torch.eye(6).double())
+    values, biases = [], []
+    for number in range(40):
+        features = gaussian(100, 6, seed=number).double()
+        drawn = [torch.randint(100, (100,), generator=torch.Generator().manual_seed(n)) for n in range(25)]
+        value = distance(*moments(features))
+        values.append(value)
+        bias = bootstrap_score(value, [distance(*moments(features[chosen])) for chosen in drawn]).bias
+        assert bias is not None
+        biases.append(bias)
+    # to first order in 1 / N: F / N of the mean, and |C - 1|^2 / 4 with F (F + 1) / (N - 1) in the mean (Wishart)
+    assert np.mean(values) == pytest.approx(6 / 100 + 6 * 7 / (4 * 99), rel=0.15)
+    assert np.mean(biases) == pytest.approx(np.mean(values), rel=0.15)
+
+
+def test_an_interval_lies_around_the_value() -> None:
+    score = bootstrap_score(5.0, [float(number) for number in range(101)])
+    # the resamples' mean is 50, their quantiles 2.5 and 97.5; moved back by 45
+    assert score == Score(5.0, 0.0, pytest.approx(52.5), pytest.approx(45.0))
+    assert bootstrap_score(50.0, [float(number) for number in range(101)]).low == pytest.approx(2.5)
+    assert bootstrap_score(5.0, []) == Score(5.0)
+
+
+@pytest.mark.parametrize(("hits", "count"), [(0, 20), (7, 20), (20, 20), (499, 1000)])
+def test_the_interval_of_a_share_is_scipys(hits: int, count: int) -> None:
+    score = proportion(hits / count, count)
+    interval = binomtest(hits, count).proportion_ci(0.95, method="wilson")
+    assert (score.low, score.high) == pytest.approx((interval.low, interval.high), abs=1e-12)
+
+
+def test_the_score_of_a_classifier_that_is_sure_is_the_number_of_classes(tmp_path: Path) -> None:
+    # two images of each class in every one of the ten splits would need an order; one class gives 1 in any
+    logits = torch.zeros(40, 4)
+    logits[:, 2] = 100.0
+    views = {"features": gaussian(40, 3, seed=0), "logits": logits}
+    scores = scores_of(Comparison("inception", views, None, {}, "key"), Bootstrap(3, 0, tmp_path))
+    assert list(scores) == ["inception_score"]
+    assert scores["inception_score"].value == pytest.approx(1.0, abs=1e-9)
+
+
+def test_precision_and_recall_of_sets_apart_and_of_a_part(tmp_path: Path) -> None:
+    """Generated points in one of two far clusters of real ones: all are among real ones, half the real ones are met."""
+    near, far = gaussian(30, 2, seed=0), gaussian(30, 2, seed=0) + 1000
+    real = {"features": torch.cat([near, far])}
+    scores = scores_of(Comparison("judge", {"features": near}, real, {}, "a"), Bootstrap(0, 0, tmp_path))
+    assert (scores["precision"].value, scores["recall"].value) == (1.0, 0.5)
+    interval = binomtest(30, 60).proportion_ci(0.95, method="wilson")
+    assert (scores["recall"].low, scores["recall"].high) == pytest.approx((interval.low, interval.high))
+    apart = Comparison("judge", {"features": near - 5000}, real, {}, "b")
+    scores = scores_of(apart, Bootstrap(0, 0, tmp_path))
+    assert (scores["precision"].value, scores["recall"].value) == (0.0, 0.0)
+
+
+def test_the_judge_sees_what_it_sees_elsewhere() -> None:
+    images = torch.from_numpy(pixels_of(5, 32, seed=0)).permute(0, 3, 1, 2)
+    judge = load_judge(JUDGE_FILE)
+    with torch.no_grad():
+        expected = judge(images.float() / 127.5 - 1)
+    torch.testing.assert_close(JudgeView(JUDGE_FILE)(images)["logits"], expected)
+
+
+def test_a_timm_model_with_weights_of_a_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", num_classes=3).eval()
+    save_weights(model.state_dict(), tmp_path / "vit.safetensors")
+    images = torch.from_numpy(pixels_of(2, 160, seed=0)).permute(0, 3, 1, 2)
+    mean, std = (torch.tensor(model.pretrained_cfg[name])[:, None, None] for name in ("mean", "std"))
+    with torch.no_grad():
+        expected = model((images.float() / 255 - mean) / std)
+    views = make_extractor(f"timm:test_vit@{tmp_path / 'vit.safetensors'}")(images)
+    torch.testing.assert_close(views["logits"], expected)
+    assert views["features"].shape == (2, model.num_features)
+    torch.testing.assert_close(model.get_classifier()(views["features"]), expected)
+    headless = {name: value for name, value in model.state_dict().items() if not name.startswith("head.")}
+    save_weights(headless, tmp_path / "headless.safetensors")
+    without = TimmView("test_vit", tmp_path / "headless.safetensors")
+    assert list(without(images)) == ["features"]
+    torch.testing.assert_close(without(images)["features"], views["features"])
+
+
+def test_images_come_alike_from_a_folder_and_from_an_npz(tmp_path: Path) -> None:
+    pixels = pixels_of(7, 8, seed=0)
+    folder = save_folder(tmp_path / "a", pixels)
+    np.savez(tmp_path / "a.npz", pixels, np.arange(7))
+    sources = [open_images(str(folder)), open_images(str(tmp_path / "a.npz"))]
+    for start, stop in ((0, 3), (5, 7), (2, 4), (0, 7)):  # forwards, over a gap, and back
+        for source in sources:
+            assert torch.equal(source.read(start, stop), torch.from_numpy(pixels[start:stop]).permute(0, 3, 1, 2))
+    assert sources[0].labels is None
+    assert sources[1].labels is not None
+    assert sources[1].labels.tolist() == list(range(7))
+
+
+def test_the_crop_is_that_of_adm(tmp_path: Path) -> None:
+    wide = np.zeros((1, 8, 24, 3), np.uint8)
+    wide[:, :, 8:16] = 200
+    save_folder(tmp_path / "a", wide)
+    np.savez(tmp_path / "a.npz", wide)
+    for name in ("a", "a.npz"):
+        assert torch.equal(open_images(str(tmp_path / name), 8).read(0, 1), torch.full((1, 3, 8, 8), 200).byte())
+
+
+def test_classes_come_from_subfolders_numbers_and_manifests(tmp_path: Path) -> None:
+    pixels = pixels_of(2, 8, seed=0)
+    for name in ("dog", "ant"):
+        save_folder(tmp_path / "names" / name, pixels)
+    for name in ("7", "03"):
+        save_folder(tmp_path / "numbers" / name, pixels)
+    named, numbered = (open_images(str(tmp_path / name)) for name in ("names", "numbers"))
+    assert named.labels is not None and numbered.labels is not None
+    assert (named.labels.tolist(), list(named.class_names)) == ([0, 0, 1, 1], ["ant", "dog"])
+    assert numbered.labels.tolist() == [3, 3, 7, 7]
+    run_folder = save_folder(tmp_path / "run", pixels, first=1)  # image 0 was deleted
+    (run_folder / "manifest.json").write_text(json.dumps({"labels": [4, 5, 6]}))
+    source = open_images(str(run_folder))
+    assert source.labels is not None
+    assert source.labels.tolist() == [5, 6]
+    (run_folder / "manifest.json").write_text("{}")
+    assert open_images(str(run_folder)).labels is None
+
+
+class Counting(Extractor):
+    """A network whose view is an image's mean colour, which counts the images that it has seen."""
+
+    name, key, layer, numbered = "counting", "counting 1", "mean", True
+
+    def __init__(self, stop_after: int = 1000) -> None:
+        super().__init__()
+        self.seen, self.stop_after = 0, stop_after
+
+    def view(self, pixels: Tensor) -> dict[str, Tensor]:
+        if self.seen + len(pixels) > self.stop_after:
+            raise KeyboardInterrupt
+        self.seen += len(pixels)
+        return {"features": pixels.float().mean((2, 3))}
+
+
+def test_what_was_seen_is_kept_and_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "PART", 4)
+    pixels = pixels_of(10, 8, seed=0)
+    folder = save_folder(tmp_path / "a", pixels)
+    expected = torch.from_numpy(pixels).float().mean((1, 2))
+    with pytest.raises(KeyboardInterrupt):
+        cache.views_of(open_images(str(folder)), Counting(stop_after=7), tmp_path / "kept", "a", 3)
+    for seen, damaged in ((6, None), (0, None), (4, "00000004")):  # the first part was whole; all; one is torn
+        if damaged:
+            (part,) = (tmp_path / "kept").rglob(f"{damaged}.safetensors")
+            part.write_bytes(part.read_bytes()[:100])
+        network = Counting()
+        views = cache.views_of(open_images(str(folder)), network, tmp_path / "kept", "a", 3)
+        assert network.seen == seen
+        torch.testing.assert_close(views["features"], expected)
+        assert torch.equal(views["pixels"], torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    os.utime(folder / "000003.png", (1, 1))  # a file was written again
+    network = Counting()
+    cache.views_of(open_images(str(folder)), network, tmp_path / "kept", "a", 3)
+    assert network.seen == 10
+
+
+def test_values_are_kept_one_by_one(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def value_of(stop: int) -> Callable[[int], float]:
+        def value(number: int) -> float:
+            if number == stop:
+                raise KeyboardInterrupt
+            asked.append(number)
+            return number / 2
+
+        return value
+
+    progress = mock.Mock()
+    with pytest.raises(KeyboardInterrupt):
+        cache.kept_values(tmp_path / "v.json", 5, value_of(3), progress)
+    assert cache.kept_values(tmp_path / "v.json", 5, value_of(-1), progress) == [0, 0.5, 1, 1.5, 2]
+    assert cache.kept_values(tmp_path / "v.json", 2, value_of(0), progress) == [0, 0.5]
+    assert asked == [0, 1, 2, 3, 4]
+
+
+def test_large_images_are_measured_by_means_of_their_pixels() -> None:
+    images = torch.from_numpy(pixels_of(3, 64, seed=0)).permute(0, 3, 1, 2)
+    expected = images.double().reshape(3, 3, 32, 2, 32, 2).mean((3, 5)).round()
+    assert torch.equal(cache.thumbnails(images).double(), expected)
+
+
+def test_copies_are_found_and_fresh_images_are_not(tmp_path: Path) -> None:
+    training = {"features": gaussian(50, 4, seed=0), "pixels": torch.from_numpy(pixels_of(50, 8, seed=0))}
+    real = {"features": gaussian(40, 4, seed=1), "pixels": torch.from_numpy(pixels_of(40, 8, seed=1))}
+    copies = {name: view[[30, 4, 17]] for name, view in training.items()}
+    report, found = neighbours.memorisation(copies, training, real, tmp_path)
+    for space in ("pixels", "features"):
+        assert found[space].indices.tolist() == [30, 4, 17]
+        assert report[space]["generated"] == {"median": 0.0, "percentile_1": 0.0, "minimum": 0.0}
+        assert report[space]["nearer_than_real"] == 1.0
+    expected = torch.cdist(real["features"].double(), training["features"].double()).amin(1)
+    assert report["features"]["reference"]["median"] == pytest.approx(float(expected.median()), rel=1e-9)
+    scaled = [view["pixels"].double().flatten(1) / 127.5 for view in (real, training)]
+    expected = torch.cdist(*scaled).amin(1)
+    assert report["pixels"]["reference"]["minimum"] == pytest.approx(float(expected.min()), rel=1e-5)
+    again, _ = neighbours.memorisation(copies, training, real, tmp_path)
+    assert again == report
+    other = {**training, "pixels": torch.zeros(50, 4, 4, 3)}
+    with pytest.raises(LightningDiTError, match=r"generated \(pixels\) images .* differ in size: .* give --size N"):
+        neighbours.memorisation(copies, other, None, tmp_path / "new")
+
+
+def test_the_picture_has_what_is_nearest_above_its_neighbour() -> None:
+    made, known = (torch.from_numpy(pixels_of(3, 8, seed=seed)).permute(0, 3, 1, 2) for seed in (0, 1))
+
+    def source(images: Tensor) -> ImageSource:
+        return ImageSource("", len(images), lambda start, stop: images[start:stop], "")
+
+    found = {"pixels": neighbours.Neighbours(torch.tensor([3.0, 1.0, 2.0]), torch.tensor([2, 2, 0]))}
+    picture = np.asarray(neighbours.neighbour_picture(source(made), source(known), found))
+    # image_grid enlarges 8 pixels to 128, with margins of 4 and captions of 1.6 times the font's 12 pixels
+    row = 128 + int(12 * 1.6) + 4
+    for place, (image, neighbour) in enumerate(((1, 2), (2, 0), (0, 2))):
+        left = 4 + place * 132
+        for top, expected in ((4, made[image]), (4 + row, known[neighbour])):
+            cell = picture[top : top + 128 : 16, left : left + 128 : 16]
+            assert np.array_equal(cell, expected.permute(1, 2, 0).numpy())
+
+
+def test_the_table_by_class() -> None:
+    labels = torch.tensor([0] * 6 + [2] * 4)
+    logits = torch.nn.functional.one_hot(torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 2]), 3).float()
+    samples = {"features": gaussian(10, 3, seed=0), "logits": logits}
+    real_labels = torch.tensor([0] * 5 + [2] * 3)
+    real = {"features": gaussian(8, 3, seed=1), "logits": torch.eye(3)[[0, 0, 0, 0, 2, 2, 2, 2]]}
+    rows = class_table(samples, labels, real, real_labels, Counting(), ["coat", "bag"])
+    assert [(row["class"], row["name"], row["count"]) for row in rows] == [(0, "coat", 6), (2, "2", 4)]
+    assert [row["accuracy"] for row in rows] == [0.5, 1.0]
+    assert [row["accuracy_real"] for row in rows] == [0.8, 1.0]
+    first, second = samples["features"][:6].double().numpy(), real["features"][:5].double().numpy()
+    root = sqrtm(np.cov(first.T) @ np.cov(second.T)).real
+    expected = np.square(first.mean(0) - second.mean(0)).sum() + np.trace(np.cov(first.T) + np.cov(second.T) - 2 * root)
+    assert rows[0]["frechet_distance"] == pytest.approx(expected, rel=1e-6)
+    assert "frechet_distance" not in rows[1]  # 3 real images in 3 dimensions
+    accuracy = overall_accuracy(samples, labels, Counting())
+    assert accuracy is not None and accuracy["value"] == 0.7
+    assert overall_accuracy(samples, labels + 1, Counting()) is None  # class 3 is beyond the network's
+
+
+def test_the_whole_on_images_by_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("0", "3"):
+        save_folder(tmp_path / "made" / name, pixels_of(8, 32, seed=int(name)))
+        save_folder(tmp_path / "real" / name, pixels_of(9, 32, seed=5 + int(name)))
+    options = ["--features", "judge", "--resamples", "5", "--training", str(tmp_path / "made")]
+    report = run(tmp_path / "out", tmp_path / "made", tmp_path / "real", *options)
+    assert list(report["scores"]) == ["frechet_distance", "classifier_score", "precision", "recall"]
+    assert report["scores"]["frechet_distance"]["bias"] > 0
+    assert [row["count"] for row in report["classes"]] == [8, 8]
+    assert report["memorisation"]["pixels"]["generated"]["minimum"] == 0.0
+    assert report["memorisation"]["pixels"]["nearer_than_real"] == 1.0
+    with Image.open(tmp_path / "out" / "metrics.png") as picture:
+        assert picture.width > 1000
+    said = capsys.readouterr()
+    assert "16 generated images against 18 real ones; judge, penultimate layer, 96 dimensions" in said.out
+    assert "warning: 16 generated images: below 10000" in said.err
+    with mock.patch.object(JudgeView, "view", side_effect=AssertionError("nothing has to be looked at again")):
+        assert run(tmp_path / "out", tmp_path / "made", tmp_path / "real", *options) == report
+
+
+def test_statistics_stand_in_for_images(tmp_path: Path) -> None:
+    made, real = pixels_of(20, 32, seed=0), pixels_of(30, 32, seed=1)
+    np.savez(tmp_path / "made.npz", made)
+    images = torch.from_numpy(real).permute(0, 3, 1, 2)
+    features = JudgeView(JUDGE_FILE)(images)["features"].double().numpy()
+    np.savez(tmp_path / "moments.npz", mu=features.mean(0), sigma=np.cov(features.T))
+    np.savez(tmp_path / "real.npz", real)
+    # ADM's reference files have images too, and statistics of more of them: the distance takes the statistics
+    np.savez(tmp_path / "both.npz", arr_0=real[:10], mu=features.mean(0), sigma=np.cov(features.T))
+    options = ["--features", "judge", "--resamples", "0"]
+    scores = {
+        name: run(tmp_path / f"of {name}", tmp_path / "made.npz", tmp_path / f"{name}.npz", *options)["scores"]
+        for name in ("moments", "real", "both")
+    }
+    distances = [scores[name]["frechet_distance"]["value"] for name in ("moments", "real", "both")]
+    assert distances == pytest.approx([distances[1]] * 3, rel=1e-6)
+    assert "recall" not in scores["moments"]
+    assert "recall" in scores["both"]
+    np.savez(tmp_path / "wide.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    with pytest.raises(LightningDiTError, match=r"statistics of 2048 features, the network has 96; mend: name"):
+        run(tmp_path / "wide", tmp_path / "made.npz", tmp_path / "wide.npz", *options)
+
+
+def test_images_of_other_sizes_are_warned_of(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    save_weights(timm.create_model("test_vit", num_classes=3).state_dict(), tmp_path / "vit.safetensors")
+    made = save_folder(tmp_path / "made", pixels_of(4, 16, seed=0))
+    real = save_folder(tmp_path / "real", pixels_of(4, 24, seed=1))
+    options = ["--features", f"timm:test_vit@{tmp_path / 'vit.safetensors'}", "--resamples", "0"]
+    assert (
+        "generated images have 16x16 pixels, the reference's 24x24: scaling moves every score"
+        in (run(tmp_path / "out", made, real, *options)["warnings"])
+    )
+    cropped = run(tmp_path / "cropped", made, real, *options, "--size", "16")
+    assert not any("pixels" in line for line in cropped["warnings"])
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_the_file_for_adms_evaluator(labelled: bool, tmp_path: Path) -> None:
+    pixels = pixels_of(3, 8, seed=0)
+    folder = save_folder(tmp_path / "made", pixels)
+    if labelled:
+        (folder / "manifest.json").write_text(json.dumps({"labels": [2, 0, 1]}))
+    assert evaluate.main(["--samples", str(folder), "--npz", str(tmp_path / "made.npz")]) == 0
+    with np.load(tmp_path / "made.npz") as archive:
+        assert np.array_equal(archive["arr_0"], pixels)
+        assert archive.files == (["arr_0", "arr_1"] if labelled else ["arr_0"])
+        if labelled:
+            assert archive["arr_1"].tolist() == [2, 0, 1]
+    with pytest.raises(LightningDiTError, match=r"made\.npz is no folder of image files; mend: give --npz with"):
+        evaluate.main(["--samples", str(tmp_path / "made.npz"), "--npz", str(tmp_path / "again.npz")])
+
+
+def write_fashion_mnist(folder: Path, counts: dict[str, int]) -> dict[str, np.ndarray]:
+    """Write the four IDX files with random photographs, which are returned by part; image i is of class i mod 10."""
+    written = {}
+    for part, prefix in (("train", "train"), ("test", "t10k")):
+        photographs = np.random.RandomState(counts[part]).randint(0, 256, (counts[part], 28, 28)).astype(np.uint8)
+        images = struct.pack(">4B3i", 0, 0, 8, 3, counts[part], 28, 28) + photographs.tobytes()
+        labels = struct.pack(">4Bi", 0, 0, 8, 1, counts[part]) + bytes(i % 10 for i in range(counts[part]))
+        (folder / f"{prefix}-images-idx3-ubyte.gz").write_bytes(gzip.compress(images))
+        (folder / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(labels))
+        written[part] = photographs
+    return written
+
+
+def test_fashion_mnist_is_taken_by_part(tmp_path: Path) -> None:
+    written = write_fashion_mnist(tmp_path, {"train": 5, "test": 3})
+    for part, photographs in written.items():
+        source = open_images(f"{tmp_path}:{part}")
+        padded = np.pad(photographs, ((0, 0), (2, 2), (2, 2)))
+        assert np.array_equal(source.read(0, source.count).numpy(), np.stack([padded] * 3, 1))
+        assert source.labels is not None
+        assert source.labels.tolist() == list(range(source.count))
+        assert source.class_names == FASHION_MNIST_CLASSES
+    with pytest.raises(LightningDiTError, match=r"holds Fashion-MNIST, and not which part of it; mend: say .*:test"):
+        open_source(str(tmp_path))
+
+
+def test_a_row_of_the_bootstraps_study() -> None:
+    scores = [Score(1.0, 0.5, 2.5, 0.25), Score(3.0, 2.25, 4.25, 0.75)]
+    # mean 2, 0.5 above the limit 1.5; mean bias 0.5; quantiles of two values lie 0.95 of their distance apart
+    assert bootstrap_study.row_of(200, scores, 1.5) == "| 200 | 2 | 0.5 | 0.5 | 1.9 | 2 | 50% |"
+
+
+def test_the_bootstraps_study_prints_its_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_fashion_mnist(tmp_path, {"train": 30, "test": 20})
+    options = ["--counts", "5", "10", "--sets", "3", "--resamples", "4", "--output", str(tmp_path / "out")]
+    assert bootstrap_study.main(["--data-root", str(tmp_path), *options]) == 0
+    rows = capsys.readouterr().out.splitlines()[-4:]
+    assert [row.count("|") for row in rows] == [8, 8, 8, 8]
+    assert [row.split()[1] for row in rows[2:]] == ["5", "10"]
+    # a set is a part of the training images, and its distance is larger than theirs
+    assert all(float(row.split("|")[3]) > 0 for row in rows[2:])
+
+
+def make_damaged(tmp_path: Path) -> None:
+    """Make what cannot be evaluated."""
+    save_folder(tmp_path / "sizes", pixels_of(2, 8, seed=0))
+    save_folder(tmp_path / "sizes", pixels_of(2, 16, seed=0), first=2)
+    save_folder(tmp_path / "torn", pixels_of(2, 8, seed=0))
+    (tmp_path / "torn" / "000001.png").write_bytes(b"no picture")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.npz").write_bytes(b"no archive")
+    np.savez(tmp_path / "float.npz", np.zeros((2, 8, 8, 3), np.float32))
+    np.savez(tmp_path / "labels.npz", np.zeros((2, 8, 8, 3), np.uint8), np.zeros(5))
+    np.savez(tmp_path / "other.npz", weights=np.zeros(3))
+    np.savez(tmp_path / "moments.npz", mu=np.zeros(3), sigma=np.eye(3))
+    np.savez(tmp_path / "columns.npz", np.asfortranarray(np.zeros((2, 8, 8, 3), np.uint8)))
+    np.savez(tmp_path / "flipped.npz", pixels_of(2, 8, seed=0))
+    content = bytearray((tmp_path / "flipped.npz").read_bytes())
+    content[400] ^= 1  # in a pixel: the archive's checksum no longer holds
+    (tmp_path / "flipped.npz").write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("sizes", r"000002\.png has 16x16 pixels, .*000000\.png has 8x8; mend: give --size N"),
+        ("torn", r"000001\.png is no whole image .*; mend: delete it"),
+        ("empty", r"no images in .*empty"),
+        ("nowhere", r"no images in .*nowhere: it is not there"),
+        ("nowhere.npz", r"nowhere\.npz is no whole \.npz file"),
+        ("text.npz", r"text\.npz is no whole \.npz file"),
+        ("float.npz", r"arr_0 is float32 \(2, 8, 8, 3\); uint8 \(N, H, W, 3\) in C order is expected"),
+        ("columns.npz", r"in C order is expected"),
+        ("flipped.npz", r"flipped\.npz is damaged \(Bad CRC-32"),
+        ("labels.npz", r"arr_1 has the shape \(5,\) for 2 images"),
+        ("other.npz", r"holds weights; arr_0 \(images\) or mu and sigma are expected"),
+        ("moments.npz", r"moments\.npz holds statistics and no images"),
+    ],
+)
+def test_what_cannot_be_read_is_named(name: str, message: str, tmp_path: Path) -> None:
+    make_damaged(tmp_path)
+    with pytest.raises(LightningDiTError, match=message) as caught:
+        source = open_images(str(tmp_path / name))
+        source.read(0, source.count)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_inceptions_weights_it_says_where_they_belong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(extractors, "INCEPTION_URL", "http://127.0.0.1:9/weights.pth")  # nothing listens there
+    made = save_folder(tmp_path / "made", pixels_of(2, 8, seed=0))
+    given = ["--samples", str(made), "--reference", str(made), "--output", str(tmp_path / "out")]
+    assert run_main(lambda: evaluate.main(given)) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    place = tmp_path / "home" / "hub" / "checkpoints" / extractors.INCEPTION_FILE
+    assert f"Inception's weights are not at {place} and cannot be downloaded" in line
+    assert f"curl -L -o {extractors.INCEPTION_FILE} http://127.0.0.1:9/weights.pth" in line
+    assert not place.exists()
+
+
+def test_weights_in_the_cache_are_taken_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    place = tmp_path / "hub" / "checkpoints" / extractors.INCEPTION_FILE
+    place.parent.mkdir(parents=True)
+    place.write_bytes(b"weights")
+    assert extractors.find_inception(None) == place
+    assert extractors.find_inception("mine.pth") == Path("mine.pth")
+
+
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    made = save_folder(tmp_path / "made", pixels_of(2, 8, seed=0))
+    with pytest.raises(LightningDiTError, match=r"torch-fidelity, .* is missing .*; mend: pip install torch-fid"):
+        run(tmp_path / "out", made, made)
+
+
+def test_the_pin_in_the_message_is_that_of_the_requirements() -> None:
+    lines = (Path(__file__).parent.parent / "requirements.txt").read_text().splitlines()
+    assert extractors.FIDELITY_PIN in lines
+
+
+def test_without_matplotlib_there_is_no_picture_and_all_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    made = save_folder(tmp_path / "made", pixels_of(4, 32, seed=0))
+    report = run(tmp_path / "out", made, made, "--features", "judge", "--resamples", "0")
+    assert report["scores"]["frechet_distance"]["value"] == pytest.approx(0.0, abs=1e-5)
+    assert not (tmp_path / "out" / "metrics.png").exists()
+    assert "no picture, matplotlib is missing: pip install matplotlib" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        ("vgg", r"--features is 'vgg'; inception, judge, timm:NAME or timm:NAME@FILE is expected"),
+        ("timm:", r"--features is 'timm:'"),
+        ("timm:no_such_model", r"knows no model 'no_such_model'"),
+        ("timm:test_vit@nowhere.safetensors", r"nowhere\.safetensors"),
+    ],
+)
+def test_networks_that_cannot_be_had_are_named(features: str, message: str) -> None:
+    with pytest.raises(LightningDiTError, match=message):
+        make_extractor(features)
+
+
+def test_other_weights_than_inceptions_are_refused(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(2)}, tmp_path / "other.pth")
+    with pytest.raises(LightningDiTError, match=r"other\.pth holds other weights than FID's Inception") as caught:
+        Inception(tmp_path / "other.pth")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_judge_says_which_size_it_sees(tmp_path: Path) -> None:
+    made = save_folder(tmp_path / "made", pixels_of(2, 16, seed=0))
+    with pytest.raises(LightningDiTError, match=r"the judge sees 32x32 pixels, the images have 16x16; mend: give --si"):
+        run(tmp_path / "out", made, made, "--features", "judge")
+
+
+def test_one_image_has_no_spread(tmp_path: Path) -> None:
+    one, many = (save_folder(tmp_path / str(count), pixels_of(count, 32, seed=0)) for count in (1, 3))
+    for made, real in ((one, many), (many, one)):
+        with pytest.raises(LightningDiTError, match=r"1 has one image; a distance needs two at least"):
+            run(tmp_path / "out", made, real, "--features", "judge")
+
+
+def test_a_place_that_cannot_be_written_is_named_before_anything_is_seen(tmp_path: Path) -> None:
+    made = save_folder(tmp_path / "made", pixels_of(2, 32, seed=0))
+    (tmp_path / "file").write_text("")
+    with (
+        mock.patch.object(JudgeView, "view", side_effect=AssertionError("too early")),
+        pytest.raises(LightningDiTError, match=r"file/features cannot be written"),
+    ):
+        run(tmp_path / "file", made, made, "--features", "judge")
+
+
+def test_the_command_line_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        evaluate.main(["--samples", "a"])
+    assert caught.value.code == 2
+    assert "--reference is missing" in capsys.readouterr().err

@@ -1,0 +1,175 @@
+"""Figures of a tokenizer: each against its definition, and a report that says what is left out."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from LightningDiT import evaluate_tokenizer
+from LightningDiT.evaluate_tokenizer import Evaluation, Judges, main, normalised_positions, structural_similarity
+from LightningDiT.tokenizer import perceptual
+from LightningDiT.tokenizer.latents import LatentStats
+from LightningDiT.tokenizer.uniformity import uniformity
+from LightningDiT.tokenizer.vavae import VA_VAE
+from tests.conftest import BUNDLED
+from tests.test_data import fashion_folder  # noqa: F401 - a fixture
+from tests.test_perceptual import vgg_file  # noqa: F401 - a fixture
+
+
+def test_uniformity_has_its_closed_forms() -> None:
+    assert uniformity(torch.tensor([[1.0, 0.0], [5.0, 0.0]])) == 0.0  # one direction
+    assert math.isclose(uniformity(torch.tensor([[1.0, 0.0], [-3.0, 0.0]])), -8.0)  # |x - y|^2 = 4
+    assert math.isclose(uniformity(torch.eye(5)), -4.0)  # every pair at right angles: 2
+    points = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)).numpy().astype(np.float64)
+    unit = points / np.linalg.norm(points, axis=1, keepdims=True)
+    pairs = [np.exp(-2 * ((unit[i] - unit[j]) ** 2).sum()) for i in range(20) for j in range(i)]
+    assert math.isclose(uniformity(torch.from_numpy(points)), math.log(np.mean(pairs)), rel_tol=1e-9)
+
+
+def test_positions_are_normalised_by_channel() -> None:
+    latents = (
+        torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+        * torch.tensor([1.0, 5.0, 0.2])[:, None, None]
+    )
+    stats = LatentStats(latents.mean((0, 2, 3), keepdim=True), latents.std((0, 2, 3), keepdim=True))
+    vectors = normalised_positions(latents, stats)
+    assert vectors.shape == (96, 3)
+    torch.testing.assert_close(vectors.mean(0), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(vectors.std(0), torch.ones(3), atol=1e-5, rtol=0)
+
+
+def test_ssim_is_that_of_the_paper_for_flat_images() -> None:
+    """Without variance only the means count: `(2 a b + c) / (a^2 + b^2 + c)`, c = (0.01 * 2)^2 (Wang et al., 2004)."""
+    pytest.importorskip("torchmetrics")
+    a, b = torch.full((1, 3, 24, 24), 0.5), torch.full((1, 3, 24, 24), -0.25)
+    similarity = structural_similarity()
+    c = (0.01 * 2.0) ** 2
+    assert math.isclose(float(similarity(a, b)), (2 * 0.5 * -0.25 + c) / (0.25 + 0.0625 + c), rel_tol=1e-4)
+    noise = torch.rand(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(similarity(noise, noise), torch.ones(2))
+
+
+class Halving:
+    """A tokenizer whose latents are the images, and whose decoder halves them."""
+
+    device = torch.device("cpu")
+
+    def encode_images(self, images: Tensor, sample: bool) -> Tensor:
+        assert not sample
+        return images
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        return latents / 2
+
+
+def test_psnr_is_of_the_pixels_of_a_file() -> None:
+    """Grey values of 255 become `trunc(127.5 / 2 + 128) = 191`: an error of 64 steps of 2/255 in a range of 2."""
+    evaluation = Evaluation(Halving(), Judges())
+    pixels = torch.full((3, 3, 8, 8), 255, dtype=torch.uint8)
+    assert torch.equal(evaluation.add(pixels), torch.full((3, 3, 8, 8), 191, dtype=torch.uint8))
+    pixels = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    pixels[:, :, :, :4] = 255  # -1 and 1: 64 and 191
+    evaluation.add(pixels)
+    report = evaluation.report()
+    one, two = 20 * math.log10(255 / 64), 10 * math.log10(255**2 / (64**2))
+    assert report["images"] == 5
+    assert math.isclose(report["psnr_mean"], (3 * one + 2 * two) / 5, rel_tol=1e-6)
+    assert math.isclose(report["psnr_pooled"], 20 * math.log10(255 / 64), rel_tol=1e-6)
+    assert (report["ssim"], report["lpips"], report["rfid"]) == (None, None, None)
+    means = np.array([1.0] * 3 + [0.0] * 2)
+    assert report["latents"]["channel_mean"] == pytest.approx([means.mean()] * 3)
+    values = np.concatenate([np.ones(3 * 64), np.tile([1.0, -1.0], 64)])
+    assert report["latents"]["std"] == pytest.approx(values.std(ddof=1), rel=1e-6)
+
+
+def test_the_frechet_distance_is_that_of_two_gaussians() -> None:
+    """Features that move by a constant: the squared length of the move (equal covariances)."""
+
+    class Means:
+        name = "means"
+
+        def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
+            return {"features": pixels.double().mean((2, 3))}
+
+    evaluation = Evaluation(Halving(), Judges(extractor=Means()))
+    evaluation.tokenizer.decode_latents = lambda latents: latents - 20 / 127.5
+    values = torch.randint(40, 200, (50, 3, 1, 1), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    evaluation.add(values.expand(50, 3, 8, 8).contiguous())
+    report = evaluation.report()
+    assert report["features"] == "means"
+    moved = 19.5  # trunc(v - 20 + 0.5), which is v - 20 or v - 19 by rounding in float32
+    assert math.sqrt(report["frechet_distance"] / 3) == pytest.approx(moved, abs=0.6)
+
+
+def evaluate(folder: Path, *more: str) -> dict[str, object]:
+    assert main([*more, "--output", str(folder)]) == 0
+    assert Image.open(folder / "reconstructions.png").width > 4 * 128
+    return json.loads((folder / "evaluation.json").read_text())
+
+
+def test_the_bundled_tokenizer_is_evaluated(
+    fashion_folder: Path,  # noqa: F811
+    vgg_file: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = ["--config", str(BUNDLED / "tokenizer.yaml"), "--data-root", str(fashion_folder)]
+    options += ["--lpips-weights", str(vgg_file)]
+    report = evaluate(tmp_path / "out", *options)
+    assert report["images"] == 12
+    assert report["features"] == "judge"
+    assert 5 < report["psnr_mean"] < 20  # the photographs are noise
+    assert 0 < report["lpips"] < 1
+    assert -1 < report["ssim"] < 1
+    assert len(report["latents"]["channel_std"]) == 6
+    assert report["latents"]["uniformity"] < 0
+    said = capsys.readouterr().out
+    assert "note: a Frechet distance of 12 images is biased" in said
+    again = evaluate(tmp_path / "again", *options, "--batch-size", "5")
+    for name in ("psnr_mean", "ssim", "lpips", "frechet_distance"):
+        assert again[name] == pytest.approx(report[name], rel=2e-2), name
+
+
+def test_what_cannot_be_had_is_left_out_and_said(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(perceptual, "VGG_URL", "http://127.0.0.1:9/vgg16-397923af.pth")  # nobody listens there
+    images = tmp_path / "images"
+    images.mkdir()
+    for index in range(6):
+        Image.new("RGB", (20, 24), (40 * index, 100, 0)).save(images / f"{index}.png")
+    options = ["--config", str(tiny_folder / "tokenizer.yaml"), "--images", str(images), "--features", "nothing"]
+    report = evaluate(tmp_path / "out", *options)
+    assert (report["lpips"], report["rfid"]) == (None, None)
+    assert [note.split(":")[0] for note in report["notes"]] == ["LPIPS is left out", "the Frechet distance is left out"]
+    said = capsys.readouterr().out
+    assert "left out" in said
+    assert "--features is 'nothing'" in said
+    assert report["psnr_pooled"] <= report["psnr_mean"]
+
+
+def test_images_that_are_too_small_for_a_judge_are_said() -> None:
+    judges = Judges()
+    assert judges.can_see("SSIM", 11, 11)
+    assert not judges.can_see("LPIPS", 15, 16)
+    assert judges.notes == ["LPIPS is left out: it needs images of 16 pixels, these have 15"]
+
+
+def test_figures_agree_with_the_tokenizer_itself(tiny_folder: Path) -> None:
+    """PSNR from pixels that `decode_to_images` gives, in NumPy."""
+    tokenizer = VA_VAE(tiny_folder / "tokenizer.yaml", device="cpu")
+    pixels = torch.randint(0, 256, (3, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    evaluation = Evaluation(tokenizer, Judges())
+    evaluation.add(pixels)
+    latents = tokenizer.encode_images(evaluate_tokenizer.as_images(pixels), sample=False)
+    copies = tokenizer.decode_to_images(latents).astype(np.float64)
+    errors = ((copies - pixels.permute(0, 2, 3, 1).numpy()) ** 2).mean((1, 2, 3))
+    assert evaluation.report()["psnr_mean"] == pytest.approx((10 * np.log10(255**2 / errors)).mean(), rel=1e-6)

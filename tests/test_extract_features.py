@@ -1,0 +1,532 @@
+"""Feature extraction: sources, labels, statistics, and the same bytes whatever happens on the way."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from LightningDiT import extraction
+from LightningDiT.checkpoint import load_training_state
+from LightningDiT.config import load_config
+from LightningDiT.console import run_main
+from LightningDiT.data.sets import open_folder, open_list, open_torchvision
+from LightningDiT.data.shards import LatentShards, iterate_shards, shard_files, shard_path, write_shard
+from LightningDiT.errors import LightningDiTError
+from LightningDiT.extract_features import main
+from LightningDiT.labels import LATENTS_MANIFEST, Labels
+from LightningDiT.pipeline import LightningDiTPipeline
+from LightningDiT.seeds import generator_for
+from LightningDiT.tokenizer import vavae
+from LightningDiT.tokenizer.latents import LatentStats
+from LightningDiT.tokenizer.vavae import VA_VAE
+from tests.conftest import PROJECT
+from tests.test_data import fashion_folder  # noqa: F401 - a fixture
+
+CLASSES = ("cats", "dogs", "sea lions")
+KILLS = 14
+#: Extracts into the first folder, then forks an extraction into the second one for every line on its input. Groups of
+#: two images, and what a shard has is kept after every batch, so that a kill can come between any two steps.
+NURSERY = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from LightningDiT import extract_features, extraction
+from LightningDiT.console import run_main
+from LightningDiT.tokenizer import vavae
+vavae.CHUNK_PIXELS = 2 * 16 * 16
+extraction.PART_SECONDS = 0.0
+whole, broken = ([*sys.argv[4:], "--output", folder] for folder in sys.argv[2:4])
+sys.stdout, answers = open(os.devnull, "w"), sys.stdout
+assert extract_features.main(whole) == 0
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        os._exit(run_main(lambda: extract_features.main(broken)))
+    print(child, file=answers, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers, flush=True)
+"""
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def save_images(folder: Path, count: int, classes: tuple[str, ...] = CLASSES) -> Path:
+    """Write `count` photographs of noise, 20x16, dealt over the classes in turn."""
+    generator = np.random.default_rng(0)
+    for number in range(count):
+        place = folder / classes[number % len(classes)]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (16, 20, 3), np.uint8)).save(place / f"{number:03d}.png")
+    return folder
+
+
+def command(folder: Path, *more: str | Path) -> list[str]:
+    return ["--config", str(folder / "config.yaml"), *map(str, more)]
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Eleven images of three classes: four cats, four dogs, three sea lions."""
+    return save_images(tmp_path / "images", 11)
+
+
+def cropped(path: Path) -> torch.Tensor:
+    """The middle 16x16 pixels of a photograph of `save_images` in [-1, 1], without the library."""
+    pixels = np.asarray(Image.open(path))[:, 2:18].astype(np.float64)
+    return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)[None].float()
+
+
+def test_the_modes_and_their_statistics_are_written(tiny_folder: Path, images: Path, tmp_path: Path) -> None:
+    """Latents against the tokenizer called on each image, statistics against NumPy in float64 over all latents."""
+    output = tmp_path / "latents"
+    options = ("--images", images, "--output", output, "--shard-size", "4", "--posterior", "mode")
+    assert main(command(tiny_folder, *options)) == 0
+    assert [path.name for path in shard_files(output)] == [f"latents_rank00_shard{n:03d}.safetensors" for n in range(3)]
+    assert [len(shard["labels"]) for shard in iterate_shards(output)] == [4, 4, 3]
+    shards = LatentShards(output)
+    assert shards.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 3
+    assert not shards.has_flips
+    latents, _ = shards.batch(torch.arange(11))
+    tokenizer = VA_VAE(tiny_folder / "tokenizer.yaml")
+    for place, path in enumerate(sorted(images.rglob("*.png"))):
+        expected = tokenizer.encode_images(cropped(path), sample=False)
+        torch.testing.assert_close(latents[place : place + 1], expected, atol=1e-5, rtol=1e-5)
+    values = latents.numpy().astype(np.float64)
+    stats = load_training_state(output / "latents_stats.pt")
+    assert stats["count"] == 11
+    np.testing.assert_allclose(stats["mean"].flatten(), values.mean((0, 2, 3)), rtol=1e-6)
+    np.testing.assert_allclose(stats["std"].flatten(), values.std((0, 2, 3), ddof=1), rtol=1e-6)
+    torch.testing.assert_close(LatentStats.load(output / "latents_stats.pt", 4).mean, stats["mean"])
+
+
+def test_the_manifest_says_what_the_latents_are(tiny_folder: Path, images: Path, tmp_path: Path) -> None:
+    output = tmp_path / "latents"
+    assert main(command(tiny_folder, "--images", images, "--output", output, "--shard-size", "8")) == 0
+    manifest = json.loads((output / LATENTS_MANIFEST).read_text())
+    assert manifest["class_names"] == list(CLASSES)
+    assert (manifest["classes"], manifest["latents"], manifest["values_per_channel"]) == (3, 11, 11 * 64)
+    assert [(shard["images"], shard["latents"]) for shard in manifest["shards"]] == [(8, 8), (3, 3)]
+    settings = manifest["settings"]
+    assert (settings["flips"], settings["posterior"], settings["image_size"]) == (False, "sample, seed 0", 16)
+    latents, _ = LatentShards(output).batch(torch.arange(11))
+    sums = np.sum([shard["total"] for shard in manifest["shards"]], axis=0)
+    np.testing.assert_allclose(sums, latents.double().sum((0, 2, 3)), rtol=1e-12)
+
+
+def test_the_noise_of_an_image_comes_from_seed_number_and_side(tiny_folder: Path, images: Path, tmp_path: Path) -> None:
+    """mean + std * noise, from the tokenizer's own posterior of each image and mirrored image."""
+    output = tmp_path / "latents"
+    assert main(command(tiny_folder, "--images", images, "--output", output, "--flip", "--seed", "7")) == 0
+    shards, tokenizer = LatentShards(output), VA_VAE(tiny_folder / "tokenizer.yaml")
+    assert shards.has_flips
+    for index, path in list(enumerate(sorted(images.rglob("*.png"))))[::4]:
+        for side, mirrored in enumerate((False, True)):
+            picture = cropped(path).flip(-1) if mirrored else cropped(path)
+            posterior = tokenizer.posterior(picture)
+            noise = torch.randn(posterior.mean.shape, generator=generator_for(7, index, side))
+            expected = posterior.mean + (posterior.logvar / 2).exp() * noise
+            latents, _ = shards.batch(torch.tensor([index]), torch.tensor([mirrored]))
+            torch.testing.assert_close(latents, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_any_image_type_is_read_and_what_is_none_is_listed(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same picture in every type without loss has the same latent; files that are no images leave no gap."""
+    place, output = tmp_path / "images" / "grey", tmp_path / "latents"
+    place.mkdir(parents=True)
+    grey = np.random.default_rng(1).integers(0, 256, (16, 16), np.uint8)
+    picture = Image.fromarray(grey)
+    for name in ("a.png", "b.gif", "c.bmp", "d.TIFF", "e.ppm"):
+        picture.save(place / name)
+    picture.save(place / "f.webp", lossless=True)
+    Image.fromarray(grey.astype(np.uint16) * 257).save(place / "g16.png")
+    picture.convert("P").save(place / "h_palette.png")
+    picture.convert("RGBA").save(place / "i_alpha.png")
+    picture.save(place / "j_animated.gif", save_all=True, append_images=[Image.new("L", (16, 16))])
+    picture.convert("RGB").save(place / "k.jpg", quality=95)
+    (place / "b_broken.png").write_bytes(b"no image")
+    whole = io.BytesIO()
+    picture.save(whole, "PNG")
+    (place / "d_torn.png").write_bytes(whole.getvalue()[:-40])
+    Image.fromarray(grey.astype(np.float32)).save(place / "l_fractions.tif")
+    (place / "m_empty.jpg").touch()
+    (place / "notes.txt").write_text("not called like an image")
+    options = ("--images", place.parent, "--output", output, "--shard-size", "6", "--posterior", "mode")
+    assert main(command(tiny_folder, *options)) == 0
+    latents, _ = LatentShards(output).batch(torch.arange(11))
+    for number in range(1, 10):
+        torch.testing.assert_close(latents[number], latents[0], atol=1e-5, rtol=1e-5)
+    assert not torch.equal(latents[10], latents[0])  # JPEG loses a little
+    broken = ["b_broken.png", "d_torn.png", "l_fractions.tif", "m_empty.jpg"]
+    manifest = json.loads((output / LATENTS_MANIFEST).read_text())
+    assert [name for name, _ in manifest["unreadable"]] == [str(place / name) for name in broken]
+    assert [(shard["images"], shard["latents"]) for shard in manifest["shards"]] == [(6, 4), (6, 6), (3, 1)]
+    said = capsys.readouterr().out
+    assert "passed over 4 of 15 images" in said
+    assert f"{place / 'l_fractions.tif'}: its pixels are fractions" in said
+    assert "11 latents in 3 shards" in said
+
+
+def test_a_set_of_broken_files_alone_is_one_line(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "images" / "cats").mkdir(parents=True)
+    (tmp_path / "images" / "cats" / "a.png").write_bytes(b"no image")
+    options = ("--images", tmp_path / "images", "--output", tmp_path / "latents")
+    with pytest.raises(LightningDiTError, match="none of the 1 images of .* can be read"):
+        main(command(tiny_folder, *options))
+    assert not (tmp_path / "latents" / "latents_stats.pt").exists()
+
+
+def test_latents_do_not_depend_on_the_batch_size(
+    tiny_folder: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vavae, "CHUNK_PIXELS", 2 * 16 * 16)
+    (images / "cats" / "003.png").write_bytes(b"no image")  # it must not move the others into other groups
+    folders = [tmp_path / name for name in ("small", "large")]
+    for folder, size in zip(folders, ("1", "5"), strict=True):
+        options = ("--images", images, "--output", folder, "--shard-size", "7", "--batch-size", size)
+        assert main(command(tiny_folder, *options)) == 0
+    assert contents(folders[0]) == contents(folders[1])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_killed_at_random_moments_and_in_the_end_the_bytes_of_an_unbroken_run(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Some runs are killed at a random moment after their start, the others at one after a new file."""
+    images = save_images(tmp_path / "images", 40)
+    (images / "cats" / "021.png").write_bytes(b"no image")
+    folders = [tmp_path / "whole", tmp_path / "broken"]
+    options = command(tiny_folder, "--images", images, "--shard-size", "6", "--batch-size", "1", "--flip")
+    arguments = [sys.executable, "-c", NURSERY, str(PROJECT), *map(str, folders), *options]
+    draw, environment = random.Random(2), {**os.environ, "OMP_NUM_THREADS": "1"}
+    seen = set[str]()
+    with subprocess.Popen(
+        arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as nursery:
+        assert nursery.stdin
+        assert nursery.stdout
+        whole, broken = folders
+        for kill in range(KILLS):
+            before = set(broken.iterdir()) if broken.exists() else set()
+            print(kill, file=nursery.stdin, flush=True)
+            child, deadline = int(nursery.stdout.readline()), time.monotonic() + 60
+            while kill % 2 and time.monotonic() < deadline:
+                if broken.exists() and set(broken.iterdir()) - before:
+                    break
+                time.sleep(0.001)
+            time.sleep(draw.uniform(0.0, 0.04))
+            os.kill(child, signal.SIGKILL)
+            assert int(nursery.stdout.readline()) in (-signal.SIGKILL, 0)
+            for path in broken.glob("*.safetensors") if broken.exists() else ():
+                assert path.read_bytes() == (whole / path.name).read_bytes(), path
+            seen |= {path.suffix for path in broken.iterdir()} if broken.exists() else set()
+        print("to the end", file=nursery.stdin, flush=True)
+        nursery.stdout.readline()
+        assert nursery.stdout.readline() == "0\n"
+        nursery.stdin.close()
+    assert ".part" in seen  # a shard that was under way was kept
+    assert contents(broken) == contents(whole)
+    assert len(LatentShards(whole)) == 39
+
+
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.2.") and sys.version_info >= (3, 12),
+    reason="torchrun of torch 2.2 crashes on Python 3.12 before it starts anything",
+)
+def test_two_processes_write_the_files_of_one(tiny_folder: Path, images: Path, tmp_path: Path) -> None:
+    """Three shards for two processes, one broken file among them."""
+    (images / "dogs" / "004.png").write_bytes(b"no image")
+    options = ("--images", images, "--shard-size", "4", "--flip")
+    assert main(command(tiny_folder, *options, "--output", tmp_path / "one")) == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    own = command(tiny_folder, *options, "--output", tmp_path / "two")
+    done = subprocess.run(
+        [*launcher, "-m", "LightningDiT.extract_features", *own],
+        cwd=PROJECT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("10 latents in 3 shards") == 1
+    assert done.stdout.count("passed over 1 of 11 images") == 1
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+    """Send this process Ctrl-C while it encodes its `batch`-th batch, counted from 1."""
+    plain, calls = VA_VAE.posterior, []
+
+    def posterior(*inputs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == batch:
+            signal.raise_signal(signal.SIGINT)
+        return plain(*inputs)
+
+    monkeypatch.setattr(VA_VAE, "posterior", posterior)
+
+
+def test_ctrl_c_ends_after_the_batch_and_a_rerun_goes_on_from_it(
+    tiny_folder: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Groups of two: shards of 8 and 3 take 4 and 2 batches; the run ends in the second one of the first shard."""
+    monkeypatch.setattr(vavae, "CHUNK_PIXELS", 2 * 16 * 16)
+    options = ("--images", images, "--shard-size", "8", "--batch-size", "1")
+    whole, broken = (command(tiny_folder, *options, "--output", tmp_path / name) for name in ("whole", "broken"))
+    assert main(whole) == 0
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2)
+        assert run_main(lambda: main(broken)) == 130
+    assert "the same command goes on from there" in capfd.readouterr().err
+    assert sorted(contents(tmp_path / "broken")) == ["latents_rank00_shard000.part", LATENTS_MANIFEST]
+    assert main(broken) == 0
+    assert "encoded 7 images in" in capfd.readouterr().out  # 11 but for the first two batches
+    assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
+    assert main(broken) == 0
+    assert "11 latents in 2 shards" in capfd.readouterr().out
+    assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
+
+
+def test_damaged_and_torn_files_are_made_again_and_others_kept(tiny_folder: Path, images: Path, tmp_path: Path) -> None:
+    own = command(tiny_folder, "--images", images, "--shard-size", "4", "--output", tmp_path / "latents")
+    assert main(own) == 0
+    whole = contents(tmp_path / "latents")
+    first = shard_path(tmp_path / "latents", 0, 0)
+    first.write_bytes(first.read_bytes()[:-8])
+    first.with_suffix(".part").write_bytes(b"half")
+    for torn in (".latents_rank00_shard001.safetensors.x1.tmp", ".manifest.json.x2.tmp", ".latents_stats.pt.x3.tmp"):
+        (tmp_path / "latents" / torn).write_bytes(b"half")
+    (tmp_path / "latents" / ".notes.tmp").write_text("mine")
+    assert main(own) == 0
+    assert contents(tmp_path / "latents") == {**whole, ".notes.tmp": b"mine"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (("--flip",), "flips: false there, true now"),
+        (("--seed", "3"), "posterior: sample, seed 0 there, sample, seed 3 now"),
+        (("--posterior", "mode"), "posterior: sample, seed 0 there, mode now"),
+        (("--shard-size", "5"), "shard_size: 4 there, 5 now"),
+    ],
+)
+def test_other_settings_are_refused(
+    changed: tuple[str, ...], message: str, tiny_folder: Path, images: Path, tmp_path: Path
+) -> None:
+    options = ("--images", images, "--output", tmp_path / "latents", "--shard-size", "4")
+    assert main(command(tiny_folder, *options)) == 0
+    before = contents(tmp_path / "latents")
+    with pytest.raises(LightningDiTError, match=f"holds latents of other settings .{message}."):
+        main(command(tiny_folder, *options, *changed))
+    assert contents(tmp_path / "latents") == before
+
+
+def test_other_images_or_another_tokenizer_are_refused(tiny_folder: Path, images: Path, tmp_path: Path) -> None:
+    own = command(tiny_folder, "--images", images, "--output", tmp_path / "latents")
+    assert main(own) == 0
+    moved = images.rename(tmp_path / "moved")
+    assert main(command(tiny_folder, "--images", moved, "--output", tmp_path / "latents")) == 0  # the same ones
+    moved.rename(images)
+    extra = images / "dogs" / "new.png"
+    Image.new("RGB", (16, 16)).save(extra)
+    with pytest.raises(LightningDiTError, match=r"images: 11 there, 12 now; image_list: .* there"):
+        main(own)
+    extra.unlink()
+    weights = tiny_folder / "tokenizer.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(bytes(content))
+    with pytest.raises(LightningDiTError, match=r"tokenizer.weights: \w+ there, \w+ now"):
+        main(own)
+
+
+def test_shards_of_another_origin_are_never_mixed_with_new_ones(
+    tiny_folder: Path, images: Path, tmp_path: Path
+) -> None:
+    write_shard(shard_path(tmp_path, 0, 0), torch.ones(2, 1, 1, 1), torch.tensor([0, 1]))
+    own = command(tiny_folder, "--images", images, "--output", tmp_path)
+    with pytest.raises(LightningDiTError, match="holds latent shards already"):
+        main(own)
+    assert len(LatentShards(tmp_path)) == 2
+    shard_path(tmp_path, 0, 0).unlink()
+    (tmp_path / LATENTS_MANIFEST).write_text('{"seed": 0}')
+    with pytest.raises(LightningDiTError, match="is no manifest of latents"):
+        main(own)
+
+
+def test_a_disk_that_is_too_small_is_said_before_the_start(
+    tiny_folder: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """11 latents of 4x8x8 float32 in two copies and a label take 11 * (2 * 1024 + 8) = 22,616 bytes."""
+    usage = extraction.shutil.disk_usage(tmp_path)
+    own = command(tiny_folder, "--images", images, "--output", tmp_path / "latents", "--flip")
+    monkeypatch.setattr(extraction.shutil, "disk_usage", lambda _: usage._replace(free=22_615))
+    with pytest.raises(LightningDiTError, match="the latents take 0.00 GB"):
+        main(own)
+    assert not shard_files(tmp_path / "latents")
+    monkeypatch.setattr(extraction.shutil, "disk_usage", lambda _: usage._replace(free=22_616))
+    assert main(own) == 0
+
+
+def test_folders_that_are_numbers_are_classes_in_that_order(tmp_path: Path) -> None:
+    opened = open_folder(save_images(tmp_path / "images", 12, tuple(map(str, range(12)))))
+    assert opened.class_names == tuple(map(str, range(12)))
+    assert [(Path(opened.name_of(n)).parent.name, opened.read(n)[1]) for n in range(4)] == [
+        ("0", 0),
+        ("1", 1),
+        ("10", 10),
+        ("11", 11),
+    ]
+
+
+def test_folders_without_images_or_classes_are_named(tmp_path: Path) -> None:
+    with pytest.raises(LightningDiTError, match="no images in"):
+        open_folder(tmp_path / "absent")
+    Image.new("RGB", (16, 16)).save(tmp_path / "flat.png")
+    with pytest.raises(LightningDiTError, match=r"flat.png lies in no subfolder"):
+        open_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "labels", "names"),
+    [
+        ("list.txt", "cats/000.png 4\n\n# a note\ndogs/001.png 0\n", [4, 0], None),
+        ("list.txt", "dogs/001.png\tsea lion\ncats/000.png\tcat\n", [1, 0], ("cat", "sea lion")),
+        ("list.txt", "cats/000.png cat\nabsent file.png dog\n", [0, None], ("cat", "dog")),
+        ("list.csv", 'path,label\ncats/000.png, "lion, sea"\ndogs/001.png,dog\n', [1, 0], ("dog", "lion, sea")),
+        ("list.csv", "\ufeffcats/000.png,2\n", [2], None),
+        ("list.txt", "cats/000.png,7\n", [7], None),
+    ],
+)
+def test_list_files(
+    name: str, text: str, labels: list[int | None], names: tuple[str, ...] | None, images: Path
+) -> None:
+    (images / name).write_text(text, encoding="utf-8")
+    opened = open_list(images / name)
+    assert opened.class_names == names
+    assert opened.count == len(labels)
+    for number, label in enumerate(labels):
+        if label is None:
+            with pytest.raises(FileNotFoundError):
+                opened.read(number)
+        else:
+            assert opened.read(number)[1] == label
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a.png 1\nb.png\n", r"line 2: 'b.png' has no class"),
+        ("a.png\t\n", r"line 1: 'a.png' has no class"),
+        ("a.png -1\nb.png 0\n", "a.png has the class -1"),
+        ("\n# nothing\n", "lists no images"),
+    ],
+)
+def test_list_files_with_errors_are_one_line(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text(text)
+    with pytest.raises(LightningDiTError, match=message):
+        open_list(tmp_path / "list.txt")
+    with pytest.raises(LightningDiTError, match="cannot be read"):
+        open_list(tmp_path)
+
+
+def test_listed_files_that_are_missing_are_passed_over(tiny_folder: Path, images: Path, tmp_path: Path) -> None:
+    (images / "list.txt").write_text("cats/000.png 1\nnot there.png 0\ndogs/001.png 0\n")
+    assert main(command(tiny_folder, "--list", images / "list.txt", "--output", tmp_path / "latents")) == 0
+    assert LatentShards(tmp_path / "latents").labels.tolist() == [1, 0]
+    manifest = json.loads((tmp_path / "latents" / LATENTS_MANIFEST).read_text())
+    assert [name for name, _ in manifest["unreadable"]] == [str(images / "not there.png")]
+    assert (manifest["classes"], manifest["class_names"]) == (2, None)
+
+
+def test_fashion_mnist_has_two_black_pixels_around(fashion_folder: Path) -> None:  # noqa: F811
+    opened = open_torchvision("FashionMNIST", fashion_folder, "test")
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 28, 28))
+    image, label = opened.read(5)
+    assert (opened.count, label, opened.class_names and opened.class_names[2]) == (12, 2, "Pullover")
+    np.testing.assert_array_equal(np.asarray(image)[2:-2, 2:-2, 1], pixels[5])
+    assert np.asarray(image).sum() == 3 * pixels[5].sum()
+    with pytest.raises(LightningDiTError, match="FashionMNIST has no part 'val'"):
+        open_torchvision("FashionMNIST", fashion_folder, "val")
+
+
+def test_any_set_of_torchvision_by_its_name(tmp_path: Path, tiny_folder: Path) -> None:
+    """EuroSAT from a folder as torchvision keeps it, and FakeData, which makes its images itself."""
+    save_images(tmp_path / "eurosat" / "2750", 5)
+    opened = open_torchvision("EuroSAT", tmp_path, "train")
+    assert (opened.count, opened.class_names) == (5, CLASSES)
+    assert [opened.read(number)[1] for number in range(5)] == [0, 0, 1, 1, 2]
+    expected = Image.open(tmp_path / "eurosat" / "2750" / "dogs" / "001.png")
+    np.testing.assert_array_equal(np.asarray(opened.read(2)[0]), np.asarray(expected))
+    assert open_torchvision("FakeData", tmp_path, "train").class_names is None
+    with pytest.raises(LightningDiTError, match="no data set 'CIFAR11'; near to it: CIFAR10"):
+        open_torchvision("CIFAR11", tmp_path, "train")
+    with pytest.raises(LightningDiTError, match="FakeData .test. of torchvision cannot be had .* it has no parts"):
+        open_torchvision("FakeData", tmp_path, "test")
+    for options in (
+        ["--dataset", "CIFAR10"],
+        [],
+        ["--images", "x", "--data-root", "y"],
+        ["--images", "x", "--list", "y"],
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(command(tiny_folder, "--output", tmp_path, *options))
+        assert ended.value.code == 2
+
+
+def test_the_pipeline_shows_the_class_names_of_the_manifest(tiny_folder: Path, images: Path) -> None:
+    """Fifteen lines of YAML without names, with the latents' folder as data_path."""
+    assert main(command(tiny_folder, "--images", images, "--output", tiny_folder / "latents")) == 0
+    file = tiny_folder / "config.yaml"
+    named = file.read_text()
+    unnamed = named.replace(', class_names: ["cat, house cat", dog, "sea lion"]', "").replace(
+        "data_path: .", "data_path: latents"
+    )
+    file.write_text(unnamed)
+    pipe = LightningDiTPipeline.from_config(file, device="cpu")
+    assert [pipe.labels.caption(label) for label in range(3)] == list(CLASSES)
+    assert pipe.labels.number("Sea Lions") == 2
+    file.write_text(named.replace("data_path: .", "data_path: latents"))
+    assert Labels.of(load_config(file)).names == ("cat, house cat", "dog", "sea lion")  # the YAML's own come first
+    file.write_text(unnamed.replace("num_classes: 3", "num_classes: 4"))
+    assert Labels.of(load_config(file)).names is None  # names of other classes
+    file.write_text(unnamed)
+    manifest = tiny_folder / "latents" / LATENTS_MANIFEST
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**content, "class_names": ["n02084071", "n01440764", "n99999999"]}))
+    assert Labels.of(load_config(file)).names == (
+        "dog, domestic dog, Canis familiaris",
+        "tench, Tinca tinca",
+        "n99999999",
+    )
+    manifest.write_text("{")
+    with pytest.raises(LightningDiTError, match="the manifest .* cannot be read"):
+        Labels.of(load_config(file))
+
+
+def test_the_shares_of_the_time_are_stated(tiny_folder: Path, images: Path, tmp_path: Path) -> None:
+    """The parts are disjoint, so they are at most the whole; the encoder has one."""
+    config = load_config(tiny_folder / "config.yaml")
+    tokenizer = VA_VAE(tiny_folder / "tokenizer.yaml", 16)
+    settings = extraction.ExtractionSettings(image_size=config.data.image_size, shard_size=4, threads=1)
+    weights = tiny_folder / "tokenizer.safetensors"
+    result = extraction.extract(open_folder(images), tokenizer, weights, tmp_path / "latents", settings)
+    assert (result.made, result.latents, result.classes) == (11, 11, 3)
+    assert set(result.shares) == {"encoder", "waiting for images", "writing"}
+    assert result.shares["encoder"] > 0
+    assert sum(result.shares.values()) <= 1

@@ -1,0 +1,413 @@
+"""Training as a person runs it: killed, on several processes, in trouble, and what is looked at meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from LightningDiT import train
+from LightningDiT.checkpoint import load_weights, save_weights
+from LightningDiT.config import load_config
+from LightningDiT.data.shards import shard_path, write_shard
+from LightningDiT.errors import LightningDiTError
+from LightningDiT.latent_batches import LatentBatches
+from LightningDiT.loading import build_transport
+from LightningDiT.models import lightningdit
+from LightningDiT.processes import ALONE
+from LightningDiT.tokenizer.latents import LatentStats
+from LightningDiT.tools.plot_training import read_log
+from LightningDiT.training import BatchOrder, RunFolder
+from LightningDiT.watching import SampleGrids, Validation
+from tests.conftest import BUNDLED, PROJECT
+
+SMALLEST = (2, 16, 2)  # layers, width and heads of a model whose step takes milliseconds
+CONFIG = """
+data: {{data_path: latents, image_size: 16, num_classes: 3}}
+vae: {{downsample_ratio: 4}}
+model: {{model_type: LightningDiT-XXS/2, in_chans: 4}}
+train: {{max_steps: {steps}, global_batch_size: 4, output_dir: runs, log_every: 5, {more}}}
+optimizer: {{lr: 1.0e-3, max_grad_norm: 1.0}}
+transport: {{use_cosine_loss: true, use_lognorm: true}}
+sample: {{cfg_scale: 2.0, guided_channels: all}}
+"""
+
+#: Forks a process for each command, since starting Python takes longer than the training. A line of its input is
+#: "seconds from its first file on until it is killed" (or 0), "number of processes" and the configuration.
+NURSERY = """
+import os, signal, socket, sys, time
+sys.path.insert(0, sys.argv[1])
+import torch
+torch.set_num_threads(1)
+from LightningDiT import train
+from LightningDiT.console import run_main
+from LightningDiT.models import lightningdit
+import accelerate.utils, matplotlib.figure, omegaconf, safetensors.torch, torch._dynamo  # here once, not in every child
+lightningdit.PRESETS["XXS"] = (2, 16, 2)
+
+def start(rank, count, config):
+    child = os.fork()
+    if child == 0:
+        if count > 1:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count))
+        os.dup2(os.open(f"{config}.{rank}.out", os.O_CREAT | os.O_WRONLY | os.O_APPEND), 1)
+        code = run_main(lambda: train.main(["--config", config]))
+        sys.stdout.flush()
+        os._exit(code)
+    return child
+
+for line in sys.stdin:
+    seconds, count, config = line.split()
+    folder = os.path.join(os.path.dirname(config), "runs", os.path.basename(config)[:-5])
+    os.makedirs(folder, exist_ok=True)
+    before = sorted(os.listdir(folder))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+    children = [start(rank, int(count), config) for rank in range(int(count))]
+    if float(seconds):
+        while sorted(os.listdir(folder)) == before:  # until it goes on and writes something
+            time.sleep(0.005)
+        time.sleep(float(seconds))
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+    print(*[os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children], flush=True)
+"""
+
+
+def write_latents(folder: Path, count: int = 24, seed: int = 0, spoilt: dict[int, float] | None = None) -> Path:
+    """Write a shard of latents (4, 4, 4) of three classes, some of them with a value that no tokenizer gives."""
+    latents = torch.randn(count, 4, 4, 4, generator=torch.Generator().manual_seed(seed))
+    flipped = latents.flip(-1)
+    for index, value in (spoilt or {}).items():
+        latents[index] = flipped[index] = value
+    write_shard(shard_path(folder, 0, 0), latents, torch.arange(count) % 3, flipped)
+    LatentStats(torch.full((1, 4, 1, 1), 0.1), torch.ones(1, 4, 1, 1)).save(folder / "latents_stats.pt")
+    return folder
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with latents, and a preset small enough for many steps."""
+    monkeypatch.setitem(lightningdit.PRESETS, "XXS", SMALLEST)
+    write_latents(tmp_path / "latents")
+    return tmp_path
+
+
+def spike_at(folder: Path, step: int) -> None:
+    """Write latents of which one that `step` sees first is a hundred times too large."""
+    index = int(BatchOrder(240, 4, 0).indices(step)[0])
+    write_latents(folder / "latents", count=240, spoilt={index: 100.0})
+
+
+def configured(folder: Path, name: str, steps: int = 40, more: str = "ckpt_every: 10") -> Path:
+    """Write a configuration whose run lies in `folder/runs/name`."""
+    path = folder / f"{name}.yaml"
+    path.write_text(CONFIG.format(steps=steps, more=f"exp_name: {name}, {more}"))
+    return path
+
+
+def run(config: Path) -> dict[str, torch.Tensor]:
+    """Train in this process and return the averaged weights."""
+    assert train.main(["--config", str(config)]) == 0
+    return weights_of(config)
+
+
+def weights_of(config: Path) -> dict[str, torch.Tensor]:
+    return load_weights(config.parent / "runs" / config.stem / "transformer.safetensors")
+
+
+def rows_of(config: Path) -> list[dict[str, float]]:
+    return read_log(config.parent / "runs" / config.stem / "log.jsonl")
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[subprocess.Popen[str]]:
+    """The process that forks the trainings of all tests here."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs os.fork")
+    environment = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
+    command = [sys.executable, "-c", NURSERY, str(PROJECT)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env={**environment, "OMP_NUM_THREADS": "1"}, **pipes) as process:
+        yield process
+        process.stdin.close()
+
+
+def nursed(nursery: subprocess.Popen[str], config: Path, processes: int = 1, killed_after: float = 0) -> list[int]:
+    """Train on so many processes and return their exit codes; see NURSERY."""
+    nursery.stdin.write(f"{killed_after:.4f} {processes} {config}\n")
+    nursery.stdin.flush()
+    return [int(code) for code in nursery.stdout.readline().split()]
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_bits(small: Path, nursery: subprocess.Popen[str]) -> None:
+    more = "ckpt_every: 3, micro_batch_size: 3"
+    whole, killed = configured(small, "whole", 60, more), configured(small, "killed", 60, more)
+    assert nursed(nursery, whole) == [0]
+    moments = np.random.default_rng(0).uniform(0.001, 0.1, 5)
+    codes = [nursed(nursery, killed, killed_after=moment) for moment in moments]
+    assert codes[:3] == [[-9]] * 3  # a fast machine may come to the end before all five
+    assert nursed(nursery, killed) == [0]
+    assert Path(f"{killed}.0.out").read_text().count("going on from step") >= 3
+    first, second = weights_of(whole), weights_of(killed)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert not list((small / "runs" / "killed").glob(".*.tmp"))
+
+
+def test_processes_and_micro_batches_change_nothing_but_rounding(small: Path, nursery: subprocess.Popen[str]) -> None:
+    parts = "ckpt_every: 10, micro_batch_size: 1"
+    configs = [configured(small, "one", 20), configured(small, "two", 20), configured(small, "parts", 20, parts)]
+    for config in configs:  # Adam moves a weight with a tiny gradient by the whole rate, whichever way it is rounded
+        config.write_text(config.read_text().replace("lr: 1.0e-3", "lr: 3.0e-5"))
+    start = train.Trainer(load_config(configs[0])).ema.weights
+    codes = [nursed(nursery, config, count) for config, count in zip(configs, (1, 2, 1), strict=True)]
+    assert codes == [[0], [0, 0], [0]]
+    one, *others = (weights_of(config) for config in configs)
+    assert max(float((value - start[name]).abs().max()) for name, value in one.items()) > 2e-4
+    for other in others:
+        for name, value in one.items():
+            torch.testing.assert_close(other[name], value, rtol=0, atol=1e-5)
+    assert Path(f"{configs[1]}.1.out").read_text() == ""  # the main process alone speaks
+    assert [row["step"] for row in rows_of(configs[1])] == [5, 10, 15, 20]
+
+
+def test_draws_depend_on_seed_step_and_row_alone(small: Path) -> None:
+    config = load_config(configured(small, "draws", more="lognorm_until_step: 2"))
+    transport = build_transport(config)
+    whole = LatentBatches(config, transport).make(1)
+    halves = [LatentBatches(config, transport, rank, 2).make(1) for rank in (0, 1)]
+    for name in ("latents", "labels", "times", "noise"):
+        assert torch.equal(getattr(whole, name), torch.cat([getattr(half, name) for half in halves])), name
+    assert [len(part) for part in whole.parts(3)] == [3, 1]
+    assert torch.equal(torch.cat([part.noise for part in whole.parts(3)]), whole.noise)
+    assert whole.transport.use_lognorm
+    assert not LatentBatches(config, transport).make(2).transport.use_lognorm
+    with pytest.raises(LightningDiTError, match="a batch of 4 cannot be parted equally among 3 processes"):
+        LatentBatches(config, transport, 0, 3)
+
+
+def test_a_batch_made_beforehand_is_the_batch(small: Path) -> None:
+    config = load_config(configured(small, "ahead"))
+    batches = LatentBatches(config, build_transport(config))
+    for step in (0, 1, 5, 2):  # in order, then as after a resumption and a return
+        assert torch.equal(batches.batch(step).noise, LatentBatches(config, build_transport(config)).make(step).noise)
+
+
+def test_damaged_latents_are_skipped(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_latents(small / "latents", spoilt={5: float("nan"), 11: 1e30})
+    config = configured(small, "spoilt", 24)
+    assert all(value.isfinite().all() for value in run(config).values())
+    # four epochs of six steps; each epoch meets the two samples, at times in the same batch
+    assert 4 <= rows_of(config)[-1]["skipped_steps"] <= 8
+    assert rows_of(config)[-1]["rate_scale"] == 1
+    assert "the loss of step" in capsys.readouterr().out
+
+
+def test_a_spike_goes_back_leaves_its_batch_out_and_lowers_the_rate(
+    small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spike_at(small, 33)
+    config = configured(small, "spike", 60)
+    run(config)
+    assert (
+        "step 33: the loss leapt above 4 times its median; going back to step 30 with 0.5 of the rate, without the"
+        " batches of steps 33 to 33" in capsys.readouterr().out
+    )
+    assert rows_of(config)[-1]["rate_scale"] == 0.5
+    assert max(row["loss"] for row in rows_of(config)) < 5
+    latest = RunFolder(small / "runs" / "spike").latest()
+    assert latest is not None
+    assert latest["opt"]["param_groups"][0]["lr"] == 0.5e-3
+
+
+class BrokenOnce(train.Trainer):
+    """Loses its weights once, as a device with a fault does, at the beginning of a step."""
+
+    broken = False
+
+    def step(self, step: int) -> object:
+        if step == 25 and not BrokenOnce.broken:
+            BrokenOnce.broken = True
+            with torch.no_grad():
+                self.model.x_embedder.proj.weight.mul_(1e20)
+                self.model.final_layer.linear.weight.add_(1e20)
+        return super().step(step)
+
+
+def test_broken_weights_come_back_from_the_checkpoint(
+    small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train, "Trainer", BrokenOnce)
+    config = configured(small, "broken", 40, "ckpt_every: 10, max_skips: 6")
+    assert all(value.isfinite().all() and value.abs().max() < 100 for value in run(config).values())
+    said = capsys.readouterr().out
+    # step 30 would save in the middle of the trouble, and does not
+    assert "step 30: 6 steps in a row were not finite; going back to step 20 with 0.5 of the rate" in said
+    assert rows_of(config)[-1]["skipped_steps"] == 6
+
+
+def test_trouble_without_end_is_one_line(small: Path) -> None:
+    write_latents(small / "latents", spoilt=dict.fromkeys(range(24), float("nan")))
+    config = configured(small, "hopeless", 200, "ckpt_every: 10, max_skips: 3")
+    with pytest.raises(LightningDiTError, match=r"does not get beyond step 18: it went back 5 times, .* 0\.03125 of"):
+        run(config)
+    assert not (small / "runs" / "hopeless" / "transformer.safetensors").exists()
+
+
+def test_a_resumed_run_keeps_the_lowered_rate(small: Path, nursery: subprocess.Popen[str]) -> None:
+    spike_at(small, 33)
+    whole, config = configured(small, "whole", 60, "ckpt_every: 4"), configured(small, "parts", 60, "ckpt_every: 4")
+    assert nursed(nursery, whole) == [0]
+    for moment in (0.1, 0.15):
+        nursed(nursery, config, killed_after=moment)
+    assert nursed(nursery, config) == [0]
+    assert rows_of(config)[-1]["rate_scale"] == 0.5
+    again = weights_of(config)
+    assert all(torch.equal(value, again[name]) for name, value in weights_of(whole).items())
+
+
+def test_half_precision_with_a_loss_scale_trains(small: Path) -> None:
+    config = configured(small, "half", 40, "ckpt_every: 20, precision: fp16")
+    run(config)
+    full = configured(small, "full", 40, "ckpt_every: 20, precision: fp32")
+    run(full)
+    assert rows_of(config)[-1]["loss_scale"] in [2.0**power for power in range(8, 17)]
+    assert "loss_scale" not in rows_of(full)[-1]
+    assert rows_of(config)[-1]["loss"] == pytest.approx(rows_of(full)[-1]["loss"], rel=0.02)
+
+
+def test_checkpointing_gives_the_same_gradient(small: Path) -> None:
+    path = configured(small, "kept")
+    plain = train.Trainer(load_config(path))
+    path.write_text(path.read_text().replace("in_chans: 4", "in_chans: 4, use_checkpoint: true"))
+    saving = train.Trainer(load_config(path))
+    first, second = (float(trainer.step(0)["gradient_norm"]) for trainer in (plain, saving))
+    assert saving.model.settings.use_checkpoint
+    assert first == pytest.approx(second, rel=1e-6)
+
+
+def test_validation_is_the_mean_over_fixed_draws(small: Path) -> None:
+    path = configured(small, "valid", more="valid_every: 10, valid_samples: 20, micro_batch_size: 3")
+    path.write_text(path.read_text().replace("image_size", "valid_path: held, image_size"))
+    write_latents(small / "held", count=30, seed=1)
+    config = load_config(path)
+    data = LatentBatches(config, build_transport(config))
+    trainer = train.Trainer(config)
+    validation = Validation(config, data, trainer.averaged_model(), ALONE)
+    first, again = validation.look(1), validation.look(2)
+    assert first == again
+    # an untrained model predicts zero: its loss is the mean square of the velocity, latent - noise
+    noise = torch.stack([validation._noise(row) for row in range(20)])
+    raw = torch.randn(30, 4, 4, 4, generator=torch.Generator().manual_seed(1))[torch.arange(20) * 30 // 20]
+    squares = ((raw - 0.1 - noise) ** 2).flatten(1).mean(1)
+    assert first["valid_loss"] == pytest.approx(float(squares.mean()), rel=1e-5)
+    assert first["valid_loss_t0.3"] == pytest.approx(float(squares[6:8].mean()), rel=1e-5)
+    assert sum(name.startswith("valid_loss_t") for name in first) == 10
+    trainer.step(0)
+    trainer.step(1)  # the first step from zero moves only the last layer
+    assert validation.look(3) != first  # the weights are the average's own
+
+
+def test_what_is_held_out_is_never_trained_on(small: Path) -> None:
+    path = configured(small, "held", more="valid_every: 10, valid_share: 0.25")
+    config = load_config(path)
+    data = LatentBatches(config, build_transport(config))
+    seen = {int(data.samples[index]) for step in range(20) for index in data.order.indices(step)}
+    held_out = set(data.held_out.tolist())
+    assert (len(held_out), len(seen), seen & held_out) == (6, 18, set())
+    path.write_text(path.read_text().replace("valid_share: 0.25", "valid_share: 0.0"))
+    with pytest.raises(LightningDiTError, match="there is nothing to validate on; mend: set data.valid_path"):
+        train.main(["--config", str(path)])
+
+
+def test_a_run_leaves_samples_curves_and_figures(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = "ckpt_every: 10, valid_every: 10, valid_share: 0.2, sample_every: 10, sample_count: 6"
+    config = configured(small, "seen", 20, more)
+    run(config)
+    folder = small / "runs" / "seen"
+    assert sorted(path.name for path in (folder / "samples").iterdir()) == ["step-0000010.png", "step-0000020.png"]
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    rows = {row["step"]: row for row in rows_of(config)}
+    assert "valid_loss" in rows[10] and "valid_loss" not in rows[5]
+    assert all(0 <= row["data_share"] <= 1 and row["images_per_second"] > 0 for row in rows.values())
+    said = capsys.readouterr().out
+    assert "samples show latents" in said
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError:
+        assert "tensorboard is not installed, so there are no event files" in said
+    else:
+        assert list(folder.glob("events.*"))
+    assert json.loads((folder / "log.jsonl").read_text().splitlines()[0])["step"] == 5
+
+
+def test_the_compiled_forward_serves_training(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The switch puts what torch.compile returns in the model's place; what that is, is torch's affair."""
+    asked = []
+
+    def compile_nothing(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def compiled(*arguments: torch.Tensor) -> torch.Tensor:
+            asked.append(len(arguments[0]))
+            return forward(*arguments)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    plain = train.Trainer(load_config(configured(small, "plain"))).step(0)
+    assert asked == []
+    config = configured(small, "compiled", more="compile: true, micro_batch_size: 3")
+    compiled = train.Trainer(load_config(config)).step(0)
+    assert asked == [3, 1]
+    assert float(compiled["loss"]) == pytest.approx(float(plain["loss"]), rel=1e-6)
+
+
+def test_a_resumed_run_needs_the_first_weights_no_more(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = configured(small, "tuned", 10, "ckpt_every: 5, weight_init: source.safetensors")
+    source = train.Trainer(load_config(configured(small, "source"))).model
+    save_weights(source.state_dict(), small / "source.safetensors")
+    path.write_text(path.read_text().replace("num_classes: 3", "num_classes: 4"))
+    run(path)
+    assert "4 classes in place of 3; the rows are new, the null class is taken" in capsys.readouterr().out
+    (small / "source.safetensors").unlink()
+    path.write_text(path.read_text().replace("max_steps: 10", "max_steps: 15"))
+    run(path)
+    said = capsys.readouterr().out
+    assert "going on from step 10" in said
+    assert "in place of" not in said
+
+
+def test_samples_are_decoded_where_the_tokenizer_is_at_hand(tmp_path: Path) -> None:
+    latents = torch.randn(4, 6, 8, 8, generator=torch.Generator().manual_seed(0))
+    write_shard(shard_path(tmp_path, 0, 0), latents, torch.arange(4))
+    shutil.copy(BUNDLED / "latents_stats.pt", tmp_path)
+    bundled = load_config(BUNDLED / "config.yaml")
+    settings = replace(bundled.train, global_batch_size=2, sample_count=4, sample_every=1)
+    config = replace(bundled, data=replace(bundled.data, data_path=str(tmp_path)), train=settings)
+    trainer = train.Trainer(config)
+    grids = SampleGrids(config, trainer.data, trainer.averaged_model(), tmp_path / "samples")
+    assert grids.classes == [0, 2, 5, 7]  # spread over the ten
+    assert grids.pipe(grids.classes).images[0].size == (32, 32)
+    assert [grids.look(1), grids.look(2)] == [{}, {}]
+    first, second = (tmp_path / "samples" / f"step-000000{step}.png" for step in (1, 2))
+    assert first.read_bytes() == second.read_bytes()  # noises and classes never change
+
+
+def test_samples_that_are_not_finite_end_nothing(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = train.Trainer(load_config(configured(small, "wild", more="sample_count: 2")))
+    for value in trainer.ema.weights.values():
+        value.fill_(float("nan"))
+    grids = SampleGrids(trainer.config, trainer.data, trainer.averaged_model(), small / "samples")
+    assert grids.look(7) == {}
+    assert "note: no samples at step 7: sampling in torch.float32 gave values that are not" in capsys.readouterr().out
+    assert not (small / "samples").exists()
