@@ -30,7 +30,7 @@ from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import centre_crop, disk_errors
 from LightningDiT.labels import LATENTS_MANIFEST
 from LightningDiT.processes import ALONE, Processes
-from LightningDiT.runs import lock, manifest_differences
+from LightningDiT.runs import held_folder, manifest_differences
 from LightningDiT.seeds import generator_for
 from LightningDiT.tokenizer.autoencoder import DiagonalGaussian
 from LightningDiT.tokenizer.latents import LatentStats, Moments
@@ -383,20 +383,16 @@ class _Rows:
 def _planned(part: _Part, described: dict[str, Any]) -> Iterator[list[int]]:
     """Hold the folder and give the numbers of the shards that are missing."""
     file = part.output / LATENTS_MANIFEST
-    if file.exists():
-        _check_settings(file, described)
-    elif shard_files(part.output):
-        raise LightningDiTError(
-            f"{part.output} holds latent shards already, which would be mixed with these",
-            f"choose another --output, or rm {part.output}/*.safetensors",
-        )
-    else:
-        _write_manifest(file, {"settings": described})
-    with file.open("r+b") as held:
-        if not lock(held):
+    with held_folder(part.output, "extraction"):
+        if file.exists():
+            _check_settings(file, described)
+        elif shard_files(part.output):
             raise LightningDiTError(
-                f"another extraction writes into {part.output}", "wait for its end, or choose another --output"
+                f"{part.output} holds latent shards already, which would be mixed with these",
+                f"choose another --output, or rm {part.output}/*.safetensors",
             )
+        else:
+            _write_manifest(file, {"settings": described})
         missing = [shard for shard in range(part.shards) if _record(part.path(shard)) is None]
         left = [part.path(shard).with_suffix(PART) for shard in range(part.shards) if shard not in missing]
         for torn in (*left, *(path for pattern in TORN for path in part.output.glob(pattern))):

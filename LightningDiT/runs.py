@@ -122,9 +122,7 @@ def opened_run(folder: Path, manifest: dict[str, Any]) -> Iterator[None]:
     # asked in this order: a run that starts meanwhile has its manifest before its first image
     if any(image.stem.isdigit() for image in folder.glob("[0-9]*.png")) and not file.exists():
         raise LightningDiTError(f"{folder} holds images of no known run", "choose another --output")
-    with _lock_file(folder) as held:
-        if not lock(held):
-            raise LightningDiTError(f"another run writes into {folder}", "wait for its end, or choose another --output")
+    with held_folder(folder, "run"):
         if file.exists():
             _check_manifest(file, manifest)
         else:
@@ -300,18 +298,33 @@ def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
         )
 
 
-def _lock_file(folder: Path) -> IO[bytes]:
-    """Open the file whose lock is that of the folder; the manifest's own would go where another one replaces it."""
+@contextlib.contextmanager
+def held_folder(folder: Path, what: str) -> Iterator[None]:
+    """Keep others out of `folder`, which is made, until the block or the process ends.
+
+    Args:
+        what: they would do there, for the message.
+
+    Raises:
+        LightningDiTError: another process holds it, or it cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return (folder / LOCK).open("a+b")
+        # a file of its own: the manifest's lock would go where another one replaces it
+        opened = (folder / LOCK).open("a+b")
     except OSError as error:
         raise LightningDiTError(
             f"{folder} cannot be written ({error.strerror})", "choose a folder that you may write to"
         ) from error
+    with opened:
+        if not _lock(opened):
+            raise LightningDiTError(
+                f"another {what} writes into {folder}", "wait for its end, or choose another --output"
+            )
+        yield
 
 
-def lock(file: IO[bytes]) -> bool:
+def _lock(file: IO[bytes]) -> bool:
     """Take the lock of an open file, which its end or a kill gives back; False where another process has it."""
     try:
         import fcntl

@@ -28,6 +28,7 @@ from LightningDiT.errors import LightningDiTError
 from LightningDiT.extract_features import main
 from LightningDiT.labels import LATENTS_MANIFEST, Labels
 from LightningDiT.pipeline import LightningDiTPipeline
+from LightningDiT.runs import LOCK
 from LightningDiT.seeds import generator_for
 from LightningDiT.tokenizer import vavae
 from LightningDiT.tokenizer.latents import LatentStats
@@ -60,7 +61,7 @@ for line in sys.stdin:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != LOCK}
 
 
 def save_images(folder: Path, count: int, classes: tuple[str, ...] = CLASSES) -> Path:
