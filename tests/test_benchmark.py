@@ -391,10 +391,14 @@ def test_a_page_with_one_of_two_marks_is_left_as_it_is(tmp_path: Path) -> None:
         assert page.read_text() == text
 
 
-def test_the_page_in_docs_has_a_place_for_every_part(tmp_path: Path) -> None:
+def test_the_page_in_docs_has_figures_and_a_place_for_every_part(tmp_path: Path) -> None:
     page = tmp_path / "benchmark.md"
-    page.write_text((ROOT / "docs" / "benchmark.md").read_text(encoding="utf-8"), encoding="utf-8")
+    text = (ROOT / "docs" / "benchmark.md").read_text(encoding="utf-8")
+    page.write_text(text, encoding="utf-8")
     for part in PARTS:
+        begin, end = marks_of(mark_of(part))
+        rows = [line for line in text.partition(begin)[2].partition(end)[0].splitlines() if line.startswith("|")]
+        assert len(rows) > 2, part  # more than the head of a table
         put_between_marks(page, [f"figures of {part}"], "Benchmark", mark_of(part))
     assert [line for line in page.read_text().splitlines() if line.startswith("figures of")] == [
         f"figures of {part}" for part in PARTS

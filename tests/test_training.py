@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from LightningDiT import train, train_tokenizer
+from LightningDiT import train
 from LightningDiT.checkpoint import load_weights, save_weights
 from LightningDiT.data.shards import shard_path, write_shard
 from LightningDiT.errors import LightningDiTError
@@ -306,22 +306,3 @@ def test_latents_of_another_shape_or_class_are_named(training_config: Path) -> N
     training_config.write_text(text.replace(names, "num_classes: 2"))
     with pytest.raises(LightningDiTError, match="the label 2; data.num_classes is 2"):
         train.main(["--config", str(training_config)])
-
-
-def test_the_tokenizer_trains_and_goes_on(fashion_folder: Path, tmp_path: Path) -> None:  # noqa: F811
-    (tmp_path / "tokenizer.yaml").write_text(
-        "model: {params: {embed_dim: 4, ddconfig: {z_channels: 4, resolution: 32, ch: 32, ch_mult: [1, 1],"
-        " num_res_blocks: 1, attn_resolutions: []}}}\n"
-        "train: {max_steps: 4, batch_size: 4, log_every: 1, ckpt_every: 2, warmup_steps: 0}\n"
-    )
-
-    def run(name: str, *more: str) -> int:
-        command = ["--config", str(tmp_path / "tokenizer.yaml"), "--data-root", str(fashion_folder)]
-        return train_tokenizer.main([*command, "--output", str(tmp_path / name), *more])
-
-    assert run("whole") == 0
-    assert run("parts", "--max-steps", "2") == 0
-    assert run("parts") == 0
-    whole, parts = (load_weights(tmp_path / name / "tokenizer.safetensors") for name in ("whole", "parts"))
-    for name, value in whole.items():
-        assert torch.equal(value, parts[name]), name
