@@ -26,7 +26,7 @@ from setup_steps.console import PROJECT, StepError, format_bytes, mend_packages,
 
 PROBE_SECONDS = 300
 MODULE_SUFFIXES = (".py", ".so", ".pyd")
-IMPORT_NAMES = {"pillow": "PIL"}  # distributions whose module has another name
+IMPORT_NAMES = {"pillow": "PIL", "torch-fidelity": "torch_fidelity"}  # distributions whose module has another name
 NATIVE_BF16 = (8, 0)  # torch's own is_bf16_supported() is true where bf16 is emulated, too
 SMI_SECONDS = 60
 SMI_FIELDS = ("name", "compute_cap", "memory.total", "driver_version")

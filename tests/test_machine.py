@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from setup_steps import machine
-from setup_steps.machine import Gpu, TorchFacts
+from setup_steps.console import PROJECT
+from setup_steps.install import read_pins
+from setup_steps.machine import Gpu, TorchFacts, installed_version, try_imports
 from tests.project_copy import copy_project, run_script
 from tests.wheels import FAKE_TORCH, make_nvidia_smi
 
@@ -211,3 +213,10 @@ def test_the_machine_is_described_for_a_person(tmp_path: Path) -> None:
     assert rows["GPU 2"] == "A100 (8.0), 42.0 GB, bf16 native, torch does not see it"
     assert (rows["torch"], rows["Kernels"], rows["note"]) == ("2.14.1 (CUDA 13.0)", "sm_75", "a note")
     assert rows["Python"].endswith("Kaggle)")
+
+
+def test_every_pin_is_imported_by_the_name_of_its_module() -> None:
+    """A distribution whose module is called otherwise needs a row of `IMPORT_NAMES`."""
+    names = [pin.name for pin in read_pins(PROJECT / "requirements.txt") if installed_version(pin.name)]
+    assert {"pillow", "torch"} <= set(names)
+    assert {name: fault for name, fault in try_imports(names).items() if fault} == {}
