@@ -6,7 +6,7 @@ import json
 import shutil
 import signal
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,15 @@ def seed_weights(module: nn.Module) -> nn.Module:
             state[name] = seeded_tensor(name, tuple(value.shape))
     module.load_state_dict(state)
     return module.eval()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread, as the processes that a test starts have: the number of threads shows in the last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -313,5 +313,5 @@ def test_the_bundled_file_belongs_to_the_bundled_weights():
     file = load_solvers(BUNDLED / "solvers.yaml")
     assert file.weights == weights_fingerprint(config.ckpt_path)
     errors = {s.evaluations: s.error for s in file.solvers if s.guidance == Guidance.of(config.sample)}
-    assert list(errors) == [6, 8, 10, 12, 15]
+    assert list(errors) == [6, 8, 10, 12, 14, 15]
     assert list(errors.values()) == sorted(errors.values(), reverse=True)

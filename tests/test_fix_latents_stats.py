@@ -206,7 +206,7 @@ def write_shards(folder: Path) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     latents = 300 + torch.randn(50, 4, 2, 2, generator=generator)
     for index, part in enumerate(latents.split(30)):
-        write_shard(shard_path(folder, 0, index), part, torch.zeros(len(part)), flipped=part * 0)
+        write_shard(shard_path(folder, 0, index), part, torch.zeros(len(part), dtype=torch.long), flipped=part * 0)
     return latents
 
 
@@ -534,7 +534,7 @@ def test_a_failure_ends_the_moving_line(
         options += ["--tokenizer", str(tiny_folder / "tokenizer.yaml")]
     else:
         for index, channels in enumerate((4, 5)):
-            write_shard(shard_path(folder, 0, index), torch.randn(3, channels, 2, 2), torch.zeros(3))
+            write_shard(shard_path(folder, 0, index), torch.randn(3, channels, 2, 2), torch.zeros(3, dtype=torch.long))
     with pytest.raises((LightningDiTError, KeyboardInterrupt)) as kept:  # it keeps the frames of the failure, too
         repair(tmp_path / "latents_stats.pt", *options)
     assert kept.value
@@ -674,7 +674,7 @@ def test_the_order_of_the_sources_and_why_each_is_passed_over(
     assert "good ones from the attached" in said
     path.unlink()
     latents = torch.randn(30, 32, 2, 2, generator=torch.Generator().manual_seed(0))
-    write_shard(shard_path(path.parent, 0, 0), latents, torch.zeros(30))
+    write_shard(shard_path(path.parent, 0, 0), latents, torch.zeros(30, dtype=torch.long))
     assert repair(path) == 0
     said = capsys.readouterr().out
     assert re.search(r"^  attached: passed over, no data sets are attached here$", said, re.MULTILINE)
@@ -696,7 +696,7 @@ def test_a_hub_with_statistics_of_other_channels_is_passed_over(
 
 def test_shards_of_different_tokenizers_are_refused(tmp_path: Path) -> None:
     for index, channels in enumerate((4, 5)):
-        write_shard(shard_path(tmp_path, 0, index), torch.randn(3, channels, 2, 2), torch.zeros(3))
+        write_shard(shard_path(tmp_path, 0, index), torch.randn(3, channels, 2, 2), torch.zeros(3, dtype=torch.long))
     with pytest.raises(LightningDiTError, match=r"shape \[3, 5, 2, 2\]; \[N, 4, h, w\] is expected"):
         repair(tmp_path / "latents_stats.pt", "--latents", str(tmp_path))
 

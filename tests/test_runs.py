@@ -120,15 +120,11 @@ def test_what_a_killed_run_left_is_removed_and_nothing_else(tiny_folder: Path) -
     torch.__version__.startswith("2.2.") and sys.version_info >= (3, 12),
     reason="torchrun of torch 2.2 crashes on Python 3.12 before it starts anything",
 )
+@pytest.mark.usefixtures("one_thread")
 def test_two_processes_make_the_folder_of_one(tiny_folder: Path) -> None:
-    """Four batches for two processes, the last one of a single image; each process computes in one thread."""
+    """Four batches for two processes, the last one of a single image."""
     options = ["--num-samples", "7", "--seed", "2", "--npz"]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        assert main(arguments(tiny_folder, "one", *options)) == 0
-    finally:
-        torch.set_num_threads(threads)
+    assert main(arguments(tiny_folder, "one", *options)) == 0
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, "-m", "LightningDiT.inference", *arguments(tiny_folder, "two", *options, "--preview", "2")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -398,6 +398,7 @@ def test_half_of_the_images_are_mirrored(tmp_path: Path) -> None:
     torch.__version__.startswith("2.2") and sys.version_info >= (3, 12),
     reason="torchrun of torch 2.2 crashes on Python 3.12 before it starts anything",
 )
+@pytest.mark.usefixtures("one_thread")
 def test_two_processes_train_as_one_with_the_same_batch(fashion_folder: Path, tmp_path: Path) -> None:  # noqa: F811
     config = write_yaml(tmp_path / "small.yaml", {**SHORT, "lr": 1e-4, "precision": "fp32"})
     run(config, fashion_folder, tmp_path / "one")
