@@ -182,6 +182,8 @@ def test_unknown_model_is_a_usage_error(project: Path) -> None:
 
 def test_the_model_follows_from_gpu_files_and_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = tmp_path / "report.json"
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(quickstart.shutil, "disk_usage", lambda folder: usage._replace(free=10**12))  # a roomy disk
     monkeypatch.setattr(console, "REPORT", report)
     monkeypatch.setattr(weights, "MODELS", tmp_path / "models")
     for name in ("KAGGLE_KERNEL_RUN_TYPE", weights.ATTACHED_VARIABLE):
