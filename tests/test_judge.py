@@ -15,7 +15,6 @@ from LightningDiT.errors import LightningDiTError
 from LightningDiT.tools.judge import (
     FEATURES,
     Judge,
-    augment,
     half_precision,
     judge_images,
     judge_metadata,
@@ -95,19 +94,6 @@ def test_folding_keeps_the_output() -> None:
         before = judge(images)
         torch.testing.assert_close(judge.fold()(images), before, rtol=1e-4, atol=1e-4)
     assert judge.state_dict().keys() == Judge().state_dict().keys()
-
-
-def test_augmentation_moves_by_two_pixels_at_most_and_mirrors() -> None:
-    image = pad_to_32(torch.zeros(1, 28, 28, dtype=torch.uint8))
-    image[0, :, 10, 5] = 1.0  # one bright pixel
-    moved = augment(image.repeat(400, 1, 1, 1), torch.Generator().manual_seed(0))
-    assert moved.shape == (400, 3, 32, 32)
-    assert torch.equal(moved[:, 0], moved[:, 2])
-    number, row, column = torch.nonzero(moved[:, 0] > 0).unbind(1)
-    assert torch.equal(number, torch.arange(400))  # never lost, never doubled
-    assert set(row.tolist()) == {8, 9, 10, 11, 12}
-    plain = {3, 4, 5, 6, 7}
-    assert set(column.tolist()) == plain | {31 - value for value in plain}
 
 
 def test_a_file_gives_the_same_judge_back(trained: Judge, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def fashion_mnist(root: str | Path, train: bool) -> tuple[Tensor, Tensor]:
         dataset = FashionMNIST(str(folder), train=train, download=True)
     except (OSError, RuntimeError) as error:
         raise LightningDiTError(
-            f"Fashion-MNIST is not in {folder} and could not be downloaded ({error})",
+            f"Fashion-MNIST is not in {folder} and could not be downloaded ({' '.join(str(error).split())})",
             "pass --data-root FOLDER with the four *-ubyte.gz files",
         ) from error
     return dataset.data, dataset.targets.long()

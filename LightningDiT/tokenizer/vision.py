@@ -57,23 +57,32 @@ class VisionModel(nn.Module):
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Return images (N, 3, side, side) as the model sees them, of images (N, 3, H, W) in [-1, 1]."""
-        if images.shape[-2:] != (self.side, self.side):
-            size = (self.side, self.side)
-            images = F.interpolate(images, size, mode="bilinear", antialias=not self.published_input)
-        return images if self.published_input else (images * 0.5 + 0.5 - self.mean) / self.std
+        if self.published_input:
+            return resized(images, self.side, antialias=False)
+        return normalised(resized(images, self.side), self.mean, self.std)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Return features (N, width, grid, grid) of images (N, 3, H, W) in [-1, 1]."""
         seen = self.preprocess(images)
         maps = self.model.forward_intermediates(seen, indices=1, norm=True, intermediates_only=True)[-1]
-        if maps.shape[-2:] != (self.grid, self.grid):
-            maps = F.interpolate(maps.float(), (self.grid, self.grid), mode="bilinear", antialias=True)
-        return maps  # (N, width, grid, grid)
+        return resized(maps.float(), self.grid)  # (N, width, grid, grid)
 
     def train(self, mode: bool = True) -> VisionModel:
         """Stay in evaluation."""
         return super().train(False)
+
+
+def resized(images: Tensor, side: int, antialias: bool = True) -> Tensor:
+    """Return images or feature maps (N, C, side, side) of those (N, C, H, W), bilinear."""
+    if images.shape[-2:] == (side, side):
+        return images
+    return F.interpolate(images, (side, side), mode="bilinear", antialias=antialias)
+
+
+def normalised(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Return images (N, 3, H, W) in [-1, 1] with this mean and standard deviation (3, 1, 1), stated for [0, 1]."""
+    return (images * 0.5 + 0.5 - mean) / std
 
 
 def create_model(name: str, weights: str | Path | None, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,20 +20,13 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from LightningDiT.checkpoint import inspect, load_into, load_weights, save_weights
 from LightningDiT.console import run_main
 from LightningDiT.data.images import FASHION_MNIST_CLASSES, fashion_mnist, pad_to_32
-from LightningDiT.device import autocast, best_device, training_dtype
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.seeds import generator_for
-from LightningDiT.training import BatchOrder, learning_rate
+from LightningDiT.tools.classifiers import Recipe, train_classifier
 
 BORDER = 2  # black pixels that pad_to_32 puts around a photograph
 FEATURES = 96
 LEAST_ACCURACY = 0.91  # a weaker judge is not worth keeping
-BATCH_SIZE = 128
-PEAK_RATE = 3e-3
-WEIGHT_DECAY = 0.02
-LABEL_SMOOTHING = 0.1
-WARMUP_STEPS = 300  # at most; a tenth of a shorter training
-MAX_SHIFT = 2  # pixels by which training images move
+RECIPE = Recipe(peak_rate=3e-3, weight_decay=0.02)
 EVALUATION_BATCH = 500
 
 
@@ -105,54 +97,10 @@ def judge_images(judge: Judge, images: Tensor) -> tuple[Tensor, Tensor]:
     return features, judge.output(features).argmax(1)
 
 
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Return images (N, 3, 32, 32) moved by up to 2 pixels each way, half of them mirrored.
-
-    What moves in is black, as the border is, so nothing but black is lost or gained there.
-    """
-    count, _, side, _ = images.shape
-    padded = F.pad(images, [MAX_SHIFT] * 4, value=-1.0)  # (N, 3, 36, 36)
-    shifts = torch.randint(0, 2 * MAX_SHIFT + 1, (2, count, 1), generator=generator)
-    rows, columns = torch.arange(side) + shifts  # (N, 32) each
-    mirrored = torch.rand(count, 1, generator=generator) < 0.5
-    columns = torch.where(mirrored, columns.flip(1), columns)
-    index = torch.arange(count)[:, None, None]
-    moved = padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]]  # (N, 32, 32, 3)
-    return moved.permute(0, 3, 1, 2)  # (N, 3, 32, 32)
-
-
 def train_judge(images: Tensor, labels: Tensor, epochs: int, seed: int) -> Judge:
     """Return a folded judge trained on images (N, 28, 28) uint8 with labels (N,); one line an epoch."""
-    device = best_device()
-    dtype = training_dtype(device)
     torch.manual_seed(seed)  # initial weights and dropout
-    # channels last: a third faster in bfloat16 on the CPU
-    judge = Judge(folded=False).to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=PEAK_RATE, weight_decay=WEIGHT_DECAY)
-    order = BatchOrder(len(images), BATCH_SIZE, seed)
-    total = epochs * order.steps_per_epoch
-    warmup = min(WARMUP_STEPS, total // 10)
-    losses: list[float] = []
-    started = time.monotonic()
-    for step in range(total):
-        chosen = order.indices(step)
-        batch = augment(pad_to_32(images[chosen]), generator_for(seed, 1, step)).to(device)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, PEAK_RATE, warmup, total - warmup, total)
-        with autocast(device, dtype):
-            logits = judge(batch).float()
-        loss = F.cross_entropy(logits, labels[chosen].to(device), label_smoothing=LABEL_SMOOTHING)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-        epoch, rest = divmod(step + 1, order.steps_per_epoch)
-        if rest == 0:
-            seconds = time.monotonic() - started
-            mean = sum(losses[-order.steps_per_epoch :]) / order.steps_per_epoch
-            left = seconds / epoch * (epochs - epoch) / 60
-            print(f"epoch {epoch} of {epochs}: loss {mean:.4f} ({left:.1f} min left)", flush=True)
-    return judge.cpu().fold()
+    return train_classifier(Judge(folded=False), images, labels, RECIPE, epochs, seed).fold()
 
 
 def save_judge(judge: Judge, path: str | Path, metadata: dict[str, object]) -> None:

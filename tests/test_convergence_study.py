@@ -1,0 +1,223 @@
+"""The study of convergence: equal arms, jobs that need one another, judging, and what the page says of known curves."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from LightningDiT.checkpoint import save_training_state
+from LightningDiT.config import load_config, load_tokenizer_config, tokenizer_training
+from LightningDiT.console import run_main
+from LightningDiT.errors import LightningDiTError
+from LightningDiT.loading import model_settings
+from LightningDiT.models.lightningdit import LightningDiT
+from LightningDiT.tokenizer.vavae import autoencoder_settings
+from LightningDiT.tools.convergence_study import arms, jobs, judging, page
+from LightningDiT.tools.convergence_study.__main__ import parse
+from tests.conftest import BUNDLED, PROJECT
+from tests.test_evaluate_bundled import data_root  # noqa: F401 - a fixture
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> arms.Plan:
+    return arms.Plan(tmp_path / "study", str(tmp_path / "data"), steps=40, every=10, count=20, seeds=(0, 3))
+
+
+def test_the_arms_have_equal_parameters_batches_and_networks(plan: arms.Plan) -> None:
+    arms.write_configs(plan)
+    configs = {arm.name: load_config(plan.folder / f"{arm.name}-3.yaml") for arm in arms.ARMS}
+    counts = {}
+    for name, config in configs.items():
+        with torch.device("meta"):
+            model = LightningDiT(model_settings(config))
+        counts[name] = sum(value.numel() for value in model.parameters())
+        assert config.train.global_seed == 3
+    assert max(counts.values()) / min(counts.values()) < 1.002
+    trainings = [replace(config.train, output_dir="") for config in configs.values()]
+    assert all(training == trainings[0] for training in trainings)
+    plain, aligned = (load_tokenizer_config(plan.folder / f"tokenizer-{name}.yaml") for name in ("plain", "aligned"))
+    assert autoencoder_settings(plain) == autoencoder_settings(aligned)
+    unaligned = replace(tokenizer_training(aligned), vf_weight=0.0, vision_model=None, vision_weights=None)
+    assert unaligned == tokenizer_training(plain)
+    assert tokenizer_training(aligned).vf_weight > 0
+
+
+def test_another_plan_does_not_take_the_folder(plan: arms.Plan) -> None:
+    arms.write_configs(plan)
+    arms.write_configs(plan)  # the same again
+    with pytest.raises(LightningDiTError, match=r"dit-0\.yaml is of a study with other settings; mend: choose another"):
+        arms.write_configs(replace(plan, steps=50))
+
+
+def test_every_job_needs_what_an_earlier_one_makes(plan: arms.Plan) -> None:
+    found = jobs.jobs_of(plan)
+    made: set[Path] = set()
+    for job in found:
+        assert set(job.needs) <= made | {job.makes.parent / "latents_stats.pt"} or job.needs[0] in made
+        made.add(job.makes)
+    assert len(found) == len(made) == 1 + 2 * 3 + len(arms.ARMS) * 2 * 2
+    assert [job.name for job in found if not job.needs] == ["vision", "tokenizer-plain"]
+
+
+def copy_job(name: str, source: Path, target: Path, needs: tuple[Path, ...] = ()) -> jobs.Job:
+    """A job of the standard library: `json.tool` writes what it reads."""
+    return jobs.Job(name, ("json.tool", str(source), str(target)), target, needs)
+
+
+def test_jobs_wait_for_what_they_need_and_are_not_done_twice(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    start, middle, end = (tmp_path / f"{name}.json" for name in ("start", "middle", "end"))
+    start.write_text("[1]")
+    chain = [copy_job("second", middle, end, (middle,)), copy_job("first", start, middle)]
+    jobs.run_jobs(chain, 2, tmp_path / "logs")
+    assert json.loads(end.read_text()) == [1]
+    assert "0 of 2 parts are there" in capsys.readouterr().out
+    end.write_text("[2]")
+    jobs.run_jobs(chain, 2, tmp_path / "logs")
+    assert json.loads(end.read_text()) == [2]
+    assert "2 of 2 parts are there" in capsys.readouterr().out
+
+
+def test_a_job_that_fails_is_named_with_its_last_line(tmp_path: Path) -> None:
+    job = jobs.Job("broken", ("no_module_of_this_name",), tmp_path / "never")
+    with pytest.raises(LightningDiTError, match=r"broken failed with exit code 1: .*No module named no_module_of_this"):
+        jobs.run_jobs([job], 1, tmp_path / "logs")
+    silent = jobs.Job("silent", ("this", "--nothing"), tmp_path / "never")  # ends well, and makes no file
+    with pytest.raises(LightningDiTError, match="silent failed with exit code 0"):
+        jobs.run_jobs([silent], 1, tmp_path / "logs")
+
+
+def test_ctrl_c_reaches_the_jobs_under_way(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from LightningDiT.console import run_main\n"
+        "from LightningDiT.tools.convergence_study.jobs import Job, run_jobs\n"
+        f"logs = Path({str(tmp_path)!r})\n"
+        "job = Job('server', ('http.server', '--bind', '127.0.0.1', '0'), logs / 'never')\n"
+        "sys.exit(run_main(lambda: run_jobs([job], 1, logs) or 0))"
+    )
+    study = subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "server.log"
+    deadline = time.monotonic() + 60
+    while not log.exists() or not children_of(study.pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    child = children_of(study.pid)[0]
+    time.sleep(1.0)  # until Python's own start is behind it
+    study.send_signal(signal.SIGINT)
+    _, errors = study.communicate(timeout=60)
+    assert study.returncode == 130
+    assert errors.startswith("stopped;")
+    assert not Path(f"/proc/{child}").exists()
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(number) for number in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def curve(*values: float) -> page.Curve:
+    return page.Curve(tuple(100 * number for number in range(1, len(values) + 1)), values)
+
+
+def test_images_to_a_level_are_read_between_two_checkpoints() -> None:
+    falling = curve(8.0, 4.0, 2.0, 2.5)
+    assert falling.reached(4.0) == 200
+    assert falling.reached(math.sqrt(8.0)) == pytest.approx(250)  # half of the way from 4 to 2 in logarithms
+    assert falling.reached(9.0) == 100
+    assert falling.reached(1.0) is None
+    assert page.images_saved(curve(9.0, 6.0, 5.0, 4.0), falling) == "2.0"
+    assert page.images_saved(curve(9.0, 9.0, 9.0, 8.5), falling) == "4.0 or more"
+    assert page.images_saved(curve(1.0), falling) == "not reached"
+
+
+def write_results(plan: arms.Plan) -> None:
+    """Write figures of four checkpoints: each arm is twice as good as the one before, the second seed a tenth worse."""
+    for number, arm in enumerate(arms.ARMS):
+        for seed in plan.seeds:
+            figures = {}
+            for step in (10, 20, 30, 40):
+                value = 8.0 / 2**number / step * 10 * (1.1 if seed else 1.0)
+                figures[str(step)] = {"frechet": value, "frechet_pixels": value / 2, "accuracy": 0.75}
+            real = {"frechet": 0.125, "frechet_pixels": 0.0625, "accuracy": 0.9}
+            plan.folder.mkdir(exist_ok=True)
+            (plan.folder / f"{arms.run_name(arm, seed)}.json").write_text(json.dumps({**figures, "real": real}))
+    for name, psnr in (("plain", 30.0), ("aligned", 29.0)):
+        folder = plan.folder / f"evaluation-{name}"
+        folder.mkdir(exist_ok=True)
+        report = {"psnr_mean": psnr, "frechet_distance": 0.25, "latents": {"uniformity": -3.5}}
+        (folder / "evaluation.json").write_text(json.dumps(report))
+
+
+def test_the_page_holds_figures_ratios_and_curves(plan: arms.Plan, tmp_path: Path) -> None:
+    write_results(plan)
+    document = tmp_path / "docs" / "training.md"
+    document.parent.mkdir()
+    document.write_text("# Training\n\nProse.\n\n<!-- convergence: begin -->\n<!-- convergence: end -->\n\nMore.\n")
+    curves = page.write_page(plan, document)
+    text = document.read_text()
+    assert text.startswith("# Training\n\nProse.\n")
+    assert text.endswith("<!-- convergence: end -->\n\nMore.\n")
+    assert "**5,120 images a training, 20 images judged a checkpoint, seeds 0 / 3:**" in text
+    assert "| DiT, plain VAE | 2.00 / 2.20 |  | not reached |" in text
+    assert "| LightningDiT, aligned VAE | 0.25 / 0.28 | 4.0 or more | 4.0 or more |" in text
+    assert "| LightningDiT, plain VAE | 0.50 / 0.55 | 4.0 or more | 2.0 |" in text
+    assert "| 20 real training photographs | 0.12 | | |" in text
+    assert "| aligned | 29.0 | 0.250 | -3.50 |" in text
+    assert curves == tmp_path / "docs" / "training" / "convergence.png"
+    assert curves.read_bytes().startswith(b"\x89PNG")
+
+
+def test_checkpoints_are_judged_once(
+    tmp_path: Path,
+    data_root: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """The bundled weights as the average of a checkpoint have the figures that the same weights have by themselves."""
+    from LightningDiT.checkpoint import load_weights
+
+    run, output = tmp_path / "run", tmp_path / "run.json"
+    weights = {name: value.float() for name, value in load_weights(BUNDLED / "transformer.safetensors").items()}
+    zeros = {name: torch.zeros_like(value) for name, value in weights.items()}
+    save_training_state({"step": 0, "ema": zeros}, run / "checkpoint-0000000.pt")
+    for step, average in ((10, zeros), (20, weights)):
+        save_training_state({"step": step, "model": zeros, "ema": average}, run / f"checkpoint-{step:07d}.pt")
+    arguments = ["--config", str(BUNDLED / "config.yaml"), "--run", str(run), "--data-root", str(data_root)]
+    arguments += ["--count", "20", "--output", str(output)]
+    assert run_main(lambda: judging.main(arguments)) == 0
+    figures = json.loads(output.read_text())
+    assert set(figures) == {"10", "20", "real"}
+    assert figures["20"]["accuracy"] >= 0.9  # the model card has 96 %
+    assert figures["10"]["accuracy"] == pytest.approx(0.1, abs=0.11)  # noise, whatever class was asked for
+    (run / "judged-20.json").write_text(json.dumps({"10": {}, "20": {"accuracy": 7}}))
+    capsys.readouterr()
+    assert run_main(lambda: judging.main(arguments)) == 0
+    assert json.loads(output.read_text())["20"] == {"accuracy": 7}
+    assert "checkpoint-" not in capsys.readouterr().out
+
+
+def test_a_run_without_checkpoints_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    arguments = ["--config", "a.yaml", "--run", str(tmp_path), "--output", str(tmp_path / "a.json")]
+    assert run_main(lambda: judging.main(arguments)) == 1
+    assert "holds no checkpoint after a step; mend: train it: --config a.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        (["--count", "15"], "--count is 15; a multiple of 10 from 20 on is expected"),
+        (["--steps", "10", "--every", "3"], "--steps is 10, no multiple of --every 3"),
+        (["--seeds", "1", "1"], "different ones of 0 or more are expected"),
+    ],
+)
+def test_what_cannot_be_is_a_usage_error(option: list[str], reason: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse(option)
+    assert stopped.value.code == 2
+    assert reason in capsys.readouterr().err
