@@ -59,11 +59,8 @@ def test_the_file_is_one_that_a_tokenizer_can_name(trained: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (
-            ["--model", "no_such_model"],
-            "knows no model 'no_such_model'; mend: give --model a name of timm.list_models()",
-        ),
-        (["--model", "test_vit3", "--size", "64"], "timm's test_vit3 does not take 64 pixels"),
+        (["--model", "no_such"], "knows no model 'no_such'; mend: give --model a name of timm.list_models()"),
+        (["--model", "test_vit", "--size", "72"], "timm's test_vit does not take 72 pixels"),
     ],
 )
 def test_what_timm_has_not_is_one_line(
