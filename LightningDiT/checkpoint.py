@@ -286,14 +286,29 @@ def save_weights(weights: Mapping[str, Tensor], path: str | Path, metadata: Mapp
     from safetensors.torch import save_file
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    with atomic_path(path) as temporary:
+    with _saved(path) as temporary:
         save_file(tensors, temporary, dict(metadata or {}))
 
 
 def save_training_state(state: Mapping[str, Any], path: str | Path) -> None:
     """Write a dictionary of tensors and plain values by `torch.save`, atomically."""
-    with atomic_path(path) as temporary:
+    with _saved(path) as temporary:
         torch.save(dict(state), temporary)
+
+
+@contextlib.contextmanager
+def _saved(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path as `atomic_path` does; what the writers of tensors say of a full disk becomes one line."""
+    from safetensors import SafetensorError
+
+    try:
+        with atomic_path(path) as temporary:
+            yield temporary
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeErrors
+        reason = str(getattr(error, "strerror", None) or error).split("\n")[0][:160]
+        raise LightningDiTError(
+            f"{path} cannot be written ({reason})", "free space on that disk, and give the same command again"
+        ) from error
 
 
 def load_training_state(path: str | Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Callable
@@ -18,6 +19,9 @@ from typing import Any, TypeVar
 from LightningDiT.errors import LightningDiTError
 
 TOKENIZER_CONFIGS = Path(__file__).parent / "tokenizer" / "configs"
+#: What makes a configuration that is not there: of the pipeline, and of a tokenizer.
+STEP3 = "python step3_setup_configs.py"
+TOKENIZER_MEND = f"name a tokenizer YAML, such as those in {TOKENIZER_CONFIGS}"
 
 #: Keys of the published schema that nothing here reads. They are accepted, and a note says so.
 UNREAD_KEYS = {
@@ -37,6 +41,10 @@ def _not_negative(value: float) -> bool:
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and value > 0
+
+
+def _is_seed(value: int) -> bool:
+    return 0 <= value < 2**63
 
 
 def _share(value: float) -> bool:
@@ -65,12 +73,15 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("train.sample_every", _not_negative, "0 (off) or a number of steps"),
     ("train.sample_count", _positive, "a positive number"),
     ("train.lognorm_until_step", lambda value: value is None or value >= 0, "a number of steps"),
+    ("train.warmup_steps", _not_negative, "0 (off) or a number of steps"),
+    ("train.decay_steps", _not_negative, "0 (off) or a number of steps"),
     ("train.max_skips", _positive, "1 or more"),
     ("train.spike_factor", lambda value: value == 0 or value > 1, "0 (off) or a factor above 1"),
     ("train.rate_cut", lambda value: 0 < value <= 1, "a factor above 0 and up to 1"),
-    ("train.global_seed", _not_negative, "0 or more"),
+    ("train.global_seed", _is_seed, "a whole number from 0 to below 2^63"),
     ("optimizer.beta2", lambda value: 0 <= value < 1, "a decay from 0 to below 1"),
     ("optimizer.lr", lambda value: 0 < value < 1, "a rate between 0 and 1"),
+    ("optimizer.max_grad_norm", lambda value: value is None or value > 0, "a positive norm"),
     ("sample.mode", lambda value: value in ("ODE", "SDE"), "ODE or SDE"),
     ("sample.num_sampling_steps", lambda value: value > 1, "2 or more"),
     ("sample.per_proc_batch_size", _positive, "1 or more"),
@@ -332,12 +343,20 @@ FIXED_LOSS_KEYS: dict[str, Any] = {
 PUBLISHED_LOSS = "LPIPSWithDiscriminator"
 #: What a value of a tokenizer's training must be, where its type allows more.
 TOKENIZER_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    *((name, _positive, "a positive number") for name in ("max_steps", "batch_size", "lr", "log_every", "ckpt_every")),
+    *((name, _positive, "a positive number") for name in ("max_steps", "batch_size", "log_every", "ckpt_every")),
     *(
-        (name, _not_negative, "0 (off) or a positive weight")
+        (name, lambda value: 0 <= value < math.inf, "0 (off) or a positive weight")
         for name in ("l1_weight", "l2_weight", "kl_weight", "lpips_weight", "disc_weight", "vf_weight")
     ),
-    *((name, _not_negative, "0 or more") for name in ("cos_weight", "distmat_weight", "disc_start", "warmup_steps")),
+    *((name, lambda value: 0 <= value < math.inf, "0 or more") for name in ("cos_weight", "distmat_weight")),
+    *((name, _not_negative, "0 or more") for name in ("disc_start", "warmup_steps")),
+    *((name, lambda value: 0 <= value < 1, "a decay from 0 to below 1") for name in ("beta1", "beta2")),
+    ("seed", _is_seed, "a whole number from 0 to below 2^63"),
+    ("lr", lambda value: 0 < value < 1, "a rate between 0 and 1"),
+    ("ema_decay", _share, "a share between 0 and 1"),
+    ("max_grad_norm", lambda value: value is None or value > 0, "a positive norm, or none"),
+    ("decay_steps", lambda value: value is None or value >= 0, "0 (off) or a number of steps"),
+    ("logvar_init", lambda value: -30 <= value <= 30, "a logarithm from -30 to 30"),
     *((name, lambda value: 0 <= value <= 2, "a margin from 0 to 2") for name in ("cos_margin", "distmat_margin")),
     ("epochs", lambda value: value is None or value > 0, "a positive number"),
     ("precision", lambda value: value in ("auto", "fp32", "bf16"), "auto, fp32 or bf16"),
@@ -417,8 +436,12 @@ def load_config(path: str | Path) -> Config:
 
 
 def load_tokenizer_config(path: str | Path) -> TokenizerConfig:
-    """Return the settings in the tokenizer YAML at `path` (`ckpt_path`, `model.params`, own `train`)."""
-    values = read_yaml(path)
+    """Return the settings in the tokenizer YAML at `path` (`ckpt_path`, `model.params`, own `train`).
+
+    Raises:
+        LightningDiTError: as `load_config`.
+    """
+    values = read_yaml(path, TOKENIZER_MEND)
     where = str(path)
     _refuse_unknown(values, ("ckpt_path", "model", "train"), where)
     params = _mapping(_mapping(values.get("model"), f"{where}: model").get("params"), f"{where}: model.params")
@@ -462,15 +485,22 @@ def tokenizer_config_path(config: Config) -> Path:
     )
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file, interpolations resolved."""
+def read_yaml(path: str | Path, mend: str = STEP3) -> dict[str, Any]:
+    """Return the mapping in a YAML file, interpolations resolved.
+
+    Args:
+        mend: what makes such a file where it is missing, for the message.
+
+    Raises:
+        LightningDiTError: it is missing, a folder, no YAML, or holds no mapping.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     file = Path(path)
     if not file.exists():
-        raise LightningDiTError(f"configuration {path} does not exist", "python step3_setup_configs.py")
+        raise LightningDiTError(f"configuration {path} does not exist", mend)
     if file.is_dir():
         raise LightningDiTError(f"configuration {path} is a folder, a YAML file was expected", "name the file")
     try:
@@ -479,7 +509,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         reason = " ".join(str(error).split())
         raise LightningDiTError(
             f"configuration {path} is no valid YAML ({reason[:200]})",
-            "correct it, or python step3_setup_configs.py",
+            f"correct it, or {mend}",
         ) from error
     return _mapping(loaded, str(path))
 

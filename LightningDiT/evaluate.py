@@ -116,11 +116,15 @@ def check_statistics(name: str, reference: Source, views: Views) -> None:
         LightningDiTError: they are of another network.
     """
     for view, (mean, covariance) in reference.moments.items():
-        width = views[view].shape[1] if view in views else len(mean)
+        width = views[view].shape[1] if view in views else mean.numel()
         if mean.shape != (width,) or covariance.shape != (width, width):
             raise LightningDiTError(
-                f"{name} has statistics of {len(mean)} {view}, the network has {width}",
+                f"{name} has statistics of {mean.numel()} {view}, the network has {width}",
                 "name statistics of the same network; those of ADM and EDM go with --features inception",
+            )
+        if not (mean.isfinite().all() and covariance.isfinite().all() and (covariance.diagonal() >= 0).all()):
+            raise LightningDiTError(
+                f"{name} has statistics of {view} that are no numbers, or variances below 0", "fetch or make it again"
             )
     if "features" not in reference.moments and reference.images is None:
         raise LightningDiTError(f"{name} has no mean and covariance of features", "name a file with mu and sigma")
@@ -265,20 +269,33 @@ def write(output: Path, report: Report, scores: Mapping[str, Score], picture: Im
 
 
 def write_for_adm(samples: ImageSource, target: Path) -> None:
-    """Write the image files of `samples` in the layout that ADM's evaluator.py reads.
+    """Write `samples`, cropped to `--size`, in the layout that ADM's evaluator.py reads.
 
     Raises:
-        LightningDiTError: they are no files, or not square and of one size.
+        LightningDiTError: they are not square and of one size, or `target` is a folder or what they come from.
     """
     from LightningDiT.npz import write_npz
 
-    if not samples.files:
-        raise LightningDiTError(f"--npz: {samples.name} is no folder of image files", "give --npz with a folder")
+    if target.is_dir():
+        raise LightningDiTError(f"--npz: {target} is a folder, a file was expected", "name a file that ends in .npz")
+    if target.resolve() == Path(samples.name).resolve():
+        raise LightningDiTError(f"--npz: {target} holds the samples themselves", "name another file")
     side = samples.read(0, 1).shape[3]
+
+    def pixels_of(number: int, side: int) -> bytes:
+        image = samples.read(number, number + 1)[0].permute(1, 2, 0)  # (H, W, 3)
+        if image.shape != (side, side, 3):
+            raise LightningDiTError(
+                f"--npz: image {number} of {samples.name} has {image.shape[1]}x{image.shape[0]} pixels,"
+                f" {side}x{side} expected",
+                "give --size N, which crops every image to N x N",
+            )
+        return image.numpy().tobytes()
+
     labels = None if samples.labels is None else samples.labels.tolist()
     progress = Progress(samples.count, "image")
     try:
-        write_npz(samples.files, labels, side, target, progress.update)
+        write_npz(range(samples.count), labels, side, target, progress.update, pixels_of)
     finally:
         progress.close()
     print(f"wrote {target} for guided-diffusion's evaluator.py")

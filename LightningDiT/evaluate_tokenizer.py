@@ -67,11 +67,17 @@ class Judges:
             self.notes.append(f"{title} is left out: it needs images of {least} pixels, these have {side}")
         return side >= least
 
-    def get(self, title: str, make: Callable[[], T]) -> T | None:
-        """Return what `make` makes, or None and a note of why it cannot be had."""
+    def get(self, title: str, make: Callable[[], T], asked: bool = False) -> T | None:
+        """Return what `make` makes, or None and a note of why it cannot be had.
+
+        Args:
+            asked: the command line asks for it by name, so that it is an error where it cannot be had.
+        """
         try:
             return make()
         except LightningDiTError as error:
+            if asked:
+                raise
             self.notes.append(f"{title} is left out: {error}")
             return None
 
@@ -95,17 +101,28 @@ def structural_similarity() -> Similarity:
     return similarity
 
 
-def make_judges(args: argparse.Namespace, device: torch.device, side: int) -> Judges:
-    """Return everything that can be had of what the command line asks for."""
+def make_judges(args: argparse.Namespace, device: torch.device, side: int, count: int) -> Judges:
+    """Return everything that can be had to see `count` images of `side` pixels.
+
+    Raises:
+        LightningDiTError: something that the command line names cannot be had.
+    """
     from LightningDiT.metrics.extractors import make_extractor
 
     judges = Judges()
     if judges.can_see("SSIM", side, SMALLEST_SSIM_SIDE):
         judges.ssim = judges.get("SSIM", structural_similarity)
     if judges.can_see("LPIPS", side, SMALLEST_SIDE):
-        judges.lpips = judges.get("LPIPS", lambda: load_perceptual(args.lpips_weights).to(device))
+        given = args.lpips_weights
+        judges.lpips = judges.get("LPIPS", lambda: load_perceptual(given).to(device), bool(given))
     features = args.features or ("judge" if args.data_root else "inception")
-    judges.extractor = judges.get("the Frechet distance", lambda: make_extractor(features, args.inception_weights))
+    asked = bool(args.features or args.inception_weights)
+    if count < 2:
+        judges.notes.append("the Frechet distance is left out: one image has no spread")
+    else:
+        judges.extractor = judges.get(
+            "the Frechet distance", lambda: make_extractor(features, args.inception_weights), asked
+        )
     return judges
 
 
@@ -145,10 +162,11 @@ class Evaluation:
         """Return all figures; None for what was left out."""
         values = {name: torch.cat(parts) for name, parts in self._figures.items()}
         finite = values["psnr"][values["psnr"].isfinite()]  # infinite for an exact copy
+        error = values["squared_error"].mean()
         result: dict[str, Any] = {
             "images": len(values["psnr"]),
             "psnr_mean": float(finite.mean()) if len(finite) else None,
-            "psnr_pooled": float(10.0 * torch.log10(4.0 / values["squared_error"].mean())),
+            "psnr_pooled": float(10.0 * torch.log10(4.0 / error)) if error else None,
         }
         result |= {name: float(values[name].mean()) if name in values else None for name in ("ssim", "lpips")}
         return result | self._distance() | {"latents": self._latent_figures()}
@@ -180,9 +198,11 @@ class Evaluation:
 
 def normalised_positions(latents: Tensor, stats: LatentStats) -> Tensor:
     """Return at most `POSITIONS` vectors (N, C) of latents (M, C, h, w), each channel with mean 0 and deviation 1."""
-    vectors = stats.normalise(latents).permute(0, 2, 3, 1).flatten(0, 2)  # (M h w, C)
-    chosen = torch.randperm(len(vectors), generator=generator_for(0, 0))[:POSITIONS]
-    return vectors[chosen]
+    columns = latents.flatten(2)  # (M, C, h w); normalised after the choice, as all of them may be gigabytes
+    positions = columns.shape[2]
+    chosen = torch.randperm(len(columns) * positions, generator=generator_for(0, 0))[:POSITIONS]
+    vectors = columns[chosen // positions, :, chosen % positions]  # (N, C)
+    return stats.normalise(vectors[:, :, None, None])[:, :, 0, 0]
 
 
 def as_images(pixels: Tensor) -> Tensor:
@@ -246,17 +266,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     from LightningDiT.metrics.sources import open_images
 
-    tokenizer = VA_VAE(load_tokenizer_config(args.config), ckpt_path=args.weights)
+    config, folder = load_tokenizer_config(args.config), Path(args.output)
+    if not (args.weights or config.ckpt_path):
+        raise LightningDiTError(f"{config.source} names no ckpt_path", "give --weights FILE")
+    tokenizer = VA_VAE(config, ckpt_path=args.weights)
     source = open_images(args.images or f"{args.data_root}:test", args.images and tokenizer.img_size)
-    judges = make_judges(args, tokenizer.device, tokenizer.img_size)
-    evaluation, count, output = Evaluation(tokenizer, judges), min(args.count or source.count, source.count), None
+    with disk_errors(folder):  # before anything long is begun
+        folder.mkdir(parents=True, exist_ok=True)
+    count, output = min(args.count or source.count, source.count), None
+    judges = make_judges(args, tokenizer.device, tokenizer.img_size, count)
+    evaluation = Evaluation(tokenizer, judges)
     for pixels in batches(source, count, args.batch_size):
         copies = evaluation.add(pixels)
         output = output or (pixels, copies)
     report = evaluation.report()
     if judges.extractor is not None and count < FEW:
         judges.notes.append(f"a Frechet distance of {count} images is biased; papers state it of 50,000")
-    folder = Path(args.output)
     save_picture(*output, folder / PICTURE)
     settings = {"tokenizer": tokenizer.config.source, "weights": str(args.weights or tokenizer.config.ckpt_path)}
     with disk_errors(folder / REPORT), atomic_path(folder / REPORT) as temporary:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from LightningDiT.cli import positive
 from LightningDiT.config import Config, load_config, load_tokenizer_config, tokenizer_config_path
 from LightningDiT.console import duration, run_main
+from LightningDiT.errors import LightningDiTError
 
 if TYPE_CHECKING:
     from LightningDiT.data.sets import ImageSet
@@ -87,6 +88,20 @@ def settings_of(args: argparse.Namespace, config: Config) -> ExtractionSettings:
     )
 
 
+def check_ratio(config: Config, factor: int) -> None:
+    """Refuse a configuration that expects latents of another size than the tokenizer makes, before they are made.
+
+    Raises:
+        LightningDiTError: names the key.
+    """
+    if config.vae.downsample_ratio != factor:
+        raise LightningDiTError(
+            f"{config.source}: vae.downsample_ratio is {config.vae.downsample_ratio}, and {factor} in the tokenizer"
+            f" {config.vae.model_name}",
+            f"set vae.downsample_ratio: {factor}, or name another tokenizer",
+        )
+
+
 def summary(result: ExtractionResult, output: Path) -> str:
     """Return what was done in a few lines."""
     lines = []
@@ -122,6 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tokenizer = processes.agree(
             lambda: VA_VAE(tokenizer_settings, config.data.image_size, weights, device=best_device())
         )
+        processes.agree(lambda: check_ratio(config, tokenizer.downsample_factor))
         first = processes.from_main(lambda: open_images(args).count)  # alone, since it may download
         images, output = processes.agree(lambda: open_images(args)), Path(args.output)
         processes.say(f"{first} images{f' of {len(images.class_names)} classes' if images.class_names else ''}")

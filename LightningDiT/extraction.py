@@ -159,8 +159,8 @@ def extract(
         weights: the tokenizer's file, by which the manifest knows it.
 
     Raises:
-        LightningDiTError: the folder holds other latents (differing settings are named), another extraction writes
-            there, the disk is too small, or nothing can be read.
+        LightningDiTError: the folder holds other latents (differing settings are named) or statistics, another
+            extraction writes there, the disk is too small, or nothing can be read.
     """
     described = settings_of(images, tokenizer, weights, settings)
     keys = processes.share(lambda: images.key)
@@ -386,10 +386,10 @@ def _planned(part: _Part, described: dict[str, Any]) -> Iterator[list[int]]:
     with held_folder(part.output, "extraction"):
         if file.exists():
             _check_settings(file, described)
-        elif shard_files(part.output):
+        elif foreign := [*shard_files(part.output), *part.output.glob(STATS_NAME)]:
             raise LightningDiTError(
-                f"{part.output} holds latent shards already, which would be mixed with these",
-                f"choose another --output, or rm {part.output}/*.safetensors",
+                f"{part.output} holds {foreign[0].name} already, which is of another origin",
+                "choose another --output, or move it away",
             )
         else:
             _write_manifest(file, {"settings": described})

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch import Tensor
 from LightningDiT.config import Config
 from LightningDiT.data.shards import LatentShards
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.loading import load_stats
 from LightningDiT.seeds import generator_for
 from LightningDiT.tokenizer.latents import LatentStats
 from LightningDiT.training import BatchOrder, share_of
@@ -126,6 +126,11 @@ class LatentBatches:
         return PartialBatch(self.stats.normalise(latents), labels, times, noise, transport)
 
 
+def has_cosine_loss(config: Config) -> bool:
+    """Whether the loss has the cosine term, which is one of velocities."""
+    return config.transport.use_cosine_loss and config.transport.prediction == "velocity"
+
+
 def open_latents(config: Config) -> tuple[LatentShards, LatentStats]:
     """Return the shards in `data.data_path` and their statistics.
 
@@ -136,10 +141,7 @@ def open_latents(config: Config) -> tuple[LatentShards, LatentStats]:
     if not data.data_path:
         raise LightningDiTError(f"{config.source} names no data.data_path", "python -m LightningDiT.extract_features")
     shards = open_shards(config, data.data_path)
-    if not data.latent_norm:
-        return shards, LatentStats.identity(shards.shape[0])
-    stats = LatentStats.load(Path(data.data_path) / "latents_stats.pt", shards.shape[0], data.latent_multiplier)
-    return shards, stats
+    return shards, load_stats(config)
 
 
 def open_shards(config: Config, folder: str) -> LatentShards:

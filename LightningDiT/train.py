@@ -2,7 +2,8 @@
 
 The run lies in `train.output_dir`/`train.exp_name`: checkpoints, log, curves, and in the end the averaged weights. A
 run that was stopped or killed goes on from its newest whole checkpoint when the command is given again. Several
-processes: `torchrun --nproc-per-node 2 -m LightningDiT.train --config C`, or `accelerate launch`.
+processes: `torchrun --nproc-per-node 2 -m LightningDiT.train --config C`, or on GPUs `accelerate launch`, which starts
+one process on a CPU whatever it is asked for.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from LightningDiT.checkpoint import inspect, without_values
 from LightningDiT.compiled import compile_forward
 from LightningDiT.config import Config, as_dict, load_config
 from LightningDiT.console import run_main
-from LightningDiT.device import PRECISIONS, autocast, best_device, training_dtype
+from LightningDiT.device import PRECISIONS, autocast, best_device, is_out_of_memory, training_dtype
+from LightningDiT.errors import LightningDiTError
 from LightningDiT.fine_tuning import initialise, plan
-from LightningDiT.latent_batches import LatentBatches, PartialBatch
+from LightningDiT.latent_batches import LatentBatches, PartialBatch, has_cosine_loss
 from LightningDiT.loading import build_transport, model_settings
 from LightningDiT.models.lightningdit import LightningDiT
 from LightningDiT.processes import ALONE, Processes, launched_processes
@@ -103,7 +105,7 @@ class Trainer:
         waited = time.monotonic() - started
         self._set_rate(step)
         self.optimizer.zero_grad(set_to_none=True)
-        terms = self.processes.mean(self._backward(batch))
+        terms = self.processes.mean(self._within_memory(batch))
         require_finite("loss", terms, step)
         norm = self._clipped_norm(step)
         self.optimizer.step()
@@ -113,13 +115,38 @@ class Trainer:
 
     @property
     def _names(self) -> tuple[str, ...]:
-        return TERMS if self.config.transport.use_cosine_loss else TERMS[:1]
+        return TERMS if has_cosine_loss(self.config) else TERMS[:1]
 
     def _set_rate(self, step: int) -> None:
         train, base = self.config.train, self.config.optimizer.lr
         rate = learning_rate(step, base, train.warmup_steps, train.decay_steps, train.max_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * self.rate_scale
+
+    def _within_memory(self, batch: PartialBatch) -> Tensor:
+        """Return what `_backward` does; raises LightningDiTError where the memory is not enough."""
+        try:
+            return self._backward(batch)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise LightningDiTError(
+                f"{self.config.source}: {self.at_once} samples at a time do not fit into the memory of {self.device}",
+                f"set train.micro_batch_size: {max(1, self.at_once // 2)} or model.use_checkpoint: true",
+            ) from error
+
+    @property
+    def at_once(self) -> int:
+        """How many samples a process computes at a time."""
+        return min(len(self.data.rows), self.config.train.micro_batch_size or len(self.data.rows))
+
+    def text(self) -> str:
+        """Return in words where it computes, in what precision, and how the batch is parted."""
+        count, precision = self.processes.count, str(self.dtype).removeprefix("torch.")
+        return (
+            f"{'1 process' if count == 1 else f'{count} processes'} on {self.device.type}, {precision}:"
+            f" {len(self.data.rows)} samples of a step each, {self.at_once} at a time"
+        )
 
     def _backward(self, batch: PartialBatch) -> Tensor:
         """Add the gradients of this process's rows, a micro-batch at a time, and return its mean terms."""
@@ -233,6 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         starts = processes.from_main(lambda: run.newest() is None)
         trainer = processes.agree(lambda: Trainer(config, processes, starts))
+        processes.say(trainer.text())
         looks = processes.agree(lambda: watchers(config, trainer.data, trainer.averaged_model, run.folder, processes))
         with Curves(run.folder) as curves:
             weights = training.train(

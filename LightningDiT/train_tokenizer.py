@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import math
 import sys
 import time
@@ -33,12 +34,13 @@ from LightningDiT.config import (
     tokenizer_training,
 )
 from LightningDiT.console import run_main
-from LightningDiT.data.images import fashion_mnist, pad_to_32
+from LightningDiT.data.images import fashion_mnist, pad_to_32, shown
 from LightningDiT.data.photographs import Photographs
 from LightningDiT.device import PRECISIONS, autocast, best_device, training_dtype
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import centre_crop, image_grid, save_png, to_pil, to_uint8
 from LightningDiT.processes import ALONE, Processes, launched_processes
+from LightningDiT.runs import manifest_differences
 from LightningDiT.seeds import generator_for
 from LightningDiT.tokenizer.autoencoder import AutoencoderKL, AutoencoderSettings, DiagonalGaussian
 from LightningDiT.tokenizer.criterion import Criterion, Pass
@@ -49,13 +51,15 @@ from LightningDiT.tokenizer.starting_weights import StartingWeights, read_starti
 from LightningDiT.tokenizer.vavae import autoencoder_settings
 from LightningDiT.tokenizer.vision import VisionModel, create_model
 from LightningDiT.training import BatchOrder, Ema, RunFolder, Schedule, Watcher, learning_rate, require_finite, share_of
+from LightningDiT.training.folder import step_of
 from LightningDiT.watching import Curves
 
 STAGES = tuple(TOKENIZER_CONFIGS / f"vavae_f16d32_stage{number}.yaml" for number in (1, 2, 3))
 AVERAGE, TRAINED = "tokenizer.safetensors", "training.safetensors"
-LEFT = "steps_left"  # in the metadata of TRAINED: 0 where the stage was trained to its end
+STEPS, SETTINGS = "steps", "settings"  # in the metadata of TRAINED: how far, and with what it was trained
 PICTURE, PICTURE_IMAGES = "reconstructions.png", 8
 LISTED_FILES = 5
+IMAGE_CHANNELS = 3  # red, green and blue
 NOISE_STREAM, FLIP_STREAM = 1, 2  # second seeds; BatchOrder has 0
 #: Fields that a run may change when it goes on; all others are compared with the checkpoint's.
 FREE_FIELDS = {
@@ -169,11 +173,16 @@ def _vision(
 
 
 def check_sizes(settings: AutoencoderSettings, config: TokenizerTrainConfig) -> None:
-    """Refuse images that are too small for a network of the loss.
+    """Refuse an autoencoder of other images than those in colour, and images too small for a network of the loss.
 
     Raises:
-        LightningDiTError: names the least size, and what to do without.
+        LightningDiTError: names the key; or the least size, and what to do without.
     """
+    for name in ("in_channels", "out_ch"):
+        if (channels := getattr(settings, name)) != IMAGE_CHANNELS:
+            raise LightningDiTError(
+                f"ddconfig.{name} is {channels}; images have {IMAGE_CHANNELS} channels", f"set it to {IMAGE_CHANNELS}"
+            )
     for weight, least, network, mend in (
         (config.lpips_weight, SMALLEST_SIDE, "LPIPS", "set train.lpips_weight: 0"),
         (
@@ -200,15 +209,9 @@ class TokenizerTrainer:
         self.dtype = PRECISIONS.get(config.precision) or training_dtype(self.device)
         self.model, self.criterion = networks.model.to(self.device), networks.criterion.to_device(self.device)
         self.rows = share_of(config.batch_size, processes.rank, processes.count)
-        self.settings = {
-            "autoencoder": repr(self.model.settings),
-            "batch": config.batch_size,
-            "seed": config.seed,
-            "images": len(images),
-            "training": changed_fields(config),
-        }
+        self.settings = run_settings(self.model.settings, config, images)
         self.order = BatchOrder(len(images), config.batch_size, config.seed)
-        self.total_steps = config.epochs * self.order.steps_per_epoch if config.epochs else config.max_steps
+        self.total_steps = total_steps(config, len(images))
         self.ema = Ema(self.model, config.ema_decay)
         self.rate_scale = 1.0
         self.trained = [*self.model.parameters(), *self.criterion.own_parameters()]
@@ -329,6 +332,22 @@ class TokenizerTrainer:
         self.ema.load_state_dict(state["average"])
 
 
+def total_steps(config: TokenizerTrainConfig, images: int) -> int:
+    """Return how many steps a training on so many images takes."""
+    return config.epochs * (images // config.batch_size) if config.epochs else config.max_steps
+
+
+def run_settings(model: AutoencoderSettings, config: TokenizerTrainConfig, images: Images) -> dict[str, object]:
+    """Return what a run must have in common with what it goes on from."""
+    return {
+        "autoencoder": repr(model),
+        "batch": config.batch_size,
+        "seed": config.seed,
+        "images": len(images),
+        "training": changed_fields(config),
+    }
+
+
 def changed_fields(config: TokenizerTrainConfig) -> dict[str, object]:
     """Return what differs from the defaults, apart from `FREE_FIELDS`."""
     values = {item.name: (getattr(config, item.name), item.default) for item in fields(config)}
@@ -363,27 +382,28 @@ def open_images(args: argparse.Namespace, side: int) -> Images:
 
 
 def stage_config(
-    tokenizer: TokenizerConfig, args: argparse.Namespace, before: Path | None, processes: Processes
+    tokenizer: TokenizerConfig, args: argparse.Namespace, before: Path | None = None
 ) -> TokenizerTrainConfig:
     """Return how one stage is trained: its YAML, the command line, and the weights of the stage before."""
     given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
     config = replace(tokenizer_training(tokenizer), **given)
     if before or args.init:
         config = replace(config, weight_init=str(before or args.init))
-    if args.without_lpips and config.lpips_weight:
-        processes.say("note: training goes without LPIPS: L1 and L2 alone hold the image, and textures blur")
-        config = replace(config, lpips_weight=0.0)
-    return config
+    return replace(config, lpips_weight=0.0) if args.without_lpips else config
 
 
 def run_stage(
     tokenizer: TokenizerConfig, args: argparse.Namespace, folder: Path, before: Path | None, processes: Processes
 ) -> Path:
     """Train one stage in `folder` and return the file of all that was trained, for the stage after it."""
-    config = processes.agree(lambda: stage_config(tokenizer, args, before, processes))
+    config = processes.agree(lambda: stage_config(tokenizer, args, before))
+    if tokenizer_training(tokenizer).lpips_weight > config.lpips_weight:
+        processes.say("note: training goes without LPIPS: L1 and L2 alone hold the image, and textures blur")
     run, finished = RunFolder(folder), folder / TRAINED
     images = processes.agree(lambda: open_images(args, autoencoder_settings(tokenizer).resolution))
     starts = processes.from_main(lambda: run.newest() is None)
+    if args.init and not before and not starts:
+        processes.say(f"note: {folder} has checkpoints to go on from, so that --init is not read")
     networks = processes.agree(lambda: build_networks(tokenizer, config, processes, starts))
     trainer = processes.agree(lambda: TokenizerTrainer(config, networks, images, processes))
     steps = min(args.max_steps or trainer.total_steps, trainer.total_steps)
@@ -396,7 +416,9 @@ def run_stage(
     with Curves(folder) as curves:
         looks = [Watcher(config.ckpt_every, look)]
         average = training.train(trainer, run, schedule, AVERAGE, processes, looks, [curves.add])
-    processes.from_main(lambda: save_weights(trainer.weights(), finished, {LEFT: str(trainer.total_steps - steps)}))
+    reached = max([steps, *map(step_of, run.checkpoints())])  # `--max-steps` may be less than what is done already
+    about = {STEPS: str(reached), SETTINGS: json.dumps(trainer.settings)}
+    processes.from_main(lambda: save_weights(trainer.weights(), finished, about))
     look(steps)
     if images.unreadable:
         processes.say(f"passed over {len(images.unreadable)} files that are no images: {listed(images.unreadable)}")
@@ -406,14 +428,30 @@ def run_stage(
 
 def listed(paths: Collection[Path]) -> str:
     """Return the first of some paths as text."""
-    names = [str(path) for path in sorted(paths)]
+    names = [shown(path) for path in sorted(paths)]
     return ", ".join(names[:LISTED_FILES]) + (", ..." if len(names) > LISTED_FILES else "")
 
 
-def is_finished(folder: Path, cut_short: bool) -> bool:
-    """Whether a stage was trained to its end, or to where `--max-steps` cuts it short."""
-    file = folder / TRAINED
-    return file.is_file() and (cut_short or inspect(file).metadata.get(LEFT) == "0")
+def is_finished(tokenizer: TokenizerConfig, args: argparse.Namespace, folder: Path) -> bool:
+    """Whether a stage was trained to its end, or to where `--max-steps` cuts it short.
+
+    Raises:
+        LightningDiTError: it was trained with other settings or images.
+    """
+    try:
+        about = inspect(folder / TRAINED).metadata
+    except LightningDiTError:  # not there yet; or damaged, and written again from the checkpoint
+        return False
+    config = stage_config(tokenizer, args)
+    model = autoencoder_settings(tokenizer)
+    images = open_images(args, model.resolution)
+    changed = manifest_differences(json.loads(about.get(SETTINGS, "{}")), run_settings(model, config, images))
+    if SETTINGS in about and changed:
+        raise LightningDiTError(
+            f"{folder} holds a stage of other settings ({'; '.join(changed)})", "choose another --output"
+        )
+    total = total_steps(config, len(images))
+    return int(about.get(STEPS, 0)) >= min(args.max_steps or total, total)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -452,7 +490,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             folder = Path(args.output) / f"stage{number}" if len(stages) > 1 else Path(args.output)
             if len(stages) > 1:
                 processes.say(f"stage {number} of {len(stages)}: {tokenizer.source}")
-            if number < len(stages) and processes.from_main(partial(is_finished, folder, bool(args.max_steps))):
+            if number < len(stages) and processes.from_main(partial(is_finished, tokenizer, args, folder)):
                 processes.say(f"it is finished: {folder / TRAINED}")
                 before = folder / TRAINED
                 continue

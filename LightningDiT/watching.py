@@ -15,9 +15,9 @@ from torch import Tensor
 from LightningDiT.config import Config, load_tokenizer_config, tokenizer_config_path
 from LightningDiT.device import best_device
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.images import image_grid, save_png
-from LightningDiT.latent_batches import LatentBatches, open_shards
-from LightningDiT.loading import build_transport
+from LightningDiT.images import disk_errors, image_grid, save_png
+from LightningDiT.latent_batches import LatentBatches, has_cosine_loss, open_shards
+from LightningDiT.loading import build_transport, check_latent_shape
 from LightningDiT.models.lightningdit import LightningDiT
 from LightningDiT.pipeline import LightningDiTPipeline
 from LightningDiT.processes import Processes
@@ -60,7 +60,7 @@ class Validation:
 
     def __init__(self, config: Config, data: LatentBatches, model: LightningDiT, processes: Processes) -> None:
         self.model, self.processes = model, processes
-        self.transport = build_transport(config)
+        self.transport, self.has_cosine_loss = build_transport(config), has_cosine_loss(config)
         self.chunk = config.train.micro_batch_size or len(data.rows)
         latents, self.labels = _validation_samples(config, data)
         self.latents = data.stats.normalise(latents)
@@ -71,7 +71,7 @@ class Validation:
         """Return the mean loss, and the mean of each tenth of the times."""
         sums = torch.stack(self.processes.share(self._sums)).sum(0)  # (3, TIME_BINS): loss, cosine loss, count
         rows = {"valid_loss": sums[0].sum() / sums[2].sum()}
-        if self.transport.use_cosine_loss:
+        if self.has_cosine_loss:
             rows["valid_cos_loss"] = sums[1].sum() / sums[2].sum()
         for place in range(TIME_BINS):
             if sums[2, place]:
@@ -161,12 +161,13 @@ class SampleGrids:
 
 def tokenizer_of(config: Config, data: LatentBatches) -> Any:
     """Return the tokenizer whose weights the configuration names, or what shows latents without one."""
-    path = tokenizer_config_path(config)
-    weights = config.vae.ckpt_path or load_tokenizer_config(path).ckpt_path
+    tokenizer = load_tokenizer_config(tokenizer_config_path(config))
+    weights = config.vae.ckpt_path or tokenizer.ckpt_path
     if not weights or not Path(weights).is_file():
         print("note: no tokenizer weights are named (vae.ckpt_path); samples show latents", flush=True)
         return LatentView()
-    return VA_VAE(path, config.data.image_size, config.vae.ckpt_path, data.stats, best_device())
+    check_latent_shape(config, tokenizer)
+    return VA_VAE(tokenizer, config.data.image_size, config.vae.ckpt_path, data.stats, best_device())
 
 
 class Curves:
@@ -176,7 +177,7 @@ class Curves:
         self.folder = folder
         self._writer: Any = None
         self._drawn: float | None = None
-        self._missing: set[str] = set()
+        self._said: set[str] = set()
 
     def __enter__(self) -> Curves:
         return self
@@ -202,7 +203,7 @@ class Curves:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            self._note("tensorboard", "there are no event files")
+            self._note("tensorboard is not installed, so there are no event files: pip install tensorboard")
         else:
             self._writer = SummaryWriter(str(self.folder))
 
@@ -211,15 +212,15 @@ class Curves:
         from LightningDiT.tools.plot_training import draw, read_log
 
         self._drawn = time.monotonic()
+        path = self.folder / "curves.png"
         try:
             figure = draw({self.folder.name: read_log(self.folder / "log.jsonl")})
-        except LightningDiTError:
-            self._note("matplotlib", "there is no curves.png")
-            return
-        with atomic_path(self.folder / "curves.png") as temporary:
-            figure.savefig(temporary, format="png", dpi=110)
+            with disk_errors(path), atomic_path(path) as temporary:
+                figure.savefig(temporary, format="png", dpi=110)
+        except LightningDiTError as error:
+            self._note(f"{path} is not drawn: {error}")
 
-    def _note(self, package: str, lost: str) -> None:
-        if package not in self._missing:
-            self._missing.add(package)
-            print(f"note: {package} is not installed, so {lost}: pip install {package}", flush=True)
+    def _note(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            print(f"note: {text}", flush=True)

@@ -41,6 +41,7 @@ from LightningDiT.tools.benchmark.machine import lack_of, machine, machine_line,
 from LightningDiT.tools.benchmark.rounds import Case, Result, Setting, measure, product_case, triad_case
 from LightningDiT.tools.benchmark.sampling import FAST_NAME, PUBLISHED_NAME, decode_cases, growth_cases, image_cases
 from LightningDiT.tools.benchmark.tables import TABLES, mark_of, render
+from LightningDiT.tools.benchmark.training import Comparison, Extraction, Step, Waiting
 from LightningDiT.tools.report import marks_of, put_between_marks
 
 ROOT = Path(__file__).parents[1]
@@ -317,6 +318,14 @@ FIGURES = {
     "images": {"results": [result("slow", 8.0, units=4), result("quick", 0.5, units=4)]},
     "growth": {"batch": [result("batch 4", 2.0, units=4)]},
     "demo": {"seconds": {"first_step": 1.25, "picture": 10.0}, "skipped": []},
+    "training": {
+        "comparisons": [Comparison("B/1", 8, [Step("ours", 4.0, 1.0), Step("published", 6.0, 1.5)], 2e-6)],
+        "waiting": [Waiting("small", 20, 0.25, 0.0125)],
+        "extractions": [
+            Extraction("large", 50, 20.0, {"encoder": 0.9, "waiting for images": 0.05, "writing": 0.025}),
+        ],
+        "skipped": [],
+    },
 }
 #: A line of each part, by hand from the figures above.
 EXPECTED = {
@@ -327,7 +336,10 @@ EXPECTED = {
     "images": "| quick | 4 | 0.50 | 480 | 16.0 |",
     "growth": "| batch | 4 | 2.000 | 500.00 |",
     "demo": "| start to pictures | 10.0 |",
+    "training": "| B/1: published | 6.000 | 1.33 | 1.50 |",
 }
+#: Parts whose tables have columns of several numbers.
+WIDTHS = {"profile": 2, "training": 2}
 
 
 @pytest.mark.parametrize("part", TABLES)
@@ -338,7 +350,7 @@ def test_tables_show_the_figures(part: str) -> None:
     assert EXPECTED[part] in lines
     tables = [line for line in lines if line.startswith("|")]
     widths = {line.count("|") for line in tables}
-    assert len(widths) == (2 if part == "profile" else 1)  # that part has two tables
+    assert len(widths) == WIDTHS.get(part, 1)
 
 
 def test_the_profile_states_what_the_rest_moves_and_what_the_weights_take() -> None:
@@ -347,6 +359,13 @@ def test_the_profile_states_what_the_rest_moves_and_what_the_weights_take() -> N
     assert "Matrix product of 10 x 10 in float32: 100 GFLOP/s. Triad a = b + 2 c of 128 MiB arrays" in text
     assert "moves at least 3,000 MB: 745.1 ms at the triad's rate in memory, 75.0 ms at that of a triad of one" in text
     assert "one activation, 40.0 GB/s. The weights, 403 MB, take 100.0 ms to be read from memory." in text
+
+
+def test_training_states_the_losses_the_waiting_and_the_extraction() -> None:
+    lines = render("training", FIGURES["training"], machine(CPU, torch.float32)).splitlines()
+    assert "The first losses of both loops differ by 2e-06 of their value at most." in lines
+    assert "| small | 20 | 0.250 | 1.25% |" in lines
+    assert "| large | 50 | 2.5 | 90.0% | 5.0% | 2.5% |" in lines
 
 
 def test_what_is_left_out_is_said() -> None:

@@ -12,6 +12,7 @@ from LightningDiT.config import (
     load_config,
     load_tokenizer_config,
     tokenizer_config_path,
+    tokenizer_training,
 )
 from LightningDiT.errors import LightningDiTError
 from tests.conftest import PACKAGE
@@ -95,6 +96,10 @@ def test_absent_files_and_folders_are_named(tmp_path: Path) -> None:
         load_config(tmp_path / "absent.yaml")
     with pytest.raises(LightningDiTError, match="is a folder"):
         load_config(tmp_path)
+    with pytest.raises(
+        LightningDiTError, match=r"does not exist; mend: name a tokenizer YAML, such as those in .*conf"
+    ):
+        load_tokenizer_config(tmp_path / "absent.yaml")
 
 
 def test_an_unknown_tokenizer_names_the_known_ones(tmp_path: Path) -> None:
@@ -117,6 +122,22 @@ def test_as_dict_holds_what_differs_and_loads_again(tmp_path: Path) -> None:
     values = as_dict(config)
     assert values["data"] == {"num_classes": 2, "class_names": ["a", "b"]}
     assert values["sample"] == {"cfg_scale": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("seed", value) for value in ("-1", "9223372036854775808")),
+        *((key, value) for key in ("beta1", "beta2") for value in ("-0.1", "1.0")),
+        *(("lr", value) for value in ("0.0", "1.0", ".nan", ".inf")),
+        *(("max_grad_norm", value) for value in ("0.0", "-1.0")),  # a negative one would turn every step around
+        *(("ema_decay", "1.1"), ("decay_steps", "-1"), ("logvar_init", ".nan"), ("l1_weight", ".inf")),
+    ],
+)
+def test_values_that_no_training_of_a_tokenizer_could_use(key: str, value: str, tmp_path: Path) -> None:
+    text = f"model: {{params: {{embed_dim: 4, ddconfig: {{ch: 32}}}}}}\ntrain: {{{key}: {value}}}"
+    with pytest.raises(LightningDiTError, match=rf"train.{key} is .* is expected; mend: edit that value"):
+        tokenizer_training(load_tokenizer_config(write(tmp_path, text)))
 
 
 def test_a_tokenizer_file_refuses_unknown_keys(tmp_path: Path) -> None:

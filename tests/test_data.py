@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import struct
 import time
 from pathlib import Path
@@ -11,9 +12,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets import FashionMNIST
 
 from LightningDiT.data.ahead import Ahead
-from LightningDiT.data.images import ImageBatches, as_rgb, evenly_spaced, fashion_mnist, image_files, pad_to_32
+from LightningDiT.data.images import (
+    ImageBatches,
+    as_rgb,
+    evenly_spaced,
+    fashion_mnist,
+    holds_fashion_mnist,
+    image_files,
+    pad_to_32,
+    read_image,
+    shown,
+)
 from LightningDiT.data.shards import LatentShards, iterate_shards, shard_path, write_shard
 from LightningDiT.errors import LightningDiTError
 
@@ -48,6 +60,49 @@ def test_a_file_that_is_no_idx_is_named(fashion_folder: Path) -> None:
     (fashion_folder / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(b"hello there"))
     with pytest.raises(LightningDiTError, match="is no IDX file"):
         fashion_mnist(fashion_folder, train=True)
+
+
+@pytest.mark.parametrize("damage", ["junk", "cut", "short", "wide", "labels"])
+def test_damaged_fashion_mnist_is_one_line(damage: str, fashion_folder: Path) -> None:
+    file = fashion_folder / "train-images-idx3-ubyte.gz"
+    if damage == "junk":
+        file.write_bytes(b"no gzip")
+    elif damage == "cut":
+        file.write_bytes(file.read_bytes()[:-20])
+    elif damage == "short":
+        file.write_bytes(gzip.compress(gzip.decompress(file.read_bytes())[:-1]))
+    elif damage == "wide":
+        write_idx(file, np.zeros((12, 28, 30)))
+    else:
+        write_idx(fashion_folder / "train-labels-idx1-ubyte.gz", np.zeros(3))
+    with pytest.raises(LightningDiTError, match=r".*; mend: download Fashion-MNIST again") as caught:
+        fashion_mnist(fashion_folder, train=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_failed_download_leaves_a_folder_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a folder of images would pass for Fashion-MNIST from then on."""
+    monkeypatch.setattr(FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])  # nobody listens there
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    for folder in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(LightningDiTError, match=r"could not be downloaded .*; mend: name a folder") as caught:
+            fashion_mnist(folder, train=True)
+        assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["0.png"]
+    assert not holds_fashion_mnist(tmp_path)
+
+
+def test_an_image_like_a_thread_is_refused(tmp_path: Path) -> None:
+    """Its crop would take 256 x 256 x 257 pixels; up to 256 times as long as wide it is read."""
+    for length in (256, 257):
+        Image.new("RGB", (1, length)).save(tmp_path / f"{length}.png")
+    assert read_image(tmp_path / "256.png").size == (1, 256)
+    with pytest.raises(ValueError, match="1x257 pixels"):
+        read_image(tmp_path / "257.png")
+
+
+def test_names_that_are_no_unicode_can_be_printed() -> None:
+    assert shown(Path(os.fsdecode(b"a/\xff.png"))) == "a/?.png"
 
 
 @pytest.fixture

@@ -454,6 +454,56 @@ def test_statistics_stand_in_for_images(tmp_path: Path) -> None:
         run(tmp_path / "wide", tmp_path / "made.npz", tmp_path / "wide.npz", *options)
 
 
+@pytest.mark.parametrize(
+    ("mean", "covariance", "message"),
+    [
+        (np.full(96, np.nan), np.eye(96), "are no numbers, or variances below 0"),  # a distance of NaN is none of 0
+        (np.zeros(96), -np.eye(96), "are no numbers, or variances below 0"),
+        (np.zeros(96, complex), np.eye(96), "complex128 where numbers are expected"),
+        (np.float64(3), np.eye(96), "statistics of 1 features, the network has 96"),
+    ],
+)
+def test_statistics_that_cannot_be_are_refused(
+    mean: np.ndarray, covariance: np.ndarray, message: str, tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "real.npz", mu=mean, sigma=covariance)
+    made = save_folder(tmp_path / "made", pixels_of(2, 32, seed=0))
+    with pytest.raises(LightningDiTError, match=message):
+        run(tmp_path / "out", made, tmp_path / "real.npz", "--features", "judge")
+
+
+@pytest.mark.parametrize("labels", [[-1, 0], [0.5, 1], [np.nan, 0], [1e12, 0]])
+def test_labels_that_are_no_classes_are_refused(labels: list[float], tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", pixels_of(2, 8, seed=0), np.array(labels))
+    with pytest.raises(LightningDiTError, match="arr_1 holds what is no class number"):
+        open_images(str(tmp_path / "a.npz"))
+
+
+def test_a_network_that_sees_no_numbers_is_named(tmp_path: Path) -> None:
+    class Blind(Counting):
+        def view(self, pixels: Tensor) -> dict[str, Tensor]:
+            return {"features": torch.full((len(pixels), 1), torch.nan)}
+
+    folder = save_folder(tmp_path / "a", pixels_of(2, 8, seed=0))
+    with pytest.raises(LightningDiTError, match="is not finite; mend: give other weights"):
+        cache.views_of(open_images(str(folder)), Blind(), tmp_path / "kept", "a", 3)
+    assert not list((tmp_path / "kept").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("content", ["[1", '{"fid": 1}', '["a"]', "3"])
+def test_foreign_values_are_computed_again(content: str, tmp_path: Path) -> None:
+    (tmp_path / "v.json").write_text(content)
+    assert cache.kept_values(tmp_path / "v.json", 2, float, mock.Mock()) == [0, 1]
+    assert json.loads((tmp_path / "v.json").read_text()) == [0, 1]
+
+
+def test_grey_images_of_16_bits_keep_their_white(tmp_path: Path) -> None:
+    """As training and extraction read them: 257 is one step of 8 bits."""
+    values = np.array([[0, 257], [32896, 65535]], np.uint16)
+    Image.fromarray(values).save(tmp_path / "0.png")
+    assert open_images(str(tmp_path)).read(0, 1)[0, 2].tolist() == [[0, 1], [128, 255]]
+
+
 def test_images_of_other_sizes_are_warned_of(tmp_path: Path) -> None:
     torch.manual_seed(0)
     save_weights(timm.create_model("test_vit", num_classes=3).state_dict(), tmp_path / "vit.safetensors")
@@ -480,8 +530,23 @@ def test_the_file_for_adms_evaluator(labelled: bool, tmp_path: Path) -> None:
         assert archive.files == (["arr_0", "arr_1"] if labelled else ["arr_0"])
         if labelled:
             assert archive["arr_1"].tolist() == [2, 0, 1]
-    with pytest.raises(LightningDiTError, match=r"made\.npz is no folder of image files; mend: give --npz with"):
-        evaluate.main(["--samples", str(tmp_path / "made.npz"), "--npz", str(tmp_path / "again.npz")])
+    assert evaluate.main(["--samples", str(tmp_path / "made.npz"), "--npz", str(tmp_path / "again.npz")]) == 0
+    assert (tmp_path / "again.npz").read_bytes() == (tmp_path / "made.npz").read_bytes()
+    for target, message in ((tmp_path, "is a folder"), (tmp_path / "made.npz", "holds the samples themselves")):
+        with pytest.raises(LightningDiTError, match=message):
+            evaluate.main(["--samples", str(tmp_path / "made.npz"), "--npz", str(target)])
+
+
+def test_the_file_for_adms_evaluator_is_cropped_by_size(tmp_path: Path) -> None:
+    """Against the middle columns in NumPy; without --size nobody is told to delete the images."""
+    pixels = np.random.RandomState(0).randint(0, 256, (2, 8, 12, 3)).astype(np.uint8)
+    given = ["--samples", str(save_folder(tmp_path / "wide", pixels)), "--npz", str(tmp_path / "out.npz")]
+    with pytest.raises(LightningDiTError, match=r"image 0 of .* has 12x8 pixels, 12x12 expected; mend: give --size N"):
+        evaluate.main(given)
+    assert not (tmp_path / "out.npz").exists()
+    assert evaluate.main([*given, "--size", "8"]) == 0
+    with np.load(tmp_path / "out.npz") as archive:
+        assert np.array_equal(archive["arr_0"], pixels[:, :, 2:10])
 
 
 def write_fashion_mnist(folder: Path, counts: dict[str, int]) -> dict[str, np.ndarray]:

@@ -13,7 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from LightningDiT import evaluate_tokenizer
+from LightningDiT.errors import LightningDiTError
 from LightningDiT.evaluate_tokenizer import Evaluation, Judges, main, normalised_positions, structural_similarity
+from LightningDiT.metrics import extractors
 from LightningDiT.tokenizer import perceptual
 from LightningDiT.tokenizer.latents import LatentStats
 from LightningDiT.tokenizer.uniformity import uniformity
@@ -146,14 +148,26 @@ def test_what_cannot_be_had_is_left_out_and_said(
     images.mkdir()
     for index in range(6):
         Image.new("RGB", (20, 24), (40 * index, 100, 0)).save(images / f"{index}.png")
-    options = ["--config", str(tiny_folder / "tokenizer.yaml"), "--images", str(images), "--features", "nothing"]
+    monkeypatch.setattr(extractors, "INCEPTION_URL", "http://127.0.0.1:9/weights.pth")
+    options = ["--config", str(tiny_folder / "tokenizer.yaml"), "--images", str(images)]
     report = evaluate(tmp_path / "out", *options)
     assert (report["lpips"], report["rfid"]) == (None, None)
     assert [note.split(":")[0] for note in report["notes"]] == ["LPIPS is left out", "the Frechet distance is left out"]
     said = capsys.readouterr().out
     assert "left out" in said
-    assert "--features is 'nothing'" in said
+    assert "Inception's weights are not at" in said
     assert report["psnr_pooled"] <= report["psnr_mean"]
+    for asked, message in (
+        (("--features", "nothing"), "--features is 'nothing'"),
+        (("--lpips-weights", str(tmp_path / "gone.pth")), r"gone.pth does not exist; mend: give --lpips-weights"),
+        (("--output", str(images / "0.png")), "0.png cannot be written"),
+    ):
+        with pytest.raises(LightningDiTError, match=message):
+            main([*options, *asked])
+    assert main([*options, "--features", "judge", "--count", "1", "--output", str(tmp_path / "one")]) == 0
+    one = json.loads((tmp_path / "one" / "evaluation.json").read_text())
+    assert one["rfid"] is None
+    assert "the Frechet distance is left out: one image has no spread" in one["notes"]
 
 
 def test_images_that_are_too_small_for_a_judge_are_said() -> None:

@@ -364,13 +364,41 @@ def test_shards_of_another_origin_are_never_mixed_with_new_ones(
 ) -> None:
     write_shard(shard_path(tmp_path, 0, 0), torch.ones(2, 1, 1, 1), torch.tensor([0, 1]))
     own = command(tiny_folder, "--images", images, "--output", tmp_path)
-    with pytest.raises(LightningDiTError, match="holds latent shards already"):
+    with pytest.raises(LightningDiTError, match=r"holds latents_rank00_shard000.safetensors already"):
         main(own)
     assert len(LatentShards(tmp_path)) == 2
     shard_path(tmp_path, 0, 0).unlink()
     (tmp_path / LATENTS_MANIFEST).write_text('{"seed": 0}')
     with pytest.raises(LightningDiTError, match="is no manifest of latents"):
         main(own)
+
+
+def test_statistics_of_another_origin_are_not_overwritten(tiny_folder: Path, images: Path, tmp_path: Path) -> None:
+    """Such as the published ones, which nothing here could make again."""
+    place = tmp_path / "published"
+    place.mkdir()
+    (tiny_folder / "latents_stats.pt").rename(place / "latents_stats.pt")
+    before = contents(place)
+    with pytest.raises(LightningDiTError, match=r"holds latents_stats.pt already, .*; mend: choose another --output"):
+        main(command(tiny_folder, "--images", images, "--output", place))
+    assert contents(place) == before
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("downsample_ratio: 2", "downsample_ratio: 4", r"downsample_ratio is 4, and 2 in the tokenizer"),
+        ("image_size: 16", "image_size: 15", r"image_size 15 is no multiple of vae.downsample_ratio 2"),
+    ],
+)
+def test_sizes_that_do_not_fit_the_tokenizer_are_refused(
+    old: str, new: str, message: str, tiny_folder: Path, images: Path, tmp_path: Path
+) -> None:
+    config = tiny_folder / "config.yaml"
+    config.write_text(config.read_text().replace(old, new))
+    with pytest.raises(LightningDiTError, match=message):
+        main(command(tiny_folder, "--images", images, "--output", tmp_path / "latents"))
+    assert not (tmp_path / "latents").exists()
 
 
 def test_a_disk_that_is_too_small_is_said_before_the_start(
@@ -406,6 +434,23 @@ def test_folders_without_images_or_classes_are_named(tmp_path: Path) -> None:
         open_folder(tmp_path)
 
 
+def test_linked_classes_are_read_and_dead_links_listed(tmp_path: Path) -> None:
+    """As a folder of links into a larger set; one leads back to where it is, one nowhere."""
+    save_images(tmp_path / "real", 6)
+    place = tmp_path / "links"
+    place.mkdir()
+    for name in CLASSES:
+        (place / name).symlink_to(tmp_path / "real" / name)
+    (tmp_path / "real" / "cats" / "back").symlink_to(place)
+    (tmp_path / "real" / "dogs" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    opened = open_folder(place)
+    assert (opened.count, opened.class_names) == (7, CLASSES)
+    names = [Path(opened.name_of(number)).name for number in range(7)]
+    assert names == ["000.png", "003.png", "001.png", "004.png", "gone.png", "002.png", "005.png"]
+    with pytest.raises(FileNotFoundError):
+        opened.read(4)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "labels", "names"),
     [
@@ -438,6 +483,8 @@ def test_list_files(
         ("a.png 1\nb.png\n", r"line 2: 'b.png' has no class"),
         ("a.png\t\n", r"line 1: 'a.png' has no class"),
         ("a.png -1\nb.png 0\n", "a.png has the class -1"),
+        ("a.png 1234567890\n", "a.png has the class 1234567890; mend: number classes from 0"),
+        ("x" * 140_000 + ",1\n", r"line 1 is no CSV \(field larger"),
         ("\n# nothing\n", "lists no images"),
     ],
 )
@@ -447,6 +494,14 @@ def test_list_files_with_errors_are_one_line(text: str, message: str, tmp_path: 
         open_list(tmp_path / "list.txt")
     with pytest.raises(LightningDiTError, match="cannot be read"):
         open_list(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0.png"])
+def test_listed_names_that_no_file_can_have(name: str, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text(f"{name} 1\n")
+    opened = open_list(tmp_path / "list.txt")
+    with pytest.raises((OSError, ValueError)):
+        opened.read(0)
 
 
 def test_listed_files_that_are_missing_are_passed_over(tiny_folder: Path, images: Path, tmp_path: Path) -> None:

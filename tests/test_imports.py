@@ -30,7 +30,7 @@ ALLOWED = {
     "training": {"checkpoint", "device", "errors", "processes", "seeds"},
     "fine_tuning": {"checkpoint", "errors", "models"},
     "training_memory": {"checkpoint", "device", "models"},
-    "latent_batches": {"config", "data", "errors", "seeds", "tokenizer", "training", "transport"},
+    "latent_batches": {"config", "data", "errors", "loading", "seeds", "tokenizer", "training", "transport"},
     "models": set(),
     "transport": set(),
     "tokenizer": {"checkpoint", "config", "device", "errors", "images"},

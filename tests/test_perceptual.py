@@ -102,13 +102,13 @@ def test_missing_weights_name_the_file_and_the_options(
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(perceptual, "VGG_URL", "http://127.0.0.1:9/vgg16-397923af.pth")  # nobody listens there
-    with pytest.raises(LightningDiTError, match=r"vgg16-397923af.pth and cannot be downloaded .*train.lpips_weights"):
+    with pytest.raises(LightningDiTError, match=r"vgg16-397923af.pth and cannot be downloaded .*--lpips-weights"):
         load_perceptual(None)
     cached = tmp_path / "hub" / "checkpoints" / "vgg16-397923af.pth"
     cached.parent.mkdir(parents=True, exist_ok=True)
     torch.save(load_weights(vgg_file), cached)
     assert find_weights(None) == cached
-    with pytest.raises(LightningDiTError, match="gone.pth does not exist"):
+    with pytest.raises(LightningDiTError, match=r"gone.pth does not exist; mend: give --lpips-weights FILE"):
         load_perceptual(tmp_path / "gone.pth")
     with pytest.raises(LightningDiTError, match="does not fit LPIPS: tensors 26 missing: net.slice1.0.weight"):
         PerceptualDistance({}, "file")

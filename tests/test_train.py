@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,8 +28,8 @@ from LightningDiT.processes import ALONE
 from LightningDiT.tokenizer.latents import LatentStats
 from LightningDiT.tools.plot_training import read_log
 from LightningDiT.training import BatchOrder, RunFolder
-from LightningDiT.watching import SampleGrids, Validation
-from tests.conftest import BUNDLED, PROJECT
+from LightningDiT.watching import Curves, SampleGrids, Validation, tokenizer_of
+from tests.conftest import BUNDLED, PROJECT, largest_file
 
 SMALLEST = (2, 16, 2)  # layers, width and heads of a model whose step takes milliseconds
 CONFIG = """
@@ -179,6 +180,9 @@ def test_processes_and_micro_batches_change_nothing_but_rounding(small: Path, nu
         for name, value in one.items():
             torch.testing.assert_close(other[name], value, rtol=0, atol=1e-5)
     assert Path(f"{configs[1]}.1.out").read_text() == ""  # the main process alone speaks
+    said = [Path(f"{config}.0.out").read_text() for config in configs]
+    assert re.search(r"^2 processes on cpu, \w+: 2 samples of a step each, 2 at a time$", said[1], re.MULTILINE)
+    assert re.search(r"^1 process on cpu, \w+: 4 samples of a step each, 1 at a time$", said[2], re.MULTILINE)
     assert [row["step"] for row in rows_of(configs[1])] == [5, 10, 15, 20]
 
 
@@ -195,6 +199,18 @@ def test_draws_depend_on_seed_step_and_row_alone(small: Path) -> None:
     assert not LatentBatches(config, transport).make(2).transport.use_lognorm
     with pytest.raises(LightningDiTError, match="a batch of 4 cannot be parted equally among 3 processes"):
         LatentBatches(config, transport, 0, 3)
+
+
+def test_a_run_may_change_to_uniform_times_on_its_way(small: Path) -> None:
+    """As the published 800-epoch run did: it gives the weights of a run that had the step from its beginning."""
+    whole = run(configured(small, "whole", 20, "ckpt_every: 5, lognorm_until_step: 10"))
+    never = run(configured(small, "never", 20, "ckpt_every: 5"))
+    run(configured(small, "parts", 10, "ckpt_every: 5"))
+    again = configured(small, "parts", 20, "ckpt_every: 5, lognorm_until_step: 10")
+    again.write_text(again.read_text().replace("in_chans: 4", "in_chans: 4, use_checkpoint: true"))  # which is free too
+    parts = run(again)
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+    assert not all(torch.equal(value, never[name]) for name, value in whole.items())
 
 
 def test_a_batch_made_beforehand_is_the_batch(small: Path) -> None:
@@ -285,6 +301,42 @@ def test_half_precision_with_a_loss_scale_trains(small: Path) -> None:
     assert rows_of(config)[-1]["loss_scale"] in [2.0**power for power in range(8, 17)]
     assert "loss_scale" not in rows_of(full)[-1]
     assert rows_of(config)[-1]["loss"] == pytest.approx(rows_of(full)[-1]["loss"], rel=0.02)
+
+
+def test_too_little_memory_is_one_line(small: Path) -> None:
+    trainer = train.Trainer(load_config(configured(small, "large")))
+    trainer.model.forward = lambda *arguments: torch.empty(2**60)  # more than any machine has
+    with pytest.raises(
+        LightningDiTError,
+        match=r"4 samples at a time do not fit into the memory of cpu; mend: .*micro_batch_size: 2 or",
+    ):
+        trainer.step(0)
+
+
+def test_the_cosine_loss_is_of_velocities_alone(small: Path) -> None:
+    path = configured(small, "noise", 10, "ckpt_every: 10, valid_every: 10, valid_share: 0.25")
+    path.write_text(path.read_text().replace("use_cosine_loss: true", "use_cosine_loss: true, prediction: noise"))
+    run(path)
+    row = rows_of(path)[-1]
+    assert {"loss", "valid_loss"} <= row.keys()
+    assert not {"cos_loss", "valid_cos_loss"} & row.keys()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("max_steps: 40", "max_steps: 40, warmup_steps: -1", r"train.warmup_steps is -1; 0 \(off\) or a number"),
+        ("max_steps: 40", "max_steps: 40, decay_steps: -1", r"train.decay_steps is -1; 0 \(off\) or a number"),
+        ("max_grad_norm: 1.0", "max_grad_norm: -1.0", "optimizer.max_grad_norm is -1.0; a positive norm"),
+        ("global_batch_size: 4", "global_batch_size: 40", "a batch of 40 is asked of 24 samples.*at most 24"),
+    ],
+)
+def test_settings_that_no_run_could_use_are_named(before: str, after: str, message: str, small: Path) -> None:
+    path = configured(small, "wrong")
+    path.write_text(path.read_text().replace(before, after))
+    with pytest.raises(LightningDiTError, match=message):
+        train.main(["--config", str(path)])
+    assert not (small / "runs").exists()
 
 
 def test_checkpointing_gives_the_same_gradient(small: Path) -> None:
@@ -401,6 +453,29 @@ def test_samples_are_decoded_where_the_tokenizer_is_at_hand(tmp_path: Path) -> N
     assert [grids.look(1), grids.look(2)] == [{}, {}]
     first, second = (tmp_path / "samples" / f"step-000000{step}.png" for step in (1, 2))
     assert first.read_bytes() == second.read_bytes()  # noises and classes never change
+
+
+def test_a_tokenizer_of_other_latents_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    config = load_config(BUNDLED / "config.yaml")
+    other = replace(config, model=replace(config.model, in_chans=4))
+    with pytest.raises(LightningDiTError, match=f"model.in_chans is 4, and {config.model.in_chans} in the tokenizer"):
+        tokenizer_of(other, None)
+
+
+def test_curves_that_cannot_be_drawn_end_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = RunFolder(tmp_path)
+    with Curves(tmp_path) as curves:
+        for step in (1.0, 2.0):
+            folder.log({"step": step, "loss": 1.0})
+            curves.add({"step": step, "loss": 1.0})
+        (tmp_path / "log.jsonl").write_text('no row\n{"step": 2.0, "loss": 1.0}\n')
+    assert f"note: {tmp_path / 'curves.png'} is not drawn: {tmp_path / 'log.jsonl'}, line 1" in capsys.readouterr().out
+    folder.log({"step": 3.0})
+    (tmp_path / "log.jsonl").write_text('{"step": 2.0, "loss": 1.0}\n')
+    with largest_file(5000), Curves(tmp_path) as curves:
+        curves.add({"step": 2.0, "loss": 1.0})
+    assert "curves.png cannot be written (File too large); mend: free space" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.png")) + list(tmp_path.glob(".*.tmp"))
 
 
 def test_samples_that_are_not_finite_end_nothing(small: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -191,6 +191,9 @@ def test_stages_go_on_from_one_another(
     assert "going on from step 2" in capsys.readouterr().out
     stages("parts")
     assert "it is finished" in capsys.readouterr().out
+    with pytest.raises(LightningDiTError, match=r"stage1 holds a stage of other settings \(seed: 0 there, 1 now\)"):
+        write_yaml(first, {**train, "seed": 1})
+        stages("parts")
     for stage in ("stage1", "stage2"):
         name = f"{stage}/training.safetensors"
         assert equal(tmp_path / "whole" / name, tmp_path / "parts" / name), stage
@@ -342,10 +345,23 @@ def test_sizes_that_cannot_be_are_named(fashion_folder: Path, tmp_path: Path) ->
         run(large, fashion_folder, tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("resolution", 0), ("ch", 0), ("z_channels", 0), ("ch_mult", []), ("ch_mult", [1, 0])),
+        *(("num_res_blocks", -1), ("dropout", 1.5), ("in_channels", 1), ("out_ch", 4)),
+    ],
+)
+def test_sizes_of_no_autoencoder_are_named(key: str, value: object, fashion_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    config = write_yaml(tmp_path / "wrong.yaml", SHORT, ddconfig={**DDCONFIG, key: value})
+    with pytest.raises(LightningDiTError, match=rf"{key} is .*; mend: "):
+        run(config, fashion_folder, tmp_path / "out")
+
+
 def test_a_run_of_another_loss_is_refused(fashion_folder: Path, tmp_path: Path) -> None:  # noqa: F811
     run(write_yaml(tmp_path / "a.yaml", SHORT), fashion_folder, tmp_path / "run", "--max-steps", "2")
     other = write_yaml(tmp_path / "b.yaml", {**SHORT, "l2_weight": 0.25})
-    with pytest.raises(LightningDiTError, match="a run of other settings .training: {} there, {'l2_weight': 0.25} now"):
+    with pytest.raises(LightningDiTError, match="a run of other settings .training.l2_weight: default there, 0.25 now"):
         run(other, fashion_folder, tmp_path / "run")
 
 

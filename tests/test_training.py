@@ -19,6 +19,7 @@ from LightningDiT.checkpoint import load_weights, save_weights
 from LightningDiT.data.shards import shard_path, write_shard
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.tokenizer.latents import LatentStats
+from LightningDiT.tools.plot_training import read_log
 from LightningDiT.training import (
     BatchOrder,
     Ema,
@@ -32,6 +33,7 @@ from LightningDiT.training import (
 )
 from LightningDiT.training.guard import Guard
 from LightningDiT.training.randomness import random_state, set_random_state
+from tests.conftest import largest_file
 from tests.test_data import fashion_folder  # noqa: F401 - a fixture
 
 
@@ -119,6 +121,62 @@ def test_a_torn_checkpoint_is_passed_over(kind: str, tmp_path: Path, capsys: pyt
     assert not list(tmp_path.glob(".*"))
     run.save(20, {"value": torch.zeros(1)})
     assert run.newest() == tmp_path / "checkpoint-0000020.pt"
+
+
+def test_torn_checkpoints_count_for_no_rule(tmp_path: Path) -> None:
+    run = saved(tmp_path, (10, 30, 40), keep=3)
+    for step in (30, 40):
+        damage(tmp_path / f"checkpoint-00000{step}.pt", "cut short")
+    strict = RunFolder(tmp_path, keep=1)
+    assert strict.newest() == run.checkpoints()[0]
+    strict.save(20, {"value": torch.zeros(1)})
+    assert names(strict) == [20, 30, 40]  # what was just saved is the newest whole one, and stays
+    assert strict.newest() == tmp_path / "checkpoint-0000020.pt"
+
+
+def test_steps_of_more_digits_are_found_in_order(tmp_path: Path) -> None:
+    run = saved(tmp_path, (9_999_990, 10_000_000, 10_000_010), keep=2)
+    assert [path.name for path in run.checkpoints()] == ["checkpoint-10000000.pt", "checkpoint-10000010.pt"]
+    assert run.newest() == tmp_path / "checkpoint-10000010.pt"
+
+
+def test_a_line_of_the_log_that_was_cut_off_spoils_no_other(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.sweep()
+    run.log({"step": 1.0, "loss": 2.0})
+    run.log({"step": 2.0, "loss": 1.0})
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(log.read_bytes()[:-9])
+    run.sweep()
+    run.log({"step": 3.0, "loss": 0.5})
+    run.sweep()
+    assert read_log(log) == [{"step": 1.0, "loss": 2.0}, {"step": 3.0, "loss": 0.5}]
+
+
+def test_what_a_killed_process_was_writing_is_swept(tmp_path: Path) -> None:
+    torn = [".checkpoint-0000030.pt.a.tmp", ".transformer.safetensors.b.tmp", ".curves.png.c.tmp"]
+    torn += ["samples/.step-0000010.png.d.tmp"]
+    (tmp_path / "samples").mkdir()
+    for name in (*torn, ".mine.tmp", "notes.tmp"):
+        (tmp_path / name).write_bytes(b"half")
+    RunFolder(tmp_path).sweep()
+    assert sorted(path.name for path in tmp_path.rglob("*.tmp")) == [".mine.tmp", "notes.tmp"]
+
+
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path: Path) -> None:
+    run = saved(tmp_path, (10,), keep=1)
+    before = run.checkpoints()[0].read_bytes()
+    run.log({"step": 10.0})
+    with largest_file(2000):
+        for step in (10, 20):
+            with pytest.raises(LightningDiTError, match=rf"checkpoint-00000{step}.pt cannot be written .*free space"):
+                run.save(step, {"value": torch.zeros(10_000)})
+        with pytest.raises(LightningDiTError, match=r"average.safetensors cannot be written .*free space"):
+            save_weights({"value": torch.zeros(10_000)}, tmp_path / "average.safetensors")
+    with largest_file(20), pytest.raises(LightningDiTError, match=r"log.jsonl cannot be written .*free space"):
+        run.log({"step": 20.0, "loss": 1.0})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-0000010.pt", "log.jsonl"]
+    assert run.checkpoints()[0].read_bytes() == before
 
 
 def test_every_random_state_comes_back() -> None:
@@ -223,7 +281,10 @@ def training_config(tiny_folder: Path) -> Path:
     return tiny_folder / "config.yaml"
 
 
-def test_a_stopped_run_ends_with_the_same_weights(training_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("signals", [(signal.SIGINT,), (signal.SIGTERM, signal.SIGINT)])
+def test_a_stopped_run_ends_with_the_same_weights(
+    signals: tuple[int, ...], training_config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def run(name: str) -> dict[str, torch.Tensor]:
         arguments = ["--config", str(training_config), "--output", str(training_config.parent / name)]
         assert train.main(arguments) == 0
@@ -234,7 +295,8 @@ def test_a_stopped_run_ends_with_the_same_weights(training_config: Path, monkeyp
 
     def step_until_stopped(self: train.Trainer, step: int) -> object:
         if step == 3:
-            os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C in the middle of a step, which is then finished
+            for number in signals:  # in the middle of a step, which is then finished; torchrun passes a Ctrl-C on
+                os.kill(os.getpid(), number)
         return real_step(self, step)
 
     with monkeypatch.context() as patch:
@@ -262,7 +324,13 @@ def test_a_run_of_other_settings_is_refused(training_config: Path, capsys: pytes
     assert train.main(arguments) == 0
     text = training_config.read_text()
     training_config.write_text(text.replace("use_lognorm: true", "use_lognorm: false"))
-    with pytest.raises(LightningDiTError, match="holds a run of other settings .transport: "):
+    with pytest.raises(
+        LightningDiTError, match="holds a run of other settings .transport.use_lognorm: True there, def"
+    ):
+        train.main(arguments)
+    training_config.write_text(text.replace('3, class_names: ["cat, house cat", dog, "sea lion"]', "5"))
+    message = r"settings .tensor y_embedder.embedding_table.weight: \[4, 192\] there, \[6, 192\] now"
+    with pytest.raises(LightningDiTError, match=message):
         train.main(arguments)
     training_config.write_text(text.replace("max_steps: 6", "max_steps: 8, resume: false"))
     with pytest.raises(LightningDiTError, match="holds checkpoints and train.resume is false"):
@@ -270,6 +338,22 @@ def test_a_run_of_other_settings_is_refused(training_config: Path, capsys: pytes
     training_config.write_text(text.replace("max_steps: 6", "max_steps: 8"))
     assert train.main(arguments) == 0
     assert "going on from step 6" in capsys.readouterr().out
+    training_config.write_text(text)
+    assert train.main(arguments) == 0
+    assert "note: that is beyond max_steps, 6; nothing is undone" in capsys.readouterr().out
+
+
+def test_where_no_checkpoint_is_whole_nothing_begins_anew(training_config: Path) -> None:
+    arguments = ["--config", str(training_config), "--output", str(training_config.parent / "run")]
+    assert train.main(arguments) == 0
+    for path in RunFolder(training_config.parent / "run").checkpoints():
+        damage(path, "its part")
+    before = {path: path.read_bytes() for path in (training_config.parent / "run").iterdir()}
+    with pytest.raises(
+        LightningDiTError, match=r"none of the 2 checkpoints in .* is whole; mend: delete them to begin"
+    ):
+        train.main(arguments)
+    assert {path: path.read_bytes() for path in (training_config.parent / "run").iterdir()} == before
 
 
 def test_fine_tuning_starts_from_half_precision_weights(training_config: Path) -> None:

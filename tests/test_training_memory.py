@@ -87,3 +87,14 @@ def test_the_shipped_configurations_say_whether_they_fit(capsys: pytest.CaptureF
     assert tool.main(["--config", str(large), "--memory", "15", "--processes", "4"]) == 0
     assert "as configured, 256 samples at a time: " in (said := capsys.readouterr().out)
     assert said.splitlines()[-1].endswith("which does not fit")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--processes", "0"], ["--memory", "-1"], ["--memory", "much"], ["--measure", "0"], ["--measure", "x"]],
+)
+def test_amounts_that_cannot_be_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        tool.main(["--config", "config.yaml", *arguments])
+    assert ended.value.code == 2
+    assert f"{arguments[1]!r} is no" in capsys.readouterr().err

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from LightningDiT.data.images import as_rgb, image_files
+from LightningDiT.data.images import image_files, read_image
 from LightningDiT.errors import LightningDiTError
 
 
@@ -60,8 +60,9 @@ class Photographs:
         for offset in range(len(self.files)):
             path = self.files[(index + offset) % len(self.files)]
             try:
-                with Image.open(path) as opened:
-                    return torch.from_numpy(np.array(self._crop(as_rgb(opened))))
+                return torch.from_numpy(np.array(self._crop(read_image(path))))
             except Exception:  # arbitrary bytes make Pillow's readers fail in arbitrary ways
                 self.unreadable.add(path)
-        raise LightningDiTError(f"none of {len(self.files)} files is an image, {self.files[0]} the first", "look at it")
+        raise LightningDiTError(
+            f"none of {len(self.files)} files is an image, {self.files[0]} the first", "name a folder of images"
+        )

@@ -16,11 +16,20 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from LightningDiT.data.images import FASHION_MNIST_CLASSES, as_rgb, fashion_mnist, image_files, pad_to_32
+from LightningDiT.data.images import (
+    FASHION_MNIST_CLASSES,
+    as_rgb,
+    fashion_mnist,
+    image_files,
+    pad_to_32,
+    read_image,
+    shown,
+)
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import to_uint8
 
 FASHION_MNIST = "FashionMNIST"
+MOST_DIGITS = 9  # of a class number
 CSV_HEADERS = ("path", "file", "filename", "image")  # names that the first column of a table has in its first line
 
 
@@ -73,7 +82,7 @@ def open_list(file: str | Path) -> ImageSet:
     Empty lines and those that begin with # are passed over, and so is the header of a table (.csv).
 
     Raises:
-        LightningDiTError: the file cannot be read, a line has no class, or there is no line.
+        LightningDiTError: the file cannot be read, a line has no class or one that cannot be, or there is no line.
     """
     listing = Path(file)
     rows = list(_rows(listing))
@@ -81,8 +90,10 @@ def open_list(file: str | Path) -> ImageSet:
         raise LightningDiTError(f"{listing} lists no images", "write one `path class` a line")
     names, classes = [path for path, _ in rows], [label for _, label in rows]
     numbered = all(re.fullmatch(r"-?\d+", label) for label in classes)
-    if numbered and (below := next((place for place, label in enumerate(classes) if int(label) < 0), None)) is not None:
-        raise LightningDiTError(f"{listing}: {names[below]} has the class {classes[below]}", "number classes from 0")
+    wrong = [row for row in rows if row[1].startswith("-") or len(row[1]) > MOST_DIGITS] if numbered else []
+    if wrong:
+        name, label = wrong[0]
+        raise LightningDiTError(f"{listing}: {name[:80]} has the class {label[:40]}", "number classes from 0")
     files = [listing.parent / name for name in names]
     return _of_files(str(listing), files, names, classes, None if numbered else _ordered(classes))
 
@@ -165,15 +176,21 @@ def _of_files(
         labels = [numbers[label] for label in classes]
 
     def read(index: int) -> tuple[Image.Image, int]:
-        with Image.open(files[index]) as opened:
-            return as_rgb(opened), labels[index]
+        return read_image(files[index]), labels[index]
 
     digest = hashlib.sha256()
     for name, file, label in zip(names, files, labels, strict=True):
-        size = file.stat().st_size if file.exists() else -1
-        digest.update(f"{name}\t{size}\t{label}\n".encode(errors="surrogateescape"))
-    shown = None if class_names is None else tuple(class_names)
-    return ImageSet(source, len(files), read, lambda index: str(files[index]), digest.hexdigest(), shown)
+        digest.update(f"{name}\t{_size_of(file)}\t{label}\n".encode(errors="surrogateescape"))
+    known = None if class_names is None else tuple(class_names)
+    return ImageSet(source, len(files), read, lambda index: shown(files[index]), digest.hexdigest(), known)
+
+
+def _size_of(file: Path) -> int:
+    """Return the bytes of a file; -1 where there can be none of that name."""
+    try:
+        return file.stat().st_size
+    except (OSError, ValueError):
+        return -1
 
 
 def _ordered(classes: Iterable[str]) -> list[str]:
@@ -191,7 +208,12 @@ def _rows(listing: Path) -> Iterator[tuple[str, str]]:
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.startswith("#"):
             continue
-        fields = _fields(line, listing.suffix.lower() == ".csv")
+        try:
+            fields = _fields(line, listing.suffix.lower() == ".csv")
+        except csv.Error as error:
+            raise LightningDiTError(
+                f"{listing}, line {number} is no CSV ({error})", "write `path,class` there"
+            ) from error
         if number == 1 and fields[0].lower() in CSV_HEADERS:
             continue
         if len(fields) < 2 or not fields[0] or not fields[1]:

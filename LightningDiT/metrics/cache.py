@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable
@@ -66,7 +67,7 @@ def views_of(source: ImageSource, extractor: Extractor, folder: Path, title: str
 
 def kept_values(file: Path, count: int, value_of: Callable[[int], float], progress: Progress) -> list[float]:
     """Return value_of(0), ..., value_of(count - 1), those in `file` as they are there; each new one is written."""
-    values: list[float] = kept(file, list)
+    values: list[float] = kept(file, list, list)
     progress.update(min(len(values), count))
     for index in range(len(values), count):
         values.append(value_of(index))
@@ -75,14 +76,16 @@ def kept_values(file: Path, count: int, value_of: Callable[[int], float], progre
     return values[:count]
 
 
-def kept(file: Path, compute: Callable[[], Any]) -> Any:
-    """Return the plain value in the JSON file, or what `compute` gives, which is then written there."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not there yet, or cut short by a full disk
-        value = compute()
-        _write(file, value)
-        return value
+def kept(file: Path, compute: Callable[[], Any], kind: type[list] | type[dict]) -> Any:
+    """Return the list or dictionary of numbers in the JSON file, or what `compute` gives, which is then written."""
+    with contextlib.suppress(OSError, ValueError):  # not there yet, or cut short by a full disk
+        value = json.loads(file.read_text(encoding="utf-8"))
+        numbers = value.values() if isinstance(value, dict) else value
+        if isinstance(value, kind) and all(isinstance(number, int | float) for number in numbers):
+            return value
+    value = compute()
+    _write(file, value)
+    return value
 
 
 def _write(file: Path, value: Any) -> None:
@@ -107,6 +110,13 @@ def _seen(
     batches = []
     for start in range(numbers.start, numbers.stop, batch_size):
         pixels = source.read(start, min(start + batch_size, numbers.stop))
-        batches.append({**extractor(pixels), "pixels": thumbnails(pixels)})
+        seen = extractor(pixels)
+        if not all(bool(view.isfinite().all()) for view in seen.values()):
+            raise LightningDiTError(
+                f"what {extractor.name} sees in image {start} of {source.name} or the {len(pixels) - 1} after it is not"
+                " finite",
+                "give other weights of that network, or other --features",
+            )
+        batches.append({**seen, "pixels": thumbnails(pixels)})
         progress.update(len(pixels))
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}

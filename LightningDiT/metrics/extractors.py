@@ -91,20 +91,23 @@ class Inception(Extractor):
 
     def __init__(self, weights: Path) -> None:
         super().__init__()
-        self.name, self.key = "inception", f"inception {fingerprint(weights)}"
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         # torch-fidelity would unpickle whatever the file holds; it gets the tensors that the safe loader found
-        content = io.BytesIO()
-        torch.save(load_weights(weights), content)
+        mend, content = f"download {INCEPTION_URL}", io.BytesIO()
+        try:
+            torch.save(load_weights(weights), content)
+        except LightningDiTError as error:
+            raise LightningDiTError(error.message, mend) from error
         content.seek(0)
         try:
             network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], content)
         except RuntimeError as error:
             raise LightningDiTError(
                 f"{weights} holds other weights than FID's Inception ({str(error).splitlines()[-1].strip()})",
-                f"download {INCEPTION_URL}",
+                mend,
             ) from error
+        self.name, self.key = "inception", f"inception {fingerprint(weights)}"
         self._spatial = torch.empty(0)  # of the batch that was seen last
         network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)  # `mixed_6/conv` in TensorFlow's graph
         self._network = network.to(self.device)
@@ -187,11 +190,14 @@ def _timm_model(timm: Any, name: str, weights: Path | None) -> Any:
         except Exception as error:  # no weights for it, no network, a full disk: timm and the hub have many errors
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise LightningDiTError(f"weights of {name} cannot be had ({reason[0]})", mend) from error
-    tensors = load_weights(weights)
     head = timm.create_model(name, pretrained=False).pretrained_cfg.get("classifier")
-    classes = tensors[f"{head}.weight"].shape[0] if f"{head}.weight" in tensors else 0
-    model = timm.create_model(name, pretrained=False, num_classes=classes)
-    load_into(model, tensors, weights)
+    try:
+        tensors = load_weights(weights)
+        outputs = tensors.get(f"{head}.weight", torch.empty(0))
+        model = timm.create_model(name, pretrained=False, num_classes=len(outputs) if outputs.dim() else 0)
+        load_into(model, tensors, weights)
+    except LightningDiTError as error:
+        raise LightningDiTError(error.message, f"give a file with the weights of timm's {name}") from error
     return model
 
 

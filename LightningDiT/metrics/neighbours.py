@@ -101,7 +101,7 @@ def _kept(file: Path, images: Tensor, known: Tensor, title: str) -> Neighbours:
             f" {tuple(images.shape[1:])} and {tuple(known.shape[1:])}",
             "give --size N, which crops every image to N x N",
         )
-    with contextlib.suppress(LightningDiTError):  # not there yet, or damaged
+    with contextlib.suppress(LightningDiTError, TypeError):  # not there yet, or damaged, or of other names
         return Neighbours(**load_weights(file))
     neighbours = search(images, known, title)
     save_weights({"distances": neighbours.distances, "indices": neighbours.indices}, file)

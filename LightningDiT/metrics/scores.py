@@ -93,7 +93,7 @@ def scores_of(comparison: Comparison, bootstrap: Bootstrap) -> dict[str, Score]:
     images are drawn again and the reference stays; precision and recall are shares of images and have Wilson's.
     """
     file = bootstrap.folder / f"scores-{digest(comparison.key, NEIGHBOURHOOD, SPLITS)}.json"
-    values: dict[str, float] = kept(file, lambda: _values(comparison))
+    values: dict[str, float] = kept(file, lambda: _values(comparison), dict)
     resampled = {**_distances(comparison, values), **_inception_scores(comparison, values)}
     counts = {"precision": len(comparison.samples["features"]), "recall": _count(comparison.reference)}
     result = {name: proportion(values[name], counts[name]) for name in counts if name in values}
@@ -174,7 +174,7 @@ def _values(comparison: Comparison) -> dict[str, float]:
     known = reference_moments(comparison, FRECHET["fid"])
     if known is not None:
         sides = [{"mu": mean.numpy(), "sigma": cov.numpy()} for mean, cov in (moments(samples["features"]), known)]
-        found["fid"] = max(0.0, fid_statistics_to_metric(*sides, verbose=False)[KEY_METRIC_FID])
+        found["fid"] = max(fid_statistics_to_metric(*sides, verbose=False)[KEY_METRIC_FID], 0.0)
     known = reference_moments(comparison, FRECHET["sfid"])
     if known is not None and FRECHET["sfid"] in samples:
         found["sfid"] = FrechetDistance(*known)(*moments(samples[FRECHET["sfid"]]))

@@ -18,7 +18,13 @@ from PIL import Image
 from torch import Tensor
 
 from LightningDiT.checkpoint import fingerprint
-from LightningDiT.data.images import FASHION_MNIST_CLASSES, fashion_mnist, holds_fashion_mnist, image_files
+from LightningDiT.data.images import (
+    FASHION_MNIST_CLASSES,
+    fashion_mnist,
+    holds_fashion_mnist,
+    image_files,
+    read_image,
+)
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import centre_crop
 
@@ -27,6 +33,7 @@ PARTS = {"train": True, "test": False}  # FOLDER:train and FOLDER:test of Fashio
 PIXELS, LABELS = "arr_0", "arr_1"  # names in ADM's .npz files
 #: Names under which ADM (and EDM, but for the spatial ones) keeps mean and covariance of a feature.
 MOMENTS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+MOST_DIGITS = 9  # of a class number
 DECODERS = 8  # threads that read image files
 BORDER = 2  # pixels that make 28x28 to 32x32, as `pad_to_32` does
 
@@ -117,7 +124,7 @@ def _fashion_mnist(name: str, folder: Path, train: bool) -> ImageSource:
 
 def _folder(name: str, folder: Path, size: int | None) -> ImageSource:
     files = image_files(folder)
-    parts = [(str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    parts = [(str(file.relative_to(folder)), *_stamp(file)) for file in files]
     labels, class_names = _labels_of(folder, files)
 
     def read(start: int, stop: int) -> Tensor:
@@ -127,6 +134,15 @@ def _folder(name: str, folder: Path, size: int | None) -> ImageSource:
 
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     return ImageSource(name, len(files), read, f"folder {digest} {size}", labels, class_names, files)
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    """Return size and time of a file; zeros for a dead link, which nothing can be read from either."""
+    try:
+        status = file.stat()
+    except OSError:
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
 
 
 def _labels_of(folder: Path, files: Sequence[Path]) -> tuple[Tensor | None, Sequence[str]]:
@@ -140,7 +156,7 @@ def _labels_of(folder: Path, files: Sequence[Path]) -> tuple[Tensor | None, Sequ
         return None, ()
     parents = [file.parent.name for file in files]
     names = sorted(set(parents))
-    if all(name.isdecimal() for name in names):
+    if all(name.isdecimal() and len(name) <= MOST_DIGITS for name in names):
         return torch.tensor([int(parent) for parent in parents]), ()
     numbers = {name: number for number, name in enumerate(names)}
     return torch.tensor([numbers[parent] for parent in parents]), names
@@ -150,16 +166,16 @@ def _labels_of_run(manifest: Path, files: Sequence[Path]) -> Tensor | None:
     """Return the class of each `000000.png`, ... as the run's manifest has it; None where it says nothing of them."""
     try:
         labels = json.loads(manifest.read_text(encoding="utf-8"))["labels"]
-        return torch.tensor([int(labels[int(file.stem)]) for file in files])
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        found = torch.tensor([int(labels[int(file.stem)]) for file in files])
+    except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError, RuntimeError):
         return None  # another program's manifest, or other images beside the run's
+    return found if bool((found >= 0).all()) else None
 
 
 def _pixels(file: Path, size: int | None) -> np.ndarray:
     """Return the pixels (H, W, 3) uint8 of one image file."""
     try:
-        with Image.open(file) as image:
-            whole = image.convert("RGB")
+        whole = read_image(file)
     except Exception as error:  # arbitrary bytes make Pillow's readers fail in arbitrary ways
         raise LightningDiTError(
             f"{file} is no whole image ({error})", "delete it, and give the same command again"
@@ -185,11 +201,11 @@ def _archive(name: str, path: Path, size: int | None) -> Source:
         with np.load(path) as archive:
             there = set(archive.files)
             moments = {
-                kind: (torch.from_numpy(archive[mean]).double(), torch.from_numpy(archive[covariance]).double())
+                kind: (_real(archive[mean]), _real(archive[covariance]))
                 for kind, (mean, covariance) in MOMENTS.items()
                 if mean in there and covariance in there
             }
-            labels = torch.from_numpy(archive[LABELS]).long() if LABELS in there else None
+            labels = _classes(archive[LABELS]) if LABELS in there else None
     except UNREADABLE as error:
         raise LightningDiTError(f"{name} is no whole .npz file ({error})", "name one that NumPy can read") from error
     if PIXELS in there:
@@ -200,6 +216,21 @@ def _archive(name: str, path: Path, size: int | None) -> Source:
             "name a file in the layout of ADM",
         )
     return Source(None, moments)
+
+
+def _real(values: np.ndarray) -> Tensor:
+    """Return numbers as float64; raises ValueError for texts and complex numbers."""
+    if values.dtype.kind not in "fiu":
+        raise ValueError(f"{values.dtype} where numbers are expected")
+    return torch.from_numpy(values.astype(np.float64))
+
+
+def _classes(values: np.ndarray) -> Tensor:
+    """Return class numbers as int64; raises ValueError for what is none."""
+    numbers = _real(values)
+    if not bool(((numbers >= 0) & (numbers == numbers.floor()) & (numbers < 10**MOST_DIGITS)).all()):
+        raise ValueError(f"{LABELS} holds what is no class number; 0, 1, ... are")
+    return numbers.long()
 
 
 def _archive_images(name: str, path: Path, labels: Tensor | None, size: int | None) -> ImageSource:

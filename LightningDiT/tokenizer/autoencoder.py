@@ -36,6 +36,14 @@ class AutoencoderSettings:
     double_z: bool = True  # the encoder returns mean and log-variance
 
     def __post_init__(self) -> None:
+        for name in ("embed_dim", "z_channels", "resolution", "in_channels", "out_ch", "ch", "num_res_blocks"):
+            least = 0 if name == "num_res_blocks" else 1
+            if (value := getattr(self, name)) < least:
+                raise ValueError(f"{name} is {value}; {least} or more is expected")
+        if not self.ch_mult or min(self.ch_mult) < 1:
+            raise ValueError(f"ddconfig.ch_mult is {list(self.ch_mult)}; a positive factor for each level is expected")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"ddconfig.dropout is {self.dropout}; a share from 0 to below 1 is expected")
         if self.ch % NORM_GROUPS:
             raise ValueError(f"ddconfig.ch is {self.ch}; a multiple of {NORM_GROUPS} is expected (GroupNorm groups)")
         if not self.double_z:

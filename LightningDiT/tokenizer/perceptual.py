@@ -87,8 +87,8 @@ def find_weights(given: str | Path | None) -> Path:
     except (OSError, RuntimeError) as error:  # no network or disk; another hash
         raise LightningDiTError(
             f"VGG-16 for LPIPS is not at {place} and cannot be downloaded ({error})",
-            f"curl -L -o {VGG_FILE} {VGG_URL} where there is a network and set train.lpips_weights to that file"
-            " (a published VA-VAE checkpoint holds it too), or go on by --without-lpips",
+            f"curl -L -o {VGG_FILE} {VGG_URL} where there is a network and give --lpips-weights {VGG_FILE}"
+            " (a published VA-VAE checkpoint holds it too), or train by --without-lpips",
         ) from error
     return place
 
@@ -101,7 +101,10 @@ def load_perceptual(given: str | Path | None) -> PerceptualDistance:
     """
     require_lpips()
     path = find_weights(given)
-    return PerceptualDistance(load_weights(path), path)
+    try:
+        return PerceptualDistance(load_weights(path), path)
+    except LightningDiTError as error:
+        raise LightningDiTError(error.message, f"give --lpips-weights FILE with VGG-16, as {VGG_URL}") from error
 
 
 def _by_name(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -67,9 +67,14 @@ def read_starting_weights(path: str | Path) -> StartingWeights:
     Raises:
         LightningDiTError: see `load_weights`.
     """
+    try:
+        tensors = load_weights(path)
+    except LightningDiTError as error:
+        mend = "name a published checkpoint or a run's training.safetensors by --init or train.weight_init"
+        raise LightningDiTError(error.message, mend) from error
     parts: dict[str, dict[str, Tensor]] = {}
     autoencoder = {}
-    for name, tensor in load_weights(path).items():
+    for name, tensor in tensors.items():
         prefix = next((prefix for prefix in PARTS if name.startswith(prefix)), None)
         if prefix is None:
             autoencoder[name] = tensor

@@ -67,7 +67,7 @@ class FrechetDistance:
         """Return the distance to the normal distribution of this mean (F,) and covariance (F, F)."""
         mixed = torch.linalg.eigvalsh(self._root @ covariance @ self._root)  # (F,)
         traces = self._trace + covariance.trace() - 2.0 * mixed.clamp_min(0).sqrt().sum()
-        return max(0.0, float((self._mean - mean).square().sum() + traces))
+        return max(float((self._mean - mean).square().sum() + traces), 0.0)  # NaN stays NaN
 
 
 def moments(features: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -79,7 +79,8 @@ def measured_peak(config_path: str, batch: int) -> int:
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | PROMPT_RETURN)
     if done.returncode:
         raise LightningDiTError(
-            f"measuring failed: {done.stderr.strip().splitlines()[-1:]}", "free memory and try again"
+            f"measuring {batch} samples at a time failed ({' '.join(done.stderr.strip().splitlines()[-1:])})",
+            "free memory, or measure fewer samples",
         )
     return int(done.stdout.split()[-1])
 
@@ -108,15 +109,31 @@ def train_steps(config: Config, batch: int) -> int:
         raise LightningDiTError(f"{STATUS} gives no VmHWM, which Linux writes there", "measure on Linux") from error
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more")
+    return int(text)
+
+
+def _gibibytes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no amount of memory in GiB")
+    return value
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(prog="python -m LightningDiT.tools.training_memory", description=__doc__)
     parser.add_argument("--config", required=True, help="YAML of the published schema")
-    parser.add_argument("--memory", type=float, default=16.0, help="GiB of the device (default 16)")
-    parser.add_argument("--processes", type=int, default=1, help="that share the batch, each with such memory")
+    parser.add_argument("--memory", type=_gibibytes, default=16.0, help="GiB of the device (default 16)")
+    parser.add_argument("--processes", type=_count, default=1, help="that share the batch, each with such memory")
     parser.add_argument("--cpu", action="store_true", help="training on the CPU, where a GPU is meant otherwise")
-    parser.add_argument("--measure", type=int, nargs="+", metavar="BATCH", help="measure on the CPU besides")
-    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", type=_count, nargs="+", metavar="BATCH", help="measure on the CPU besides")
+    parser.add_argument("--child", type=_count, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 

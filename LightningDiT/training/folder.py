@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,10 @@ from typing import Any
 from LightningDiT.checkpoint import load_training_state, save_training_state
 from LightningDiT.errors import LightningDiTError
 
-STEP_DIGITS = 7
+STEP_DIGITS = 7  # at least
+CHECKPOINT = re.compile(rf"checkpoint-(\d{{{STEP_DIGITS},}})\.pt")
+#: What `atomic_path` leaves behind where a process is killed.
+TORN = (".checkpoint-*.pt.*.tmp", ".*.safetensors.*.tmp", ".curves.png.*.tmp", "samples/.step-*.png.*.tmp")
 
 
 class RunFolder:
@@ -34,7 +38,7 @@ class RunFolder:
 
     def checkpoints(self) -> list[Path]:
         """Return the checkpoint files, the oldest first."""
-        return sorted(self.folder.glob(f"checkpoint-{'[0-9]' * STEP_DIGITS}.pt"))
+        return sorted((path for path in self.folder.glob("*.pt") if CHECKPOINT.fullmatch(path.name)), key=step_of)
 
     def save(self, step: int, state: Mapping[str, Any]) -> Path:
         """Write the state after `step` steps and drop the checkpoints that are not to be kept."""
@@ -45,19 +49,23 @@ class RunFolder:
         return path
 
     def prune(self) -> None:
-        """Delete the checkpoints that no rule keeps."""
-        found = self.checkpoints()
+        """Delete the checkpoints that no rule keeps; torn ones are neither counted nor deleted."""
+        found = [path for path in self.checkpoints() if not self._damage.get(path)]
         kept = set(found[-self.keep :])
         kept |= {path for path in found if self.keep_every and step_of(path) % self.keep_every == 0}
         kept |= set([path for path in found if step_of(path) % self.regular == 0][-1:])
         for path in found:
             if path not in kept:
-                path.unlink()
+                path.unlink(missing_ok=True)
 
     def sweep(self) -> None:
-        """Delete what a killed process left of the checkpoint that it was writing."""
-        for path in self.folder.glob(".checkpoint-*.pt.*.tmp"):
-            path.unlink()
+        """Delete what a killed process left of the files that it was writing, and of the last line of the log."""
+        for pattern in TORN:
+            for path in self.folder.glob(pattern):
+                path.unlink(missing_ok=True)
+        if self._log.is_file() and not (content := self._log.read_bytes()).endswith(b"\n"):
+            with self._log.open("r+b") as stream:
+                stream.truncate(content.rfind(b"\n") + 1)
 
     def newest(self, below: int | None = None, regular: bool = False) -> Path | None:
         """Return the newest whole checkpoint, and say which newer ones are torn; None where there is none.
@@ -84,10 +92,25 @@ class RunFolder:
         return load_training_state(found) if found else None
 
     def log(self, row: Mapping[str, float]) -> None:
-        """Append a line of numbers to the log."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({key: round(value, 6) for key, value in row.items()}) + "\n")
+        """Append a line of numbers to the log.
+
+        Raises:
+            LightningDiTError: the folder cannot be written, or the disk is full.
+        """
+        line = json.dumps({key: round(value, 6) for key, value in row.items()}) + "\n"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self._log.open("a", encoding="utf-8") as stream:
+                stream.write(line)
+        except OSError as error:
+            raise LightningDiTError(
+                f"{self._log} cannot be written ({error.strerror})",
+                "free space on that disk, and give the same command again",
+            ) from error
+
+    @property
+    def _log(self) -> Path:
+        return self.folder / "log.jsonl"
 
 
 def step_of(path: Path) -> int:

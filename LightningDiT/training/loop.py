@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +26,11 @@ from .meter import Meter, describe
 from .randomness import random_state, set_random_state
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and the end of a job's time
+AGAIN = "Ctrl-C again in 5 seconds or later ends at once"
+SAME_REQUEST = 5.0  # seconds: a launcher passes a Ctrl-C on that the terminal has sent to all of its processes already
+LISTED = 4  # differences between a checkpoint and the run
+#: Settings that a run may change on its way: what its memory holds, and the step at which its times become uniform.
+CHANGEABLE = ("model.use_checkpoint", "lognorm_until_step")
 
 
 class Trainable(Protocol):
@@ -31,7 +38,7 @@ class Trainable(Protocol):
 
     Attributes:
         ema: the averaged weights, which the run ends with.
-        settings: what a resumed run must have in common with its checkpoint.
+        settings: what a resumed run must have in common with its checkpoint, apart from `CHANGEABLE`.
         rate_scale: factor on the learning rate of every optimizer, which the loop lowers after trouble.
     """
 
@@ -158,34 +165,40 @@ class _Loop:
             self.guard.load_state_dict(self._load(path)["guard"])
             self.trainer.rate_scale = self.guard.rate_scale
             self.processes.say(f"going on from step {self.done} of {path}")
+            if self.done > self.schedule.max_steps:
+                self.processes.say(f"note: that is beyond max_steps, {self.schedule.max_steps}; nothing is undone")
 
     def _find_start(self) -> Path | None:
         self.run.sweep()
         path = self.run.newest()
         if path is None:
+            if torn := self.run.checkpoints():
+                raise LightningDiTError(
+                    f"none of the {len(torn)} checkpoints in {self.run.folder} is whole",
+                    "delete them to begin anew, or choose another --output",
+                )
             return None
         if not self.schedule.resume:
             raise LightningDiTError(
                 f"{self.run.folder} holds checkpoints and train.resume is false",
                 "choose another --output, or set train.resume: true",
             )
-        known = load_training_state(path).get("settings", {})
-        changed = [
-            f"{key}: {known.get(key)} there, {value} now"
-            for key, value in self.trainer.settings.items()
-            if known.get(key) != value
-        ]
-        if changed:
+        state = load_training_state(path)
+        if changed := _changes(_flat(state.get("settings", {})) | _shapes(state), self._fixed()):
             raise LightningDiTError(
                 f"{self.run.folder} holds a run of other settings ({'; '.join(changed)})", "choose another --output"
             )
+        if "guard" not in state:
+            raise LightningDiTError(f"{path} was written by an older version", "choose another --output")
         return path
+
+    def _fixed(self) -> dict[str, Any]:
+        """Return what a checkpoint must have in common with this run, by name."""
+        return _flat(self.trainer.settings) | _shapes(self.trainer.state_dict())
 
     def _load(self, path: Path) -> dict[str, Any]:
         """Give the trainer the state in `path` and return it."""
         state = self.processes.agree(lambda: load_training_state(path))
-        if "guard" not in state:
-            raise LightningDiTError(f"{path} was written by an older version", "choose another --output")
         self.trainer.load_state_dict(state)
         set_random_state(state["random"])
         self.done = int(state["step"])
@@ -216,16 +229,10 @@ class _Loop:
         """Return to the newest regular checkpoint with a lower rate.
 
         Raises:
-            LightningDiTError: the run has gone back too often without getting beyond its trouble.
+            LightningDiTError: see `_find_return`.
         """
         trouble, reached = self.guard.trouble, self.done
-        path = self.processes.from_main(lambda: self.run.newest(below=reached - 1, regular=True))
-        if path is None or self.guard.returns >= MAX_RETURNS:
-            raise LightningDiTError(
-                f"training does not get beyond step {reached}: it went back {self.guard.returns} times, and the rate is"
-                f" {self.guard.rate_scale:g} of what was asked for",
-                "lower optimizer.lr, set optimizer.max_grad_norm: 1.0 or model.use_qknorm: true, and look at the data",
-            )
+        path = self.processes.from_main(self._find_return)
         what = (
             f"{len(trouble)} steps in a row were not finite"
             if len(trouble) >= self.schedule.guard.max_skips
@@ -238,6 +245,21 @@ class _Loop:
             f"step {reached - 1}: {what}; going back to step {step_of(path)} with {self.guard.rate_scale:g} of the"
             f" rate, without the batches of steps {trouble[0]} to {trouble[-1]}"
         )
+
+    def _find_return(self) -> Path:
+        """Return the checkpoint to which a run in trouble goes back.
+
+        Raises:
+            LightningDiTError: there is none, or the run has gone back too often without getting beyond its trouble.
+        """
+        path = self.run.newest(below=self.done - 1, regular=True)
+        if path is None or self.guard.returns >= MAX_RETURNS:
+            raise LightningDiTError(
+                f"training does not get beyond step {self.done}: it went back {self.guard.returns} times, and the rate"
+                f" is {self.guard.rate_scale:g} of what was asked for",
+                "lower optimizer.lr, set optimizer.max_grad_norm: 1.0 or model.use_qknorm: true, and look at the data",
+            )
+        return path
 
     def _log(self, last: bool) -> None:
         """Write and print a row where a line or a watcher is due."""
@@ -256,6 +278,28 @@ class _Loop:
                 sink(row)
 
 
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested settings by dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= (
+            {f"{key}.{name}": part for name, part in _flat(value).items()} if isinstance(value, dict) else {key: value}
+        )
+    return flat
+
+
+def _shapes(state: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Return the shapes of the model's tensors in a checkpoint; none where it holds no model."""
+    return {f"tensor {name}": list(value.shape) for name, value in state.get("model", {}).items()}
+
+
+def _changes(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Say what differs between a checkpoint and this run; what has its default is in neither."""
+    names = [name for name in {**now, **there} if name not in CHANGEABLE and there.get(name) != now.get(name)]
+    said = [f"{name}: {there.get(name, 'default')} there, {now.get(name, 'default')} now" for name in names[:LISTED]]
+    return said + ([f"and {len(names) - LISTED} more"] if len(names) > LISTED else [])
+
+
 def _plain(value: Tensor | float) -> Tensor | float:
     return value.detach() if isinstance(value, Tensor) else value
 
@@ -264,19 +308,24 @@ def _plain(value: Tensor | float) -> Tensor | float:
 def held_interrupt(*, quiet: bool = False) -> Iterator[threading.Event]:
     """Turn Ctrl-C and SIGTERM into an event that is looked at between steps, so that no half step is ever saved.
 
-    A second one ends at once; the newest checkpoint is then that of the last regular saving.
+    A second one, more than `SAME_REQUEST` seconds later, ends at once; the newest checkpoint is then that of the last
+    regular saving.
     """
-    event = threading.Event()
+    event, asked = threading.Event(), 0.0
     if threading.current_thread() is not threading.main_thread():
         yield event  # signals reach the main thread alone
         return
 
     def on_interrupt(number: int, frame: object) -> None:
+        nonlocal asked
         if event.is_set():
-            raise KeyboardInterrupt
+            if time.monotonic() - asked > SAME_REQUEST:
+                raise KeyboardInterrupt
+            return
         event.set()
-        if not quiet:
-            print("asked to stop: ending after this step (Ctrl-C again ends at once)", flush=True)
+        asked = time.monotonic()
+        if not quiet:  # not by print, which may be what the signal interrupted
+            os.write(2, f"\nasked to stop: ending after this step ({AGAIN})\n".encode())
 
     previous = {number: signal.signal(number, on_interrupt) for number in STOP_SIGNALS}
     try:

@@ -17,7 +17,9 @@ class BatchOrder:
 
     def __init__(self, count: int, batch_size: int, seed: int) -> None:
         if batch_size > count:
-            raise LightningDiTError(f"a batch of {batch_size} is asked of {count} samples", "ask for a smaller batch")
+            raise LightningDiTError(
+                f"a batch of {batch_size} is asked of {count} samples", f"set a global batch of at most {count}"
+            )
         self.batch_size = batch_size
         self.count = count
         self.seed = seed

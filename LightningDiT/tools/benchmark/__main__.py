@@ -28,6 +28,7 @@ from .machine import machine, machine_line
 from .rounds import Setting
 from .sampling import measure_decoding, measure_growth, measure_images
 from .tables import TABLES, mark_of, render
+from .training import measure_training
 
 PARTS: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "forward": measure_forwards,
@@ -37,6 +38,7 @@ PARTS: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "images": measure_images,
     "growth": measure_growth,
     "demo": measure_demo,
+    "training": measure_training,
 }
 
 

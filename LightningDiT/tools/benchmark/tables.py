@@ -146,6 +146,30 @@ def demo_table(part: dict[str, Any]) -> list[str]:
     return rows((DEMO.name, "seconds"), [(title, f"{part['seconds'][key]:.1f}") for key, title in named])
 
 
+def training_table(part: dict[str, Any]) -> list[str]:
+    """Return steps of both loops, shares of waiting, and what extractions spend."""
+    steps = [
+        (f"{one.case}: {step.loop}", f"{step.seconds:.3f}", f"{one.batch / step.seconds:.2f}", f"{step.ratio:.2f}")
+        for one in part["comparisons"]
+        for step in one.steps
+    ]
+    largest = max((one.loss_difference for one in part["comparisons"]), default=0.0)
+    waiting = [(one.case, str(one.steps), f"{one.seconds:.3f}", f"{one.share:.2%}") for one in part["waiting"]]
+    spent = ("encoder", "waiting for images", "writing")
+    extractions = [
+        (one.case, str(one.images), f"{one.images / one.seconds:.1f}", *(f"{one.shares[name]:.1%}" for name in spent))
+        for one in part["extractions"]
+    ]
+    return [
+        *rows(("a training step", "seconds", "images a second", "seconds over ours"), steps),
+        f"The first losses of both loops differ by {largest:.0e} of their value at most.",
+        "",
+        *rows(("training", "steps", "seconds a step", "share waiting for data"), waiting),
+        *rows(("extraction", "images", "images a second", *spent), extractions),
+        *notes(part["skipped"]),
+    ]
+
+
 #: Title and table of each part.
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "forward": ("Forwards of the transformer", forward_table),
@@ -155,6 +179,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "images": ("Pictures", image_table),
     "growth": ("Growth", growth_table),
     "demo": ("The demonstration", demo_table),
+    "training": ("Training and extraction, each row in the precision that it names,", training_table),
 }
 
 
