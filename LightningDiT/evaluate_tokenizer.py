@@ -24,12 +24,12 @@ from LightningDiT.config import load_tokenizer_config
 from LightningDiT.console import Progress, run_main
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import disk_errors, image_grid, save_png, to_pil, to_uint8
+from LightningDiT.metrics.formulas import frechet_distance, psnr_per_image
 from LightningDiT.seeds import generator_for
 from LightningDiT.tokenizer.latents import LatentStats, Moments
 from LightningDiT.tokenizer.perceptual import SMALLEST_SIDE, PerceptualDistance, load_perceptual
 from LightningDiT.tokenizer.uniformity import uniformity
 from LightningDiT.tokenizer.vavae import VA_VAE
-from LightningDiT.tools.metrics import frechet_distance, psnr_per_image
 
 if TYPE_CHECKING:
     from LightningDiT.metrics.extractors import Extractor

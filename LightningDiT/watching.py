@@ -209,7 +209,7 @@ class Curves:
 
     def _draw(self) -> None:
         from LightningDiT.checkpoint import atomic_path
-        from LightningDiT.tools.plot_training import draw, read_log
+        from LightningDiT.curves import draw, read_log
 
         self._drawn = time.monotonic()
         path = self.folder / "curves.png"

@@ -14,9 +14,9 @@ from PIL import Image
 from LightningDiT.checkpoint import inspect
 from LightningDiT.data.images import FASHION_MNIST_CLASSES
 from LightningDiT.loading import verify_config
+from LightningDiT.metrics.judge import load_judge
 from LightningDiT.pipeline import LightningDiTPipeline
 from LightningDiT.tokenizer.latents import LatentStats
-from LightningDiT.tools.judge import load_judge
 from tests.conftest import BUNDLED
 from tests.project_copy import copy_project, run_script
 

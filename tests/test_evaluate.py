@@ -32,11 +32,11 @@ from LightningDiT.images import save_png
 from LightningDiT.metrics import bootstrap_study, cache, extractors, neighbours
 from LightningDiT.metrics.classes import class_table, overall_accuracy
 from LightningDiT.metrics.extractors import JUDGE_FILE, Extractor, Inception, JudgeView, TimmView, make_extractor
+from LightningDiT.metrics.formulas import FrechetDistance, moments
+from LightningDiT.metrics.judge import load_judge
 from LightningDiT.metrics.scores import Bootstrap, Comparison, Score, bootstrap_score, proportion, scores_of
 from LightningDiT.metrics.sources import ImageSource, open_images, open_source
 from LightningDiT.seeds import generator_for
-from LightningDiT.tools.judge import load_judge
-from LightningDiT.tools.metrics import FrechetDistance, moments
 
 torch_fidelity = pytest.importorskip("torch_fidelity")
 

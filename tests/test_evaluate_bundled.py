@@ -21,6 +21,7 @@ from LightningDiT.data.images import pad_to_32
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import to_uint8
 from LightningDiT.loading import model_settings
+from LightningDiT.metrics.judge import Judge
 from LightningDiT.models.lightningdit import LightningDiT
 from LightningDiT.tokenizer.autoencoder import AutoencoderKL
 from LightningDiT.tokenizer.latents import LatentStats
@@ -37,7 +38,7 @@ from LightningDiT.tools.evaluate_bundled import (
     some_of_each_class,
     table,
 )
-from LightningDiT.tools.judge import Judge, save_judge
+from LightningDiT.tools.judge import save_judge
 from tests.conftest import seed_weights
 
 TOKENIZER = """

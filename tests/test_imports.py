@@ -18,6 +18,7 @@ ALLOWED = {
     "console": {"errors"},
     "cli": {"config", "errors"},
     "labels": {"config", "errors"},
+    "curves": {"errors"},
     "checkpoint": {"errors"},
     "device": {"errors"},
     "finite": set(),
@@ -121,6 +122,12 @@ def test_the_parts_never_import_one_another() -> None:
     for part in PARTS:
         for path in files_of(part):
             assert not library_imports(path, "LightningDiT") & (set(PARTS) - {part}), path
+
+
+def test_tools_are_used_by_tools_alone() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        if path.relative_to(PACKAGE).parts[0] != "tools":
+            assert "tools" not in library_imports(path, "LightningDiT"), path
 
 
 def test_the_library_needs_nothing_of_the_set_up() -> None:

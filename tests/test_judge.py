@@ -12,16 +12,8 @@ from PIL import Image
 from LightningDiT.checkpoint import save_weights
 from LightningDiT.data.images import pad_to_32
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.tools.judge import (
-    FEATURES,
-    Judge,
-    half_precision,
-    judge_images,
-    judge_metadata,
-    load_judge,
-    save_judge,
-    train_judge,
-)
+from LightningDiT.metrics.judge import FEATURES, Judge, judge_images, load_judge
+from LightningDiT.tools.judge import half_precision, judge_metadata, save_judge, train_judge
 
 BUNDLED = Path(__file__).parents[1] / "models" / "fashion-mnist" / "judge.safetensors"
 SAMPLES = Path(__file__).parent / "samples" / "fashion_mnist_test.png"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from LightningDiT.tools.metrics import (
+from LightningDiT.metrics.formulas import (
     FrechetDistance,
     class_accuracy,
     frechet_distance,

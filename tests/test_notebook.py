@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from LightningDiT.tools.judge import load_judge
+from LightningDiT.metrics.judge import load_judge
 from setup_steps import weights
 from tests.conftest import BUNDLED, PROJECT
 from tests.hub_server import Fault, running_hub

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from LightningDiT import curves
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.tools import plot_training
 from LightningDiT.training import RunFolder
@@ -20,16 +21,16 @@ def write_run(folder: Path) -> Path:
 
 
 def test_the_later_line_of_a_step_counts(tmp_path: Path) -> None:
-    rows = plot_training.read_log(write_run(tmp_path))
+    rows = curves.read_log(write_run(tmp_path))
     assert [(row["step"], row["loss"]) for row in rows] == [(50, 0.9), (100, 0.6), (150, 0.4)]
-    assert plot_training.quantities({"run": rows, "other": [{"step": 1, "loss": 1, "kl": 2}]}) == ["loss", "kl"]
+    assert curves.quantities({"run": rows, "other": [{"step": 1, "loss": 1, "kl": 2}]}) == ["loss", "kl"]
 
 
 def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
     log = write_run(tmp_path)
     with log.open("a") as stream:
         stream.write('{"step": 200, "lo')
-    assert plot_training.read_log(log)[-1]["step"] == 150
+    assert curves.read_log(log)[-1]["step"] == 150
 
 
 @pytest.mark.parametrize(
@@ -41,12 +42,12 @@ def test_other_files_are_named(content: str | None, message: str, tmp_path: Path
     if content is not None:
         log.write_text(content)
     with pytest.raises(LightningDiTError, match=message):
-        plot_training.read_log(log)
+        curves.read_log(log)
 
 
 def test_a_figure_has_a_panel_a_quantity(tmp_path: Path) -> None:
-    rows = plot_training.read_log(write_run(tmp_path))
-    figure = plot_training.draw({"a": rows, "b": [{"step": 50, "loss": 0.8, "kl": 3.0}]})
+    rows = curves.read_log(write_run(tmp_path))
+    figure = curves.draw({"a": rows, "b": [{"step": 50, "loss": 0.8, "kl": 3.0}]})
     assert [panel.get_ylabel() for panel in figure.axes] == ["loss", "kl"]
     assert figure.axes[0].lines[0].get_xydata().tolist() == [[50, 0.9], [100, 0.6], [150, 0.4]]
     assert len(figure.axes[1].lines) == 1  # run a has no kl
@@ -54,7 +55,7 @@ def test_a_figure_has_a_panel_a_quantity(tmp_path: Path) -> None:
 
 def test_a_run_has_one_colour_in_every_panel() -> None:
     runs = {"first": [{"step": 1.0, "loss": 2.0}], "second": [{"step": 1.0, "loss": 3.0, "cos_loss": 0.5}]}
-    colours = [[line.get_color() for line in panel.lines] for panel in plot_training.draw(runs).axes]
+    colours = [[line.get_color() for line in panel.lines] for panel in curves.draw(runs).axes]
     assert colours == [["C0", "C1"], ["C1"]]
 
 
@@ -67,4 +68,4 @@ def test_main_writes_a_png(tmp_path: Path) -> None:
 def test_missing_matplotlib_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(LightningDiTError, match=r"matplotlib is missing; mend: pip install -r requirements-dev\.txt"):
-        plot_training.draw({"a": [{"step": 1, "loss": 2}]})
+        curves.draw({"a": [{"step": 1, "loss": 2}]})

@@ -19,6 +19,7 @@ import torch
 from LightningDiT import train
 from LightningDiT.checkpoint import load_weights, save_weights
 from LightningDiT.config import load_config
+from LightningDiT.curves import read_log
 from LightningDiT.data.shards import shard_path, write_shard
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.latent_batches import LatentBatches
@@ -26,7 +27,6 @@ from LightningDiT.loading import build_transport
 from LightningDiT.models import lightningdit
 from LightningDiT.processes import ALONE
 from LightningDiT.tokenizer.latents import LatentStats
-from LightningDiT.tools.plot_training import read_log
 from LightningDiT.training import BatchOrder, RunFolder
 from LightningDiT.watching import Curves, SampleGrids, Validation, tokenizer_of
 from tests.conftest import BUNDLED, PROJECT, largest_file

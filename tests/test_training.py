@@ -16,10 +16,10 @@ from torch import nn
 
 from LightningDiT import train
 from LightningDiT.checkpoint import load_weights, save_weights
+from LightningDiT.curves import read_log
 from LightningDiT.data.shards import shard_path, write_shard
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.tokenizer.latents import LatentStats
-from LightningDiT.tools.plot_training import read_log
 from LightningDiT.training import (
     BatchOrder,
     Ema,

@@ -18,10 +18,10 @@ from LightningDiT.cli import natural, positive
 from LightningDiT.console import Progress, run_main
 from LightningDiT.metrics.cache import views_of
 from LightningDiT.metrics.extractors import make_extractor
+from LightningDiT.metrics.formulas import FrechetDistance, moments
 from LightningDiT.metrics.scores import LEVEL, Score, bootstrap_score, distance_of
 from LightningDiT.metrics.sources import open_images
 from LightningDiT.seeds import generator_for
-from LightningDiT.tools.metrics import FrechetDistance, moments
 
 BATCH_SIZE = 50
 COLUMNS = ("images", "mean distance", "true bias", "bootstrap's bias", "true spread", "interval's width", "it holds")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from LightningDiT.metrics.extractors import Extractor, Views
+from LightningDiT.metrics.formulas import frechet_distance
 from LightningDiT.metrics.scores import proportion
-from LightningDiT.tools.metrics import frechet_distance
 
 Row = dict[str, Any]
 

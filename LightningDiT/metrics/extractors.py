@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from LightningDiT.checkpoint import BUNDLED_FOLDER, fingerprint, load_into, load_weights
 from LightningDiT.device import best_device
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.tools.judge import load_judge
+from LightningDiT.metrics.judge import load_judge
 
 #: The weights that FID is defined by (TensorFlow's Inception of 2015-12-05), as torch-fidelity converted them.
 INCEPTION_URL = (

@@ -17,8 +17,8 @@ from LightningDiT.console import Progress
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import image_grid
 from LightningDiT.metrics.extractors import Views
+from LightningDiT.metrics.formulas import nearest_neighbours
 from LightningDiT.metrics.sources import ImageSource
-from LightningDiT.tools.metrics import nearest_neighbours
 
 SPACES = ("pixels", "features")
 SHOWN = 10  # images in a row of the picture

@@ -16,9 +16,9 @@ from LightningDiT.console import Progress
 from LightningDiT.device import best_device
 from LightningDiT.metrics.cache import digest, kept, kept_values
 from LightningDiT.metrics.extractors import Views
+from LightningDiT.metrics.formulas import FrechetDistance, moments
 from LightningDiT.metrics.sources import Moments
 from LightningDiT.seeds import generator_for
-from LightningDiT.tools.metrics import FrechetDistance, moments
 
 NEIGHBOURHOOD = 3  # k of precision and recall (Kynkaanniemi et al., arXiv 1904.06991, and ADM)
 SPLITS = 10  # of the Inception Score (Salimans et al., arXiv 1606.03498)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from LightningDiT.device import autocast, best_device, training_dtype
 from LightningDiT.seeds import generator_for
 from LightningDiT.training import BatchOrder, learning_rate
 
+M = TypeVar("M", bound=nn.Module)
 BATCH_SIZE = 128
 WARMUP_STEPS = 300  # at most; a tenth of a shorter training
 MAX_SHIFT = 2  # pixels by which training images move
@@ -45,9 +47,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return moved.permute(0, 3, 1, 2)  # (N, 3, 32, 32)
 
 
-def train_classifier(
-    model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, epochs: int, seed: int
-) -> nn.Module:
+def train_classifier(model: M, images: Tensor, labels: Tensor, recipe: Recipe, epochs: int, seed: int) -> M:
     """Train `model` and return it on the CPU; one line an epoch.
 
     Args:

@@ -25,18 +25,18 @@ from LightningDiT.console import Progress, run_main
 from LightningDiT.data.images import FASHION_MNIST_CLASSES, fashion_mnist, pad_to_32
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import image_grid, save_png, to_pil, to_uint8
-from LightningDiT.metrics.neighbours import distance_summary, search
-from LightningDiT.pipeline import LightningDiTPipeline
-from LightningDiT.seeds import generator_for
-from LightningDiT.tokenizer.vavae import VA_VAE
-from LightningDiT.tools.judge import BORDER, Judge, judge_images, load_judge
-from LightningDiT.tools.metrics import (
+from LightningDiT.metrics.formulas import (
     class_accuracy,
     frechet_distance,
     mean_pairwise_distance,
     mean_psnr,
     pooled_psnr,
 )
+from LightningDiT.metrics.judge import BORDER, Judge, judge_images, load_judge
+from LightningDiT.metrics.neighbours import distance_summary, search
+from LightningDiT.pipeline import LightningDiTPipeline
+from LightningDiT.seeds import generator_for
+from LightningDiT.tokenizer.vavae import VA_VAE
 
 CLASSES = len(FASHION_MNIST_CLASSES)
 BATCH_SIZE = 100

@@ -25,6 +25,8 @@ from LightningDiT.console import run_main
 from LightningDiT.data.images import FASHION_MNIST_CLASSES
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.loading import verify
+from LightningDiT.metrics.formulas import frechet_distance
+from LightningDiT.metrics.judge import load_judge
 from LightningDiT.pipeline import CONFIG_NAME, LightningDiTPipeline
 from LightningDiT.runs import manifest_differences
 from LightningDiT.tools.evaluate_bundled import (
@@ -36,9 +38,7 @@ from LightningDiT.tools.evaluate_bundled import (
     recognised,
     some_of_each_class,
 )
-from LightningDiT.tools.judge import load_judge
 from LightningDiT.tools.match_guidance import match
-from LightningDiT.tools.metrics import frechet_distance
 from LightningDiT.tools.report import put_between_marks
 
 CLASSES = len(FASHION_MNIST_CLASSES)

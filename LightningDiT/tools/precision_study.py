@@ -31,13 +31,13 @@ from LightningDiT.config import load_config
 from LightningDiT.console import Progress, run_main
 from LightningDiT.data.images import FASHION_MNIST_CLASSES
 from LightningDiT.images import to_uint8
+from LightningDiT.metrics.formulas import frechet_distance
+from LightningDiT.metrics.judge import load_judge
 from LightningDiT.models.lightningdit import LightningDiT, preset_settings
 from LightningDiT.models.positions import RotaryEmbedding2d
 from LightningDiT.pipeline import CONFIG_NAME, LightningDiTPipeline
 from LightningDiT.seeds import generator_for
 from LightningDiT.tools.evaluate_bundled import JUDGE_NAME, judged, real_images, recognised
-from LightningDiT.tools.judge import load_judge
-from LightningDiT.tools.metrics import frechet_distance
 from LightningDiT.tools.report import keep_part, kept_parts, put_between_marks
 from LightningDiT.transport import GuidanceSettings, GuidedVelocity, draw_noise, graded_grid, integrate_ode, jumps_of
 

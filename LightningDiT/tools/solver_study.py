@@ -26,13 +26,13 @@ from LightningDiT.config import NAMED_SOLVERS, SampleConfig
 from LightningDiT.console import Progress, run_main
 from LightningDiT.data.images import FASHION_MNIST_CLASSES
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.metrics.formulas import frechet_distance
+from LightningDiT.metrics.judge import load_judge
 from LightningDiT.pipeline import LightningDiTPipeline
 from LightningDiT.procedure import CALIBRATED, FAST, PUBLISHED, Callback
 from LightningDiT.seeds import generator_for
 from LightningDiT.tools.calibrate_solver import relative_error
 from LightningDiT.tools.evaluate_bundled import JUDGE_NAME, judged, real_images, recognised
-from LightningDiT.tools.judge import load_judge
-from LightningDiT.tools.metrics import frechet_distance
 from LightningDiT.tools.report import keep_part, kept_parts, put_between_marks
 from LightningDiT.transport import draw_noise, graded_grid, integrate_ode, jumps_of, linear_multistep, time_grid
 

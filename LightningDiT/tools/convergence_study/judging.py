@@ -24,6 +24,8 @@ from LightningDiT.config import load_config
 from LightningDiT.console import run_main
 from LightningDiT.data.images import FASHION_MNIST_CLASSES
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.metrics.formulas import frechet_distance
+from LightningDiT.metrics.judge import Judge, load_judge
 from LightningDiT.pipeline import LightningDiTPipeline
 from LightningDiT.tools.evaluate_bundled import (
     JUDGE_NAME,
@@ -34,8 +36,6 @@ from LightningDiT.tools.evaluate_bundled import (
     recognised,
     some_of_each_class,
 )
-from LightningDiT.tools.judge import Judge, load_judge
-from LightningDiT.tools.metrics import frechet_distance
 from LightningDiT.tools.report import keep_part, kept_parts
 from LightningDiT.training import RunFolder
 from LightningDiT.training.folder import step_of
