@@ -29,8 +29,9 @@ from LightningDiT.data.shards import MEND, shard_files, shard_path, write_shard
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import centre_crop, disk_errors
 from LightningDiT.labels import LATENTS_MANIFEST
+from LightningDiT.locks import held_folder
 from LightningDiT.processes import ALONE, Processes
-from LightningDiT.runs import held_folder, manifest_differences
+from LightningDiT.runs import manifest_differences
 from LightningDiT.seeds import generator_for
 from LightningDiT.tokenizer.autoencoder import DiagonalGaussian
 from LightningDiT.tokenizer.latents import LatentStats, Moments

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,13 +22,13 @@ from LightningDiT.console import Progress, StopRequest
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import save_png
 from LightningDiT.loading import STATS_NAME
+from LightningDiT.locks import held_folder
 from LightningDiT.npz import write_npz
 from LightningDiT.pipeline import LightningDiTPipeline
 from LightningDiT.preview import Preview
 from LightningDiT.processes import ALONE, Processes
 
 MANIFEST = "manifest.json"
-LOCK = ".lock"  # stays, empty: a lock that is removed is one that two runs can hold
 #: Settings that decide how a run is computed and not what comes out of it, or that the manifest has in another form.
 WITHOUT_EFFECT = ("per_proc_batch_size", "fid_num", "precision", "solver_file", "guide_ckpt")
 ABSENT = "default"  # how a message calls a setting that a manifest does not have, since defaults are left out
@@ -296,45 +296,6 @@ def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
         raise LightningDiTError(
             f"{file.parent} holds a run of other settings ({'; '.join(changed)})", "choose another --output"
         )
-
-
-@contextlib.contextmanager
-def held_folder(folder: Path, what: str) -> Iterator[None]:
-    """Keep others out of `folder`, which is made, until the block or the process ends.
-
-    Args:
-        what: they would do there, for the message.
-
-    Raises:
-        LightningDiTError: another process holds it, or it cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # a file of its own: the manifest's lock would go where another one replaces it
-        opened = (folder / LOCK).open("a+b")
-    except OSError as error:
-        raise LightningDiTError(
-            f"{folder} cannot be written ({error.strerror})", "choose a folder that you may write to"
-        ) from error
-    with opened:
-        if not _lock(opened):
-            raise LightningDiTError(
-                f"another {what} writes into {folder}", "wait for its end, or choose another --output"
-            )
-        yield
-
-
-def _lock(file: IO[bytes]) -> bool:
-    """Take the lock of an open file, which its end or a kill gives back; False where another process has it."""
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except (ImportError, OSError):  # Windows, and network disks without locks: two runs there do double work
-        return True
-    return True
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

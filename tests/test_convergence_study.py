@@ -51,6 +51,17 @@ def test_the_arms_have_equal_parameters_batches_and_networks(plan: arms.Plan) ->
     assert tokenizer_training(aligned).vf_weight > 0
 
 
+def test_the_start_of_a_quick_arm_is_that_of_its_training(plan: arms.Plan) -> None:
+    arms.write_configs(plan)
+    whole, start = (load_config(plan.folder / f"lightning-aligned-3{end}.yaml") for end in ("", "-start"))
+    assert (start.train.max_steps, start.train.ckpt_every, start.train.keep_every) == (10, 2, 2)
+    same = {"max_steps": whole.train.max_steps, "ckpt_every": 10, "keep_every": 10}
+    assert start.train.decay_steps == 0  # else the rate would follow the number of steps
+    assert replace(start, train=replace(start.train, **same), ckpt_path="", source="") == replace(
+        whole, ckpt_path="", source=""
+    )
+
+
 def test_another_plan_does_not_take_the_folder(plan: arms.Plan) -> None:
     arms.write_configs(plan)
     arms.write_configs(plan)  # the same again
@@ -64,7 +75,7 @@ def test_every_job_needs_what_an_earlier_one_makes(plan: arms.Plan) -> None:
     for job in found:
         assert set(job.needs) <= made
         made.add(job.makes)
-    assert len(found) == len(made) == 1 + 2 * 3 + len(arms.ARMS) * 2 * 2
+    assert len(found) == len(made) == 1 + 2 * 3 + (len(arms.ARMS) + 1) * 2 * 2
     assert [job.name for job in found if not job.needs] == ["vision", "tokenizer-plain"]
 
 
@@ -139,15 +150,19 @@ def test_images_to_a_level_are_read_between_two_checkpoints() -> None:
 
 def write_results(plan: arms.Plan) -> None:
     """Write figures of four checkpoints: each arm is twice as good as the one before, the second seed a tenth worse."""
+    plan.folder.mkdir()
     for number, arm in enumerate(arms.ARMS):
         for seed in plan.seeds:
-            figures = {}
-            for step in (10, 20, 30, 40):
-                value = 8.0 / 2**number / step * 10 * (1.1 if seed else 1.0)
-                figures[str(step)] = {"frechet": value, "frechet_pixels": value / 2, "accuracy": 0.75}
-            real = {"frechet": 0.125, "frechet_pixels": 0.0625, "accuracy": 0.9}
-            plan.folder.mkdir(exist_ok=True)
-            (plan.folder / f"{arms.run_name(arm, seed)}.json").write_text(json.dumps({**figures, "real": real}))
+            files = {arms.run_name(arm, seed): (10, 20, 30, 40)}
+            files |= {arms.start_name(arm, seed): (2, 4, 6, 8, 10)} if arm.quick else {}
+            for name, steps in files.items():
+                values = {step: 80.0 / 2**number / step * (1.1 if seed else 1.0) for step in steps}
+                figures = {
+                    str(step): {"frechet": value, "frechet_pixels": value / 2, "accuracy": 0.75}
+                    for step, value in values.items()
+                }
+                real = {"frechet": 0.125, "frechet_pixels": 0.0625, "accuracy": 0.9}
+                (plan.folder / f"{name}.json").write_text(json.dumps({**figures, "real": real}))
     for name, psnr in (("plain", 30.0), ("aligned", 29.0)):
         folder = plan.folder / f"evaluation-{name}"
         folder.mkdir(exist_ok=True)
@@ -166,7 +181,7 @@ def test_the_page_holds_figures_ratios_and_curves(plan: arms.Plan, tmp_path: Pat
     assert text.endswith("<!-- convergence: end -->\n\nMore.\n")
     assert "**5,120 images a training, 20 images judged a checkpoint, seeds 0 / 3:**" in text
     assert "| DiT, plain VAE | 2.00 / 2.20 |  | not reached |" in text
-    assert "| LightningDiT, aligned VAE | 0.25 / 0.28 | 4.0 or more | 4.0 or more |" in text
+    assert "| LightningDiT, aligned VAE | 0.25 / 0.28 | 7.8 | 4.0 |" in text
     assert "| LightningDiT, plain VAE | 0.50 / 0.55 | 4.0 or more | 2.0 |" in text
     assert "| 20 real training photographs | 0.12 | | |" in text
     assert "| aligned | 29.0 | 0.250 | -3.50 |" in text
@@ -212,7 +227,10 @@ def test_a_run_without_checkpoints_is_one_line(tmp_path: Path, capsys: pytest.Ca
     ("option", "reason"),
     [
         (["--count", "15"], "--count is 15; a multiple of 10 from 20 on is expected"),
-        (["--steps", "10", "--every", "3"], "--steps is 10, no multiple of --every 3"),
+        (
+            ["--steps", "10", "--every", "3"],
+            "--every is 3 and --steps 10; a multiple of 5, and a multiple of that, are",
+        ),
         (["--seeds", "1", "1"], "different ones of 0 or more are expected"),
     ],
 )

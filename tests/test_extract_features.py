@@ -28,8 +28,8 @@ from LightningDiT.data.shards import LatentShards, iterate_shards, shard_files, 
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.extract_features import main
 from LightningDiT.labels import LATENTS_MANIFEST, Labels
+from LightningDiT.locks import LOCK
 from LightningDiT.pipeline import LightningDiTPipeline
-from LightningDiT.runs import LOCK
 from LightningDiT.seeds import generator_for
 from LightningDiT.tokenizer import vavae
 from LightningDiT.tokenizer.latents import LatentStats

@@ -14,6 +14,7 @@ import time
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,15 +22,16 @@ import pytest
 import torch
 from PIL import Image
 
-from LightningDiT import console, runs
+from LightningDiT import console, locks, runs
 from LightningDiT.config import load_config
 from LightningDiT.console import run_main
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import to_uint8
 from LightningDiT.inference import main
+from LightningDiT.locks import LOCK
 from LightningDiT.pipeline import LightningDiTPipeline
 from LightningDiT.preview import Preview
-from LightningDiT.runs import LOCK, MANIFEST, Strip, manifest_differences, manifest_of, opened_run, sample_run
+from LightningDiT.runs import MANIFEST, Strip, manifest_differences, manifest_of, opened_run, sample_run
 from LightningDiT.seeds import generator_for
 from tests.conftest import PROJECT
 
@@ -223,13 +225,13 @@ def test_two_runs_do_not_write_one_folder(tmp_path: Path) -> None:
         assert json.loads((tmp_path / MANIFEST).read_text()) == manifest
 
 
-@pytest.mark.parametrize("moment", ["_lock", "atomic_path"])
+@pytest.mark.parametrize(("place", "moment"), [(locks, "_lock"), (runs, "atomic_path")])
 def test_one_of_two_runs_that_start_together_enters(
-    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: ModuleType, moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second one, of other settings, starts just before the first takes the lock, or writes its manifest."""
     pytest.importorskip("fcntl")
-    plain, held, entered = getattr(runs, moment), ExitStack(), list[int]()
+    plain, held, entered = getattr(place, moment), ExitStack(), list[int]()
 
     def enter(stack: ExitStack, seed: int) -> None:
         with suppress(LightningDiTError):
@@ -237,11 +239,11 @@ def test_one_of_two_runs_that_start_together_enters(
             entered.append(seed)
 
     def late(argument: Any) -> Any:
-        monkeypatch.setattr(runs, moment, plain)
+        monkeypatch.setattr(place, moment, plain)
         enter(held, 2)
         return plain(argument)
 
-    monkeypatch.setattr(runs, moment, late)
+    monkeypatch.setattr(place, moment, late)
     with held:
         enter(held, 1)
         assert entered == [{"_lock": 2, "atomic_path": 1}[moment]]

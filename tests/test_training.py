@@ -19,6 +19,7 @@ from LightningDiT.checkpoint import load_weights, save_weights
 from LightningDiT.curves import read_log
 from LightningDiT.data.shards import shard_path, write_shard
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.locks import held_folder
 from LightningDiT.tokenizer.latents import LatentStats
 from LightningDiT.training import (
     BatchOrder,
@@ -390,3 +391,12 @@ def test_latents_of_another_shape_or_class_are_named(training_config: Path) -> N
     training_config.write_text(text.replace(names, "num_classes: 2"))
     with pytest.raises(LightningDiTError, match="the label 2; data.num_classes is 2"):
         train.main(["--config", str(training_config)])
+
+
+def test_a_folder_has_one_training_at_a_time(training_config: Path) -> None:
+    folder = training_config.parent / "run"
+    arguments = ["--config", str(training_config), "--output", str(folder)]
+    with held_folder(folder, "training"), pytest.raises(LightningDiTError, match="another training writes into"):
+        train.main(arguments)
+    assert not RunFolder(folder).checkpoints()
+    assert train.main(arguments) == 0  # once the other has ended

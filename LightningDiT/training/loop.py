@@ -17,6 +17,7 @@ from torch import Tensor
 
 from LightningDiT.checkpoint import load_training_state, save_weights
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.locks import held_folder
 from LightningDiT.processes import ALONE, Processes
 
 from .average import Ema
@@ -103,7 +104,9 @@ def train(
         LightningDiTError: the folder holds a run of other settings, or trouble comes again and again.
     """
     loop = _Loop(trainer, run, schedule, processes, watchers, sinks)
-    loop.run_to_end()
+    with contextlib.ExitStack() as held:
+        processes.from_main(lambda: held.enter_context(held_folder(run.folder, "training")))
+        loop.run_to_end()
     path = run.folder / weights_name
     processes.from_main(lambda: _save_average(trainer.ema, path))
     return path

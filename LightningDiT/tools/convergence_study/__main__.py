@@ -20,7 +20,7 @@ from LightningDiT.console import run_main
 from LightningDiT.data.images import fashion_mnist
 from LightningDiT.tools.report import check_marks
 
-from .arms import Plan, write_configs
+from .arms import START_PARTS, Plan, write_configs
 from .jobs import jobs_of, run_jobs
 from .page import MARK, write_page
 
@@ -41,8 +41,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.count < 20 or args.count % 10:
         parser.error(f"--count is {args.count}; a multiple of 10 from 20 on is expected")
-    if args.steps % args.every:
-        parser.error(f"--steps is {args.steps}, no multiple of --every {args.every}")
+    if args.steps % args.every or args.every % START_PARTS:
+        expected = f"a multiple of {START_PARTS}, and a multiple of that, are expected"
+        parser.error(f"--every is {args.every} and --steps {args.steps}; {expected}")
     if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
         parser.error(f"--seeds are {args.seeds}; different ones of 0 or more are expected")
     return args

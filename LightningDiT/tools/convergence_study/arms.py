@@ -15,6 +15,7 @@ from LightningDiT.errors import LightningDiTError
 PLAIN, ALIGNED = "plain", "aligned"
 CHANNELS, RATIO = 32, 8  # a 32x32 photograph becomes 4x4x32, as full of channels as VA-VAE's 16x16x32
 BATCH = 128
+START_PARTS = 5  # checkpoints of a quick arm up to the first one of the others
 VISION_MODEL, VISION_FILE = "mobilenetv3_small_050", "vision.safetensors"
 TOKENIZER_WEIGHTS, TOKENIZER_END = "tokenizer.safetensors", "training.safetensors"
 #: The solver of all arms; more evaluations or another one change no distance by more than a hundredth of it.
@@ -36,12 +37,14 @@ class Arm:
     Attributes:
         title: in table and plot.
         tokenizer: whose latents it learns.
+        quick: it passes the first arm's end before the first checkpoint, so that its start is judged more often.
         model, transport, optimizer: keys of these sections.
     """
 
     name: str
     title: str
     tokenizer: str
+    quick: bool = False
     model: Section = field(default_factory=dict)
     transport: Section = field(default_factory=dict)
     optimizer: Section = field(default_factory=dict)
@@ -62,7 +65,7 @@ ARMS = (
     Arm("dit", "DiT, plain VAE", PLAIN, **DIT, transport={"path_type": "VP", "prediction": "noise"}),
     Arm("dit-flow", "DiT as a flow, plain VAE", PLAIN, **DIT),
     Arm("lightning-plain", "LightningDiT, plain VAE", PLAIN, **LIGHTNING),
-    Arm("lightning-aligned", "LightningDiT, aligned VAE", ALIGNED, **LIGHTNING),
+    Arm("lightning-aligned", "LightningDiT, aligned VAE", ALIGNED, quick=True, **LIGHTNING),
 )
 
 
@@ -124,9 +127,22 @@ def transformer_values(arm: Arm, seed: int, plan: Plan) -> dict[str, Any]:
     }
 
 
+def start_values(arm: Arm, seed: int, plan: Plan) -> dict[str, Any]:
+    """Return the YAML that repeats the start of a training, bit for bit, with more checkpoints."""
+    values, every = transformer_values(arm, seed, plan), plan.every // START_PARTS
+    shorter = {"max_steps": plan.every, "ckpt_every": every, "keep_every": every}
+    name = {"ckpt_path": f"{start_name(arm, seed)}/transformer.safetensors"}
+    return values | name | {"train": values["train"] | shorter}
+
+
 def run_name(arm: Arm, seed: int) -> str:
     """Return the name of one training: its folder, and its YAML."""
     return f"{arm.name}-{seed}"
+
+
+def start_name(arm: Arm, seed: int) -> str:
+    """Return the name of the repeated start of a quick arm's training."""
+    return f"{run_name(arm, seed)}-start"
 
 
 def write_configs(plan: Plan) -> None:
@@ -137,6 +153,8 @@ def write_configs(plan: Plan) -> None:
     """
     files = {f"tokenizer-{name}": tokenizer_values(name, plan) for name in (PLAIN, ALIGNED)}
     files |= {run_name(arm, seed): transformer_values(arm, seed, plan) for arm in ARMS for seed in plan.seeds}
+    quick = [arm for arm in ARMS if arm.quick]
+    files |= {start_name(arm, seed): start_values(arm, seed, plan) for arm in quick for seed in plan.seeds}
     paths = {plan.folder / f"{name}.yaml": values for name, values in files.items()}
     for path, values in paths.items():
         if path.exists() and read_yaml(path) != values:

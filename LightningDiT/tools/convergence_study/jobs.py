@@ -19,7 +19,7 @@ from pathlib import Path
 from LightningDiT.console import duration
 from LightningDiT.errors import LightningDiTError
 
-from .arms import ALIGNED, ARMS, PLAIN, TOKENIZER_END, VISION_FILE, VISION_MODEL, Plan, run_name
+from .arms import ALIGNED, ARMS, PLAIN, TOKENIZER_END, VISION_FILE, VISION_MODEL, Plan, run_name, start_name
 
 PROJECT = Path(__file__).parents[3]
 STATUS_EVERY = 60.0  # seconds
@@ -64,6 +64,7 @@ def jobs_of(plan: Plan) -> list[Job]:
     for seed in plan.seeds:
         for arm in ARMS:
             jobs += _training_jobs(run_name(arm, seed), arm.tokenizer, plan)
+            jobs += _training_jobs(start_name(arm, seed), arm.tokenizer, plan) if arm.quick else []
     return jobs
 
 

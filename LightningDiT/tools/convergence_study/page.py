@@ -14,7 +14,7 @@ from typing import Any
 from LightningDiT.checkpoint import atomic_path
 from LightningDiT.tools.report import put_between_marks
 
-from .arms import ALIGNED, ARMS, PLAIN, Plan, run_name
+from .arms import ALIGNED, ARMS, PLAIN, Plan, run_name, start_name
 
 MARK = "convergence"
 CURVES = "training/convergence.png"  # beside the page
@@ -66,6 +66,7 @@ def read_curves(plan: Plan, figure: str) -> Curves:
     for arm in ARMS:
         for seed in plan.seeds:
             found = _read(plan.folder / f"{run_name(arm, seed)}.json")
+            found |= _read(plan.folder / f"{start_name(arm, seed)}.json") if arm.quick else {}
             steps = sorted(int(key) for key in found if key.isdigit())
             values = tuple(found[str(step)][figure] for step in steps)
             curves[arm.name, seed] = Curve(tuple(plan.images(step) for step in steps), values)
