@@ -106,7 +106,8 @@ def test_a_job_that_fails_is_named_with_its_last_line(tmp_path: Path) -> None:
         jobs.run_jobs([silent], 1, tmp_path / "logs")
 
 
-def test_ctrl_c_reaches_the_jobs_under_way(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_reaches_the_jobs_under_way(number: signal.Signals, tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from LightningDiT.console import run_main\n"
         "from LightningDiT.tools.convergence_study.jobs import Job, run_jobs\n"
@@ -122,7 +123,7 @@ def test_ctrl_c_reaches_the_jobs_under_way(tmp_path: Path) -> None:
         time.sleep(0.1)
     child = children_of(study.pid)[0]
     time.sleep(1.0)  # until Python's own start is behind it
-    study.send_signal(signal.SIGINT)
+    study.send_signal(number)
     _, errors = study.communicate(timeout=60)
     assert study.returncode == 130
     assert errors.startswith("stopped;")

@@ -10,16 +10,28 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from LightningDiT.console import duration
 from LightningDiT.errors import LightningDiTError
 
-from .arms import ALIGNED, ARMS, PLAIN, TOKENIZER_END, VISION_FILE, VISION_MODEL, Plan, run_name, start_name
+from .arms import (
+    ALIGNED,
+    ARMS,
+    PLAIN,
+    TOKENIZER_END,
+    TRANSFORMER,
+    VISION_FILE,
+    VISION_MODEL,
+    Plan,
+    run_name,
+    start_name,
+)
 
 PROJECT = Path(__file__).parents[3]
 STATUS_EVERY = 60.0  # seconds
@@ -53,19 +65,17 @@ class Job:
 
 
 def jobs_of(plan: Plan) -> list[Job]:
-    """Return every job of the study, in the order in which they are begun where nothing hinders."""
+    """Return every job of the study, in the order in which they are begun where nothing hinders: trainings first."""
     vision = plan.folder / VISION_FILE
-    data = ("--data-root", plan.data_root)
     module = "LightningDiT.tools.train_vision_model"
     options = ("--model", VISION_MODEL, "--epochs", str(plan.vision_epochs), "--output", str(vision))
-    jobs = [Job("vision", (module, *data, *options), vision)]
+    jobs = [Job("vision", (module, "--data-root", plan.data_root, *options), vision)]
     for name in (PLAIN, ALIGNED):
         jobs += _tokenizer_jobs(name, plan, (vision,) if name == ALIGNED else ())
-    for seed in plan.seeds:
-        for arm in ARMS:
-            jobs += _training_jobs(run_name(arm, seed), arm.tokenizer, plan)
-            jobs += _training_jobs(start_name(arm, seed), arm.tokenizer, plan) if arm.quick else []
-    return jobs
+    runs = [(run_name(arm, seed), arm.tokenizer) for seed in plan.seeds for arm in ARMS]
+    runs += [(start_name(arm, seed), arm.tokenizer) for seed in plan.seeds for arm in ARMS if arm.quick]
+    jobs += [_training_job(name, tokenizer, plan) for name, tokenizer in runs]
+    return jobs + [_judging_job(name, plan) for name, _ in runs]
 
 
 def _tokenizer_jobs(name: str, plan: Plan, needs: tuple[Path, ...]) -> list[Job]:
@@ -85,21 +95,25 @@ def _tokenizer_jobs(name: str, plan: Plan, needs: tuple[Path, ...]) -> list[Job]
     ]
 
 
-def _training_jobs(name: str, tokenizer: str, plan: Plan) -> list[Job]:
-    """Return the jobs that train a transformer, and that judge its checkpoints."""
-    config, run = plan.folder / f"{name}.yaml", plan.folder / name
-    weights, figures = run / "transformer.safetensors", plan.folder / f"{name}.json"
-    train = ("LightningDiT.train", "--config", str(config), "--output", str(run))
-    judge = ("LightningDiT.tools.convergence_study.judging", "--config", str(config), "--run", str(run))
-    options = ("--data-root", plan.data_root, "--count", str(plan.count), "--output", str(figures))
+def _training_job(name: str, tokenizer: str, plan: Plan) -> Job:
+    """Return the job that trains a transformer."""
+    command = ("LightningDiT.train", "--config", str(plan.folder / f"{name}.yaml"), "--output", str(plan.folder / name))
     stats = plan.folder / f"latents-{tokenizer}" / "latents_stats.pt"
-    return [Job(name, train, weights, (stats,)), Job(f"{name}-judged", (*judge, *options), figures, (weights,))]
+    return Job(name, command, plan.folder / name / TRANSFORMER, (stats,))
+
+
+def _judging_job(name: str, plan: Plan) -> Job:
+    """Return the job that judges the checkpoints of a training."""
+    run, figures = plan.folder / name, plan.folder / f"{name}.json"
+    judge = ("LightningDiT.tools.convergence_study.judging", "--config", f"{run}.yaml", "--run", str(run))
+    options = ("--data-root", plan.data_root, "--count", str(plan.count), "--output", str(figures))
+    return Job(f"{name}-judged", (*judge, *options), figures, (run / TRANSFORMER,))
 
 
 def run_jobs(jobs: Sequence[Job], at_once: int, logs: Path) -> None:
     """Run what is not done, `at_once` jobs at a time, which share the processor's cores.
 
-    Ctrl-C is passed on to them once, and they end as they do by themselves: with everything saved.
+    Ctrl-C, or SIGTERM, is passed on to them once, and they end as they do by themselves: with everything saved.
 
     Raises:
         LightningDiTError: a job failed; those under way were stopped in the same manner.
@@ -108,15 +122,30 @@ def run_jobs(jobs: Sequence[Job], at_once: int, logs: Path) -> None:
     print(f"{len(jobs) - len(waiting)} of {len(jobs)} parts are there; logs are in {logs}", flush=True)
     logs.mkdir(parents=True, exist_ok=True)
     pool = _Pool(logs, max(1, (os.cpu_count() or 1) // at_once))
+    with _interrupted_by(signal.SIGINT, signal.SIGTERM):  # a shell's background jobs else ignore Ctrl-C
+        try:
+            while waiting or pool.running:
+                for job in [job for job in waiting if job.ready][: at_once - len(pool.running)]:
+                    waiting.remove(job)
+                    pool.start(job)
+                pool.look()
+                time.sleep(POLL_EVERY)
+        finally:
+            pool.stop()
+
+
+@contextmanager
+def _interrupted_by(*signals: signal.Signals) -> Iterator[None]:
+    """Let each of these signals raise KeyboardInterrupt within the block, where it runs in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.default_int_handler) for number in signals}
     try:
-        while waiting or pool.running:
-            for job in [job for job in waiting if job.ready][: at_once - len(pool.running)]:
-                waiting.remove(job)
-                pool.start(job)
-            pool.look()
-            time.sleep(POLL_EVERY)
+        yield
     finally:
-        pool.stop()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Pool:
