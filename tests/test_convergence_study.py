@@ -188,6 +188,9 @@ def test_the_page_holds_figures_ratios_and_curves(plan: arms.Plan, tmp_path: Pat
     assert "| aligned | 29.0 | 0.250 | -3.50 |" in text
     assert curves == tmp_path / "docs" / "training" / "convergence.png"
     assert curves.read_bytes().startswith(b"\x89PNG")
+    first = json.loads(curves.with_suffix(".json").read_text())["dit-0"]
+    assert first["images"] == [1280, 2560, 3840, 5120]
+    assert first["frechet"] == [8.0, 4.0, 80 / 30, 2.0]
 
 
 def test_checkpoints_are_judged_once(

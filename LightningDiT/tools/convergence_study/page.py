@@ -18,8 +18,11 @@ from .arms import ALIGNED, ARMS, PLAIN, Plan, run_name, start_name
 
 MARK = "convergence"
 CURVES = "training/convergence.png"  # beside the page
-#: Figures of a checkpoint with their titles.
-DISTANCES = {"frechet": "Fréchet distance, judge's features", "frechet_pixels": "Fréchet distance, 4x4 means of pixels"}
+#: Figures of a checkpoint: title, and how a table writes them.
+DISTANCES = {
+    "frechet": ("Fréchet distance, judge's features", "{:.2f}"),
+    "frechet_pixels": ("Fréchet distance, 4x4 means of pixels", "{:.3f}"),
+}
 BASELINES = ARMS[:2]  # whose ends the others are to reach
 #: Figures of a tokenizer: keys in evaluation.json, title, and how they are written.
 TOKENIZER_FIGURES = (
@@ -88,17 +91,21 @@ def images_saved(goal: Curve, curve: Curve) -> str:
 
 def arms_table(plan: Plan, figure: str) -> list[str]:
     """Return the Markdown table of one distance: at the end, and the images saved against each baseline."""
-    curves = read_curves(plan, figure)
-    heads = [DISTANCES[figure], *(f"images saved to the end of “{base.title}”" for base in BASELINES)]
+    curves, (title, written) = read_curves(plan, figure), DISTANCES[figure]
+    heads = [title, *(f"images saved to the end of “{base.title}”" for base in BASELINES)]
     lines = [f"| arm | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
     for arm in ARMS:
-        cells = [_each(plan, lambda seed, arm=arm: f"{curves[arm.name, seed].final:.2f}")]
+        cells = [_each(plan, lambda seed, arm=arm: written.format(curves[arm.name, seed].final))]
         for base in BASELINES:
             pairs = {seed: (curves[base.name, seed], curves[arm.name, seed]) for seed in plan.seeds}
             cells.append("" if arm is base else _each(plan, lambda seed, pairs=pairs: images_saved(*pairs[seed])))
         lines.append(f"| {arm.title} | {' | '.join(cells)} |")
     real = _read(plan.folder / f"{run_name(ARMS[0], plan.seeds[0])}.json")["real"]
-    return [*lines, f"| {plan.count} real training photographs | {real[figure]:.2f} |{' |' * len(BASELINES)}", ""]
+    return [
+        *lines,
+        f"| {plan.count} real training photographs | {written.format(real[figure])} |{' |' * len(BASELINES)}",
+        "",
+    ]
 
 
 def accuracy_line(plan: Plan) -> str:
@@ -132,7 +139,7 @@ def _at(report: dict[str, Any], keys: Sequence[str]) -> Any:
 
 
 def write_page(plan: Plan, page: Path) -> Path:
-    """Put the tables between the marks of `page`, draw the curves beside it, and return the picture's path."""
+    """Put the tables between the marks of `page`, write the curves beside it, and return the path of their picture."""
     lines = [
         f"**{plan.images(plan.steps):,} images a training, {plan.count} images judged a checkpoint, seeds"
         f" {' / '.join(map(str, plan.seeds))}:**",
@@ -143,7 +150,22 @@ def write_page(plan: Plan, page: Path) -> Path:
     put_between_marks(page, [*lines, accuracy_line(plan), "", *tokenizers_table(plan)], "Training", MARK)
     curves = page.parent / CURVES
     draw(plan, curves)
+    with atomic_path(curves.with_suffix(".json")) as temporary:
+        temporary.write_text(json.dumps(points(plan), indent=1) + "\n", encoding="utf-8")
     return curves
+
+
+def points(plan: Plan) -> dict[str, Any]:
+    """Return every point of the curves: by training, the figures after each number of images."""
+    every = {name: read_curves(plan, name) for name in (*DISTANCES, "accuracy")}
+    return {
+        run_name(arm, seed): {
+            "images": every["accuracy"][arm.name, seed].images,
+            **{name: curves[arm.name, seed].values for name, curves in every.items()},
+        }
+        for arm in ARMS
+        for seed in plan.seeds
+    }
 
 
 def draw(plan: Plan, path: Path) -> None:
@@ -153,7 +175,7 @@ def draw(plan: Plan, path: Path) -> None:
 
     figure = Figure(figsize=(5.5 * len(DISTANCES), 4.6), layout="constrained")
     FigureCanvasAgg(figure)
-    for place, (name, title) in enumerate(DISTANCES.items(), 1):
+    for place, (name, (title, _)) in enumerate(DISTANCES.items(), 1):
         axes = figure.add_subplot(1, len(DISTANCES), place)
         curves = read_curves(plan, name)
         for number, arm in enumerate(ARMS):
