@@ -418,10 +418,8 @@ def test_the_page_in_docs_has_figures_and_a_place_for_every_part(tmp_path: Path)
         begin, end = marks_of(mark_of(part))
         rows = [line for line in text.partition(begin)[2].partition(end)[0].splitlines() if line.startswith("|")]
         assert len(rows) > 2, part  # more than the head of a table
-        put_between_marks(page, [f"figures of {part}"], "Benchmark", mark_of(part))
-    assert [line for line in page.read_text().splitlines() if line.startswith("figures of")] == [
-        f"figures of {part}" for part in PARTS
-    ]
+        put_between_marks(page, [f"@{part}"], "Benchmark", mark_of(part))
+    assert [line for line in page.read_text().splitlines() if line.startswith("@")] == [f"@{part}" for part in PARTS]
 
 
 def test_the_command_writes_every_figure_with_the_machine(

@@ -204,6 +204,14 @@ def test_latents_do_not_depend_on_the_batch_size(
     assert contents(folders[0]) == contents(folders[1])
 
 
+def is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:  # at its end, and reaped
+        return False
+    return True
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_killed_at_random_moments_and_in_the_end_the_bytes_of_an_unbroken_run(
     tiny_folder: Path, tmp_path: Path
@@ -226,7 +234,7 @@ def test_killed_at_random_moments_and_in_the_end_the_bytes_of_an_unbroken_run(
             before = set(broken.iterdir()) if broken.exists() else set()
             print(kill, file=nursery.stdin, flush=True)
             child, deadline = int(nursery.stdout.readline()), time.monotonic() + 60
-            while kill % 2 and time.monotonic() < deadline:
+            while kill % 2 and is_running(child) and time.monotonic() < deadline:
                 if broken.exists() and set(broken.iterdir()) - before:
                     break
                 time.sleep(0.001)
