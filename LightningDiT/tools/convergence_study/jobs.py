@@ -160,7 +160,7 @@ class _Pool:
     def start(self, job: Job) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": str(self._threads)}
         print(f"{job.name}: python -m {' '.join(job.command)}", flush=True)
-        with self._log(job).open("ab") as stream:  # a session of its own, so that Ctrl-C reaches it once, by `stop`
+        with self._log(job).open("ab") as stream:  # apart from the terminal: Ctrl-C reaches it once, by `stop`
             self.running[job] = subprocess.Popen(
                 [sys.executable, "-m", *job.command],
                 cwd=PROJECT,
