@@ -26,12 +26,12 @@ from LightningDiT.console import Progress, StopRequest
 from LightningDiT.data.ahead import Ahead
 from LightningDiT.data.sets import ImageSet
 from LightningDiT.data.shards import MEND, shard_files, shard_path, write_shard
+from LightningDiT.differences import differences
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import centre_crop, disk_errors
 from LightningDiT.labels import LATENTS_MANIFEST
 from LightningDiT.locks import held_folder
 from LightningDiT.processes import ALONE, Processes
-from LightningDiT.runs import manifest_differences
 from LightningDiT.seeds import generator_for
 from LightningDiT.tokenizer.autoencoder import DiagonalGaussian
 from LightningDiT.tokenizer.latents import LatentStats, Moments
@@ -405,7 +405,7 @@ def _planned(part: _Part, described: dict[str, Any]) -> Iterator[list[int]]:
 def _check_settings(file: Path, described: dict[str, Any]) -> None:
     try:
         known = json.loads(file.read_text(encoding="utf-8"))["settings"]
-        changed = manifest_differences(known, json.loads(json.dumps(described)))
+        changed = differences(known, json.loads(json.dumps(described)))
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise LightningDiTError(f"{file} is no manifest of latents ({error})", "choose another --output") from error
     if changed:

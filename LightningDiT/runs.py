@@ -19,6 +19,7 @@ from LightningDiT.checkpoint import atomic_path, fingerprint
 from LightningDiT.cli import check_space
 from LightningDiT.config import Config, as_dict, load_tokenizer_config, resolved_solver, tokenizer_config_path
 from LightningDiT.console import Progress, StopRequest
+from LightningDiT.differences import differences
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import save_png
 from LightningDiT.loading import STATS_NAME
@@ -31,7 +32,6 @@ from LightningDiT.processes import ALONE, Processes
 MANIFEST = "manifest.json"
 #: Settings that decide how a run is computed and not what comes out of it, or that the manifest has in another form.
 WITHOUT_EFFECT = ("per_proc_batch_size", "fid_num", "precision", "solver_file", "guide_ckpt")
-ABSENT = "default"  # how a message calls a setting that a manifest does not have, since defaults are left out
 TORN = (f".{MANIFEST}.*.tmp", ".[0-9]*.png.*.tmp")  # what `atomic_path` leaves behind where it is killed
 
 
@@ -99,13 +99,6 @@ def run_name(manifest: dict[str, Any]) -> str:
     """Return a short name that belongs to these settings."""
     text = json.dumps(manifest, sort_keys=True)
     return f"run-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
-
-
-def manifest_differences(there: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return a text for each setting in which two manifests differ, sections taken apart."""
-    old, new = _flat(there), _flat(now)
-    pairs = {key: (old.get(key, ABSENT), new.get(key, ABSENT)) for key in {**new, **old}}
-    return [_difference(key, *pair) for key, pair in pairs.items() if pair[0] != pair[1]]
 
 
 @contextlib.contextmanager
@@ -292,29 +285,7 @@ def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
             raise ValueError("a mapping was expected")
     except (ValueError, OSError) as error:
         raise LightningDiTError(f"{file} cannot be read ({error})", "choose another --output") from error
-    if changed := manifest_differences(known, json.loads(json.dumps(manifest))):
+    if changed := differences(known, json.loads(json.dumps(manifest))):
         raise LightningDiTError(
             f"{file.parent} holds a run of other settings ({'; '.join(changed)})", "choose another --output"
         )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings as one level, the keys joined by dots."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _difference(key: str, there: Any, now: Any) -> str:
-    if isinstance(there, list) and isinstance(now, list):
-        if len(there) != len(now):
-            return f"{key}: {len(there)} there, {len(now)} now"
-        place = next(place for place, pair in enumerate(zip(there, now, strict=True)) if pair[0] != pair[1])
-        key, there, now = f"{key}[{place}]", there[place], now[place]
-    return f"{key}: {_short(there)} there, {_short(now)} now"
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -37,10 +37,10 @@ from LightningDiT.console import run_main
 from LightningDiT.data.images import fashion_mnist, pad_to_32, shown
 from LightningDiT.data.photographs import Photographs
 from LightningDiT.device import PRECISIONS, autocast, best_device, training_dtype
+from LightningDiT.differences import differences
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import centre_crop, image_grid, save_png, to_pil, to_uint8
 from LightningDiT.processes import ALONE, Processes, launched_processes
-from LightningDiT.runs import manifest_differences
 from LightningDiT.seeds import generator_for
 from LightningDiT.tokenizer.autoencoder import AutoencoderKL, AutoencoderSettings, DiagonalGaussian
 from LightningDiT.tokenizer.criterion import Criterion, Pass
@@ -445,7 +445,7 @@ def is_finished(tokenizer: TokenizerConfig, args: argparse.Namespace, folder: Pa
     config = stage_config(tokenizer, args)
     model = autoencoder_settings(tokenizer)
     images = open_images(args, model.resolution)
-    changed = manifest_differences(json.loads(about.get(SETTINGS, "{}")), run_settings(model, config, images))
+    changed = differences(json.loads(about.get(SETTINGS, "{}")), run_settings(model, config, images))
     if SETTINGS in about and changed:
         raise LightningDiTError(
             f"{folder} holds a stage of other settings ({'; '.join(changed)})", "choose another --output"

@@ -25,13 +25,14 @@ from PIL import Image
 from LightningDiT import console, locks, runs
 from LightningDiT.config import load_config
 from LightningDiT.console import run_main
+from LightningDiT.differences import differences
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import to_uint8
 from LightningDiT.inference import main
 from LightningDiT.locks import LOCK
 from LightningDiT.pipeline import LightningDiTPipeline
 from LightningDiT.preview import Preview
-from LightningDiT.runs import MANIFEST, Strip, manifest_differences, manifest_of, opened_run, sample_run
+from LightningDiT.runs import MANIFEST, Strip, manifest_of, opened_run, sample_run
 from LightningDiT.seeds import generator_for
 from tests.conftest import PROJECT
 
@@ -188,14 +189,14 @@ def test_the_grid_of_a_demo_that_was_interrupted_is_written(tiny_folder: Path, m
 def test_a_difference_is_named_by_its_key() -> None:
     there = {"seed": 0, "labels": [1, 2, 3], "sample": {"last_step": None, "mode": "SDE"}, "weights": {"a": "x"}}
     now = {"seed": 0, "labels": [1, 0, 3], "sample": {"mode": "SDE", "cfg_scale": 3.0}, "weights": {"a": "y"}}
-    assert manifest_differences(there, there) == []
-    assert sorted(manifest_differences(there, now)) == [
+    assert differences(there, there) == []
+    assert sorted(differences(there, now)) == [
         "labels[1]: 2 there, 0 now",
         "sample.cfg_scale: default there, 3.0 now",
         "sample.last_step: null there, default now",
         "weights.a: x there, y now",
     ]
-    assert manifest_differences({"labels": [1]}, {"labels": [1, 2]}) == ["labels: 1 there, 2 now"]
+    assert differences({"labels": [1]}, {"labels": [1, 2]}) == ["labels: 1 there, 2 now"]
 
 
 def test_the_guide_belongs_to_the_run_by_its_content(tiny_folder: Path) -> None:
@@ -208,7 +209,7 @@ def test_the_guide_belongs_to_the_run_by_its_content(tiny_folder: Path) -> None:
         manifests.append(manifest_of(replace(config, sample=guided), [0], 0, torch.float32))
     assert manifests[0] == manifests[1]  # wherever the file lies
     assert manifests[0]["weights"]["guide"] == manifests[0]["weights"]["transformer"]
-    (difference,) = manifest_differences(manifests[0], manifests[2])
+    (difference,) = differences(manifests[0], manifests[2])
     assert difference.startswith("weights.guide: ")
 
 

@@ -326,7 +326,7 @@ def test_a_run_of_other_settings_is_refused(training_config: Path, capsys: pytes
     text = training_config.read_text()
     training_config.write_text(text.replace("use_lognorm: true", "use_lognorm: false"))
     with pytest.raises(
-        LightningDiTError, match="holds a run of other settings .transport.use_lognorm: True there, def"
+        LightningDiTError, match="holds a run of other settings .transport.use_lognorm: true there, def"
     ):
         train.main(arguments)
     training_config.write_text(text.replace('3, class_names: ["cat, house cat", dog, "sea lion"]', "5"))

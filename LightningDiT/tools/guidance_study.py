@@ -23,12 +23,12 @@ from LightningDiT.cli import positive
 from LightningDiT.config import Config, SampleConfig, load_config
 from LightningDiT.console import run_main
 from LightningDiT.data.images import FASHION_MNIST_CLASSES
+from LightningDiT.differences import differences
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.loading import verify
 from LightningDiT.metrics.formulas import frechet_distance
 from LightningDiT.metrics.judge import load_judge
 from LightningDiT.pipeline import CONFIG_NAME, LightningDiTPipeline
-from LightningDiT.runs import manifest_differences
 from LightningDiT.tools.evaluate_bundled import (
     JUDGE_NAME,
     ImageSet,
@@ -85,7 +85,7 @@ class Study:
             except (OSError, ValueError) as error:
                 raise LightningDiTError(f"{self.file} cannot be read ({error})", "choose another --output") from error
             self.data = there
-            self._refuse("settings", manifest_differences(there["settings"], settings))
+            self._refuse("settings", differences(there["settings"], settings))
 
     def add_guides(self, guides: dict[str, str]) -> None:
         """Note the fingerprints of guides by name.
@@ -94,7 +94,7 @@ class Study:
             LightningDiTError: the study has another guide under one of these names.
         """
         known = self.data["guides"]
-        self._refuse("guides", manifest_differences(known, {name: guides.get(name, known[name]) for name in known}))
+        self._refuse("guides", differences(known, {name: guides.get(name, known[name]) for name in known}))
         known.update(guides)
 
     def _refuse(self, part: str, changed: Sequence[str]) -> None:

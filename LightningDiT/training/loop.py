@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from LightningDiT.checkpoint import load_training_state, save_weights
+from LightningDiT.differences import differences
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.locks import held_folder
 from LightningDiT.processes import ALONE, Processes
@@ -107,8 +108,8 @@ def train(
     with contextlib.ExitStack() as held:
         processes.from_main(lambda: held.enter_context(held_folder(run.folder, "training")))
         loop.run_to_end()
-    path = run.folder / weights_name
-    processes.from_main(lambda: _save_average(trainer.ema, path))
+        path = run.folder / weights_name
+        processes.from_main(lambda: _save_average(trainer.ema, path))
     return path
 
 
@@ -187,17 +188,16 @@ class _Loop:
                 "choose another --output, or set train.resume: true",
             )
         state = load_training_state(path)
-        if changed := _changes(_flat(state.get("settings", {})) | _shapes(state), self._fixed()):
+        now = self.trainer.settings | _shapes(self.trainer.state_dict())
+        if changed := differences(state.get("settings", {}) | _shapes(state), now, ignored=CHANGEABLE):
+            more = [f"and {len(changed) - LISTED} more"] if len(changed) > LISTED else []
             raise LightningDiTError(
-                f"{self.run.folder} holds a run of other settings ({'; '.join(changed)})", "choose another --output"
+                f"{self.run.folder} holds a run of other settings ({'; '.join(changed[:LISTED] + more)})",
+                "choose another --output",
             )
         if "guard" not in state:
             raise LightningDiTError(f"{path} was written by an older version", "choose another --output")
         return path
-
-    def _fixed(self) -> dict[str, Any]:
-        """Return what a checkpoint must have in common with this run, by name."""
-        return _flat(self.trainer.settings) | _shapes(self.trainer.state_dict())
 
     def _load(self, path: Path) -> dict[str, Any]:
         """Give the trainer the state in `path` and return it."""
@@ -281,26 +281,9 @@ class _Loop:
                 sink(row)
 
 
-def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested settings by dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= (
-            {f"{key}.{name}": part for name, part in _flat(value).items()} if isinstance(value, dict) else {key: value}
-        )
-    return flat
-
-
-def _shapes(state: Mapping[str, Any]) -> dict[str, list[int]]:
+def _shapes(state: Mapping[str, Any]) -> dict[str, str]:
     """Return the shapes of the model's tensors in a checkpoint; none where it holds no model."""
-    return {f"tensor {name}": list(value.shape) for name, value in state.get("model", {}).items()}
-
-
-def _changes(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Say what differs between a checkpoint and this run; what has its default is in neither."""
-    names = [name for name in {**now, **there} if name not in CHANGEABLE and there.get(name) != now.get(name)]
-    said = [f"{name}: {there.get(name, 'default')} there, {now.get(name, 'default')} now" for name in names[:LISTED]]
-    return said + ([f"and {len(names) - LISTED} more"] if len(names) > LISTED else [])
+    return {f"tensor {name}": str(list(value.shape)) for name, value in state.get("model", {}).items()}
 
 
 def _plain(value: Tensor | float) -> Tensor | float:
