@@ -19,8 +19,9 @@ from typing import Any, TypeVar
 from LightningDiT.errors import LightningDiTError
 
 TOKENIZER_CONFIGS = Path(__file__).parent / "tokenizer" / "configs"
-#: What makes a configuration that is not there: of the pipeline, and of a tokenizer.
+#: What makes a configuration that is not there: of the pipeline, of a training, and of a tokenizer.
 STEP3 = "python step3_setup_configs.py"
+TRAINING_MEND = f"copy one of those in {Path(__file__).parent / 'configs'}"
 TOKENIZER_MEND = f"name a tokenizer YAML, such as those in {TOKENIZER_CONFIGS}"
 
 #: Keys of the published schema that nothing here reads. They are accepted, and a note says so.
@@ -420,14 +421,17 @@ def _published_loss(config: TokenizerConfig) -> dict[str, Any]:
     return values
 
 
-def load_config(path: str | Path) -> Config:
+def load_config(path: str | Path, mend: str = STEP3) -> Config:
     """Return the settings in the YAML file at `path`, its relative paths made absolute.
+
+    Args:
+        mend: what makes such a file where it is missing, for the message.
 
     Raises:
         LightningDiTError: the file is missing or no YAML, a key is unknown, a value has the wrong type or
             cannot be.
     """
-    values = read_yaml(path)
+    values = read_yaml(path, mend)
     notes = _drop_unread_keys(values)
     config = typed(Config, values, str(path), hidden=("source", "notes"))
     config = dataclasses.replace(config, source=str(Path(path).resolve()), notes=tuple(notes))

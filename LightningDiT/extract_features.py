@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from LightningDiT.cli import positive
-from LightningDiT.config import Config, load_config, load_tokenizer_config, tokenizer_config_path
+from LightningDiT.config import TRAINING_MEND, Config, load_config, load_tokenizer_config, tokenizer_config_path
 from LightningDiT.console import duration, run_main
 from LightningDiT.errors import LightningDiTError
 
@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from LightningDiT.tokenizer.vavae import VA_VAE
 
     with launched_processes() as processes:
-        config = processes.agree(lambda: load_config(args.config))
+        config = processes.agree(lambda: load_config(args.config, TRAINING_MEND))
         tokenizer_settings = processes.agree(lambda: load_tokenizer_config(tokenizer_config_path(config)))
         source = args.images or args.list or f"{args.dataset or 'FashionMNIST'} {args.split} in {args.data_root}"
         processes.say(

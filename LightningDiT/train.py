@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from LightningDiT import training
 from LightningDiT.checkpoint import inspect, without_values
 from LightningDiT.compiled import compile_forward
-from LightningDiT.config import Config, as_dict, load_config
+from LightningDiT.config import TRAINING_MEND, Config, as_dict, load_config
 from LightningDiT.console import run_main
 from LightningDiT.device import PRECISIONS, autocast, best_device, is_out_of_memory, training_dtype
 from LightningDiT.errors import LightningDiTError
@@ -218,7 +218,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def read_config(args: argparse.Namespace) -> Config:
     """Return the configuration with the command line's data folder in it."""
-    config = load_config(args.config)
+    config = load_config(args.config, TRAINING_MEND)
     return replace(config, data=replace(config.data, data_path=args.data_path)) if args.data_path else config
 
 

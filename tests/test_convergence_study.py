@@ -224,7 +224,8 @@ def test_checkpoints_are_judged_once(
 def test_a_run_without_checkpoints_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     arguments = ["--config", "a.yaml", "--run", str(tmp_path), "--output", str(tmp_path / "a.json")]
     assert run_main(lambda: judging.main(arguments)) == 1
-    assert "holds no checkpoint after a step; mend: train it: --config a.yaml" in capsys.readouterr().err
+    mend = f"python -m LightningDiT.train --config a.yaml --output {tmp_path}"
+    assert f"holds no checkpoint after a step; mend: {mend}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -151,14 +151,18 @@ def write_idx(path: Path, values: np.ndarray) -> None:
     path.write_bytes(gzip.compress(header + values.astype(np.uint8).tobytes()))
 
 
+def write_photographs(folder: Path, count: int) -> Path:
+    """Write a data set whose test images are its training images, the classes in turn, and return its folder."""
+    for prefix in ("train", "t10k"):
+        write_idx(folder / f"{prefix}-images-idx3-ubyte.gz", grey_images(count).numpy())
+        write_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", np.arange(count) % 10)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set of 2 images a class whose test images are its training images."""
-    folder = tmp_path_factory.mktemp("data")
-    for prefix in ("train", "t10k"):
-        write_idx(folder / f"{prefix}-images-idx3-ubyte.gz", grey_images(20).numpy())
-        write_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", np.arange(20) % 10)
-    return folder
+    return write_photographs(tmp_path_factory.mktemp("data"), 20)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -12,18 +11,14 @@ from LightningDiT.checkpoint import inspect
 from LightningDiT.console import run_main
 from LightningDiT.tokenizer.vision import VisionModel, create_model
 from LightningDiT.tools import train_vision_model
-from tests.test_evaluate_bundled import grey_images, write_idx
+from tests.test_evaluate_bundled import write_photographs
 
 MODEL, SIDE = "test_efficientnet", 64
 
 
 @pytest.fixture(scope="module")
 def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("fashion")
-    for prefix in ("train", "t10k"):
-        write_idx(folder / f"{prefix}-images-idx3-ubyte.gz", grey_images(130).numpy())
-        write_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", np.arange(130) % 10)
-    return folder
+    return write_photographs(tmp_path_factory.mktemp("fashion"), 130)
 
 
 @pytest.fixture(scope="module")

@@ -400,3 +400,8 @@ def test_a_folder_has_one_training_at_a_time(training_config: Path) -> None:
         train.main(arguments)
     assert not RunFolder(folder).checkpoints()
     assert train.main(arguments) == 0  # once the other has ended
+
+
+def test_a_missing_configuration_names_those_of_trainings(tmp_path: Path) -> None:
+    with pytest.raises(LightningDiTError, match=r"none.yaml does not exist; mend: copy one of those in .*configs$"):
+        train.main(["--config", str(tmp_path / "none.yaml")])

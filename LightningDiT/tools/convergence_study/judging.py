@@ -93,7 +93,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = Path(args.run)
     checkpoints = [path for path in RunFolder(run).checkpoints() if step_of(path)]
     if not checkpoints:
-        raise LightningDiTError(f"{run} holds no checkpoint after a step", f"train it: --config {args.config}")
+        raise LightningDiTError(
+            f"{run} holds no checkpoint after a step",
+            f"python -m LightningDiT.train --config {args.config} --output {run}",
+        )
     judge, parts = load_judge(JUDGE), run / f"judged-{args.count}.json"
     test = real_images(judge, args.data_root, train=False)
     known: dict[str, Any] = kept_parts(parts)
