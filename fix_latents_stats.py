@@ -149,8 +149,8 @@ def main(argv: list[str] | None = None) -> int:
     for fault in (*faults, *([target.config_fault] if target.config_fault else [])):
         print(f"  wrong: {fault}")
     if options.check and (faults or target.config_fault):
-        mends = [part for part in (sys.argv[1:] if argv is None else argv) if part != "--check"]
-        print(f"  mend: {console.step_command(Path(__file__).name, *mends) if faults else step3(options.config)}")
+        fixes = [part for part in (sys.argv[1:] if argv is None else argv) if part != "--check"]
+        print(f"  fix: {console.step_command(Path(__file__).name, *fixes) if faults else step3(options.config)}")
         return console.FAILED
     if not faults:
         print("  it is good; nothing is changed")

@@ -84,7 +84,7 @@ def refuse_others(folder: Path, version: tuple[int, ...]) -> None:
 
 
 def ensure_venv(folder: Path) -> None:
-    """Make the virtual environment, or mend a half-made one; one that works stays as it is.
+    """Make the virtual environment, or fix a half-made one; one that works stays as it is.
 
     Raises:
         StepError: something else carries the name, the folder takes no file, or venv failed.

@@ -113,7 +113,7 @@ def verify_all(files: tuple[weights.WeightFile, ...], source: sources.Source, op
         except console.StepError as error:
             faults.append(error)
     if faults:
-        raise console.StepError("; ".join(error.message for error in faults), faults[0].mend)
+        raise console.StepError("; ".join(error.message for error in faults), faults[0].fix)
     return console.OK
 
 

@@ -102,12 +102,12 @@ def named_folder(path: Path, option: str, holds: str) -> Path:
     return folder
 
 
-def refuse_broken_link(path: Path, mend: str) -> None:
+def refuse_broken_link(path: Path, fix: str) -> None:
     """Explain a link whose target is gone, as step 2 leaves behind for a data set that is detached."""
     if path.is_symlink() and not path.exists():
         raise console.StepError(
             f"{path} is a link to {path.readlink()}, which is not there: the data set is detached",
-            f"attach it again, or {mend}",
+            f"attach it again, or {fix}",
         )
 
 
@@ -122,8 +122,8 @@ def find_files(model: str, options: argparse.Namespace) -> dict[str, Path]:
     if attached:
         attached = named_folder(attached, "attached", "the attached data sets")
     if options.attached and not attached.is_dir():
-        mend = configs.again("--attached", "FOLDER", without=["--attached"])
-        raise console.StepError(f"--attached {attached} is not there", mend)
+        fix = configs.again("--attached", "FOLDER", without=["--attached"])
+        raise console.StepError(f"--attached {attached} is not there", fix)
     options.inputs = options.inputs or sources.Source("attached", attached)
     fetch_again, found, missing = fetch_command(model, options), {}, []
     for file in weights.files_of(model):
@@ -188,7 +188,7 @@ def settle_best(options: argparse.Namespace) -> configs.Config:
     print("Step 3: configuration of the sampling")
     torch = machine.torch_facts()
     if not torch.works:
-        raise console.StepError(torch.note, console.mend_packages())
+        raise console.StepError(torch.note, console.fix_packages())
     names = candidates(options.model, torch)
     if options.model == "auto" and names == ["bundled"]:
         print("  no GPU: the bundled model (--model 800ep takes the published weights all the same)")

@@ -32,15 +32,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    from LightningDiT.cli import demo_classes, describe_settings
     from LightningDiT.config import load_config
+    from LightningDiT.sampling.options import demo_classes, describe_settings
 
     print("Step 4, simple form: sampling with the defaults")
     config = load_config(CONFIG if CONFIG.exists() else BUNDLED)
     classes = demo_classes(config.data.num_classes)
     folder = console.absolute(args.output)
     print(describe_settings(config, len(classes), folder))
-    from LightningDiT.demo import check_run, sample_demo, write_report
+    from LightningDiT.sampling.demo import check_run, sample_demo, write_report
 
     if args.dry_run:
         return check_run(config, classes)

@@ -18,7 +18,7 @@ TIME_BUDGET = 30.0  # minutes
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    from LightningDiT.cli import add_class_options, add_sampling_options
+    from LightningDiT.sampling.options import add_class_options, add_sampling_options
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", type=Path, default=CONFIG, help="default: what step 3 wrote")
@@ -31,8 +31,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    from LightningDiT.cli import apply_options, check_space, classes_of, describe_settings
     from LightningDiT.config import load_config
+    from LightningDiT.files import check_space
+    from LightningDiT.sampling.options import apply_options, classes_of, describe_settings
 
     print("Step 4: sampling")
     config = apply_options(load_config(args.config), args)
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     check_space(folder, args.count or 0, config.data.image_size)
     classes = classes_of(args, config.data.num_classes)
     print(describe_settings(config, len(classes), folder / GRID))
-    from LightningDiT.demo import check_run, sample_demo
+    from LightningDiT.sampling.demo import check_run, sample_demo
 
     if args.dry_run:
         return check_run(config, classes)

@@ -11,7 +11,7 @@ __all__ = ["LightningDiTPipeline", "load_config"]
 def __getattr__(name: str) -> Any:
     """Import the public names on first use, so that importing the package costs nothing."""
     if name == "LightningDiTPipeline":
-        from LightningDiT.pipeline import LightningDiTPipeline
+        from LightningDiT.sampling.pipeline import LightningDiTPipeline
 
         return LightningDiTPipeline
     if name == "load_config":

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import os
 import pickle
 import re
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.files import atomic_path
 
 #: Names under which training scripts keep weights, the best first.
 WEIGHT_KEYS = ("ema", "model", "state_dict")
@@ -29,7 +27,6 @@ LISTED_NAMES = 5
 #: Bytes of a file that are converted before the mapping they were read through is given up.
 PORTION_BYTES = 64 * 2**20
 BUNDLED_FOLDER = "fashion-mnist"  # the model in git
-FINGERPRINT_SAMPLES, FINGERPRINT_BYTES = 64, 2**16
 
 
 @dataclass(frozen=True)
@@ -155,7 +152,7 @@ def load_into(
         if not _is_finite(tensor):
             raise LightningDiTError(
                 f"{path}: tensor {name} holds NaN or infinite values; the file is damaged",
-                _mend_of(Path(path)),
+                _fix_of(Path(path)),
             )
     trained = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
     module.load_state_dict({name: weights[name] for name in wanted}, strict=True, assign=True)
@@ -245,42 +242,6 @@ def check_shapes(
         )
 
 
-def fingerprint(path: str | Path) -> str:
-    """Return a short text that changes with a file's content: a hash of its size and of 64 samples of it.
-
-    Whole for files of up to 4 MiB; a file of 6 GB is answered at once.
-    """
-    file = Path(path)
-    size = file.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with file.open("rb") as stream:
-        for index in range(FINGERPRINT_SAMPLES):
-            stream.seek(index * max(0, size - FINGERPRINT_BYTES) // (FINGERPRINT_SAMPLES - 1))
-            digest.update(stream.read(FINGERPRINT_BYTES))
-    return digest.hexdigest()[:16]
-
-
-@contextlib.contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`, which takes its place only if the block ends without error."""
-    target = Path(path)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-        os.close(handle)
-    except OSError as error:
-        raise LightningDiTError(
-            f"{target} cannot be written ({error.strerror})", "choose a folder that you may write to"
-        ) from error
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def save_weights(weights: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors as safetensors, atomically."""
     from safetensors.torch import save_file
@@ -347,18 +308,18 @@ def _bare(name: str) -> str:
 
 def _existing_file(path: str | Path) -> Path:
     file = Path(path)
-    mend = _mend_of(file)
+    fix = _fix_of(file)
     if file.is_dir():
         raise LightningDiTError(f"{file} is a folder, a weights file was expected", "name the file inside it")
     if not file.exists():
-        raise LightningDiTError(f"weights file {file} does not exist", mend)
+        raise LightningDiTError(f"weights file {file} does not exist", fix)
     if file.stat().st_size == 0:
-        raise LightningDiTError(f"weights file {file} is empty (0 bytes)", mend)
+        raise LightningDiTError(f"weights file {file} is empty (0 bytes)", fix)
     _refuse_foreign_content(file)
     return file
 
 
-def _mend_of(file: Path) -> str:
+def _fix_of(file: Path) -> str:
     """Return the command that gets a missing or damaged weights file again."""
     if BUNDLED_FOLDER in file.parts:
         return f"git restore models/{BUNDLED_FOLDER}"
@@ -369,11 +330,11 @@ def _refuse_foreign_content(file: Path) -> None:
     """Name what people really find in the place of weights: a web page, or a pointer of git LFS."""
     with file.open("rb") as stream:
         start = stream.read(64).lstrip()
-    mend = _mend_of(file)
+    fix = _fix_of(file)
     if start[:1] == b"<":
-        raise LightningDiTError(f"{file} is a web page, not weights: the download was answered with HTML", mend)
+        raise LightningDiTError(f"{file} is a web page, not weights: the download was answered with HTML", fix)
     if start.startswith(b"version https://git-lfs"):
-        raise LightningDiTError(f"{file} is a git LFS pointer, not the weights themselves", mend)
+        raise LightningDiTError(f"{file} is a git LFS pointer, not the weights themselves", fix)
 
 
 def _load_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -384,7 +345,7 @@ def _load_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             names = opened.keys()  # the opened file is no mapping and cannot be iterated
             return {name: opened.get_tensor(name) for name in names}, opened.metadata() or {}
     except (SafetensorError, OSError, ValueError, json.JSONDecodeError) as error:
-        raise LightningDiTError(f"{file} is cut short or no safetensors file ({error})", _mend_of(file)) from error
+        raise LightningDiTError(f"{file} is cut short or no safetensors file ({error})", _fix_of(file)) from error
 
 
 def _can_be_mapped(file: Path) -> bool:
@@ -400,7 +361,7 @@ def _load_pickle(file: Path) -> dict[str, Any]:
         raise LightningDiTError(_refusal(file, error), "use a file from a source you trust, as safetensors") from error
     except Exception as error:  # arbitrary bytes make the unpickler fail in arbitrary ways
         reason = str(error).split("\n")[0][:160]
-        raise LightningDiTError(f"{file} is cut short or no weights file ({reason})", _mend_of(file)) from error
+        raise LightningDiTError(f"{file} is cut short or no weights file ({reason})", _fix_of(file)) from error
     if not isinstance(content, dict):
         raise LightningDiTError(
             f"{file} holds a {type(content).__name__}; a dictionary of tensors is expected",
@@ -416,9 +377,3 @@ def _refusal(file: Path, error: pickle.UnpicklingError) -> str:
     if foreign:
         return f"{file} is refused: opening it would run code ({foreign[1]}), and weights are data"
     return f"{file} is cut short or no weights file ({reason[:160]})"
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
+import json
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from LightningDiT.errors import LightningDiTError
 
-TOKENIZER_CONFIGS = Path(__file__).parent / "tokenizer" / "configs"
 #: What makes a configuration that is not there: of the pipeline, of a training, and of a tokenizer.
 STEP3 = "python step3_setup_configs.py"
-TRAINING_MEND = f"copy one of those in {Path(__file__).parent / 'configs'}"
-TOKENIZER_MEND = f"name a tokenizer YAML, such as those in {TOKENIZER_CONFIGS}"
+TRAINING_FIX = f"copy one of those in {Path(__file__).parent / 'configs'}"
 
 #: Keys of the published schema that nothing here reads. They are accepted, and a note says so.
 UNREAD_KEYS = {
@@ -32,11 +30,11 @@ UNREAD_KEYS = {
 }
 
 
-def _positive(value: float) -> bool:
+def is_positive(value: float) -> bool:
     return value > 0
 
 
-def _not_negative(value: float) -> bool:
+def is_not_negative(value: float) -> bool:
     return value >= 0
 
 
@@ -44,51 +42,51 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and value > 0
 
 
-def _is_seed(value: int) -> bool:
+def is_seed(value: int) -> bool:
     return 0 <= value < 2**63
 
 
-def _share(value: float) -> bool:
+def is_share(value: float) -> bool:
     return 0 <= value <= 1
 
 
 #: What a value must be, where its type allows more: key, test, words for the message.
 RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("data.image_size", _positive, "a positive number of pixels"),
-    ("data.num_classes", _positive, "a positive number"),
-    ("data.latent_multiplier", _positive, "a positive factor"),
-    ("vae.downsample_ratio", _positive, "a positive number"),
-    ("model.in_chans", _positive, "a positive number"),
-    ("train.max_steps", _positive, "a positive number"),
-    ("train.global_batch_size", _positive, "a positive number"),
-    ("train.log_every", _positive, "a positive number"),
-    ("train.ckpt_every", _positive, "a positive number"),
-    ("train.ema_decay", _share, "a share between 0 and 1"),
+    ("data.image_size", is_positive, "a positive number of pixels"),
+    ("data.num_classes", is_positive, "a positive number"),
+    ("data.latent_multiplier", is_positive, "a positive factor"),
+    ("vae.downsample_ratio", is_positive, "a positive number"),
+    ("model.in_chans", is_positive, "a positive number"),
+    ("train.max_steps", is_positive, "a positive number"),
+    ("train.global_batch_size", is_positive, "a positive number"),
+    ("train.log_every", is_positive, "a positive number"),
+    ("train.ckpt_every", is_positive, "a positive number"),
+    ("train.ema_decay", is_share, "a share between 0 and 1"),
     ("train.precision", lambda value: value in ("auto", "fp32", "bf16", "fp16"), "auto, fp32, bf16 or fp16"),
     ("train.micro_batch_size", lambda value: value is None or value > 0, "a positive number"),
-    ("train.keep_checkpoints", _positive, "1 or more"),
-    ("train.keep_every", _not_negative, "0 (off) or a number of steps"),
-    ("train.valid_every", _not_negative, "0 (off) or a number of steps"),
-    ("train.valid_samples", _positive, "a positive number"),
+    ("train.keep_checkpoints", is_positive, "1 or more"),
+    ("train.keep_every", is_not_negative, "0 (off) or a number of steps"),
+    ("train.valid_every", is_not_negative, "0 (off) or a number of steps"),
+    ("train.valid_samples", is_positive, "a positive number"),
     ("train.valid_share", lambda value: 0 <= value < 1, "a share from 0 to below 1"),
-    ("train.sample_every", _not_negative, "0 (off) or a number of steps"),
-    ("train.sample_count", _positive, "a positive number"),
+    ("train.sample_every", is_not_negative, "0 (off) or a number of steps"),
+    ("train.sample_count", is_positive, "a positive number"),
     ("train.lognorm_until_step", lambda value: value is None or value >= 0, "a number of steps"),
-    ("train.warmup_steps", _not_negative, "0 (off) or a number of steps"),
-    ("train.decay_steps", _not_negative, "0 (off) or a number of steps"),
-    ("train.max_skips", _positive, "1 or more"),
+    ("train.warmup_steps", is_not_negative, "0 (off) or a number of steps"),
+    ("train.decay_steps", is_not_negative, "0 (off) or a number of steps"),
+    ("train.max_skips", is_positive, "1 or more"),
     ("train.spike_factor", lambda value: value == 0 or value > 1, "0 (off) or a factor above 1"),
     ("train.rate_cut", lambda value: 0 < value <= 1, "a factor above 0 and up to 1"),
-    ("train.global_seed", _is_seed, "a whole number from 0 to below 2^63"),
+    ("train.global_seed", is_seed, "a whole number from 0 to below 2^63"),
     ("optimizer.beta2", lambda value: 0 <= value < 1, "a decay from 0 to below 1"),
     ("optimizer.lr", lambda value: 0 < value < 1, "a rate between 0 and 1"),
     ("optimizer.max_grad_norm", lambda value: value is None or value > 0, "a positive norm"),
     ("sample.mode", lambda value: value in ("ODE", "SDE"), "ODE or SDE"),
     ("sample.num_sampling_steps", lambda value: value > 1, "2 or more"),
-    ("sample.per_proc_batch_size", _positive, "1 or more"),
+    ("sample.per_proc_batch_size", is_positive, "1 or more"),
     ("sample.cfg_scale", lambda value: 0 <= value < 1e4, "a scale of 0 or more"),
-    ("sample.cfg_interval_start", _share, "a time between 0 and 1"),
-    ("sample.cfg_interval_end", _share, "a time between 0 and 1"),
+    ("sample.cfg_interval_start", is_share, "a time between 0 and 1"),
+    ("sample.cfg_interval_end", is_share, "a time between 0 and 1"),
     ("sample.time_grid", lambda value: value in ("shifted", "graded"), "shifted or graded"),
     ("sample.timestep_shift", lambda value: value >= 0, "0 (off) or a positive shift"),
     ("sample.precision", lambda value: value in ("auto", "fp32", "bf16", "fp16"), "auto, fp32, bf16 or fp16"),
@@ -254,184 +252,17 @@ class Config:
     notes: tuple[str, ...] = ()  # what the reader of the file should know
 
 
-@dataclass(frozen=True)
-class TokenizerTrainConfig:
-    """How the tokenizer is trained: amount, rates and the terms of the loss, each of which a weight of 0 leaves out."""
-
-    max_steps: int = 20_000
-    epochs: int | None = None  # passes over the images, in place of max_steps
-    batch_size: int = 32  # of all processes together
-    seed: int = 0
-    flip: bool = False  # mirror half of the images; wrong where left and right differ in meaning
-    weight_init: str | None = None  # weights to start from: a published checkpoint, or those of another training
-    lr: float = 1e-3
-    beta1: float = 0.9
-    beta2: float = 0.99
-    warmup_steps: int = 200
-    decay_steps: int | None = None  # cosine fall to zero over the last steps; all after the warm-up where left out
-    max_grad_norm: float | None = 1.0
-    precision: str = "auto"  # of matrix products: auto (bf16 where it is native, else fp32) | fp32 | bf16
-    ema_decay: float = 0.999
-    l1_weight: float = 1.0  # on the mean absolute error per value, images in [-1, 1]
-    l2_weight: float = 1.0  # on the mean squared error per value
-    kl_weight: float = 1e-6  # on the KL in nats per image
-    sum_values: bool = False  # the reconstruction terms are summed over an image's values, as published
-    logvar_init: float = 0.0  # logarithm of the scale that the reconstruction terms are divided by
-    learn_logvar: bool = False
-    lpips_weight: float = 0.0  # on LPIPS
-    lpips_weights: str | None = None  # file with VGG-16; torch.hub's cache or a download where left out
-    disc_weight: float = 0.0  # on the adversarial term, times the adaptive weight
-    disc_start: int = 1  # the first step, counted from 1, in which the discriminator takes part
-    disc_layers: int = 3  # that halve the resolution
-    vf_weight: float = 0.0  # on the alignment with the vision model
-    adaptive_vf: bool = True  # times the ratio of gradient norms at the encoder's last layer
-    cos_weight: float = 1.0  # on the cosine term of the alignment
-    distmat_weight: float = 1.0  # on its distance-matrix term
-    cos_margin: float = 0.0
-    distmat_margin: float = 0.0
-    vision_model: str | None = None  # dinov2 | mae | a name of timm's; model.params.use_vf where left out
-    vision_weights: str | None = None  # file; the hub's where left out
-    vision_size: int | None = None  # pixels a side that it sees; so many that its grid is the latents' where left out
-    vision_input: str = "own"  # own: normalised as the model was trained | published: in [-1, 1] as they are
-    log_every: int = 100
-    ckpt_every: int = 500
-
-
-@dataclass(frozen=True)
-class TokenizerConfig:
-    """One tokenizer YAML of the published schema.
-
-    `ddconfig` holds the fields of `AutoencoderSettings`, which checks them; `lossconfig` is read for training alone,
-    by `tokenizer_training`.
-    """
-
-    ckpt_path: str | None
-    embed_dim: int
-    ddconfig: dict[str, Any]
-    train: TokenizerTrainConfig
-    source: str = ""
-    use_vf: str | None = None  # the vision model by its published name
-    reverse_proj: bool = True  # latents are projected to the features' width; false: features to the latents'
-    lossconfig: dict[str, Any] = field(default_factory=dict)
-    train_keys: tuple[str, ...] = ()  # of `train` that the file sets
-
-
-#: Keys of the published `lossconfig.params`, ours, and what they are there where the file is silent.
-LOSS_KEYS: tuple[tuple[str, str, Any], ...] = (
-    ("disc_start", "disc_start", 1),
-    ("logvar_init", "logvar_init", 0.0),
-    ("kl_weight", "kl_weight", 1.0),
-    ("pixelloss_weight", "l1_weight", 1.0),
-    ("perceptual_weight", "lpips_weight", 1.0),
-    ("disc_num_layers", "disc_layers", 3),
-    ("disc_weight", "disc_weight", 1.0),
-    ("vf_weight", "vf_weight", 100.0),
-    ("adaptive_vf", "adaptive_vf", False),
-    ("cos_margin", "cos_margin", 0.0),
-    ("distmat_margin", "distmat_margin", 0.0),
-    ("cos_weight", "cos_weight", 1.0),
-    ("distmat_weight", "distmat_weight", 1.0),
-)
-#: Published keys that have one value here.
-FIXED_LOSS_KEYS: dict[str, Any] = {
-    "disc_in_channels": 3,
-    "disc_factor": 1.0,
-    "use_actnorm": False,
-    "disc_conditional": False,
-    "disc_loss": "hinge",
-    "pp_style": False,
-}
-PUBLISHED_LOSS = "LPIPSWithDiscriminator"
-#: What a value of a tokenizer's training must be, where its type allows more.
-TOKENIZER_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    *((name, _positive, "a positive number") for name in ("max_steps", "batch_size", "log_every", "ckpt_every")),
-    *(
-        (name, lambda value: 0 <= value < math.inf, "0 (off) or a positive weight")
-        for name in ("l1_weight", "l2_weight", "kl_weight", "lpips_weight", "disc_weight", "vf_weight")
-    ),
-    *((name, lambda value: 0 <= value < math.inf, "0 or more") for name in ("cos_weight", "distmat_weight")),
-    *((name, _not_negative, "0 or more") for name in ("disc_start", "warmup_steps")),
-    *((name, lambda value: 0 <= value < 1, "a decay from 0 to below 1") for name in ("beta1", "beta2")),
-    ("seed", _is_seed, "a whole number from 0 to below 2^63"),
-    ("lr", lambda value: 0 < value < 1, "a rate between 0 and 1"),
-    ("ema_decay", _share, "a share between 0 and 1"),
-    ("max_grad_norm", lambda value: value is None or value > 0, "a positive norm, or none"),
-    ("decay_steps", lambda value: value is None or value >= 0, "0 (off) or a number of steps"),
-    ("logvar_init", lambda value: -30 <= value <= 30, "a logarithm from -30 to 30"),
-    *((name, lambda value: 0 <= value <= 2, "a margin from 0 to 2") for name in ("cos_margin", "distmat_margin")),
-    ("epochs", lambda value: value is None or value > 0, "a positive number"),
-    ("precision", lambda value: value in ("auto", "fp32", "bf16"), "auto, fp32 or bf16"),
-    ("disc_layers", lambda value: 1 <= value <= 5, "1 to 5 layers"),
-    ("vision_size", lambda value: value is None or value > 0, "a positive number of pixels"),
-    ("vision_input", lambda value: value in ("own", "published"), "own or published"),
-)
-
-
-def tokenizer_training(config: TokenizerConfig) -> TokenizerTrainConfig:
-    """Return how a tokenizer is to be trained: its `train` section, with what `lossconfig` and `use_vf` say.
-
-    Raises:
-        LightningDiTError: a value cannot be, is set in both places, or asks for what is not here.
-    """
-    values: dict[str, Any] = {"vision_model": config.train.vision_model or config.use_vf}
-    if config.lossconfig:
-        values |= _published_loss(config)
-    train = dataclasses.replace(config.train, **values)
-    for name, good, expected in TOKENIZER_RULES:
-        value = getattr(train, name)
-        if not good(value):
-            raise LightningDiTError(
-                f"{config.source}: train.{name} is {value!r}; {expected} is expected", "edit that value"
-            )
-    if train.vf_weight and not train.vision_model:
-        raise LightningDiTError(
-            f"{config.source}: train.vf_weight is {train.vf_weight:g} and no vision model is named",
-            "set train.vision_model: dinov2 or train.vf_weight: 0",
-        )
-    return train
-
-
-def _published_loss(config: TokenizerConfig) -> dict[str, Any]:
-    """Return the fields of `TokenizerTrainConfig` that the published `lossconfig` sets."""
-    where = f"{config.source}: model.params.lossconfig"
-    _refuse_unknown(config.lossconfig, ("target", "params"), where)
-    target = str(config.lossconfig.get("target", PUBLISHED_LOSS))
-    if not target.endswith(PUBLISHED_LOSS):
-        raise LightningDiTError(
-            f"{where}.target is {target!r}; {PUBLISHED_LOSS} is the one that is read",
-            "remove lossconfig, and set the weights in the train section",
-        )
-    params = _mapping(config.lossconfig.get("params") or {}, f"{where}.params")
-    _refuse_unknown(params, [*(key for key, _, _ in LOSS_KEYS), *FIXED_LOSS_KEYS], f"{where}.params")
-    for key, only in FIXED_LOSS_KEYS.items():
-        if params.get(key, only) != only:
-            raise LightningDiTError(f"{where}.params.{key} is {params[key]!r}; {only!r} is expected", "edit that value")
-    hints = typing.get_type_hints(TokenizerTrainConfig)
-    values = {
-        ours: _coerce(params.get(key, default), hints[ours], f"{where}.params.{key}")
-        for key, ours, default in LOSS_KEYS
-    }
-    if not (config.train.vision_model or config.use_vf):
-        values["vf_weight"] = 0.0  # there the alignment is what use_vf switches on
-    values |= {"l2_weight": 0.0, "sum_values": True}
-    if twice := sorted(values.keys() & set(config.train_keys)):
-        raise LightningDiTError(
-            f"{config.source}: train.{twice[0]} is set, and model.params.lossconfig decides it", "remove one of them"
-        )
-    return values
-
-
-def load_config(path: str | Path, mend: str = STEP3) -> Config:
+def load_config(path: str | Path, fix: str = STEP3) -> Config:
     """Return the settings in the YAML file at `path`, its relative paths made absolute.
 
     Args:
-        mend: what makes such a file where it is missing, for the message.
+        fix: what makes such a file where it is missing, for the message.
 
     Raises:
         LightningDiTError: the file is missing or no YAML, a key is unknown, a value has the wrong type or
             cannot be.
     """
-    values = read_yaml(path, mend)
+    values = read_yaml(path, fix)
     notes = _drop_unread_keys(values)
     config = typed(Config, values, str(path), hidden=("source", "notes"))
     config = dataclasses.replace(config, source=str(Path(path).resolve()), notes=tuple(notes))
@@ -439,61 +270,11 @@ def load_config(path: str | Path, mend: str = STEP3) -> Config:
     return _with_absolute_paths(config)
 
 
-def load_tokenizer_config(path: str | Path) -> TokenizerConfig:
-    """Return the settings in the tokenizer YAML at `path` (`ckpt_path`, `model.params`, own `train`).
-
-    Raises:
-        LightningDiTError: as `load_config`.
-    """
-    values = read_yaml(path, TOKENIZER_MEND)
-    where = str(path)
-    _refuse_unknown(values, ("ckpt_path", "model", "train"), where)
-    params = _mapping(_mapping(values.get("model"), f"{where}: model").get("params"), f"{where}: model.params")
-    published = ("embed_dim", "use_vf", "reverse_proj", "lossconfig", "ddconfig", "monitor", "ckpt_path")
-    _refuse_unknown(params, published, f"{where}: model.params")
-    ddconfig = _mapping(params.get("ddconfig"), f"{where}: model.params.ddconfig")
-    section = _mapping(values.get("train") or {}, f"{where}: train")
-    train = typed(TokenizerTrainConfig, section, f"{where}: train")
-    files = {name: getattr(train, name) for name in ("weight_init", "lpips_weights", "vision_weights")}
-    train = dataclasses.replace(train, **{name: _absolute(value, Path(path)) for name, value in files.items() if value})
-    ckpt_path = values.get("ckpt_path")
-    return TokenizerConfig(
-        ckpt_path=_absolute(ckpt_path, Path(path)) if ckpt_path else None,
-        embed_dim=_coerce(params.get("embed_dim", 32), int, f"{where}: model.params.embed_dim"),
-        ddconfig=ddconfig,
-        train=train,
-        source=str(Path(path).resolve()),
-        use_vf=_coerce(params.get("use_vf"), str | None, f"{where}: model.params.use_vf"),
-        reverse_proj=_coerce(params.get("reverse_proj", True), bool, f"{where}: model.params.reverse_proj"),
-        lossconfig=_mapping(params.get("lossconfig") or {}, f"{where}: model.params.lossconfig"),
-        train_keys=tuple(section),
-    )
-
-
-def tokenizer_config_path(config: Config) -> Path:
-    """Return the tokenizer YAML that `config.vae.model_name` names.
-
-    Raises:
-        LightningDiTError: neither a shipped name nor an existing file.
-    """
-    name = config.vae.model_name
-    shipped = TOKENIZER_CONFIGS / f"{name}.yaml"
-    if shipped.is_file():
-        return shipped
-    if name.endswith((".yaml", ".yml")) and Path(name).is_file():
-        return Path(name)
-    known = sorted(path.stem for path in TOKENIZER_CONFIGS.glob("*.yaml") if "_stage" not in path.stem)
-    raise LightningDiTError(
-        f"vae.model_name {name!r} is neither one of {', '.join(known)} nor an existing .yaml file",
-        f"edit vae.model_name in {config.source or 'the configuration'}",
-    )
-
-
-def read_yaml(path: str | Path, mend: str = STEP3) -> dict[str, Any]:
+def read_yaml(path: str | Path, fix: str = STEP3) -> dict[str, Any]:
     """Return the mapping in a YAML file, interpolations resolved.
 
     Args:
-        mend: what makes such a file where it is missing, for the message.
+        fix: what makes such a file where it is missing, for the message.
 
     Raises:
         LightningDiTError: it is missing, a folder, no YAML, or holds no mapping.
@@ -504,7 +285,7 @@ def read_yaml(path: str | Path, mend: str = STEP3) -> dict[str, Any]:
 
     file = Path(path)
     if not file.exists():
-        raise LightningDiTError(f"configuration {path} does not exist", mend)
+        raise LightningDiTError(f"configuration {path} does not exist", fix)
     if file.is_dir():
         raise LightningDiTError(f"configuration {path} is a folder, a YAML file was expected", "name the file")
     try:
@@ -513,9 +294,9 @@ def read_yaml(path: str | Path, mend: str = STEP3) -> dict[str, Any]:
         reason = " ".join(str(error).split())
         raise LightningDiTError(
             f"configuration {path} is no valid YAML ({reason[:200]})",
-            f"correct it, or {mend}",
+            f"correct it, or {fix}",
         ) from error
-    return _mapping(loaded, str(path))
+    return as_mapping(loaded, str(path))
 
 
 def typed(cls: type[T], values: dict[str, Any], where: str, hidden: tuple[str, ...] = ()) -> T:
@@ -531,7 +312,7 @@ def typed(cls: type[T], values: dict[str, Any], where: str, hidden: tuple[str, .
     """
     hints = typing.get_type_hints(cls)
     known = [name for name in hints if name not in hidden]
-    _refuse_unknown(values, known, where)
+    refuse_unknown(values, known, where)
     for item in dataclasses.fields(cls):
         if item.name not in values and item.default is item.default_factory is dataclasses.MISSING:
             raise LightningDiTError(f"{where}: {item.name} is missing", "set it")
@@ -540,9 +321,9 @@ def typed(cls: type[T], values: dict[str, Any], where: str, hidden: tuple[str, .
         hint = hints[name]
         if dataclasses.is_dataclass(hint):
             section = f"{where}: {name}"
-            filled[name] = typed(hint, _mapping(value if value is not None else {}, section), section)
+            filled[name] = typed(hint, as_mapping(value if value is not None else {}, section), section)
         else:
-            filled[name] = _coerce(value, hint, f"{where}: {name}")
+            filled[name] = coerce(value, hint, f"{where}: {name}")
     try:
         return cls(**filled)
     except ValueError as error:
@@ -608,11 +389,11 @@ def _with_absolute_paths(config: Config) -> Config:
     source = Path(config.source)
 
     def absolute(value: str | None) -> str | None:
-        return _absolute(value, source) if value else value
+        return absolute_path(value, source) if value else value
 
     model_name = config.vae.model_name
     if model_name.endswith((".yaml", ".yml")):
-        model_name = _absolute(model_name, source)
+        model_name = absolute_path(model_name, source)
     data = dataclasses.replace(
         config.data,
         data_path=absolute(config.data.data_path),
@@ -621,7 +402,7 @@ def _with_absolute_paths(config: Config) -> Config:
     vae = dataclasses.replace(config.vae, ckpt_path=absolute(config.vae.ckpt_path), model_name=model_name)
     train = dataclasses.replace(
         config.train,
-        output_dir=_absolute(config.train.output_dir, source),
+        output_dir=absolute_path(config.train.output_dir, source),
         weight_init=absolute(config.train.weight_init),
     )
     sample = dataclasses.replace(
@@ -634,17 +415,17 @@ def _with_absolute_paths(config: Config) -> Config:
     )
 
 
-def _absolute(value: str, source: Path) -> str:
+def absolute_path(value: str, source: Path) -> str:
     return str((source.resolve().parent / Path(value).expanduser()).resolve())
 
 
-def _mapping(value: Any, where: str) -> dict[str, Any]:
+def as_mapping(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise LightningDiTError(f"{where} is {value!r}; a mapping of keys to values is expected", "edit that section")
     return value
 
 
-def _refuse_unknown(values: dict[str, Any], known: typing.Iterable[str], where: str) -> None:
+def refuse_unknown(values: dict[str, Any], known: typing.Iterable[str], where: str) -> None:
     names = list(known)
     for key in values:
         if key not in names:
@@ -653,7 +434,7 @@ def _refuse_unknown(values: dict[str, Any], known: typing.Iterable[str], where: 
             raise LightningDiTError(f"{where}: unknown key {key!r}; {hint}", "rename or remove the key")
 
 
-def _coerce(value: Any, hint: Any, where: str) -> Any:
+def coerce(value: Any, hint: Any, where: str) -> Any:
     """Return `value` as the type `hint`, which is a scalar, a tuple of scalars, or a union of these."""
     options = typing.get_args(hint) if _is_union(hint) else (hint,)
     if type(None) in options and (value is None or value == "none"):
@@ -663,7 +444,7 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
             continue
         if typing.get_origin(option) is tuple and isinstance(value, list | tuple):
             inner = typing.get_args(option)[0]
-            return tuple(_coerce(item, inner, where) for item in value)
+            return tuple(coerce(item, inner, where) for item in value)
         if option is bool and isinstance(value, bool):
             return value
         if option is int and isinstance(value, int) and not isinstance(value, bool):
@@ -678,3 +459,40 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
 
 def _is_union(hint: Any) -> bool:
     return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+ABSENT = "default"  # how a message calls a setting that one side does not have, since defaults are left out
+
+
+def setting_differences(there: Mapping[str, Any], now: Mapping[str, Any], ignored: Collection[str] = ()) -> list[str]:
+    """Return a text for each setting in which two sets of settings differ, sections taken apart.
+
+    Args:
+        ignored: dotted names of settings that may differ.
+    """
+    old, new = _flat(there), _flat(now)
+    names = [name for name in {**new, **old} if name not in ignored]
+    pairs = {name: (old.get(name, ABSENT), new.get(name, ABSENT)) for name in names}
+    return [_difference(name, *pair) for name, pair in pairs.items() if pair[0] != pair[1]]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings as one level, the keys joined by dots."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _difference(key: str, there: Any, now: Any) -> str:
+    if isinstance(there, list) and isinstance(now, list):
+        if len(there) != len(now):
+            return f"{key}: {len(there)} there, {len(now)} now"
+        place = next(place for place, pair in enumerate(zip(there, now, strict=True)) if pair[0] != pair[1])
+        key, there, now = f"{key}[{place}]", there[place], now[place]
+    return f"{key}: {_short(there)} there, {_short(now)} now"
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."

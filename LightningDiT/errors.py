@@ -1,4 +1,4 @@
-"""The one exception that the library raises for what a user can cause and mend."""
+"""The one exception that the library raises for what a user can cause and fix."""
 
 
 class LightningDiTError(Exception):
@@ -6,10 +6,10 @@ class LightningDiTError(Exception):
 
     Args:
         message: names the value that is wrong and what was expected instead.
-        mend: the command or edit that puts it right, shown behind the message.
+        fix: the command or edit that puts it right, shown behind the message.
     """
 
-    def __init__(self, message: str, mend: str | None = None) -> None:
+    def __init__(self, message: str, fix: str | None = None) -> None:
         self.message = message
-        self.mend = mend
-        super().__init__(f"{message}; mend: {mend}" if mend else message)
+        self.fix = fix
+        super().__init__(f"{message}; fix: {fix}" if fix else message)

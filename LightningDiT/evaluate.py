@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from LightningDiT.cli import natural, positive
 from LightningDiT.console import Progress, run_main
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.sampling.options import natural, positive
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def see(args: argparse.Namespace, samples: ImageSource, reference: Source) -> tuple[Extractor, Sides]:
     """Return the network and what it sees on both sides."""
-    from LightningDiT.images import disk_errors
+    from LightningDiT.files import disk_errors
     from LightningDiT.metrics.cache import views_of
     from LightningDiT.metrics.extractors import make_extractor, require_fidelity
 
@@ -178,7 +178,7 @@ def evaluate(
 
 def classes_of(extractor: Extractor, sides: Sides) -> Report:
     """Return accuracy and the table by class, as far as the classes of the generated images are known."""
-    from LightningDiT.metrics.classes import class_table, overall_accuracy
+    from LightningDiT.metrics.by_class import class_table, overall_accuracy
 
     labels = sides.samples.labels
     if labels is None:
@@ -256,7 +256,7 @@ def _cell(value: float | None) -> str:
 
 def write(output: Path, report: Report, scores: Mapping[str, Score], picture: Image.Image | None) -> None:
     """Write the report and the figure, each whole or not at all, and say where."""
-    from LightningDiT.checkpoint import atomic_path
+    from LightningDiT.files import atomic_path
     from LightningDiT.metrics.figure import save_figure
 
     with atomic_path(output / REPORT) as temporary:
@@ -274,7 +274,7 @@ def write_for_adm(samples: ImageSource, target: Path) -> None:
     Raises:
         LightningDiTError: they are not square and of one size, or `target` is a folder or what they come from.
     """
-    from LightningDiT.npz import write_npz
+    from LightningDiT.data.npz import write_npz
 
     if target.is_dir():
         raise LightningDiTError(f"--npz: {target} is a folder, a file was expected", "name a file that ends in .npz")

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from LightningDiT.checkpoint import atomic_path
-from LightningDiT.cli import positive
-from LightningDiT.config import load_tokenizer_config
 from LightningDiT.console import Progress, run_main
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.images import disk_errors, image_grid, save_png, to_pil, to_uint8
+from LightningDiT.files import atomic_path, disk_errors
+from LightningDiT.images import image_grid, save_png, to_pil, to_uint8
 from LightningDiT.metrics.formulas import frechet_distance, psnr_per_image
+from LightningDiT.sampling.options import positive
 from LightningDiT.seeds import generator_for
+from LightningDiT.tokenizer.config import load_tokenizer_config
 from LightningDiT.tokenizer.latents import LatentStats, Moments
 from LightningDiT.tokenizer.perceptual import SMALLEST_SIDE, PerceptualDistance, load_perceptual
 from LightningDiT.tokenizer.uniformity import uniformity

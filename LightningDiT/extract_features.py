@@ -18,14 +18,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from LightningDiT.cli import positive
-from LightningDiT.config import TRAINING_MEND, Config, load_config, load_tokenizer_config, tokenizer_config_path
+from LightningDiT.config import TRAINING_FIX, Config, load_config
 from LightningDiT.console import duration, run_main
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.sampling.options import positive
+from LightningDiT.tokenizer.config import load_tokenizer_config, tokenizer_config_path
 
 if TYPE_CHECKING:
-    from LightningDiT.data.sets import ImageSet
-    from LightningDiT.extraction import ExtractionResult, ExtractionSettings
+    from LightningDiT.data.image_sets import ImageSet
+    from LightningDiT.training.extraction import ExtractionResult, ExtractionSettings
 
 MOST_THREADS = 8
 LISTED_FILES = 5
@@ -63,7 +64,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def open_images(args: argparse.Namespace) -> ImageSet:
     """Return the image set of the command line."""
-    from LightningDiT.data.sets import FASHION_MNIST, open_folder, open_list, open_torchvision
+    from LightningDiT.data.image_sets import FASHION_MNIST, open_folder, open_list, open_torchvision
 
     if args.images:
         return open_folder(args.images)
@@ -74,7 +75,7 @@ def open_images(args: argparse.Namespace) -> ImageSet:
 
 def settings_of(args: argparse.Namespace, config: Config) -> ExtractionSettings:
     """Return the extraction's settings of the command line."""
-    from LightningDiT.extraction import ExtractionSettings
+    from LightningDiT.training.extraction import ExtractionSettings
 
     threads = args.read_threads or min(os.cpu_count() or 1, MOST_THREADS)
     return ExtractionSettings(
@@ -119,12 +120,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, build, run."""
     args = parse(argv)
     from LightningDiT.device import best_device
-    from LightningDiT.extraction import extract
-    from LightningDiT.processes import launched_processes
+    from LightningDiT.distributed import launched_processes
     from LightningDiT.tokenizer.vavae import VA_VAE
+    from LightningDiT.training.extraction import extract
 
     with launched_processes() as processes:
-        config = processes.agree(lambda: load_config(args.config, TRAINING_MEND))
+        config = processes.agree(lambda: load_config(args.config, TRAINING_FIX))
         tokenizer_settings = processes.agree(lambda: load_tokenizer_config(tokenizer_config_path(config)))
         source = args.images or args.list or f"{args.dataset or 'FashionMNIST'} {args.split} in {args.data_root}"
         processes.say(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from LightningDiT.checkpoint import atomic_path
-from LightningDiT.errors import LightningDiTError
+from LightningDiT.files import atomic_path, disk_errors
 
 CAPTION_COLOUR = (40, 40, 40)
 PAPER = (255, 255, 255)
@@ -91,15 +89,3 @@ def save_png(image: Image.Image, path: str | Path) -> Path:
     with disk_errors(path), atomic_path(path) as temporary:
         image.save(temporary, format="PNG")
     return Path(path)
-
-
-@contextlib.contextmanager
-def disk_errors(path: str | Path) -> Iterator[None]:
-    """Turn what the system says while `path` is written into one line."""
-    try:
-        yield
-    except OSError as error:
-        raise LightningDiTError(
-            f"{path} cannot be written ({error.strerror or error})",
-            "free space on that disk, and give the same command again",
-        ) from error

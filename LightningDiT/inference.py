@@ -18,23 +18,22 @@ HERE = Path(__file__).resolve().parent
 if __package__ in (None, ""):
     sys.path.append(str(HERE.parent))  # run as a script, as the published repository does
 
-from LightningDiT.cli import (  # noqa: E402
+from LightningDiT.config import Config, load_config  # noqa: E402
+from LightningDiT.console import duration, run_main  # noqa: E402
+from LightningDiT.files import check_space, check_target  # noqa: E402
+from LightningDiT.sampling.options import (  # noqa: E402
     add_class_options,
     add_sampling_options,
     apply_options,
-    check_space,
-    check_target,
     classes_of,
     describe_settings,
     positive,
 )
-from LightningDiT.config import Config, load_config  # noqa: E402
-from LightningDiT.console import duration, run_main  # noqa: E402
 
 if TYPE_CHECKING:
-    from LightningDiT.pipeline import LightningDiTPipeline
-    from LightningDiT.processes import Processes
-    from LightningDiT.runs import RunResult, Strip
+    from LightningDiT.distributed import Processes
+    from LightningDiT.sampling.pipeline import LightningDiTPipeline
+    from LightningDiT.sampling.resumable_run import RunResult, Strip
 
 DEMO_FOLDER = HERE / "demo_images"
 DEMO_NAME = "demo_samples.png"
@@ -86,7 +85,7 @@ def random_labels(count: int, num_classes: int, seed: int) -> list[int]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, build, run."""
     args = parse(argv)
-    from LightningDiT.processes import launched_processes
+    from LightningDiT.distributed import launched_processes
 
     with launched_processes() as processes:
         config = processes.agree(lambda: apply_options(load_config(args.config), args))
@@ -95,8 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_demo(config: Config, args: argparse.Namespace, processes: Processes) -> int:
     """Sample the demonstration's classes and write their grid."""
-    from LightningDiT.demo import check_run, sample_demo
-    from LightningDiT.runs import Strip
+    from LightningDiT.sampling.demo import check_run, sample_demo
+    from LightningDiT.sampling.resumable_run import Strip
 
     folder = Path(args.output or DEMO_FOLDER)
     processes.from_main(lambda: check_space(folder, args.count or 0, config.data.image_size))
@@ -112,9 +111,9 @@ def run_demo(config: Config, args: argparse.Namespace, processes: Processes) -> 
 
 def run_folder(config: Config, args: argparse.Namespace, processes: Processes) -> int:
     """Sample many images into a folder, going on where an earlier run stopped."""
-    from LightningDiT.demo import check_run
-    from LightningDiT.pipeline import LightningDiTPipeline
-    from LightningDiT.runs import Strip, sample_run, write_samples
+    from LightningDiT.sampling.demo import check_run
+    from LightningDiT.sampling.pipeline import LightningDiTPipeline
+    from LightningDiT.sampling.resumable_run import Strip, sample_run, write_samples
 
     count = args.num_samples or args.count or config.sample.fid_num
     output = Path(args.output or HERE.parent / "output" / "samples")

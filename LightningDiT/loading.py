@@ -11,17 +11,9 @@ from typing import Any
 
 import torch
 
-from LightningDiT.calibrated import weights_fingerprint
 from LightningDiT.checkpoint import check_shapes, inspect, load_file, without_values
-from LightningDiT.compiled import compile_forward
-from LightningDiT.config import (
-    Config,
-    SampleConfig,
-    TokenizerConfig,
-    load_config,
-    load_tokenizer_config,
-    tokenizer_config_path,
-)
+from LightningDiT.compiling import compile_forward
+from LightningDiT.config import Config, SampleConfig, load_config
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.models.lightningdit import (
     LightningDiT,
@@ -31,7 +23,9 @@ from LightningDiT.models.lightningdit import (
     preset_settings,
     settings_from_shapes,
 )
-from LightningDiT.procedure import Procedure, check_solver, guidance_of
+from LightningDiT.sampling.calibrated import weights_fingerprint
+from LightningDiT.sampling.solver_choice import Procedure, check_solver, guidance_of
+from LightningDiT.tokenizer.config import TokenizerConfig, load_tokenizer_config, tokenizer_config_path
 from LightningDiT.tokenizer.latents import LatentStats
 from LightningDiT.tokenizer.vavae import autoencoder_settings, check_tokenizer_file
 from LightningDiT.transport import Transport, create_transport

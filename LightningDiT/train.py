@@ -23,16 +23,14 @@ from torch import Tensor, nn
 
 from LightningDiT import training
 from LightningDiT.checkpoint import inspect, without_values
-from LightningDiT.compiled import compile_forward
-from LightningDiT.config import TRAINING_MEND, Config, as_dict, load_config
+from LightningDiT.compiling import compile_forward
+from LightningDiT.config import TRAINING_FIX, Config, as_dict, load_config
 from LightningDiT.console import run_main
 from LightningDiT.device import PRECISIONS, autocast, best_device, is_out_of_memory, training_dtype
+from LightningDiT.distributed import ALONE, Processes, launched_processes
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.fine_tuning import initialise, plan
-from LightningDiT.latent_batches import LatentBatches, PartialBatch, has_cosine_loss
 from LightningDiT.loading import build_transport, model_settings
 from LightningDiT.models.lightningdit import LightningDiT
-from LightningDiT.processes import ALONE, Processes, launched_processes
 from LightningDiT.training import (
     Ema,
     GuardSettings,
@@ -43,7 +41,9 @@ from LightningDiT.training import (
     learning_rate,
     require_finite,
 )
-from LightningDiT.watching import Curves, watchers
+from LightningDiT.training.fine_tuning import initialise, plan
+from LightningDiT.training.latent_batches import LatentBatches, PartialBatch, has_cosine_loss
+from LightningDiT.training.monitors import Curves, watchers
 
 TERMS = ("loss", "cos_loss")
 
@@ -218,7 +218,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def read_config(args: argparse.Namespace) -> Config:
     """Return the configuration with the command line's data folder in it."""
-    config = load_config(args.config, TRAINING_MEND)
+    config = load_config(args.config, TRAINING_FIX)
     return replace(config, data=replace(config.data, data_path=args.data_path)) if args.data_path else config
 
 

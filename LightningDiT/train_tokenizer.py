@@ -25,24 +25,24 @@ from torch import Tensor, nn
 
 from LightningDiT import training
 from LightningDiT.checkpoint import inspect, save_weights, without_values
-from LightningDiT.cli import positive
-from LightningDiT.config import (
+from LightningDiT.config import setting_differences
+from LightningDiT.console import run_main
+from LightningDiT.data.images import fashion_mnist, pad_to_32, shown
+from LightningDiT.data.photographs import Photographs
+from LightningDiT.device import PRECISIONS, autocast, best_device, training_dtype
+from LightningDiT.distributed import ALONE, Processes, launched_processes
+from LightningDiT.errors import LightningDiTError
+from LightningDiT.images import centre_crop, image_grid, save_png, to_pil, to_uint8
+from LightningDiT.sampling.options import positive
+from LightningDiT.seeds import generator_for
+from LightningDiT.tokenizer.autoencoder import AutoencoderKL, AutoencoderSettings, DiagonalGaussian
+from LightningDiT.tokenizer.config import (
     TOKENIZER_CONFIGS,
     TokenizerConfig,
     TokenizerTrainConfig,
     load_tokenizer_config,
     tokenizer_training,
 )
-from LightningDiT.console import run_main
-from LightningDiT.data.images import fashion_mnist, pad_to_32, shown
-from LightningDiT.data.photographs import Photographs
-from LightningDiT.device import PRECISIONS, autocast, best_device, training_dtype
-from LightningDiT.differences import differences
-from LightningDiT.errors import LightningDiTError
-from LightningDiT.images import centre_crop, image_grid, save_png, to_pil, to_uint8
-from LightningDiT.processes import ALONE, Processes, launched_processes
-from LightningDiT.seeds import generator_for
-from LightningDiT.tokenizer.autoencoder import AutoencoderKL, AutoencoderSettings, DiagonalGaussian
 from LightningDiT.tokenizer.criterion import Criterion, Pass
 from LightningDiT.tokenizer.discriminator import smallest_side
 from LightningDiT.tokenizer.perceptual import PUBLISHED_PREFIX as PERCEPTUAL_PREFIX
@@ -51,8 +51,8 @@ from LightningDiT.tokenizer.starting_weights import StartingWeights, read_starti
 from LightningDiT.tokenizer.vavae import autoencoder_settings
 from LightningDiT.tokenizer.vision import VisionModel, create_model
 from LightningDiT.training import BatchOrder, Ema, RunFolder, Schedule, Watcher, learning_rate, require_finite, share_of
-from LightningDiT.training.folder import step_of
-from LightningDiT.watching import Curves
+from LightningDiT.training.monitors import Curves
+from LightningDiT.training.run_dir import step_of
 
 STAGES = tuple(TOKENIZER_CONFIGS / f"vavae_f16d32_stage{number}.yaml" for number in (1, 2, 3))
 AVERAGE, TRAINED = "tokenizer.safetensors", "training.safetensors"
@@ -183,7 +183,7 @@ def check_sizes(settings: AutoencoderSettings, config: TokenizerTrainConfig) -> 
             raise LightningDiTError(
                 f"ddconfig.{name} is {channels}; images have {IMAGE_CHANNELS} channels", f"set it to {IMAGE_CHANNELS}"
             )
-    for weight, least, network, mend in (
+    for weight, least, network, fix in (
         (config.lpips_weight, SMALLEST_SIDE, "LPIPS", "set train.lpips_weight: 0"),
         (
             config.disc_weight,
@@ -194,7 +194,7 @@ def check_sizes(settings: AutoencoderSettings, config: TokenizerTrainConfig) -> 
     ):
         if weight and settings.resolution < least:
             raise LightningDiTError(
-                f"images of {settings.resolution} pixels are too small for {network}, which needs {least}", mend
+                f"images of {settings.resolution} pixels are too small for {network}, which needs {least}", fix
             )
 
 
@@ -445,7 +445,7 @@ def is_finished(tokenizer: TokenizerConfig, args: argparse.Namespace, folder: Pa
     config = stage_config(tokenizer, args)
     model = autoencoder_settings(tokenizer)
     images = open_images(args, model.resolution)
-    changed = differences(json.loads(about.get(SETTINGS, "{}")), run_settings(model, config, images))
+    changed = setting_differences(json.loads(about.get(SETTINGS, "{}")), run_settings(model, config, images))
     if SETTINGS in about and changed:
         raise LightningDiTError(
             f"{folder} holds a stage of other settings ({'; '.join(changed)})", "choose another --output"

@@ -121,11 +121,12 @@ def bundled_faults(folder: Path) -> list[str]:
         StepError: torch is absent.
     """
     require_torch("opening the bundled model")
-    from LightningDiT.calibrated import load_solvers
     from LightningDiT.checkpoint import inspect
-    from LightningDiT.config import load_config, load_tokenizer_config
+    from LightningDiT.config import load_config
     from LightningDiT.errors import LightningDiTError
     from LightningDiT.loading import verify_config
+    from LightningDiT.sampling.calibrated import load_solvers
+    from LightningDiT.tokenizer.config import load_tokenizer_config
     from LightningDiT.tokenizer.latents import diagnose
 
     openers: dict[str, Callable[[Path], object]] = {
@@ -225,8 +226,8 @@ def _compare(file: WeightFile, path: Path, record: Record, source: Source, patie
     if not is_whole(path, remote):
         record.forget(path.name)
         where = f"{path} ({leads_to(path)})" if path.is_symlink() else f"{path}"
-        mend = downloads.again(*(["--source", "hub"] * path.is_symlink()), without=["--verify", "--source"])
-        raise StepError(f"{where} is not the file that the hub has (size or hash differ)", mend)
+        fix = downloads.again(*(["--source", "hub"] * path.is_symlink()), without=["--verify", "--source"])
+        raise StepError(f"{where} is not the file that the hub has (size or hash differ)", fix)
     record.note(path, remote)
     return f"{remote.hashed_by or 'size'} right"
 

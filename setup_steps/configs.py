@@ -290,14 +290,14 @@ def output_file(path: Path) -> Path:
     Raises:
         StepError: a folder carries the name, or a file stands where its folder was expected.
     """
-    target, mend = absolute(path), again("--output", "FILE.yaml", without=["--output"])
+    target, fix = absolute(path), again("--output", "FILE.yaml", without=["--output"])
     if target.is_dir():
-        raise StepError(f"{target} is a folder, a YAML file was expected", mend)
+        raise StepError(f"{target} is a folder, a YAML file was expected", fix)
     if target.suffix not in YAML_ENDINGS:
-        raise StepError(f"{target} is named like no YAML file, {' or '.join(YAML_ENDINGS)} was expected", mend)
+        raise StepError(f"{target} is named like no YAML file, {' or '.join(YAML_ENDINGS)} was expected", fix)
     for folder in target.parents:
         if folder.is_file():
-            raise StepError(f"{folder} is a file, the folder of {target.name} was expected", mend)
+            raise StepError(f"{folder} is a file, the folder of {target.name} was expected", fix)
     return target
 
 
@@ -346,7 +346,7 @@ def _verified(fresh: Path, target: Path, verify: Callable[[Path], list[str]]) ->
         return [line.replace(str(fresh), str(target)) for line in verify(fresh)]
     except LightningDiTError as error:
         message = error.message.replace(str(fresh), str(target))
-        raise StepError(message, error.mend) from error
+        raise StepError(message, error.fix) from error
 
 
 def _keep_edited(target: Path, config: Config) -> list[str]:

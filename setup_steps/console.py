@@ -33,30 +33,30 @@ PLACES = (
     ("conda", lambda: (Path(sys.prefix) / "conda-meta").is_dir()),
     ("virtual environment", lambda: sys.prefix != sys.base_prefix),
 )
-#: What mends an operating system's error, by its number.
-OS_MENDS = {
+#: What fixes an operating system's error, by its number.
+OS_FIXS = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "copy the project to a folder that you may write to"),
     errno.ENOSPC: "free space on that disk and run the same command again",
 }
 
 
 class StepError(Exception):
-    """What a person can cause and mend, said in one line.
+    """What a person can cause and fix, said in one line.
 
     Args:
         message: names the value that is wrong and what was expected instead.
-        mend: the command or edit that puts it right.
+        fix: the command or edit that puts it right.
     """
 
-    def __init__(self, message: str, mend: str | None = None) -> None:
+    def __init__(self, message: str, fix: str | None = None) -> None:
         self.message = message
-        self.mend = mend
-        super().__init__(f"{message}; mend: {mend}" if mend else message)
+        self.fix = fix
+        super().__init__(f"{message}; fix: {fix}" if fix else message)
 
 
 def run(main: Callable[[], int]) -> NoReturn:
     """Run a step's `main` and leave the process with its exit code, never with a traceback for
-    what a person can mend: StepError, the library's error and an absent package become one line on
+    what a person can fix: StepError, the library's error and an absent package become one line on
     stderr (exit 1), Ctrl-C becomes exit 130.
     """
     # A closed stream (`>&-`) is None.
@@ -81,7 +81,7 @@ def run(main: Callable[[], int]) -> NoReturn:
         package = (error.name or "").partition(".")[0]
         if not package or package in OWN_PACKAGES or package in sys.stdlib_module_names:
             raise
-        complain(f"package '{package}' is not installed for this Python ({sys.executable}); mend: {mend_packages()}")
+        complain(f"package '{package}' is not installed for this Python ({sys.executable}); fix: {fix_packages()}")
         code = FAILED
     except Exception as error:
         if not isinstance(error, (StepError, library_error())):
@@ -110,11 +110,11 @@ def describe_os_error(error: OSError) -> str:
     place = f"{error.filename}: " if error.filename else ""
     reason = error.strerror or str(error) or type(error).__name__
     look = f"ls -ld {shlex.quote(str(error.filename))} shows what is there; put it right and " if error.filename else ""
-    mend = OS_MENDS.get(error.errno or 0, f"{look}run the same command again")
+    fix = OS_FIXS.get(error.errno or 0, f"{look}run the same command again")
     named = Path(error.filename) if error.filename else None
     if error.errno == errno.EACCES and named and named.is_file() and not os.access(named, os.R_OK):
-        mend = f"chmod u+r {shlex.quote(str(error.filename))}, then run the same command again"
-    return f"{place}{reason}; mend: {mend}"
+        fix = f"chmod u+r {shlex.quote(str(error.filename))}, then run the same command again"
+    return f"{place}{reason}; fix: {fix}"
 
 
 def rename_command(path: Path, ending: str) -> str:
@@ -185,8 +185,8 @@ def interpreter() -> str:
     return "python" if shutil.which("python") or os.name == "nt" else "python3"
 
 
-def mend_packages() -> str:
-    """The command that mends an absent package: the same one in the project's virtual environment
+def fix_packages() -> str:
+    """The command that fixes an absent package: the same one in the project's virtual environment
     where there is one and this process does not run in it, else step 1.
     """
     step1 = "step1_install_environment.py"

@@ -92,7 +92,8 @@ def convert(source: Path, file: WeightFile, precision: str, replace: bool) -> st
         StepError: a value does not fit the precision, the disk is full, or the copy differs.
     """
     require_torch("converting weights")
-    from LightningDiT.checkpoint import fingerprint, load_weights
+    from LightningDiT.checkpoint import load_weights
+    from LightningDiT.files import fingerprint
 
     target = source.with_name(converted_name(file.name, precision))
     if target == source:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from setup_steps import console
-from setup_steps.console import Progress, StepError, format_bytes, format_seconds, mend_packages
+from setup_steps.console import Progress, StepError, fix_packages, format_bytes, format_seconds
 from setup_steps.files import claim, replacing
 
 CHUNK = 1 << 20
@@ -209,7 +209,7 @@ def describe(repo: str, name: str, patience: Patience = PATIENCE) -> RemoteFile:
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
         from huggingface_hub.utils import HfHubHTTPError
     except ImportError as error:
-        raise StepError(f"huggingface_hub does not import ({error})", mend_packages()) from error
+        raise StepError(f"huggingface_hub does not import ({error})", fix_packages()) from error
     # The HTTP library beneath huggingface_hub has changed twice (requests, httpx, httpx2); its
     # error for "no answer" is a base of the hub's own error, or an OSError.
     hub_errors = (OSError, *HfHubHTTPError.__bases__)
@@ -269,8 +269,8 @@ def _explain_status(code: int, headers: Any, repo: str, name: str, url: str) -> 
             f"check --endpoint or unset HF_ENDPOINT, then {again()}",
         ),
     }
-    message, mend = reasons.get(code, (f"{name}: {_host(url)} answered {code}", again()))
-    raise StepError(message, mend)
+    message, fix = reasons.get(code, (f"{name}: {_host(url)} answered {code}", again()))
+    raise StepError(message, fix)
 
 
 def _retry_after(headers: Any) -> float:
@@ -294,8 +294,8 @@ def _wait(name: str, trouble: _TryAgainError, failures: int, patience: Patience)
     time.sleep(seconds)
 
 
-def _give_up(message: str, mend: str, cause: Exception) -> NoReturn:
-    raise StepError(message, mend) from cause
+def _give_up(message: str, fix: str, cause: Exception) -> NoReturn:
+    raise StepError(message, fix) from cause
 
 
 def _host(url: str) -> str:

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from setup_steps.console import PROJECT, StepError, format_bytes, mend_packages, places
+from setup_steps.console import PROJECT, StepError, fix_packages, format_bytes, places
 
 PROBE_SECONDS = 300
 MODULE_SUFFIXES = (".py", ".so", ".pyd")
@@ -226,7 +226,7 @@ def require_torch(purpose: str) -> None:
     except Exception as error:
         raise StepError(
             f"{purpose} needs torch, which does not import ({one_line(error)})",
-            mend_packages(),
+            fix_packages(),
         ) from error
 
 

@@ -14,7 +14,7 @@ decode      of one image; the tokenizer decodes at most `chunk` images at once, 
 
 What is computed is bounded by every tensor that the largest block makes, as if none were freed before
 the block ends: allocators (glibc's heap, torch's cache) keep freed blocks of that size. Measured by
-`python -m setup_steps.measure_memory`; the table is in docs/memory.md.
+`python -m studies.measure_memory`; the table is in docs/memory.md.
 """
 
 from __future__ import annotations
@@ -90,10 +90,10 @@ def decode_bytes(settings: AutoencoderSettings, images: int, side: int) -> int:
 def parameters_of(config: Config) -> tuple[int, int]:
     """Numbers of parameters of a configuration's transformer and tokenizer; no weight is read."""
     from LightningDiT.checkpoint import without_values
-    from LightningDiT.config import load_tokenizer_config, tokenizer_config_path
     from LightningDiT.loading import model_settings
     from LightningDiT.models.lightningdit import LightningDiT
     from LightningDiT.tokenizer.autoencoder import AutoencoderKL
+    from LightningDiT.tokenizer.config import load_tokenizer_config, tokenizer_config_path
     from LightningDiT.tokenizer.vavae import autoencoder_settings
 
     with without_values():
@@ -113,8 +113,8 @@ def sampling_need(config: Config, on_gpu: bool, value_bytes: int) -> Need:
         value_bytes: FLOAT32 or HALF, of the precision that the transformer computes in.
     """
     from LightningDiT.checkpoint import PORTION_BYTES
-    from LightningDiT.config import load_tokenizer_config, tokenizer_config_path
     from LightningDiT.loading import model_settings
+    from LightningDiT.tokenizer.config import load_tokenizer_config, tokenizer_config_path
     from LightningDiT.tokenizer.vavae import autoencoder_settings, images_at_once
 
     transformer, tokenizer = parameters_of(config)

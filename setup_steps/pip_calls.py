@@ -38,11 +38,11 @@ class InstallError(StepError):
 
 @dataclass(frozen=True)
 class Complaint:
-    """What pip says, and how that is told and mended; `{what}` is the pattern's group of that name."""
+    """What pip says, and how that is told and fixed; `{what}` is the pattern's group of that name."""
 
     pattern: str
     message: str
-    mend: str
+    fix: str
 
 
 #: The first row that fits pip's stderr is the reason: a full disk shows up as broken downloads, too.
@@ -184,5 +184,5 @@ def judge(said: str, requirements: Sequence[str], code: int) -> InstallError:
     return InstallError(
         f"pip ended with code {code} while it installed {shlex.join(requirements)}: "
         + row.message.format(python=python, **named),
-        row.mend.format(again=again()),
+        row.fix.format(again=again()),
     )

@@ -84,7 +84,7 @@ def make_plan(
         raise source.explain_absence(file)
     for judged in here:
         if judged.unreachable:
-            raise StepError(f"{judged.path} {judged.fault}; {judged.unreachable.message}", judged.unreachable.mend)
+            raise StepError(f"{judged.path} {judged.fault}; {judged.unreachable.message}", judged.unreachable.fix)
     remote = here[0].remote if here else None
     return Plan(file, target, remote=remote or downloads.describe(file.repo, file.name, patience), bad=bad)
 
@@ -189,10 +189,10 @@ def _refuse_fetched(plan: Plan, error: StepError) -> StepError:
     """
     aside = free_name(plan.target, "bad")
     plan.target.replace(aside)
-    mend = f"another --endpoint, or --source folder --folder FOLDER: {downloads.again()}"
+    fix = f"another --endpoint, or --source folder --folder FOLDER: {downloads.again()}"
     if plan.file.role == "stats":
-        mend = f"python fix_latents_stats.py --stats {shlex.quote(str(plan.target))}"
-    return StepError(f"{error.message}; it came so from the hub and is kept as {aside.name}", mend)
+        fix = f"python fix_latents_stats.py --stats {shlex.quote(str(plan.target))}"
+    return StepError(f"{error.message}; it came so from the hub and is kept as {aside.name}", fix)
 
 
 def _name_aside(target: Path) -> Path | None:

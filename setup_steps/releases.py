@@ -96,7 +96,7 @@ class Decision:
         torchvision: the version that belongs to it, or "0.24.*" where any build of it does.
         numpy: "<2" for a torch that was built for numpy 1, else empty.
         reason: why, in one line.
-        warning: what is not used and what would mend it; empty where all is well.
+        warning: what is not used and what would fix it; empty where all is well.
     """
 
     action: str
@@ -195,7 +195,7 @@ def why_unused(torch: TorchFacts, gpu: Gpu, lines: tuple[Release, ...]) -> Troub
     return next((trouble for holds, trouble in rows if holds), Trouble(f"cannot use {gpu.title}: {gpu.fault}", True))
 
 
-def what_mends(machine: Machine, lines: tuple[Release, ...], gpu: Gpu) -> str:
+def what_fixes(machine: Machine, lines: tuple[Release, ...], gpu: Gpu) -> str:
     """What would let a GPU be used that the chosen release does not serve."""
     if machine.system != GPU_SYSTEM:
         return f"install a torch with CUDA for {machine.system} by hand, step 1 keeps one that works"
@@ -268,10 +268,10 @@ def _kept(machine: Machine, lines: tuple[Release, ...], best: Release) -> Decisi
         if gpu.fault == "":
             continue
         trouble = why_unused(torch, gpu, lines)
-        mend = "nvidia-smi shows its state; then run step 1 again"
+        fix = "nvidia-smi shows its state; then run step 1 again"
         if gpu not in served_by(best, machine):
-            mend = what_mends(machine, lines, gpu)
-        texts.append(f"torch {torch.version} {trouble.text} ({mend})")
+            fix = what_fixes(machine, lines, gpu)
+        texts.append(f"torch {torch.version} {trouble.text} ({fix})")
     warning = "; ".join(dict.fromkeys(texts))
     if warning and machine.gpus[0].fault != "":  # the first is the one that the project computes on
         place = machine.gpus.index(running[0]) if running else 0
@@ -313,8 +313,8 @@ def _why_best(machine: Machine, best: Release) -> str:
 
 
 def _unserved(machine: Machine, lines: tuple[Release, ...], best: Release) -> str:
-    """The GPUs that the chosen release leaves aside and what would mend that; empty where it serves all."""
+    """The GPUs that the chosen release leaves aside and what would fix that; empty where it serves all."""
     left = [gpu for gpu in machine.gpus if gpu not in served_by(best, machine)]
-    texts = [f"{gpu.title} is not used ({what_mends(machine, lines, gpu)})" for gpu in left]
+    texts = [f"{gpu.title} is not used ({what_fixes(machine, lines, gpu)})" for gpu in left]
     lead = "the processor is used: " if left and len(left) == len(machine.gpus) else ""
     return lead + "; ".join(dict.fromkeys(texts))

@@ -332,7 +332,7 @@ def _tokenizer_for(target: Target, request: Request) -> VA_VAE:
     Raises:
         StepError: nothing tells which, or the published weights are not there.
     """
-    from LightningDiT.config import TOKENIZER_CONFIGS, tokenizer_config_path
+    from LightningDiT.tokenizer.config import TOKENIZER_CONFIGS, tokenizer_config_path
     from LightningDiT.tokenizer.vavae import VA_VAE
 
     if request.tokenizer:

@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from LightningDiT.checkpoint import save_weights
-from LightningDiT.config import load_config, load_tokenizer_config
+from LightningDiT.config import load_config
 from LightningDiT.loading import model_settings
 from LightningDiT.models.lightningdit import LightningDiT
 from LightningDiT.tokenizer.autoencoder import AutoencoderKL
+from LightningDiT.tokenizer.config import load_tokenizer_config
 from LightningDiT.tokenizer.latents import LatentStats
 from LightningDiT.tokenizer.vavae import autoencoder_settings
 from tests.published import good_stats, light_checkpoint

@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import nn
 
-from LightningDiT.config import load_tokenizer_config
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.models.layers import modulate
 from LightningDiT.models.lightningdit import LightningDiTSettings
-from LightningDiT.pipeline import LightningDiTPipeline
+from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from LightningDiT.tokenizer.autoencoder import AutoencoderKL, AutoencoderSettings
+from LightningDiT.tokenizer.config import load_tokenizer_config
 from LightningDiT.tools.benchmark.__main__ import PARTS, main
 from LightningDiT.tools.benchmark.counting import OTHERS, kind_of, moved_bytes, product_flops, tensor_bytes
 from LightningDiT.tools.benchmark.demo import demo_samples_bundled_model, time_demo
@@ -405,7 +405,7 @@ def test_a_page_with_one_of_two_marks_is_left_as_it_is(tmp_path: Path) -> None:
     page, (begin, end) = tmp_path / "page.md", marks_of("measured")
     for text in (f"a\n{begin}\nb\n", f"a\n{end}\nb\n", f"a\n{end}\nb\n{begin}\nc\n"):
         page.write_text(text)
-        with pytest.raises(LightningDiTError, match=f"lacks the lines {begin} and {end}; mend: git restore"):
+        with pytest.raises(LightningDiTError, match=f"lacks the lines {begin} and {end}; fix: git restore"):
             put_between_marks(page, ["new"], "Title")
         assert page.read_text() == text
 
@@ -478,7 +478,7 @@ def test_time_demo_refuses_a_run_without_sampling(tmp_path: Path) -> None:
 def test_timed_script_passes_the_exit_code_on(tmp_path: Path) -> None:
     script = tmp_path / "fails.py"
     script.write_text("import sys\nprint(sys.argv[1:])\nsys.exit(3)\n")
-    tool = [sys.executable, "-m", "LightningDiT.tools.timed_script", str(tmp_path / "t.json")]
+    tool = [sys.executable, "-m", "LightningDiT.tools.benchmark.timed_script", str(tmp_path / "t.json")]
     done = subprocess.run([*tool, str(script), "a", "-b"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (3, "['a', '-b']\n")
     assert not (tmp_path / "t.json").exists()

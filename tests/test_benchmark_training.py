@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 from LightningDiT.config import load_config
-from LightningDiT.latent_batches import LatentBatches, PartialBatch
 from LightningDiT.tools.benchmark import training
 from LightningDiT.tools.benchmark.__main__ import main
 from LightningDiT.tools.benchmark.published_loop import DECAY
@@ -36,6 +35,7 @@ from LightningDiT.tools.benchmark.training import (
 )
 from LightningDiT.tools.report import marks_of
 from LightningDiT.train import Trainer
+from LightningDiT.training.latent_batches import LatentBatches, PartialBatch
 
 CPU = torch.device("cpu")
 QUICK = Setting(CPU, torch.float32, quick=True)

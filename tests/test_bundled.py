@@ -15,7 +15,7 @@ from LightningDiT.checkpoint import inspect
 from LightningDiT.data.images import FASHION_MNIST_CLASSES
 from LightningDiT.loading import verify_config
 from LightningDiT.metrics.judge import load_judge
-from LightningDiT.pipeline import LightningDiTPipeline
+from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from LightningDiT.tokenizer.latents import LatentStats
 from tests.conftest import BUNDLED
 from tests.project_copy import copy_project, run_script
@@ -138,7 +138,7 @@ def test_another_guidance_than_the_calibrated_one_is_said_once_in_one_line(proje
 
 def test_bad_input_is_one_line(project: Path, elsewhere: Path) -> None:
     cases = {
-        "does not exist; mend: python step3_setup_configs.py": ["--config", str(elsewhere / "absent.yaml")],
+        "does not exist; fix: python step3_setup_configs.py": ["--config", str(elsewhere / "absent.yaml")],
         "class 10 is out of range; 0 to 9 are expected": ["--config", str(BUNDLED / "config.yaml"), "--classes", "10"],
         "near to it: sneaker": ["--config", str(BUNDLED / "config.yaml"), "--classes", "sneeker"],
     }

@@ -8,11 +8,11 @@ import shutil
 import pytest
 import torch
 
-from LightningDiT.calibrated import Guidance, SolverFile, load_solvers, save_solvers, weights_fingerprint
 from LightningDiT.checkpoint import load_weights
 from LightningDiT.config import load_config
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.pipeline import LightningDiTPipeline
+from LightningDiT.sampling.calibrated import Guidance, SolverFile, load_solvers, save_solvers, weights_fingerprint
+from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from LightningDiT.tools.calibrate_solver import (
     Candidate,
     Problem,

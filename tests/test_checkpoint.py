@@ -17,8 +17,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from LightningDiT.checkpoint import (
-    atomic_path,
-    fingerprint,
     inspect,
     load_file,
     load_into,
@@ -28,6 +26,7 @@ from LightningDiT.checkpoint import (
     without_values,
 )
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.files import atomic_path, fingerprint
 from tests.conftest import PROJECT
 
 
@@ -110,7 +109,7 @@ def test_what_is_no_weights_file_is_named(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(LightningDiTError, match=message):
             load_weights(tmp_path / name)
-    with pytest.raises(LightningDiTError, match="does not exist; mend: .*python step2"):
+    with pytest.raises(LightningDiTError, match="does not exist; fix: .*python step2"):
         load_weights(tmp_path / "absent.pt")
     with pytest.raises(LightningDiTError, match="is a folder"):
         load_weights(tmp_path)
@@ -204,7 +203,7 @@ def test_a_value_that_the_precision_cannot_hold_is_named(tmp_path: Path) -> None
     path = stored("safetensors", tmp_path, weights() | {"bias": torch.tensor([1.0, -7e4])})
     with pytest.raises(LightningDiTError) as raised:
         load_file(nn.Linear(3, 2), path, torch.float16)
-    message = f"{path}: tensor bias reaches 70000, float16 ends at 65504; mend: sample with --precision bf16 or fp32"
+    message = f"{path}: tensor bias reaches 70000, float16 ends at 65504; fix: sample with --precision bf16 or fp32"
     assert str(raised.value) == message
     load_file(module := nn.Linear(3, 2), path, torch.bfloat16)
     assert module.bias[1] == torch.tensor(-7e4).bfloat16()
@@ -285,8 +284,8 @@ def test_a_fingerprint_follows_the_content(tmp_path: Path) -> None:
     assert fingerprint(path) != first
 
 
-def test_the_mend_of_a_bundled_file_is_git(tmp_path: Path) -> None:
-    with pytest.raises(LightningDiTError, match="mend: git restore models/fashion-mnist"):
+def test_the_fix_of_a_bundled_file_is_git(tmp_path: Path) -> None:
+    with pytest.raises(LightningDiTError, match="fix: git restore models/fashion-mnist"):
         load_weights(tmp_path / "models" / "fashion-mnist" / "transformer.safetensors")
 
 

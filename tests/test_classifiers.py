@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from LightningDiT.data.images import pad_to_32
-from LightningDiT.tools.classifiers import augment
+from studies.classifiers import augment
 
 
 def test_augmentation_moves_by_two_pixels_at_most_and_mirrors() -> None:

@@ -6,15 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from LightningDiT.config import (
-    Config,
-    as_dict,
-    load_config,
-    load_tokenizer_config,
-    tokenizer_config_path,
-    tokenizer_training,
-)
+from LightningDiT.config import Config, as_dict, load_config
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.tokenizer.config import load_tokenizer_config, tokenizer_config_path, tokenizer_training
 from tests.conftest import PACKAGE
 
 #: Every key of the published schema, with values of the kinds that the published files hold.
@@ -92,13 +86,11 @@ def test_mistakes_are_named(text: str, message: str, tmp_path: Path) -> None:
 
 
 def test_absent_files_and_folders_are_named(tmp_path: Path) -> None:
-    with pytest.raises(LightningDiTError, match=r"does not exist; mend: python step3_setup_configs.py"):
+    with pytest.raises(LightningDiTError, match=r"does not exist; fix: python step3_setup_configs.py"):
         load_config(tmp_path / "absent.yaml")
     with pytest.raises(LightningDiTError, match="is a folder"):
         load_config(tmp_path)
-    with pytest.raises(
-        LightningDiTError, match=r"does not exist; mend: name a tokenizer YAML, such as those in .*conf"
-    ):
+    with pytest.raises(LightningDiTError, match=r"does not exist; fix: name a tokenizer YAML, such as those in .*conf"):
         load_tokenizer_config(tmp_path / "absent.yaml")
 
 
@@ -136,7 +128,7 @@ def test_as_dict_holds_what_differs_and_loads_again(tmp_path: Path) -> None:
 )
 def test_values_that_no_training_of_a_tokenizer_could_use(key: str, value: str, tmp_path: Path) -> None:
     text = f"model: {{params: {{embed_dim: 4, ddconfig: {{ch: 32}}}}}}\ntrain: {{{key}: {value}}}"
-    with pytest.raises(LightningDiTError, match=rf"train.{key} is .* is expected; mend: edit that value"):
+    with pytest.raises(LightningDiTError, match=rf"train.{key} is .* is expected; fix: edit that value"):
         tokenizer_training(load_tokenizer_config(write(tmp_path, text)))
 
 

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from LightningDiT.config import NAMED_SOLVERS, load_config
-from LightningDiT.pipeline import LightningDiTPipeline
+from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from LightningDiT.transport import ODE_METHODS
 from setup_steps import configs, memory_model, weights
 from setup_steps.configs import CPU_SHARE, GPU_SHARE, LARGEST_BATCH

@@ -56,15 +56,15 @@ def test_progress_on_a_pipe_is_plain_lines() -> None:
         (
             "raise FileNotFoundError(2, 'No such file', '/a b')",
             1,
-            "error: /a b: No such file; mend: ls -ld '/a b' shows what is there; put it right and run the same command",
+            "error: /a b: No such file; fix: ls -ld '/a b' shows what is there; put it right and run the same command",
         ),
-        ("raise ConnectionResetError(104, 'reset')", 1, "error: reset; mend: run the same command again"),
-        ("raise OSError('no number')", 1, "error: no number; mend: run the same command again"),
+        ("raise ConnectionResetError(104, 'reset')", 1, "error: reset; fix: run the same command again"),
+        ("raise OSError('no number')", 1, "error: no number; fix: run the same command again"),
         ("raise KeyboardInterrupt", 130, ""),
         (
-            "from LightningDiT import errors\n    raise errors.LightningDiTError('bad', 'mend')",
+            "from LightningDiT import errors\n    raise errors.LightningDiTError('bad', 'fix')",
             1,
-            "error: bad; mend: mend",
+            "error: bad; fix: fix",
         ),
     ],
 )
@@ -96,9 +96,9 @@ def test_a_command_that_renames_holds_for_any_name(tmp_path: Path) -> None:
     """The command is run by a shell as a person pastes it."""
     place = tmp_path / "Li's models $HOME 图像"
     place.write_text("mine")
-    with pytest.raises(console.StepError, match="is a file, a folder was expected; mend: mv ") as refusal:
+    with pytest.raises(console.StepError, match="is a file, a folder was expected; fix: mv ") as refusal:
         console.require_writable(place)
-    subprocess.run(refusal.value.mend, shell=True, check=True)
+    subprocess.run(refusal.value.fix, shell=True, check=True)
     assert (place.exists(), place.with_name(place.name + ".old").read_text()) == (False, "mine")
 
 
@@ -124,11 +124,11 @@ def test_an_absent_package_is_one_line_with_the_interpreter_that_has_it(tmp_path
         python = console.venv_python(environment)
         done = run_script(folder / "step4_run_inference.py", *options, python=str(python), cwd=tmp_path, PYTHONPATH="")
         assert done.returncode == 1
-        head, _, mend = done.stderr.partition("; mend: ")
+        head, _, fix = done.stderr.partition("; fix: ")
         assert re.fullmatch(
             rf"error: package '\w+' is not installed for this Python \({re.escape(str(python))}\)", head
         )
-        return mend
+        return fix
 
     assert complaint(bare) == "python step1_install_environment.py\n"
     (tmp_path / "aside").rename(own)
@@ -137,7 +137,7 @@ def test_an_absent_package_is_one_line_with_the_interpreter_that_has_it(tmp_path
     assert complaint(own) == f"{python} step1_install_environment.py\n"
     program = "from setup_steps import machine\nmachine.require_torch('this')\n"
     done = run_script(Path("-c"), program, python=str(console.venv_python(bare)), cwd=folder, PYTHONPATH="")
-    assert done.stderr.endswith(f"; mend: {python} step1_install_environment.py\n")
+    assert done.stderr.endswith(f"; fix: {python} step1_install_environment.py\n")
 
 
 def test_the_interpreter_of_an_environment_on_both_systems() -> None:
@@ -182,5 +182,5 @@ def test_a_file_that_may_not_be_read_is_told_from_one_that_may_not_be_made(
     monkeypatch.setattr("os.access", lambda path, mode: False)
     (tmp_path / "there").touch()
     there, absent = (PermissionError(13, "Permission denied", str(tmp_path / name)) for name in ("there", "absent"))
-    assert f"; mend: chmod u+r {tmp_path / 'there'}, then run" in console.describe_os_error(there)
-    assert "; mend: copy the project to a folder that you may write to" in console.describe_os_error(absent)
+    assert f"; fix: chmod u+r {tmp_path / 'there'}, then run" in console.describe_os_error(there)
+    assert "; fix: copy the project to a folder that you may write to" in console.describe_os_error(absent)

@@ -15,14 +15,15 @@ import pytest
 import torch
 
 from LightningDiT.checkpoint import save_training_state
-from LightningDiT.config import load_config, load_tokenizer_config, tokenizer_training
+from LightningDiT.config import load_config
 from LightningDiT.console import run_main
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.loading import model_settings
 from LightningDiT.models.lightningdit import LightningDiT
+from LightningDiT.tokenizer.config import load_tokenizer_config, tokenizer_training
 from LightningDiT.tokenizer.vavae import autoencoder_settings
-from LightningDiT.tools.convergence_study import arms, jobs, judging, page
-from LightningDiT.tools.convergence_study.__main__ import parse
+from studies.convergence import arms, jobs, judging, page
+from studies.convergence.__main__ import parse
 from tests.conftest import BUNDLED, PROJECT
 from tests.test_evaluate_bundled import data_root  # noqa: F401 - a fixture
 
@@ -65,7 +66,7 @@ def test_the_start_of_a_quick_arm_is_that_of_its_training(plan: arms.Plan) -> No
 def test_another_plan_does_not_take_the_folder(plan: arms.Plan) -> None:
     arms.write_configs(plan)
     arms.write_configs(plan)  # the same again
-    with pytest.raises(LightningDiTError, match=r"dit-0\.yaml is of a study with other settings; mend: choose another"):
+    with pytest.raises(LightningDiTError, match=r"dit-0\.yaml is of a study with other settings; fix: choose another"):
         arms.write_configs(replace(plan, steps=50))
 
 
@@ -110,7 +111,7 @@ def test_a_job_that_fails_is_named_with_its_last_line(tmp_path: Path) -> None:
 def test_a_stop_reaches_the_jobs_under_way(number: signal.Signals, tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from LightningDiT.console import run_main\n"
-        "from LightningDiT.tools.convergence_study.jobs import Job, run_jobs\n"
+        "from studies.convergence.jobs import Job, run_jobs\n"
         f"logs = Path({str(tmp_path)!r})\n"
         "job = Job('server', ('http.server', '--bind', '127.0.0.1', '0'), logs / 'never')\n"
         "sys.exit(run_main(lambda: run_jobs([job], 1, logs) or 0))"
@@ -224,8 +225,8 @@ def test_checkpoints_are_judged_once(
 def test_a_run_without_checkpoints_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     arguments = ["--config", "a.yaml", "--run", str(tmp_path), "--output", str(tmp_path / "a.json")]
     assert run_main(lambda: judging.main(arguments)) == 1
-    mend = f"python -m LightningDiT.train --config a.yaml --output {tmp_path}"
-    assert f"holds no checkpoint after a step; mend: {mend}" in capsys.readouterr().err
+    fix = f"python -m LightningDiT.train --config a.yaml --output {tmp_path}"
+    assert f"holds no checkpoint after a step; fix: {fix}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

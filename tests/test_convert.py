@@ -120,7 +120,7 @@ def test_a_converted_copy_is_a_source_too(tmp_path: Path, ema: dict[str, Tensor]
 def test_digits_that_are_lost_are_not_invented(tmp_path: Path, ema: dict[str, Tensor], first: str, then: str) -> None:
     convert.convert(save(tmp_path, ema), FILE, first, replace=True)
     source = tmp_path / f"small.{first}.safetensors"
-    with pytest.raises(StepError, match=rf"which have fewer digits than {then}; mend: fetch the original"):
+    with pytest.raises(StepError, match=rf"which have fewer digits than {then}; fix: fetch the original"):
         convert.convert(source, FILE, then, replace=True)
     assert [path.name for path in tmp_path.iterdir()] == [source.name]
 
@@ -128,9 +128,9 @@ def test_digits_that_are_lost_are_not_invented(tmp_path: Path, ema: dict[str, Te
 @pytest.mark.parametrize(
     ("value", "precision", "words"),
     [
-        (7e4, "fp16", "tensor scale reaches 70000, fp16 ends at 65504; mend: take --convert bf16 or"),
+        (7e4, "fp16", "tensor scale reaches 70000, fp16 ends at 65504; fix: take --convert bf16 or"),
         (-7e4, "fp16", "tensor scale reaches 70000, fp16 ends at 65504"),
-        (float("nan"), "bf16", "tensor scale holds NaN or infinite values; mend: fetch it again"),
+        (float("nan"), "bf16", "tensor scale holds NaN or infinite values; fix: fetch it again"),
         (float("inf"), "fp32", "tensor scale holds NaN or infinite values"),
     ],
 )
@@ -168,7 +168,7 @@ def test_a_copy_that_reads_back_otherwise_is_dropped(
         path.write_bytes(content)
 
     monkeypatch.setattr(convert, "_write", write_wrongly)
-    with pytest.raises(StepError, match=r"tensor final.bias is not that of .*small.pt; mend"):
+    with pytest.raises(StepError, match=r"tensor final.bias is not that of .*small.pt; fix"):
         convert.convert(save(tmp_path, ema), FILE, "fp32", replace=True)
     assert [path.name for path in tmp_path.iterdir()] == ["small.pt"]
 
@@ -194,7 +194,7 @@ def test_two_processes_do_not_write_one_copy(tmp_path: Path, ema: dict[str, Tens
     source = save(tmp_path, ema)
     with source.open("rb") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(StepError, match=r"small.pt is being converted by another process; mend: wait for it"):
+        with pytest.raises(StepError, match=r"small.pt is being converted by another process; fix: wait for it"):
             convert.convert(source, FILE, "fp16", replace=True)
     assert [path.name for path in tmp_path.iterdir()] == ["small.pt"]
     convert.convert(source, FILE, "fp16", replace=True)
@@ -254,5 +254,5 @@ def test_a_disk_that_takes_no_more_is_one_line(tmp_path: Path, ema: dict[str, Te
     source = save(tmp_path, {**ema, "large": torch.zeros(100_000)})
     done = in_a_process(source, "fp32", largest_file=200_000)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
-    assert "cannot be written (File too large); mend: free space on that disk" in done.stderr
+    assert "cannot be written (File too large); fix: free space on that disk" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["small.pt"]

@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from torchvision.datasets import FashionMNIST
 
-from LightningDiT.data.ahead import Ahead
 from LightningDiT.data.images import (
     ImageBatches,
     as_rgb,
@@ -26,6 +25,7 @@ from LightningDiT.data.images import (
     read_image,
     shown,
 )
+from LightningDiT.data.prefetching import Ahead
 from LightningDiT.data.shards import LatentShards, iterate_shards, shard_path, write_shard
 from LightningDiT.errors import LightningDiTError
 
@@ -75,7 +75,7 @@ def test_damaged_fashion_mnist_is_one_line(damage: str, fashion_folder: Path) ->
         write_idx(file, np.zeros((12, 28, 30)))
     else:
         write_idx(fashion_folder / "train-labels-idx1-ubyte.gz", np.zeros(3))
-    with pytest.raises(LightningDiTError, match=r".*; mend: download Fashion-MNIST again") as caught:
+    with pytest.raises(LightningDiTError, match=r".*; fix: download Fashion-MNIST again") as caught:
         fashion_mnist(fashion_folder, train=True)
     assert "\n" not in str(caught.value)
 
@@ -85,7 +85,7 @@ def test_a_failed_download_leaves_a_folder_as_it_was(tmp_path: Path, monkeypatch
     monkeypatch.setattr(FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])  # nobody listens there
     Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
     for folder in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(LightningDiTError, match=r"could not be downloaded .*; mend: name a folder") as caught:
+        with pytest.raises(LightningDiTError, match=r"could not be downloaded .*; fix: name a folder") as caught:
             fashion_mnist(folder, train=True)
         assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["0.png"]

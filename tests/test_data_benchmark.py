@@ -9,7 +9,7 @@ import torch
 
 from LightningDiT.data.shards import LatentShards, shard_path, write_shard
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.tools.data_benchmark import PUBLISHED, FilePerSample, main, measure, readers_of, table
+from studies.data_benchmark import PUBLISHED, FilePerSample, main, measure, readers_of, table
 
 
 @pytest.fixture

@@ -253,7 +253,7 @@ def test_faults_that_stay_end_in_one_line_and_the_next_run_goes_on(hub: Hub, tmp
     """No file under the final name; the part stays where it is good and goes where it is not."""
     target = tmp_path / NAME
     meet(case, hub, target)
-    with pytest.raises(StepError, match=f"{case.says}.*; mend: .*step2") as caught:
+    with pytest.raises(StepError, match=f"{case.says}.*; fix: .*step2") as caught:
         fetch(target, patience=case.patience)
     assert "\n" not in str(caught.value)
     if case.ranges:
@@ -648,7 +648,7 @@ def test_a_disk_that_takes_no_more_is_one_line_and_the_part_stays(hub: Hub, tmp_
     command = [sys.executable, "-c", FULL_DISK, str(PROJECT), remote, str(tmp_path / NAME)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert re.fullmatch(r"error: .*weights.pt.part cannot be written \(.*\); mend: free space .*\n", done.stderr)
+    assert re.fullmatch(r"error: .*weights.pt.part cannot be written \(.*\); fix: free space .*\n", done.stderr)
     assert part_of(tmp_path / NAME).read_bytes() == DATA[:1_500_000]
     hub.log.clear()
     fetch(tmp_path / NAME)

@@ -77,7 +77,7 @@ def test_the_published_call_samples_inside_the_package(tiny_folder: Path) -> Non
 
 def test_importing_the_library_costs_nothing() -> None:
     code = (
-        "import sys, LightningDiT, LightningDiT.config, LightningDiT.cli;"
+        "import sys, LightningDiT, LightningDiT.config, LightningDiT.sampling.options;"
         "assert 'torch' not in sys.modules; print('free')"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=False)
@@ -86,6 +86,6 @@ def test_importing_the_library_costs_nothing() -> None:
 
 def test_gradients_stay_on_for_the_caller(tiny_tokenizer: Path) -> None:
     import LightningDiT.inference
-    import LightningDiT.pipeline  # noqa: F401
+    import LightningDiT.sampling.pipeline  # noqa: F401
 
     assert torch.is_grad_enabled()

@@ -92,12 +92,12 @@ def test_step1_installs_checks_and_repairs_in_a_fresh_environment(place: Place) 
     (place.root / "empty").mkdir()
     wrong = place.step("--wheels", str(place.root / "empty"))
     assert (wrong.returncode, wrong.stderr.count("\n")) == (1, 1)
-    assert "holds no .whl file, a folder with wheels was expected; mend: python -m pip download" in wrong.stderr
+    assert "holds no .whl file, a folder with wheels was expected; fix: python -m pip download" in wrong.stderr
     alone = place.step()
     assert (alone.returncode, "Traceback" in alone.stderr) == (1, False)
     last = alone.stderr.splitlines()[-1]
     assert last.startswith("error: pip ended with code 1 while it installed torch==2.14.1 torchvision==0.29.1")
-    assert "no connection to a package index; mend: switch the internet on (Kaggle" in last
+    assert "no connection to a package index; fix: switch the internet on (Kaggle" in last
 
     first = place.step(*wheels)
     assert first.returncode == 0, first.stderr
@@ -153,7 +153,7 @@ def test_a_torch_without_kernels_for_the_gpu_is_replaced(place: Place) -> None:
     assert alone.returncode == 0, alone.stderr
     last = alone.stdout.splitlines()[-1]
     assert last.startswith("Next: python step2_download_models.py (warning: torch 2.14.1 has no kernels for Tesla P100")
-    assert "no connection to a package index; mend: switch the internet on" in last
+    assert "no connection to a package index; fix: switch the internet on" in last
     assert (place.report["torch"]["version"], place.report["torch"]["device"]) == ("2.14.1", "cpu")
     assert (
         "2.7.1 (CUDA 12.6) is the newest that serves Tesla P100-PCIE-16GB (6.0) with driver 580.65.06" in alone.stdout
@@ -192,7 +192,7 @@ def test_a_system_interpreter_is_refused_by_the_dry_run_too(monkeypatch: pytest.
     pins = [Pin("torch", "2.14.1"), Pin("torchvision", "0.29.1"), Pin("no-such-package-here", "1.0")]
     monkeypatch.setattr(install, "read_pins", lambda path: pins)
     monkeypatch.setattr(machine, "probe", lambda names, with_torch: WORKING)
-    with pytest.raises(StepError, match=r"mend: .*-m venv .venv && .venv/bin/python step1"):
+    with pytest.raises(StepError, match=r"fix: .*-m venv .venv && .venv/bin/python step1"):
         step1.main(["--dry-run"])
 
 
@@ -282,12 +282,12 @@ def test_too_little_disk_keeps_a_torch_that_computes(full_disk: Callable, place:
     assert (last.decision.action, last.decision.torch, last.lacking) == (KEEP, "2.14.1", [])
     assert last.decision.reason == "torch 2.14.1 computes on the processor and could not be replaced"
     assert "has no kernels for Tesla P100" in last.decision.warning
-    assert re.search(r", but the packages need up to .* at .*, 0 B are free; mend: free space", last.decision.warning)
+    assert re.search(r", but the packages need up to .* at .*, 0 B are free; fix: free space", last.decision.warning)
 
 
 def test_too_little_disk_is_an_error_where_no_torch_computes(full_disk: Callable) -> None:
     profile, state = full_disk(CUT_SHORT, "Kaggle")
-    with pytest.raises(InstallError, match=r"the packages need up to .*, 0 B are free; mend: free space"):
+    with pytest.raises(InstallError, match=r"the packages need up to .*, 0 B are free; fix: free space"):
         environment.bring_right(profile, state, None)
 
 

@@ -29,14 +29,15 @@ from LightningDiT.console import run_main
 from LightningDiT.data.images import FASHION_MNIST_CLASSES
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import save_png
-from LightningDiT.metrics import bootstrap_study, cache, extractors, neighbours
-from LightningDiT.metrics.classes import class_table, overall_accuracy
+from LightningDiT.metrics import cache, extractors, neighbours
+from LightningDiT.metrics.by_class import class_table, overall_accuracy
 from LightningDiT.metrics.extractors import JUDGE_FILE, Extractor, Inception, JudgeView, TimmView, make_extractor
 from LightningDiT.metrics.formulas import FrechetDistance, moments
 from LightningDiT.metrics.judge import load_judge
 from LightningDiT.metrics.scores import Bootstrap, Comparison, Score, bootstrap_score, proportion, scores_of
 from LightningDiT.metrics.sources import ImageSource, open_images, open_source
 from LightningDiT.seeds import generator_for
+from studies import bootstrap_study
 
 torch_fidelity = pytest.importorskip("torch_fidelity")
 
@@ -450,7 +451,7 @@ def test_statistics_stand_in_for_images(tmp_path: Path) -> None:
     assert "recall" not in scores["moments"]
     assert "recall" in scores["both"]
     np.savez(tmp_path / "wide.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    with pytest.raises(LightningDiTError, match=r"statistics of 2048 features, the network has 96; mend: name"):
+    with pytest.raises(LightningDiTError, match=r"statistics of 2048 features, the network has 96; fix: name"):
         run(tmp_path / "wide", tmp_path / "made.npz", tmp_path / "wide.npz", *options)
 
 
@@ -485,7 +486,7 @@ def test_a_network_that_sees_no_numbers_is_named(tmp_path: Path) -> None:
             return {"features": torch.full((len(pixels), 1), torch.nan)}
 
     folder = save_folder(tmp_path / "a", pixels_of(2, 8, seed=0))
-    with pytest.raises(LightningDiTError, match="is not finite; mend: give other weights"):
+    with pytest.raises(LightningDiTError, match="is not finite; fix: give other weights"):
         cache.views_of(open_images(str(folder)), Blind(), tmp_path / "kept", "a", 3)
     assert not list((tmp_path / "kept").rglob("*.safetensors"))
 
@@ -541,7 +542,7 @@ def test_the_file_for_adms_evaluator_is_cropped_by_size(tmp_path: Path) -> None:
     """Against the middle columns in NumPy; without --size nobody is told to delete the images."""
     pixels = np.random.RandomState(0).randint(0, 256, (2, 8, 12, 3)).astype(np.uint8)
     given = ["--samples", str(save_folder(tmp_path / "wide", pixels)), "--npz", str(tmp_path / "out.npz")]
-    with pytest.raises(LightningDiTError, match=r"image 0 of .* has 12x8 pixels, 12x12 expected; mend: give --size N"):
+    with pytest.raises(LightningDiTError, match=r"image 0 of .* has 12x8 pixels, 12x12 expected; fix: give --size N"):
         evaluate.main(given)
     assert not (tmp_path / "out.npz").exists()
     assert evaluate.main([*given, "--size", "8"]) == 0
@@ -571,7 +572,7 @@ def test_fashion_mnist_is_taken_by_part(tmp_path: Path) -> None:
         assert source.labels is not None
         assert source.labels.tolist() == list(range(source.count))
         assert source.class_names == FASHION_MNIST_CLASSES
-    with pytest.raises(LightningDiTError, match=r"holds Fashion-MNIST, and not which part of it; mend: say .*:test"):
+    with pytest.raises(LightningDiTError, match=r"holds Fashion-MNIST, and not which part of it; fix: say .*:test"):
         open_source(str(tmp_path))
 
 
@@ -614,8 +615,8 @@ def make_damaged(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("sizes", r"000002\.png has 16x16 pixels, .*000000\.png has 8x8; mend: give --size N"),
-        ("torn", r"000001\.png is no whole image .*; mend: delete it"),
+        ("sizes", r"000002\.png has 16x16 pixels, .*000000\.png has 8x8; fix: give --size N"),
+        ("torn", r"000001\.png is no whole image .*; fix: delete it"),
         ("empty", r"no images in .*empty"),
         ("nowhere", r"no images in .*nowhere: it is not there"),
         ("nowhere.npz", r"nowhere\.npz is no whole \.npz file"),
@@ -663,7 +664,7 @@ def test_weights_in_the_cache_are_taken_from_there(tmp_path: Path, monkeypatch: 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     made = save_folder(tmp_path / "made", pixels_of(2, 8, seed=0))
-    with pytest.raises(LightningDiTError, match=r"torch-fidelity, .* is missing .*; mend: pip install torch-fid"):
+    with pytest.raises(LightningDiTError, match=r"torch-fidelity, .* is missing .*; fix: pip install torch-fid"):
         run(tmp_path / "out", made, made)
 
 
@@ -706,7 +707,7 @@ def test_other_weights_than_inceptions_are_refused(tmp_path: Path) -> None:
 
 def test_the_judge_says_which_size_it_sees(tmp_path: Path) -> None:
     made = save_folder(tmp_path / "made", pixels_of(2, 16, seed=0))
-    with pytest.raises(LightningDiTError, match=r"the judge sees 32x32 pixels, the images have 16x16; mend: give --si"):
+    with pytest.raises(LightningDiTError, match=r"the judge sees 32x32 pixels, the images have 16x16; fix: give --si"):
         run(tmp_path / "out", made, made, "--features", "judge")
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from LightningDiT.checkpoint import save_weights
-from LightningDiT.config import load_config, load_tokenizer_config
+from LightningDiT.config import load_config
 from LightningDiT.data.images import pad_to_32
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import to_uint8
@@ -24,9 +24,10 @@ from LightningDiT.loading import model_settings
 from LightningDiT.metrics.judge import Judge
 from LightningDiT.models.lightningdit import LightningDiT
 from LightningDiT.tokenizer.autoencoder import AutoencoderKL
+from LightningDiT.tokenizer.config import load_tokenizer_config
 from LightningDiT.tokenizer.latents import LatentStats
 from LightningDiT.tokenizer.vavae import autoencoder_settings
-from LightningDiT.tools.evaluate_bundled import (
+from studies.evaluate_bundled import (
     ImageSet,
     as_images,
     diversity_figures,
@@ -38,7 +39,7 @@ from LightningDiT.tools.evaluate_bundled import (
     some_of_each_class,
     table,
 )
-from LightningDiT.tools.judge import save_judge
+from studies.judge import save_judge
 from tests.conftest import seed_weights
 
 TOKENIZER = """

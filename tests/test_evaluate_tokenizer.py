@@ -159,7 +159,7 @@ def test_what_cannot_be_had_is_left_out_and_said(
     assert report["psnr_pooled"] <= report["psnr_mean"]
     for asked, message in (
         (("--features", "nothing"), "--features is 'nothing'"),
-        (("--lpips-weights", str(tmp_path / "gone.pth")), r"gone.pth does not exist; mend: give --lpips-weights"),
+        (("--lpips-weights", str(tmp_path / "gone.pth")), r"gone.pth does not exist; fix: give --lpips-weights"),
         (("--output", str(images / "0.png")), "0.png cannot be written"),
     ):
         with pytest.raises(LightningDiTError, match=message):

@@ -19,21 +19,21 @@ import pytest
 import torch
 from PIL import Image
 
-from LightningDiT import extraction
 from LightningDiT.checkpoint import load_training_state
 from LightningDiT.config import load_config
 from LightningDiT.console import run_main
-from LightningDiT.data.sets import open_folder, open_list, open_torchvision
+from LightningDiT.data.image_sets import open_folder, open_list, open_torchvision
+from LightningDiT.data.labels import LATENTS_MANIFEST, Labels
 from LightningDiT.data.shards import LatentShards, iterate_shards, shard_files, shard_path, write_shard
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.extract_features import main
-from LightningDiT.labels import LATENTS_MANIFEST, Labels
-from LightningDiT.locks import LOCK
-from LightningDiT.pipeline import LightningDiTPipeline
+from LightningDiT.files import LOCK
+from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from LightningDiT.seeds import generator_for
 from LightningDiT.tokenizer import vavae
 from LightningDiT.tokenizer.latents import LatentStats
 from LightningDiT.tokenizer.vavae import VA_VAE
+from LightningDiT.training import extraction
 from tests.conftest import PROJECT
 from tests.test_data import fashion_folder  # noqa: F401 - a fixture
 
@@ -44,7 +44,8 @@ KILLS = 14
 NURSERY = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
-from LightningDiT import extract_features, extraction
+from LightningDiT import extract_features
+from LightningDiT.training import extraction
 from LightningDiT.console import run_main
 from LightningDiT.tokenizer import vavae
 vavae.CHUNK_PIXELS = 2 * 16 * 16
@@ -387,7 +388,7 @@ def test_statistics_of_another_origin_are_not_overwritten(tiny_folder: Path, ima
     place.mkdir()
     (tiny_folder / "latents_stats.pt").rename(place / "latents_stats.pt")
     before = contents(place)
-    with pytest.raises(LightningDiTError, match=r"holds latents_stats.pt already, .*; mend: choose another --output"):
+    with pytest.raises(LightningDiTError, match=r"holds latents_stats.pt already, .*; fix: choose another --output"):
         main(command(tiny_folder, "--images", images, "--output", place))
     assert contents(place) == before
 
@@ -491,7 +492,7 @@ def test_list_files(
         ("a.png 1\nb.png\n", r"line 2: 'b.png' has no class"),
         ("a.png\t\n", r"line 1: 'a.png' has no class"),
         ("a.png -1\nb.png 0\n", "a.png has the class -1"),
-        ("a.png 1234567890\n", "a.png has the class 1234567890; mend: number classes from 0"),
+        ("a.png 1234567890\n", "a.png has the class 1234567890; fix: number classes from 0"),
         ("x" * 140_000 + ",1\n", r"line 1 is no CSV \(field larger"),
         ("\n# nothing\n", "lists no images"),
     ],

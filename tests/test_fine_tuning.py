@@ -11,10 +11,10 @@ import torch
 from LightningDiT import train
 from LightningDiT.checkpoint import inspect, save_weights, without_values
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.fine_tuning import Plan, initialise, plan
 from LightningDiT.models import lightningdit
 from LightningDiT.models.lightningdit import LightningDiT, LightningDiTSettings
 from LightningDiT.models.positions import sincos_table
+from LightningDiT.training.fine_tuning import Plan, initialise, plan
 from tests.conftest import seed_weights
 
 SETTINGS = LightningDiTSettings(

@@ -95,10 +95,10 @@ def test_every_damage_is_named_kept_aside_and_repaired(
     before = path.read_bytes() if there else b""
 
     assert repair(path, "--check") == 1
-    *_, fault, mend = capsys.readouterr().out.splitlines()
+    *_, fault, fix = capsys.readouterr().out.splitlines()
     assert fault.startswith("  wrong: ")
     assert words in fault
-    assert mend == f"  mend: {PYTHON} fix_latents_stats.py --stats {path}"
+    assert fix == f"  fix: {PYTHON} fix_latents_stats.py --stats {path}"
     assert (path.read_bytes() if path.is_file() else b"") == before
 
     assert repair(path) == 0
@@ -134,7 +134,7 @@ def test_a_second_bad_file_gets_a_second_name(bundled: Path) -> None:
     assert (bundled / "latents_stats.pt.bad-2").read_bytes() == b"2nd"
 
 
-def test_torch_cat_expected_a_non_empty_list_of_tensors_is_recognised_and_mended(
+def test_torch_cat_expected_a_non_empty_list_of_tensors_is_recognised_and_fixed(
     bundled: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The published code reads the shards beside a statistics file that it cannot use; there are none,
@@ -167,16 +167,16 @@ def test_torch_cat_expected_a_non_empty_list_of_tensors_where_data_path_names_th
     words = f"wrong: data.data_path in config.yaml names the file {path}; its folder {bundled} is expected"
     path.touch()
     for options, code, last in (
-        (["--check"], 1, f"  mend: {PYTHON} fix_latents_stats.py --config {config}"),
+        (["--check"], 1, f"  fix: {PYTHON} fix_latents_stats.py --config {config}"),
         ([], 0, f"Next: {step3}"),
-        (["--check"], 1, f"  mend: {step3}"),  # a good file, the path still wrong
+        (["--check"], 1, f"  fix: {step3}"),  # a good file, the path still wrong
         ([], 0, f"Next: {step3}"),
     ):
         assert fix_latents_stats.main([*named, *options]) == code
         said = capsys.readouterr().out
         assert words in said
         assert said.splitlines()[-1] == last
-    with pytest.raises(LightningDiTError, match=f"mend: set data_path: {bundled}"):
+    with pytest.raises(LightningDiTError, match=f"fix: set data_path: {bundled}"):
         load_stats(load_config(config))
     config.write_text(config.read_text().replace(str(path), str(bundled)))  # what the message says
     torch.testing.assert_close(load_stats(load_config(config)).mean, GOOD.mean)
@@ -188,7 +188,7 @@ def test_a_bad_source_changes_nothing(bundled: Path, capsys: pytest.CaptureFixtu
     path = bundled / "latents_stats.pt"
     path.write_bytes(b"mine")
     save_file({"w": torch.zeros(1)}, bundled / "tokenizer.safetensors")
-    with pytest.raises(StepError, match=f"no source has good statistics for {path}; mend: .* --images FOLDER"):
+    with pytest.raises(StepError, match=f"no source has good statistics for {path}; fix: .* --images FOLDER"):
         stats_repair.repair(
             stats_repair.Target(path, "bundled", CHANNELS, ""), stats_repair.Request(), stats_repair.ORDER["bundled"]
         )
@@ -225,9 +225,9 @@ def test_statistics_of_shards_are_exact(tmp_path: Path, capsys: pytest.CaptureFi
 def test_shards_of_another_tokenizer_are_refused(bundled: Path, tmp_path: Path) -> None:
     write_shards(tmp_path)
     path = bundled / "latents_stats.pt"
-    with pytest.raises(StepError, match=r"either: .* \[1, 8, 1, 1\] is expected; mend: .* --images FOLDER") as caught:
+    with pytest.raises(StepError, match=r"either: .* \[1, 8, 1, 1\] is expected; fix: .* --images FOLDER") as caught:
         repair(path, "--latents", str(tmp_path))
-    assert f"--stats {path} " in (caught.value.mend or "")
+    assert f"--stats {path} " in (caught.value.fix or "")
     assert not path.exists()
 
 
@@ -256,16 +256,16 @@ def test_without_a_hub_the_bad_file_stays(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     path = tmp_path / "latents_stats.pt"
     path.touch()
-    with pytest.raises(StepError, match=r"cannot be reached .*; mend: "):
+    with pytest.raises(StepError, match=r"cannot be reached .*; fix: "):
         repair(path, "--source", "hub")
     assert [item.name for item in tmp_path.iterdir()] == ["latents_stats.pt"]
 
 
 def test_nothing_is_invented_unless_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "latents_stats.pt"
-    with pytest.raises(StepError, match=r"no source has good .*; mend: .* --stats \S+ --images FOLDER \(or --latents"):
+    with pytest.raises(StepError, match=r"no source has good .*; fix: .* --stats \S+ --images FOLDER \(or --latents"):
         repair(path)
-    with pytest.raises(StepError, match=r"is not known; mend: add --channels N"):
+    with pytest.raises(StepError, match=r"is not known; fix: add --channels N"):
         repair(path, "--identity")
     assert not path.exists()
     assert repair(path, "--identity", "--channels", "4") == 0
@@ -396,8 +396,8 @@ def test_statistics_from_fashion_mnist_through_the_bundled_tokenizer(
     at_most: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A small tokenizer with seeded weights: the repair equals mean and deviation of its latents."""
-    from LightningDiT.config import load_tokenizer_config
     from LightningDiT.tokenizer.autoencoder import AutoencoderKL
+    from LightningDiT.tokenizer.config import load_tokenizer_config
     from LightningDiT.tokenizer.vavae import autoencoder_settings
 
     yaml = tmp_path / "tokenizer.yaml"
@@ -480,7 +480,7 @@ def test_the_tokenizer_of_the_images_is_the_one_that_the_configuration_names(tin
     request = stats_repair.Request(images=tmp_path / "images", config=tiny_folder / "config.yaml")
     assert stats_repair.from_images(target, request).latents == 7
     elsewhere = stats_repair.Target(tmp_path / "latents_stats.pt", "other", None, "")
-    with pytest.raises(StepError, match=r"nothing tells which tokenizer .*; mend: add --tokenizer YAML"):
+    with pytest.raises(StepError, match=r"nothing tells which tokenizer .*; fix: add --tokenizer YAML"):
         stats_repair.from_images(elsewhere, request)
 
 
@@ -496,7 +496,7 @@ def test_a_configuration_of_another_name_says_which_file_is_meant(
     assert capsys.readouterr().out.splitlines()[0] == f"Repair of {path} (config.yaml uses it)"
     mean, _ = posterior_stats(tiny_folder / "tokenizer.yaml", cropped(files), 7)
     torch.testing.assert_close(LatentStats.load(path, 4).mean.flatten(), mean, atol=1e-5, rtol=1e-5)
-    with pytest.raises(StepError, match=rf"--config .*no.yaml is no file, .*; mend: {PYTHON} step3_.* no.yaml"):
+    with pytest.raises(StepError, match=rf"--config .*no.yaml is no file, .*; fix: {PYTHON} step3_.* no.yaml"):
         fix_latents_stats.main(["--config", "no.yaml"])
 
 
@@ -556,9 +556,7 @@ def test_images_for_the_published_file_need_the_published_tokenizer(
     def request(checkpoint: Path | None = None) -> stats_repair.Request:
         return stats_repair.Request(attached=tmp_path / "input", config=config, checkpoint=checkpoint)
 
-    with pytest.raises(
-        StepError, match=f"{name}, which encodes .*; mend: python step2_download_models.py --only vavae"
-    ):
+    with pytest.raises(StepError, match=f"{name}, which encodes .*; fix: python step2_download_models.py --only vavae"):
         stats_repair._tokenizer_for(target, request())
     config.write_text(f"vae: {{ckpt_path: '{wanted['config']}'}}\n")
     opened: list[Path] = []
@@ -731,13 +729,13 @@ def test_a_place_that_takes_no_file_is_explained(tmp_path: Path, monkeypatch: py
     (tmp_path / "input").touch()
     target = stats_repair.Target(tmp_path / "input" / "set" / "latents_stats.pt", "published", 32, "")
     own = weights.MODELS / "latents_stats.pt"
-    with pytest.raises(StepError, match=f"mend: .*--stats {own}, then .*step3.* --stats {own}"):
+    with pytest.raises(StepError, match=f"fix: .*--stats {own}, then .*step3.* --stats {own}"):
         stats_repair.require_place(target)
 
 
 def test_another_part_of_a_model_is_not_taken_for_statistics(tmp_path: Path) -> None:
     path = tmp_path / weights.VAVAE.name
     path.write_bytes(b"a tokenizer of 800 MB")
-    with pytest.raises(StepError, match=r"is another part of a model, latent statistics were expected; mend: name a"):
+    with pytest.raises(StepError, match=r"is another part of a model, latent statistics were expected; fix: name a"):
         repair(path)
     assert path.read_bytes() == b"a tokenizer of 800 MB"

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-import LightningDiT.tools.guidance_study as study
+import studies.guidance_study as study
 from LightningDiT.checkpoint import load_weights, save_weights
 from LightningDiT.config import load_config
 from LightningDiT.console import run_main

@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from LightningDiT import cli, inference, runs
-from LightningDiT.cli import IMAGENET_DEMO_CLASSES, demo_classes
+from LightningDiT import files, inference
 from LightningDiT.console import duration, run_main
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.sampling import resumable_run
+from LightningDiT.sampling.options import IMAGENET_DEMO_CLASSES, demo_classes
 
 
 def sample(folder: Path, *arguments: str) -> int:
@@ -65,7 +66,7 @@ def test_the_time_budget_keeps_what_is_done(
 ) -> None:
     clock = iter(range(0, 10_000, 20))  # every look at the clock is twenty seconds later
     with monkeypatch.context() as patch:
-        patch.setattr(runs.time, "monotonic", lambda: float(next(clock)))
+        patch.setattr(resumable_run.time, "monotonic", lambda: float(next(clock)))
         assert sample(tiny_folder, "--num-samples", "6", "--time-budget", "2") == 0
     done = images_in(tiny_folder / "out")
     assert 0 < len(done) < 6
@@ -120,8 +121,8 @@ def test_bad_options_are_one_line(
 
 def test_more_images_than_the_disk_holds_are_refused(tiny_folder: Path) -> None:
     with pytest.raises(LightningDiTError, match=r"999999999999 images may take .* GB and .* GB free"):
-        cli.check_space(tiny_folder, 999_999_999_999, 16)
-    cli.check_space(tiny_folder, 1, 16)
+        files.check_space(tiny_folder, 999_999_999_999, 16)
+    files.check_space(tiny_folder, 1, 16)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +179,7 @@ def test_images_of_another_origin_are_not_taken_for_those_of_a_run(
     (tiny_folder / "out" / there).write_bytes(b"mine")
     assert sample(tiny_folder, "--num-samples", "2") == 1
     error = capsys.readouterr().err
-    assert "out holds images of no known run; mend: choose another --output" in error
+    assert "out holds images of no known run; fix: choose another --output" in error
     assert error.count("\n") == 1
     assert [path.name for path in (tiny_folder / "out").iterdir()] == [there]
     (tiny_folder / "out" / there).rename(tiny_folder / "out" / "00_dog.png")  # a picture with a caption for a name
@@ -195,12 +196,12 @@ def test_a_manifest_that_is_no_json_is_named(tiny_folder: Path, capsys: pytest.C
 @pytest.mark.parametrize("changed", ["transformer.safetensors", "tokenizer.safetensors", "latents_stats.pt"])
 def test_other_files_of_the_same_size_make_another_run(changed: str, tiny_folder: Path) -> None:
     config = inference.load_config(tiny_folder / "config.yaml")
-    name = runs.run_name(runs.manifest_of(config, [0], 0, torch.float32))
-    assert runs.run_name(runs.manifest_of(config, [0], 0, torch.float32)) == name
+    name = resumable_run.run_name(resumable_run.manifest_of(config, [0], 0, torch.float32))
+    assert resumable_run.run_name(resumable_run.manifest_of(config, [0], 0, torch.float32)) == name
     path = tiny_folder / changed
     content = path.read_bytes()
     path.write_bytes(bytes(byte ^ 1 for byte in content[:100_000]) + content[100_000:])
-    assert runs.run_name(runs.manifest_of(config, [0], 0, torch.float32)) != name
+    assert resumable_run.run_name(resumable_run.manifest_of(config, [0], 0, torch.float32)) != name
 
 
 def test_every_call_gets_on_however_small_the_budget(tiny_folder: Path) -> None:

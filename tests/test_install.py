@@ -141,7 +141,7 @@ def test_an_interpreter_of_the_system_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("PIP_BREAK_SYSTEM_PACKAGES", raising=False)
     install.refuse_unfit_process([])
     (tmp_path / "EXTERNALLY-MANAGED").touch()
-    with pytest.raises(StepError, match=r"mend: .*-m venv .venv && .venv/bin/python step1"):
+    with pytest.raises(StepError, match=r"fix: .*-m venv .venv && .venv/bin/python step1"):
         install.refuse_unfit_process([])
 
 
@@ -150,7 +150,7 @@ def test_an_imported_torch_is_never_replaced_under_the_process(monkeypatch: pyte
     right = Row("torch", "2.14.1", "2.14.1", "2.14.1")
     monkeypatch.setitem(sys.modules, "torch", sys)
     install.refuse_imported_torch([right])
-    with pytest.raises(StepError, match=rf"torch is imported in this process.*; mend: restart .* !{PYTHON} step1"):
+    with pytest.raises(StepError, match=rf"torch is imported in this process.*; fix: restart .* !{PYTHON} step1"):
         install.refuse_imported_torch([wrong])
     monkeypatch.delitem(sys.modules, "torch")
     install.refuse_imported_torch([wrong])
@@ -174,7 +174,7 @@ def test_the_disk_holds_what_is_really_installed(
     if enough:
         install.require_disk([row], Source())
     else:
-        with pytest.raises(InstallError, match=r"packages need up to .* at .* are free; mend: free space"):
+        with pytest.raises(InstallError, match=r"packages need up to .* at .* are free; fix: free space"):
             install.require_disk([row], Source())
 
 

@@ -13,7 +13,7 @@ from LightningDiT.checkpoint import save_weights
 from LightningDiT.data.images import pad_to_32
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.metrics.judge import FEATURES, Judge, judge_images, load_judge
-from LightningDiT.tools.judge import half_precision, judge_metadata, save_judge, train_judge
+from studies.judge import half_precision, judge_metadata, save_judge, train_judge
 
 BUNDLED = Path(__file__).parents[1] / "models" / "fashion-mnist" / "judge.safetensors"
 SAMPLES = Path(__file__).parent / "samples" / "fashion_mnist_test.png"
@@ -102,7 +102,7 @@ def test_a_file_gives_the_same_judge_back(trained: Judge, tmp_path: Path) -> Non
 
 
 def test_wrong_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(LightningDiTError, match=r"does not exist; mend: python -m LightningDiT\.tools\.judge"):
+    with pytest.raises(LightningDiTError, match=r"does not exist; fix: python -m studies\.judge"):
         load_judge(tmp_path / "none.safetensors")
     save_weights({"weight": torch.zeros(3)}, tmp_path / "other.safetensors")
     with pytest.raises(LightningDiTError, match="does not fit Judge"):

@@ -11,8 +11,8 @@ import torch
 from timm.data import ImageNetInfo
 
 from LightningDiT.config import load_config
+from LightningDiT.data.labels import Labels
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.labels import Labels
 
 
 def test_labels_by_number_and_name() -> None:

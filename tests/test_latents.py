@@ -114,7 +114,7 @@ def damage(path: Path, kind: str) -> Path:
         ("identity", "placeholder numbers"),
     ],
 )
-def test_damage_is_named_with_the_mend(
+def test_damage_is_named_with_the_fix(
     kind: str, message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = damage(tmp_path / "latents_stats.pt", kind)

@@ -71,7 +71,7 @@ def test_a_torch_that_is_cut_short_is_one_line(tmp_path: Path, command: tuple[st
     (folder / "torch.py").write_text(body)
     done = run_script(folder / command[0], *command[1:], cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert re.search(r"torch.* does not import.*(invalid syntax|'f' is not defined).*; mend: ", done.stderr)
+    assert re.search(r"torch.* does not import.*(invalid syntax|'f' is not defined).*; fix: ", done.stderr)
 
 
 @pytest.mark.parametrize("archs", [("sm_75",), ("sm_60",)])

@@ -9,7 +9,7 @@ import torch
 from LightningDiT.config import load_config
 from LightningDiT.console import run_main
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.pipeline import LightningDiTPipeline
+from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from LightningDiT.tools.match_guidance import channel_energies, main, match, matched_scale
 from LightningDiT.transport import GuidanceSettings, GuidedVelocity, Sampler, create_transport
 

@@ -14,9 +14,10 @@ from LightningDiT.checkpoint import PORTION_BYTES
 from LightningDiT.config import load_config
 from LightningDiT.models.lightningdit import LightningDiTSettings
 from LightningDiT.tokenizer.autoencoder import AutoencoderSettings
-from setup_steps import measure_memory, memory_model
+from setup_steps import memory_model
 from setup_steps.console import StepError
 from setup_steps.memory_model import FLOAT32, HALF, Need
+from studies import measure_memory
 
 
 def config_of(folder: Path, model_type: str) -> Path:

@@ -201,7 +201,7 @@ def test_a_step_that_fails_stops_the_notebook_with_its_line(kaggle: Kaggle) -> N
     book = kaggle.run(NOWHERE, LIGHTNINGDIT_MODEL="bundled")
     assert book.metadata["stopped"]
     step, stop = said(book, "step2").strip().splitlines()[-2:]
-    assert re.match(r"error: .* lacks transformer\.safetensors; mend: ", step)
+    assert re.match(r"error: .* lacks transformer\.safetensors; fix: ", step)
     assert stop.startswith("stopped: exit code 1;")
     assert "Traceback" not in said(book, "step2")
     assert cell(book, "step3").execution_count is None
@@ -255,7 +255,7 @@ def test_run_in_the_kernel_ends_in_one_line_and_replaces_no_imported_torch(tmp_p
     client.execute(env={**os.environ, "PIP_BREAK_SYSTEM_PACKAGES": "1", "IPYTHONDIR": str(tmp_path / "ipython")})
     refused, planned = (cell.outputs for cell in book.cells[1:])
     (line,) = (output.text for output in refused if output.get("name") == "stderr")
-    assert re.fullmatch(r"error: torch.* is imported in this process and cannot be replaced .*; mend: .*\n", line)
+    assert re.fullmatch(r"error: torch.* is imported in this process and cannot be replaced .*; fix: .*\n", line)
     assert [output.ename for output in refused if output.output_type == "error"] == ["SystemExit"]
     assert "Decision: torch" in refused[0].text
     assert planned[-1].text.splitlines()[-1] == "Next: python step3_setup_configs.py --model 800ep"

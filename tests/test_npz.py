@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from LightningDiT.data.npz import write_npz
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import save_png
-from LightningDiT.npz import write_npz
 
 
 def save_images(folder: Path, pixels: np.ndarray) -> list[Path]:
@@ -69,11 +69,11 @@ def test_an_image_that_is_no_whole_image_of_the_run_is_named(tmp_path: Path) -> 
     good = (tmp_path / "all.npz").read_bytes()
     whole = paths[1].read_bytes()
     save_png(Image.new("RGB", (9, 7)), paths[1])
-    with pytest.raises(LightningDiTError, match=r"000001.png has 9x7 pixels, 8x8 expected; mend: delete it"):
+    with pytest.raises(LightningDiTError, match=r"000001.png has 9x7 pixels, 8x8 expected; fix: delete it"):
         write_npz(paths, [0, 1, 2], 8, tmp_path / "all.npz", nothing)
     for damaged in (whole[:40], b"no picture"):
         paths[1].write_bytes(damaged)
-        with pytest.raises(LightningDiTError, match=r"000001.png is no whole image .*; mend: delete it"):
+        with pytest.raises(LightningDiTError, match=r"000001.png is no whole image .*; fix: delete it"):
             write_npz(paths, [0, 1, 2], 8, tmp_path / "all.npz", nothing)
     paths[1].unlink()
     with pytest.raises(LightningDiTError, match=r"000001.png is no whole image"):

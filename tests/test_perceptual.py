@@ -108,7 +108,7 @@ def test_missing_weights_name_the_file_and_the_options(
     cached.parent.mkdir(parents=True, exist_ok=True)
     torch.save(load_weights(vgg_file), cached)
     assert find_weights(None) == cached
-    with pytest.raises(LightningDiTError, match=r"gone.pth does not exist; mend: give --lpips-weights FILE"):
+    with pytest.raises(LightningDiTError, match=r"gone.pth does not exist; fix: give --lpips-weights FILE"):
         load_perceptual(tmp_path / "gone.pth")
     with pytest.raises(LightningDiTError, match="does not fit LPIPS: tensors 26 missing: net.slice1.0.weight"):
         PerceptualDistance({}, "file")
@@ -116,5 +116,5 @@ def test_missing_weights_name_the_file_and_the_options(
 
 def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(LightningDiTError, match=r"lpips, .*, is missing; mend: pip install lpips==0.1.4"):
+    with pytest.raises(LightningDiTError, match=r"lpips, .*, is missing; fix: pip install lpips==0.1.4"):
         load_perceptual(None)

@@ -38,7 +38,7 @@ def complaint(source: Source, requirement: str, target: Path) -> str:
 def test_no_connection_is_said_soon(offline: None, tmp_path: Path) -> None:
     began = time.monotonic()
     said = complaint(Source(), "tinyprobe==1.0", tmp_path)
-    assert "while it installed tinyprobe==1.0: no connection to a package index; mend: switch the internet on" in said
+    assert "while it installed tinyprobe==1.0: no connection to a package index; fix: switch the internet on" in said
     assert said.endswith(
         f"(Kaggle: Settings, Internet), or {PYTHON} step1_install_environment.py --wheels FOLDER with the wheels in it"
     )
@@ -48,13 +48,13 @@ def test_no_connection_is_said_soon(offline: None, tmp_path: Path) -> None:
 def test_a_wheel_that_is_not_there_is_named_with_the_python(offline: None, tmp_path: Path) -> None:
     make_wheel(tmp_path / "wheels", "tinyprobe", "1.0", "")
     said = complaint(Source((tmp_path / "wheels",), index=False), "tinyprobe==2.0", tmp_path / "target")
-    assert f"tinyprobe==2.0 is not to be had for this Python {sys.version_info[0]}.{sys.version_info[1]}; mend:" in said
+    assert f"tinyprobe==2.0 is not to be had for this Python {sys.version_info[0]}.{sys.version_info[1]}; fix:" in said
 
 
 def test_a_damaged_wheel_is_called_that(offline: None, tmp_path: Path) -> None:
     (tmp_path / "tinyprobe-1.0-py3-none-any.whl").write_bytes(b"no archive")
     said = complaint(Source((tmp_path,), index=False), "tinyprobe==1.0", tmp_path / "target")
-    assert "a downloaded file is damaged; mend: python -m pip cache purge" in said
+    assert "a downloaded file is damaged; fix: python -m pip cache purge" in said
 
 
 def test_a_dependency_on_another_torch_is_refused_and_not_obeyed(offline: None, tmp_path: Path) -> None:
@@ -130,8 +130,8 @@ def test_the_command_of_an_own_environment_on_both_systems() -> None:
         assert rest == f"{python} step1_install_environment.py"
 
 
-def test_a_folder_without_wheels_is_quoted_in_the_mend(tmp_path: Path) -> None:
+def test_a_folder_without_wheels_is_quoted_in_the_fix(tmp_path: Path) -> None:
     folder = tmp_path / "Li's wheels"
     with pytest.raises(StepError) as refusal:
         pip_calls.find_sources(folder)
-    assert str(folder) in shlex.split(refusal.value.mend)
+    assert str(folder) in shlex.split(refusal.value.fix)

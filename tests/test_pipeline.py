@@ -16,7 +16,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from LightningDiT import inference
-from LightningDiT.calibrated import (
+from LightningDiT.checkpoint import load_weights, save_weights
+from LightningDiT.config import SampleConfig, load_config
+from LightningDiT.errors import LightningDiTError
+from LightningDiT.images import to_uint8
+from LightningDiT.loading import model_settings, procedure_of, verify, verify_config
+from LightningDiT.models.lightningdit import LightningDiT
+from LightningDiT.sampling.calibrated import (
     CalibratedSolver,
     Guidance,
     SolverFile,
@@ -24,14 +30,8 @@ from LightningDiT.calibrated import (
     save_solvers,
     weights_fingerprint,
 )
-from LightningDiT.checkpoint import load_weights, save_weights
-from LightningDiT.cli import apply_options
-from LightningDiT.config import SampleConfig, load_config
-from LightningDiT.errors import LightningDiTError
-from LightningDiT.images import to_uint8
-from LightningDiT.loading import model_settings, procedure_of, verify, verify_config
-from LightningDiT.models.lightningdit import LightningDiT
-from LightningDiT.pipeline import LightningDiTPipeline
+from LightningDiT.sampling.options import apply_options
+from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from LightningDiT.transport.guidance import guided_velocity
 from tests.conftest import BUNDLED, COMPUTED, seeded_tensor
 

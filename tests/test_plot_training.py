@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from LightningDiT import curves
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.tools import plot_training
-from LightningDiT.training import RunFolder
+from LightningDiT.training import RunFolder, curves
 
 
 def write_run(folder: Path) -> Path:
@@ -67,5 +66,5 @@ def test_main_writes_a_png(tmp_path: Path) -> None:
 
 def test_missing_matplotlib_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(LightningDiTError, match=r"matplotlib is missing; mend: pip install -r requirements-dev\.txt"):
+    with pytest.raises(LightningDiTError, match=r"matplotlib is missing; fix: pip install -r requirements-dev\.txt"):
         curves.draw({"a": [{"step": 1, "loss": 2}]})

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import LightningDiT.tools.precision_study as study
+import studies.precision_study as study
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.models.lightningdit import LightningDiT
-from LightningDiT.tools import solver_study
 from LightningDiT.tools.report import keep_part, put_between_marks
 from LightningDiT.transport import GuidanceSettings
+from studies import solver_study
 from tests.conftest import BUNDLED, PROJECT
 from tests.test_evaluate_bundled import grey_images, write_idx
 
@@ -170,7 +170,7 @@ def test_a_damaged_study_is_named_before_anything_is_measured(tool: str, content
     kept.parent.mkdir()
     kept.write_bytes(content.encode("utf-8", "surrogateescape"))
     main = {"precision": study.main, "sampling": solver_study.main}[tool]
-    with pytest.raises(LightningDiTError, match=r"study.json cannot be read .*; mend: git restore .*, or remove it"):
+    with pytest.raises(LightningDiTError, match=r"study.json cannot be read .*; fix: git restore .*, or remove it"):
         main(["--output", str(tmp_path), "--model", str(tmp_path / "none")])
     assert kept.read_bytes() == content.encode("utf-8", "surrogateescape")
 

@@ -111,7 +111,7 @@ def test_from_a_plain_python_to_the_picture_and_again(project: Path) -> None:
 
 def test_a_venv_that_is_a_link_to_nowhere_is_said(tmp_path: Path) -> None:
     (tmp_path / ".venv").symlink_to(tmp_path / "gone")
-    with pytest.raises(StepError, match=r"\.venv is a link to .*gone, which is not there; mend: mv "):
+    with pytest.raises(StepError, match=r"\.venv is a link to .*gone, which is not there; fix: mv "):
         quickstart.ensure_venv(tmp_path / ".venv")
 
 
@@ -139,7 +139,7 @@ def test_a_step_that_writes_no_picture_is_a_failure(project: Path) -> None:
     (project / "step4_run_inference.py").write_text("")
     done = run_script(project / "quickstart.py", "--model", "bundled")
     assert done.returncode == 1
-    assert "was not written; mend: python step4_run_inference.py" in done.stderr
+    assert "was not written; fix: python step4_run_inference.py" in done.stderr
 
 
 def test_dry_run_does_nothing(project: Path) -> None:
@@ -325,7 +325,7 @@ def test_a_venv_that_lacks_pip_alone_keeps_its_packages(venv: Path) -> None:
 def test_a_broken_venv_with_other_things_in_it_is_left_alone(venv: Path) -> None:
     remove_python(venv)
     (venv / "thesis.txt").write_text("mine")
-    with pytest.raises(StepError, match=r"none of this project's making; mend: mv '.*\.venv' '.*\.venv\.other' && "):
+    with pytest.raises(StepError, match=r"none of this project's making; fix: mv '.*\.venv' '.*\.venv\.other' && "):
         quickstart.ensure_venv(venv)
     assert (venv / "thesis.txt").read_text() == "mine"
 
@@ -335,7 +335,7 @@ def test_a_venv_of_a_python_that_is_too_old_is_left_alone(venv: Path) -> None:
     remove_python(venv)
     console.venv_python(venv).write_text("#!/bin/sh\necho 3 8\n")
     console.venv_python(venv).chmod(0o755)
-    with pytest.raises(StepError, match=r"of Python 3\.8, 3\.10 or newer is needed; mend: mv "):
+    with pytest.raises(StepError, match=r"of Python 3\.8, 3\.10 or newer is needed; fix: mv "):
         quickstart.ensure_venv(venv)
     assert (packages_of(venv) / "thesis.py").is_file()
 
@@ -440,6 +440,6 @@ def test_no_write_permission_is_one_line(project: Path, made_venv: Path, with_ve
     finally:
         project.chmod(0o755)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert f"cannot write in {project} (Permission denied); mend: copy the project to" in done.stderr
+    assert f"cannot write in {project} (Permission denied); fix: copy the project to" in done.stderr
     assert (project / ".venv").exists() == with_venv
     assert not (project / "calls.txt").exists()

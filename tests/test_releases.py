@@ -254,7 +254,7 @@ def test_the_official_profile_wants_python_up_to_3_12(python: tuple[int, int]) -
     assert releases.decide(machine(ABSENT, python=(3, 12)), LINES, asked).torch == "2.2.0"
     with pytest.raises(StepError, match=r"torch 2.2.0 has no wheels for Python 3.1[34], 3.12 is the newest") as refusal:
         releases.decide(machine(ABSENT, python=python), LINES, asked)
-    assert refusal.value.mend == (
+    assert refusal.value.fix == (
         "python3.12 -m venv official && official/bin/python step1_install_environment.py --profile official"
     )
 

@@ -9,15 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from setup_steps import benchmark, checks
+from setup_steps import checks
 from setup_steps.console import StepError
+from studies import setup_benchmark
 
 
 @pytest.mark.skipif(
     not shutil.which("curl") or not sys.platform.startswith("linux"), reason="measures beside curl, through /proc"
 )
 def test_a_download_is_measured_beside_curl_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert benchmark.main(["--only", "download", "--size", "20000000", "--rounds", "2", "--folder", str(tmp_path)]) == 0
+    assert (
+        setup_benchmark.main(["--only", "download", "--size", "20000000", "--rounds", "2", "--folder", str(tmp_path)])
+        == 0
+    )
     said = capsys.readouterr().out
     assert re.search(r"curl +\d+\.\d\d s .*/s  1\.00 of curl's rate", said)
     assert re.search(r"step 2, hashed, with fsync +\d+\.\d\d s .*/s  \d+\.\d\d of curl's rate", said)
@@ -31,7 +35,7 @@ def test_a_conversion_is_measured_beside_a_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(checks, "published_table", lambda section: {"a": (50, 100), "b": (7,)})
-    assert benchmark.main(["--only", "conversion", "--rounds", "1", "--folder", str(tmp_path)]) == 0
+    assert setup_benchmark.main(["--only", "conversion", "--rounds", "1", "--folder", str(tmp_path)]) == 0
     rows = re.findall(r"(copy|--convert \w+) +\d+\.\d\d s .*/s  \d+\.\d\d of copy's rate", capsys.readouterr().out)
     assert rows == ["copy", "--convert fp32", "--convert bf16", "--convert fp16"]
     assert list(tmp_path.iterdir()) == []
@@ -40,4 +44,4 @@ def test_a_conversion_is_measured_beside_a_copy(
 def test_without_curl_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(StepError, match="curl is not on this machine"):
-        benchmark.main(["--folder", str(tmp_path)])
+        setup_benchmark.main(["--folder", str(tmp_path)])

@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 
-import LightningDiT.tools.solver_study as study
-from LightningDiT.pipeline import LightningDiTPipeline
+import studies.solver_study as study
+from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from LightningDiT.transport import integrate_ode, time_grid
 from tests.conftest import PROJECT
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.pipeline import LightningDiTPipeline
+from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from LightningDiT.seeds import generator_for
 from LightningDiT.transport import (
     OWN_METHODS,

@@ -60,21 +60,21 @@ def test_auto_says_that_it_goes_to_the_hub(tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr().out == f"  latents_stats.pt: not below {tmp_path}, so the hub is asked\n"
 
 
-def test_absence_names_where_what_and_the_mend(tmp_path: Path) -> None:
+def test_absence_names_where_what_and_the_fix(tmp_path: Path) -> None:
     error = Source("attached", tmp_path).explain_absence(weights.DIT["64ep"])
     assert f"{tmp_path} holds no usable lightningdit-xl-imagenet256-64ep.pt" in str(error)
     assert "lightningdit-xl-imagenet256-64ep.bf16.safetensors" in str(error)
     step2 = f"{PYTHON} step2_download_models.py --source"
-    assert f"; mend: {step2} attached --attached FOLDER, or {step2} hub" in str(error)
+    assert f"; fix: {step2} attached --attached FOLDER, or {step2} hub" in str(error)
     assert "\n" not in str(error)
 
 
 @pytest.mark.parametrize(("kind", "option"), [("folder", "--folder FOLDER"), ("attached", "--attached FOLDER")])
 def test_the_folder_must_be_one(tmp_path: Path, kind: str, option: str) -> None:
     Source(kind, tmp_path).require_folder()
-    with pytest.raises(StepError, match=f"x is not there, the folder to search was expected; mend: .*{option}"):
+    with pytest.raises(StepError, match=f"x is not there, the folder to search was expected; fix: .*{option}"):
         Source(kind, tmp_path / "x").require_folder()
-    with pytest.raises(StepError, match=f"y is a file, the folder to search was expected; mend: .*{option}"):
+    with pytest.raises(StepError, match=f"y is a file, the folder to search was expected; fix: .*{option}"):
         Source(kind, put(tmp_path / "y")).require_folder()
 
 

@@ -137,7 +137,7 @@ def test_step2_a_right_hash_of_a_wrong_file_is_an_error(hub: Hub, tmp_path: Path
         fetch_models(tmp_path, "--only", "vavae")
     torch.save({"mean": torch.zeros(1, 32, 1, 1), "std": torch.ones(1, 32, 1, 1)}, tmp_path / "o")
     hub.put(weights.STATS.repo, weights.STATS.name, (tmp_path / "o").read_bytes())
-    with pytest.raises(StepError, match=r"placeholder.*; mend: python fix_latents_stats.py"):
+    with pytest.raises(StepError, match=r"placeholder.*; fix: python fix_latents_stats.py"):
         fetch_models(tmp_path, "--only", "stats")
     names = {f"{weights.VAVAE.name}.bad-1", f"{weights.VAVAE.name}.bad-2", "latents_stats.pt.bad-1", checks.RECORD}
     assert {path.name for path in tmp_path.iterdir()} - {"other", "o"} == names
@@ -229,7 +229,7 @@ def test_step2_explains_folders_and_files_in_each_others_place(hub: Hub, tmp_pat
     with pytest.raises(StepError, match=r"is a folder, the file latents_stats.pt belongs there") as refusal:
         fetch_models(tmp_path, "--only", "stats")
     path = f"{tmp_path / 'latents_stats.pt'}"
-    assert shlex.split(refusal.value.mend)[:4] == ["mv", path, f"{path}.folder", "&&"]
+    assert shlex.split(refusal.value.fix)[:4] == ["mv", path, f"{path}.folder", "&&"]
     (tmp_path / "file").touch()
     with pytest.raises(StepError, match="is a file, a folder was expected"):
         fetch_models(tmp_path / "file")
@@ -252,7 +252,7 @@ def test_step2_bundled_model_needs_no_download(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(weights, "BUNDLED", tmp_path)
-    with pytest.raises(StepError, match=r"lacks config.yaml, .*; mend: git restore"):
+    with pytest.raises(StepError, match=r"lacks config.yaml, .*; fix: git restore"):
         step2.main(["--model", "bundled"])
     link_bundled(tmp_path)
     assert step2.main(["--model", "bundled"]) == 0
@@ -277,7 +277,7 @@ def test_step2_opens_the_bundled_model(
     (tmp_path / name).unlink()
     (tmp_path / name).write_bytes(whole[: len(whole) // 4] if content is None else content)
     monkeypatch.setattr(weights, "BUNDLED", tmp_path)
-    with pytest.raises(StepError, match=rf"{Path(name).stem}\..*; mend: git restore models/fashion-mnist") as caught:
+    with pytest.raises(StepError, match=rf"{Path(name).stem}\..*; fix: git restore models/fashion-mnist") as caught:
         step2.main(["--model", "bundled"])
     assert "\n" not in str(caught.value)
     assert "Nothing to download" not in capsys.readouterr().out
@@ -374,7 +374,7 @@ def test_step2_a_second_candidate_is_tried(tmp_path: Path, attached: Path, hub: 
 def test_step2_says_where_it_searched_for_what(hub: Hub, tmp_path: Path, attached: Path) -> None:
     options = ("--source", "attached", "--attached", str(attached), "--model", "64ep", "--only", "dit")
     with pytest.raises(
-        StepError, match=r"input holds no usable lightningdit-xl-imagenet256-64ep.pt .*; mend: "
+        StepError, match=r"input holds no usable lightningdit-xl-imagenet256-64ep.pt .*; fix: "
     ) as caught:
         fetch_models(tmp_path / "models", *options)
     assert "\n" not in str(caught.value)
@@ -440,7 +440,7 @@ def test_step2_without_torch_fetches_nothing(hub: Hub, tmp_path: Path) -> None:
     for more in ((), ("--verify",)):
         done = run_script(script, *options, *more)
         assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-        assert "needs torch, which does not import (no torch here); mend: " in done.stderr
+        assert "needs torch, which does not import (no torch here); fix: " in done.stderr
     assert hub.log == []
     assert run_script(script, *options, "--dry-run").returncode == 0
 
@@ -580,7 +580,7 @@ def test_step2_verify_without_a_hub_takes_the_checksums_of_the_archive(
     content = bytearray(path.read_bytes())
     content[content.index(stats["std"].numpy().tobytes()) + 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(StepError, match=r"latents_stats.pt is damaged \(Bad CRC-32 .*\); mend: "):
+    with pytest.raises(StepError, match=r"latents_stats.pt is damaged \(Bad CRC-32 .*\); fix: "):
         fetch_offline(tmp_path, "--only", "stats", "--verify")
 
 
@@ -617,7 +617,7 @@ def test_step2_verify_names_every_fault(hub: Hub, tmp_path: Path, attached: Path
     words = (
         r"vavae.* \(linked to .*\) is not the file that the hub has .*; .*latents_stats.pt is a link to .*, which is "
     )
-    with pytest.raises(StepError, match=words + rf"not there; mend: {PYTHON} step2_download_models.py --source hub$"):
+    with pytest.raises(StepError, match=words + rf"not there; fix: {PYTHON} step2_download_models.py --source hub$"):
         fetch_models(tmp_path / "models", "--verify")
     assert (tmp_path / "models" / "latents_stats.pt").is_symlink()
 

@@ -17,7 +17,7 @@ from LightningDiT.checkpoint import load_weights, save_weights
 from LightningDiT.config import load_config
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.loading import load_transformer, verify_config
-from LightningDiT.pipeline import LightningDiTPipeline
+from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from setup_steps import configs, machine, weights
 from setup_steps.checks import published_table
 from setup_steps.console import PROJECT, StepError
@@ -77,7 +77,7 @@ def test_step3_keeps_the_good_file_when_the_new_one_is_refused(models: Path, tmp
     write_config(models, output)
     before = output.read_text()
     (models / "latents_stats.pt").write_bytes(b"")
-    with pytest.raises(StepError, match=r"is empty \(0 bytes\); mend: python fix_latents_stats.py"):
+    with pytest.raises(StepError, match=r"is empty \(0 bytes\); fix: python fix_latents_stats.py"):
         write_config(models, output)
     assert output.read_text() == before
     assert [path.name for path in tmp_path.iterdir() if path.suffix] == ["config.yaml"]
@@ -102,22 +102,22 @@ def test_step3_explains_folders_and_files_in_each_others_place(models: Path, tmp
     """Every option that takes a path, given the other kind, nothing, or a link without a target."""
     output, stats, link = tmp_path / "config.yaml", models / "latents_stats.pt", tmp_path / "link"
     link.symlink_to(tmp_path / "detached" / "file.pt")
-    detached = "link is a link to .*file.pt, which is not there: the data set is detached; mend: .*step2_download"
+    detached = "link is a link to .*file.pt, which is not there: the data set is detached; fix: .*step2_download"
     cases = [
-        ("--models-dir", stats, "is a file, the folder that holds the weights was expected; mend: .* --models-dir"),
+        ("--models-dir", stats, "is a file, the folder that holds the weights was expected; fix: .* --models-dir"),
         ("--models-dir", link, detached.replace("step2_download", "step3_setup_configs.py .*--models-dir FOLDER")),
-        ("--attached", stats, "is a file, the folder that holds the attached data sets was expected; mend: "),
-        ("--attached", tmp_path / "none", "--attached .*none is not there; mend: "),
+        ("--attached", stats, "is a file, the folder that holds the attached data sets was expected; fix: "),
+        ("--attached", tmp_path / "none", "--attached .*none is not there; fix: "),
         ("--attached", link, detached.replace("step2_download", "step3_setup_configs.py .*--attached FOLDER")),
-        ("--stats", models, f"is a folder, a file was expected; mend: .* --stats '?.*{stats.name}'?"),
-        ("--stats", models / weights.VAVAE.name, "holds no latent statistics .*; mend: name a good latents_stats.pt"),
-        ("--output", models, "is a folder, a YAML file was expected; mend: "),
-        ("--output", stats / "config.yaml", "latents_stats.pt is a file, the folder of config.yaml was expected; mend"),
+        ("--stats", models, f"is a folder, a file was expected; fix: .* --stats '?.*{stats.name}'?"),
+        ("--stats", models / weights.VAVAE.name, "holds no latent statistics .*; fix: name a good latents_stats.pt"),
+        ("--output", models, "is a folder, a YAML file was expected; fix: "),
+        ("--output", stats / "config.yaml", "latents_stats.pt is a file, the folder of config.yaml was expected; fix"),
     ]
     for option in ("--checkpoint", "--tokenizer", "--stats"):
         cases += [
-            (option, models, f"{option} .*my models is a folder, a file was expected; mend: .*{option}"),
-            (option, tmp_path / "none.pt", f"none.pt is not there; mend: {PYTHON} step2_download_models.py"),
+            (option, models, f"{option} .*my models is a folder, a file was expected; fix: .*{option}"),
+            (option, tmp_path / "none.pt", f"none.pt is not there; fix: {PYTHON} step2_download_models.py"),
             (option, link, detached),
         ]
     for option, path, words in cases:
@@ -149,12 +149,12 @@ def test_step3_explains_what_lies_in_a_weights_files_place(
 def test_step3_mends_a_data_path_that_names_the_file(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The published code fails on it with torch.cat(); here the library explains, and step 3 mends it."""
+    """The published code fails on it with torch.cat(); here the library explains, and step 3 fixes it."""
     output = tmp_path / "config.yaml"
     write_config(models, output)
     first, stats = output.read_text(), models / "latents_stats.pt"
     output.write_text(first.replace(f'data_path: "{models}"', f'data_path: "{stats}"'))
-    with pytest.raises(LightningDiTError, match=f"is a file; the folder .* is expected; mend: set data_path: {models}"):
+    with pytest.raises(LightningDiTError, match=f"is a file; the folder .* is expected; fix: set data_path: {models}"):
         verify_config(output)
     capsys.readouterr()
     assert write_config(models, output) == 0
@@ -241,7 +241,7 @@ def test_step3_dry_run_checks_all_and_writes_nothing(
     with pytest.raises(StepError, match="is a folder, a YAML file was expected"):
         write_config(models, models, "--dry-run")
     (models / "latents_stats.pt").write_bytes(b"")
-    with pytest.raises(StepError, match=r"is empty \(0 bytes\); mend: python fix_latents_stats.py"):
+    with pytest.raises(StepError, match=r"is empty \(0 bytes\); fix: python fix_latents_stats.py"):
         write_config(models, output, "--dry-run")
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -281,15 +281,15 @@ def test_step3_auto_passes_a_damaged_model_over(
 
 
 def test_step3_statistics_of_another_name_go_to_a_folder_of_their_own(models: Path, tmp_path: Path) -> None:
-    """The mend is run as it stands; the good file beside it is not touched."""
+    """The fix is run as it stands; the good file beside it is not touched."""
     good = models / "latents_stats.pt"
     other = models / "my stats.pt"
     shutil.copy2(good, other)
     before = good.stat().st_mtime_ns
     with pytest.raises(StepError, match="is not called latents_stats.pt") as caught:
         write_config(models, tmp_path / "config.yaml", "--stats", str(other))
-    mend = str(caught.value.mend).rpartition(" && ")[0]
-    subprocess.run(mend, shell=True, check=True)
+    fix = str(caught.value.fix).rpartition(" && ")[0]
+    subprocess.run(fix, shell=True, check=True)
     assert good.stat().st_mtime_ns == before
     stats = models / "my stats-folder" / "latents_stats.pt"
     assert write_config(models, tmp_path / "config.yaml", "--stats", str(stats)) == 0

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from LightningDiT.checkpoint import save_weights
-from LightningDiT.config import TOKENIZER_CONFIGS, load_tokenizer_config
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import to_uint8
 from LightningDiT.tokenizer import vavae
 from LightningDiT.tokenizer.autoencoder import AutoencoderKL, AutoencoderSettings, DiagonalGaussian
+from LightningDiT.tokenizer.config import TOKENIZER_CONFIGS, load_tokenizer_config
 from LightningDiT.tokenizer.latents import LatentStats
 from LightningDiT.tokenizer.vavae import VA_VAE, autoencoder_settings
 from tests.conftest import GOLDEN, PACKAGE, seed_weights

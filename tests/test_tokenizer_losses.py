@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from LightningDiT.config import TokenizerTrainConfig
 from LightningDiT.tokenizer.autoencoder import DiagonalGaussian
+from LightningDiT.tokenizer.config import TokenizerTrainConfig
 from LightningDiT.tokenizer.criterion import Criterion, Pass
 from LightningDiT.tokenizer.discriminator import PatchDiscriminator, smallest_side
 from LightningDiT.tokenizer.losses import (

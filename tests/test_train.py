@@ -19,16 +19,16 @@ import torch
 from LightningDiT import train
 from LightningDiT.checkpoint import load_weights, save_weights
 from LightningDiT.config import load_config
-from LightningDiT.curves import read_log
 from LightningDiT.data.shards import shard_path, write_shard
+from LightningDiT.distributed import ALONE
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.latent_batches import LatentBatches
 from LightningDiT.loading import build_transport
 from LightningDiT.models import lightningdit
-from LightningDiT.processes import ALONE
 from LightningDiT.tokenizer.latents import LatentStats
 from LightningDiT.training import BatchOrder, RunFolder
-from LightningDiT.watching import Curves, SampleGrids, Validation, tokenizer_of
+from LightningDiT.training.curves import read_log
+from LightningDiT.training.latent_batches import LatentBatches
+from LightningDiT.training.monitors import Curves, SampleGrids, Validation, tokenizer_of
 from tests.conftest import BUNDLED, PROJECT, largest_file
 
 SMALLEST = (2, 16, 2)  # layers, width and heads of a model whose step takes milliseconds
@@ -308,7 +308,7 @@ def test_too_little_memory_is_one_line(small: Path) -> None:
     trainer.model.forward = lambda *arguments: torch.empty(2**60)  # more than any machine has
     with pytest.raises(
         LightningDiTError,
-        match=r"4 samples at a time do not fit into the memory of cpu; mend: .*micro_batch_size: 2 or",
+        match=r"4 samples at a time do not fit into the memory of cpu; fix: .*micro_batch_size: 2 or",
     ):
         trainer.step(0)
 
@@ -379,7 +379,7 @@ def test_what_is_held_out_is_never_trained_on(small: Path) -> None:
     held_out = set(data.held_out.tolist())
     assert (len(held_out), len(seen), seen & held_out) == (6, 18, set())
     path.write_text(path.read_text().replace("valid_share: 0.25", "valid_share: 0.0"))
-    with pytest.raises(LightningDiTError, match="there is nothing to validate on; mend: set data.valid_path"):
+    with pytest.raises(LightningDiTError, match="there is nothing to validate on; fix: set data.valid_path"):
         train.main(["--config", str(path)])
 
 
@@ -474,7 +474,7 @@ def test_curves_that_cannot_be_drawn_end_nothing(tmp_path: Path, capsys: pytest.
     (tmp_path / "log.jsonl").write_text('{"step": 2.0, "loss": 1.0}\n')
     with largest_file(5000), Curves(tmp_path) as curves:
         curves.add({"step": 2.0, "loss": 1.0})
-    assert "curves.png cannot be written (File too large); mend: free space" in capsys.readouterr().out
+    assert "curves.png cannot be written (File too large); fix: free space" in capsys.readouterr().out
     assert not list(tmp_path.glob("*.png")) + list(tmp_path.glob(".*.tmp"))
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from LightningDiT import train_tokenizer
 from LightningDiT.checkpoint import load_training_state, load_weights, save_weights
-from LightningDiT.config import TokenizerTrainConfig, load_tokenizer_config, tokenizer_training
 from LightningDiT.data.photographs import Photographs
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.tokenizer.config import TokenizerTrainConfig, load_tokenizer_config, tokenizer_training
 from LightningDiT.tokenizer.starting_weights import read_starting_weights
 from LightningDiT.tokenizer.vavae import load_autoencoder
 from LightningDiT.train_tokenizer import STAGES, Networks, TokenizerTrainer, build_networks
@@ -354,7 +354,7 @@ def test_sizes_that_cannot_be_are_named(fashion_folder: Path, tmp_path: Path) ->
 )
 def test_sizes_of_no_autoencoder_are_named(key: str, value: object, fashion_folder: Path, tmp_path: Path) -> None:  # noqa: F811
     config = write_yaml(tmp_path / "wrong.yaml", SHORT, ddconfig={**DDCONFIG, key: value})
-    with pytest.raises(LightningDiTError, match=rf"{key} is .*; mend: "):
+    with pytest.raises(LightningDiTError, match=rf"{key} is .*; fix: "):
         run(config, fashion_folder, tmp_path / "out")
 
 

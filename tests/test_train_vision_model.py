@@ -10,7 +10,7 @@ import torch
 from LightningDiT.checkpoint import inspect
 from LightningDiT.console import run_main
 from LightningDiT.tokenizer.vision import VisionModel, create_model
-from LightningDiT.tools import train_vision_model
+from studies import train_vision_model
 from tests.test_evaluate_bundled import write_photographs
 
 MODEL, SIDE = "test_efficientnet", 64
@@ -54,7 +54,7 @@ def test_the_file_is_one_that_a_tokenizer_can_name(trained: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["--model", "no_such"], "knows no model 'no_such'; mend: give --model a name of timm.list_models()"),
+        (["--model", "no_such"], "knows no model 'no_such'; fix: give --model a name of timm.list_models()"),
         (["--model", "test_vit", "--size", "72"], "timm's test_vit does not take 72 pixels"),
     ],
 )

@@ -16,10 +16,9 @@ from torch import nn
 
 from LightningDiT import train
 from LightningDiT.checkpoint import load_weights, save_weights
-from LightningDiT.curves import read_log
 from LightningDiT.data.shards import shard_path, write_shard
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.locks import held_folder
+from LightningDiT.files import held_folder
 from LightningDiT.tokenizer.latents import LatentStats
 from LightningDiT.training import (
     BatchOrder,
@@ -29,9 +28,10 @@ from LightningDiT.training import (
     RunFolder,
     describe,
     learning_rate,
-    meter,
+    log_rows,
     share_of,
 )
+from LightningDiT.training.curves import read_log
 from LightningDiT.training.guard import Guard
 from LightningDiT.training.randomness import random_state, set_random_state
 from tests.conftest import largest_file
@@ -254,8 +254,8 @@ def test_processes_take_equal_parts_in_order() -> None:
 
 def test_speed_and_time_left_follow_from_the_time_since_the_last_line(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter((0.0, 4.0, 4.0, 5.0, 5.0))
-    monkeypatch.setattr(meter.time, "monotonic", lambda: next(clock))
-    watch = meter.Meter(total_steps=10, batch_size=8)
+    monkeypatch.setattr(log_rows.time, "monotonic", lambda: next(clock))
+    watch = log_rows.Meter(total_steps=10, batch_size=8)
     watch.add({"loss": 1.0, "data_seconds": 1.0})
     watch.add({"loss": 3.0, "data_seconds": 0.0})
     expected = {"loss": 2.0, "data_share": 0.25, "images_per_second": 4.0, "seconds_left": 16.0}
@@ -350,9 +350,7 @@ def test_where_no_checkpoint_is_whole_nothing_begins_anew(training_config: Path)
     for path in RunFolder(training_config.parent / "run").checkpoints():
         damage(path, "its part")
     before = {path: path.read_bytes() for path in (training_config.parent / "run").iterdir()}
-    with pytest.raises(
-        LightningDiTError, match=r"none of the 2 checkpoints in .* is whole; mend: delete them to begin"
-    ):
+    with pytest.raises(LightningDiTError, match=r"none of the 2 checkpoints in .* is whole; fix: delete them to begin"):
         train.main(arguments)
     assert {path: path.read_bytes() for path in (training_config.parent / "run").iterdir()} == before
 
@@ -403,5 +401,5 @@ def test_a_folder_has_one_training_at_a_time(training_config: Path) -> None:
 
 
 def test_a_missing_configuration_names_those_of_trainings(tmp_path: Path) -> None:
-    with pytest.raises(LightningDiTError, match=r"none.yaml does not exist; mend: copy one of those in .*configs$"):
+    with pytest.raises(LightningDiTError, match=r"none.yaml does not exist; fix: copy one of those in .*configs$"):
         train.main(["--config", str(tmp_path / "none.yaml")])

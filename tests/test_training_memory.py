@@ -11,7 +11,7 @@ import torch
 
 from LightningDiT.models.lightningdit import preset_settings
 from LightningDiT.tools import training_memory as tool
-from LightningDiT.training_memory import TrainingNeed, kept_bytes, training_need
+from LightningDiT.training.memory import TrainingNeed, kept_bytes, training_need
 from tests.conftest import PACKAGE
 
 SMALL = preset_settings(

@@ -112,11 +112,11 @@ def test_the_published_models_give_the_published_grids() -> None:
 
 
 def test_wrong_or_missing_weights_are_one_line(vit_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(LightningDiTError, match=r"timm .* knows no model 'test_vti'; mend: set train.vision_model to"):
+    with pytest.raises(LightningDiTError, match=r"timm .* knows no model 'test_vti'; fix: set train.vision_model to"):
         create_model("test_vti", None)
-    with pytest.raises(LightningDiTError, match="gone.pth does not exist; mend: set train.vision_weights to a file"):
+    with pytest.raises(LightningDiTError, match="gone.pth does not exist; fix: set train.vision_weights to a file"):
         create_model(VIT, tmp_path / "gone.pth")
-    with pytest.raises(LightningDiTError, match="does not fit ResNet: .*mend: set train.vision_weights to a file"):
+    with pytest.raises(LightningDiTError, match="does not fit ResNet: .*fix: set train.vision_weights to a file"):
         create_model(RESNET, vit_file)
     with pytest.raises(LightningDiTError, match="weights of test_vit.none cannot be had"):
         create_model("test_vit.none", None)

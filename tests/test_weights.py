@@ -75,7 +75,7 @@ def test_find_file_takes_models_first_and_the_best_name_first(tmp_path: Path) ->
 def test_find_file_explains_a_folder_unless_the_file_is_inside(tmp_path: Path) -> None:
     """Some uploads put a file into a folder of its own name."""
     (tmp_path / "latents_stats.pt").mkdir()
-    with pytest.raises(StepError, match=r"is a folder, the file latents_stats.pt was expected there; mend: mv "):
+    with pytest.raises(StepError, match=r"is a folder, the file latents_stats.pt was expected there; fix: mv "):
         weights.find_file(weights.STATS, tmp_path / "models", tmp_path)
     inside = put(tmp_path / "latents_stats.pt" / "latents_stats.pt")
     assert weights.find_file(weights.STATS, tmp_path / "models", tmp_path) == inside
@@ -122,7 +122,7 @@ def test_step3_walks_once_for_all_files_and_models(tmp_path: Path, walked: list[
     put(attached / "a" / weights.STATS.name)
     options = step3.parse(["--models-dir", str(tmp_path / "models"), "--attached", str(attached)])
     for model in ("800ep", "64ep"):
-        with pytest.raises(StepError, match=f"vavae.*, lightningdit-xl-imagenet256-{model}.pt; mend: "):
+        with pytest.raises(StepError, match=f"vavae.*, lightningdit-xl-imagenet256-{model}.pt; fix: "):
             step3.find_files(model, options)
     assert walked == [attached]
 

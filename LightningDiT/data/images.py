@@ -46,17 +46,17 @@ def read_idx(path: Path) -> Tensor:
     Raises:
         LightningDiTError: it is damaged, or another file.
     """
-    mend = "download Fashion-MNIST again"
+    fix = "download Fashion-MNIST again"
     try:
         content = gzip.decompress(path.read_bytes())
         if content[:3] != bytes([0, 0, IDX_UINT8]):
-            raise LightningDiTError(f"{path} is no IDX file of bytes", mend)
+            raise LightningDiTError(f"{path} is no IDX file of bytes", fix)
         dimensions = content[3]
         shape = np.frombuffer(content, ">i4", dimensions, offset=4)
         values = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions)
         return torch.from_numpy(values.reshape(shape).copy())
     except (OSError, EOFError, zlib.error, ValueError, IndexError) as error:
-        raise LightningDiTError(f"{path} is cut short or damaged ({error})", mend) from error
+        raise LightningDiTError(f"{path} is cut short or damaged ({error})", fix) from error
 
 
 def fashion_mnist(root: str | Path, train: bool) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from LightningDiT.checkpoint import save_weights
 from LightningDiT.errors import LightningDiTError
 
 KEPT_BATCHES = 2  # whose memory is used again
-MEND = "python -m LightningDiT.extract_features --help"
+FIX = "python -m LightningDiT.extract_features --help"
 
 
 def shard_path(folder: str | Path, rank: int, index: int) -> Path:
@@ -62,15 +62,15 @@ def iterate_shards(folder: str | Path) -> Iterator[dict[str, Tensor]]:
         raise LightningDiTError(f"{place} is a file, the folder of latent shards was expected", f"name {place.parent}")
     paths = shard_files(place)
     if not paths:
-        raise LightningDiTError(f"no latent shards (*.safetensors) in {place}", MEND)
+        raise LightningDiTError(f"no latent shards (*.safetensors) in {place}", FIX)
     for path in paths:
         try:
             tensors = load_file(path)
         except (SafetensorError, OSError) as error:
-            raise LightningDiTError(f"latent shard {path} is cut short or damaged ({error})", MEND) from error
+            raise LightningDiTError(f"latent shard {path} is cut short or damaged ({error})", FIX) from error
         missing = [name for name in ("latents", "labels") if name not in tensors]
         if missing:
-            raise LightningDiTError(f"{path} is no latent shard: {', '.join(missing)} missing", MEND)
+            raise LightningDiTError(f"{path} is no latent shard: {', '.join(missing)} missing", FIX)
         _check_rows(path, tensors)
         yield tensors
 
@@ -82,15 +82,15 @@ def _check_rows(path: Path, tensors: Mapping[str, Tensor]) -> None:
         raise LightningDiTError(
             f"{path} is no latent shard: latents {list(latents.shape)} and labels {list(labels.shape)}"
             f" ({str(labels.dtype).removeprefix('torch.')}); [N, C, h, w] and [N] whole numbers are expected",
-            MEND,
+            FIX,
         )
     flipped = tensors.get("latents_flip", latents)
     if flipped.shape != latents.shape:
         raise LightningDiTError(
-            f"{path}: latents_flip has the shape {list(flipped.shape)}, latents {list(latents.shape)}", MEND
+            f"{path}: latents_flip has the shape {list(flipped.shape)}, latents {list(latents.shape)}", FIX
         )
     if len(labels) and int(labels.min()) < 0:
-        raise LightningDiTError(f"{path}: the label {int(labels.min())} is no class; 0 and more are", MEND)
+        raise LightningDiTError(f"{path}: the label {int(labels.min())} is no class; 0 and more are", FIX)
 
 
 class LatentShards:
@@ -108,11 +108,11 @@ class LatentShards:
     def __init__(self, folder: str | Path) -> None:
         shards = [shard for shard in iterate_shards(folder) if len(shard["labels"])]
         if not shards:
-            raise LightningDiTError(f"the latent shards in {folder} hold no latents", MEND)
+            raise LightningDiTError(f"the latent shards in {folder} hold no latents", FIX)
         shapes = sorted({tuple(shard["latents"].shape[1:]) for shard in shards})
         if len(shapes) > 1:
             raise LightningDiTError(
-                f"the shards in {folder} hold latents of the shapes {shapes[0]} and {shapes[1]}", MEND
+                f"the shards in {folder} hold latents of the shapes {shapes[0]} and {shapes[1]}", FIX
             )
         self.shape = shapes[0]
         self.labels = torch.cat([shard["labels"].long() for shard in shards])

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from LightningDiT.checkpoint import atomic_path, load_weights, save_weights
+from LightningDiT.checkpoint import load_weights, save_weights
 from LightningDiT.console import Progress
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.files import atomic_path
 from LightningDiT.metrics.extractors import Extractor, Views
 from LightningDiT.metrics.sources import ImageSource
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from LightningDiT.checkpoint import BUNDLED_FOLDER, fingerprint, load_into, load_weights
+from LightningDiT.checkpoint import BUNDLED_FOLDER, load_into, load_weights
 from LightningDiT.device import best_device
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.files import fingerprint
 from LightningDiT.metrics.judge import load_judge
 
 #: The weights that FID is defined by (TensorFlow's Inception of 2015-12-05), as torch-fidelity converted them.
@@ -94,18 +95,18 @@ class Inception(Extractor):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         # torch-fidelity would unpickle whatever the file holds; it gets the tensors that the safe loader found
-        mend, content = f"download {INCEPTION_URL}", io.BytesIO()
+        fix, content = f"download {INCEPTION_URL}", io.BytesIO()
         try:
             torch.save(load_weights(weights), content)
         except LightningDiTError as error:
-            raise LightningDiTError(error.message, mend) from error
+            raise LightningDiTError(error.message, fix) from error
         content.seek(0)
         try:
             network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], content)
         except RuntimeError as error:
             raise LightningDiTError(
                 f"{weights} holds other weights than FID's Inception ({str(error).splitlines()[-1].strip()})",
-                mend,
+                fix,
             ) from error
         self.name, self.key = "inception", f"inception {fingerprint(weights)}"
         self._spatial = torch.empty(0)  # of the batch that was seen last
@@ -121,7 +122,7 @@ class Inception(Extractor):
 
 
 class JudgeView(Extractor):
-    """The bundled classifier of Fashion-MNIST (tools/judge.py); sees 32x32 pixels."""
+    """The bundled classifier of Fashion-MNIST (studies/judge.py); sees 32x32 pixels."""
 
     layer, numbered = "penultimate layer", True
 
@@ -181,15 +182,15 @@ class TimmView(Extractor):
 
 def _timm_model(timm: Any, name: str, weights: Path | None) -> Any:
     """Return timm's model `name` with the weights of a file or of the hub."""
-    mend = "choose a name from timm.list_models(pretrained=True), and give its weights as timm:NAME@FILE"
+    fix = "choose a name from timm.list_models(pretrained=True), and give its weights as timm:NAME@FILE"
     if not timm.is_model(name):
-        raise LightningDiTError(f"timm {timm.__version__} knows no model {name!r}", mend)
+        raise LightningDiTError(f"timm {timm.__version__} knows no model {name!r}", fix)
     if weights is None:
         try:
             return timm.create_model(name, pretrained=True)
         except Exception as error:  # no weights for it, no network, a full disk: timm and the hub have many errors
             reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise LightningDiTError(f"weights of {name} cannot be had ({reason[0]})", mend) from error
+            raise LightningDiTError(f"weights of {name} cannot be had ({reason[0]})", fix) from error
     head = timm.create_model(name, pretrained=False).pretrained_cfg.get("classifier")
     try:
         tensors = load_weights(weights)

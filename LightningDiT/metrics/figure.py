@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from LightningDiT.checkpoint import atomic_path
+from LightningDiT.files import atomic_path
 from LightningDiT.metrics.scores import TITLES, Score
 
 WIDTH = 11.0  # inches

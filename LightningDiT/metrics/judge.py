@@ -1,6 +1,6 @@
 """The judge: an independent classifier of Fashion-MNIST, which says what generated images show.
 
-`tools/judge.py` trains it.
+`studies/judge.py` trains it.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def load_judge(path: str | Path) -> Judge:
         LightningDiTError: the file is missing, damaged or holds something else.
     """
     if not Path(path).exists():
-        raise LightningDiTError(f"judge {path} does not exist", f"python -m LightningDiT.tools.judge --output {path}")
+        raise LightningDiTError(f"judge {path} does not exist", f"python -m studies.judge --output {path}")
     judge = Judge()
     load_into(judge, load_weights(path), path)
     return judge.float().eval()

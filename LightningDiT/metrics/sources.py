@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from LightningDiT.checkpoint import fingerprint
 from LightningDiT.data.images import (
     FASHION_MNIST_CLASSES,
     fashion_mnist,
@@ -26,6 +25,7 @@ from LightningDiT.data.images import (
     read_image,
 )
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.files import fingerprint
 from LightningDiT.images import centre_crop
 
 MANIFEST = "manifest.json"  # what a run of LightningDiT.inference leaves beside its images
@@ -243,7 +243,7 @@ def _archive_images(name: str, path: Path, labels: Tensor | None, size: int | No
         )
     if labels is not None and labels.shape != (shape[0],):
         raise LightningDiTError(
-            f"{name}: {LABELS} has the shape {tuple(labels.shape)} for {shape[0]} images", "leave it out, or mend it"
+            f"{name}: {LABELS} has the shape {tuple(labels.shape)} for {shape[0]} images", "leave it out, or fix it"
         )
 
     def read(start: int, stop: int) -> Tensor:

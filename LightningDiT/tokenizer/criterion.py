@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from LightningDiT.config import TokenizerTrainConfig
+from LightningDiT.tokenizer.config import TokenizerTrainConfig
 
 from .autoencoder import AutoencoderKL, DiagonalGaussian
 from .discriminator import PatchDiscriminator

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from LightningDiT.checkpoint import atomic_path, load_training_state
+from LightningDiT.checkpoint import load_training_state
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.files import atomic_path
 
 METADATA_KEYS = ("latents_mean", "latents_std")
 
@@ -71,7 +72,7 @@ class LatentStats:
         mean, std = _read(Path(path))
         problems = _problems(mean, std, channels)
         if problems:
-            raise LightningDiTError(f"latent statistics {path}: {'; '.join(problems)}", mend_of(path))
+            raise LightningDiTError(f"latent statistics {path}: {'; '.join(problems)}", fix_of(path))
         return cls(mean.float(), std.float(), multiplier)
 
     @classmethod
@@ -80,10 +81,10 @@ class LatentStats:
         try:
             values = [torch.tensor(json.loads(metadata[key])).view(1, -1, 1, 1) for key in METADATA_KEYS]
         except (KeyError, ValueError, TypeError) as error:
-            raise LightningDiTError(f"{path} carries no latent statistics in its metadata", mend_of(path)) from error
+            raise LightningDiTError(f"{path} carries no latent statistics in its metadata", fix_of(path)) from error
         problems = _problems(*values, None)
         if problems:
-            raise LightningDiTError(f"latent statistics in {path}: {'; '.join(problems)}", mend_of(path))
+            raise LightningDiTError(f"latent statistics in {path}: {'; '.join(problems)}", fix_of(path))
         return cls(*values)
 
     def as_metadata(self) -> dict[str, str]:
@@ -99,9 +100,7 @@ class LatentStats:
         """
         problems = _problems(self.mean, self.std, None)
         if problems:
-            raise LightningDiTError(
-                f"latent statistics are not written to {path}: {'; '.join(problems)}", mend_of(path)
-            )
+            raise LightningDiTError(f"latent statistics are not written to {path}: {'; '.join(problems)}", fix_of(path))
         counted = {} if count is None else {"count": count}
         with atomic_path(path) as temporary, temporary.open("wb") as stream:  # a path's name would be in the bytes
             torch.save({"mean": self.mean.clone(), "std": self.std.clone(), **counted}, stream)
@@ -162,7 +161,7 @@ class Moments:
         return LatentStats.from_moments(self.values, self._total, self._squares)
 
 
-def mend_of(path: str | Path) -> str:
+def fix_of(path: str | Path) -> str:
     """Return the command that repairs the statistics file at `path`."""
     return f"python fix_latents_stats.py --stats {shlex.quote(str(path))}"
 
@@ -177,21 +176,21 @@ def diagnose(path: str | Path, channels: int | None = None) -> list[str]:
 
 def _read(path: Path) -> tuple[Tensor, Tensor]:
     if path.is_dir():
-        raise LightningDiTError(f"latent statistics {path} is a folder, a file was expected", mend_of(path))
+        raise LightningDiTError(f"latent statistics {path} is a folder, a file was expected", fix_of(path))
     if not path.exists():
-        raise LightningDiTError(f"latent statistics {path} does not exist", mend_of(path))
+        raise LightningDiTError(f"latent statistics {path} does not exist", fix_of(path))
     if path.stat().st_size == 0:
-        raise LightningDiTError(f"latent statistics {path} is empty (0 bytes)", mend_of(path))
+        raise LightningDiTError(f"latent statistics {path} is empty (0 bytes)", fix_of(path))
     try:
         content = load_training_state(path)
     except LightningDiTError as error:
-        raise LightningDiTError(error.message, mend_of(path)) from error
+        raise LightningDiTError(error.message, fix_of(path)) from error
     found = [content.get(key) for key in ("mean", "std")]
     if not all(isinstance(value, Tensor) for value in found):
         raise LightningDiTError(
             f"latent statistics {path} has the entries {', '.join(map(str, content)) or 'none'};"
             " tensors `mean` and `std` are expected",
-            mend_of(path),
+            fix_of(path),
         )
     return found[0], found[1]
 

@@ -70,8 +70,8 @@ def read_starting_weights(path: str | Path) -> StartingWeights:
     try:
         tensors = load_weights(path)
     except LightningDiTError as error:
-        mend = "name a published checkpoint or a run's training.safetensors by --init or train.weight_init"
-        raise LightningDiTError(error.message, mend) from error
+        fix = "name a published checkpoint or a run's training.safetensors by --init or train.weight_init"
+        raise LightningDiTError(error.message, fix) from error
     parts: dict[str, dict[str, Tensor]] = {}
     autoencoder = {}
     for name, tensor in tensors.items():

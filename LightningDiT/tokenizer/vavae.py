@@ -15,10 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from LightningDiT.checkpoint import check_shapes, inspect, load_file, without_values
-from LightningDiT.config import TokenizerConfig, load_tokenizer_config, typed
+from LightningDiT.config import typed
 from LightningDiT.device import best_device
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import centre_crop, to_uint8
+from LightningDiT.tokenizer.config import TokenizerConfig, load_tokenizer_config
 
 from .autoencoder import AutoencoderKL, AutoencoderSettings, DiagonalGaussian
 from .latents import LatentStats

@@ -99,7 +99,7 @@ def create_model(name: str, weights: str | Path | None, tensors: Mapping[str, Te
     import timm
 
     name = PUBLISHED_MODELS.get(name, name)
-    mend = f"set train.vision_weights to a file with the weights of timm's {name}"
+    fix = f"set train.vision_weights to a file with the weights of timm's {name}"
     if not timm.is_model(name):
         raise LightningDiTError(
             f"timm {timm.__version__} knows no model {name!r}",
@@ -110,12 +110,12 @@ def create_model(name: str, weights: str | Path | None, tensors: Mapping[str, Te
             return _create(timm, name, pretrained=True)
         except Exception as error:  # no weights for it, no network, a full disk: timm and the hub have many errors
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise LightningDiTError(f"weights of {name} cannot be had ({reason})", mend) from error
+            raise LightningDiTError(f"weights of {name} cannot be had ({reason})", fix) from error
     model = _create(timm, name, pretrained=False)
     try:
         load_into(model, tensors or load_weights(weights), weights, ignored=_classifiers(model))
     except LightningDiTError as error:
-        raise LightningDiTError(error.message, mend) from error
+        raise LightningDiTError(error.message, fix) from error
     return model
 
 

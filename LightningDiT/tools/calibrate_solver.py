@@ -21,7 +21,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from LightningDiT.calibrated import (
+from LightningDiT.config import SampleConfig, load_config
+from LightningDiT.console import Progress, run_main
+from LightningDiT.errors import LightningDiTError
+from LightningDiT.loading import verify_config
+from LightningDiT.sampling.calibrated import (
     CalibratedSolver,
     Guidance,
     SolverFile,
@@ -29,11 +33,7 @@ from LightningDiT.calibrated import (
     save_solvers,
     weights_fingerprint,
 )
-from LightningDiT.config import SampleConfig, load_config
-from LightningDiT.console import Progress, run_main
-from LightningDiT.errors import LightningDiTError
-from LightningDiT.loading import verify_config
-from LightningDiT.pipeline import LightningDiTPipeline
+from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from LightningDiT.seeds import generator_for
 from LightningDiT.transport import Velocity, draw_noise, graded_grid, integrate_ode, jumps_of, linear_multistep
 from LightningDiT.transport.solvers import velocity_coefficients

@@ -21,11 +21,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from LightningDiT.cli import positive
 from LightningDiT.config import Config, SampleConfig, load_config
 from LightningDiT.console import Progress, run_main
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.pipeline import LightningDiTPipeline
+from LightningDiT.sampling.options import positive
+from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from LightningDiT.seeds import generator_for
 from LightningDiT.transport import GuidedVelocity, Sampler, Transport, draw_noise, integrate_ode, jumps_of
 

@@ -10,9 +10,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from LightningDiT.checkpoint import atomic_path
 from LightningDiT.console import run_main
-from LightningDiT.curves import draw, quantities, read_log
+from LightningDiT.files import atomic_path
+from LightningDiT.training.curves import draw, quantities, read_log
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

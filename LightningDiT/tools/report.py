@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from LightningDiT.checkpoint import atomic_path
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.files import atomic_path
 
 
 def kept_parts(path: Path) -> dict[str, Any]:

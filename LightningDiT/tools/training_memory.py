@@ -1,7 +1,7 @@
 """Say whether a training fits into memory: `python -m LightningDiT.tools.training_memory --config C --memory 16`.
 
 `--measure 1 4` trains one real step after another on the CPU, with so many samples at a time, each in a process of its
-own, and shows the largest resident size beside what is computed. The formula is in LightningDiT/training_memory.py.
+own, and shows the largest resident size beside what is computed. The formula is in LightningDiT/training/memory.py.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from LightningDiT.errors import LightningDiTError
 from LightningDiT.loading import model_settings
 from LightningDiT.models.lightningdit import LightningDiT
 from LightningDiT.training import Ema
-from LightningDiT.training_memory import TrainingNeed, training_need
+from LightningDiT.training.memory import TrainingNeed, training_need
 
 GIB = 2**30
 STATUS = Path("/proc/self/status")

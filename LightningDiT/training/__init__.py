@@ -1,12 +1,13 @@
 """What both trainings share: the loop, its trouble, checkpoints, the order of the data, the average and the log."""
 
-from .average import Ema
-from .folder import RunFolder
+from LightningDiT.training.batch_order import BatchOrder, share_of
+from LightningDiT.training.ema import Ema
+from LightningDiT.training.log_rows import describe
+from LightningDiT.training.lr_schedule import learning_rate
+from LightningDiT.training.run_dir import RunFolder
+
 from .guard import GuardSettings, NotFiniteError, require_finite
 from .loop import Schedule, Trainable, Watcher, held_interrupt, train
-from .meter import describe
-from .order import BatchOrder, share_of
-from .rate import learning_rate
 from .scaler import LossScaler
 
 __all__ = [

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from LightningDiT.checkpoint import load_training_state, save_weights
-from LightningDiT.differences import differences
+from LightningDiT.config import setting_differences
+from LightningDiT.distributed import ALONE, Processes
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.locks import held_folder
-from LightningDiT.processes import ALONE, Processes
+from LightningDiT.files import held_folder
+from LightningDiT.training.ema import Ema
+from LightningDiT.training.log_rows import Meter, describe
+from LightningDiT.training.run_dir import RunFolder, step_of
 
-from .average import Ema
-from .folder import RunFolder, step_of
 from .guard import MAX_RETURNS, Guard, GuardSettings, NotFiniteError
-from .meter import Meter, describe
 from .randomness import random_state, set_random_state
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and the end of a job's time
@@ -189,7 +189,7 @@ class _Loop:
             )
         state = load_training_state(path)
         now = self.trainer.settings | _shapes(self.trainer.state_dict())
-        if changed := differences(state.get("settings", {}) | _shapes(state), now, ignored=CHANGEABLE):
+        if changed := setting_differences(state.get("settings", {}) | _shapes(state), now, ignored=CHANGEABLE):
             more = [f"and {len(changed) - LISTED} more"] if len(changed) > LISTED else []
             raise LightningDiTError(
                 f"{self.run.folder} holds a run of other settings ({'; '.join(changed[:LISTED] + more)})",

@@ -36,7 +36,7 @@ class LossScaler:
                     parameter.grad.mul_(1 / self.scale)
 
     def searches(self, finite: bool) -> bool:
-        """Note whether the step's gradient is finite; return whether a smaller scale may mend one that is not."""
+        """Note whether the step's gradient is finite; return whether a smaller scale may fix one that is not."""
         if not self.enabled:
             return False
         self.good_steps = self.good_steps + 1 if finite else 0

@@ -16,9 +16,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from LightningDiT.checkpoint import atomic_path
 from LightningDiT.console import run_main
 from LightningDiT.device import best_device, release_memory, resolve_precision
+from LightningDiT.files import atomic_path
 from LightningDiT.tools.report import check_marks, put_between_marks
 
 from .demo import measure_demo

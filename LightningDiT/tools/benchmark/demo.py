@@ -12,7 +12,7 @@ from typing import Any
 
 from LightningDiT.config import load_config
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.tools.timed_script import FIRST_FORWARD
+from LightningDiT.tools.benchmark.timed_script import FIRST_FORWARD
 
 from .machine import PROJECT
 from .rounds import Setting
@@ -38,7 +38,7 @@ def time_demo(script: Path) -> dict[str, float]:
     """
     with tempfile.TemporaryDirectory() as folder:
         times = Path(folder) / "times.json"
-        command = [sys.executable, "-m", "LightningDiT.tools.timed_script", str(times), str(script)]
+        command = [sys.executable, "-m", "LightningDiT.tools.benchmark.timed_script", str(times), str(script)]
         started = time.time()
         done = subprocess.run(
             [*command, "--output", str(Path(folder) / "pictures")],

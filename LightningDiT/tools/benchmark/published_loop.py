@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from LightningDiT.device import autocast
-from LightningDiT.latent_batches import PartialBatch
 from LightningDiT.models.lightningdit import LightningDiTSettings
+from LightningDiT.training.latent_batches import PartialBatch
 
 EPS = 1e-6  # of the norms
 FREQUENCIES = 256

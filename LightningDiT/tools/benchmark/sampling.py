@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from LightningDiT.checkpoint import save_weights, without_values
-from LightningDiT.config import TokenizerConfig, load_tokenizer_config
 from LightningDiT.images import to_uint8
-from LightningDiT.pipeline import LightningDiTPipeline
-from LightningDiT.procedure import FAST
+from LightningDiT.sampling.pipeline import LightningDiTPipeline
+from LightningDiT.sampling.solver_choice import FAST
 from LightningDiT.seeds import generator_for
 from LightningDiT.tokenizer.autoencoder import AutoencoderKL
+from LightningDiT.tokenizer.config import TokenizerConfig, load_tokenizer_config
 from LightningDiT.tokenizer.vavae import VA_VAE, autoencoder_settings
-from LightningDiT.tools.solver_study import published_procedure
 from LightningDiT.transport import draw_noise
+from studies.solver_study import published_procedure
 
 from .counting import product_flops
 from .forward import random_weights

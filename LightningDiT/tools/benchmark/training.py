@@ -21,9 +21,9 @@ import torch
 from PIL import Image
 
 from LightningDiT.checkpoint import save_weights, without_values
-from LightningDiT.config import Config, TokenizerConfig, load_config, load_tokenizer_config, tokenizer_config_path
+from LightningDiT.config import Config, load_config
 from LightningDiT.console import Progress
-from LightningDiT.data.sets import open_folder
+from LightningDiT.data.image_sets import open_folder
 from LightningDiT.data.shards import shard_path, write_shard
 from LightningDiT.device import (
     PRECISIONS,
@@ -34,15 +34,16 @@ from LightningDiT.device import (
     training_dtype,
 )
 from LightningDiT.extract_features import MOST_THREADS
-from LightningDiT.extraction import STATS_NAME, ExtractionSettings, extract
-from LightningDiT.latent_batches import PartialBatch
 from LightningDiT.loading import model_settings
 from LightningDiT.seeds import generator_for
 from LightningDiT.tokenizer.autoencoder import AutoencoderKL
+from LightningDiT.tokenizer.config import TokenizerConfig, load_tokenizer_config, tokenizer_config_path
 from LightningDiT.tokenizer.latents import Moments
 from LightningDiT.tokenizer.vavae import VA_VAE, autoencoder_settings
 from LightningDiT.train import Trainer
-from LightningDiT.training_memory import training_need
+from LightningDiT.training.extraction import STATS_NAME, ExtractionSettings, extract
+from LightningDiT.training.latent_batches import PartialBatch
+from LightningDiT.training.memory import training_need
 
 from .forward import WEIGHT_STD, random_weights
 from .machine import PROJECT, free_memory_bytes, lack_of

@@ -1,0 +1,226 @@
+"""Calibrated solvers: few-step solvers fitted to one model and its guidance, kept in a small YAML file.
+
+Each is x_n+1 = x_n + sum_j<=n c_nj v_j on times of its own (idea: Wang et al., "Differentiable Solver Search for Fast
+Diffusion Sampling", arXiv 2505.21114). `python -m LightningDiT.tools.calibrate_solver` writes the file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from LightningDiT.checkpoint import load_weights
+from LightningDiT.config import SampleConfig, read_yaml, typed
+from LightningDiT.errors import LightningDiTError
+from LightningDiT.files import atomic_path
+
+DIGITS = 9  # of the numbers in the file: a float32 exactly
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """The guidance that a solver was fitted with; the first four names are those of `SampleConfig`."""
+
+    cfg_scale: float
+    cfg_interval_start: float
+    cfg_interval_end: float
+    guided_channels: int | str
+    guide: str | None = None  # `weights_fingerprint` of the guide; None: classifier-free guidance
+
+    @classmethod
+    def of(cls, sample: SampleConfig) -> Guidance:
+        """Return the guidance of sampling settings."""
+        return cls(
+            sample.cfg_scale,
+            sample.cfg_interval_start,
+            sample.cfg_interval_end,
+            sample.guided_channels,
+            weights_fingerprint(sample.guide_ckpt) if sample.guide_ckpt else None,
+        )
+
+    def __str__(self) -> str:
+        kind = f"autoguidance (guide {self.guide})" if self.guide else "guidance"
+        return (
+            f"{kind} {self.cfg_scale:g} on {self.guided_channels} channels"
+            f" from {self.cfg_interval_start:g} to {self.cfg_interval_end:g}"
+        )
+
+    def as_yaml(self) -> str:
+        """Return the guidance as a mapping in one line."""
+        values = dataclasses.asdict(self)
+        guide = values.pop("guide")
+        pairs = [f"{key}: {value}" for key, value in values.items()]
+        pairs += [f"guide: '{guide}'"] if guide else []  # quoted: digits alone would be read as a number
+        return f"{{{', '.join(pairs)}}}"
+
+
+@dataclass(frozen=True)
+class CalibratedSolver:
+    """One solver of n evaluations.
+
+    Raises:
+        ValueError: times and coefficients do not fit together.
+    """
+
+    guidance: Guidance
+    path_type: str
+    times: tuple[float, ...]  # n + 1 rising times
+    coefficients: tuple[tuple[float, ...], ...]  # row n holds c_n0 ... c_nn
+    error: float  # mean relative error of the final latents, on noises that the fit never saw
+    noises: int  # that the fit saw
+
+    def __post_init__(self) -> None:
+        if any(later <= earlier for earlier, later in zip(self.times, self.times[1:], strict=False)):
+            raise ValueError("the times of a solver do not rise")
+        if [len(row) for row in self.coefficients] != list(range(1, len(self.times))):
+            raise ValueError(f"{len(self.times)} times do not go with rows of {[len(r) for r in self.coefficients]}")
+
+    @property
+    def evaluations(self) -> int:
+        """Evaluations of the velocity that it takes."""
+        return len(self.coefficients)
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Return times (K,) and lower-triangular coefficients (K - 1, K - 1) in float32."""
+        matrix = torch.zeros(self.evaluations, self.evaluations)
+        for index, row in enumerate(self.coefficients):
+            matrix[index, : len(row)] = torch.tensor(row)
+        return torch.tensor(self.times), matrix
+
+
+@dataclass(frozen=True)
+class SolverFile:
+    """The solvers of one set of weights."""
+
+    weights: str  # `weights_fingerprint` of the transformer
+    solvers: tuple[CalibratedSolver, ...] = ()
+
+    def best(self, guidance: Guidance, path_type: str, evaluations: int | None = None) -> CalibratedSolver | None:
+        """Return the solver of these settings with the most evaluations, at most `evaluations` of them."""
+        fitting = [
+            solver
+            for solver in self.solvers
+            if (solver.guidance, solver.path_type) == (guidance, path_type)
+            and (evaluations is None or solver.evaluations <= evaluations)
+        ]
+        return max(fitting, key=lambda solver: solver.evaluations, default=None)
+
+    def with_solver(self, solver: CalibratedSolver) -> SolverFile:
+        """Return the file with `solver` in the place of one of the same settings and size, if it is better."""
+
+        def key(one: CalibratedSolver) -> tuple[str, str, int]:
+            return str(one.guidance), one.path_type, one.evaluations
+
+        by_key = {key(one): one for one in self.solvers}
+        known = by_key.get(key(solver))
+        if known is None or solver.error < known.error:
+            by_key[key(solver)] = solver
+        return dataclasses.replace(self, solvers=tuple(by_key[name] for name in sorted(by_key)))
+
+
+def weights_fingerprint(path: str | Path) -> str:
+    """Return a short text that changes with the weights and not with the file that holds them.
+
+    A hash of the one-dimensional tensors (biases, norms) in float32, so that a file of 6 GB is answered at once and a
+    `.pt` and a `.safetensors` file of the same values agree.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(load_weights(path).items()):
+        if tensor.dim() == 1:
+            digest.update(name.encode() + tensor.float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def load_solvers(path: str | Path) -> SolverFile:
+    """Return what a solver file holds.
+
+    Raises:
+        LightningDiTError: the file is missing, no YAML, lacks something, or its entries do not fit together.
+    """
+    if not Path(path).exists():
+        raise LightningDiTError(
+            f"sample.solver_file {path} does not exist", "python -m LightningDiT.tools.calibrate_solver --config FILE"
+        )
+    values = read_yaml(path)
+    entries = values.pop("solvers", None)
+    if not (entries and isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)):
+        raise LightningDiTError(
+            f"{path}: solvers is {str(entries)[:80]}; a list of mappings is expected",
+            "restore that file, or remove it and python -m LightningDiT.tools.calibrate_solver --config FILE",
+        )
+    file = typed(SolverFile, values, str(path), hidden=("solvers",))
+    solvers = tuple(typed(CalibratedSolver, entry, f"{path}: solver {n}") for n, entry in enumerate(entries, 1))
+    return dataclasses.replace(file, solvers=solvers)
+
+
+def save_solvers(file: SolverFile, path: str | Path) -> None:
+    """Write a solver file, atomically."""
+    lines = [
+        "# Calibrated solvers, written by `python -m LightningDiT.tools.calibrate_solver`.",
+        f"weights: '{file.weights}'",
+        "solvers:",
+    ]
+    for solver in file.solvers:
+        lines += [
+            f"- guidance: {solver.guidance.as_yaml()}",
+            f"  path_type: {solver.path_type}",
+            f"  error: {solver.error:.3g}",
+            f"  noises: {solver.noises}",
+            f"  times: {_row(solver.times)}",
+            "  coefficients:",
+            *(f"  - {_row(row)}" for row in solver.coefficients),
+        ]
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _row(values: Sequence[float]) -> str:
+    return f"[{', '.join(_number(value) for value in values)}]"
+
+
+def _number(value: float) -> str:
+    """Return a number that YAML reads as one: its exponents need a point."""
+    text = f"{value:.{DIGITS}g}"
+    return text.replace("e", ".0e") if "e" in text and "." not in text else text
+
+
+def find_solver(
+    sample: SampleConfig, path_type: str, fingerprint: Callable[[], str], evaluations: int | None = None
+) -> CalibratedSolver:
+    """Return the solver of `sample.solver_file` that fits settings and weights.
+
+    Args:
+        fingerprint: gives that of the transformer's weights, see `weights_fingerprint`.
+        evaluations: at most so many.
+
+    Raises:
+        LightningDiTError: there is none; says what the file has.
+    """
+    command = "python -m LightningDiT.tools.calibrate_solver --config FILE, or another sampling_method"
+    if not sample.solver_file:
+        raise LightningDiTError("sampling_method calibrated needs sample.solver_file", command)
+    file = load_solvers(sample.solver_file)
+    if file.weights != (found := fingerprint()):
+        raise LightningDiTError(
+            f"{sample.solver_file} belongs to weights {file.weights}, and these are {found}", command
+        )
+    guidance = Guidance.of(sample)
+    solver = file.best(guidance, path_type, evaluations)
+    if solver is None or sample.reverse:
+        fitting = [one for one in file.solvers if (one.guidance, one.path_type) == (guidance, path_type)]
+        known = [str(one.evaluations) for one in fitting] or sorted({str(one.guidance) for one in file.solvers})
+        most = "any number of" if evaluations is None else f"at most {evaluations}"
+        direction = ", from data to noise" if sample.reverse else ""
+        raise LightningDiTError(
+            f"{sample.solver_file} has no solver of {most} evaluations with {guidance}, path {path_type}{direction};"
+            f" it has {'those of' if fitting else 'some for'} {', '.join(known) or 'nothing'}",
+            command,
+        )
+    return solver

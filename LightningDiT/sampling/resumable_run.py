@@ -1,0 +1,289 @@
+"""A run of sampling that can be stopped: a folder of images, a manifest, and what is missing in it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from LightningDiT.config import Config, as_dict, resolved_solver, setting_differences
+from LightningDiT.console import Progress, StopRequest
+from LightningDiT.data.npz import write_npz
+from LightningDiT.distributed import ALONE, Processes
+from LightningDiT.errors import LightningDiTError
+from LightningDiT.files import atomic_path, check_space, fingerprint, held_folder
+from LightningDiT.images import save_png
+from LightningDiT.loading import STATS_NAME
+from LightningDiT.sampling.pipeline import LightningDiTPipeline
+from LightningDiT.sampling.preview import Preview
+from LightningDiT.tokenizer.config import load_tokenizer_config, tokenizer_config_path
+
+MANIFEST = "manifest.json"
+#: Settings that decide how a run is computed and not what comes out of it, or that the manifest has in another form.
+WITHOUT_EFFECT = ("per_proc_batch_size", "fid_num", "precision", "solver_file", "guide_ckpt")
+TORN = (f".{MANIFEST}.*.tmp", ".[0-9]*.png.*.tmp")  # what `atomic_path` leaves behind where it is killed
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run has in its folder when it ends.
+
+    Attributes:
+        paths: the image of each label, None where the run ended before it.
+        made: how many of them this call sampled.
+        nfe: evaluations of the velocity per image; 0 where nothing was sampled.
+        seconds: wall clock of this call.
+        interrupted: whether Ctrl-C ended it.
+    """
+
+    paths: list[Path | None]
+    made: int
+    nfe: int
+    seconds: float
+    interrupted: bool = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether every image is there."""
+        return all(path is not None for path in self.paths)
+
+
+@dataclass(frozen=True)
+class Strip:
+    """A preview that a run writes: every how many steps, and where."""
+
+    every: int
+    path: Path
+
+
+def manifest_of(config: Config, labels: Sequence[int], seed: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Return everything that the pixels of a run depend on, as plain values.
+
+    Args:
+        dtype: what the transformer computes in; `auto` in the configuration depends on the machine.
+    """
+    spelt = as_dict(resolved_solver(config.sample)) | {"sampling_method": config.sample.sampling_method}
+    sample = {name: value for name, value in spelt.items() if name not in WITHOUT_EFFECT}
+    tokenizer = load_tokenizer_config(tokenizer_config_path(config))
+    files = {"transformer": config.ckpt_path, "tokenizer": config.vae.ckpt_path or tokenizer.ckpt_path}
+    if config.data.latent_norm and config.data.data_path:
+        files["statistics"] = str(Path(config.data.data_path) / STATS_NAME)
+    if config.sample.solver_file and Path(config.sample.solver_file).is_file():
+        files["solvers"] = config.sample.solver_file
+    if config.sample.guide_ckpt:
+        files["guide"] = config.sample.guide_ckpt
+    return {
+        "seed": seed,
+        "labels": list(labels),
+        "precision": str(dtype).removeprefix("torch."),
+        "sample": sample,
+        "transport": as_dict(config.transport),
+        "model": as_dict(config.model),
+        "latents": {"norm": config.data.latent_norm, "multiplier": config.data.latent_multiplier},
+        "weights": {name: fingerprint(path) for name, path in files.items() if path},
+    }
+
+
+def run_name(manifest: dict[str, Any]) -> str:
+    """Return a short name that belongs to these settings."""
+    text = json.dumps(manifest, sort_keys=True)
+    return f"run-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+
+@contextlib.contextmanager
+def opened_run(folder: Path, manifest: dict[str, Any]) -> Iterator[None]:
+    """Make `folder` the place of a run, or make sure that it is the place of this very run, and hold it.
+
+    What a killed run left half-written is removed.
+
+    Raises:
+        LightningDiTError: it holds a run of other settings (the differing ones are named) or images of no known run,
+            another run writes there at this moment, or it cannot be written.
+    """
+    file = folder / MANIFEST
+    # asked in this order: a run that starts meanwhile has its manifest before its first image
+    if any(image.stem.isdigit() for image in folder.glob("[0-9]*.png")) and not file.exists():
+        raise LightningDiTError(f"{folder} holds images of no known run", "choose another --output")
+    with held_folder(folder, "run"):
+        if file.exists():
+            _check_manifest(file, manifest)
+        else:
+            with atomic_path(file) as temporary:
+                temporary.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        for pattern in TORN:
+            for torn in folder.glob(pattern):
+                torn.unlink(missing_ok=True)
+        yield
+
+
+def sample_run(
+    pipe: LightningDiTPipeline,
+    labels: Sequence[int],
+    seed: int,
+    folder: Path,
+    minutes: float | None,
+    processes: Processes = ALONE,
+    strip: Strip | None = None,
+) -> RunResult:
+    """Sample the image of every label into `folder` as `000000.png`, ..., leaving out those that are there.
+
+    The images are cut into batches by their index, whatever is there already and however many processes share
+    them, and a batch of which one is missing is sampled whole: a run that was killed gives the very bytes of one
+    that was not. The processes, which see one file system, take the batches in turn.
+
+    Args:
+        minutes: time budget; when it is over, or after Ctrl-C, the batches under way are finished and the rest is
+            left to a rerun, so that every call gets on.
+        strip: a preview of the first images that this call samples.
+
+    Raises:
+        LightningDiTError: the folder cannot be written, holds another run, or the disk is too small.
+    """
+    started = time.monotonic()
+    deadline = started + 60 * minutes if minutes is not None else None
+    paths = [folder / f"{index:06d}.png" for index in range(len(labels))]
+    made, nfe, interrupted = 0, 0, False
+    with contextlib.ExitStack() as stack:
+        batches = processes.from_main(lambda: stack.enter_context(_planned(pipe, labels, seed, paths)))
+        stop = stack.enter_context(StopRequest(quiet=not processes.is_main))
+        progress = Progress(sum(map(len, batches)), "image", quiet=not processes.is_main)
+        stack.callback(progress.close)
+        part = _Part(pipe, labels, seed, paths, progress, stop, deadline)
+        if strip and batches and processes.is_main:
+            part.preview = Preview(pipe, strip.every, seed, batches[0])
+        for first in range(0, len(batches), processes.count):
+            reports = processes.share(partial(part.sample, batches[first : first + processes.count], processes.rank))
+            made, nfe = made + sum(report.made for report in reports), max(report.nfe for report in reports)
+            if strip and part.preview and first == 0:
+                part.preview.save(strip.path)
+            interrupted = any(report.interrupted for report in reports)
+            if interrupted or any(report.over for report in reports):
+                break
+    whole = [path if _is_there(path) else None for path in paths]
+    return RunResult(whole, made, nfe, time.monotonic() - started, interrupted)
+
+
+def write_samples(run: RunResult, labels: Sequence[int], side: int, target: Path) -> None:
+    """Write the images of a complete run into one file; see `write_npz`.
+
+    Raises:
+        LightningDiTError: see `write_npz`; or the disk is too small.
+    """
+    images = [path for path in run.paths if path is not None]
+    check_space(target.parent, len(images), side)
+    progress = Progress(len(images), "image")
+    try:
+        write_npz(images, labels, side, target, progress.update)
+    finally:
+        progress.close()
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What a process says to the others after each batch."""
+
+    made: int
+    nfe: int
+    over: bool
+    interrupted: bool
+
+
+class _Part:
+    """One process's part of a run: batches in, images in the folder."""
+
+    def __init__(
+        self,
+        pipe: LightningDiTPipeline,
+        labels: Sequence[int],
+        seed: int,
+        paths: Sequence[Path],
+        progress: Progress,
+        stop: StopRequest,
+        deadline: float | None,
+    ) -> None:
+        self.pipe, self.labels, self.seed, self.paths = pipe, labels, seed, paths
+        self.progress, self.stop, self.deadline = progress, stop, deadline
+        self.preview: Preview | None = None
+        self._done, self._note = 0, ""
+        self._steps = pipe.procedure(pipe.config.sample).steps  # of a batch, until the first one has shown it
+
+    def sample(self, turn: list[list[int]], rank: int) -> _Report:
+        """Sample this process's batch of `turn`, which has one a process but for the last turn."""
+        mine = turn[rank] if rank < len(turn) else []
+        images = sum(map(len, turn))
+        made, nfe = self._sample(mine, images) if mine else (0, 0)
+        self._done += images
+        if nfe:
+            self._note = f"{nfe} evaluations each"
+        self.progress.reach(self._done, self._note)
+        over = self.deadline is not None and time.monotonic() > self.deadline
+        return _Report(made, nfe, over, self.stop.asked)
+
+    def _sample(self, indices: list[int], images: int) -> tuple[int, int]:
+        """Sample a batch, save what is not there, and return the number saved and the evaluations."""
+        seen, last = 0, 0
+
+        def watch(step: int, t: float, state: Tensor) -> None:
+            nonlocal seen, last
+            seen, last = seen + len(state), step
+            share = min(1.0, seen / (self._steps * len(indices)))
+            self.progress.reach(self._done + images * share, self._note)
+            if self.preview is not None:
+                self.preview(step, t, state)
+
+        out = self.pipe(
+            [self.labels[index] for index in indices],
+            seed=self.seed,
+            indices=indices,
+            batch_size=len(indices),
+            callback=watch,
+        )
+        self._steps = last + 1
+        missing = [place for place, index in enumerate(indices) if not _is_there(self.paths[index])]
+        for place in missing:
+            save_png(out.images[place], self.paths[indices[place]])
+        return len(missing), out.nfe
+
+
+@contextlib.contextmanager
+def _planned(
+    pipe: LightningDiTPipeline, labels: Sequence[int], seed: int, paths: Sequence[Path]
+) -> Iterator[list[list[int]]]:
+    """Hold the run's folder and give the batches, as indices, in which an image is missing."""
+    folder = paths[0].parent
+    size = pipe.config.sample.per_proc_batch_size
+    with opened_run(folder, manifest_of(pipe.config, labels, seed, pipe.dtype)):
+        missing = [index for index, path in enumerate(paths) if not _is_there(path)]
+        check_space(folder, len(missing), pipe.config.data.image_size)
+        numbers = sorted({index // size for index in missing})
+        yield [list(range(number * size, min((number + 1) * size, len(paths)))) for number in numbers]
+
+
+def _is_there(path: Path) -> bool:
+    """Whether an image is in its place; an empty file is what a power cut can leave of one."""
+    try:
+        return path.stat().st_size > 0
+    except FileNotFoundError:
+        return False
+
+
+def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(known, dict):
+            raise ValueError("a mapping was expected")
+    except (ValueError, OSError) as error:
+        raise LightningDiTError(f"{file} cannot be read ({error})", "choose another --output") from error
+    if changed := setting_differences(known, json.loads(json.dumps(manifest))):
+        raise LightningDiTError(
+            f"{file.parent} holds a run of other settings ({'; '.join(changed)})", "choose another --output"
+        )

@@ -1,0 +1,255 @@
+"""Typed settings of a tokenizer: its YAML, and how it is trained. Nothing here needs torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from LightningDiT.config import (
+    Config,
+    absolute_path,
+    as_mapping,
+    coerce,
+    is_not_negative,
+    is_positive,
+    is_seed,
+    is_share,
+    read_yaml,
+    refuse_unknown,
+    typed,
+)
+from LightningDiT.errors import LightningDiTError
+
+TOKENIZER_CONFIGS = Path(__file__).parent / "configs"
+
+
+TOKENIZER_MEND = f"name a tokenizer YAML, such as those in {TOKENIZER_CONFIGS}"
+
+
+@dataclass(frozen=True)
+class TokenizerTrainConfig:
+    """How the tokenizer is trained: amount, rates and the terms of the loss, each of which a weight of 0 leaves out."""
+
+    max_steps: int = 20_000
+    epochs: int | None = None  # passes over the images, in place of max_steps
+    batch_size: int = 32  # of all processes together
+    seed: int = 0
+    flip: bool = False  # mirror half of the images; wrong where left and right differ in meaning
+    weight_init: str | None = None  # weights to start from: a published checkpoint, or those of another training
+    lr: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.99
+    warmup_steps: int = 200
+    decay_steps: int | None = None  # cosine fall to zero over the last steps; all after the warm-up where left out
+    max_grad_norm: float | None = 1.0
+    precision: str = "auto"  # of matrix products: auto (bf16 where it is native, else fp32) | fp32 | bf16
+    ema_decay: float = 0.999
+    l1_weight: float = 1.0  # on the mean absolute error per value, images in [-1, 1]
+    l2_weight: float = 1.0  # on the mean squared error per value
+    kl_weight: float = 1e-6  # on the KL in nats per image
+    sum_values: bool = False  # the reconstruction terms are summed over an image's values, as published
+    logvar_init: float = 0.0  # logarithm of the scale that the reconstruction terms are divided by
+    learn_logvar: bool = False
+    lpips_weight: float = 0.0  # on LPIPS
+    lpips_weights: str | None = None  # file with VGG-16; torch.hub's cache or a download where left out
+    disc_weight: float = 0.0  # on the adversarial term, times the adaptive weight
+    disc_start: int = 1  # the first step, counted from 1, in which the discriminator takes part
+    disc_layers: int = 3  # that halve the resolution
+    vf_weight: float = 0.0  # on the alignment with the vision model
+    adaptive_vf: bool = True  # times the ratio of gradient norms at the encoder's last layer
+    cos_weight: float = 1.0  # on the cosine term of the alignment
+    distmat_weight: float = 1.0  # on its distance-matrix term
+    cos_margin: float = 0.0
+    distmat_margin: float = 0.0
+    vision_model: str | None = None  # dinov2 | mae | a name of timm's; model.params.use_vf where left out
+    vision_weights: str | None = None  # file; the hub's where left out
+    vision_size: int | None = None  # pixels a side that it sees; so many that its grid is the latents' where left out
+    vision_input: str = "own"  # own: normalised as the model was trained | published: in [-1, 1] as they are
+    log_every: int = 100
+    ckpt_every: int = 500
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """One tokenizer YAML of the published schema.
+
+    `ddconfig` holds the fields of `AutoencoderSettings`, which checks them; `lossconfig` is read for training alone,
+    by `tokenizer_training`.
+    """
+
+    ckpt_path: str | None
+    embed_dim: int
+    ddconfig: dict[str, Any]
+    train: TokenizerTrainConfig
+    source: str = ""
+    use_vf: str | None = None  # the vision model by its published name
+    reverse_proj: bool = True  # latents are projected to the features' width; false: features to the latents'
+    lossconfig: dict[str, Any] = field(default_factory=dict)
+    train_keys: tuple[str, ...] = ()  # of `train` that the file sets
+
+
+#: Keys of the published `lossconfig.params`, ours, and what they are there where the file is silent.
+LOSS_KEYS: tuple[tuple[str, str, Any], ...] = (
+    ("disc_start", "disc_start", 1),
+    ("logvar_init", "logvar_init", 0.0),
+    ("kl_weight", "kl_weight", 1.0),
+    ("pixelloss_weight", "l1_weight", 1.0),
+    ("perceptual_weight", "lpips_weight", 1.0),
+    ("disc_num_layers", "disc_layers", 3),
+    ("disc_weight", "disc_weight", 1.0),
+    ("vf_weight", "vf_weight", 100.0),
+    ("adaptive_vf", "adaptive_vf", False),
+    ("cos_margin", "cos_margin", 0.0),
+    ("distmat_margin", "distmat_margin", 0.0),
+    ("cos_weight", "cos_weight", 1.0),
+    ("distmat_weight", "distmat_weight", 1.0),
+)
+
+
+#: Published keys that have one value here.
+FIXED_LOSS_KEYS: dict[str, Any] = {
+    "disc_in_channels": 3,
+    "disc_factor": 1.0,
+    "use_actnorm": False,
+    "disc_conditional": False,
+    "disc_loss": "hinge",
+    "pp_style": False,
+}
+
+
+PUBLISHED_LOSS = "LPIPSWithDiscriminator"
+
+
+#: What a value of a tokenizer's training must be, where its type allows more.
+TOKENIZER_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    *((name, is_positive, "a positive number") for name in ("max_steps", "batch_size", "log_every", "ckpt_every")),
+    *(
+        (name, lambda value: 0 <= value < math.inf, "0 (off) or a positive weight")
+        for name in ("l1_weight", "l2_weight", "kl_weight", "lpips_weight", "disc_weight", "vf_weight")
+    ),
+    *((name, lambda value: 0 <= value < math.inf, "0 or more") for name in ("cos_weight", "distmat_weight")),
+    *((name, is_not_negative, "0 or more") for name in ("disc_start", "warmup_steps")),
+    *((name, lambda value: 0 <= value < 1, "a decay from 0 to below 1") for name in ("beta1", "beta2")),
+    ("seed", is_seed, "a whole number from 0 to below 2^63"),
+    ("lr", lambda value: 0 < value < 1, "a rate between 0 and 1"),
+    ("ema_decay", is_share, "a share between 0 and 1"),
+    ("max_grad_norm", lambda value: value is None or value > 0, "a positive norm, or none"),
+    ("decay_steps", lambda value: value is None or value >= 0, "0 (off) or a number of steps"),
+    ("logvar_init", lambda value: -30 <= value <= 30, "a logarithm from -30 to 30"),
+    *((name, lambda value: 0 <= value <= 2, "a margin from 0 to 2") for name in ("cos_margin", "distmat_margin")),
+    ("epochs", lambda value: value is None or value > 0, "a positive number"),
+    ("precision", lambda value: value in ("auto", "fp32", "bf16"), "auto, fp32 or bf16"),
+    ("disc_layers", lambda value: 1 <= value <= 5, "1 to 5 layers"),
+    ("vision_size", lambda value: value is None or value > 0, "a positive number of pixels"),
+    ("vision_input", lambda value: value in ("own", "published"), "own or published"),
+)
+
+
+def tokenizer_training(config: TokenizerConfig) -> TokenizerTrainConfig:
+    """Return how a tokenizer is to be trained: its `train` section, with what `lossconfig` and `use_vf` say.
+
+    Raises:
+        LightningDiTError: a value cannot be, is set in both places, or asks for what is not here.
+    """
+    values: dict[str, Any] = {"vision_model": config.train.vision_model or config.use_vf}
+    if config.lossconfig:
+        values |= _published_loss(config)
+    train = dataclasses.replace(config.train, **values)
+    for name, good, expected in TOKENIZER_RULES:
+        value = getattr(train, name)
+        if not good(value):
+            raise LightningDiTError(
+                f"{config.source}: train.{name} is {value!r}; {expected} is expected", "edit that value"
+            )
+    if train.vf_weight and not train.vision_model:
+        raise LightningDiTError(
+            f"{config.source}: train.vf_weight is {train.vf_weight:g} and no vision model is named",
+            "set train.vision_model: dinov2 or train.vf_weight: 0",
+        )
+    return train
+
+
+def _published_loss(config: TokenizerConfig) -> dict[str, Any]:
+    """Return the fields of `TokenizerTrainConfig` that the published `lossconfig` sets."""
+    where = f"{config.source}: model.params.lossconfig"
+    refuse_unknown(config.lossconfig, ("target", "params"), where)
+    target = str(config.lossconfig.get("target", PUBLISHED_LOSS))
+    if not target.endswith(PUBLISHED_LOSS):
+        raise LightningDiTError(
+            f"{where}.target is {target!r}; {PUBLISHED_LOSS} is the one that is read",
+            "remove lossconfig, and set the weights in the train section",
+        )
+    params = as_mapping(config.lossconfig.get("params") or {}, f"{where}.params")
+    refuse_unknown(params, [*(key for key, _, _ in LOSS_KEYS), *FIXED_LOSS_KEYS], f"{where}.params")
+    for key, only in FIXED_LOSS_KEYS.items():
+        if params.get(key, only) != only:
+            raise LightningDiTError(f"{where}.params.{key} is {params[key]!r}; {only!r} is expected", "edit that value")
+    hints = typing.get_type_hints(TokenizerTrainConfig)
+    values = {
+        ours: coerce(params.get(key, default), hints[ours], f"{where}.params.{key}") for key, ours, default in LOSS_KEYS
+    }
+    if not (config.train.vision_model or config.use_vf):
+        values["vf_weight"] = 0.0  # there the alignment is what use_vf switches on
+    values |= {"l2_weight": 0.0, "sum_values": True}
+    if twice := sorted(values.keys() & set(config.train_keys)):
+        raise LightningDiTError(
+            f"{config.source}: train.{twice[0]} is set, and model.params.lossconfig decides it", "remove one of them"
+        )
+    return values
+
+
+def load_tokenizer_config(path: str | Path) -> TokenizerConfig:
+    """Return the settings in the tokenizer YAML at `path` (`ckpt_path`, `model.params`, own `train`).
+
+    Raises:
+        LightningDiTError: as `load_config`.
+    """
+    values = read_yaml(path, TOKENIZER_MEND)
+    where = str(path)
+    refuse_unknown(values, ("ckpt_path", "model", "train"), where)
+    params = as_mapping(as_mapping(values.get("model"), f"{where}: model").get("params"), f"{where}: model.params")
+    published = ("embed_dim", "use_vf", "reverse_proj", "lossconfig", "ddconfig", "monitor", "ckpt_path")
+    refuse_unknown(params, published, f"{where}: model.params")
+    ddconfig = as_mapping(params.get("ddconfig"), f"{where}: model.params.ddconfig")
+    section = as_mapping(values.get("train") or {}, f"{where}: train")
+    train = typed(TokenizerTrainConfig, section, f"{where}: train")
+    files = {name: getattr(train, name) for name in ("weight_init", "lpips_weights", "vision_weights")}
+    train = dataclasses.replace(
+        train, **{name: absolute_path(value, Path(path)) for name, value in files.items() if value}
+    )
+    ckpt_path = values.get("ckpt_path")
+    return TokenizerConfig(
+        ckpt_path=absolute_path(ckpt_path, Path(path)) if ckpt_path else None,
+        embed_dim=coerce(params.get("embed_dim", 32), int, f"{where}: model.params.embed_dim"),
+        ddconfig=ddconfig,
+        train=train,
+        source=str(Path(path).resolve()),
+        use_vf=coerce(params.get("use_vf"), str | None, f"{where}: model.params.use_vf"),
+        reverse_proj=coerce(params.get("reverse_proj", True), bool, f"{where}: model.params.reverse_proj"),
+        lossconfig=as_mapping(params.get("lossconfig") or {}, f"{where}: model.params.lossconfig"),
+        train_keys=tuple(section),
+    )
+
+
+def tokenizer_config_path(config: Config) -> Path:
+    """Return the tokenizer YAML that `config.vae.model_name` names.
+
+    Raises:
+        LightningDiTError: neither a shipped name nor an existing file.
+    """
+    name = config.vae.model_name
+    shipped = TOKENIZER_CONFIGS / f"{name}.yaml"
+    if shipped.is_file():
+        return shipped
+    if name.endswith((".yaml", ".yml")) and Path(name).is_file():
+        return Path(name)
+    known = sorted(path.stem for path in TOKENIZER_CONFIGS.glob("*.yaml") if "_stage" not in path.stem)
+    raise LightningDiTError(
+        f"vae.model_name {name!r} is neither one of {', '.join(known)} nor an existing .yaml file",
+        f"edit vae.model_name in {config.source or 'the configuration'}",
+    )

@@ -1,0 +1,1 @@
+"""What reproduces the pages of docs; run from the project's folder, never installed."""

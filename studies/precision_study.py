@@ -1,0 +1,345 @@
+"""Measure what half precision changes: `python -m studies.precision_study --data-root FOLDER`.
+
+Four parts, each against float32 from the same noises. `bundled`: latents, pixels, Frechet distance and class
+accuracy of the bundled model in bf16 and in emulated fp16. `solvers`: its latents by several solvers, which pass
+rounding on more or less. `kernels`: emulated fp16 beside torch's own kernels for fp16 on the CPU, which are slow,
+on few images. `b1`: latents of LightningDiT-B/1 with seeded weights and the published guidance; there is no decoder
+for them, and the pictures of a decoder with seeded weights would say nothing about pixels. Each part is kept in
+docs/precision/study.json as soon as it is done, and the tables between the marks in docs/precision.md are renewed from
+there.
+
+Emulated fp16 computes in float32 with every parameter and table rounded to fp16, and with the inputs and the output of
+each linear layer, convolution and rotation rounded to fp16; a value beyond 65504 becomes infinite. The output of the
+attention is rounded as the input of the projection behind it. It differs from fp16 in two places: the product of
+SwiGLU is rounded once and not twice, and the weights of the softmax are not rounded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from LightningDiT.config import load_config
+from LightningDiT.console import Progress, run_main
+from LightningDiT.data.images import FASHION_MNIST_CLASSES
+from LightningDiT.images import to_uint8
+from LightningDiT.metrics.formulas import frechet_distance
+from LightningDiT.metrics.judge import load_judge
+from LightningDiT.models.lightningdit import LightningDiT, preset_settings
+from LightningDiT.models.positions import RotaryEmbedding2d
+from LightningDiT.sampling.pipeline import CONFIG_NAME, LightningDiTPipeline
+from LightningDiT.seeds import generator_for
+from LightningDiT.tools.report import keep_part, kept_parts, put_between_marks
+from LightningDiT.transport import GuidanceSettings, GuidedVelocity, draw_noise, graded_grid, integrate_ode, jumps_of
+from studies.evaluate_bundled import JUDGE_NAME, judged, real_images, recognised
+
+CLASSES = len(FASHION_MNIST_CLASSES)
+BATCH_SIZE = 100
+LEVELS = (1, 2, 4)  # of 255, by which a pixel has changed
+SEED = 0
+#: Solvers whose drift is compared, as settings of `sample`.
+SOLVERS: dict[str, dict[str, Any]] = {
+    "fast": {"sampling_method": "fast"},
+    "ab3, graded, 16 points": {"sampling_method": "ab3", "time_grid": "graded", "num_sampling_steps": 16},
+    "ab3, graded, 26 points": {"sampling_method": "ab3", "time_grid": "graded", "num_sampling_steps": 26},
+    "euler, 50 points": {"sampling_method": "euler", "num_sampling_steps": 50},
+}
+B1_IMAGES = 2
+B1_SOLVER = ("ab3", 11)  # method and points of a graded grid
+B1_GUIDANCE = GuidanceSettings(scale=6.7, interval_start=0.125)  # as published for 800 epochs
+B1_SETTINGS = {"input_size": 16, "use_swiglu": True, "use_rope": True, "use_rmsnorm": True}
+FULL, BF16, EMULATED, FP16 = "float32", "bf16", "fp16, emulated", "fp16"
+
+Figures = dict[str, Any]
+
+
+def rounded(x: Tensor) -> Tensor:
+    """Return float32 values rounded to fp16; those beyond 65504 become infinite."""
+    return x.half().float()
+
+
+def emulate_fp16(network: nn.Module) -> nn.Module:
+    """Round parameters and buffers of a float32 network in place, and from now on what its products take and give."""
+    with torch.no_grad():
+        for tensor in (*network.parameters(), *network.buffers()):
+            tensor.copy_(rounded(tensor))
+    for layer in network.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d | RotaryEmbedding2d):
+            layer.register_forward_pre_hook(lambda layer, inputs: tuple(map(rounded, inputs)))
+            layer.register_forward_hook(lambda layer, inputs, output: rounded(output))
+    return network
+
+
+#: From a float32 network to the same one in a precision; the network itself is changed.
+PRECISIONS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    FULL: lambda network: network,
+    BF16: lambda network: network.to(torch.bfloat16),
+    EMULATED: emulate_fp16,
+    FP16: lambda network: network.to(torch.float16),
+}
+
+
+def in_precision(network: LightningDiT, name: str) -> LightningDiT:
+    """Return a copy of a float32 network in one of `PRECISIONS`."""
+    return PRECISIONS[name](copy.deepcopy(network))
+
+
+def pipeline_in(pipe: LightningDiTPipeline, name: str) -> LightningDiTPipeline:
+    """Return a pipeline that shares all with a float32 one but its networks, which are copies in a precision."""
+    other = copy.copy(pipe)
+    other.transformer = in_precision(pipe.transformer, name)
+    other.guide = pipe.guide and in_precision(pipe.guide, name)
+    return other.to(pipe.device)
+
+
+def latent_drift(latents: Tensor, reference: Tensor) -> Figures:
+    """Return mean and largest of |x - r| / |r| over latents (N, C, h, w)."""
+    errors = (latents - reference).flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1)  # (N,)
+    return {"error": float(errors.mean()), "worst": float(errors.max())}
+
+
+def pixel_drift(pixels: Tensor, reference: Tensor) -> Figures:
+    """Return the shares of uint8 values that differ by more than each of `LEVELS`."""
+    steps = (pixels.int() - reference.int()).abs()
+    return {"changed": {str(level): float((steps > level).double().mean()) for level in LEVELS}}
+
+
+def sampled(pipe: LightningDiTPipeline, name: str, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return latents (N, C, h, w) and pixels (N, H, W, 3) uint8 of classes (N,) in a precision."""
+    print(f"Sampling {len(labels)} images in {name}", flush=True)
+    progress = Progress(len(labels), "image")
+    other, latents, pixels = pipeline_in(pipe, name), [], []
+    for indices in torch.arange(len(labels)).split(BATCH_SIZE):
+        output = other(
+            labels[indices].tolist(), seed=SEED, indices=indices.tolist(), output_type="latent", batch_size=BATCH_SIZE
+        )
+        latents.append(output.images)
+        pixels.append(to_uint8(pipe.tokenizer.decode(output.images)).cpu())
+        progress.update(len(indices))
+    progress.close()
+    return torch.cat(latents), torch.cat(pixels)
+
+
+def measure_bundled(args: argparse.Namespace) -> Figures:
+    """Return drift, Frechet distance and accuracy of `args.count` images in bf16 and emulated fp16."""
+    pipe = full_pipeline(args.model)
+    judge = load_judge(Path(args.model) / JUDGE_NAME)
+    test = real_images(judge, args.data_root, train=False)
+    labels = torch.arange(CLASSES).repeat_interleave(args.count // CLASSES)
+    rows: list[Figures] = []
+    for name in (FULL, BF16, EMULATED):
+        latents, pixels = sampled(pipe, name, labels)
+        if name == FULL:
+            reference = latents, pixels
+        made = judged(judge, pixels, labels)
+        rows.append(
+            {
+                "precision": name,
+                **latent_drift(latents, reference[0]),
+                **pixel_drift(pixels, reference[1]),
+                "frechet": frechet_distance(made.features, test.features),
+                "accuracy": recognised(made)["accuracy"],
+            }
+        )
+    return {"count": args.count, "solver": pipe.config.sample.sampling_method, "rows": rows}
+
+
+def measure_kernels(args: argparse.Namespace) -> Figures:
+    """Return the drift of emulated fp16 and of fp16 as this torch computes it on the CPU."""
+    pipe = full_pipeline(args.model)
+    labels = torch.arange(args.noises) % pipe.config.data.num_classes
+    reference = sampled(pipe, FULL, labels)
+    rows = []
+    for name in (EMULATED, FP16):
+        latents, pixels = sampled(pipe, name, labels)
+        rows.append({"precision": name, **latent_drift(latents, reference[0]), **pixel_drift(pixels, reference[1])})
+    return {"count": args.noises, "torch": torch.__version__, "rows": rows}
+
+
+def measure_solvers(args: argparse.Namespace) -> Figures:
+    """Return the drift of the latents by each of `SOLVERS` in bf16 and emulated fp16."""
+    pipe = full_pipeline(args.model)
+    labels = torch.arange(args.noises) % pipe.config.data.num_classes
+    own, rows = pipe.config, []
+    for solver, change in SOLVERS.items():
+        sample = replace(own.sample, **change)
+        pipe.config = replace(own, sample=sample)
+        reference = sampled(pipe, FULL, labels)[0]
+        drift = {name: latent_drift(sampled(pipe, name, labels)[0], reference)["error"] for name in (BF16, EMULATED)}
+        rows.append({"solver": solver, "evaluations": pipe.procedure(sample).steps, "errors": drift})
+    return {"count": args.noises, "rows": rows}
+
+
+def full_pipeline(folder: str) -> LightningDiTPipeline:
+    """Return the pipeline of a folder on the CPU in float32."""
+    config = load_config(Path(folder) / CONFIG_NAME)
+    sample = replace(config.sample, precision="fp32", compile=False)  # a copy would run the original's compiled code
+    return LightningDiTPipeline.from_config(replace(config, sample=sample), "cpu")
+
+
+def seed_weights(network: nn.Module) -> nn.Module:
+    """Fill the parameters so that signals keep their size, and return the network in eval mode.
+
+    Matrices and kernels have the standard deviation 0.7 / sqrt(inputs), norms and other vectors are near 1 and 0; the
+    table of positions stays. adaLN-Zero, as a new model has it, would make every block the identity.
+    """
+    for index, (name, value) in enumerate(network.named_parameters()):
+        if not value.requires_grad:
+            continue
+        draw = torch.randn(value.shape, generator=generator_for(SEED, index))
+        with torch.no_grad():
+            if value.ndim > 1:
+                value.copy_(draw * 0.7 / value[0].numel() ** 0.5)
+            else:
+                value.copy_(1 + 0.1 * draw if name.endswith("weight") else 0.02 * draw)
+    return network.eval().requires_grad_(False)
+
+
+@torch.inference_mode()
+def follow(network: LightningDiT, noise: Tensor, labels: Tensor, guidance: GuidanceSettings) -> tuple[Tensor, Tensor]:
+    """Return the guided velocity at t = 0.5 of noise (N, C, h, w) and classes (N,), and the final latents."""
+
+    def predict(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return network(x, t[:1], y).float()
+
+    velocity = GuidedVelocity(predict, labels, torch.full_like(labels, network.null_class), guidance)
+    once = velocity(noise, torch.full((len(noise),), 0.5))
+    method, points = B1_SOLVER
+    jumps = jumps_of(guidance)
+    return once, integrate_ode(velocity, noise, graded_grid(points, jumps)[0], method, jumps=jumps)
+
+
+def measure_b1(args: argparse.Namespace) -> Figures:
+    """Return the drift of velocity and latents of LightningDiT-B/1 with seeded weights."""
+    network = seed_weights(LightningDiT(preset_settings("LightningDiT-B/1", **B1_SETTINGS)))
+    return {"count": B1_IMAGES, "rows": seeded_drift(network)}
+
+
+def seeded_drift(network: LightningDiT) -> list[Figures]:
+    """Return the drift of velocity and latents of a float32 network in bf16 and emulated fp16."""
+    size = network.settings
+    shape = (B1_IMAGES, size.in_channels, size.input_size, size.input_size)
+    noise = draw_noise(shape, [generator_for(SEED, index) for index in range(B1_IMAGES)])
+    labels = torch.arange(B1_IMAGES)
+    rows: list[Figures] = []
+    for name in (FULL, BF16, EMULATED):
+        print(f"Following {len(noise)} seeded latents in {name}", flush=True)
+        once, last = follow(in_precision(network, name), noise, labels, B1_GUIDANCE)
+        if name == FULL:
+            reference = once, last
+            continue
+        velocity = latent_drift(once, reference[0])["error"]
+        rows.append({"precision": name, "velocity": velocity, **latent_drift(last, reference[1])})
+    return rows
+
+
+def drift_cells(row: Figures) -> list[str]:
+    """Return the cells of precision, latents and pixels."""
+    return [row["precision"], f"{row['error']:.3%}", f"{row['worst']:.3%}"] + [
+        f"{row['changed'][str(level)]:.3%}" for level in LEVELS
+    ]
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table and an empty one."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return [lines[0], "|---" * len(head) + "|", *lines[1:], ""]
+
+
+DRIFT_HEAD = ("precision", "latents: mean error", "worst image", *(f"pixels off by > {level}" for level in LEVELS))
+
+
+def bundled_table(part: Figures) -> list[str]:
+    """Return the table of the bundled model."""
+    rows = [[*drift_cells(row), f"{row['frechet']:.3f}", f"{row['accuracy']:.2%}"] for row in part["rows"]]
+    title = f"**The bundled model**, {part['count']} images by the solver `{part['solver']}`, against float32:"
+    return [title, "", *markdown((*DRIFT_HEAD, "Fréchet distance", "seen as asked"), rows)]
+
+
+def solvers_table(part: Figures) -> list[str]:
+    """Return the table of the drift by several solvers."""
+    title = f"**The same by other solvers**, mean error of {part['count']} latents against float32 by the same solver:"
+    rows = [
+        [row["solver"], str(row["evaluations"]), *(f"{error:.3%}" for error in row["errors"].values())]
+        for row in part["rows"]
+    ]
+    return [title, "", *markdown(("solver", "evaluations", BF16, EMULATED), rows)]
+
+
+def kernels_table(part: Figures) -> list[str]:
+    """Return the table that puts emulated fp16 beside torch's kernels."""
+    title = f"**Emulated fp16 and torch {part['torch']}'s own on the CPU**, {part['count']} images, against float32:"
+    return [title, "", *markdown(DRIFT_HEAD, [drift_cells(row) for row in part["rows"]])]
+
+
+def b1_table(part: Figures) -> list[str]:
+    """Return the table of LightningDiT-B/1."""
+    method, points = B1_SOLVER
+    title = (
+        f"**LightningDiT-B/1 with seeded weights**, {part['count']} latents of 32x16x16, guidance {B1_GUIDANCE.scale:g}"
+        f" from t = {B1_GUIDANCE.interval_start:g} on {B1_GUIDANCE.guided_channels} channels, {points - 1} evaluations"
+        f" of `{method}`, against float32:"
+    )
+    rows = [
+        [row["precision"], f"{row['velocity']:.3%}", f"{row['error']:.3%}", f"{row['worst']:.3%}"]
+        for row in part["rows"]
+    ]
+    return [title, "", *markdown(("precision", "one evaluation", "latents: mean error", "worst image"), rows)]
+
+
+MEASURES: dict[str, Callable[[argparse.Namespace], Figures]] = {
+    "bundled": measure_bundled,
+    "solvers": measure_solvers,
+    "kernels": measure_kernels,
+    "b1": measure_b1,
+}
+TABLES: dict[str, Callable[[Figures], list[str]]] = {
+    "bundled": bundled_table,
+    "solvers": solvers_table,
+    "kernels": kernels_table,
+    "b1": b1_table,
+}
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the command line's arguments."""
+    parser = argparse.ArgumentParser(prog="python -m studies.precision_study", description=__doc__)
+    parser.add_argument("--part", nargs="+", choices=MEASURES, default=list(MEASURES), help="default: all")
+    parser.add_argument("--data-root", default="data/fashion-mnist", help="folder of Fashion-MNIST, for the distance")
+    parser.add_argument("--model", default="models/fashion-mnist", help="folder of model, tokenizer and judge")
+    parser.add_argument("--count", type=int, default=1000, help="judged images, the same number a class")
+    parser.add_argument("--noises", type=int, default=40, help="images of the parts solvers and kernels")
+    parser.add_argument("--output", default="docs", help="folder of precision.md and precision/")
+    args = parser.parse_args(argv)
+    if args.noises < 1:
+        parser.error(f"--noises is {args.noises}; 1 or more is expected")
+    if args.count < 2 * CLASSES or args.count % CLASSES:
+        parser.error(f"--count is {args.count}; a multiple of {CLASSES} from {2 * CLASSES} on is expected")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, build, run."""
+    args = parse(argv)
+    kept, page = Path(args.output) / "precision" / "study.json", Path(args.output) / "precision.md"
+    kept_parts(kept)
+    for part in args.part:
+        figures = MEASURES[part](args)
+        study = keep_part(kept, part, figures)
+        lines = [line for known in MEASURES if known in study for line in TABLES[known](study[known])]
+        put_between_marks(page, lines, "Precision")
+        print("\n".join(TABLES[part](figures)), flush=True)
+    print(f"wrote {kept} and the tables in {page}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

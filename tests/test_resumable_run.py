@@ -1,0 +1,339 @@
+"""Runs that end at any moment: killed, interrupted, shared by processes, and the same bytes in the end."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from LightningDiT import console, files
+from LightningDiT.config import load_config, setting_differences
+from LightningDiT.console import run_main
+from LightningDiT.errors import LightningDiTError
+from LightningDiT.files import LOCK
+from LightningDiT.images import to_uint8
+from LightningDiT.inference import main
+from LightningDiT.sampling import resumable_run
+from LightningDiT.sampling.pipeline import LightningDiTPipeline
+from LightningDiT.sampling.preview import Preview
+from LightningDiT.sampling.resumable_run import MANIFEST, Strip, manifest_of, opened_run, sample_run
+from LightningDiT.seeds import generator_for
+from tests.conftest import PROJECT
+
+COUNT = 60
+KILLS = 20
+#: Makes a whole run, then forks one into another folder for every line on its input: starting Python and the
+#: first call of everything take longer than what is tested.
+NURSERY = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from LightningDiT import inference
+from LightningDiT.console import run_main
+options = sys.argv[4:]
+whole, broken = (["--output", folder, *options] for folder in sys.argv[2:4])
+sys.stdout, answers = open(os.devnull, "w"), sys.stdout
+assert inference.main(whole) == 0
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        os._exit(run_main(lambda: inference.main(broken)))
+    print(child, file=answers, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers, flush=True)
+"""
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a run but its lock, which is empty and stays."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != LOCK}
+
+
+def arguments(folder: Path, output: str, *more: str) -> list[str]:
+    return ["--config", str(folder / "config.yaml"), "--output", str(folder / output), *more]
+
+
+@pytest.fixture
+def pipe(tiny_folder: Path) -> LightningDiTPipeline:
+    return LightningDiTPipeline.from_config(tiny_folder / "config.yaml", device="cpu")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_killed_at_random_moments_and_in_the_end_the_bytes_of_an_unbroken_run(tiny_folder: Path) -> None:
+    """Half of the runs are killed at a random moment after their start, and half at one after a new image."""
+    folders = [tiny_folder / "whole", tiny_folder / "broken"]
+    options = ["--config", tiny_folder / "config.yaml", "--num-samples", str(COUNT), "--batch-size", "3", "--npz"]
+    command = [sys.executable, "-c", NURSERY, str(PROJECT), *map(str, folders), *map(str, options)]
+    draw, environment = random.Random(1), {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as nursery:
+        assert nursery.stdin
+        assert nursery.stdout
+        broken, whole = folders[1], dict[str, bytes]()
+        for kill in range(KILLS):
+            before = len(list(broken.glob("0*.png")))
+            print(kill, file=nursery.stdin, flush=True)
+            child, deadline = int(nursery.stdout.readline()), time.monotonic() + 60
+            whole = whole or contents(folders[0])
+            while kill % 2 and len(list(broken.glob("0*.png"))) == before and time.monotonic() < deadline:
+                time.sleep(0.001)
+            time.sleep(draw.uniform(0.0, 0.03))
+            os.kill(child, signal.SIGKILL)
+            assert int(nursery.stdout.readline()) == -signal.SIGKILL
+            for name, data in contents(broken).items() if broken.exists() else ():
+                assert name.endswith(".tmp") or data == whole[name], name
+        assert 0 < len(list(broken.glob("0*.png"))) < COUNT
+        print("to the end", file=nursery.stdin, flush=True)
+        nursery.stdout.readline()
+        assert nursery.stdout.readline() == "0\n"
+        nursery.stdin.close()
+    assert contents(broken) == whole
+    assert broken.with_suffix(".npz").read_bytes() == folders[0].with_suffix(".npz").read_bytes()
+
+
+def test_what_a_killed_run_left_is_removed_and_nothing_else(tiny_folder: Path) -> None:
+    options = arguments(tiny_folder, "out", "--num-samples", "3")
+    assert main(options) == 0
+    folder = tiny_folder / "out"
+    whole = contents(folder)
+    (folder / "000001.png").write_bytes(b"")  # what a power cut can leave
+    for torn in (".000001.png.x1.tmp", ".000002.png.y2.tmp", f".{MANIFEST}.z3.tmp"):
+        (folder / torn).write_bytes(b"half")
+    (folder / ".notes.tmp").write_text("mine")
+    assert main(options) == 0
+    assert contents(folder) == {**whole, ".notes.tmp": b"mine"}
+
+
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.2.") and sys.version_info >= (3, 12),
+    reason="torchrun of torch 2.2 crashes on Python 3.12 before it starts anything",
+)
+@pytest.mark.usefixtures("one_thread")
+def test_two_processes_make_the_folder_of_one(tiny_folder: Path) -> None:
+    """Four batches for two processes, the last one of a single image."""
+    options = ["--num-samples", "7", "--seed", "2", "--npz"]
+    assert main(arguments(tiny_folder, "one", *options)) == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "LightningDiT.inference", *arguments(tiny_folder, "two", *options, "--preview", "2")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("7 of 7 images") == 1
+    assert "7 of them made now" in done.stdout
+    assert contents(tiny_folder / "two") == contents(tiny_folder / "one")
+    assert (tiny_folder / "two.npz").read_bytes() == (tiny_folder / "one.npz").read_bytes()
+    assert Image.open(tiny_folder / "two_preview.png").width > 2 * 128
+
+
+def interrupt_in(monkeypatch: pytest.MonkeyPatch, batch: int, times: int = 1) -> None:
+    """Send this process Ctrl-C while it samples its `batch`-th batch, counted from 1."""
+    plain, count = LightningDiTPipeline._sample, itertools.count(1)
+
+    def sample(*inputs: Any) -> Any:
+        if next(count) == batch:
+            for _ in range(times):
+                signal.raise_signal(signal.SIGINT)
+        return plain(*inputs)
+
+    monkeypatch.setattr(LightningDiTPipeline, "_sample", sample)
+
+
+def test_ctrl_c_ends_after_the_batch_with_everything_written(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--num-samples", "6", "--npz"]
+    assert main(arguments(tiny_folder, "whole", *options)) == 0
+    with monkeypatch.context() as patch:
+        interrupt_in(patch, 1)
+        assert run_main(lambda: main(arguments(tiny_folder, "out", *options))) == 130
+    said = capfd.readouterr()
+    assert "2 of 6 images" in said.out
+    assert "Ctrl-C again ends at once" in said.err
+    assert "the same command goes on from there" in said.err
+    assert sorted(contents(tiny_folder / "out")) == ["000000.png", "000001.png", MANIFEST]
+    assert not (tiny_folder / "out.npz").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert main(arguments(tiny_folder, "out", *options)) == 0
+    assert contents(tiny_folder / "out") == contents(tiny_folder / "whole")
+
+
+def test_ctrl_c_twice_ends_at_once(pipe: LightningDiTPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_in(patch, 2, times=2)
+        with pytest.raises(KeyboardInterrupt):
+            sample_run(pipe, [0, 1, 2, 0], 0, tmp_path / "run", None)
+    assert sorted(contents(tmp_path / "run")) == ["000000.png", "000001.png", MANIFEST]
+
+
+def test_the_grid_of_a_demo_that_was_interrupted_is_written(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt_in(monkeypatch, 1)
+    assert run_main(lambda: main(arguments(tiny_folder, "out", "--demo"))) == 130
+    assert (tiny_folder / "out" / "demo_samples.png").exists()
+
+
+def test_a_difference_is_named_by_its_key() -> None:
+    there = {"seed": 0, "labels": [1, 2, 3], "sample": {"last_step": None, "mode": "SDE"}, "weights": {"a": "x"}}
+    now = {"seed": 0, "labels": [1, 0, 3], "sample": {"mode": "SDE", "cfg_scale": 3.0}, "weights": {"a": "y"}}
+    assert setting_differences(there, there) == []
+    assert sorted(setting_differences(there, now)) == [
+        "labels[1]: 2 there, 0 now",
+        "sample.cfg_scale: default there, 3.0 now",
+        "sample.last_step: null there, default now",
+        "weights.a: x there, y now",
+    ]
+    assert setting_differences({"labels": [1]}, {"labels": [1, 2]}) == ["labels: 1 there, 2 now"]
+
+
+def test_the_guide_belongs_to_the_run_by_its_content(tiny_folder: Path) -> None:
+    config = load_config(tiny_folder / "config.yaml")
+    assert "guide" not in manifest_of(config, [0], 0, torch.float32)["weights"]
+    manifests = []
+    for name, content in (("a", "transformer"), ("b", "transformer"), ("c", "tokenizer")):
+        shutil.copy(tiny_folder / f"{content}.safetensors", tiny_folder / f"{name}.safetensors")
+        guided = replace(config.sample, guide_ckpt=str(tiny_folder / f"{name}.safetensors"))
+        manifests.append(manifest_of(replace(config, sample=guided), [0], 0, torch.float32))
+    assert manifests[0] == manifests[1]  # wherever the file lies
+    assert manifests[0]["weights"]["guide"] == manifests[0]["weights"]["transformer"]
+    (difference,) = setting_differences(manifests[0], manifests[2])
+    assert difference.startswith("weights.guide: ")
+
+
+def test_two_runs_do_not_write_one_folder(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    manifest = {"seed": 1}
+    with (
+        opened_run(tmp_path, manifest),
+        pytest.raises(LightningDiTError, match="another run writes into"),
+        opened_run(tmp_path, manifest),
+    ):
+        pass
+    with opened_run(tmp_path, manifest):
+        assert json.loads((tmp_path / MANIFEST).read_text()) == manifest
+
+
+@pytest.mark.parametrize(("place", "moment"), [(files, "_lock"), (resumable_run, "atomic_path")])
+def test_one_of_two_runs_that_start_together_enters(
+    place: ModuleType, moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one, of other settings, starts just before the first takes the lock, or writes its manifest."""
+    pytest.importorskip("fcntl")
+    plain, held, entered = getattr(place, moment), ExitStack(), list[int]()
+
+    def enter(stack: ExitStack, seed: int) -> None:
+        with suppress(LightningDiTError):
+            stack.enter_context(opened_run(tmp_path, {"seed": seed}))
+            entered.append(seed)
+
+    def late(argument: Any) -> Any:
+        monkeypatch.setattr(place, moment, plain)
+        enter(held, 2)
+        return plain(argument)
+
+    monkeypatch.setattr(place, moment, late)
+    with held:
+        enter(held, 1)
+        assert entered == [{"_lock": 2, "atomic_path": 1}[moment]]
+        assert json.loads((tmp_path / MANIFEST).read_text()) == {"seed": entered[0]}
+
+
+def test_the_precision_that_is_computed_in_belongs_to_the_run(pipe: LightningDiTPipeline, tmp_path: Path) -> None:
+    sample_run(pipe, [0], 0, tmp_path, None)
+    pipe.to("cpu", torch.bfloat16)
+    with pytest.raises(LightningDiTError, match=r"\(precision: float32 there, bfloat16 now\)"):
+        sample_run(pipe, [0], 0, tmp_path, None)
+
+
+def test_the_strip_shows_the_predictions_of_the_data(pipe: LightningDiTPipeline, tmp_path: Path) -> None:
+    """Euler's prediction x + (1 - t) v from the model itself, against the pixels of the strip."""
+    state = torch.randn(1, 4, 8, 8, generator=generator_for(5, 0))
+    expected, times = [], torch.linspace(0, 1, 4)
+    with torch.inference_mode():
+        for start, end in itertools.pairwise(times):
+            t = start.expand(1)
+            unconditional = pipe.transformer(state, t, torch.tensor([3]))
+            guided = unconditional + 2.0 * (pipe.transformer(state, t, torch.tensor([1])) - unconditional)
+            prediction = state + (1 - start) * guided
+            expected.append(to_uint8(pipe.tokenizer.decode(prediction)).numpy()[0])
+            state = state + (end - start) * guided
+    sample_run(pipe, [1], 5, tmp_path / "run", None, strip=Strip(1, tmp_path / "strip.png"))
+    strip = np.asarray(Image.open(tmp_path / "strip.png")).astype(int)
+    for column, image in enumerate(expected):
+        left = 4 + column * (128 + 4)  # 16 pixels enlarged by 8, with a margin of 4
+        assert np.abs(strip[4 : 4 + 128 : 8, left : left + 128 : 8] - image).max() <= 1, column
+    last = np.asarray(Image.open(tmp_path / "run" / "000000.png"))
+    assert np.abs(strip[4 : 4 + 128 : 8, 4 + 2 * 132 : 4 + 2 * 132 + 128 : 8] - last).max() <= 1
+
+
+@pytest.mark.parametrize(("every", "panels"), [(2, 2), (3, 1), (99, 1)])
+def test_a_strip_ends_with_the_last_step(every: int, panels: int, pipe: LightningDiTPipeline, tmp_path: Path) -> None:
+    sample_run(pipe, [0, 1, 2], 0, tmp_path / "run", None, strip=Strip(every, tmp_path / "strip.png"))
+    assert Image.open(tmp_path / "strip.png").width == 4 + panels * (128 + 4)
+
+
+def test_a_strip_shows_what_is_made_again_and_no_later_batch(pipe: LightningDiTPipeline, tmp_path: Path) -> None:
+    """A batch with an end that is not finite, the same one in float32, and the next one, as a pipeline reports them."""
+    strip = Preview(pipe, 1, 0, [0, 1])
+    good = torch.randn(2, 2, 4, 8, 8, generator=generator_for(3, 0))  # (K, N, C, h, w)
+    for states in (torch.stack((good[0], good[1] / 0)), good, 2 * good):
+        for step, state in enumerate(states):
+            strip(step, (step + 1) / 2, state)
+    strip.save(tmp_path / "strip.png")
+    pixels = np.asarray(Image.open(tmp_path / "strip.png")).astype(int)
+    assert pixels.shape[1] == 4 + 2 * (128 + 4)
+    with torch.inference_mode():
+        last = to_uint8(pipe.tokenizer.decode(good[1])).numpy()  # at t = 1 the prediction is the state
+    for row in range(2):
+        top = 4 + row * (pixels.shape[0] - 4) // 2
+        assert np.abs(pixels[top : top + 128 : 8, 136 : 136 + 128 : 8] - last[row]).max() <= 1
+
+
+def test_no_strip_where_nothing_is_sampled(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments(tiny_folder, "out", "--num-samples", "2")) == 0
+    assert main(arguments(tiny_folder, "out", "--num-samples", "2", "--preview", "1")) == 0
+    assert "no preview: every image was there" in capsys.readouterr().out
+    assert not (tiny_folder / "out_preview.png").exists()
+    assert main(arguments(tiny_folder, "demo", "--demo", "--preview", "1")) == 0
+    assert (tiny_folder / "demo" / "demo_preview.png").exists()
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_is_whole(pipe: LightningDiTPipeline, tmp_path: Path) -> None:
+    """The limit of a process on file sizes stands for the full disk."""
+    resource = pytest.importorskip("resource")
+    sample_run(pipe, [0, 1], 0, tmp_path / "run", None)
+    before = contents(tmp_path / "run")
+    (tmp_path / "run" / "000001.png").unlink()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(LightningDiTError, match=r"000001.png cannot be written .*free space"):
+            sample_run(pipe, [0, 1], 0, tmp_path / "run", None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert contents(tmp_path / "run") == {name: data for name, data in before.items() if name != "000001.png"}
+
+
+def test_progress_says_rate_evaluations_and_time_left(
+    pipe: LightningDiTPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "PLAIN_INTERVAL", 0.0)
+    sample_run(pipe, [0, 1, 2, 0], 0, tmp_path / "run", None)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith("  4 of 4 images, ")
+    assert "3 evaluations each, about 0 s left" in lines[-1]
