@@ -1,177 +1,256 @@
-"""Imports run one way: entry points -> pipeline -> {models, tokenizer, transport, data} -> {checkpoint, images}."""
+"""Imports run one way: steps -> entry points -> sampling, training -> loading -> parts -> ground floor."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import PACKAGE, PROJECT
 
-PARTS = ("models", "tokenizer", "transport", "data")
-#: What each layer may import of the library, besides itself.
-ALLOWED = {
+LIBRARY = PACKAGE.name
+#: What each module of the ground floor and each part may import of the library, apart from itself.
+GROUND: dict[str, set[str]] = {
     "errors": set(),
-    "config": {"errors"},
     "seeds": set(),
     "console": {"errors"},
-    "cli": {"config", "errors"},
-    "labels": {"config", "errors"},
-    "locks": {"errors"},
-    "differences": set(),
-    "curves": {"errors"},
-    "checkpoint": {"errors"},
+    "files": {"errors"},
     "device": {"errors"},
-    "finite": set(),
-    "images": {"checkpoint", "errors"},
-    "npz": {"checkpoint", "errors", "images"},
-    "batches": {"device", "errors"},
-    "compiled": {"device"},
-    "calibrated": {"checkpoint", "config", "errors"},
-    "processes": {"errors"},
-    "training": {"checkpoint", "device", "differences", "errors", "locks", "processes", "seeds"},
-    "fine_tuning": {"checkpoint", "errors", "models"},
-    "training_memory": {"checkpoint", "device", "models"},
-    "latent_batches": {"config", "data", "errors", "loading", "seeds", "tokenizer", "training", "transport"},
+    "compiling": {"device"},
+    "distributed": {"errors"},
+    "config": {"errors"},
+    "checkpoint": {"errors", "files"},
+    "images": {"errors", "files"},
+}
+PARTS: dict[str, set[str]] = {
     "models": set(),
     "transport": set(),
-    "tokenizer": {"checkpoint", "config", "device", "errors", "images"},
-    "data": {"checkpoint", "errors", "images"},
-    "procedure": {"calibrated", "config", "errors", "transport"},
-    "loading": {
-        "calibrated",
-        "checkpoint",
-        "compiled",
-        "config",
-        "errors",
-        "models",
-        "procedure",
-        "tokenizer",
-        "transport",
-    },
-    "pipeline": {
-        "batches",
-        "calibrated",
-        "checkpoint",
-        "config",
-        "device",
-        "errors",
-        "finite",
-        "images",
-        "labels",
-        "loading",
-        "models",
-        "procedure",
-        "seeds",
-        "tokenizer",
-        "transport",
-    },
+    "tokenizer": {"checkpoint", "config", "device", "errors", "files", "images", "seeds"},
+    "data": {"checkpoint", "config", "device", "errors", "files", "images", "seeds"},
 }
-TORCH_FREE = ["step1_install_environment.py", "step2_download_models.py", "quickstart.py", "setup_steps"]
+BELOW = {*GROUND, *PARTS, "loading"}
+ROWS: dict[str, set[str]] = {
+    **GROUND,
+    **PARTS,
+    "loading": {"checkpoint", "compiling", "config", "device", "errors", "models", "tokenizer", "transport"},
+    "metrics": {*GROUND, "data"},
+    "sampling": BELOW,
+    "training": {*BELOW, "sampling"},  # a run shows samples of its average
+    "__init__": {"config", "sampling"},
+    "pipeline": {"sampling"},
+    "inference": {*GROUND, "data", "sampling"},
+    "train": {*BELOW, "training"},
+    "train_tokenizer": {*GROUND, "data", "tokenizer", "training"},
+    "extract_features": {*GROUND, "data", "tokenizer", "training"},
+    "evaluate": {*GROUND, "data", "metrics"},
+    "evaluate_tokenizer": {*GROUND, "data", "metrics", "tokenizer"},
+    "tools": {*BELOW, "sampling", "training", "train"},  # the benchmark times the trainer's steps
+}
+SET_UP_MAY_USE = {f"{LIBRARY}.{name}" for name in ("errors", "console", "files")}
+#: What runs before anything is installed.
+FIRST = ["step1_install_environment.py", "step2_download_models.py", "quickstart.py", "setup_steps"]
 
 
-def library_imports(path: Path, package: str) -> set[str]:
-    """Return the first names below `package` that a file imports, at any depth of the code."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        names = []
-        if isinstance(node, ast.ImportFrom) and node.level == 0:
-            names = [node.module or ""]
-        elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        for name in names:
-            parts = name.split(".")
-            if parts[0] == package and len(parts) > 1:
-                found.add(parts[1])
-    return found
+def module_name(path: Path, root: Path) -> str:
+    """Return the dotted name of a file below `root`; that of a package is its folder's."""
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def files_of(layer: str) -> list[Path]:
-    file = PACKAGE / f"{layer}.py"
-    return [file] if file.exists() else sorted((PACKAGE / layer).glob("*.py"))
+def imported(node: ast.AST, package: str) -> list[str]:
+    """Return the dotted names that one statement of a module in `package` imports."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if not isinstance(node, ast.ImportFrom):
+        return []
+    above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+    base = ".".join([*above, *([node.module] if node.module else [])])
+    return [f"{base}.{alias.name}" for alias in node.names]
 
 
-@pytest.mark.parametrize("layer", sorted(ALLOWED))
-def test_a_layer_imports_only_what_lies_below_it(layer: str) -> None:
-    files = files_of(layer)
-    assert files
-    for path in files:
-        beyond = library_imports(path, "LightningDiT") - ALLOWED[layer] - {layer}
-        assert not beyond, f"{path.name} imports {beyond}"
+def imports_of(path: Path, root: Path, at_import: bool = False) -> set[str]:
+    """Return the dotted names that a file imports, relative ones resolved.
 
-
-def test_every_module_of_the_library_has_a_place_in_the_order() -> None:
-    entry_points = {
-        "inference",
-        "train",
-        "train_tokenizer",
-        "extract_features",
-        "extraction",
-        "runs",
-        "preview",
-        "demo",
-        "tools",
-    }
-    entry_points |= {"watching"}
-    entry_points |= {"evaluate", "evaluate_tokenizer", "metrics"}
-    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
-    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
-    assert modules | folders == set(ALLOWED) | entry_points
-
-
-def test_the_parts_never_import_one_another() -> None:
-    for part in PARTS:
-        for path in files_of(part):
-            assert not library_imports(path, "LightningDiT") & (set(PARTS) - {part}), path
-
-
-def test_tools_are_used_by_tools_alone() -> None:
-    for path in PACKAGE.rglob("*.py"):
-        if path.relative_to(PACKAGE).parts[0] != "tools":
-            assert "tools" not in library_imports(path, "LightningDiT"), path
-
-
-def test_the_library_needs_nothing_of_the_set_up() -> None:
-    """Installed as a package it stands alone: neither setup_steps nor a step lies beside it."""
-    for path in PACKAGE.rglob("*.py"):
-        assert not {name for name in all_imports(path) if name == "setup_steps" or name.startswith("step")}, path
-
-
-def all_imports(path: Path) -> set[str]:
-    """Return the first names of what a file imports, at any depth of the code."""
-    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
-    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 0}
-    return {name.split(".")[0] for name in names}
-
-
-def top_level_imports(path: Path) -> set[str]:
-    """Return the modules that importing a file imports."""
+    Args:
+        at_import: leave out what is imported by functions when they run, and by type checkers alone.
+    """
+    name = module_name(path, root)
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    found = set()
-    for node in tree.body:
-        if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            found.add((node.module or "").split(".")[0])
+    nodes = run_at_import(tree) if at_import else ast.walk(tree)
+    return {found for node in nodes for found in imported(node, package)}
+
+
+def run_at_import(tree: ast.AST) -> Iterator[ast.AST]:
+    """Yield the statements that run when a module is imported."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        yield node
+        yield from run_at_import(node)
+
+
+def violations(root: Path, rows: Mapping[str, set[str]]) -> list[str]:
+    """Return each import of the library below `root` that its row does not allow, as `file: row imports other`."""
+    folder, found = root / LIBRARY, []
+    for path in sorted(folder.rglob("*.py")):
+        row = path.relative_to(folder).with_suffix("").parts[0]
+        for name in sorted(imports_of(path, root)):
+            top, _, rest = name.partition(".")
+            if top == LIBRARY:
+                other = rest.partition(".")[0]
+                other = other if (folder / f"{other}.py").exists() or (folder / other).is_dir() else "__init__"
+                if other not in rows.get(row, set()) | {row}:
+                    found.append(f"{path.relative_to(root)}: {row} imports {other}")
     return found
 
 
-@pytest.mark.parametrize("name", TORCH_FREE)
-def test_set_up_needs_nothing_that_it_installs(name: str) -> None:
-    place = PROJECT / name
-    for path in sorted(place.glob("*.py")) if place.is_dir() else [place]:
-        assert not top_level_imports(path) & {
-            "torch",
-            "LightningDiT",
-            "numpy",
-            "omegaconf",
-            "huggingface_hub",
-        }, path
+def circle(root: Path) -> list[str]:
+    """Return the modules of the library below `root` that import one another in a circle, none where there is none."""
+    paths = {module_name(path, root): path for path in (root / LIBRARY).rglob("*.py")}
+    graph = {}
+    for name, path in paths.items():
+        names = imports_of(path, root) if name != LIBRARY else set()  # its names are imported on first use
+        graph[name] = {other if other in paths else other.rpartition(".")[0] for other in names}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
 
 
-def test_cuda_is_named_in_one_module_of_the_library() -> None:
+def spoken_words(tree: ast.AST) -> Iterator[str]:
+    """Yield names, attributes, keywords and strings of code; comments and docstrings are none."""
+    documentation = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documentation:
+            yield node.value
+        for field in ("id", "attr", "arg", "name", "asname", "module"):
+            word = getattr(node, field, None)
+            if isinstance(word, str):
+                yield word
+
+
+def names_cuda(code: str) -> bool:
+    return any("cuda" in word.lower() for word in spoken_words(ast.parse(code)))
+
+
+def write_tree(root: Path, files: Mapping[str, str]) -> Path:
+    for name, code in files.items():
+        path = root / LIBRARY / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(code)
+    return root
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from ..models import x",
+        "from .. import models",
+        "from ..models.layers import y",
+        f"import {LIBRARY}.models.layers",
+        f"from {LIBRARY} import models",
+        f"def later():\n    from {LIBRARY}.models import x",
+        f"if TYPE_CHECKING:\n    from {LIBRARY}.models import x",
+    ],
+)
+def test_an_import_that_leaves_its_row_is_found(code: str, tmp_path: Path) -> None:
+    files = {"models/__init__.py": "", "models/layers.py": "", "transport/__init__.py": "", "transport/path.py": code}
+    root = write_tree(tmp_path, files)
+    assert violations(root, PARTS) == [f"{LIBRARY}/transport/path.py: transport imports models"]
+    assert violations(root, {**PARTS, "transport": {"models"}}) == []
+
+
+def test_imports_within_a_row_and_of_others_are_allowed(tmp_path: Path) -> None:
+    files = {
+        "__init__.py": "__version__ = '1'",
+        "errors.py": "import sys",
+        "data/__init__.py": "",
+        "data/images.py": "from . import shards\nfrom .shards import read\nfrom ..errors import E\nimport numpy.linalg",
+        "data/shards.py": f"from {LIBRARY}.data import images",
+    }
+    assert violations(write_tree(tmp_path, files), ROWS) == []
+    write_tree(tmp_path, {"data/shards.py": f"from {LIBRARY} import __version__"})
+    assert violations(tmp_path, ROWS) == [f"{LIBRARY}/data/shards.py: data imports __init__"]
+
+
+def test_a_circle_is_found_at_any_depth_of_the_code(tmp_path: Path) -> None:
+    files = {"__init__.py": "", "a.py": f"import {LIBRARY}.b", "b.py": "def f():\n    from . import c", "c.py": ""}
+    assert circle(write_tree(tmp_path, files)) == []
+    write_tree(tmp_path, {"c.py": "from .a import x"})
+    assert set(circle(tmp_path)) == {f"{LIBRARY}.{name}" for name in "abc"}
+
+
+def test_what_runs_at_import_is_told_from_what_runs_later(tmp_path: Path) -> None:
+    code = (
+        "try:\n    import a\nexcept ImportError:\n    import b\nif TYPE_CHECKING:\n    import c\n"
+        "class K:\n    import d\n    def f(self):\n        import e\n"
+    )
+    path = write_tree(tmp_path, {"module.py": code}) / LIBRARY / "module.py"
+    assert imports_of(path, tmp_path, at_import=True) == {"a", "b", "d"}
+    assert imports_of(path, tmp_path) == {"a", "b", "c", "d", "e"}
+
+
+def test_cuda_is_looked_for_in_code() -> None:
+    for code in ("x.cuda()", "cuda = 1", "f(cuda=1)", "device = 'cuda:0'", "import torch.cuda", "f'{x} on CUDA'"):
+        assert names_cuda(code), code
+    for code in ("# cuda", '"""On cuda."""', "def f():\n    '''CUDA.'''", "X = 1\n'''Bytes on cuda.'''"):
+        assert not names_cuda(code), code
+
+
+def test_every_module_and_package_of_the_library_has_a_row() -> None:
+    packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert {path.stem for path in PACKAGE.glob("*.py")} | packages == set(ROWS)
+
+
+def test_each_row_allows_only_what_lies_below_it() -> None:
+    graphlib.TopologicalSorter(ROWS).prepare()  # a circle of rows is an error
+    assert all(not allowed & {*PARTS} for allowed in (*GROUND.values(), *PARTS.values()))
+    assert all("tools" not in allowed for allowed in ROWS.values())
+
+
+def test_each_module_imports_only_what_its_row_allows() -> None:
+    assert violations(PROJECT, ROWS) == []
+
+
+def test_no_modules_import_one_another_in_a_circle() -> None:
+    assert circle(PROJECT) == []
+
+
+def test_the_library_needs_neither_set_up_nor_studies() -> None:
+    """Installed as a package it stands alone: neither lies beside it."""
+    beside = {"setup_steps", "studies", "tests", *(path.stem for path in PROJECT.glob("*.py"))}
     for path in PACKAGE.rglob("*.py"):
-        if path.name != "device.py":
-            assert "cuda" not in path.read_text(encoding="utf-8").lower(), path
+        assert not {name.partition(".")[0] for name in imports_of(path, PROJECT)} & beside, path
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_set_up_needs_nothing_that_it_installs(name: str) -> None:
+    files = sorted((PROJECT / name).glob("*.py")) or [PROJECT / name]
+    standard = {*sys.stdlib_module_names, "setup_steps", *(path.stem for path in PROJECT.glob("*.py"))}
+    for path in files:
+        names = imports_of(path, PROJECT, at_import=True)
+        library = {".".join(name.split(".")[:2]) for name in names if name.startswith(f"{LIBRARY}.")}
+        assert library <= SET_UP_MAY_USE, path
+        assert {name.partition(".")[0] for name in names} - {LIBRARY} <= standard, path
+
+
+def test_what_set_up_uses_of_the_library_needs_the_standard_library_alone() -> None:
+    for name in (LIBRARY, *SET_UP_MAY_USE):
+        path = PACKAGE / "__init__.py" if name == LIBRARY else PROJECT / f"{name.replace('.', '/')}.py"
+        names = imports_of(path, PROJECT, at_import=True)
+        outside = {name for name in names if name.partition(".")[0] not in sys.stdlib_module_names}
+        assert {".".join(name.split(".")[:2]) for name in outside} <= SET_UP_MAY_USE, path
+
+
+def test_cuda_is_named_in_one_module() -> None:
+    for path in [*PACKAGE.rglob("*.py"), *(PROJECT / "studies").rglob("*.py")]:
+        if path != PACKAGE / "device.py":
+            assert not names_cuda(path.read_text(encoding="utf-8")), path
