@@ -172,6 +172,6 @@ def test_the_documents_hold_every_model_case_and_precision() -> None:
         assert {(model, "bf16", case) for case in ("step", "sampling", measure_memory.OFFICIAL)} <= measured
     measured = {round(megabytes(row[4]), -2) for row in ROWS if row[2] == "framework"}
     allowed = memory_model.FRAMEWORK_BYTES / 1e6
-    assert f"{allowed:.0f} MB are allowed on the processor, about {measured.pop():.0f} MB measured" in DOCUMENT
+    assert f"{allowed:.0f} MB allowed on the CPU, about {measured.pop():.0f} MB measured" in DOCUMENT
     assert not measured  # one figure for all of them
     assert f"{TOKENIZER:,} times 4" in DOCUMENT
