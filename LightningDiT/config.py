@@ -61,7 +61,8 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("train.global_batch_size", is_positive, "a positive number"),
     ("train.log_every", is_positive, "a positive number"),
     ("train.ckpt_every", is_positive, "a positive number"),
-    ("train.ema_decay", is_share, "a share between 0 and 1"),
+    ("train.ema_decay", is_share, "a decay from 0 to 1"),
+    ("train.label_dropout", is_share, "a share from 0 to 1"),
     ("train.precision", lambda value: value in ("auto", "fp32", "bf16", "fp16"), "auto, fp32, bf16 or fp16"),
     ("train.micro_batch_size", lambda value: value is None or value > 0, "a positive number"),
     ("train.keep_checkpoints", is_positive, "1 or more"),
@@ -139,7 +140,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long and with what batch to train, and where the run is kept."""
+    """Length, batch, and upkeep of a training run."""
 
     max_steps: int = 80_000
     global_batch_size: int = 1024
@@ -151,23 +152,24 @@ class TrainConfig:
     resume: bool = True  # go on from the newest checkpoint of the run
     weight_init: str | None = None  # weights to start from
     use_checkpoint: bool = False  # another published spelling of model.use_checkpoint
+    label_dropout: float = 0.1  # share of labels replaced by the null class; at 0 guidance cannot be learnt
     ema_decay: float = 0.9999
     warmup_steps: int = 0  # linear rise of the learning rate
     decay_steps: int = 0  # cosine fall to zero over the last steps
     precision: str = "auto"  # of matrix products: auto (bf16 where it is native, else fp32) | fp32 | bf16 | fp16
-    micro_batch_size: int | None = None  # samples that a process computes at once; less takes less memory
+    micro_batch_size: int | None = None  # samples of one forward pass in each process; fewer take less memory
     compile: bool = False  # torch.compile of the transformer
     keep_checkpoints: int = 2  # the newest ones
-    keep_every: int = 0  # checkpoints after multiples of so many steps stay besides
-    valid_every: int = 0  # steps between two validation losses, of the averaged weights
-    valid_samples: int = 1024  # at most so many latents of data.valid_path, or of what is held out
-    valid_share: float = 0.0  # held out of the training latents where there is no data.valid_path
-    sample_every: int = 0  # steps between two grids of samples, of the averaged weights
+    keep_every: int = 0  # also keep checkpoints at multiples of this step; 0: off
+    valid_every: int = 0  # steps between two validation losses (averaged weights); 0: off
+    valid_samples: int = 1024  # the most latents of a validation loss
+    valid_share: float = 0.0  # share of the training latents that is held out, without data.valid_path
+    sample_every: int = 0  # steps between two sample grids (averaged weights); 0: off
     sample_count: int = 16  # images of a grid
-    lognorm_until_step: int | None = None  # uniform times from this step on, where transport.use_lognorm is on
-    max_skips: int = 10  # so many steps in a row that are not finite: back to the newest checkpoint
-    spike_factor: float = 4.0  # the same for a loss so many times the median of the last 100; 0 is off
-    rate_cut: float = 0.5  # factor on the learning rate at each return
+    lognorm_until_step: int | None = None  # uniform times from this step on, with transport.use_lognorm
+    max_skips: int = 10  # non-finite steps in a row before the run goes back to a checkpoint
+    spike_factor: float = 4.0  # a loss above this many times the median of the last 100 does the same; 0: off
+    rate_cut: float = 0.5  # factor on the learning rate each time the run goes back
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ class OptimizerConfig:
 
     lr: float = 2e-4
     beta2: float = 0.95
-    max_grad_norm: float | None = None  # clip the gradient's norm
+    max_grad_norm: float | None = None  # the gradient's norm is clipped to this
 
 
 @dataclass(frozen=True)
@@ -187,8 +189,8 @@ class TransportConfig:
     prediction: str = "velocity"  # velocity | noise | score
     loss_weight: str | None = None  # None | velocity | likelihood
     sample_eps: float | None = None  # distance kept from the ends of the path; None: as the path needs
-    train_eps: float | None = None
-    use_cosine_loss: bool = False
+    train_eps: float | None = None  # the same for training times
+    use_cosine_loss: bool = False  # add 1 - cosine between predicted and true velocity
     use_lognorm: bool = False  # logit-normal training times
 
 
