@@ -1,7 +1,7 @@
-"""The KL autoencoder of latent diffusion (Rombach et al., arXiv 2112.10752), as modules only.
+"""The KL autoencoder of latent diffusion (Rombach et al., arXiv 2112.10752).
 
-VA-VAE (Yao, Yang and Wang, arXiv 2501.01423) keeps this network and changes how it is trained. Tensor
-names and shapes are those of the published checkpoints.
+VA-VAE (Yao, Yang and Wang, arXiv 2501.01423) keeps this network and changes its training. Tensor names and shapes are
+those of the published checkpoints.
 """
 
 from __future__ import annotations
@@ -18,18 +18,15 @@ NORM_GROUPS = 32
 
 @dataclass(frozen=True)
 class AutoencoderSettings:
-    """Sizes of the autoencoder; the defaults are VA-VAE f16d32.
-
-    The field names are those of `model.params.ddconfig` in the published tokenizer YAML.
-    """
+    """Sizes of the autoencoder, named as in `model.params` of the published tokenizer YAML; defaults: VA-VAE f16d32."""
 
     embed_dim: int = 32  # channels of the latent
     z_channels: int = 32  # channels inside, before quant_conv
-    resolution: int = 256  # training resolution: decides where attention stands, not what may be encoded
+    resolution: int = 256  # of training: sets which levels have attention, and does not limit the input
     in_channels: int = 3
     out_ch: int = 3
     ch: int = 128  # channels of the first level
-    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)  # one level each; the image is halved between levels
+    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)  # a factor per level; the resolution is halved between levels
     num_res_blocks: int = 2  # per level in the encoder; the decoder has one more
     attn_resolutions: tuple[int, ...] = (16,)
     dropout: float = 0.0
@@ -41,7 +38,7 @@ class AutoencoderSettings:
             if (value := getattr(self, name)) < least:
                 raise ValueError(f"{name} is {value}; {least} or more is expected")
         if not self.ch_mult or min(self.ch_mult) < 1:
-            raise ValueError(f"ddconfig.ch_mult is {list(self.ch_mult)}; a positive factor for each level is expected")
+            raise ValueError(f"ddconfig.ch_mult is {list(self.ch_mult)}; a positive factor per level is expected")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"ddconfig.dropout is {self.dropout}; a share from 0 to below 1 is expected")
         if self.ch % NORM_GROUPS:
@@ -62,26 +59,26 @@ class AutoencoderSettings:
         return 2 ** (len(self.ch_mult) - 1)
 
     def level_channels(self, level: int) -> int:
-        """Channels of level `level`, counted from the full resolution."""
+        """Return the channels of a level; level 0 has the full resolution."""
         return self.ch * self.ch_mult[level]
 
     def has_attention(self, level: int) -> bool:
-        """Whether the residual blocks of `level` are each followed by attention."""
+        """Return whether attention follows each residual block of `level`."""
         return self.resolution >> level in self.attn_resolutions
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Group normalisation as every block of the autoencoder uses it."""
+    """Return the group normalisation of all blocks."""
     return nn.GroupNorm(NORM_GROUPS, channels, eps=1e-6)
 
 
 def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
-    """A 3x3 convolution that keeps the resolution."""
+    """Return a 3x3 convolution that keeps the resolution."""
     return nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
 
 
 class ResnetBlock(nn.Module):
-    """Norm, SiLU and convolution twice, beside a shortcut (He et al., arXiv 1603.05027)."""
+    """Twice norm, SiLU and convolution, plus a shortcut (He et al., arXiv 1603.05027)."""
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float) -> None:
         super().__init__()
@@ -120,7 +117,7 @@ class AttnBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves the resolution by a strided convolution, padded at the right and at the bottom."""
+    """Strided convolution that halves the resolution, padded on the right and at the bottom."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -131,7 +128,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles the resolution by the nearest neighbour and smooths by a convolution."""
+    """Nearest-neighbour upsampling by 2, then a convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -142,7 +139,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution: residual blocks, each with attention where asked, then a resampler."""
+    """The blocks of one resolution: residual blocks, optional attention after each, and an optional resampler."""
 
     def __init__(self, channels_in: int, channels: int, blocks: int, attention: bool, dropout: float) -> None:
         super().__init__()
@@ -175,7 +172,7 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images to the moments of the latent before `quant_conv`."""
+    """Network from images to the moments of the latent before `quant_conv`."""
 
     def __init__(self, settings: AutoencoderSettings) -> None:
         super().__init__()
@@ -204,7 +201,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents after `post_quant_conv` to images."""
+    """Network from latents after `post_quant_conv` to images."""
 
     def __init__(self, settings: AutoencoderSettings) -> None:
         super().__init__()
@@ -221,7 +218,7 @@ class Decoder(nn.Module):
                 level.upsample = Upsample(channels)
             built.append(level)
             width = channels
-        self.up = nn.ModuleList(reversed(built))  # names count from the full resolution
+        self.up = nn.ModuleList(reversed(built))  # index 0 has the full resolution
         self.norm_out = group_norm(width)
         self.conv_out = conv3x3(width, settings.out_ch)
 
@@ -234,7 +231,7 @@ class Decoder(nn.Module):
 
 @dataclass(frozen=True)
 class DiagonalGaussian:
-    """The encoder's posterior q(z | image): a normal distribution with independent entries.
+    """The encoder's posterior q(z | image), a normal distribution with diagonal covariance.
 
     Attributes:
         mean: (N, C, h, w).
@@ -249,7 +246,7 @@ class DiagonalGaussian:
         return self.mean
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """Return a latent drawn from the posterior, (N, C, h, w); the draw is made on the CPU."""
+        """Return a latent drawn from the posterior, (N, C, h, w); the noise is drawn on the CPU."""
         noise = torch.randn(self.mean.shape, generator=generator).to(self.mean)
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
@@ -260,7 +257,7 @@ class DiagonalGaussian:
 
 
 class AutoencoderKL(nn.Module):
-    """Encoder, decoder and the 1x1 convolutions between them and the latent."""
+    """Encoder, decoder, and 1x1 convolutions between them and the latent."""
 
     def __init__(self, settings: AutoencoderSettings) -> None:
         super().__init__()
@@ -271,11 +268,11 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(settings.embed_dim, settings.z_channels, kernel_size=1)
 
     def encode(self, images: Tensor) -> DiagonalGaussian:
-        """Return the posterior of `images` (N, in_channels, H, W) in [-1, 1]."""
+        """Return the posterior for `images` (N, in_channels, H, W) in [-1, 1]."""
         moments = self.quant_conv(self.encoder(images))  # (N, 2 * embed_dim, h, w)
         mean, logvar = moments.chunk(2, dim=1)  # (N, embed_dim, h, w) each
         return DiagonalGaussian(mean, logvar.clamp(*LOGVAR_RANGE))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Return images (N, out_ch, H, W), about [-1, 1], of `latents` (N, embed_dim, h, w)."""
+        """Return images (N, out_ch, H, W), about in [-1, 1], for `latents` (N, embed_dim, h, w)."""
         return self.decoder(self.post_quant_conv(latents))

@@ -1,4 +1,4 @@
-"""Typed settings of a tokenizer: its YAML, and how it is trained. Nothing here needs torch."""
+"""Typed settings of a tokenizer: its YAML and its training. Nothing here needs torch."""
 
 from __future__ import annotations
 
@@ -26,74 +26,70 @@ from LightningDiT.config import (
 from LightningDiT.errors import LightningDiTError
 
 TOKENIZER_CONFIGS = Path(__file__).parent / "configs"
-
-
-TOKENIZER_MEND = f"name a tokenizer YAML, such as those in {TOKENIZER_CONFIGS}"
+TOKENIZER_FIX = f"name a tokenizer YAML, such as those in {TOKENIZER_CONFIGS}"
 
 
 @dataclass(frozen=True)
 class TokenizerTrainConfig:
-    """How the tokenizer is trained: amount, rates and the terms of the loss, each of which a weight of 0 leaves out."""
+    """How a tokenizer is trained. A weight of 0 leaves the term, and the network that it needs, out of the loss."""
 
     max_steps: int = 20_000
-    epochs: int | None = None  # passes over the images, in place of max_steps
-    batch_size: int = 32  # of all processes together
+    epochs: int | None = None  # replaces max_steps
+    batch_size: int = 32  # in all processes together
     seed: int = 0
-    flip: bool = False  # mirror half of the images; wrong where left and right differ in meaning
-    weight_init: str | None = None  # weights to start from: a published checkpoint, or those of another training
+    flip: bool = False  # mirror half of the images; wrong if left and right differ in meaning
+    weight_init: str | None = None  # file to start from: a published checkpoint or another run's training.safetensors
     lr: float = 1e-3
     beta1: float = 0.9
     beta2: float = 0.99
     warmup_steps: int = 200
-    decay_steps: int | None = None  # cosine fall to zero over the last steps; all after the warm-up where left out
+    decay_steps: int | None = None  # cosine fall to zero over the last steps; default: all after the warm-up
     max_grad_norm: float | None = 1.0
-    precision: str = "auto"  # of matrix products: auto (bf16 where it is native, else fp32) | fp32 | bf16
+    precision: str = "auto"  # of matrix products: auto (bf16 if it is native, else fp32) | fp32 | bf16
     ema_decay: float = 0.999
     l1_weight: float = 1.0  # on the mean absolute error per value, images in [-1, 1]
     l2_weight: float = 1.0  # on the mean squared error per value
     kl_weight: float = 1e-6  # on the KL in nats per image
-    sum_values: bool = False  # the reconstruction terms are summed over an image's values, as published
-    logvar_init: float = 0.0  # logarithm of the scale that the reconstruction terms are divided by
+    sum_values: bool = False  # sum the reconstruction terms over an image's values, as published; False: mean
+    logvar_init: float = 0.0  # logarithm of the divisor of the reconstruction terms
     learn_logvar: bool = False
-    lpips_weight: float = 0.0  # on LPIPS
-    lpips_weights: str | None = None  # file with VGG-16; torch.hub's cache or a download where left out
+    lpips_weight: float = 0.0
+    lpips_weights: str | None = None  # file with VGG-16; default: torch.hub's cache, else a download
     disc_weight: float = 0.0  # on the adversarial term, times the adaptive weight
-    disc_start: int = 1  # the first step, counted from 1, in which the discriminator takes part
-    disc_layers: int = 3  # that halve the resolution
+    disc_start: int = 1  # first step with the discriminator, counted from 1
+    disc_layers: int = 3  # convolutions that halve the resolution
     vf_weight: float = 0.0  # on the alignment with the vision model
-    adaptive_vf: bool = True  # times the ratio of gradient norms at the encoder's last layer
+    adaptive_vf: bool = True  # multiply it by the ratio of gradient norms at the encoder's last layer
     cos_weight: float = 1.0  # on the cosine term of the alignment
-    distmat_weight: float = 1.0  # on its distance-matrix term
+    distmat_weight: float = 1.0  # on the distance-matrix term of the alignment
     cos_margin: float = 0.0
     distmat_margin: float = 0.0
-    vision_model: str | None = None  # dinov2 | mae | a name of timm's; model.params.use_vf where left out
-    vision_weights: str | None = None  # file; the hub's where left out
-    vision_size: int | None = None  # pixels a side that it sees; so many that its grid is the latents' where left out
-    vision_input: str = "own"  # own: normalised as the model was trained | published: in [-1, 1] as they are
+    vision_model: str | None = None  # dinov2 | mae | a name of timm's; default: model.params.use_vf
+    vision_weights: str | None = None  # file with timm's names; default: from the hub
+    vision_size: int | None = None  # its input in pixels a side; default: what gives its grid the size of the latents'
+    vision_input: str = "own"  # own: normalised as in its training | published: images in [-1, 1]
     log_every: int = 100
     ckpt_every: int = 500
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """One tokenizer YAML of the published schema.
+    """One tokenizer YAML of the published schema."""
 
-    `ddconfig` holds the fields of `AutoencoderSettings`, which checks them; `lossconfig` is read for training alone,
-    by `tokenizer_training`.
-    """
-
-    ckpt_path: str | None
-    embed_dim: int
-    ddconfig: dict[str, Any]
-    train: TokenizerTrainConfig
-    source: str = ""
-    use_vf: str | None = None  # the vision model by its published name
-    reverse_proj: bool = True  # latents are projected to the features' width; false: features to the latents'
-    lossconfig: dict[str, Any] = field(default_factory=dict)
-    train_keys: tuple[str, ...] = ()  # of `train` that the file sets
+    ckpt_path: str | None = None  # weights
+    embed_dim: int = 32  # channels of the latent
+    ddconfig: dict[str, Any] = field(default_factory=dict)  # fields of `AutoencoderSettings`, which checks them
+    use_vf: str | None = None  # vision model by its published name
+    reverse_proj: bool = True  # project latents to the features' width; False: features to the latents' width
+    lossconfig: dict[str, Any] = field(default_factory=dict)  # see `tokenizer_training`
+    train: TokenizerTrainConfig = field(default_factory=TokenizerTrainConfig)
+    train_keys: tuple[str, ...] = ()  # keys of `train` that the file sets
+    source: str = ""  # the file that was read
 
 
-#: Keys of the published `lossconfig.params`, ours, and what they are there where the file is silent.
+SCALAR_PARAMS = ("embed_dim", "use_vf", "reverse_proj")  # fields that `model.params` sets directly
+PUBLISHED_LOSS = "LPIPSWithDiscriminator"
+#: Keys of the published `lossconfig.params`, their fields in `TokenizerTrainConfig`, and their published defaults.
 LOSS_KEYS: tuple[tuple[str, str, Any], ...] = (
     ("disc_start", "disc_start", 1),
     ("logvar_init", "logvar_init", 0.0),
@@ -109,9 +105,7 @@ LOSS_KEYS: tuple[tuple[str, str, Any], ...] = (
     ("cos_weight", "cos_weight", 1.0),
     ("distmat_weight", "distmat_weight", 1.0),
 )
-
-
-#: Published keys that have one value here.
+#: Keys of the published `lossconfig.params` for which one value is supported.
 FIXED_LOSS_KEYS: dict[str, Any] = {
     "disc_in_channels": 3,
     "disc_factor": 1.0,
@@ -120,12 +114,7 @@ FIXED_LOSS_KEYS: dict[str, Any] = {
     "disc_loss": "hinge",
     "pp_style": False,
 }
-
-
-PUBLISHED_LOSS = "LPIPSWithDiscriminator"
-
-
-#: What a value of a tokenizer's training must be, where its type allows more.
+#: What the fields of `TokenizerTrainConfig` must be, beyond their types: name, test, words for the message.
 TOKENIZER_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     *((name, is_positive, "a positive number") for name in ("max_steps", "batch_size", "log_every", "ckpt_every")),
     *(
@@ -151,10 +140,10 @@ TOKENIZER_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 
 
 def tokenizer_training(config: TokenizerConfig) -> TokenizerTrainConfig:
-    """Return how a tokenizer is to be trained: its `train` section, with what `lossconfig` and `use_vf` say.
+    """Return the settings of a tokenizer's training: `train`, completed by `lossconfig` and `use_vf`.
 
     Raises:
-        LightningDiTError: a value cannot be, is set in both places, or asks for what is not here.
+        LightningDiTError: a value is impossible, unsupported, or set twice.
     """
     values: dict[str, Any] = {"vision_model": config.train.vision_model or config.use_vf}
     if config.lossconfig:
@@ -168,7 +157,7 @@ def tokenizer_training(config: TokenizerConfig) -> TokenizerTrainConfig:
             )
     if train.vf_weight and not train.vision_model:
         raise LightningDiTError(
-            f"{config.source}: train.vf_weight is {train.vf_weight:g} and no vision model is named",
+            f"{config.source}: train.vf_weight is {train.vf_weight:g}, but no vision model is named",
             "set train.vision_model: dinov2 or train.vf_weight: 0",
         )
     return train
@@ -181,7 +170,7 @@ def _published_loss(config: TokenizerConfig) -> dict[str, Any]:
     target = str(config.lossconfig.get("target", PUBLISHED_LOSS))
     if not target.endswith(PUBLISHED_LOSS):
         raise LightningDiTError(
-            f"{where}.target is {target!r}; {PUBLISHED_LOSS} is the one that is read",
+            f"{where}.target is {target!r}; {PUBLISHED_LOSS} is expected",
             "remove lossconfig, and set the weights in the train section",
         )
     params = as_mapping(config.lossconfig.get("params") or {}, f"{where}.params")
@@ -194,45 +183,39 @@ def _published_loss(config: TokenizerConfig) -> dict[str, Any]:
         ours: coerce(params.get(key, default), hints[ours], f"{where}.params.{key}") for key, ours, default in LOSS_KEYS
     }
     if not (config.train.vision_model or config.use_vf):
-        values["vf_weight"] = 0.0  # there the alignment is what use_vf switches on
+        values["vf_weight"] = 0.0  # the published code has no alignment without use_vf
     values |= {"l2_weight": 0.0, "sum_values": True}
     if twice := sorted(values.keys() & set(config.train_keys)):
         raise LightningDiTError(
-            f"{config.source}: train.{twice[0]} is set, and model.params.lossconfig decides it", "remove one of them"
+            f"{config.source}: train.{twice[0]} is set, but model.params.lossconfig decides it", "remove one of them"
         )
     return values
 
 
 def load_tokenizer_config(path: str | Path) -> TokenizerConfig:
-    """Return the settings in the tokenizer YAML at `path` (`ckpt_path`, `model.params`, own `train`).
+    """Return the settings in the tokenizer YAML at `path`, its relative paths made absolute.
 
     Raises:
-        LightningDiTError: as `load_config`.
+        LightningDiTError: the file is missing or no YAML, a key is unknown, or a value has the wrong type.
     """
-    values = read_yaml(path, TOKENIZER_MEND)
-    where = str(path)
-    refuse_unknown(values, ("ckpt_path", "model", "train"), where)
-    params = as_mapping(as_mapping(values.get("model"), f"{where}: model").get("params"), f"{where}: model.params")
-    published = ("embed_dim", "use_vf", "reverse_proj", "lossconfig", "ddconfig", "monitor", "ckpt_path")
-    refuse_unknown(params, published, f"{where}: model.params")
-    ddconfig = as_mapping(params.get("ddconfig"), f"{where}: model.params.ddconfig")
-    section = as_mapping(values.get("train") or {}, f"{where}: train")
-    train = typed(TokenizerTrainConfig, section, f"{where}: train")
+    source, where = Path(path), f"{path}: model.params"
+    values = read_yaml(path, TOKENIZER_FIX)
+    refuse_unknown(values, ("ckpt_path", "model", "train"), str(path))
+    params = as_mapping(as_mapping(values.get("model"), f"{path}: model").get("params"), where)
+    refuse_unknown(params, (*SCALAR_PARAMS, "ddconfig", "lossconfig", "monitor", "ckpt_path"), where)
+    section = as_mapping(values.get("train") or {}, f"{path}: train")
+    train = typed(TokenizerTrainConfig, section, f"{path}: train")
     files = {name: getattr(train, name) for name in ("weight_init", "lpips_weights", "vision_weights")}
-    train = dataclasses.replace(
-        train, **{name: absolute_path(value, Path(path)) for name, value in files.items() if value}
-    )
     ckpt_path = values.get("ckpt_path")
-    return TokenizerConfig(
-        ckpt_path=absolute_path(ckpt_path, Path(path)) if ckpt_path else None,
-        embed_dim=coerce(params.get("embed_dim", 32), int, f"{where}: model.params.embed_dim"),
-        ddconfig=ddconfig,
-        train=train,
-        source=str(Path(path).resolve()),
-        use_vf=coerce(params.get("use_vf"), str | None, f"{where}: model.params.use_vf"),
-        reverse_proj=coerce(params.get("reverse_proj", True), bool, f"{where}: model.params.reverse_proj"),
-        lossconfig=as_mapping(params.get("lossconfig") or {}, f"{where}: model.params.lossconfig"),
+    config = typed(TokenizerConfig, {name: params[name] for name in SCALAR_PARAMS if name in params}, where)
+    return dataclasses.replace(
+        config,
+        ckpt_path=absolute_path(ckpt_path, source) if ckpt_path else None,
+        ddconfig=as_mapping(params.get("ddconfig"), f"{where}.ddconfig"),
+        lossconfig=as_mapping(params.get("lossconfig") or {}, f"{where}.lossconfig"),
+        train=dataclasses.replace(train, **{name: absolute_path(file, source) for name, file in files.items() if file}),
         train_keys=tuple(section),
+        source=str(source.resolve()),
     )
 
 
@@ -240,7 +223,7 @@ def tokenizer_config_path(config: Config) -> Path:
     """Return the tokenizer YAML that `config.vae.model_name` names.
 
     Raises:
-        LightningDiTError: neither a shipped name nor an existing file.
+        LightningDiTError: it is neither a shipped name nor an existing file.
     """
     name = config.vae.model_name
     shipped = TOKENIZER_CONFIGS / f"{name}.yaml"

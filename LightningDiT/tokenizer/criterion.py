@@ -1,6 +1,6 @@
-"""The tokenizer's whole loss: the terms of `losses` with their networks, and what each of them needs.
+"""The tokenizer's loss: the terms of `losses` with their weights and networks.
 
-The tensors that are trained besides the autoencoder have the names of the published checkpoints:
+Trained tensors outside the autoencoder have the names of the published checkpoints:
 `loss.discriminator.main.0.weight`, `loss.logvar`, `linear_proj.weight`.
 """
 
@@ -33,7 +33,7 @@ Terms = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Pass:
-    """What one forward pass of the autoencoder gave.
+    """The result of one forward pass of the autoencoder.
 
     Attributes:
         images: (N, 3, H, W) in [-1, 1].
@@ -49,14 +49,14 @@ class Pass:
 
 
 class Criterion(nn.Module):
-    """The loss of the autoencoder and that of its discriminator. A term whose weight is 0 is not computed.
+    """The losses of the autoencoder and of its discriminator. Terms with weight 0 are not computed.
 
     Args:
         config: weights and margins.
         latent_width: channels of the latent.
-        vision: the frozen vision model, where the alignment has a weight.
-        perceptual: LPIPS, where it has one.
-        reverse_proj: latents are projected to the features' width (arXiv 2501.01423); false: the other way round.
+        vision: frozen vision model, needed if the alignment has a weight.
+        perceptual: LPIPS, needed if it has a weight.
+        reverse_proj: project latents to the features' width (arXiv 2501.01423); False: features to the latents' width.
     """
 
     def __init__(
@@ -76,35 +76,35 @@ class Criterion(nn.Module):
         if vision is not None:
             widths = (latent_width, vision.width) if reverse_proj else (vision.width, latent_width)
             self.linear_proj = nn.Conv2d(*widths, kernel_size=1, bias=False)
-        # frozen: neither in the state nor in the average
+        # a dictionary keeps frozen networks out of the state and of the average
         self._frozen: dict[str, nn.Module | None] = {"vision": vision, "perceptual": perceptual}
 
     @property
     def discriminator(self) -> PatchDiscriminator | None:
-        """The discriminator, where the adversarial term has a weight."""
+        """The discriminator; None if the adversarial term has no weight."""
         return getattr(self.loss, "discriminator", None)
 
     def to_device(self, device: torch.device) -> Criterion:
-        """Move everything, the frozen networks included, and return the loss."""
+        """Move everything, frozen networks included, and return the criterion."""
         for network in self._frozen.values():
             if network is not None:
                 network.to(device)
         return self.to(device)
 
     def own_parameters(self) -> list[nn.Parameter]:
-        """Return what is trained together with the autoencoder: the projection, and the scale where it is learnt."""
+        """Return the parameters to train with the autoencoder: the projection, and the scale if it is learnt."""
         parameters = [self.loss.logvar] if self.config.learn_logvar else []
         return parameters + (list(self.linear_proj.parameters()) if self._frozen["vision"] else [])
 
     def is_adversarial(self, step: int) -> bool:
-        """Whether the discriminator takes part in `step`, counted from 0."""
+        """Return whether the discriminator takes part in `step`, counted from 0."""
         return self.discriminator is not None and step + 1 >= self.config.disc_start
 
     def autoencoder_loss(self, result: Pass, model: AutoencoderKL, step: int) -> Terms:
         """Return `loss` and its terms for one forward pass, scalars.
 
-        `l1` and `l2` are means over all values, `lpips` and `kl` (nats) over images, and the weights in front of the
-        adversarial term and the alignment are among the terms (`gan_adaptive`, `vf_adaptive`).
+        `l1` and `l2` are means over all values, `lpips` and `kl` (nats) over images. The adaptive weights are among
+        the terms (`gan_adaptive`, `vf_adaptive`).
         """
         config, terms = self.config, self._distances(result)
         weights = {"l1": config.l1_weight, "l2": config.l2_weight, "lpips": config.lpips_weight}
@@ -136,7 +136,7 @@ class Criterion(nn.Module):
         return {"disc": hinge_discriminator_loss(real, fake), **terms}
 
     def _distances(self, result: Pass) -> Terms:
-        """Return the terms of the reconstruction."""
+        """Return the reconstruction terms."""
         error = result.reconstructions - result.images  # (N, 3, H, W)
         terms = {"l1": error.abs().mean(), "l2": error.square().mean()}
         perceptual = self._frozen["perceptual"]
@@ -145,7 +145,7 @@ class Criterion(nn.Module):
         return terms
 
     def _alignment(self, result: Pass) -> Terms:
-        """Return the two terms of the alignment with the vision model."""
+        """Return the two alignment terms."""
         features = self._frozen["vision"](result.images)  # (N, D, h, w)
         latents = result.latents  # (N, C, h, w)
         if self.reverse_proj:

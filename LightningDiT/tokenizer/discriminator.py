@@ -1,4 +1,4 @@
-"""The PatchGAN discriminator (Isola et al., arXiv 1611.07004), with the tensor names of the published checkpoints."""
+"""The PatchGAN discriminator (Isola et al., arXiv 1611.07004) with the tensor names of the published checkpoints."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from torch import Tensor, nn
 
 KERNEL = 4
 SLOPE = 0.2  # of the leaky ReLU
-INITIAL_STD = 0.02  # of every weight at the start
-LARGEST_FACTOR = 8  # widths grow up to so many times the first one
+INITIAL_STD = 0.02  # of all weights
+LARGEST_FACTOR = 8  # largest width over the first one
 
 
 class PatchDiscriminator(nn.Module):
-    """Says of every patch of an image whether it is real; three layers see patches of 70x70 pixels.
+    """Classifier of image patches as real or reconstructed; with three layers a patch has 70x70 pixels.
 
     Args:
-        layers: convolutions that halve the resolution.
-        in_channels: of the images.
+        layers: number of convolutions that halve the resolution.
+        in_channels: channels of the images.
         width: channels after the first convolution.
     """
 
@@ -27,7 +27,7 @@ class PatchDiscriminator(nn.Module):
             before, channels = channels, width * min(2**index, LARGEST_FACTOR)
             stride = 2 if index < layers else 1
             modules += [
-                nn.Conv2d(before, channels, KERNEL, stride=stride, padding=1, bias=False),  # the norm has a shift
+                nn.Conv2d(before, channels, KERNEL, stride=stride, padding=1, bias=False),  # the norm has a bias
                 nn.BatchNorm2d(channels),
                 nn.LeakyReLU(SLOPE),
             ]
@@ -36,12 +36,12 @@ class PatchDiscriminator(nn.Module):
         self.apply(_initialise)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits (N, 1, h, w) of images (N, in_channels, H, W): above 0 for real."""
+        """Return logits (N, 1, h, w) of images (N, in_channels, H, W); positive means real."""
         return self.main(images)
 
 
 def smallest_side(layers: int) -> int:
-    """Return the side in pixels of the smallest image that a discriminator of so many layers has a logit for."""
+    """Return the side in pixels of the smallest image for which a discriminator with `layers` layers has a logit."""
     side = 1
     for stride in (1, 1, *[2] * layers):
         side = max(1, stride * (side - 1) + KERNEL - 2)

@@ -1,7 +1,7 @@
-"""The terms of the tokenizer's loss, as functions of tensors alone.
+"""The terms of the tokenizer's loss as functions of tensors.
 
 VA-VAE (Yao, Yang and Wang, arXiv 2501.01423) adds an alignment with a frozen vision model to the loss of latent
-diffusion's autoencoder (Rombach et al., arXiv 2112.10752), which has its adversarial part from VQGAN (Esser, Rombach
+diffusion's autoencoder (Rombach et al., arXiv 2112.10752). The adversarial part of that loss is VQGAN's (Esser, Rombach
 and Ommer, arXiv 2012.09841).
 """
 
@@ -18,12 +18,11 @@ GAN_CEILING, ALIGNMENT_CEILING = 1e4, 1e8  # of the two adaptive weights
 def negative_log_likelihood(distance: Tensor, logvar: Tensor, values: int) -> Tensor:
     """Return `values * (distance / exp(logvar) + logvar)`, a scalar.
 
-    With `values` the number of values in an image this is the published sum over an image, mean over images; with 1
-    it is the mean over values.
-
     Args:
-        distance: scalar, weighted distance of images and reconstructions, mean per value.
+        distance: scalar, weighted distance between images and reconstructions, mean over values.
         logvar: scalar, logarithm of the scale that all values share.
+        values: number of values in an image for the published loss (sum over an image, mean over images); 1 for the
+            mean over values.
     """
     return values * (distance * torch.exp(-logvar) + logvar)
 
@@ -34,7 +33,7 @@ def cosine_alignment(latents: Tensor, features: Tensor, margin: float) -> Tensor
     Args:
         latents: z', (N, D, h, w).
         features: f, (N, D, h, w).
-        margin: what lies so near to 1 is not pulled any nearer.
+        margin: similarities above 1 - margin are not increased.
     """
     similarity = F.cosine_similarity(latents.float(), features.float(), dim=1)  # (N, h, w)
     return F.relu(1.0 - margin - similarity).mean()
@@ -43,12 +42,12 @@ def cosine_alignment(latents: Tensor, features: Tensor, margin: float) -> Tensor
 def distance_matrix_alignment(latents: Tensor, features: Tensor, margin: float) -> Tensor:
     """Return the mean over pairs of positions of `relu(|S_z' - S_f| - margin)` (arXiv 2501.01423, distance matrix).
 
-    S is the matrix of cosine similarities between all positions of an image. The two widths may differ.
+    S is the matrix of cosine similarities between all positions of an image.
 
     Args:
         latents: z', (N, D, h, w).
         features: f, (N, E, h, w).
-        margin: differences up to it are free.
+        margin: largest difference without a loss.
     """
     difference = similarity_matrix(latents) - similarity_matrix(features)  # (N, hw, hw)
     return F.relu(difference.abs() - margin).mean()
@@ -71,16 +70,16 @@ def hinge_generator_loss(fake: Tensor) -> Tensor:
 
 
 def adaptive_weight(reference: Tensor, term: Tensor, weight: Tensor, ceiling: float) -> Tensor:
-    """Return the factor that gives `term` a gradient as large as that of `reference` at one layer, a scalar.
+    """Return the factor that makes the gradient of `term` at one layer as large as that of `reference`, a scalar.
 
-    `|d reference / d weight| / (|d term / d weight| + 1e-4)`, at most `ceiling`; no gradient flows through it
+    `|d reference / d weight| / (|d term / d weight| + 1e-4)`, at most `ceiling`, without a gradient of its own
     (arXiv 2012.09841, equation 7; arXiv 2501.01423, adaptive weighting).
 
     Args:
         reference: scalar, the reconstruction loss.
         term: scalar.
-        weight: of the last layer that both depend on: the decoder's for the adversarial term, the encoder's for the
-            alignment.
+        weight: parameter of the last layer that both depend on: the decoder's for the adversarial term, the encoder's
+            for the alignment.
     """
     (wanted,) = torch.autograd.grad(reference, weight, retain_graph=True)
     (own,) = torch.autograd.grad(term, weight, retain_graph=True)
