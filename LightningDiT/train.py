@@ -1,9 +1,9 @@
 """Train LightningDiT on latent shards: `python -m LightningDiT.train --config C`.
 
-The run lies in `train.output_dir`/`train.exp_name`: checkpoints, log, curves, and in the end the averaged weights. A
-run that was stopped or killed goes on from its newest whole checkpoint when the command is given again. Several
+The run lies in `train.output_dir`/`train.exp_name`: checkpoints, log, curves, and at the end the averaged weights. A
+run that was stopped or killed goes on from its newest undamaged checkpoint when the same command is run again. Several
 processes: `torchrun --nproc-per-node 2 -m LightningDiT.train --config C`, or on GPUs `accelerate launch`, which starts
-one process on a CPU whatever it is asked for.
+one process on a CPU whatever number it is given.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from LightningDiT import training
 from LightningDiT.checkpoint import inspect, without_values
 from LightningDiT.compiling import compile_forward
 from LightningDiT.config import TRAINING_FIX, Config, as_dict, load_config
@@ -31,19 +30,16 @@ from LightningDiT.distributed import ALONE, Processes, launched_processes
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.loading import build_transport, model_settings
 from LightningDiT.models.lightningdit import LightningDiT
-from LightningDiT.training import (
-    Ema,
-    GuardSettings,
-    LossScaler,
-    NotFiniteError,
-    RunFolder,
-    Schedule,
-    learning_rate,
-    require_finite,
-)
+from LightningDiT.training.ema import Ema
 from LightningDiT.training.fine_tuning import initialise, plan
-from LightningDiT.training.latent_batches import LatentBatches, PartialBatch, has_cosine_loss
-from LightningDiT.training.monitors import Curves, watchers
+from LightningDiT.training.guard import GuardSettings, NotFiniteError, require_finite
+from LightningDiT.training.latent_batches import LatentBatch, LatentBatches, has_cosine_loss
+from LightningDiT.training.loop import LoopSettings
+from LightningDiT.training.loop import train as run_loop
+from LightningDiT.training.monitors import configured_monitors
+from LightningDiT.training.run_dir import RunDir
+from LightningDiT.training.scaler import LossScaler
+from LightningDiT.training.schedule import learning_rate
 
 TERMS = ("loss", "cos_loss")
 
@@ -52,13 +48,14 @@ class Trainer:
     """Model, average, optimizer and data of one run; `step` is one optimizer step.
 
     Args:
-        starts: the run has no checkpoint yet, so that the weights of `train.weight_init` are wanted.
+        starts: the run has no checkpoint yet, so it begins with the weights of `train.weight_init`.
     """
 
     def __init__(self, config: Config, processes: Processes = ALONE, starts: bool = True) -> None:
         self.config, self.processes = config, processes
         self.device = best_device()
         self.dtype = PRECISIONS.get(config.train.precision) or training_dtype(self.device)
+        self.terms = TERMS if has_cosine_loss(config) else TERMS[:1]
         self.data = LatentBatches(config, build_transport(config), processes.rank, processes.count)
         self.model = self._initial_model(starts).float().to(self.device)
         self.ema = Ema(self.model, config.train.ema_decay)
@@ -84,14 +81,14 @@ class Trainer:
     def _initial_model(self, starts: bool) -> LightningDiT:
         """Return the model with random weights, or with those of `train.weight_init`."""
         torch.manual_seed(self.config.train.global_seed)
-        # labels are dropped by a generator of the sample, and not by the model's own dice
+        # LatentBatches drops labels, by a generator of each row; the model's own dropout stays off
         model = LightningDiT(model_settings(self.config), class_dropout_prob=0.0)
         if starts and (path := self.config.train.weight_init):
             self.processes.say(initialise(model, path).text())
         return model
 
     def _network(self) -> nn.Module:
-        """Return what computes the prediction: the model, compiled and joined with its copies where asked."""
+        """Return the module to differentiate: the model, compiled if asked, with gradients shared by all processes."""
         if self.config.train.compile:
             compile_forward(self.model)
         if self.processes.count == 1:
@@ -105,17 +102,13 @@ class Trainer:
         waited = time.monotonic() - started
         self._set_rate(step)
         self.optimizer.zero_grad(set_to_none=True)
-        terms = self.processes.mean(self._within_memory(batch))
-        require_finite("loss", terms, step)
-        norm = self._clipped_norm(step)
+        losses = self.processes.mean(self._backward_within_memory(batch))
+        require_finite("loss", losses, step)
+        norm = self._clip_gradient(step)
         self.optimizer.step()
         self.ema.update(self.model)
-        row = dict(zip(self._names, terms, strict=True)) | {"gradient_norm": norm, "data_seconds": waited}
+        row = dict(zip(self.terms, losses, strict=True)) | {"gradient_norm": norm, "data_seconds": waited}
         return row | ({"loss_scale": self.scaler.scale} if self.scaler.enabled else {})
-
-    @property
-    def _names(self) -> tuple[str, ...]:
-        return TERMS if has_cosine_loss(self.config) else TERMS[:1]
 
     def _set_rate(self, step: int) -> None:
         train, base = self.config.train, self.config.optimizer.lr
@@ -123,61 +116,61 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * self.rate_scale
 
-    def _within_memory(self, batch: PartialBatch) -> Tensor:
-        """Return what `_backward` does; raises LightningDiTError where the memory is not enough."""
+    @property
+    def micro_batch_size(self) -> int:
+        """Samples of one forward pass in this process."""
+        return min(len(self.data.rows), self.config.train.micro_batch_size or len(self.data.rows))
+
+    def _backward_within_memory(self, batch: LatentBatch) -> Tensor:
+        """Return what `_backward` returns; raises LightningDiTError if memory runs out."""
         try:
             return self._backward(batch)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
+            size = self.micro_batch_size
             raise LightningDiTError(
-                f"{self.config.source}: {self.at_once} samples at a time do not fit into the memory of {self.device}",
-                f"set train.micro_batch_size: {max(1, self.at_once // 2)} or model.use_checkpoint: true",
+                f"{self.config.source}: {size} samples at a time do not fit into the memory of {self.device}",
+                f"set train.micro_batch_size: {max(1, size // 2)} or model.use_checkpoint: true",
             ) from error
 
-    @property
-    def at_once(self) -> int:
-        """How many samples a process computes at a time."""
-        return min(len(self.data.rows), self.config.train.micro_batch_size or len(self.data.rows))
-
-    def text(self) -> str:
-        """Return in words where it computes, in what precision, and how the batch is parted."""
-        count, precision = self.processes.count, str(self.dtype).removeprefix("torch.")
-        return (
-            f"{'1 process' if count == 1 else f'{count} processes'} on {self.device.type}, {precision}:"
-            f" {len(self.data.rows)} samples of a step each, {self.at_once} at a time"
-        )
-
-    def _backward(self, batch: PartialBatch) -> Tensor:
-        """Add the gradients of this process's rows, a micro-batch at a time, and return its mean terms."""
-        total = torch.zeros(len(self._names), device=self.device)
-        parts = batch.parts(self.config.train.micro_batch_size)
-        for number, part in enumerate(parts):
-            last = number == len(parts) - 1
+    def _backward(self, batch: LatentBatch) -> Tensor:
+        """Add the gradients of this process's rows, one micro-batch at a time, and return its mean terms (1 or 2,)."""
+        total = torch.zeros(len(self.terms), device=self.device)
+        parts = batch.micro_batches(self.config.train.micro_batch_size)
+        for number, part in enumerate(parts, start=1):
+            last = number == len(parts)
             with contextlib.nullcontext() if last or self.network is self.model else self.network.no_sync():
-                terms = self._terms(part.to(self.device)) * (len(part) / len(batch))
-                self.scaler.scaled(terms.sum()).backward()
-            total += terms.detach()
+                losses = self._losses(part.to(self.device)) * (len(part) / len(batch))
+                self.scaler.scaled(losses.sum()).backward()
+            total += losses.detach()
         return total
 
-    def _terms(self, part: PartialBatch) -> Tensor:
+    def _losses(self, part: LatentBatch) -> Tensor:
         """Return the mean loss terms (1 or 2,) of a micro-batch."""
         with autocast(self.device, self.dtype):
             losses = part.transport.training_losses(
                 lambda x, t, y: self.network(x, t, y), part.latents, {"y": part.labels}, x0=part.noise, t=part.times
             )
-        return torch.stack([losses[name].mean() for name in self._names])
+        return torch.stack([losses[name].mean() for name in self.terms])
 
-    def _clipped_norm(self, step: int) -> Tensor:
+    def _clip_gradient(self, step: int) -> Tensor:
         """Clip the gradient and return the norm that it had; raises NotFiniteError."""
         limit = self.config.optimizer.max_grad_norm
         self.scaler.unscale(self.model.parameters())
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), math.inf if limit is None else limit)
-        searching = self.scaler.searches(bool(torch.isfinite(norm)))
-        if searching:
+        if self.scaler.searches(bool(torch.isfinite(norm))):
             raise NotFiniteError("gradient", step, counts=False)
         require_finite("gradient", norm, step)
         return norm
+
+    def summary(self) -> str:
+        """Return one line: processes, device, precision, and how the batch is divided."""
+        count, precision = self.processes.count, str(self.dtype).removeprefix("torch.")
+        return (
+            f"{'1 process' if count == 1 else f'{count} processes'} on {self.device.type}, {precision}:"
+            f" {len(self.data.rows)} samples of each step, {self.micro_batch_size} at a time"
+        )
 
     def averaged_model(self) -> LightningDiT:
         """Return a model in eval mode whose weights are the average's own tensors, so that it costs no memory."""
@@ -197,10 +190,10 @@ class Trainer:
         }
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Take over what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict({"weights": state["ema"], "steps": state["ema_steps"]})
-        self.optimizer.load_state_dict(copy.deepcopy(state["opt"]))  # else it goes on reading the file
+        self.optimizer.load_state_dict(copy.deepcopy(state["opt"]))  # else it would go on reading the file
         self.scaler.load_state_dict(state["scaler"])
 
 
@@ -211,7 +204,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data-path", help="folder of shards and statistics, in place of data.data_path")
     parser.add_argument("--output", help="folder of the run, in place of train.output_dir/exp_name")
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the settings, and what train.weight_init gives, and end"
+        "--dry-run", action="store_true", help="print the settings and the plan of train.weight_init, and end"
     )
     return parser.parse_args(argv)
 
@@ -222,21 +215,17 @@ def read_config(args: argparse.Namespace) -> Config:
     return replace(config, data=replace(config.data, data_path=args.data_path)) if args.data_path else config
 
 
-def schedule_of(config: Config) -> Schedule:
+def loop_settings(config: Config) -> LoopSettings:
     """Return the loop's settings."""
     train = config.train
-    return Schedule(
-        train.max_steps,
-        train.global_batch_size,
-        train.log_every,
-        train.ckpt_every,
-        train.resume,
-        GuardSettings(train.max_skips, train.spike_factor, train.rate_cut),
+    guard = GuardSettings(train.max_skips, train.spike_factor, train.rate_cut)
+    return LoopSettings(
+        train.max_steps, train.global_batch_size, train.log_every, train.ckpt_every, train.resume, guard
     )
 
 
-def described(config: Config, dry_run: bool) -> str:
-    """Return the settings in words, and for a dry run what `train.weight_init` would give."""
+def settings_text(config: Config, dry_run: bool) -> str:
+    """Return the settings as text, for a dry run with the plan of `train.weight_init`."""
     lines = [f"settings: {model_settings(config)}", f"          {config.train}", f"          {config.optimizer}"]
     lines += [f"note: {note}" for note in config.notes]
     if dry_run and config.train.weight_init:
@@ -251,21 +240,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     with launched_processes(on_gpus=best_device().type != "cpu") as processes:
         config = processes.agree(lambda: read_config(args))
-        processes.say(processes.from_main(lambda: described(config, args.dry_run)))
+        processes.say(processes.from_main(lambda: settings_text(config, args.dry_run)))
         if args.dry_run:
             return 0
         train = config.train
-        run = RunFolder(
-            args.output or Path(train.output_dir) / train.exp_name, train.keep_checkpoints, train.keep_every
-        )
+        path = args.output or Path(train.output_dir) / train.exp_name
+        run = RunDir(path, train.keep_checkpoints, train.keep_every, regular=train.ckpt_every)
         starts = processes.from_main(lambda: run.newest() is None)
         trainer = processes.agree(lambda: Trainer(config, processes, starts))
-        processes.say(trainer.text())
-        looks = processes.agree(lambda: watchers(config, trainer.data, trainer.averaged_model, run.folder, processes))
-        with Curves(run.folder) as curves:
-            weights = training.train(
-                trainer, run, schedule_of(config), "transformer.safetensors", processes, looks, [curves.add]
-            )
+        processes.say(trainer.summary())
+        monitors = processes.agree(
+            lambda: configured_monitors(config, trainer.data, trainer.averaged_model, run.path, processes)
+        )
+        weights = run_loop(trainer, run, loop_settings(config), "transformer.safetensors", processes, monitors)
         processes.say(
             f"wrote {weights}\n"
             f"Next: set ckpt_path: {weights} in {args.config}, and python -m LightningDiT.inference --config C --demo"

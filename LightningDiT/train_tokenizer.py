@@ -23,7 +23,6 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from LightningDiT import training
 from LightningDiT.checkpoint import inspect, save_weights, without_values
 from LightningDiT.config import setting_differences
 from LightningDiT.console import run_main
@@ -50,9 +49,12 @@ from LightningDiT.tokenizer.perceptual import SMALLEST_SIDE, PerceptualDistance,
 from LightningDiT.tokenizer.starting_weights import StartingWeights, read_starting_weights, start_from
 from LightningDiT.tokenizer.vavae import autoencoder_settings
 from LightningDiT.tokenizer.vision import VisionModel, create_model
-from LightningDiT.training import BatchOrder, Ema, RunFolder, Schedule, Watcher, learning_rate, require_finite, share_of
-from LightningDiT.training.monitors import Curves
-from LightningDiT.training.run_dir import step_of
+from LightningDiT.training.ema import Ema
+from LightningDiT.training.guard import require_finite
+from LightningDiT.training.loop import LoopSettings, Monitor
+from LightningDiT.training.loop import train as run_loop
+from LightningDiT.training.run_dir import RunDir, step_of
+from LightningDiT.training.schedule import BatchOrder, learning_rate, process_rows
 
 STAGES = tuple(TOKENIZER_CONFIGS / f"vavae_f16d32_stage{number}.yaml" for number in (1, 2, 3))
 AVERAGE, TRAINED = "tokenizer.safetensors", "training.safetensors"
@@ -208,7 +210,7 @@ class TokenizerTrainer:
         self.device = best_device()
         self.dtype = PRECISIONS.get(config.precision) or training_dtype(self.device)
         self.model, self.criterion = networks.model.to(self.device), networks.criterion.to_device(self.device)
-        self.rows = share_of(config.batch_size, processes.rank, processes.count)
+        self.rows = process_rows(config.batch_size, processes.rank, processes.count)
         self.settings = run_settings(self.model.settings, config, images)
         self.order = BatchOrder(len(images), config.batch_size, config.seed)
         self.total_steps = total_steps(config, len(images))
@@ -399,7 +401,7 @@ def run_stage(
     config = processes.agree(lambda: stage_config(tokenizer, args, before))
     if tokenizer_training(tokenizer).lpips_weight > config.lpips_weight:
         processes.say("note: training goes without LPIPS: L1 and L2 alone hold the image, and textures blur")
-    run, finished = RunFolder(folder), folder / TRAINED
+    run, finished = RunDir(folder, regular=config.ckpt_every), folder / TRAINED
     images = processes.agree(lambda: open_images(args, autoencoder_settings(tokenizer).resolution))
     starts = processes.from_main(lambda: run.newest() is None)
     if args.init and not before and not starts:
@@ -407,15 +409,13 @@ def run_stage(
     networks = processes.agree(lambda: build_networks(tokenizer, config, processes, starts))
     trainer = processes.agree(lambda: TokenizerTrainer(config, networks, images, processes))
     steps = min(args.max_steps or trainer.total_steps, trainer.total_steps)
-    schedule = Schedule(steps, config.batch_size, config.log_every, config.ckpt_every)
+    settings = LoopSettings(steps, config.batch_size, config.log_every, config.ckpt_every)
 
     def look(step: int) -> dict[str, float]:
         processes.from_main(lambda: trainer.picture(folder / PICTURE))
         return {}
 
-    with Curves(folder) as curves:
-        looks = [Watcher(config.ckpt_every, look)]
-        average = training.train(trainer, run, schedule, AVERAGE, processes, looks, [curves.add])
+    average = run_loop(trainer, run, settings, AVERAGE, processes, [Monitor(config.ckpt_every, look)])
     reached = max([steps, *map(step_of, run.checkpoints())])  # `--max-steps` may be less than what is done already
     about = {STEPS: str(reached), SETTINGS: json.dumps(trainer.settings)}
     processes.from_main(lambda: save_weights(trainer.weights(), finished, about))

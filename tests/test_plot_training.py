@@ -9,11 +9,12 @@ import pytest
 
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.tools import plot_training
-from LightningDiT.training import RunFolder, curves
+from LightningDiT.training import curves
+from LightningDiT.training.run_dir import RunDir
 
 
 def write_run(folder: Path) -> Path:
-    run = RunFolder(folder)
+    run = RunDir(folder)
     for step, loss in ((50, 0.9), (100, 0.5), (150, 0.4), (100, 0.6)):  # stopped, then resumed from step 50
         run.log({"step": step, "loss": loss, "seconds_left": 9.0})
     return folder / "log.jsonl"

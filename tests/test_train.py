@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from LightningDiT import train
-from LightningDiT.checkpoint import load_weights, save_weights
+from LightningDiT.checkpoint import load_training_state, load_weights, save_weights
 from LightningDiT.config import load_config
 from LightningDiT.data.shards import shard_path, write_shard
 from LightningDiT.distributed import ALONE
@@ -25,10 +25,11 @@ from LightningDiT.errors import LightningDiTError
 from LightningDiT.loading import build_transport
 from LightningDiT.models import lightningdit
 from LightningDiT.tokenizer.latents import LatentStats
-from LightningDiT.training import BatchOrder, RunFolder
-from LightningDiT.training.curves import read_log
+from LightningDiT.training.curves import LiveCurves, read_log
 from LightningDiT.training.latent_batches import LatentBatches
-from LightningDiT.training.monitors import Curves, SampleGrids, Validation, tokenizer_of
+from LightningDiT.training.monitors import SampleGrids, Validation, open_tokenizer
+from LightningDiT.training.run_dir import RunDir
+from LightningDiT.training.schedule import BatchOrder
 from tests.conftest import BUNDLED, PROJECT, largest_file
 
 SMALLEST = (2, 16, 2)  # layers, width and heads of a model whose step takes milliseconds
@@ -181,8 +182,8 @@ def test_processes_and_micro_batches_change_nothing_but_rounding(small: Path, nu
             torch.testing.assert_close(other[name], value, rtol=0, atol=1e-5)
     assert Path(f"{configs[1]}.1.out").read_text() == ""  # the main process alone speaks
     said = [Path(f"{config}.0.out").read_text() for config in configs]
-    assert re.search(r"^2 processes on cpu, \w+: 2 samples of a step each, 2 at a time$", said[1], re.MULTILINE)
-    assert re.search(r"^1 process on cpu, \w+: 4 samples of a step each, 1 at a time$", said[2], re.MULTILINE)
+    assert re.search(r"^2 processes on cpu, \w+: 2 samples of each step, 2 at a time$", said[1], re.MULTILINE)
+    assert re.search(r"^1 process on cpu, \w+: 4 samples of each step, 1 at a time$", said[2], re.MULTILINE)
     assert [row["step"] for row in rows_of(configs[1])] == [5, 10, 15, 20]
 
 
@@ -193,11 +194,11 @@ def test_draws_depend_on_seed_step_and_row_alone(small: Path) -> None:
     halves = [LatentBatches(config, transport, rank, 2).make(1) for rank in (0, 1)]
     for name in ("latents", "labels", "times", "noise"):
         assert torch.equal(getattr(whole, name), torch.cat([getattr(half, name) for half in halves])), name
-    assert [len(part) for part in whole.parts(3)] == [3, 1]
-    assert torch.equal(torch.cat([part.noise for part in whole.parts(3)]), whole.noise)
+    assert [len(part) for part in whole.micro_batches(3)] == [3, 1]
+    assert torch.equal(torch.cat([part.noise for part in whole.micro_batches(3)]), whole.noise)
     assert whole.transport.use_lognorm
     assert not LatentBatches(config, transport).make(2).transport.use_lognorm
-    with pytest.raises(LightningDiTError, match="a batch of 4 cannot be parted equally among 3 processes"):
+    with pytest.raises(LightningDiTError, match="a batch of 4 cannot be divided equally among 3 processes"):
         LatentBatches(config, transport, 0, 3)
 
 
@@ -237,13 +238,12 @@ def test_a_spike_goes_back_leaves_its_batch_out_and_lowers_the_rate(
     config = configured(small, "spike", 60)
     run(config)
     assert (
-        "step 33: the loss leapt above 4 times its median; going back to step 30 with 0.5 of the rate, without the"
-        " batches of steps 33 to 33" in capsys.readouterr().out
+        "step 33: the loss rose above 4 times its median; going back to step 30 at 0.5 of the learning rate, skipping"
+        " the batches of steps 33 to 33" in capsys.readouterr().out
     )
     assert rows_of(config)[-1]["rate_scale"] == 0.5
     assert max(row["loss"] for row in rows_of(config)) < 5
-    latest = RunFolder(small / "runs" / "spike").latest()
-    assert latest is not None
+    latest = load_training_state(RunDir(small / "runs" / "spike").newest())
     assert latest["opt"]["param_groups"][0]["lr"] == 0.5e-3
 
 
@@ -269,7 +269,7 @@ def test_broken_weights_come_back_from_the_checkpoint(
     assert all(value.isfinite().all() and value.abs().max() < 100 for value in run(config).values())
     said = capsys.readouterr().out
     # step 30 would save in the middle of the trouble, and does not
-    assert "step 30: 6 steps in a row were not finite; going back to step 20 with 0.5 of the rate" in said
+    assert "step 30: 6 steps in a row were not finite; going back to step 20 at 0.5 of the learning rate" in said
     assert rows_of(config)[-1]["skipped_steps"] == 6
 
 
@@ -328,7 +328,11 @@ def test_the_cosine_loss_is_of_velocities_alone(small: Path) -> None:
         ("max_steps: 40", "max_steps: 40, warmup_steps: -1", r"train.warmup_steps is -1; 0 \(off\) or a number"),
         ("max_steps: 40", "max_steps: 40, decay_steps: -1", r"train.decay_steps is -1; 0 \(off\) or a number"),
         ("max_grad_norm: 1.0", "max_grad_norm: -1.0", "optimizer.max_grad_norm is -1.0; a positive norm"),
-        ("global_batch_size: 4", "global_batch_size: 40", "a batch of 40 is asked of 24 samples.*at most 24"),
+        (
+            "global_batch_size: 4",
+            "global_batch_size: 40",
+            "a global batch of 40 exceeds the 24 samples.*at most 24",
+        ),
     ],
 )
 def test_settings_that_no_run_could_use_are_named(before: str, after: str, message: str, small: Path) -> None:
@@ -357,7 +361,7 @@ def test_validation_is_the_mean_over_fixed_draws(small: Path) -> None:
     data = LatentBatches(config, build_transport(config))
     trainer = train.Trainer(config)
     validation = Validation(config, data, trainer.averaged_model(), ALONE)
-    first, again = validation.look(1), validation.look(2)
+    first, again = validation.observe(1), validation.observe(2)
     assert first == again
     # an untrained model predicts zero: its loss is the mean square of the velocity, latent - noise
     noise = torch.stack([validation._noise(row) for row in range(20)])
@@ -368,7 +372,7 @@ def test_validation_is_the_mean_over_fixed_draws(small: Path) -> None:
     assert sum(name.startswith("valid_loss_t") for name in first) == 10
     trainer.step(0)
     trainer.step(1)  # the first step from zero moves only the last layer
-    assert validation.look(3) != first  # the weights are the average's own
+    assert validation.observe(3) != first  # the weights are the average's own
 
 
 def test_what_is_held_out_is_never_trained_on(small: Path) -> None:
@@ -379,7 +383,7 @@ def test_what_is_held_out_is_never_trained_on(small: Path) -> None:
     held_out = set(data.held_out.tolist())
     assert (len(held_out), len(seen), seen & held_out) == (6, 18, set())
     path.write_text(path.read_text().replace("valid_share: 0.25", "valid_share: 0.0"))
-    with pytest.raises(LightningDiTError, match="there is nothing to validate on; fix: set data.valid_path"):
+    with pytest.raises(LightningDiTError, match="there are no latents to validate on; fix: set data.valid_path"):
         train.main(["--config", str(path)])
 
 
@@ -450,7 +454,7 @@ def test_samples_are_decoded_where_the_tokenizer_is_at_hand(tmp_path: Path) -> N
     grids = SampleGrids(config, trainer.data, trainer.averaged_model(), tmp_path / "samples")
     assert grids.classes == [0, 2, 5, 7]  # spread over the ten
     assert grids.pipe(grids.classes).images[0].size == (32, 32)
-    assert [grids.look(1), grids.look(2)] == [{}, {}]
+    assert [grids.observe(1), grids.observe(2)] == [{}, {}]
     first, second = (tmp_path / "samples" / f"step-000000{step}.png" for step in (1, 2))
     assert first.read_bytes() == second.read_bytes()  # noises and classes never change
 
@@ -459,12 +463,12 @@ def test_a_tokenizer_of_other_latents_is_refused_before_the_first_step(tmp_path:
     config = load_config(BUNDLED / "config.yaml")
     other = replace(config, model=replace(config.model, in_chans=4))
     with pytest.raises(LightningDiTError, match=f"model.in_chans is 4, and {config.model.in_chans} in the tokenizer"):
-        tokenizer_of(other, None)
+        open_tokenizer(other, None)
 
 
 def test_curves_that_cannot_be_drawn_end_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = RunFolder(tmp_path)
-    with Curves(tmp_path) as curves:
+    folder = RunDir(tmp_path)
+    with LiveCurves(tmp_path) as curves:
         for step in (1.0, 2.0):
             folder.log({"step": step, "loss": 1.0})
             curves.add({"step": step, "loss": 1.0})
@@ -472,7 +476,7 @@ def test_curves_that_cannot_be_drawn_end_nothing(tmp_path: Path, capsys: pytest.
     assert f"note: {tmp_path / 'curves.png'} is not drawn: {tmp_path / 'log.jsonl'}, line 1" in capsys.readouterr().out
     folder.log({"step": 3.0})
     (tmp_path / "log.jsonl").write_text('{"step": 2.0, "loss": 1.0}\n')
-    with largest_file(5000), Curves(tmp_path) as curves:
+    with largest_file(5000), LiveCurves(tmp_path) as curves:
         curves.add({"step": 2.0, "loss": 1.0})
     assert "curves.png cannot be written (File too large); fix: free space" in capsys.readouterr().out
     assert not list(tmp_path.glob("*.png")) + list(tmp_path.glob(".*.tmp"))
@@ -483,6 +487,6 @@ def test_samples_that_are_not_finite_end_nothing(small: Path, capsys: pytest.Cap
     for value in trainer.ema.weights.values():
         value.fill_(float("nan"))
     grids = SampleGrids(trainer.config, trainer.data, trainer.averaged_model(), small / "samples")
-    assert grids.look(7) == {}
+    assert grids.observe(7) == {}
     assert "note: no samples at step 7: sampling in torch.float32 gave values that are not" in capsys.readouterr().out
     assert not (small / "samples").exists()

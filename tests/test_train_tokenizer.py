@@ -21,7 +21,8 @@ from LightningDiT.tokenizer.config import TokenizerTrainConfig, load_tokenizer_c
 from LightningDiT.tokenizer.starting_weights import read_starting_weights
 from LightningDiT.tokenizer.vavae import load_autoencoder
 from LightningDiT.train_tokenizer import STAGES, Networks, TokenizerTrainer, build_networks
-from LightningDiT.training import NotFiniteError
+from LightningDiT.training.curves import LiveCurves
+from LightningDiT.training.guard import NotFiniteError
 from tests.conftest import BUNDLED, PROJECT
 from tests.test_data import fashion_folder  # noqa: F401 - a fixture
 from tests.test_perceptual import vgg_file  # noqa: F401 - a fixture
@@ -46,7 +47,7 @@ def write_yaml(path: Path, train: dict[str, object], **params: object) -> Path:
 @pytest.fixture(autouse=True)
 def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Curves take seconds to draw, and have tests of their own."""
-    monkeypatch.setattr(train_tokenizer.Curves, "_draw", lambda self: None)
+    monkeypatch.setattr(LiveCurves, "_draw", lambda self: None)
 
 
 @pytest.fixture
@@ -305,7 +306,7 @@ def test_the_published_loss_section_is_read(tmp_path: Path) -> None:
         ({"disc_lose": "hinge"}, "unknown key 'disc_lose'; did you mean 'disc_loss'"),
         ({"disc_loss": "vanilla"}, "disc_loss is 'vanilla'; 'hinge' is expected"),
         ({"cos_margin": 3.0}, "train.cos_margin is 3.0; a margin from 0 to 2 is expected"),
-        ({"train": {"kl_weight": 0.1}}, "train.kl_weight is set, and model.params.lossconfig decides it"),
+        ({"train": {"kl_weight": 0.1}}, "train.kl_weight is set, but model.params.lossconfig decides it"),
         ({"target": "torch.nn.Identity"}, "lossconfig.target is 'torch.nn.Identity'"),
     ):
         with pytest.raises(LightningDiTError, match=words):

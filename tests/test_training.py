@@ -8,6 +8,7 @@ import os
 import random
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,25 +16,18 @@ import torch
 from torch import nn
 
 from LightningDiT import train
-from LightningDiT.checkpoint import load_weights, save_weights
+from LightningDiT.checkpoint import load_training_state, load_weights, save_weights
 from LightningDiT.data.shards import shard_path, write_shard
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.files import held_folder
 from LightningDiT.tokenizer.latents import LatentStats
-from LightningDiT.training import (
-    BatchOrder,
-    Ema,
-    GuardSettings,
-    LossScaler,
-    RunFolder,
-    describe,
-    learning_rate,
-    log_rows,
-    share_of,
-)
+from LightningDiT.training import log_rows
 from LightningDiT.training.curves import read_log
-from LightningDiT.training.guard import Guard
-from LightningDiT.training.randomness import random_state, set_random_state
+from LightningDiT.training.ema import Ema
+from LightningDiT.training.guard import Guard, GuardSettings
+from LightningDiT.training.run_dir import RunDir, random_state, set_random_state
+from LightningDiT.training.scaler import LossScaler
+from LightningDiT.training.schedule import BatchOrder, learning_rate, process_rows
 from tests.conftest import largest_file
 from tests.test_data import fashion_folder  # noqa: F401 - a fixture
 
@@ -45,7 +39,7 @@ def test_an_epoch_sees_every_sample_once_and_needs_no_history() -> None:
     fresh = BatchOrder(count=12, batch_size=4, seed=1)
     assert fresh.indices(2).tolist() == epoch[2]
     assert fresh.indices(3).tolist() != epoch[0]
-    with pytest.raises(LightningDiTError, match="a batch of 20 is asked of 12 samples"):
+    with pytest.raises(LightningDiTError, match="a global batch of 20 exceeds the 12 samples; fix: .* at most 12"):
         BatchOrder(count=12, batch_size=20, seed=1)
 
 
@@ -73,14 +67,14 @@ def test_the_learning_rate_rises_stays_and_falls() -> None:
     assert learning_rate(5, 2.0, 0, 0, 10) == 2.0
 
 
-def saved(folder: Path, steps: tuple[int, ...], **rule: int) -> RunFolder:
-    run = RunFolder(folder, **rule)
+def saved(folder: Path, steps: tuple[int, ...], **rule: int) -> RunDir:
+    run = RunDir(folder, **rule)
     for step in steps:
         run.save(step, {"value": torch.full((1000,), step)})
     return run
 
 
-def names(run: RunFolder) -> list[int]:
+def names(run: RunDir) -> list[int]:
     return [int(path.stem[-7:]) for path in run.checkpoints()]
 
 
@@ -92,7 +86,11 @@ def test_checkpoints_are_pruned_by_rule(tmp_path: Path) -> None:
     run = saved(tmp_path / "c", (*steps[:5], 42, 43), keep=2, regular=10)
     assert names(run) == [40, 42, 43]
     assert run.newest(regular=True) == tmp_path / "c" / "checkpoint-0000040.pt"
-    assert run.newest(below=42) == tmp_path / "c" / "checkpoint-0000042.pt"
+    assert run.newest(up_to=42) == tmp_path / "c" / "checkpoint-0000042.pt"
+
+
+def newest_state(run: RunDir) -> dict[str, Any]:
+    return load_training_state(run.newest())
 
 
 def damage(path: Path, kind: str) -> None:
@@ -111,10 +109,7 @@ def test_a_torn_checkpoint_is_passed_over(kind: str, tmp_path: Path, capsys: pyt
     run = saved(tmp_path, (10, 20))
     damage(tmp_path / "checkpoint-0000020.pt", kind)
     (tmp_path / ".checkpoint-0000030.pt.abc.tmp").write_bytes(b"half")
-    latest = run.latest()
-    assert latest is not None
-    assert (latest["step"], int(latest["value"][0])) == (10, 10)
-    run.latest()
+    assert newest_state(run)["step"] == int(newest_state(run)["value"][0]) == 10
     said = capsys.readouterr().out
     assert said.count("checkpoint-0000020.pt is passed over: ") == 1
     assert kind in said
@@ -128,7 +123,7 @@ def test_torn_checkpoints_count_for_no_rule(tmp_path: Path) -> None:
     run = saved(tmp_path, (10, 30, 40), keep=3)
     for step in (30, 40):
         damage(tmp_path / f"checkpoint-00000{step}.pt", "cut short")
-    strict = RunFolder(tmp_path, keep=1)
+    strict = RunDir(tmp_path, keep=1)
     assert strict.newest() == run.checkpoints()[0]
     strict.save(20, {"value": torch.zeros(1)})
     assert names(strict) == [20, 30, 40]  # what was just saved is the newest whole one, and stays
@@ -142,7 +137,7 @@ def test_steps_of_more_digits_are_found_in_order(tmp_path: Path) -> None:
 
 
 def test_a_line_of_the_log_that_was_cut_off_spoils_no_other(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path)
+    run = RunDir(tmp_path)
     run.sweep()
     run.log({"step": 1.0, "loss": 2.0})
     run.log({"step": 2.0, "loss": 1.0})
@@ -160,7 +155,7 @@ def test_what_a_killed_process_was_writing_is_swept(tmp_path: Path) -> None:
     (tmp_path / "samples").mkdir()
     for name in (*torn, ".mine.tmp", "notes.tmp"):
         (tmp_path / name).write_bytes(b"half")
-    RunFolder(tmp_path).sweep()
+    RunDir(tmp_path).sweep()
     assert sorted(path.name for path in tmp_path.rglob("*.tmp")) == [".mine.tmp", "notes.tmp"]
 
 
@@ -189,30 +184,28 @@ def test_every_random_state_comes_back() -> None:
 
 def test_a_random_state_is_plain_enough_for_a_checkpoint(tmp_path: Path) -> None:
     np.random.standard_normal()  # leaves a second normal for later
-    run = RunFolder(tmp_path)
+    run = RunDir(tmp_path)
     run.save(1, {"random": random_state()})
     first = (random.random(), np.random.standard_normal(3).tolist(), torch.randn(3).tolist())
-    latest = run.latest()
-    assert latest is not None
-    set_random_state(latest["random"])
+    set_random_state(newest_state(run)["random"])
     assert (random.random(), np.random.standard_normal(3).tolist(), torch.randn(3).tolist()) == first
 
 
 def test_the_guard_knows_spikes_and_runs_of_bad_steps() -> None:
     guard = Guard(GuardSettings(max_skips=3, spike_factor=2.0, rate_cut=0.25))
-    assert not any(guard.good(step, 1.0 + step % 3) for step in range(20))  # the median is 2
+    assert not any(guard.finite_step(step, 1.0 + step % 3) for step in range(20))  # the median is 2
     state = guard.state_dict()
-    assert not guard.good(20, 3.9)
-    assert guard.good(21, 4.1)
+    assert not guard.finite_step(20, 3.9)
+    assert guard.finite_step(21, 4.1)
     guard.go_back(state)
-    assert (guard.rate_scale, guard.returns, guard.leaves_out(21), guard.leaves_out(20)) == (0.25, 1, True, False)
+    assert (guard.rate_scale, guard.returns, guard.skips(21), guard.skips(20)) == (0.25, 1, True, False)
     guard.passed(20)
     assert guard.returns == 1  # not beyond it yet
     guard.passed(22)
     assert guard.returns == 0
-    assert [guard.bad(step) for step in (22, 23)] == [False, False]
-    assert not guard.good(24, 1.0)  # which ends the run of bad ones
-    assert [guard.bad(step) for step in (25, 26, 27)] == [False, False, True]
+    assert [guard.non_finite_step(step) for step in (22, 23)] == [False, False]
+    assert not guard.finite_step(24, 1.0)  # which ends the run of bad ones
+    assert [guard.non_finite_step(step) for step in (25, 26, 27)] == [False, False, True]
     again = Guard(GuardSettings(max_skips=3, spike_factor=2.0))
     again.load_state_dict(guard.state_dict())
     assert again.state_dict() == guard.state_dict()
@@ -221,10 +214,10 @@ def test_the_guard_knows_spikes_and_runs_of_bad_steps() -> None:
 
 def test_spikes_are_not_looked_for_before_the_median_is_known_nor_when_off() -> None:
     guard = Guard(GuardSettings(spike_factor=2.0))
-    assert not any(guard.good(step, 1.0) for step in range(19))
-    assert not guard.good(19, 100.0)
+    assert not any(guard.finite_step(step, 1.0) for step in range(19))
+    assert not guard.finite_step(19, 100.0)
     off = Guard(GuardSettings())
-    assert not any(off.good(step, 10.0**step) for step in range(50))
+    assert not any(off.finite_step(step, 10.0**step) for step in range(50))
 
 
 def test_the_loss_scale_falls_rises_and_ends() -> None:
@@ -249,21 +242,21 @@ def test_the_loss_scale_falls_rises_and_ends() -> None:
 
 
 def test_processes_take_equal_parts_in_order() -> None:
-    assert [list(share_of(6, rank, 3)) for rank in range(3)] == [[0, 1], [2, 3], [4, 5]]
+    assert [list(process_rows(6, rank, 3)) for rank in range(3)] == [[0, 1], [2, 3], [4, 5]]
 
 
 def test_speed_and_time_left_follow_from_the_time_since_the_last_line(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter((0.0, 4.0, 4.0, 5.0, 5.0))
     monkeypatch.setattr(log_rows.time, "monotonic", lambda: next(clock))
-    watch = log_rows.Meter(total_steps=10, batch_size=8)
-    watch.add({"loss": 1.0, "data_seconds": 1.0})
-    watch.add({"loss": 3.0, "data_seconds": 0.0})
+    meter = log_rows.AverageMeter(total_steps=10, batch_size=8)
+    meter.add({"loss": 1.0, "data_seconds": 1.0})
+    meter.add({"loss": 3.0, "data_seconds": 0.0})
     expected = {"loss": 2.0, "data_share": 0.25, "images_per_second": 4.0, "seconds_left": 16.0}
-    assert watch.row(2) == expected
-    watch.add({})  # a step that was skipped
-    assert watch.row(3) == {"images_per_second": 8.0, "seconds_left": 7.0}
-    assert describe({"step": 2.0} | expected) == "step 2: loss 2 (4 images/s, 0.3 min left)"
-    assert describe({"step": 3.0, "valid_loss": 1.5}) == "step 3: valid_loss 1.5"
+    assert meter.row(2) == expected
+    meter.add({})  # a step that was skipped
+    assert meter.row(3) == {"images_per_second": 8.0, "seconds_left": 7.0}
+    assert log_rows.row_text({"step": 2.0} | expected) == "step 2: loss 2 (4 images/s, 0.3 min left)"
+    assert log_rows.row_text({"step": 3.0, "valid_loss": 1.5}) == "step 3: valid_loss 1.5"
 
 
 @pytest.fixture
@@ -304,7 +297,7 @@ def test_a_stopped_run_ends_with_the_same_weights(
         patch.setattr(train.Trainer, "step", step_until_stopped)
         with pytest.raises(KeyboardInterrupt):
             run("stopped")
-    assert RunFolder(training_config.parent / "stopped").checkpoints()[-1].name == "checkpoint-0000004.pt"
+    assert RunDir(training_config.parent / "stopped").checkpoints()[-1].name == "checkpoint-0000004.pt"
     resumed = run("stopped")
     assert whole.keys() == resumed.keys()
     for name, value in whole.items():
@@ -344,13 +337,13 @@ def test_a_run_of_other_settings_is_refused(training_config: Path, capsys: pytes
     assert "note: that is beyond max_steps, 6; nothing is undone" in capsys.readouterr().out
 
 
-def test_where_no_checkpoint_is_whole_nothing_begins_anew(training_config: Path) -> None:
+def test_where_all_checkpoints_are_damaged_nothing_begins_anew(training_config: Path) -> None:
     arguments = ["--config", str(training_config), "--output", str(training_config.parent / "run")]
     assert train.main(arguments) == 0
-    for path in RunFolder(training_config.parent / "run").checkpoints():
+    for path in RunDir(training_config.parent / "run").checkpoints():
         damage(path, "its part")
     before = {path: path.read_bytes() for path in (training_config.parent / "run").iterdir()}
-    with pytest.raises(LightningDiTError, match=r"none of the 2 checkpoints in .* is whole; fix: delete them to begin"):
+    with pytest.raises(LightningDiTError, match=r"all 2 checkpoints in .* are damaged; fix: delete them to begin"):
         train.main(arguments)
     assert {path: path.read_bytes() for path in (training_config.parent / "run").iterdir()} == before
 
@@ -396,7 +389,7 @@ def test_a_folder_has_one_training_at_a_time(training_config: Path) -> None:
     arguments = ["--config", str(training_config), "--output", str(folder)]
     with held_folder(folder, "training"), pytest.raises(LightningDiTError, match="another training writes into"):
         train.main(arguments)
-    assert not RunFolder(folder).checkpoints()
+    assert not RunDir(folder).checkpoints()
     assert train.main(arguments) == 0  # once the other has ended
 
 

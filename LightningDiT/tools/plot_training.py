@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from LightningDiT.console import run_main
-from LightningDiT.files import atomic_path
-from LightningDiT.training.curves import draw, quantities, read_log
+from LightningDiT.training.curves import quantities, read_log, save_curves
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -27,9 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, build, run."""
     args = parse(argv)
     runs = {str(Path(log).parent): read_log(log) for log in args.logs}
-    figure = draw(runs)
-    with atomic_path(args.output) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+    save_curves(runs, args.output)
     print(f"wrote {args.output}: {', '.join(quantities(runs))}")
     return 0
 

@@ -24,7 +24,7 @@ from LightningDiT.device import PRECISIONS, autocast, best_device, training_dtyp
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.loading import model_settings
 from LightningDiT.models.lightningdit import LightningDiT
-from LightningDiT.training import Ema
+from LightningDiT.training.ema import Ema
 from LightningDiT.training.memory import TrainingNeed, training_need
 
 GIB = 2**30

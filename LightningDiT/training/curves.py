@@ -1,30 +1,30 @@
-"""The log of a training run, and its curves: a JSON object a line (see `training.RunFolder.log`), a panel a quantity.
-
-A resumed run may have logged some steps twice; the later line counts.
-"""
+"""The log of a training run, read back and drawn: a panel per quantity, a line per run."""
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.files import atomic_path, disk_errors
 
 HIDDEN = ("step", "seconds_left")
 PANEL_INCHES = (6.0, 2.6)
+PNG_SECONDS = 120.0  # between two drawings during a run
 
 Row = dict[str, float]
 
 
 def read_log(path: str | Path) -> list[Row]:
-    """Return the rows of a log by rising step, the last one of each step.
+    """Return the rows of a log (see `RunDir.log`) by rising step.
 
-    A last line that was cut off while it was written is left out.
+    A resumed run may have logged a step twice; the later row counts. A torn last line is ignored.
 
     Raises:
-        LightningDiTError: the file is missing or a line is no object with a step.
+        LightningDiTError: the file is missing, empty, or a line is no object with a step.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -53,6 +53,17 @@ def quantities(runs: Mapping[str, list[Row]]) -> list[str]:
     return [name for name in dict.fromkeys(names) if name not in HIDDEN]
 
 
+def save_curves(runs: Mapping[str, list[Row]], path: str | Path) -> None:
+    """Draw the runs' logs into a PNG.
+
+    Raises:
+        LightningDiTError: matplotlib is missing, or the file cannot be written.
+    """
+    figure = draw(runs)
+    with disk_errors(path), atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
 def draw(runs: Mapping[str, list[Row]]) -> Any:
     """Return a matplotlib figure with a panel per quantity and a line per run."""
     try:
@@ -73,3 +84,54 @@ def draw(runs: Mapping[str, list[Row]]) -> Any:
     if len(runs) > 1:
         panels[0].legend()
     return figure
+
+
+class LiveCurves:
+    """Curves of a run while it trains: `curves.png` and TensorBoard's event files, each if its package is installed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._writer: Any = None
+        self._drawn_at: float | None = None
+        self._noted: set[str] = set()
+
+    def __enter__(self) -> LiveCurves:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._drawn_at is not None:
+            self._draw()
+        if self._writer is not None:
+            self._writer.close()
+
+    def add(self, row: Mapping[str, float]) -> None:
+        """Add a row of the log."""
+        if self._drawn_at is None:
+            self._open_writer()
+            self._drawn_at = time.monotonic()
+        if self._writer is not None:
+            for name in row.keys() - {"step"}:
+                self._writer.add_scalar(name, row[name], int(row["step"]))
+        if time.monotonic() - self._drawn_at > PNG_SECONDS:
+            self._draw()
+
+    def _open_writer(self) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self._note("tensorboard is not installed, so there are no event files: pip install tensorboard")
+        else:
+            self._writer = SummaryWriter(str(self.folder))
+
+    def _draw(self) -> None:
+        self._drawn_at = time.monotonic()
+        path = self.folder / "curves.png"
+        try:
+            save_curves({self.folder.name: read_log(self.folder / "log.jsonl")}, path)
+        except LightningDiTError as error:
+            self._note(f"{path} is not drawn: {error}")
+
+    def _note(self, text: str) -> None:
+        if text not in self._noted:
+            self._noted.add(text)
+            print(f"note: {text}", flush=True)

@@ -10,7 +10,10 @@ from torch import nn
 
 
 class Ema:
-    """Exponential moving average of a module's parameters (Polyak and Juditsky, 1992)."""
+    """Exponential moving average of a module's parameters and buffers (Polyak and Juditsky, 1992).
+
+    Our own, because torch.optim.swa_utils.AveragedModel keeps a second module and another state in checkpoints.
+    """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -19,7 +22,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        """Move the average towards the module; early steps weigh more, so that the start is forgotten."""
+        """Move the average towards the module; early steps weigh more, so that the initial weights are forgotten."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         for name, value in module.state_dict().items():
@@ -30,7 +33,7 @@ class Ema:
         return {"weights": self.weights, "steps": self.steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned."""
+        """Restore what `state_dict` returned; the tensors stay on their device."""
         for name, average in self.weights.items():
-            average.copy_(state["weights"][name])  # keeps the device that the module is on
+            average.copy_(state["weights"][name])
         self.steps = int(state["steps"])

@@ -1,22 +1,21 @@
-"""Weights to start from that were trained for other classes, latents or sizes: what is taken, resized or new.
+"""Start from weights that were trained for other classes, channels or sizes.
 
-A file of the same shapes is loaded strictly. Else every tensor is taken, resized or new, and listed:
+A file of the same shapes is loaded strictly. Otherwise each tensor is taken, resized or new, and the plan lists it:
 
 | part | with another … | becomes |
 |---|---|---|
 | class table | number of classes | new rows; the null class is taken |
-| patch embedding | number of channels | the shared channels' weights; further channels start at zero |
-| final layer | number of channels | the shared channels' weights; further channels start at zero |
-| position table, rotary tables | latent size | computed for the new size; a table that was learnt is interpolated |
+| patch embedding, final layer | number of channels | the shared channels' weights; further channels start at zero |
+| position table, rotary tables | latent size | computed for the new size; a learnt table is interpolated |
 | norms of queries and keys | `use_qknorm` | new, or left out |
 
-So at the start the prediction of the shared channels is that of the old model, whatever the further ones hold.
+So the model's first prediction of the shared channels is the old model's, whatever the further channels hold.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,7 +25,8 @@ from torch.nn import functional as F
 
 from LightningDiT.checkpoint import CheckpointInfo, inspect, load_into, load_weights
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.models.lightningdit import LightningDiT, LightningDiTSettings, differences, settings_from_shapes
+from LightningDiT.loading import model_differences
+from LightningDiT.models.lightningdit import LightningDiT, LightningDiTSettings, settings_from_shapes
 from LightningDiT.models.positions import sincos_table
 
 TAKEN, RESIZED, NEW, LEFT_OUT = "taken", "resized", "new", "left out"
@@ -40,7 +40,7 @@ LISTED = 6
 
 @dataclass(frozen=True)
 class Change:
-    """What becomes of one tensor: `kind` is taken, resized, new or left out, `how` says it in words."""
+    """What becomes of one tensor: `kind` is taken, resized, new or left out; `how` explains it."""
 
     name: str
     kind: str
@@ -55,7 +55,7 @@ class Plan:
     changes: tuple[Change, ...]
 
     def text(self) -> str:
-        """Return a line for what is taken, and one for each tensor that is not."""
+        """Return a line for the tensors that are taken, and one for each group of others."""
         taken = sum(change.kind == TAKEN for change in self.changes)
         lines = [f"weights of {self.path}: {taken} tensors taken as they are"]
         groups: dict[tuple[str, str], list[str]] = {}
@@ -69,7 +69,7 @@ class Plan:
 
 
 def plan(model: LightningDiT, info: CheckpointInfo) -> Plan:
-    """Say what becomes of the tensors in a weights file; the model may be on the meta device.
+    """Return what becomes of the tensors in a weights file; the model may be on the meta device.
 
     Raises:
         LightningDiTError: the file is of another kind, depth, width or structure.
@@ -79,12 +79,12 @@ def plan(model: LightningDiT, info: CheckpointInfo) -> Plan:
         return Plan(info.path, tuple(Change(name, TAKEN) for name in wanted))
     found = _source_settings(model.settings, info)
     changes = [_change(name, shape, info.shapes, model.settings, found) for name, shape in wanted.items()]
-    changes += [Change(name, LEFT_OUT, "the model has no place for it") for name in info.shapes if name not in wanted]
+    changes += [Change(name, LEFT_OUT, "the model has no such tensor") for name in info.shapes if name not in wanted]
     return Plan(info.path, tuple(changes))
 
 
 def initialise(model: LightningDiT, path: str | Path) -> Plan:
-    """Give `model` what the weights file at `path` has for it, in float32, and return what became of each tensor.
+    """Load what fits of the weights file at `path` into `model`, in float32, and return what became of each tensor.
 
     Raises:
         LightningDiTError: the file is missing, damaged, or of another structure.
@@ -92,31 +92,24 @@ def initialise(model: LightningDiT, path: str | Path) -> Plan:
     info = inspect(path)
     made = plan(model, info)
     weights = {name: tensor.float() for name, tensor in load_weights(path).items()}
-    own = model.state_dict()
-    if all(change.kind == TAKEN for change in made.changes):
-        load_into(model, weights, path)
-        return made
-    channels = min(model.settings.in_channels, settings_from_shapes(info.shapes).in_channels)
-    result = {name: tensor.clone() for name, tensor in own.items()}
+    result = dict(model.state_dict())
     for change in made.changes:
         if change.kind == TAKEN:
             result[change.name] = weights[change.name]
         elif change.kind == RESIZED:
-            result[change.name] = _resized(
-                change.name, weights[change.name], own[change.name], model.settings, channels
-            )
+            result[change.name] = _resized(change.name, weights, result[change.name], model.settings)
     load_into(model, result, path)
     return made
 
 
 def _source_settings(wanted: LightningDiTSettings, info: CheckpointInfo) -> LightningDiTSettings:
-    """Return the settings of the file's model, which may differ from the wanted ones where a change is known."""
+    """Return the settings of the file's model, which may differ from the wanted ones in `CHANGEABLE` alone."""
     try:
         found = settings_from_shapes(info.shapes)
     except (ValueError, KeyError, IndexError) as error:
         raise LightningDiTError(f"{info.path}: {error}", "name a transformer's weights in train.weight_init") from error
     same = replace(found, **{name: getattr(wanted, name) for name in CHANGEABLE})
-    if wrong := differences(wanted, same):
+    if wrong := model_differences(wanted, same):
         raise LightningDiTError(
             f"{info.path} does not fit: {'; '.join(wrong)}",
             "choose the model_type and switches that belong to the file",
@@ -155,13 +148,16 @@ def _change(
     )
 
 
-def _resized(name: str, old: Tensor, new: Tensor, settings: LightningDiTSettings, channels: int) -> Tensor:
-    makers: dict[str, Callable[[], Tensor]] = {
-        CLASS_TABLE: lambda: torch.cat([new[:-1], old[-1:]]),
-        PATCHES: lambda: _with_channels(old, new.shape[1], 1),
-        POSITIONS: lambda: _positions(old, settings),
-    }
-    return makers.get(name, lambda: _output(old, settings, channels))()
+def _resized(name: str, weights: Mapping[str, Tensor], new: Tensor, settings: LightningDiTSettings) -> Tensor:
+    """Return the tensor `name` of the file for the model of `settings`, whose own initial one is `new`."""
+    old = weights[name]
+    if name == CLASS_TABLE:
+        return torch.cat([new[:-1], old[-1:]])
+    if name == PATCHES:
+        return _with_channels(old, new.shape[1], 1)
+    if name == POSITIONS:
+        return _positions(old, settings)
+    return _output(old, settings, min(settings.in_channels, weights[PATCHES].shape[1]))
 
 
 def _with_channels(old: Tensor, count: int, dim: int) -> Tensor:
@@ -175,15 +171,15 @@ def _with_channels(old: Tensor, count: int, dim: int) -> Tensor:
 def _output(old: Tensor, settings: LightningDiTSettings, channels: int) -> Tensor:
     """Return the final layer's rows (patch^2 * out, ...) for other channels, of which `channels` are shared.
 
-    A patch's pixels follow one another, and each has its channels: those of the prediction, then with learn_sigma
-    as many of the variance, which training does not use and which start at zero.
+    The rows are ordered by pixel of the patch, then by channel: those of the prediction, and with learn_sigma as many
+    of the variance, which training does not use and which start at zero.
     """
     pixels = old.reshape(settings.patch_size**2, -1, *old.shape[1:])  # (p^2, out, ...)
     return _with_channels(pixels[:, :channels], settings.out_channels, 1).flatten(0, 1)
 
 
 def _positions(old: Tensor, settings: LightningDiTSettings) -> Tensor:
-    """Return the table (1, side^2, width): computed where the old one was, else interpolated."""
+    """Return the table (1, side^2, width): computed if the old one was, else interpolated."""
     side, width = math.isqrt(old.shape[1]), old.shape[2]
     if torch.allclose(old, sincos_table(width, side), atol=2e-3):  # half precision keeps three digits
         return sincos_table(width, settings.side)

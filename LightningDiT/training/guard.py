@@ -1,9 +1,9 @@
-"""Trouble in a run: which steps are left out, and when it goes back to its last good state.
+"""Trouble in a run: which steps are skipped, and when the run goes back to its last good state.
 
-A step whose loss or gradient is not finite leaves the weights as they are. A run of such steps, or a loss far above
-the running median, shows that the weights themselves have gone wrong: the run then goes back to its newest checkpoint,
-leaves out the batches that set it off (as Chowdhery et al., "PaLM", arXiv 2204.02311, section 5.1) and goes on with a
-lower rate. All that is decided here follows from what checkpoints hold, so that a resumed run decides the same.
+A step whose loss or gradient is not finite leaves the weights as they are. Several of them in a row, or a loss far
+above the running median, show that the weights themselves have gone wrong. The run then goes back to its newest
+checkpoint, skips the batches that caused the trouble (as Chowdhery et al., "PaLM", arXiv 2204.02311, section 5.1) and
+goes on at a lower learning rate. Checkpoints hold all that decides this, so a resumed run decides the same.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from torch import Tensor
 
 from LightningDiT.errors import LightningDiTError
 
-MEDIAN_OF, MEDIAN_FROM = 100, 20  # losses that the running median is of, and how many it needs
-MAX_RETURNS = 5  # to one checkpoint, before the run ends with an error
+MEDIAN_OF, MEDIAN_FROM = 100, 20  # losses in the running median, and how many it needs before it counts
+MAX_RETURNS = 5  # without getting beyond the trouble; then the run ends with an error
 
 
 class NotFiniteError(LightningDiTError):
     """A loss or gradient is NaN or infinite; the weights are as they were before the step.
 
     Attributes:
-        counts: whether it counts as trouble; where a loss scale is being sought it does not.
+        counts: whether it counts as trouble; it does not while the loss scale is sought.
     """
 
     def __init__(self, name: str, step: int, counts: bool = True) -> None:
         super().__init__(
             f"the {name} of step {step} is not finite",
-            "lower optimizer.lr or set optimizer.max_grad_norm: 1.0, and give the same command again",
+            "lower optimizer.lr or set optimizer.max_grad_norm: 1.0, and run the command again",
         )
         self.counts = counts
 
@@ -50,27 +50,21 @@ def require_finite(name: str, value: Tensor, step: int) -> None:
 
 @dataclass(frozen=True)
 class GuardSettings:
-    """When a run goes back.
+    """When a run goes back, and how far it lowers the learning rate."""
 
-    Attributes:
-        max_skips: so many steps in a row that are not finite.
-        spike_factor: a loss so many times the median of the last 100; 0 is off.
-        rate_cut: what the learning rate is multiplied by at each return.
-    """
-
-    max_skips: int = 10
-    spike_factor: float = 0.0
-    rate_cut: float = 0.5
+    max_skips: int = 10  # non-finite steps in a row
+    spike_factor: float = 0.0  # a loss above this many times the median of the last 100; 0: off
+    rate_cut: float = 0.5  # factor on the learning rate each time
 
 
 class Guard:
-    """Watches the steps of one run.
+    """Counts the bad steps of one run and tells when it must go back.
 
     Attributes:
         rate_scale: factor on the learning rate.
-        skipped: steps so far that changed no weight.
+        skipped: steps so far that were not finite.
         returns: how often the run went back since it last got beyond its trouble.
-        trouble: the steps of the present run of bad ones.
+        trouble: the bad steps in a row up to now.
     """
 
     def __init__(self, settings: GuardSettings) -> None:
@@ -82,33 +76,28 @@ class Guard:
         self._left_out: set[int] = set()
         self._recent: deque[float] = deque(maxlen=MEDIAN_OF)
 
-    def leaves_out(self, step: int) -> bool:
-        """Whether `step` set off trouble before and is not tried again."""
+    def skips(self, step: int) -> bool:
+        """Whether `step` caused trouble before and is not tried again."""
         return step in self._left_out
 
-    def good(self, step: int, loss: float) -> bool:
-        """Note the finite loss of a step; return whether the run must go back because it is a spike."""
+    def finite_step(self, step: int, loss: float) -> bool:
+        """Note the finite loss of a step; return whether it is a spike, so that the run must go back."""
         watched = self.settings.spike_factor > 0 and len(self._recent) >= MEDIAN_FROM
-        if watched and loss > self.settings.spike_factor * self.median:
+        if watched and loss > self.settings.spike_factor * statistics.median(self._recent):
             self.trouble.append(step)
             return True
         self._recent.append(loss)
         self.trouble = []
         return False
 
-    def bad(self, step: int) -> bool:
+    def non_finite_step(self, step: int) -> bool:
         """Note a step that was not finite; return whether the run must go back."""
         self.skipped += 1
         self.trouble.append(step)
         return len(self.trouble) >= self.settings.max_skips
 
-    @property
-    def median(self) -> float:
-        """The median of the last losses."""
-        return statistics.median(self._recent)
-
     def go_back(self, state: Mapping[str, Any]) -> None:
-        """Take over the history of the older `state`, and keep what the trouble has taught."""
+        """Restore the older `state`, but keep the count of skipped steps, the steps to skip and a lower rate."""
         scale, left_out = self.rate_scale * self.settings.rate_cut, self._left_out | set(self.trouble)
         skipped, returns = self.skipped, self.returns + 1
         self.load_state_dict(state)
@@ -116,7 +105,7 @@ class Guard:
         self._left_out = left_out
 
     def passed(self, step: int) -> None:
-        """Note that the run stands well after `step` steps; beyond the trouble, its returns are forgotten."""
+        """Note that the run is well after `step` steps; beyond all trouble, its returns are forgotten."""
         if all(step > left for left in self._left_out):
             self.returns = 0
 
@@ -132,7 +121,7 @@ class Guard:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         self.rate_scale, self.skipped, self.returns = state["rate_scale"], state["skipped"], state["returns"]
         self.trouble = list(state["trouble"])
         self._left_out = set(state["left_out"])

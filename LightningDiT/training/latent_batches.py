@@ -1,7 +1,7 @@
 """What a training step sees: latents, labels, times and noise, each drawn from (seed, step, row) alone.
 
-Neither the number of processes nor that of micro-batches changes a draw: row k of the global batch of a step has a
-generator of its own.
+Row k of the global batch of a step has a generator of its own, so neither the number of processes nor that of
+micro-batches changes a draw.
 """
 
 from __future__ import annotations
@@ -18,17 +18,16 @@ from LightningDiT.data.shards import LatentShards
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.loading import load_stats
 from LightningDiT.seeds import generator_for
-from LightningDiT.tokenizer.latents import LatentStats
-from LightningDiT.training import BatchOrder, share_of
+from LightningDiT.training.schedule import BatchOrder, process_rows
 from LightningDiT.transport import Transport
 
-LABEL_DROPOUT = 0.1  # share of labels that become the null class, so that guidance can be learnt
-ROW_STREAM, HELD_OUT_STREAM = 1, 2  # second seeds; 0 is the order of the samples
+ROW_STREAM, HELD_OUT_STREAM = 1, 2  # second seeds; BatchOrder has 0
+MIRRORED_SHARE = 0.5  # of the latents of a step, as published
 
 
 @dataclass(frozen=True)
-class PartialBatch:
-    """Rows of a step's global batch.
+class LatentBatch:
+    """The rows of a step's global batch that one process computes.
 
     Attributes:
         latents: (B, C, h, w), normalised.
@@ -47,18 +46,18 @@ class PartialBatch:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def parts(self, size: int | None) -> list[PartialBatch]:
-        """Return the rows in order, at most `size` of them at a time."""
-        starts = range(0, len(self), size or len(self))
-        return [self._apply(lambda x, start=start: x[start : start + (size or len(self))]) for start in starts]
+    def micro_batches(self, size: int | None) -> list[LatentBatch]:
+        """Return the rows in order, at most `size` of them at a time; all at once without a size."""
+        size = size or len(self)
+        return [self._each(lambda x, at=at: x[at : at + size]) for at in range(0, len(self), size)]
 
-    def to(self, device: torch.device) -> PartialBatch:
+    def to(self, device: torch.device) -> LatentBatch:
         """Return the rows on `device`."""
-        return self._apply(lambda x: x.to(device, non_blocking=True))
+        return self._each(lambda x: x.to(device, non_blocking=True))
 
-    def _apply(self, change: Callable[[Tensor], Tensor]) -> PartialBatch:
+    def _each(self, change: Callable[[Tensor], Tensor]) -> LatentBatch:
         tensors = (self.latents, self.labels, self.times, self.noise)
-        return PartialBatch(*map(change, tensors), self.transport)
+        return LatentBatch(*map(change, tensors), self.transport)
 
 
 class LatentBatches:
@@ -66,34 +65,42 @@ class LatentBatches:
 
     Attributes:
         held_out: (K,) numbers of the samples that are kept for the validation loss.
+
+    Raises:
+        LightningDiTError: there are no latents, their shape or labels are not the configuration's, or the batch does
+            not fit their number or that of the processes.
     """
 
     def __init__(self, config: Config, transport: Transport, rank: int = 0, count: int = 1) -> None:
-        train = config.train
+        data, train = config.data, config.train
+        if not data.data_path:
+            raise LightningDiTError(
+                f"{config.source} names no data.data_path", "python -m LightningDiT.extract_features"
+            )
         self.config = config
-        self.shards, self.stats = open_latents(config)
+        self.shards, self.stats = open_shards(config, data.data_path), load_stats(config)
         self.seed = train.global_seed
-        self.rows = share_of(train.global_batch_size, rank, count)
-        self.samples, self.held_out = self._parted(0.0 if config.data.valid_path else train.valid_share)
+        self.rows = process_rows(train.global_batch_size, rank, count)
+        self.samples, self.held_out = self._split(0.0 if data.valid_path else train.valid_share)
         self.order = BatchOrder(len(self.samples), train.global_batch_size, self.seed)
         self._transports = (transport, replace(transport, use_lognorm=False))
         self._worker: ThreadPoolExecutor | None = None
-        self._next: tuple[int, Future[PartialBatch]] | None = None
+        self._next: tuple[int, Future[LatentBatch]] | None = None
 
-    def _parted(self, share: float) -> tuple[Tensor, Tensor]:
+    def _split(self, share: float) -> tuple[Tensor, Tensor]:
         """Return the numbers of the samples to train on, and of a random share of them that is held out."""
         numbers = torch.arange(len(self.shards))
         if not share:
             return numbers, numbers[:0]
-        mixed = torch.randperm(len(numbers), generator=generator_for(self.seed, HELD_OUT_STREAM))
-        held_out = mixed[: max(1, round(share * len(numbers)))]
+        shuffled = torch.randperm(len(numbers), generator=generator_for(self.seed, HELD_OUT_STREAM))
+        held_out = shuffled[: max(1, round(share * len(numbers)))]
         trained_on = torch.ones(len(numbers), dtype=torch.bool)
         trained_on[held_out] = False
         return numbers[trained_on], held_out
 
     @property
     def description(self) -> list[int]:
-        """What must not change within a run: shape of the latents, and how many are trained on."""
+        """What must not change within a run: the shape of the latents and the number that is trained on."""
         return [*self.shards.shape, len(self.samples)]
 
     def transport_at(self, step: int) -> Transport:
@@ -101,7 +108,7 @@ class LatentBatches:
         until = self.config.train.lognorm_until_step
         return self._transports[until is not None and step >= until]
 
-    def batch(self, step: int) -> PartialBatch:
+    def batch(self, step: int) -> LatentBatch:
         """Return this process's rows of `step`, which were made while the step before it computed."""
         if self._worker is None:
             self._worker = ThreadPoolExecutor(1)
@@ -109,43 +116,35 @@ class LatentBatches:
         self._next = (step + 1, self._worker.submit(self.make, step + 1))
         return awaited.result()
 
-    def make(self, step: int) -> PartialBatch:
+    def make(self, step: int) -> LatentBatch:
         """Return this process's rows of `step`."""
         transport = self.transport_at(step)
         size = len(self.rows)
-        chances, times = torch.empty(size, 2), torch.empty(size)
+        draws, times = torch.empty(size, 2), torch.empty(size)
         noise = torch.empty(size, *self.shards.shape)
-        for place, row in enumerate(self.rows):
+        for index, row in enumerate(self.rows):
             generator = generator_for(self.seed, ROW_STREAM, step, row)
-            torch.rand(2, generator=generator, out=chances[place])
-            times[place] = transport.sample_times(1, generator)[0]
-            torch.randn(self.shards.shape, generator=generator, out=noise[place])
+            torch.rand(2, generator=generator, out=draws[index])
+            times[index] = transport.sample_times(1, generator)[0]
+            torch.randn(self.shards.shape, generator=generator, out=noise[index])
         samples = self.samples[self.order.indices(step)[self.rows.start : self.rows.stop]]
-        latents, labels = self.shards.batch(samples, chances[:, 0] < 0.5)
-        labels = torch.where(chances[:, 1] < LABEL_DROPOUT, self.config.data.num_classes, labels)
-        return PartialBatch(self.stats.normalise(latents), labels, times, noise, transport)
+        latents, labels = self.shards.batch(samples, draws[:, 0] < MIRRORED_SHARE)
+        dropped = draws[:, 1] < self.config.train.label_dropout
+        labels = torch.where(dropped, self.config.data.num_classes, labels)
+        return LatentBatch(self.stats.normalise(latents), labels, times, noise, transport)
 
 
 def has_cosine_loss(config: Config) -> bool:
-    """Whether the loss has the cosine term, which is one of velocities."""
+    """Whether the loss has the cosine term, which is defined for velocities."""
     return config.transport.use_cosine_loss and config.transport.prediction == "velocity"
 
 
-def open_latents(config: Config) -> tuple[LatentShards, LatentStats]:
-    """Return the shards in `data.data_path` and their statistics.
+def open_shards(config: Config, folder: str) -> LatentShards:
+    """Return the shards in `folder`.
 
     Raises:
         LightningDiTError: there are none, or their shape or labels are not the configuration's.
     """
-    data = config.data
-    if not data.data_path:
-        raise LightningDiTError(f"{config.source} names no data.data_path", "python -m LightningDiT.extract_features")
-    shards = open_shards(config, data.data_path)
-    return shards, load_stats(config)
-
-
-def open_shards(config: Config, folder: str) -> LatentShards:
-    """Return the shards in `folder`, compared with the configuration."""
     shards = LatentShards(folder)
     side = config.data.image_size // config.vae.downsample_ratio
     wanted = (config.model.in_chans, side, side)

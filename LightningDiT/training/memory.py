@@ -1,21 +1,20 @@
-"""How much memory a training step takes, from the model's sizes.
+"""How much memory a training step takes, computed from the model's sizes.
 
     peak(b) = framework + parameters x 16 + half copies + max(activations(b), gradients)
     peak(b) = framework + parameters x 16 + half copies + activations(b) + gradients     with several micro-batches
 
-parameters x 16   bytes: weights, two moments of Adam and the average, 4 each.
-gradients         4 bytes a parameter. They come to be as the activations go, so that both are there whole at once only
-                  where a micro-batch adds to the gradients of the one before.
+parameters x 16   bytes: weights, Adam's two moments and the average, 4 each.
+gradients         4 bytes a parameter. They arise while the activations are freed, so both exist whole at once only
+                  if a micro-batch adds to the gradients of the one before.
 half copies       2 bytes a weight of the linear layers in bf16 and fp16, which autocast keeps for the backward pass.
 activations(b)    b x (depth x block + rest + block): what autograd keeps for one sample, in bytes, and the gradients of
-                  one layer's tensors, which are there for a while. Block and rest are counted and not estimated:
-                  models of one and of two layers, at the real width, compute on the CPU, and every tensor that is
-                  kept for the backward pass counts once.
-                  With activation checkpointing, each layer keeps its input alone, and one layer at a time is computed
-                  again: b x (depth x input + block + rest + block).
+                  one layer's tensors, which exist for a while. Block and rest are counted, not estimated: models of
+                  one and of two layers, at the real width, run on the CPU, and every tensor that autograd keeps counts
+                  once. With activation checkpointing, each layer keeps its input alone, and one layer at a time is
+                  computed again: b x (depth x input + block + rest + block).
 framework         the interpreter and torch, on a GPU the driver's context.
 
-Checked against measured peaks by `python -m LightningDiT.tools.training_memory --config C --measure 1 4`.
+`python -m LightningDiT.tools.training_memory --config C --measure 1 4` compares it with measured peaks.
 """
 
 from __future__ import annotations
@@ -31,49 +30,44 @@ from LightningDiT.models.lightningdit import LightningDiT, LightningDiTSettings
 
 FLOAT32, HALF = 4, 2
 STATE_BYTES = 4 * FLOAT32  # a parameter: weight, two moments, average
-FRAMEWORK_BYTES = 720_000_000  # resident on a CPU beside a model that is next to nothing: docs/training.md
-GPU_CONTEXT_BYTES = 1_000_000_000  # an allowance, as in sampling: driver and libraries beside torch's tensors
+FRAMEWORK_BYTES = 720_000_000  # resident size on a CPU with a tiny model: docs/training.md
+GPU_CONTEXT_BYTES = 1_000_000_000  # an allowance for the driver and libraries, as in sampling
 
 
 @dataclass(frozen=True)
 class TrainingNeed:
-    """Bytes that a training step takes, by what takes them; see the module's formula.
-
-    Attributes:
-        parameters: their number.
-        activations: of one sample.
-    """
+    """Bytes that a training step takes, by the terms of the module's formula."""
 
     framework: int
-    parameters: int
+    parameters: int  # a number, not bytes
     half_copies: int
-    activations: int
+    activations: int  # of one sample
 
     @property
     def state(self) -> int:
-        """Weights, moments and average."""
+        """Bytes of weights, moments and average."""
         return self.parameters * STATE_BYTES
 
     @property
     def gradients(self) -> int:
-        """Of all parameters."""
+        """Bytes of all gradients."""
         return self.parameters * FLOAT32
 
     def peak(self, batch: int, accumulates: bool = False) -> int:
-        """Bytes at the worst moment of a step with `batch` samples at a time; see the module's formula."""
+        """Return the bytes at the worst moment of a step with `batch` samples at a time."""
         activations = batch * self.activations
         working = activations + self.gradients if accumulates else max(activations, self.gradients)
         return self.framework + self.state + self.half_copies + working
 
     def largest_batch(self, memory: float, accumulates: bool = True) -> int:
-        """Return the most samples at a time for which `memory` (bytes) is enough; 0 where it is not for one."""
+        """Return the most samples at a time that fit into `memory` (bytes); 0 if not even one does."""
         gradients = self.gradients if accumulates else 0
         room = int(memory) - self.framework - self.state - self.half_copies
         return max(0, (room - gradients) // self.activations) if room >= self.gradients else 0
 
 
 def training_need(settings: LightningDiTSettings, dtype: torch.dtype, on_gpu: bool) -> TrainingNeed:
-    """Return what training a model of these settings takes, with matrix products in `dtype`."""
+    """Return what it takes to train a model of these settings with matrix products in `dtype`."""
     with without_values():
         model = LightningDiT(settings)
     linear = [module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
@@ -91,10 +85,10 @@ def training_need(settings: LightningDiTSettings, dtype: torch.dtype, on_gpu: bo
 
 
 def kept_bytes(settings: LightningDiTSettings, dtype: torch.dtype) -> int:
-    """Return the bytes that autograd keeps for the backward pass of one more sample of a model.
+    """Return the bytes that autograd keeps for the backward pass of each further sample.
 
-    What does not grow with the batch, such as autocast's copies of the weights, falls out of the difference between
-    two samples and one.
+    The difference between two samples and one leaves out what does not grow with the batch, such as autocast's copies
+    of the weights.
     """
     with torch.random.fork_rng():
         model = LightningDiT(settings, class_dropout_prob=0.0)
@@ -104,7 +98,7 @@ def kept_bytes(settings: LightningDiTSettings, dtype: torch.dtype) -> int:
 
 def _kept_with_batch(model: LightningDiT, batch: int, dtype: torch.dtype) -> int:
     storages: dict[int, int] = {}
-    held: list[Tensor] = []  # else a freed tensor's place would be counted for another
+    held: list[Tensor] = []  # else the address of a freed tensor could be that of a later one
 
     def count(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

@@ -1,10 +1,9 @@
-"""What is looked at while LightningDiT trains: validation loss, samples, curves. All are of the averaged weights."""
+"""What is looked at while LightningDiT trains: validation loss and samples, both of the averaged weights."""
 
 from __future__ import annotations
 
-import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from LightningDiT.config import Config
 from LightningDiT.device import best_device
 from LightningDiT.distributed import Processes
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.files import disk_errors
 from LightningDiT.images import image_grid, save_png
 from LightningDiT.loading import build_transport, check_latent_shape
 from LightningDiT.models.lightningdit import LightningDiT
@@ -24,40 +22,39 @@ from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from LightningDiT.seeds import generator_for
 from LightningDiT.tokenizer.config import load_tokenizer_config, tokenizer_config_path
 from LightningDiT.tokenizer.vavae import VA_VAE
-from LightningDiT.training import Watcher
 from LightningDiT.training.latent_batches import LatentBatches, has_cosine_loss, open_shards
+from LightningDiT.training.loop import Monitor
 
 TIME_BINS = 10
 VALIDATION_STREAM = 3  # a second seed, beside those of latent_batches
-PNG_SECONDS = 120.0  # between two drawings of the curves
 
 
-def watchers(
+def configured_monitors(
     config: Config,
     data: LatentBatches,
-    averaged: Callable[[], LightningDiT],
+    averaged_model: Callable[[], LightningDiT],
     folder: Path,
     processes: Processes,
-) -> list[Watcher]:
-    """Return what the configuration asks to be looked at.
+) -> list[Monitor]:
+    """Return the monitors that the configuration asks for.
 
     Raises:
-        LightningDiTError: a validation loss is asked for and there is nothing to compute it on.
+        LightningDiTError: a validation loss is asked for and there are no latents for it.
     """
-    train, found = config.train, []
+    train, monitors = config.train, []
     if train.valid_every:
-        validation = Validation(config, data, averaged(), processes)
-        found.append(Watcher(train.valid_every, validation.look))
+        validation = Validation(config, data, averaged_model(), processes)
+        monitors.append(Monitor(train.valid_every, validation.observe))
     if train.sample_every and processes.is_main:
-        grids = SampleGrids(config, data, averaged(), folder / "samples")
-        found.append(Watcher(train.sample_every, grids.look))
-    return found
+        grids = SampleGrids(config, data, averaged_model(), folder / "samples")
+        monitors.append(Monitor(train.sample_every, grids.observe))
+    return monitors
 
 
 class Validation:
     """The loss on latents that are not trained on, with times and noise that never change.
 
-    Times are spread evenly over [0, 1], so that every bin has as many; labels are never dropped.
+    Times are spread evenly over [0, 1], so that every bin has equally many; labels are never dropped.
     """
 
     def __init__(self, config: Config, data: LatentBatches, model: LightningDiT, processes: Processes) -> None:
@@ -69,15 +66,15 @@ class Validation:
         self.times = (torch.arange(len(latents)) + 0.5) / len(latents)
         self.seed = config.train.global_seed
 
-    def look(self, step: int) -> dict[str, float]:
-        """Return the mean loss, and the mean of each tenth of the times."""
+    def observe(self, step: int) -> dict[str, float]:
+        """Return the mean loss, and its mean over each tenth of the times."""
         sums = torch.stack(self.processes.share(self._sums)).sum(0)  # (3, TIME_BINS): loss, cosine loss, count
         rows = {"valid_loss": sums[0].sum() / sums[2].sum()}
         if self.has_cosine_loss:
             rows["valid_cos_loss"] = sums[1].sum() / sums[2].sum()
-        for place in range(TIME_BINS):
-            if sums[2, place]:
-                rows[f"valid_loss_t{place / TIME_BINS:.1f}"] = sums[0, place] / sums[2, place]
+        for index in range(TIME_BINS):
+            if sums[2, index]:
+                rows[f"valid_loss_t{index / TIME_BINS:.1f}"] = sums[0, index] / sums[2, index]
         return {name: float(value) for name, value in rows.items()}
 
     @torch.no_grad()
@@ -106,7 +103,7 @@ class Validation:
 
 
 def _validation_samples(config: Config, data: LatentBatches) -> tuple[Tensor, Tensor]:
-    """Return latents (N, C, h, w) and labels (N,), spread evenly over what there is."""
+    """Return latents (N, C, h, w) and labels (N,), spread evenly over those for validation."""
     if config.data.valid_path:
         shards = open_shards(config, config.data.valid_path)
         numbers = torch.arange(len(shards))
@@ -114,7 +111,7 @@ def _validation_samples(config: Config, data: LatentBatches) -> tuple[Tensor, Te
         shards, numbers = data.shards, data.held_out
     if not len(numbers):
         raise LightningDiTError(
-            f"{config.source}: train.valid_every is {config.train.valid_every}, and there is nothing to validate on",
+            f"{config.source}: train.valid_every is {config.train.valid_every}; there are no latents to validate on",
             "set data.valid_path, or train.valid_share: 0.01",
         )
     count = min(len(numbers), config.train.valid_samples)
@@ -122,47 +119,47 @@ def _validation_samples(config: Config, data: LatentBatches) -> tuple[Tensor, Te
 
 
 class LatentView:
-    """Stands in for a tokenizer where none is at hand: the first three channels, three deviations to white."""
+    """Stands in for a missing tokenizer: shows the first three channels, white at three standard deviations."""
 
     def to(self, device: torch.device) -> LatentView:
-        """Stay: there is nothing to move."""
+        """Do nothing: there are no weights to move."""
         return self
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Return pictures (N, 3, h, w) of normalised latents (N, C, h, w)."""
+        """Return images (N, 3, h, w) of normalised latents (N, C, h, w)."""
         return (latents[:, torch.arange(3) % latents.shape[1]] / 3).clamp(-1, 1)
 
 
 class SampleGrids:
-    """Pictures from noises and classes that never change, by the solver `fast`."""
+    """Images from noise and classes that never change, by the solver `fast`."""
 
     def __init__(self, config: Config, data: LatentBatches, model: LightningDiT, folder: Path) -> None:
         self.folder = folder
         count = config.train.sample_count
-        self.classes = [place * config.data.num_classes // count for place in range(count)]
+        self.classes = [index * config.data.num_classes // count for index in range(count)]
         sample = replace(config.sample, mode="ODE", sampling_method="fast", solver_file=None, guide_ckpt=None)
         settings = replace(config, sample=replace(sample, reverse=False))
         self.pipe = LightningDiTPipeline(
-            model, tokenizer_of(config, data), build_transport(config), settings, best_device(), torch.float32
+            model, open_tokenizer(config, data), build_transport(config), settings, best_device(), torch.float32
         )
         self.seed = config.train.global_seed
 
-    def look(self, step: int) -> dict[str, float]:
-        """Write the grid of `step`; samples that are not finite are said and end nothing."""
+    def observe(self, step: int) -> dict[str, float]:
+        """Write the grid of `step`; if samples are not finite, say so and go on."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                pictures = self.pipe(self.classes, seed=self.seed).images
+                images = self.pipe(self.classes, seed=self.seed).images
         except LightningDiTError as error:
             print(f"note: no samples at step {step}: {error.message}", flush=True)
             return {}
         captions = [self.pipe.labels.caption(label) for label in self.classes]
-        save_png(image_grid(pictures, captions), self.folder / f"step-{step:07d}.png")
+        save_png(image_grid(images, captions), self.folder / f"step-{step:07d}.png")
         return {}
 
 
-def tokenizer_of(config: Config, data: LatentBatches) -> Any:
-    """Return the tokenizer whose weights the configuration names, or what shows latents without one."""
+def open_tokenizer(config: Config, data: LatentBatches) -> Any:
+    """Return the tokenizer whose weights the configuration names, or without weights a `LatentView`."""
     tokenizer = load_tokenizer_config(tokenizer_config_path(config))
     weights = config.vae.ckpt_path or tokenizer.ckpt_path
     if not weights or not Path(weights).is_file():
@@ -170,59 +167,3 @@ def tokenizer_of(config: Config, data: LatentBatches) -> Any:
         return LatentView()
     check_latent_shape(config, tokenizer)
     return VA_VAE(tokenizer, config.data.image_size, config.vae.ckpt_path, data.stats, best_device())
-
-
-class Curves:
-    """Curves of a run beside its log: `curves.png`, and event files for TensorBoard, each where its package is."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._writer: Any = None
-        self._drawn: float | None = None
-        self._said: set[str] = set()
-
-    def __enter__(self) -> Curves:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._drawn is not None:
-            self._draw()
-        if self._writer is not None:
-            self._writer.close()
-
-    def add(self, row: Mapping[str, float]) -> None:
-        """Take a row of the log."""
-        if self._drawn is None:
-            self._open_writer()
-            self._drawn = time.monotonic()
-        if self._writer is not None:
-            for name in row.keys() - {"step"}:
-                self._writer.add_scalar(name, row[name], int(row["step"]))
-        if time.monotonic() - self._drawn > PNG_SECONDS:
-            self._draw()
-
-    def _open_writer(self) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            self._note("tensorboard is not installed, so there are no event files: pip install tensorboard")
-        else:
-            self._writer = SummaryWriter(str(self.folder))
-
-    def _draw(self) -> None:
-        from LightningDiT.files import atomic_path
-        from LightningDiT.training.curves import draw, read_log
-
-        self._drawn = time.monotonic()
-        path = self.folder / "curves.png"
-        try:
-            figure = draw({self.folder.name: read_log(self.folder / "log.jsonl")})
-            with disk_errors(path), atomic_path(path) as temporary:
-                figure.savefig(temporary, format="png", dpi=110)
-        except LightningDiTError as error:
-            self._note(f"{path} is not drawn: {error}")
-
-    def _note(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
-            print(f"note: {text}", flush=True)

@@ -1,4 +1,4 @@
-"""Loss scaling, without which small gradients are zero in fp16."""
+"""Loss scaling, without which small gradients become zero in fp16."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-START, GROWTH, PATIENCE = 2.0**16, 2.0, 2000  # as in Micikevicius et al.'s successors: doubled after so many good steps
+START, FACTOR, PATIENCE = 2.0**16, 2.0, 2000  # the customary values: halved at once, doubled after 2000 good steps
 
 
 class LossScaler:
     """Multiplies the loss and divides the gradients again (Micikevicius et al., arXiv 1710.03740, section 3.2).
 
-    A power of two, halved where a gradient is not finite and doubled after 2000 steps that were. Switched off it is 1.
-    It is part of the run's state, so that a resumed run goes on with the same scale.
+    The scale is a power of two, halved where a gradient is not finite and doubled after 2000 finite ones; disabled, it
+    is 1. Our own, because torch.amp.GradScaler begins at torch 2.3 and keeps another state in checkpoints.
     """
 
     def __init__(self, enabled: bool) -> None:
@@ -24,7 +24,7 @@ class LossScaler:
         self.good_steps = 0
 
     def scaled(self, loss: Tensor) -> Tensor:
-        """Return the loss that is to be differentiated."""
+        """Return the loss to differentiate."""
         return loss * self.scale if self.enabled else loss
 
     @torch.no_grad()
@@ -41,9 +41,9 @@ class LossScaler:
             return False
         self.good_steps = self.good_steps + 1 if finite else 0
         if not finite:
-            self.scale = max(1.0, self.scale / GROWTH)
+            self.scale = max(1.0, self.scale / FACTOR)
         elif self.good_steps == PATIENCE:
-            self.scale, self.good_steps = self.scale * GROWTH, 0
+            self.scale, self.good_steps = self.scale * FACTOR, 0
         return not finite and self.scale > 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -51,6 +51,6 @@ class LossScaler:
         return {"scale": self.scale, "good_steps": self.good_steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned, where it was switched on then and is now."""
+        """Restore what `state_dict` returned, if scaling was enabled then and is now."""
         if self.enabled and state["scale"] > 1:
             self.scale, self.good_steps = float(state["scale"]), int(state["good_steps"])

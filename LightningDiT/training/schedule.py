@@ -1,6 +1,8 @@
-"""Which samples a step sees, and which of them a process computes: both follow from the seed and the step."""
+"""What follows from a step's number: the samples that it sees, each process's rows of them, and its learning rate."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -10,19 +12,21 @@ from LightningDiT.seeds import generator_for
 
 
 class BatchOrder:
-    """Which samples step `s` sees: a fresh permutation an epoch, known from the seed and the step alone.
+    """The samples of every step: a new permutation each epoch, from the seed and the step alone.
 
-    A resumed run asks for the same step and gets the same samples; no position has to be stored.
+    A resumed run asks for the same step and gets the same samples, so no position is stored.
+
+    Raises:
+        LightningDiTError: a batch is larger than the data.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int) -> None:
         if batch_size > count:
             raise LightningDiTError(
-                f"a batch of {batch_size} is asked of {count} samples", f"set a global batch of at most {count}"
+                f"a global batch of {batch_size} exceeds the {count} samples",
+                f"set one of at most {count}",
             )
-        self.batch_size = batch_size
-        self.count = count
-        self.seed = seed
+        self.count, self.batch_size, self.seed = count, batch_size, seed
         self.steps_per_epoch = count // batch_size
         self._epoch = -1
         self._permutation = torch.empty(0, dtype=torch.long)
@@ -36,16 +40,24 @@ class BatchOrder:
         return self._permutation[position * self.batch_size :][: self.batch_size]
 
 
-def share_of(batch_size: int, rank: int, count: int) -> range:
+def process_rows(batch_size: int, rank: int, count: int) -> range:
     """Return the rows of a global batch that process `rank` of `count` computes: equal parts, in order.
 
     Raises:
-        LightningDiTError: the batch cannot be parted equally.
+        LightningDiTError: the batch cannot be divided equally.
     """
     rows, rest = divmod(batch_size, count)
     if rest:
         raise LightningDiTError(
-            f"a batch of {batch_size} cannot be parted equally among {count} processes",
+            f"a batch of {batch_size} cannot be divided equally among {count} processes",
             f"set the global batch to a multiple of {count}",
         )
     return range(rank * rows, (rank + 1) * rows)
+
+
+def learning_rate(step: int, base: float, warmup: int, decay: int, total: int) -> float:
+    """Return the rate of `step`: a linear rise over `warmup` steps, `base`, a cosine fall over the last `decay`."""
+    rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    left = max(0, total - step)
+    fall = 0.5 - 0.5 * math.cos(math.pi * min(1.0, left / decay)) if decay else 1.0
+    return base * rise * fall
