@@ -1,14 +1,27 @@
-"""The one exception that the library raises for what a user can cause and fix, and the one way it warns."""
+"""The one exception for what a user can cause and fix, the one way to warn, and what both need to speak in one line."""
 
+from __future__ import annotations
+
+import contextlib
+import errno
 import sys
 import warnings
+from collections.abc import Iterator
+
+#: Fixes for what the operating system refuses, by error number.
+OS_FIXES = {
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM, errno.EROFS), "choose a folder that you may write to, or copy the project to one"
+    ),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free space on that disk, then run the command again"),
+}
 
 
 class LightningDiTError(Exception):
     """A wrong file, value or setting, said in one line.
 
     Args:
-        message: names the value that is wrong and what was expected instead.
+        message: names the wrong value and the expected one.
         fix: the command or edit that puts it right, shown behind the message.
     """
 
@@ -24,3 +37,17 @@ def warn_user(message: str) -> None:
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("LightningDiT", "torch"):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)
+
+
+def first_line(error: object) -> str:
+    """Return the first line of an error's text, or its class name, in at most 160 characters."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+
+
+@contextlib.contextmanager
+def fixed_by(fix: str) -> Iterator[None]:
+    """Give a LightningDiTError of the block another fix."""
+    try:
+        yield
+    except LightningDiTError as error:
+        raise LightningDiTError(error.message, fix) from error

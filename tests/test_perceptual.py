@@ -102,7 +102,7 @@ def test_missing_weights_name_the_file_and_the_options(
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(perceptual, "VGG_URL", "http://127.0.0.1:9/vgg16-397923af.pth")  # nobody listens there
-    with pytest.raises(LightningDiTError, match=r"vgg16-397923af.pth and cannot be downloaded .*--lpips-weights"):
+    with pytest.raises(LightningDiTError, match=r"vgg16-397923af.pth does not exist and cannot be .*--lpips-weights"):
         load_perceptual(None)
     cached = tmp_path / "hub" / "checkpoints" / "vgg16-397923af.pth"
     cached.parent.mkdir(parents=True, exist_ok=True)

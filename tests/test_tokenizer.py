@@ -170,7 +170,7 @@ def test_the_weights_lie_channels_last_and_are_saved_as_published(tiny_tokenizer
 
 
 def test_encode_without_statistics_says_what_to_pass(tiny_tokenizer: Path) -> None:
-    with pytest.raises(LightningDiTError, match="without latent statistics"):
+    with pytest.raises(LightningDiTError, match="has no latent statistics; encode and decode need them"):
         VA_VAE(tiny_tokenizer).encode(torch.zeros(1, 3, 16, 16))
 
 

@@ -92,7 +92,7 @@ def test_a_model_of_one_size_gets_that() -> None:
     vision = VisionModel(fixed, grid=4)
     assert vision.side == side
     assert vision(images(64)).shape == (2, 64, 4, 4)
-    with pytest.raises(LightningDiTError, match=f"vision_size is 64; VisionTransformer takes {side} pixels alone"):
+    with pytest.raises(LightningDiTError, match=f"vision_size is 64; VisionTransformer takes only {side} pixels"):
         VisionModel(fixed, grid=4, size=64)
 
 

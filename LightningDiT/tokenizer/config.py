@@ -157,7 +157,7 @@ def tokenizer_training(config: TokenizerConfig) -> TokenizerTrainConfig:
             )
     if train.vf_weight and not train.vision_model:
         raise LightningDiTError(
-            f"{config.source}: train.vf_weight is {train.vf_weight:g}, but no vision model is named",
+            f"{config.source}: train.vf_weight is {train.vf_weight:g} and no vision model is named",
             "set train.vision_model: dinov2 or train.vf_weight: 0",
         )
     return train

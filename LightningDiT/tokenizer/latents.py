@@ -1,4 +1,4 @@
-"""The statistics that turn latents of the tokenizer into what the transformer sees, and back."""
+"""The statistics that normalise latents for the transformer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from LightningDiT.checkpoint import load_training_state
-from LightningDiT.errors import LightningDiTError
+from LightningDiT.errors import LightningDiTError, fixed_by
 from LightningDiT.files import atomic_path
 
 METADATA_KEYS = ("latents_mean", "latents_std")
@@ -21,7 +21,7 @@ METADATA_KEYS = ("latents_mean", "latents_std")
 
 @dataclass(frozen=True)
 class LatentStats:
-    """Mean and standard deviation of every latent channel.
+    """Mean and standard deviation of each latent channel.
 
     Attributes:
         mean: (1, C, 1, 1) float32.
@@ -43,7 +43,7 @@ class LatentStats:
 
     @classmethod
     def identity(cls, channels: int) -> LatentStats:
-        """Return statistics that change nothing, for `data.latent_norm: false`."""
+        """Return mean 0 and deviation 1, for `data.latent_norm: false`."""
         return cls(torch.zeros(1, channels, 1, 1), torch.ones(1, channels, 1, 1))
 
     @classmethod
@@ -61,13 +61,13 @@ class LatentStats:
 
     @classmethod
     def load(cls, path: str | Path, channels: int | None = None, multiplier: float = 1.0) -> LatentStats:
-        """Return the statistics in `path` (a dictionary of `mean` and `std`).
+        """Return the statistics in `path`, a dictionary of `mean` and `std`.
 
         Args:
-            channels: how many channels are expected, or None for any.
+            channels: expected number of channels; None: any.
 
         Raises:
-            LightningDiTError: the file is damaged; the message says how.
+            LightningDiTError: the file is missing or damaged.
         """
         mean, std = _read(Path(path))
         problems = _problems(mean, std, channels)
@@ -77,7 +77,7 @@ class LatentStats:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str], path: str | Path) -> LatentStats:
-        """Return the statistics that `as_metadata` put into the metadata of a safetensors file."""
+        """Return the statistics in the metadata of a safetensors file, written by `as_metadata`."""
         try:
             values = [torch.tensor(json.loads(metadata[key])).view(1, -1, 1, 1) for key in METADATA_KEYS]
         except (KeyError, ValueError, TypeError) as error:
@@ -88,7 +88,7 @@ class LatentStats:
         return cls(*values)
 
     def as_metadata(self) -> dict[str, str]:
-        """Return the numbers as text, so that a tokenizer's file can carry its own statistics."""
+        """Return the numbers as text for the metadata of the tokenizer's weights file."""
         tensors = (self.mean, self.std)
         return {key: json.dumps(value.flatten().tolist()) for key, value in zip(METADATA_KEYS, tensors, strict=True)}
 
@@ -96,22 +96,25 @@ class LatentStats:
         """Write `mean` and `std` as the published code reads them, atomically, if they are valid.
 
         Args:
-            count: latents that they were computed from, which is written besides.
+            count: number of latents behind the statistics, which the file records.
         """
         problems = _problems(self.mean, self.std, None)
         if problems:
             raise LightningDiTError(f"latent statistics are not written to {path}: {'; '.join(problems)}", fix_of(path))
         counted = {} if count is None else {"count": count}
-        with atomic_path(path) as temporary, temporary.open("wb") as stream:  # a path's name would be in the bytes
+        with (
+            atomic_path(path) as temporary,
+            temporary.open("wb") as stream,
+        ):  # torch.save would write a path's name into the file
             torch.save({"mean": self.mean.clone(), "std": self.std.clone(), **counted}, stream)
 
 
 class Moments:
-    """Count, sum and sum of squares by channel in float64, gathered in one pass.
+    """Count, sum and sum of squares per channel in float64, accumulated in one pass.
 
     Attributes:
-        latents: how many latents were added.
-        values: how many values of each channel that were.
+        latents: number of added latents.
+        values: number of added values per channel.
     """
 
     def __init__(self) -> None:
@@ -122,7 +125,7 @@ class Moments:
         """Add latents (N, C, h, w), on any device.
 
         Raises:
-            LightningDiTError: another number of axes, or of channels than before.
+            LightningDiTError: latents have another number of axes or channels than before.
         """
         channels = self._total.numel() if self.latents else None
         if latents.dim() != 4 or latents.shape[1] != (channels or latents.shape[1]):
@@ -137,27 +140,25 @@ class Moments:
         self._squares = self._squares + values.square().sum((0, 2, 3))  # (C,)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the numbers as plain values, from which `merge` gets them back to the last bit."""
+        """Return the numbers as plain values, from which `merge` restores them exactly."""
         sums = {"total": self._total, "squares": self._squares}
         return {"latents": self.latents, "values": self.values, **{name: x.tolist() for name, x in sums.items()}}
 
     def merge(self, moments: Mapping[str, Any]) -> None:
-        """Add what other moments gave by `as_dict`."""
+        """Add moments in the form of `as_dict`."""
         self.latents += moments["latents"]
         self.values += moments["values"]
         self._total = self._total + torch.tensor(moments["total"], dtype=torch.float64)
         self._squares = self._squares + torch.tensor(moments["squares"], dtype=torch.float64)
 
     def stats(self) -> LatentStats:
-        """Return mean and standard deviation of everything added.
+        """Return mean and standard deviation of all added latents.
 
         Raises:
-            LightningDiTError: fewer than two values a channel have no deviation.
+            LightningDiTError: there are fewer than two values per channel.
         """
         if self.values < 2:
-            raise LightningDiTError(
-                f"statistics of {self.latents} latents are asked for; at least 2 are needed", "give more data"
-            )
+            raise LightningDiTError(f"statistics of {self.latents} latents; at least 2 are needed", "give more data")
         return LatentStats.from_moments(self.values, self._total, self._squares)
 
 
@@ -167,7 +168,7 @@ def fix_of(path: str | Path) -> str:
 
 
 def diagnose(path: str | Path, channels: int | None = None) -> list[str]:
-    """Return what is wrong with the statistics file at `path`; an empty list means that it is good."""
+    """Return what is wrong with the statistics file at `path`; an empty list if nothing is."""
     try:
         return _problems(*_read(Path(path)), channels)
     except LightningDiTError as error:
@@ -176,15 +177,13 @@ def diagnose(path: str | Path, channels: int | None = None) -> list[str]:
 
 def _read(path: Path) -> tuple[Tensor, Tensor]:
     if path.is_dir():
-        raise LightningDiTError(f"latent statistics {path} is a folder, a file was expected", fix_of(path))
+        raise LightningDiTError(f"latent statistics {path} is a folder; a file is expected", fix_of(path))
     if not path.exists():
         raise LightningDiTError(f"latent statistics {path} does not exist", fix_of(path))
     if path.stat().st_size == 0:
         raise LightningDiTError(f"latent statistics {path} is empty (0 bytes)", fix_of(path))
-    try:
+    with fixed_by(fix_of(path)):
         content = load_training_state(path)
-    except LightningDiTError as error:
-        raise LightningDiTError(error.message, fix_of(path)) from error
     found = [content.get(key) for key in ("mean", "std")]
     if not all(isinstance(value, Tensor) for value in found):
         raise LightningDiTError(
@@ -196,7 +195,7 @@ def _read(path: Path) -> tuple[Tensor, Tensor]:
 
 
 def _problems(mean: Tensor, std: Tensor, channels: int | None) -> list[str]:
-    """Return what is wrong with the numbers, in words."""
+    """Return what is wrong with the numbers."""
     for name, value in (("mean", mean), ("std", std)):
         shape = tuple(value.shape)
         wanted = channels if channels is not None else (shape[1] if len(shape) == 4 else "C")

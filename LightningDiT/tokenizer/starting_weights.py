@@ -1,7 +1,7 @@
-"""Starting a tokenizer's training from weights: a published checkpoint, or those of another training.
+"""The start of a tokenizer's training from weights: a published checkpoint, or the file of another training.
 
-Such a file holds more than the autoencoder. Each part goes by its name to what the training has for it; what has no
-place, or another shape, is listed.
+Such a file holds more than the autoencoder. Each part goes by its name to the network that the training has for it;
+parts that do not fit are listed.
 """
 
 from __future__ import annotations
@@ -14,51 +14,50 @@ import torch
 from torch import Tensor, nn
 
 from LightningDiT.checkpoint import load_into, load_weights
-from LightningDiT.errors import LightningDiTError
+from LightningDiT.errors import LightningDiTError, fixed_by
 
 from .autoencoder import AutoencoderKL
 from .criterion import Criterion
 from .perceptual import PUBLISHED_PREFIX as PERCEPTUAL_PREFIX
 from .vision import PUBLISHED_PREFIX as VISION_PREFIX
 
-#: Parts of a training that a file may hold besides the autoencoder: prefix and what it is.
+VISION_PART = "foundation_model."
+#: Parts of a training that a file may hold beside the autoencoder: prefix and title.
 PARTS = {
     "loss.discriminator.": "discriminator",
     "loss.logvar": "logarithm of the scale",
     PERCEPTUAL_PREFIX: "LPIPS",
     "linear_proj.": "projection",
-    "foundation_model.": "vision model",
+    VISION_PART: "vision model",
 }
-#: Those that a training takes before it is built, see `StartingWeights.part`; the others are `Criterion`'s.
-FROZEN_PARTS = (PERCEPTUAL_PREFIX, "foundation_model.")
+FROZEN_PARTS = (PERCEPTUAL_PREFIX, VISION_PART)  # a training builds these networks from them; the rest is `Criterion`'s
 
 
 @dataclass(frozen=True)
 class StartingWeights:
-    """The tensors of a file, by parts.
+    """The tensors of a file by parts.
 
     Attributes:
         path: the file.
-        autoencoder: name -> tensor of all that no other part claims.
-        parts: prefix in `PARTS` -> its tensors under their full names.
+        autoencoder: name -> tensor, for all tensors outside the parts.
+        parts: prefix in `PARTS` -> full name -> tensor.
     """
 
     path: Path
     autoencoder: Mapping[str, Tensor]
     parts: Mapping[str, Mapping[str, Tensor]]
 
-    def part(self, prefix: str, stripped: str) -> dict[str, Tensor] | None:
-        """Return a part's tensors without the prefix `stripped`, or None where the file has none."""
-        found = self.parts.get(prefix)
-        return {name.removeprefix(stripped): tensor for name, tensor in found.items()} if found else None
+    def vision(self) -> dict[str, Tensor]:
+        """Return the vision model's tensors under timm's names; empty if the file has none."""
+        return _stripped(self.parts.get(VISION_PART, {}), VISION_PREFIX)
 
-    def vision(self) -> dict[str, Tensor] | None:
-        """Return the vision model's tensors under timm's names, or None."""
-        return self.part("foundation_model.", VISION_PREFIX)
+    def perceptual(self) -> dict[str, Tensor]:
+        """Return LPIPS's tensors under the package's names; empty if the file has none."""
+        return _stripped(self.parts.get(PERCEPTUAL_PREFIX, {}), PERCEPTUAL_PREFIX)
 
-    def perceptual(self) -> dict[str, Tensor] | None:
-        """Return LPIPS's tensors under the package's names, or None."""
-        return self.part(PERCEPTUAL_PREFIX, PERCEPTUAL_PREFIX)
+
+def _stripped(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
 def read_starting_weights(path: str | Path) -> StartingWeights:
@@ -67,11 +66,8 @@ def read_starting_weights(path: str | Path) -> StartingWeights:
     Raises:
         LightningDiTError: see `load_weights`.
     """
-    try:
+    with fixed_by("name a published checkpoint or a run's training.safetensors by --init or train.weight_init"):
         tensors = load_weights(path)
-    except LightningDiTError as error:
-        fix = "name a published checkpoint or a run's training.safetensors by --init or train.weight_init"
-        raise LightningDiTError(error.message, fix) from error
     parts: dict[str, dict[str, Tensor]] = {}
     autoencoder = {}
     for name, tensor in tensors.items():
@@ -86,19 +82,19 @@ def read_starting_weights(path: str | Path) -> StartingWeights:
 def start_from(
     start: StartingWeights, model: AutoencoderKL, criterion: Criterion, taken: tuple[str, ...] = ()
 ) -> list[str]:
-    """Give the autoencoder and the loss the tensors of `start`, and return a line for each part of the file.
+    """Copy the tensors of `start` into the autoencoder and the loss, and return a line for each part of the file.
 
     Args:
-        taken: prefixes among `FROZEN_PARTS` that the networks were made of already.
+        taken: prefixes in `FROZEN_PARTS` from which the networks were built already.
 
     Raises:
-        LightningDiTError: the autoencoder's tensors are not those that the settings ask for.
+        LightningDiTError: the autoencoder's tensors do not fit the settings.
     """
     load_into(model, {name: tensor.float().clone() for name, tensor in start.autoencoder.items()}, start.path)
     lines = [f"autoencoder: {len(start.autoencoder)} tensors taken"]
     for prefix, tensors in start.parts.items():
         if prefix in FROZEN_PARTS:
-            reason = "" if prefix in taken else "this training uses none, or other weights for it"
+            reason = "" if prefix in taken else "the training needs none, or has other weights for it"
         else:
             reason = _take(criterion, tensors)
         outcome = f"left out, {reason}" if reason else "taken"
@@ -112,14 +108,14 @@ def _has(module: nn.Module, prefix: str) -> bool:
 
 
 def _take(criterion: Criterion, tensors: Mapping[str, Tensor]) -> str:
-    """Copy a part of the loss as a whole, or return why it does not fit."""
+    """Copy a whole part of the loss, or return why it does not fit."""
     own = criterion.state_dict()
     unknown = [name for name in tensors if name not in own]
     if unknown:
-        return f"this training has no {unknown[0]}"
+        return f"the training has no {unknown[0]}"
     for name, tensor in tensors.items():
         if own[name].shape != tensor.shape:
-            return f"{name} is {list(tensor.shape)}, here {list(own[name].shape)}"
+            return f"{name} is {list(tensor.shape)}; {list(own[name].shape)} is expected"
         if not bool(torch.isfinite(tensor.float()).all()):
             raise LightningDiTError(f"tensor {name} of the starting weights is not finite", "name an undamaged file")
     with torch.no_grad():

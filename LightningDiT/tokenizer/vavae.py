@@ -1,7 +1,6 @@
-"""VA-VAE: pixels to latents and back, with the normalisation that the transformer expects.
+"""VA-VAE: images to latents and back, with the normalisation that the transformer expects.
 
-The class stands under its published name and with its published methods; `encode` and `decode` are the
-normalised pair that the pipeline uses.
+The class keeps its published name and methods; `encode` and `decode` are the normalised pair that the pipeline uses.
 """
 
 from __future__ import annotations
@@ -24,23 +23,20 @@ from LightningDiT.tokenizer.config import TokenizerConfig, load_tokenizer_config
 from .autoencoder import AutoencoderKL, AutoencoderSettings, DiagonalGaussian
 from .latents import LatentStats
 
-#: What the published file holds besides the autoencoder: parts of its training.
+#: Prefixes of the published file's tensors outside the autoencoder: parts of its training.
 TRAINING_PREFIXES = ("loss.", "foundation_model.", "linear_proj.")
-#: Of weights and images: the convolutions of CPUs and GPUs take it as it is and turn the other one over at each layer.
-LAYOUT = torch.channels_last
-#: Pixels of the images that are in the network at once: one image of 256x256. It fills every core and takes 0.2 GB;
-#: four take 0.7 GB. Smaller images go in larger groups.
-CHUNK_PIXELS = 256 * 256
+LAYOUT = torch.channels_last  # of weights and images: avoids a layout copy at every convolution
+CHUNK_PIXELS = 256 * 256  # pixels computed at once: one image of 256x256 fills all cores in 0.2 GB; four take 0.7 GB
 
 
 def autoencoder_settings(config: TokenizerConfig) -> AutoencoderSettings:
-    """Return the sizes that a tokenizer YAML gives."""
+    """Return the sizes in a tokenizer YAML."""
     values = {"embed_dim": config.embed_dim, **config.ddconfig}
     return typed(AutoencoderSettings, values, f"{config.source}: model.params.ddconfig")
 
 
 def check_tokenizer_file(config: TokenizerConfig, path: str | Path) -> str:
-    """Compare names and shapes in the weights file with the settings and return a line that says so."""
+    """Check that names and shapes in a weights file fit the settings, and return a line that says so."""
     with without_values():
         model = AutoencoderKL(autoencoder_settings(config))
     info = inspect(path)
@@ -49,12 +45,12 @@ def check_tokenizer_file(config: TokenizerConfig, path: str | Path) -> str:
 
 
 def images_at_once(pixels: int) -> int:
-    """Return how many images of so many pixels are encoded or decoded at once."""
+    """Return how many images of `pixels` pixels each are encoded or decoded at once."""
     return max(1, CHUNK_PIXELS // pixels)
 
 
 def load_autoencoder(config: TokenizerConfig, path: str | Path) -> AutoencoderKL:
-    """Return the autoencoder in eval mode with the weights in `path`, in float32 and in `LAYOUT`."""
+    """Return the autoencoder with the weights in `path`, in evaluation mode, float32 and `LAYOUT`."""
     with without_values():
         model = AutoencoderKL(autoencoder_settings(config))
     load_file(model, path, torch.float32, LAYOUT, TRAINING_PREFIXES)
@@ -65,11 +61,11 @@ class VA_VAE:  # noqa: N801 - the published name
     """The tokenizer of a YAML file.
 
     Args:
-        config: a tokenizer YAML (its `ckpt_path` names the weights), or settings that were read already.
-        img_size: side of the images that `img_transform` gives; the YAML's resolution where left out.
-        ckpt_path: weights to use instead of the YAML's.
-        stats: statistics of the latents; without them `encode` and `decode` are refused.
-        device: where to compute; as in the published code a GPU that works, else the CPU, where left out.
+        config: a tokenizer YAML, or its settings.
+        img_size: side of the images from `img_transform`; default: the YAML's resolution.
+        ckpt_path: weights; default: the YAML's `ckpt_path`.
+        stats: statistics of the latents, which `encode` and `decode` need.
+        device: default: a GPU that works, as in the published code, else the CPU.
     """
 
     def __init__(
@@ -84,7 +80,7 @@ class VA_VAE:  # noqa: N801 - the published name
         path = ckpt_path or self.config.ckpt_path
         if not path:
             raise LightningDiTError(
-                f"{self.config.source} names no ckpt_path, the tokenizer's weights are expected there",
+                f"{self.config.source} names no ckpt_path; the tokenizer's weights are expected there",
                 "python step3_setup_configs.py",
             )
         self.model = load_autoencoder(self.config, path).to(device or best_device())
@@ -95,7 +91,7 @@ class VA_VAE:  # noqa: N801 - the published name
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.model.quant_conv.weight.device
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> VA_VAE:
@@ -119,53 +115,53 @@ class VA_VAE:  # noqa: N801 - the published name
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, sample: bool = True, generator: torch.Generator | None = None) -> Tensor:
-        """Return raw latents (N, C, h, w) of images (N, 3, H, W) in [-1, 1].
+        """Return raw latents (N, C, h, w) for images (N, 3, H, W) in [-1, 1].
 
         Args:
-            sample: draw from the posterior, as published; false gives its mode.
+            sample: draw from the posterior, as published; False: its mode.
         """
         posterior = self.posterior(images)
         return posterior.sample(generator) if sample else posterior.mode()
 
     @torch.no_grad()
     def posterior(self, images: Tensor) -> DiagonalGaussian:
-        """Return the posterior over the raw latents of images (N, 3, H, W) in [-1, 1]."""
+        """Return the posterior over raw latents for images (N, 3, H, W) in [-1, 1]."""
         posteriors = [self.model.encode(chunk) for chunk in self._chunks(images, 1)]
         mean, logvar = (torch.cat([getattr(one, name) for one in posteriors]) for name in ("mean", "logvar"))
         return DiagonalGaussian(mean.contiguous(), logvar.contiguous())
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Return images (N, 3, H, W), about [-1, 1], of raw latents (N, C, h, w)."""
+        """Return images (N, 3, H, W), about in [-1, 1], for raw latents (N, C, h, w)."""
         chunks = self._chunks(latents, self.downsample_factor)
         return torch.cat([self.model.decode(chunk) for chunk in chunks]).contiguous()
 
     def _chunks(self, values: Tensor, scale: int) -> Iterator[Tensor]:
-        """Yield images or latents (N, C, H, W) as the network takes them, `images_at_once` in each group.
+        """Yield images or latents (N, C, H, W) in chunks of `images_at_once`, on the network's device and in `LAYOUT`.
 
         Args:
-            scale: pixels of the image along a side of one position.
+            scale: side of a position in pixels: 1 for images, the downsampling factor for latents.
         """
         weight = self.model.quant_conv.weight
         for chunk in values.split(images_at_once(values.shape[-2] * values.shape[-1] * scale**2)):
             yield chunk.to(device=weight.device, dtype=weight.dtype).contiguous(memory_format=LAYOUT)
 
     def decode_to_images(self, latents: Tensor) -> np.ndarray:
-        """Return uint8 pixels (N, H, W, 3) of raw latents (N, C, h, w)."""
+        """Return uint8 pixels (N, H, W, 3) for raw latents (N, C, h, w)."""
         return to_uint8(self.decode_latents(latents)).cpu().numpy()
 
     def encode(self, images: Tensor) -> Tensor:
-        """Return normalised latents (the mode) of images (N, 3, H, W) in [-1, 1]."""
+        """Return normalised latents (the posterior's mode) for images (N, 3, H, W) in [-1, 1]."""
         return self._stats().normalise(self.encode_images(images, sample=False))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Return images (N, 3, H, W), about [-1, 1], of normalised latents (N, C, h, w)."""
+        """Return images (N, 3, H, W), about in [-1, 1], for normalised latents (N, C, h, w)."""
         return self.decode_latents(self._stats().denormalise(latents))
 
     def _stats(self) -> LatentStats:
         if self.stats is None:
             raise LightningDiTError(
-                "this tokenizer was made without latent statistics, which encode and decode need",
+                "this tokenizer has no latent statistics; encode and decode need them",
                 "pass stats=LatentStats.load(path), or use encode_images and decode_to_images",
             )
         return self.stats
