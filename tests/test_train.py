@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ import torch
 
 from LightningDiT import train
 from LightningDiT.checkpoint import load_training_state, load_weights, save_weights
-from LightningDiT.config import load_config
+from LightningDiT.config import Config, load_config
 from LightningDiT.data.shards import shard_path, write_shard
 from LightningDiT.distributed import ALONE
 from LightningDiT.errors import LightningDiTError
@@ -26,7 +27,7 @@ from LightningDiT.loading import build_transport
 from LightningDiT.models import lightningdit
 from LightningDiT.tokenizer.latents import LatentStats
 from LightningDiT.training.curves import LiveCurves, read_log
-from LightningDiT.training.latent_batches import LatentBatches
+from LightningDiT.training.latent_batches import LatentBatches, has_cosine_loss
 from LightningDiT.training.monitors import SampleGrids, Validation, open_tokenizer
 from LightningDiT.training.run_dir import RunDir
 from LightningDiT.training.schedule import BatchOrder
@@ -196,6 +197,7 @@ def test_draws_depend_on_seed_step_and_row_alone(small: Path) -> None:
         assert torch.equal(getattr(whole, name), torch.cat([getattr(half, name) for half in halves])), name
     assert [len(part) for part in whole.micro_batches(3)] == [3, 1]
     assert torch.equal(torch.cat([part.noise for part in whole.micro_batches(3)]), whole.noise)
+    assert [len(part) for part in whole.micro_batches(None)] == [4]
     assert whole.transport.use_lognorm
     assert not LatentBatches(config, transport).make(2).transport.use_lognorm
     with pytest.raises(LightningDiTError, match="a batch of 4 cannot be divided equally among 3 processes"):
@@ -212,6 +214,102 @@ def test_a_run_may_change_to_uniform_times_on_its_way(small: Path) -> None:
     parts = run(again)
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
     assert not all(torch.equal(value, never[name]) for name, value in whole.items())
+
+
+def drawn(config: Config, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return which rows (steps, B) of the steps see the mirrored latent, and which the null class."""
+    batches = LatentBatches(config, build_transport(config))
+    mirrored, dropped = [], []
+    for step in range(steps):
+        batch, samples = batches.make(step), batches.samples[batches.order.indices(step)]
+        both = [batches.stats.normalise(batches.shards.batch(samples, torch.full((24,), flip))[0]) for flip in (0, 1)]
+        equal = torch.stack([(batch.latents == latents).flatten(1).all(1) for latents in both])
+        assert torch.equal(equal.sum(0), torch.ones(24, dtype=torch.long))  # the latent itself or its mirror image
+        labels = batches.shards.labels[samples]
+        assert set(batch.labels[batch.labels != labels].tolist()) <= {3}
+        mirrored.append(equal[1])
+        dropped.append(batch.labels == 3)
+    return torch.stack(mirrored), torch.stack(dropped)
+
+
+def with_training(config: Config, **changes: object) -> Config:
+    return replace(config, train=replace(config.train, **changes))
+
+
+@pytest.mark.parametrize(("more", "share"), [({}, 0.1), ({"label_dropout": 0.5}, 0.5)])
+def test_labels_are_dropped_and_latents_mirrored_by_their_shares(
+    more: dict[str, float], share: float, small: Path
+) -> None:
+    config = with_training(load_config(configured(small, "shares")), global_batch_size=24, **more)
+    for seed in (0, 1, 2):
+        mirrored, dropped = drawn(with_training(config, global_seed=seed), steps=60)
+        count = dropped.numel()  # a mean of n draws has the standard error sqrt(p (1 - p) / n)
+        for found, expected, among in (
+            (mirrored, 0.5, count),
+            (dropped, share, count),
+            (mirrored & dropped, share / 2, count),  # neither draw tells of the other
+        ):
+            assert abs(float(found.double().mean()) - expected) < 4 * math.sqrt(expected * (1 - expected) / among)
+
+
+def test_a_share_of_none_or_all_labels_is_exact(small: Path) -> None:
+    config = with_training(load_config(configured(small, "exact")), global_batch_size=24)
+    for share in (0.0, 1.0):
+        _, dropped = drawn(with_training(config, label_dropout=share), steps=20)
+        assert float(dropped.double().mean()) == share
+
+
+def test_the_draws_of_a_seed_are_these(small: Path) -> None:
+    config = with_training(load_config(configured(small, "pinned")), global_batch_size=24)
+    mirrored, dropped = drawn(config, steps=3)
+    assert [row.nonzero().flatten().tolist() for row in dropped] == [[6], [], [1, 19]]
+    assert mirrored[0].nonzero().flatten().tolist() == [1, 4, 5, 6, 7, 11, 15, 16, 17, 18, 23]
+    batch = LatentBatches(config, build_transport(config)).make(0)
+    torch.testing.assert_close(batch.times[:3], torch.tensor([0.769925, 0.886435, 0.858702]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        batch.noise[:3, 0, 0, 0], torch.tensor([0.223720, -1.699360, 0.076849]), rtol=0, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_the_null_class_learns_from_dropped_labels_alone(share: float, small: Path) -> None:
+    trainer = train.Trainer(with_training(load_config(configured(small, "dropped")), label_dropout=share))
+    for step in range(4):  # a model that starts at zero passes no gradient to its embeddings at first
+        trainer.step(step)
+    table = trainer.model.y_embedder.embedding_table.weight
+    learns = trainer.optimizer.state[table]["exp_avg"].abs().sum(1) > 0  # by class
+    assert learns.tolist() == [share == 0, share == 0, share == 0, share == 1]
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
+def test_a_label_dropout_that_is_no_share_is_named(share: float, small: Path) -> None:
+    value = ".nan" if math.isnan(share) else share
+    with pytest.raises(LightningDiTError, match=rf"train.label_dropout is {share}; a share from 0 to 1 is expected"):
+        load_config(configured(small, "wrong", more=f"label_dropout: {value}"))
+
+
+def test_each_batch_is_made_once_and_the_next_one_beforehand(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    make = LatentBatches.make
+    monkeypatch.setattr(LatentBatches, "make", lambda self, step: made.append(step) or make(self, step))
+    config = load_config(configured(small, "once"))
+    batches = LatentBatches(config, build_transport(config))
+    for step in (1000, 1001, 1002):
+        batches.batch(step)
+    batches.batch(1003)
+    batches._worker.shutdown()
+    assert made == [1000, 1001, 1002, 1003, 1004]
+
+
+def test_what_is_held_out_follows_from_the_share(small: Path) -> None:
+    config = load_config(configured(small, "held", more="valid_share: 0.001"))
+    few = LatentBatches(config, build_transport(config))
+    assert (len(few.held_out), few.description) == (1, [4, 4, 4, 23])
+    half = LatentBatches(with_training(config, valid_share=0.5), build_transport(config))
+    assert sorted([*half.held_out.tolist(), *half.samples.tolist()]) == list(range(24))
+    assert half.held_out.tolist() == [21, 0, 3, 1, 14, 7, 6, 4, 8, 5, 22, 19]
+    other = replace(config, data=replace(config.data, valid_path=str(small / "latents")))
+    assert LatentBatches(other, build_transport(other)).description == [4, 4, 4, 24]
 
 
 def test_a_batch_made_beforehand_is_the_batch(small: Path) -> None:
@@ -320,6 +418,9 @@ def test_the_cosine_loss_is_of_velocities_alone(small: Path) -> None:
     row = rows_of(path)[-1]
     assert {"loss", "valid_loss"} <= row.keys()
     assert not {"cos_loss", "valid_cos_loss"} & row.keys()
+    for prediction in ("velocity", "noise", "score"):
+        path.write_text(re.sub("prediction: .*}", f"prediction: {prediction}}}", path.read_text()))
+        assert has_cosine_loss(load_config(path)) == (prediction == "velocity")
 
 
 @pytest.mark.parametrize(

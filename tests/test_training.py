@@ -29,7 +29,6 @@ from LightningDiT.training.run_dir import RunDir, random_state, set_random_state
 from LightningDiT.training.scaler import LossScaler
 from LightningDiT.training.schedule import BatchOrder, learning_rate, process_rows
 from tests.conftest import largest_file
-from tests.test_data import fashion_folder  # noqa: F401 - a fixture
 
 
 def test_an_epoch_sees_every_sample_once_and_needs_no_history() -> None:
@@ -379,8 +378,13 @@ def test_latents_of_another_shape_or_class_are_named(training_config: Path) -> N
     with pytest.raises(LightningDiTError, match=r"have the shape \(4, 8, 8\); .* expects \(4, 16, 16\)"):
         train.main(["--config", str(training_config)])
     names = 'num_classes: 3, class_names: ["cat, house cat", dog, "sea lion"]'
-    training_config.write_text(text.replace(names, "num_classes: 2"))
-    with pytest.raises(LightningDiTError, match="the label 2; data.num_classes is 2"):
+    for count in (1, 2):
+        training_config.write_text(text.replace(names, f"num_classes: {count}"))
+        message = f"the label 2; data.num_classes is {count}; fix: set data.num_classes: 3 in "
+        with pytest.raises(LightningDiTError, match=message):
+            train.main(["--config", str(training_config)])
+    training_config.write_text(text.replace("data_path: latents", "data_path: none"))
+    with pytest.raises(LightningDiTError, match=r"names no data.data_path; fix: python -m LightningDiT.extract_feat"):
         train.main(["--config", str(training_config)])
 
 
