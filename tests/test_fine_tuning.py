@@ -1,4 +1,4 @@
-"""Weights for other classes, channels or sizes: what is taken, and a prediction that is the old one where it can be."""
+"""Start from weights for other classes, channels or sizes: what is taken, and which predictions stay the same."""
 
 from __future__ import annotations
 
@@ -142,9 +142,9 @@ def test_norms_of_queries_and_keys_come_and_go(source: tuple[LightningDiT, Path]
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"depth": 3}, "depth is 2 in the file and 3"),
-        ({"hidden_size": 32}, "hidden_size is 16 in the file and 32"),
-        ({"use_swiglu": False}, "use_swiglu is True in the file and False"),
+        ({"depth": 3}, "depth: 2 in the file, 3 in the configuration"),
+        ({"hidden_size": 32}, "hidden_size: 16 in the file, 32 in the configuration"),
+        ({"use_swiglu": False}, "use_swiglu: true in the file, false in the configuration"),
         ({"mlp_ratio": 2.0}, r"tensor blocks.0.mlp.w12.weight is \[84, 16\] in the file and \[42, 16\]"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Training as a person runs it: killed, on several processes, in trouble, and what is looked at meanwhile."""
+"""Training as a user runs it: killed, on several processes, in trouble, and its validation, samples and curves."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ for line in sys.stdin:
 
 
 def write_latents(folder: Path, count: int = 24, seed: int = 0, spoilt: dict[int, float] | None = None) -> Path:
-    """Write a shard of latents (4, 4, 4) of three classes, some of them with a value that no tokenizer gives."""
+    """Write a shard of latents (4, 4, 4) of three classes; `spoilt` has the value that fills a latent, by its index."""
     latents = torch.randn(count, 4, 4, 4, generator=torch.Generator().manual_seed(seed))
     flipped = latents.flip(-1)
     for index, value in (spoilt or {}).items():
@@ -107,7 +107,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def spike_at(folder: Path, step: int) -> None:
-    """Write latents of which one that `step` sees first is a hundred times too large."""
+    """Write latents, one of them a hundred times too large: the first one that `step` sees."""
     index = int(BatchOrder(240, 4, 0).indices(step)[0])
     write_latents(folder / "latents", count=240, spoilt={index: 100.0})
 
@@ -147,7 +147,7 @@ def nursery() -> Iterator[subprocess.Popen[str]]:
 
 
 def nursed(nursery: subprocess.Popen[str], config: Path, processes: int = 1, killed_after: float = 0) -> list[int]:
-    """Train on so many processes and return their exit codes; see NURSERY."""
+    """Train on `processes` processes and return their exit codes; see NURSERY."""
     nursery.stdin.write(f"{killed_after:.4f} {processes} {config}\n")
     nursery.stdin.flush()
     return [int(code) for code in nursery.stdout.readline().split()]
@@ -205,12 +205,12 @@ def test_draws_depend_on_seed_step_and_row_alone(small: Path) -> None:
 
 
 def test_a_run_may_change_to_uniform_times_on_its_way(small: Path) -> None:
-    """As the published 800-epoch run did: it gives the weights of a run that had the step from its beginning."""
+    """As the published 800-epoch run did; the weights are those of a run that had the setting from its beginning."""
     whole = run(configured(small, "whole", 20, "ckpt_every: 5, lognorm_until_step: 10"))
     never = run(configured(small, "never", 20, "ckpt_every: 5"))
     run(configured(small, "parts", 10, "ckpt_every: 5"))
     again = configured(small, "parts", 20, "ckpt_every: 5, lognorm_until_step: 10")
-    again.write_text(again.read_text().replace("in_chans: 4", "in_chans: 4, use_checkpoint: true"))  # which is free too
+    again.write_text(again.read_text().replace("in_chans: 4", "in_chans: 4, use_checkpoint: true"))  # may change too
     parts = run(again)
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
     assert not all(torch.equal(value, never[name]) for name, value in whole.items())
@@ -510,7 +510,7 @@ def test_a_run_leaves_samples_curves_and_figures(small: Path, capsys: pytest.Cap
 
 
 def test_the_compiled_forward_serves_training(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The switch puts what torch.compile returns in the model's place; what that is, is torch's affair."""
+    """The setting replaces the model's forward by the result of torch.compile, which is not tested here."""
     asked = []
 
     def compile_nothing(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -544,7 +544,7 @@ def test_a_resumed_run_needs_the_first_weights_no_more(small: Path, capsys: pyte
     assert "in place of" not in said
 
 
-def test_samples_are_decoded_where_the_tokenizer_is_at_hand(tmp_path: Path) -> None:
+def test_samples_are_decoded_by_the_tokenizer_if_its_weights_are_there(tmp_path: Path) -> None:
     latents = torch.randn(4, 6, 8, 8, generator=torch.Generator().manual_seed(0))
     write_shard(shard_path(tmp_path, 0, 0), latents, torch.arange(4))
     shutil.copy(BUNDLED / "latents_stats.pt", tmp_path)

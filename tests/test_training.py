@@ -1,4 +1,4 @@
-"""Training: the order of the data, the average, and that a stopped run goes on as if it had not been."""
+"""Training: the order of the data, the average, checkpoints, and a stopped run that goes on as if never stopped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The calculator of training memory: its parts by hand, and real peaks of real processes beside it."""
+"""The calculator of training memory: its terms by hand, and its peaks beside those of real processes."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_parameters_are_those_of_the_published_model() -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux says how much a process had")
 def test_real_peaks_are_met(tmp_path: Path) -> None:
-    """More parameters and more tokens take what is computed, to 15 %; what torch itself takes differs by release."""
+    """More parameters and more tokens add what is computed, to 15 %; the share of torch itself differs by release."""
 
     def peaks(name: str, image_size: int, batch: int) -> tuple[int, int]:
         config = tmp_path / "config.yaml"

@@ -63,9 +63,9 @@ class Trainable(Protocol):
 
 @dataclass(frozen=True)
 class Monitor:
-    """What is looked at every `every` steps: validation loss, samples, ....
+    """Something to observe every `every` steps, such as the validation loss.
 
-    `observe` is called by all processes with the number of steps done, and returns numbers for the log.
+    All processes call `observe` with the number of steps done; it returns numbers for the log.
     """
 
     every: int
