@@ -1,18 +1,17 @@
 """Encode images into latent shards and their statistics: `python -m LightningDiT.extract_features --help`.
 
-Images come from a folder with one subfolder per class (`--images`), a list file of one `path class` a line (`--list`),
-or a data set of torchvision (`--dataset NAME --data-root FOLDER`; `--data-root` alone is Fashion-MNIST). The output
-folder is what `data.data_path` names: shards, `latents_stats.pt` and a manifest with the class names that the pipeline
-shows.
+Images come from a folder with one subfolder per class (`--images`), a list file with `path class` in each line
+(`--list`), or a data set of torchvision (`--dataset NAME --data-root FOLDER`; `--data-root` alone is Fashion-MNIST).
+The output folder is the one for `data.data_path`: shards, `latents_stats.pt` and a manifest with the class names that
+the pipeline shows.
 
-A run that was stopped or killed goes on when the command is given again. Several processes share it when started by
+After Ctrl-C or a kill, the same command goes on. Several processes share the work when started by
 `torchrun --nproc-per-node 2 -m LightningDiT.extract_features ...` or by accelerate.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from LightningDiT.data.image_sets import ImageSet
     from LightningDiT.training.extraction import ExtractionResult, ExtractionSettings
 
-MOST_THREADS = 8
 LISTED_FILES = 5
 
 
@@ -37,20 +35,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m LightningDiT.extract_features", description=__doc__)
     parser.add_argument("--config", required=True, help="YAML of the published schema; its tokenizer encodes")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--images", metavar="FOLDER", help="folder with one subfolder of images a class")
-    source.add_argument("--list", metavar="FILE", help="`path class` a line, apart by a tab or the last space, or CSV")
+    source.add_argument("--images", metavar="FOLDER", help="folder with one subfolder of images per class")
+    source.add_argument(
+        "--list", metavar="FILE", help="`path class` in each line, separated by a tab or a space; or CSV"
+    )
     source.add_argument("--dataset", metavar="NAME", help="of torchvision, such as CIFAR10; needs --data-root")
     parser.add_argument("--data-root", metavar="FOLDER", help="of --dataset; alone: folder of Fashion-MNIST")
     parser.add_argument("--split", default="train", help="of --dataset: train (default), test, or its own name")
     parser.add_argument("--output", required=True, help="folder for the shards, latents_stats.pt and the manifest")
-    parser.add_argument("--shard-size", type=positive, default=10_000, help="images of a shard; default 10000")
-    parser.add_argument("--posterior", choices=("sample", "mode"), default="sample", help="what is stored")
+    parser.add_argument("--shard-size", type=positive, default=10_000, help="images in a shard; default 10000")
+    parser.add_argument("--posterior", choices=("sample", "mode"), default="sample", help="default sample")
     parser.add_argument("--seed", type=int, default=0, help="of the posterior's noise; default 0")
     parser.add_argument(
-        "--flip", action="store_true", help="store mirrored images besides, as published; not for spectrograms or text"
+        "--flip", action="store_true", help="also store mirrored images, as published; not for spectrograms or text"
     )
-    parser.add_argument("--batch-size", type=positive, default=64, help="images at once; has no effect on the latents")
-    parser.add_argument("--read-threads", type=positive, help="that read images ahead; default: one a core, at most 8")
+    parser.add_argument("--batch-size", type=positive, default=64, help="images encoded at once; changes no latent")
+    parser.add_argument("--read-threads", type=positive, help="that read images; default: one a core, at most 8")
     parser.add_argument("--dry-run", action="store_true", help="print the settings and end")
     args = parser.parse_args(argv)
     if not (args.images or args.list or args.data_root):
@@ -64,7 +64,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def open_images(args: argparse.Namespace) -> ImageSet:
     """Return the image set of the command line."""
-    from LightningDiT.data.image_sets import FASHION_MNIST, open_folder, open_list, open_torchvision
+    from LightningDiT.data.image_sets import FASHION_MNIST, open_folder
+    from LightningDiT.data.list_files import open_list
+    from LightningDiT.data.torchvision_sets import open_torchvision
 
     if args.images:
         return open_folder(args.images)
@@ -74,10 +76,9 @@ def open_images(args: argparse.Namespace) -> ImageSet:
 
 
 def settings_of(args: argparse.Namespace, config: Config) -> ExtractionSettings:
-    """Return the extraction's settings of the command line."""
+    """Return the extraction's settings."""
     from LightningDiT.training.extraction import ExtractionSettings
 
-    threads = args.read_threads or min(os.cpu_count() or 1, MOST_THREADS)
     return ExtractionSettings(
         image_size=config.data.image_size,
         shard_size=args.shard_size,
@@ -85,16 +86,12 @@ def settings_of(args: argparse.Namespace, config: Config) -> ExtractionSettings:
         flips=args.flip,
         seed=args.seed,
         batch_size=args.batch_size,
-        threads=threads,
+        threads=args.read_threads,
     )
 
 
 def check_ratio(config: Config, factor: int) -> None:
-    """Refuse a configuration that expects latents of another size than the tokenizer makes, before they are made.
-
-    Raises:
-        LightningDiTError: names the key.
-    """
+    """Raise LightningDiTError if the configuration expects latents of another size than the tokenizer makes."""
     if config.vae.downsample_ratio != factor:
         raise LightningDiTError(
             f"{config.source}: vae.downsample_ratio is {config.vae.downsample_ratio}, and {factor} in the tokenizer"
@@ -104,10 +101,10 @@ def check_ratio(config: Config, factor: int) -> None:
 
 
 def summary(result: ExtractionResult, output: Path) -> str:
-    """Return what was done in a few lines."""
+    """Return a few lines about what was done."""
     lines = []
     if broken := result.unreadable:
-        lines = [f"passed over {len(broken)} of {result.images} images, which cannot be read; the manifest names all:"]
+        lines = [f"passed over {len(broken)} of {result.images} images that cannot be read; the manifest names all:"]
         lines += [f"  {name}: {reason}" for name, reason in broken[:LISTED_FILES]]
     if result.made:
         shares = ", ".join(f"{name} {share:.1%}" for name, share in result.shares.items())

@@ -1,4 +1,4 @@
-"""Pixels: the centre crop, the conversion to uint8, the grid with captions, and saving."""
+"""Pixels: centre crop, conversion to and from uint8, grids with captions, and saving."""
 
 from __future__ import annotations
 
@@ -38,12 +38,22 @@ def to_uint8(images: Tensor) -> Tensor:
     return scaled.permute(0, 2, 3, 1).to(torch.uint8)
 
 
+def to_float(pixels: Tensor) -> Tensor:
+    """Return float32 values in [-1, 1] of uint8 pixels, in the same shape."""
+    return pixels.float() / 127.5 - 1.0
+
+
+def as_images(pixels: Tensor) -> Tensor:
+    """Return images (N, 3, H, W) in [-1, 1] of pixels (N, H, W, 3) uint8: the inverse of `to_uint8`."""
+    return to_float(pixels.permute(0, 3, 1, 2))
+
+
 def image_grid(
     images: Sequence[Image.Image], captions: Sequence[str] | None = None, columns: int | None = None
 ) -> Image.Image:
     """Return one picture with all `images` (of one size) in rows, each above its caption.
 
-    Small images are enlarged by a whole factor, so that a grid of 32x32 pictures can be looked at.
+    Images below 128 pixels are enlarged by a whole factor.
     """
     width, height = images[0].size
     factor = max(1, 128 // width)
@@ -80,8 +90,19 @@ def to_pil(images: np.ndarray) -> list[Image.Image]:
     return [Image.fromarray(image) for image in images]
 
 
+def save_reconstructions(originals: Tensor, copies: Tensor, path: str | Path, columns: int = 8) -> Path:
+    """Write a PNG of `originals`, `columns` in a row, each row above its reconstructions; both (N, H, W, 3) uint8.
+
+    Raises:
+        LightningDiTError: see `save_png`.
+    """
+    pairs = zip(originals.split(columns), copies.split(columns), strict=True)
+    rows = torch.cat([row for pair in pairs for row in pair])
+    return save_png(image_grid(to_pil(rows.cpu().numpy()), None, min(columns, len(originals))), path)
+
+
 def save_png(image: Image.Image, path: str | Path) -> Path:
-    """Write `image` as PNG, whole or not at all, and return the path.
+    """Write `image` as PNG, whole or not at all, and return its path.
 
     Raises:
         LightningDiTError: the folder cannot be written, or the disk is full.

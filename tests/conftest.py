@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import shutil
 import signal
+import struct
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -92,6 +94,22 @@ def largest_file(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def write_idx(path: Path, values: np.ndarray) -> None:
+    """Write bytes as a gzipped IDX file, as Fashion-MNIST comes."""
+    header = struct.pack(">BBBB", 0, 0, 8, values.ndim) + struct.pack(f">{values.ndim}i", *values.shape)
+    path.write_bytes(gzip.compress(header + values.astype(np.uint8).tobytes()))
+
+
+@pytest.fixture
+def fashion_folder(tmp_path: Path) -> Path:
+    """Twelve small photographs in Fashion-MNIST's files."""
+    images = np.random.default_rng(0).integers(0, 256, (12, 28, 28))
+    for prefix in ("train", "t10k"):
+        write_idx(tmp_path / f"{prefix}-images-idx3-ubyte.gz", images)
+        write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte.gz", np.arange(12) % 3)
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

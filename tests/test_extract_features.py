@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from PIL import Image
 from LightningDiT.checkpoint import load_training_state
 from LightningDiT.config import load_config
 from LightningDiT.console import run_main
-from LightningDiT.data.image_sets import open_folder, open_list, open_torchvision
+from LightningDiT.data.image_sets import open_folder
 from LightningDiT.data.labels import LATENTS_MANIFEST, Labels
 from LightningDiT.data.shards import LatentShards, iterate_shards, shard_files, shard_path, write_shard
 from LightningDiT.errors import LightningDiTError
@@ -35,9 +36,8 @@ from LightningDiT.tokenizer.latents import LatentStats
 from LightningDiT.tokenizer.vavae import VA_VAE
 from LightningDiT.training import extraction
 from tests.conftest import PROJECT
-from tests.test_data import fashion_folder  # noqa: F401 - a fixture
+from tests.test_image_sets import CLASSES, save_images
 
-CLASSES = ("cats", "dogs", "sea lions")
 KILLS = 14
 #: Extracts into the first folder, then forks an extraction into the second one for every line on its input. Groups of
 #: two images, and what a shard has is kept after every batch, so that a kill can come between any two steps.
@@ -64,16 +64,6 @@ for line in sys.stdin:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != LOCK}
-
-
-def save_images(folder: Path, count: int, classes: tuple[str, ...] = CLASSES) -> Path:
-    """Write `count` photographs of noise, 20x16, dealt over the classes in turn."""
-    generator = np.random.default_rng(0)
-    for number in range(count):
-        place = folder / classes[number % len(classes)]
-        place.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(generator.integers(0, 256, (16, 20, 3), np.uint8)).save(place / f"{number:03d}.png")
-    return folder
 
 
 def command(folder: Path, *more: str | Path) -> list[str]:
@@ -414,103 +404,14 @@ def test_a_disk_that_is_too_small_is_said_before_the_start(
     tiny_folder: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """11 latents of 4x8x8 float32 in two copies and a label take 11 * (2 * 1024 + 8) = 22,616 bytes."""
-    usage = extraction.shutil.disk_usage(tmp_path)
+    usage = shutil.disk_usage(tmp_path)
     own = command(tiny_folder, "--images", images, "--output", tmp_path / "latents", "--flip")
-    monkeypatch.setattr(extraction.shutil, "disk_usage", lambda _: usage._replace(free=22_615))
-    with pytest.raises(LightningDiTError, match="the latents take 0.00 GB"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=22_615))
+    with pytest.raises(LightningDiTError, match="the latents may take 22.6 kB, and .* has 22.6 kB free"):
         main(own)
     assert not shard_files(tmp_path / "latents")
-    monkeypatch.setattr(extraction.shutil, "disk_usage", lambda _: usage._replace(free=22_616))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=22_616))
     assert main(own) == 0
-
-
-def test_folders_that_are_numbers_are_classes_in_that_order(tmp_path: Path) -> None:
-    opened = open_folder(save_images(tmp_path / "images", 12, tuple(map(str, range(12)))))
-    assert opened.class_names == tuple(map(str, range(12)))
-    assert [(Path(opened.name_of(n)).parent.name, opened.read(n)[1]) for n in range(4)] == [
-        ("0", 0),
-        ("1", 1),
-        ("10", 10),
-        ("11", 11),
-    ]
-
-
-def test_folders_without_images_or_classes_are_named(tmp_path: Path) -> None:
-    with pytest.raises(LightningDiTError, match="no images in"):
-        open_folder(tmp_path / "absent")
-    Image.new("RGB", (16, 16)).save(tmp_path / "flat.png")
-    with pytest.raises(LightningDiTError, match=r"flat.png lies in no subfolder"):
-        open_folder(tmp_path)
-
-
-def test_linked_classes_are_read_and_dead_links_listed(tmp_path: Path) -> None:
-    """As a folder of links into a larger set; one leads back to where it is, one nowhere."""
-    save_images(tmp_path / "real", 6)
-    place = tmp_path / "links"
-    place.mkdir()
-    for name in CLASSES:
-        (place / name).symlink_to(tmp_path / "real" / name)
-    (tmp_path / "real" / "cats" / "back").symlink_to(place)
-    (tmp_path / "real" / "dogs" / "gone.png").symlink_to(tmp_path / "nowhere.png")
-    opened = open_folder(place)
-    assert (opened.count, opened.class_names) == (7, CLASSES)
-    names = [Path(opened.name_of(number)).name for number in range(7)]
-    assert names == ["000.png", "003.png", "001.png", "004.png", "gone.png", "002.png", "005.png"]
-    with pytest.raises(FileNotFoundError):
-        opened.read(4)
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "labels", "names"),
-    [
-        ("list.txt", "cats/000.png 4\n\n# a note\ndogs/001.png 0\n", [4, 0], None),
-        ("list.txt", "dogs/001.png\tsea lion\ncats/000.png\tcat\n", [1, 0], ("cat", "sea lion")),
-        ("list.txt", "cats/000.png cat\nabsent file.png dog\n", [0, None], ("cat", "dog")),
-        ("list.csv", 'path,label\ncats/000.png, "lion, sea"\ndogs/001.png,dog\n', [1, 0], ("dog", "lion, sea")),
-        ("list.csv", "\ufeffcats/000.png,2\n", [2], None),
-        ("list.txt", "cats/000.png,7\n", [7], None),
-    ],
-)
-def test_list_files(
-    name: str, text: str, labels: list[int | None], names: tuple[str, ...] | None, images: Path
-) -> None:
-    (images / name).write_text(text, encoding="utf-8")
-    opened = open_list(images / name)
-    assert opened.class_names == names
-    assert opened.count == len(labels)
-    for number, label in enumerate(labels):
-        if label is None:
-            with pytest.raises(FileNotFoundError):
-                opened.read(number)
-        else:
-            assert opened.read(number)[1] == label
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a.png 1\nb.png\n", r"line 2: 'b.png' has no class"),
-        ("a.png\t\n", r"line 1: 'a.png' has no class"),
-        ("a.png -1\nb.png 0\n", "a.png has the class -1"),
-        ("a.png 1234567890\n", "a.png has the class 1234567890; fix: number classes from 0"),
-        ("x" * 140_000 + ",1\n", r"line 1 is no CSV \(field larger"),
-        ("\n# nothing\n", "lists no images"),
-    ],
-)
-def test_list_files_with_errors_are_one_line(text: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "list.txt").write_text(text)
-    with pytest.raises(LightningDiTError, match=message):
-        open_list(tmp_path / "list.txt")
-    with pytest.raises(LightningDiTError, match="cannot be read"):
-        open_list(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["x" * 300, "a\0.png"])
-def test_listed_names_that_no_file_can_have(name: str, tmp_path: Path) -> None:
-    (tmp_path / "list.txt").write_text(f"{name} 1\n")
-    opened = open_list(tmp_path / "list.txt")
-    with pytest.raises((OSError, ValueError)):
-        opened.read(0)
 
 
 def test_listed_files_that_are_missing_are_passed_over(tiny_folder: Path, images: Path, tmp_path: Path) -> None:
@@ -520,41 +421,6 @@ def test_listed_files_that_are_missing_are_passed_over(tiny_folder: Path, images
     manifest = json.loads((tmp_path / "latents" / LATENTS_MANIFEST).read_text())
     assert [name for name, _ in manifest["unreadable"]] == [str(images / "not there.png")]
     assert (manifest["classes"], manifest["class_names"]) == (2, None)
-
-
-def test_fashion_mnist_has_two_black_pixels_around(fashion_folder: Path) -> None:  # noqa: F811
-    opened = open_torchvision("FashionMNIST", fashion_folder, "test")
-    pixels = np.random.default_rng(0).integers(0, 256, (12, 28, 28))
-    image, label = opened.read(5)
-    assert (opened.count, label, opened.class_names and opened.class_names[2]) == (12, 2, "Pullover")
-    np.testing.assert_array_equal(np.asarray(image)[2:-2, 2:-2, 1], pixels[5])
-    assert np.asarray(image).sum() == 3 * pixels[5].sum()
-    with pytest.raises(LightningDiTError, match="FashionMNIST has no part 'val'"):
-        open_torchvision("FashionMNIST", fashion_folder, "val")
-
-
-def test_any_set_of_torchvision_by_its_name(tmp_path: Path, tiny_folder: Path) -> None:
-    """EuroSAT from a folder as torchvision keeps it, and FakeData, which makes its images itself."""
-    save_images(tmp_path / "eurosat" / "2750", 5)
-    opened = open_torchvision("EuroSAT", tmp_path, "train")
-    assert (opened.count, opened.class_names) == (5, CLASSES)
-    assert [opened.read(number)[1] for number in range(5)] == [0, 0, 1, 1, 2]
-    expected = Image.open(tmp_path / "eurosat" / "2750" / "dogs" / "001.png")
-    np.testing.assert_array_equal(np.asarray(opened.read(2)[0]), np.asarray(expected))
-    assert open_torchvision("FakeData", tmp_path, "train").class_names is None
-    with pytest.raises(LightningDiTError, match="no data set 'CIFAR11'; near to it: CIFAR10"):
-        open_torchvision("CIFAR11", tmp_path, "train")
-    with pytest.raises(LightningDiTError, match="FakeData .test. of torchvision cannot be had .* it has no parts"):
-        open_torchvision("FakeData", tmp_path, "test")
-    for options in (
-        ["--dataset", "CIFAR10"],
-        [],
-        ["--images", "x", "--data-root", "y"],
-        ["--images", "x", "--list", "y"],
-    ):
-        with pytest.raises(SystemExit) as ended:
-            main(command(tiny_folder, "--output", tmp_path, *options))
-        assert ended.value.code == 2
 
 
 def test_the_pipeline_shows_the_class_names_of_the_manifest(tiny_folder: Path, images: Path) -> None:
@@ -585,6 +451,16 @@ def test_the_pipeline_shows_the_class_names_of_the_manifest(tiny_folder: Path, i
     manifest.write_text("{")
     with pytest.raises(LightningDiTError, match="the manifest .* cannot be read"):
         Labels.of(load_config(file))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--dataset", "CIFAR10"), (), ("--images", "x", "--data-root", "y"), ("--images", "x", "--list", "y")],
+)
+def test_one_source_of_images_must_be_named(options: tuple[str, ...], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--config", "c.yaml", "--output", str(tmp_path), *options])
+    assert ended.value.code == 2
 
 
 def test_the_shares_of_the_time_are_stated(tiny_folder: Path, images: Path, tmp_path: Path) -> None:

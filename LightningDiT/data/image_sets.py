@@ -1,268 +1,384 @@
-"""Image sets with a class for each image: folders by class, list files, and the data sets of torchvision."""
+"""Image sets: which images there are, what each is called, its class and its pixels.
+
+This module alone decides which number, name and folder belong to a class (`number_classes` and its callers).
+"""
 
 from __future__ import annotations
 
-import csv
-import difflib
+import copy
+import enum
+import functools
 import hashlib
-import inspect
-import operator
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import itertools
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
-from LightningDiT.data.images import (
-    FASHION_MNIST_CLASSES,
-    as_rgb,
-    fashion_mnist,
-    image_files,
-    pad_to_32,
-    read_image,
-    shown,
-)
+from LightningDiT.data.fashion_mnist import FASHION_MNIST_CLASSES, fashion_mnist, padded
+from LightningDiT.data.image_files import find_images, read_image, shown
+from LightningDiT.data.prefetching import prefetched
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.images import to_uint8
+from LightningDiT.images import centre_crop
 
 FASHION_MNIST = "FashionMNIST"
+MANIFEST = "manifest.json"  # of a sampling run, beside its images
 MOST_DIGITS = 9  # of a class number
-CSV_HEADERS = ("path", "file", "filename", "image")  # names that the first column of a table has in its first line
+MOST_READERS = 8  # threads that read images by default, at most
+
+T = TypeVar("T")
+
+
+class Unreadable(enum.Enum):
+    """What stands for an image that cannot be read."""
+
+    RAISE = "an error that names it"
+    BLACK = "a black image; the set must be cropped"
+    NEXT = "the next image that can be read"
+
+
+class ImageBatch(NamedTuple):
+    """Images as they were read.
+
+    Attributes:
+        pixels: (N, 3, H, W) uint8.
+        labels: (N,) int64; 0 where the class is unknown.
+        read: (N,) bool; false where a black image stands for one that cannot be read.
+        unreadable: name and reason of each image that cannot be read.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    read: Tensor
+    unreadable: list[tuple[str, str]]
+
+
+class _Row(NamedTuple):
+    """One image of a batch: its number, pixels (H, W, 3), and as in `ImageBatch`."""
+
+    number: int
+    pixels: np.ndarray
+    label: int
+    read: bool
+    unreadable: list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
+class Classes:
+    """The classes of a set.
+
+    Attributes:
+        labels: (N,) int64, the class of each image; None where it is unknown before the image is read.
+        names: by class number; None where there are only numbers.
+    """
+
+    labels: Tensor | None = None
+    names: tuple[str, ...] | None = None
+
+
+def number_classes(given: Sequence[str], keep_numbers: bool) -> Classes:
+    """Return the classes of images whose class is a text: the name of a folder, or a word in a list.
+
+    Names are numbered in alphabetical order, and in the order of their values where all are decimal numbers.
+
+    Args:
+        keep_numbers: decimal numbers are class numbers already, and there are no names.
+    """
+    names = sorted(set(given))
+    if all(name.isdecimal() for name in names):
+        if keep_numbers and max(map(len, names)) <= MOST_DIGITS:
+            return Classes(torch.tensor([int(name) for name in given]))
+        names.sort(key=int)
+    numbers = {name: number for number, name in enumerate(names)}
+    return Classes(torch.tensor([numbers[name] for name in given]), tuple(names))
+
+
 class ImageSet:
-    """Images that are read when they are wanted, from several threads.
+    """Numbered images, which are read when they are wanted, from several threads.
 
     Attributes:
         source: where they are, as a person named it.
-        count: how many there are.
-        read: number of an image -> the image (8-bit RGB) and its class; raises whatever a damaged file makes
-            Pillow raise.
-        name_of: number of an image -> its name, for messages.
-        key: a text that changes with the list of images, their sizes and classes, and not with the place of a folder.
-        class_names: by class number; None where there are only numbers.
+        count: number of images.
+        labels, class_names: see `Classes`.
+        size: side in pixels of the centre crop; None: images stay as they are.
+        sequential: whether images are read best in rising order by one thread.
     """
 
-    source: str
-    count: int
-    read: Callable[[int], tuple[Image.Image, int]]
-    name_of: Callable[[int], str]
-    key: str
-    class_names: tuple[str, ...] | None = None
+    sequential = False
+
+    def __init__(self, source: str, count: int, classes: Classes) -> None:
+        self.source, self.count = source, count
+        self.labels, self.class_names = classes.labels, classes.names
+        self.size: int | None = None
+
+    def read(self, number: int) -> tuple[Image.Image, int]:
+        """Return an image (8-bit RGB, not cropped) and its class, 0 where unknown.
+
+        Raises:
+            Exception: arbitrary bytes make Pillow's readers fail in arbitrary ways.
+        """
+        raise NotImplementedError
+
+    def name(self, number: int) -> str:
+        """Return what messages call an image."""
+        return f"image {number} of {self.source}"
+
+    @property
+    def key(self) -> str:
+        """A text that changes with the list of images, their sizes and classes, and not with the folder's path."""
+        raise NotImplementedError
+
+    @property
+    def state(self) -> str:
+        """A text that changes with everything that the pixels depend on: names, times and the crop."""
+        return f"{self.key} {self.size}"
+
+    def cropped(self, size: int | None) -> ImageSet:
+        """Return the same images, cropped to `size` x `size` pixels."""
+        images = copy.copy(self)
+        images.size = size
+        return images
+
+    def batch(self, numbers: Iterable[int], unreadable: Unreadable = Unreadable.RAISE) -> ImageBatch:
+        """Return the images `numbers`.
+
+        Raises:
+            LightningDiTError: an image cannot be read (see `Unreadable`), or images differ in size.
+        """
+        return self._batch([self._row(number, unreadable) for number in numbers])
+
+    def batches(
+        self,
+        numbers: Iterable[int],
+        batch_size: int,
+        unreadable: Unreadable = Unreadable.RAISE,
+        threads: int | None = None,
+    ) -> Iterator[ImageBatch]:
+        """Yield the images `numbers`, `batch_size` at a time; threads read the next batch while one is used.
+
+        Args:
+            threads: by default one a core, at most `MOST_READERS`.
+
+        Raises:
+            LightningDiTError: see `batch`.
+        """
+        threads = 1 if self.sequential else threads or min(os.cpu_count() or 1, MOST_READERS)
+        rows = prefetched(functools.partial(self._row, unreadable=unreadable), numbers, threads, ahead=batch_size)
+        return map(self._batch, chunks(rows, batch_size))
+
+    def _row(self, number: int, unreadable: Unreadable) -> _Row:
+        failed: list[tuple[str, str]] = []
+        for candidate in range(number, number + (self.count if unreadable is Unreadable.NEXT else 1)):
+            candidate %= self.count
+            try:
+                image, label = self.read(candidate)
+                pixels = np.asarray(centre_crop(image, self.size) if self.size else image)
+                return _Row(candidate, pixels, label, True, failed)
+            except (MemoryError, LightningDiTError):
+                raise
+            except Exception as error:  # see `read`
+                failed.append((self.name(candidate), " ".join(str(error).split())[:160]))
+        name, reason = failed[0]
+        if unreadable is Unreadable.BLACK and self.size:
+            return _Row(number, np.zeros((self.size, self.size, 3), np.uint8), 0, False, failed)
+        if unreadable is Unreadable.NEXT:
+            raise LightningDiTError(
+                f"none of the {self.count} images of {self.source} can be read ({name}: {reason})",
+                "name a folder of images",
+            )
+        raise LightningDiTError(f"{name} is no whole image ({reason})", "delete it, and give the same command again")
+
+    def _batch(self, rows: Sequence[_Row]) -> ImageBatch:
+        first = rows[0]
+        for row in rows:
+            if row.pixels.shape != first.pixels.shape:
+                (height, width), (first_height, first_width) = row.pixels.shape[:2], first.pixels.shape[:2]
+                raise LightningDiTError(
+                    f"{self.name(row.number)} has {width}x{height} pixels, {self.name(first.number)} has"
+                    f" {first_width}x{first_height}",
+                    "give --size N, which crops every image to N x N",
+                )
+        return ImageBatch(
+            torch.from_numpy(np.stack([row.pixels for row in rows])).permute(0, 3, 1, 2),
+            torch.tensor([row.label for row in rows]),
+            torch.tensor([row.read for row in rows]),
+            [pair for row in rows for pair in row.unreadable],
+        )
+
+    def _label(self, number: int) -> int:
+        return 0 if self.labels is None else int(self.labels[number])
 
 
-def open_folder(folder: str | Path) -> ImageSet:
-    """Return the images below `folder`, whose subfolders are the classes, numbered in the order of their names.
+def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Yield `size` items at a time, in the end those that are left."""
+    iterator = iter(items)
+    while chunk := list(itertools.islice(iterator, size)):
+        yield chunk
 
-    Names that are numbers are ordered as numbers.
+
+def evenly_spaced(count: int, at_most: int) -> list[int]:
+    """Return the numbers below `count`, or `at_most` of them at equal distances, from 0 on."""
+    chosen = min(count, at_most)
+    return [index * count // chosen for index in range(chosen)]
+
+
+class FileImages(ImageSet):
+    """A file for each image.
+
+    Args:
+        names: of the files, as `key` has them; by default their paths.
+    """
+
+    def __init__(
+        self, source: str, files: Sequence[Path], classes: Classes | None = None, names: Sequence[str] | None = None
+    ) -> None:
+        super().__init__(source, len(files), classes or Classes())
+        self.files, self._names = files, names or [path.as_posix() for path in files]
+
+    def read(self, number: int) -> tuple[Image.Image, int]:
+        return read_image(self.files[number]), self._label(number)
+
+    def name(self, number: int) -> str:
+        return shown(self.files[number])
+
+    @property
+    def key(self) -> str:
+        digest = hashlib.sha256()
+        for number, (name, file) in enumerate(zip(self._names, self.files, strict=True)):
+            digest.update(f"{name}\t{_stamp(file)[0]}\t{self._label(number)}\n".encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
+    @property
+    def state(self) -> str:
+        rows = [(name, *_stamp(file)) for name, file in zip(self._names, self.files, strict=True)]
+        return f"folder {hashlib.sha256(json.dumps(rows).encode()).hexdigest()} {self.size}"
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    """Return size and time of a file; -1 where there is none of that name, and for a dead link."""
+    try:
+        status = file.stat()
+    except (OSError, ValueError):
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
+
+
+class ArrayImages(ImageSet):
+    """Images in memory.
+
+    Args:
+        pixels: (N, H, W, 3) uint8.
+        key: see `ImageSet`.
+    """
+
+    def __init__(self, source: str, pixels: np.ndarray, classes: Classes | None = None, key: str = "") -> None:
+        super().__init__(source, len(pixels), classes or Classes())
+        self.pixels, self._key = pixels, key
+
+    def read(self, number: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.pixels[number]), self._label(number)
+
+    def batch(self, numbers: Iterable[int], unreadable: Unreadable = Unreadable.RAISE) -> ImageBatch:
+        chosen = np.fromiter(numbers, np.int64)
+        if self.size and self.pixels.shape[1:3] != (self.size, self.size):
+            return super().batch(chosen.tolist(), unreadable)
+        labels = torch.tensor([self._label(number) for number in chosen])
+        pixels = torch.from_numpy(np.ascontiguousarray(self.pixels[chosen])).permute(0, 3, 1, 2)
+        return ImageBatch(pixels, labels, torch.ones(len(chosen), dtype=torch.bool), [])
+
+    def batches(
+        self, numbers: Iterable[int], batch_size: int, unreadable: Unreadable = Unreadable.RAISE, threads: Any = None
+    ) -> Iterator[ImageBatch]:
+        return (self.batch(chunk, unreadable) for chunk in chunks(numbers, batch_size))
+
+    @property
+    def key(self) -> str:
+        return self._key
+
+
+def open_files(folder: str | Path) -> FileImages:
+    """Return all images below a folder, at any depth and without classes.
+
+    Raises:
+        LightningDiTError: see `find_images`.
+    """
+    return FileImages(str(folder), find_images(folder))
+
+
+def open_folder(folder: str | Path) -> FileImages:
+    """Return the images below a folder whose subfolders are the classes, each with its name; see `number_classes`.
 
     Raises:
         LightningDiTError: there is no image, or one that lies in no subfolder.
     """
-    place = Path(folder)
-    files = image_files(place)
-    flat = [path for path in files if path.parent == place]
+    root = Path(folder)
+    files = find_images(root)
+    flat = [path for path in files if path.parent == root]
     if flat:
         raise LightningDiTError(
             f"{flat[0]} lies in no subfolder, which would name its class", "put images into one subfolder a class"
         )
-    classes = [path.relative_to(place).parts[0] for path in files]
-    names = _ordered(classes)
-    return _of_files(str(place), files, [path.relative_to(place).as_posix() for path in files], classes, names)
+    names = [path.relative_to(root) for path in files]
+    classes = number_classes([name.parts[0] for name in names], keep_numbers=False)
+    return FileImages(str(root), files, classes, [name.as_posix() for name in names])
 
 
-def open_list(file: str | Path) -> ImageSet:
-    """Return the images that a text file lists, one `path class` a line, apart by a tab, the last space or a comma.
+def open_samples(folder: str | Path) -> FileImages:
+    """Return the images below a folder that are to be evaluated, with their classes as far as they are known.
 
-    Paths are relative to the folder of the list. Classes are numbers, or names, which are numbered in their order.
-    Empty lines and those that begin with # are passed over, and so is the header of a table (.csv).
-
-    Raises:
-        LightningDiTError: the file cannot be read, a line has no class or one that cannot be, or there is no line.
-    """
-    listing = Path(file)
-    rows = list(_rows(listing))
-    if not rows:
-        raise LightningDiTError(f"{listing} lists no images", "write one `path class` a line")
-    names, classes = [path for path, _ in rows], [label for _, label in rows]
-    numbered = all(re.fullmatch(r"-?\d+", label) for label in classes)
-    wrong = [row for row in rows if row[1].startswith("-") or len(row[1]) > MOST_DIGITS] if numbered else []
-    if wrong:
-        name, label = wrong[0]
-        raise LightningDiTError(f"{listing}: {name[:80]} has the class {label[:40]}", "number classes from 0")
-    files = [listing.parent / name for name in names]
-    return _of_files(str(listing), files, names, classes, None if numbered else _ordered(classes))
-
-
-def open_torchvision(name: str, root: str | Path, split: str) -> ImageSet:
-    """Return the images of a torchvision data set, fetched into `root` where it is missing and can be fetched.
-
-    The photographs of Fashion-MNIST get two black pixels around, as the bundled model has them.
-
-    Args:
-        split: `train` or `test`, or what else the data set calls its parts.
+    These come from the manifest of a sampling run, or from one subfolder a class: decimal numbers are class numbers,
+    other names are numbered by `number_classes`.
 
     Raises:
-        LightningDiTError: torchvision has no such data set, or it cannot be had, or has no class for each image.
+        LightningDiTError: see `find_images`.
     """
-    if name == FASHION_MNIST:
-        return _fashion_mnist(root, split)
-    from torchvision import datasets
+    root = Path(folder)
+    files = find_images(root)
+    names = [path.relative_to(root) for path in files]
+    classes = Classes()
+    if (root / MANIFEST).is_file():
+        classes = Classes(_labels_of_run(root / MANIFEST, files))
+    elif all(len(name.parts) == 2 for name in names):
+        classes = number_classes([name.parts[0] for name in names], keep_numbers=True)
+    return FileImages(str(folder), files, classes, [str(name) for name in names])
 
-    kind = getattr(datasets, name, None)
-    if not (inspect.isclass(kind) and issubclass(kind, datasets.VisionDataset)):
-        near = difflib.get_close_matches(name, datasets.__all__, 3, 0.4)
-        hint = f"; near to it: {', '.join(near)}" if near else ""
-        raise LightningDiTError(f"torchvision has no data set {name!r}{hint}", "python -m pydoc torchvision.datasets")
+
+def _labels_of_run(manifest: Path, files: Sequence[Path]) -> Tensor | None:
+    """Return the class of each `000000.png`, ... by the run's manifest; None where it does not tell."""
     try:
-        data = kind(**_options(kind, name, root, split))
-        first = _target(data[0][1])
-    except (OSError, RuntimeError, ValueError, TypeError, LookupError, ImportError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise LightningDiTError(
-            f"{name} ({split}) of torchvision cannot be had from {root}: {reason}",
-            "put its files into --data-root, or choose another --split",
-        ) from error
-    if first is None:
-        raise LightningDiTError(f"{name} of torchvision has no class for each image", "choose a set for classification")
-
-    def read(index: int) -> tuple[Image.Image, int]:
-        image, target = data[index]
-        return as_rgb(image), operator.index(target)
-
-    content = getattr(data, "data", None)
-    digest = hashlib.sha256(np.ascontiguousarray(content)).hexdigest() if content is not None else ""
-    return ImageSet(
-        f"{name} {split} in {root}",
-        len(data),
-        read,
-        lambda index: f"{name} {split} image {index}",
-        f"{name} {split} {len(data)} {digest}".strip(),
-        _class_names(getattr(data, "classes", None)),
-    )
+        labels = json.loads(manifest.read_text(encoding="utf-8"))["labels"]
+        found = torch.tensor([int(labels[int(file.stem)]) for file in files])
+    except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError, RuntimeError):
+        return None  # another program's manifest, or other images beside the run's
+    return found if bool((found >= 0).all()) else None
 
 
-def _fashion_mnist(root: str | Path, split: str) -> ImageSet:
-    images, labels = fashion_mnist(root, _is_train(FASHION_MNIST, split))
+def open_fashion_mnist(root: str | Path, split: str) -> ArrayImages:
+    """Return the photographs of Fashion-MNIST, 32x32 pixels with their border; see `fashion_mnist`.
 
-    def read(index: int) -> tuple[Image.Image, int]:
-        pixels = to_uint8(pad_to_32(images[index : index + 1]))[0]  # (32, 32, 3)
-        return Image.fromarray(pixels.numpy()), int(labels[index])
-
+    Raises:
+        LightningDiTError: `split` is neither train nor test, or the files cannot be had.
+    """
+    images, labels = fashion_mnist(root, is_train(FASHION_MNIST, split))
     digest = hashlib.sha256(images.numpy())
     digest.update(labels.numpy())
-    return ImageSet(
+    return ArrayImages(
         f"{FASHION_MNIST} {split} in {root}",
-        len(images),
-        read,
-        lambda index: f"{FASHION_MNIST} {split} image {index}",
+        padded(images).unsqueeze(3).expand(-1, -1, -1, 3).numpy(),  # (N, 32, 32, 3), without a copy
+        Classes(labels, FASHION_MNIST_CLASSES),
         f"{FASHION_MNIST} {split} {len(images)} {digest.hexdigest()}",
-        FASHION_MNIST_CLASSES,
     )
 
 
-def _of_files(
-    source: str, files: Sequence[Path], names: Sequence[str], classes: Sequence[str], class_names: Sequence[str] | None
-) -> ImageSet:
-    """Return the set of image files with the texts of their classes, which are numbers without `class_names`."""
-    if class_names is None:
-        labels = [int(label) for label in classes]
-    else:
-        numbers = {name: number for number, name in enumerate(class_names)}
-        labels = [numbers[label] for label in classes]
-
-    def read(index: int) -> tuple[Image.Image, int]:
-        return read_image(files[index]), labels[index]
-
-    digest = hashlib.sha256()
-    for name, file, label in zip(names, files, labels, strict=True):
-        digest.update(f"{name}\t{_size_of(file)}\t{label}\n".encode(errors="surrogateescape"))
-    known = None if class_names is None else tuple(class_names)
-    return ImageSet(source, len(files), read, lambda index: shown(files[index]), digest.hexdigest(), known)
-
-
-def _size_of(file: Path) -> int:
-    """Return the bytes of a file; -1 where there can be none of that name."""
-    try:
-        return file.stat().st_size
-    except (OSError, ValueError):
-        return -1
-
-
-def _ordered(classes: Iterable[str]) -> list[str]:
-    """Return the different names in order: that of the alphabet, or of the numbers where all are numbers."""
-    names = sorted(set(classes))
-    return sorted(names, key=int) if all(name.isdecimal() for name in names) else names
-
-
-def _rows(listing: Path) -> Iterator[tuple[str, str]]:
-    """Yield path and class of every line of a list file."""
-    try:
-        lines = listing.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise LightningDiTError(f"the list {listing} cannot be read ({error})", "name a text file in UTF-8") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip() or line.startswith("#"):
-            continue
-        try:
-            fields = _fields(line, listing.suffix.lower() == ".csv")
-        except csv.Error as error:
-            raise LightningDiTError(
-                f"{listing}, line {number} is no CSV ({error})", "write `path,class` there"
-            ) from error
-        if number == 1 and fields[0].lower() in CSV_HEADERS:
-            continue
-        if len(fields) < 2 or not fields[0] or not fields[1]:
-            raise LightningDiTError(
-                f"{listing}, line {number}: {line.strip()[:80]!r} has no class", "write `path class` there"
-            )
-        yield fields[0], fields[1]
-
-
-def _fields(line: str, table: bool) -> list[str]:
-    if table or ("\t" not in line and " " not in line.strip()):
-        parts = next(csv.reader([line], skipinitialspace=True))
-    else:
-        parts = line.split("\t") if "\t" in line else line.strip().rsplit(" ", 1)
-    return [part.strip() for part in parts]
-
-
-def _options(kind: type, name: str, root: str | Path, split: str) -> dict[str, Any]:
-    """Return what a data set of torchvision is to be called with."""
-    own = inspect.signature(kind).parameters
-    options: dict[str, Any] = {"root": str(root)} if "root" in own else {}
-    if "split" in own:
-        options["split"] = split
-    elif "train" in own:
-        options["train"] = _is_train(name, split)
-    elif split != "train":
-        raise ValueError("it has no parts")
-    passed_on = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in own.values())
-    known = [inspect.signature(base).parameters for base in (kind.__mro__[:-1] if passed_on else (kind,))]
-    if any("download" in parameters for parameters in known):
-        options["download"] = True
-    return options
-
-
-def _is_train(name: str, split: str) -> bool:
+def is_train(name: str, split: str) -> bool:
+    """Whether `split` is `train`; raises LightningDiTError unless that or `test`."""
     if split not in ("train", "test"):
         raise LightningDiTError(f"{name} has no part {split!r}; train and test are", "choose another --split")
     return split == "train"
-
-
-def _target(value: Any) -> int | None:
-    try:
-        return operator.index(value)
-    except TypeError:
-        return None
-
-
-def _class_names(classes: Any) -> tuple[str, ...] | None:
-    """Return the names of a data set's classes, synonyms (ImageNet has them) joined by commas."""
-    if not isinstance(classes, list | tuple) or not classes:
-        return None
-    return tuple(name if isinstance(name, str) else ", ".join(map(str, name)) for name in classes)

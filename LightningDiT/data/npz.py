@@ -1,58 +1,129 @@
-"""The sample file of ADM's evaluation, written from a folder's images one by one."""
+"""The sample file of ADM's evaluation, written and read image by image.
+
+The layout is that of `image_sample.py` in guided-diffusion (Dhariwal and Nichol, arXiv 2105.05233), which its
+`evaluator.py` reads: `arr_0` uint8 (N, H, W, 3) and, where classes are known, `arr_1` int64 (N,).
+"""
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
+from LightningDiT.data.image_sets import MOST_DIGITS, Classes, ImageSet
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.files import atomic_path, disk_errors
+from LightningDiT.files import atomic_path, disk_errors, fingerprint
+
+PIXELS, LABELS = "arr_0", "arr_1"
+UNREADABLE = (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile)  # what a damaged file raises
 
 
-def write_npz(
-    images: Sequence[Path] | range,
-    labels: Sequence[int] | None,
-    side: int,
-    target: str | Path,
-    each: Callable[[], None],
-    read: Callable[[Any, int], bytes] | None = None,
-) -> None:
-    """Write `target` whole or not at all, in memory for one image, calling `each` after every image.
+def write_npz(images: ImageSet, side: int, target: str | Path, each: Callable[[], None], fix: str) -> None:
+    """Write `target` whole or not at all, in memory for a few images, calling `each` after every image.
 
-    The layout is that of `image_sample.py` in guided-diffusion (Dhariwal and Nichol, arXiv 2105.05233), which its
-    `evaluator.py` reads: `arr_0` uint8 (N, side, side, 3) in the order of `images`, `arr_1` int64 (N,) labels where
-    there are any. The bytes depend on pixels and labels alone.
+    The bytes depend on pixels and labels alone.
 
     Args:
-        read: one of `images` and `side` -> its pixels (side, side, 3); that of image files where left out.
+        fix: command that mends an image of another size than `side`.
 
     Raises:
-        LightningDiTError: an image is missing, damaged or of another size, or the file cannot be written.
+        LightningDiTError: an image is damaged or of another size, or the file cannot be written.
     """
-    header = {"descr": "|u1", "fortran_order": False, "shape": (len(images), side, side, 3)}
+    header = {"descr": "|u1", "fortran_order": False, "shape": (images.count, side, side, 3)}
     with disk_errors(target), atomic_path(target) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
+        with archive.open(zipfile.ZipInfo(f"{PIXELS}.npy"), "w", force_zip64=True) as member:
             np.lib.format.write_array_header_1_0(member, header)
-            for path in images:
-                member.write((read or _pixels)(path, side))
+            for number, batch in enumerate(images.batches(range(images.count), 1)):
+                height, width = batch.pixels.shape[2:]
+                if (height, width) != (side, side):
+                    raise LightningDiTError(
+                        f"{images.name(number)} has {width}x{height} pixels, {side}x{side} expected", fix
+                    )
+                member.write(batch.pixels[0].permute(1, 2, 0).numpy().tobytes())
                 each()
-        if labels is not None:
-            with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as member:
-                np.lib.format.write_array(member, np.asarray(labels, dtype=np.int64))
+        if images.labels is not None:
+            with archive.open(zipfile.ZipInfo(f"{LABELS}.npy"), "w") as member:
+                np.lib.format.write_array(member, images.labels.numpy())
 
 
-def _pixels(path: Path, side: int) -> bytes:
-    fix = "delete it, and give the same command again"
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what a damaged .npz file raises into one line."""
     try:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for some broken chunks
-        raise LightningDiTError(f"{path} is no whole image ({error})", fix) from error
-    if pixels.shape != (side, side, 3):
-        raise LightningDiTError(f"{path} has {pixels.shape[1]}x{pixels.shape[0]} pixels, {side}x{side} expected", fix)
-    return pixels.tobytes()
+        yield
+    except UNREADABLE as error:
+        raise LightningDiTError(f"{path} is no whole .npz file ({error})", "write it again, or fetch it") from error
+
+
+def real_numbers(values: np.ndarray) -> Tensor:
+    """Return numbers as float64; raises ValueError for texts and complex numbers."""
+    if values.dtype.kind not in "fiu":
+        raise ValueError(f"{values.dtype} where numbers are expected")
+    return torch.from_numpy(values.astype(np.float64))
+
+
+class NpzImages(ImageSet):
+    """The images of a sample file, which stay on the disk: the file may be larger than the memory.
+
+    Raises:
+        LightningDiTError: the file is damaged, or holds no images in ADM's layout.
+    """
+
+    sequential = True
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._lock = path, threading.Lock()
+        with reading(path):
+            self._open()
+            with np.load(path) as archive:
+                labels = _class_numbers(archive[LABELS]) if LABELS in archive.files else None
+        count = self._shape[0] if self._shape else 0
+        if self._shape[3:] != (3,) or self._dtype != np.uint8 or not count or self._by_columns:
+            raise LightningDiTError(
+                f"{path}: {PIXELS} is {self._dtype} {self._shape}; uint8 (N, H, W, 3) in C order is expected",
+                "write it as ADM's image_sample.py does",
+            )
+        if labels is not None and labels.shape != (count,):
+            raise LightningDiTError(
+                f"{path}: {LABELS} has the shape {tuple(labels.shape)} for {count} images", "remove it, or fix it"
+            )
+        super().__init__(str(path), count, Classes(labels))
+
+    def _open(self) -> None:
+        self._stream: IO[bytes] = zipfile.ZipFile(self._path).open(f"{PIXELS}.npy")  # noqa: SIM115 - `read` goes on
+        version = np.lib.format.read_magic(self._stream)
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        self._shape, self._by_columns, self._dtype = header(self._stream)
+        self._next = 0
+
+    def read(self, number: int) -> tuple[Image.Image, int]:
+        """Return an image and its class, going on from the last one, or from the start of the file."""
+        size = int(np.prod(self._shape[1:]))
+        with self._lock, reading(self._path):
+            if number < self._next:
+                self._open()
+            while self._next <= number:
+                content = self._stream.read(size)
+                self._next += 1
+            pixels = np.frombuffer(content, np.uint8).reshape(self._shape[1:])
+        return Image.fromarray(pixels), self._label(number)
+
+    @property
+    def key(self) -> str:
+        return f"npz {fingerprint(self._path)}"
+
+
+def _class_numbers(values: np.ndarray) -> Tensor:
+    """Return class numbers as int64; raises ValueError for other values."""
+    numbers = real_numbers(values)
+    if not bool(((numbers >= 0) & (numbers == numbers.floor()) & (numbers < 10**MOST_DIGITS)).all()):
+        raise ValueError(f"{LABELS} holds what is no class number; 0, 1, ... are")
+    return numbers.long()

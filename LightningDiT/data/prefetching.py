@@ -1,46 +1,64 @@
-"""Work that threads do ahead of its use, in order."""
+"""Results computed ahead of their use, in order, by threads or processes."""
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Ahead(Generic[Item, Result]):
-    """What `work` gives for each of `items`, in their order, made by `threads` while earlier results are used.
+def prefetched(
+    work: Callable[[Item], Result],
+    items: Iterable[Item],
+    workers: int,
+    ahead: int | None = None,
+    pool: Callable[[int], Executor] = ThreadPoolExecutor,
+) -> Iterator[Result]:
+    """Yield `work(item)` for each item in order, computed by `workers` while earlier results are used.
 
-    At most `threads` + 1 results are held at once. What `work` raises is raised at its place.
+    An exception of `work` is raised when its item's turn comes.
 
-    Attributes:
-        waited: seconds that was waited for results which were not made yet.
+    Args:
+        ahead: how many results may exist beyond the one in use; by default one a worker.
+        pool: makes the executor of a number of workers; `ProcessPoolExecutor` serves where `work`, items and results
+            can be pickled.
+    """
+    pending: deque[Future[Result]] = deque()
+    with pool(workers) as executor:
+        try:
+            for item in items:
+                pending.append(executor.submit(work, item))
+                if len(pending) > (workers if ahead is None else ahead):
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+class StepPrefetcher(Generic[Result]):
+    """The results of a training's steps: each is prefetched while the step before it computes.
+
+    Args:
+        stream: step -> the results of that step and of all later ones, see `prefetched`. A jump to another step
+            starts a new stream.
     """
 
-    def __init__(self, work: Callable[[Item], Result], items: Iterable[Item], threads: int) -> None:
-        self.waited = 0.0
-        self._work, self._items, self._threads = work, items, threads
+    def __init__(self, stream: Callable[[int], Iterator[Result]]) -> None:
+        self._stream = stream
+        self._results: Iterator[Result] = iter(())
+        self._next: int | None = None
 
-    def __iter__(self) -> Iterator[Result]:
-        pending: deque[Future[Result]] = deque()
-        with ThreadPoolExecutor(self._threads) as pool:
-            try:
-                for item in self._items:
-                    pending.append(pool.submit(self._work, item))
-                    if len(pending) > self._threads:
-                        yield self._wait(pending.popleft())
-                while pending:
-                    yield self._wait(pending.popleft())
-            finally:
-                for future in pending:
-                    future.cancel()
-
-    def _wait(self, future: Future[Result]) -> Result:
-        started = time.perf_counter()
-        result = future.result()
-        self.waited += time.perf_counter() - started
+    def at(self, step: int) -> Result:
+        """Return the result of `step`, which usually follows the step of the last call."""
+        if step != self._next:
+            self._results = self._stream(step)
+        self._next = None  # in case of an exception
+        result = next(self._results)
+        self._next = step + 1
         return result

@@ -1,15 +1,14 @@
 """Latents of an image set, shard by shard, by any number of processes, with the same bytes after any interruption.
 
-Shard k holds the latents of images k S, ..., (k + 1) S - 1 of the set, whichever process makes it; what cannot be read
-is left out of it. The noise of a posterior's sample comes from (seed, image, mirrored or not), and images meet the
-network in groups that follow from their numbers alone.
+Shard k holds the latents of images k S, ..., (k + 1) S - 1 of the set, whichever process makes it, without those that
+cannot be read. The noise of a posterior's sample comes from (seed, image, mirrored or not), and images meet the network
+in groups that follow from their numbers alone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,26 +23,25 @@ from torch import Tensor
 from LightningDiT.checkpoint import save_weights
 from LightningDiT.config import setting_differences
 from LightningDiT.console import Progress, StopRequest
-from LightningDiT.data.image_sets import ImageSet
+from LightningDiT.data.image_sets import ImageBatch, ImageSet, Unreadable
 from LightningDiT.data.labels import LATENTS_MANIFEST
-from LightningDiT.data.prefetching import Ahead
 from LightningDiT.data.shards import FIX, shard_files, shard_path, write_shard
 from LightningDiT.distributed import ALONE, Processes
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.files import atomic_path, disk_errors, fingerprint, held_folder
-from LightningDiT.images import centre_crop
+from LightningDiT.files import fingerprint, held_folder, require_space, write_text
+from LightningDiT.images import to_float
 from LightningDiT.seeds import generator_for
 from LightningDiT.tokenizer.autoencoder import DiagonalGaussian
-from LightningDiT.tokenizer.latents import LatentStats, Moments
+from LightningDiT.tokenizer.latents import Moments
 from LightningDiT.tokenizer.vavae import VA_VAE, images_at_once
 
 STATS_NAME = "latents_stats.pt"
-RECORD = "extraction"  # of a shard's metadata: what the manifest says of it, as JSON
-PART = ".part"  # ending of a shard that is not whole yet
-PART_SECONDS = 300.0  # a shard that takes longer is kept as far as it has come, so often
+RECORD = "extraction"  # key of a `ShardRecord`, as JSON, in a shard's metadata
+PART = ".part"  # suffix of an unfinished shard
+PART_SECONDS = 300.0  # between two savings of an unfinished shard
 MOMENTS_ROWS = 256  # latents that are in memory as float64 at once
-#: What a kill leaves behind: files of `atomic_path`, and of safetensors, which has temporary files of its own.
-TORN = (".latents_rank*.tmp", f".{LATENTS_MANIFEST}.*.tmp", f".{STATS_NAME}.*.tmp", ".tmp??????")
+#: What a kill leaves behind: files of `atomic_path`, and safetensors' own temporary files.
+LEFTOVERS = (".latents_rank*.tmp", f".{LATENTS_MANIFEST}.*.tmp", f".{STATS_NAME}.*.tmp", ".tmp??????")
 
 T = TypeVar("T")
 
@@ -54,12 +52,12 @@ class ExtractionSettings:
 
     Attributes:
         image_size: side in pixels of the centre crop.
-        shard_size: images of a shard.
+        shard_size: images in a shard.
         sample: draw from the posterior, as published; false stores its mode.
-        flips: store the latents of the mirrored images besides.
+        flips: also store the latents of the mirrored images.
         seed: of the posterior's noise.
-        batch_size: images that are read and encoded between two looks at Ctrl-C; the latents do not depend on it.
-        threads: that read images ahead.
+        batch_size: images that are encoded between two looks at Ctrl-C; the latents do not depend on it.
+        threads: that read images ahead, see `ImageSet.batches`.
     """
 
     image_size: int
@@ -68,18 +66,18 @@ class ExtractionSettings:
     flips: bool = False
     seed: int = 0
     batch_size: int = 64
-    threads: int = 2
+    threads: int | None = None
 
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What is known of a whole shard, kept in its file.
+    """What a finished shard says of itself in its file.
 
     Attributes:
         file: its name.
-        images: how many images of the set it covers.
-        moments: `Moments.as_dict` of its latents, mirrored ones left out.
-        largest_label: -1 where it has no latents.
+        images: number of images of the set that it covers.
+        moments: `Moments.as_dict` of its latents, without mirrored ones.
+        largest_label: -1 for a shard without latents.
         unreadable: name and reason of each image that it leaves out.
     """
 
@@ -95,7 +93,7 @@ class ExtractionResult:
     """What an extraction has in its folder when it ends.
 
     Attributes:
-        records: of all shards, in order; empty where it was interrupted.
+        records: of all shards, in order; empty after an interruption.
         made: images encoded by this call.
         seconds: wall clock of this call, summed over the processes.
         shares: of these seconds, by what they went into.
@@ -109,17 +107,17 @@ class ExtractionResult:
 
     @property
     def classes(self) -> int:
-        """One more than the largest label."""
+        """The largest label + 1."""
         return max(record.largest_label for record in self.records) + 1
 
     @property
     def latents(self) -> int:
-        """How many latents there are, mirrored ones left out."""
+        """Number of latents, without mirrored ones."""
         return sum(record.moments["latents"] for record in self.records)
 
     @property
     def images(self) -> int:
-        """How many images the set has, unreadable ones among them."""
+        """Number of images in the set, including unreadable ones."""
         return sum(record.images for record in self.records)
 
     @property
@@ -151,39 +149,36 @@ def extract(
     settings: ExtractionSettings,
     processes: Processes = ALONE,
 ) -> ExtractionResult:
-    """Write the latents of all `images` into `output`: shards, statistics and a manifest. Shards that are there stay.
+    """Write the latents of all `images` into `output`: shards, statistics and a manifest. Finished shards stay.
 
-    The processes, which see one file system, make the missing shards in turn. After Ctrl-C each ends its batch
-    and keeps what its shard has; a rerun goes on from there.
+    The processes, which share one file system, make the missing shards in turn. After Ctrl-C each ends its batch
+    and keeps the unfinished shard; a rerun goes on from there.
 
     Args:
         weights: the tokenizer's file, by which the manifest knows it.
 
     Raises:
         LightningDiTError: the folder holds other latents (differing settings are named) or statistics, another
-            extraction writes there, the disk is too small, or nothing can be read.
+            extraction writes there, the disk is too small, or no image can be read.
     """
     described = settings_of(images, tokenizer, weights, settings)
-    keys = processes.share(lambda: images.key)
+    keys = processes.share(lambda: described["image_list"])
     processes.agree(lambda: _check_agreement(keys))
-    part = _Part(images, tokenizer, output, settings)
-    reports, interrupted = [], False
+    maker = _ShardMaker(images.cropped(settings.image_size), tokenizer, output, settings)
+    reports, interrupted = list[_Report](), False
     with contextlib.ExitStack() as stack:
-        missing = processes.from_main(lambda: stack.enter_context(_planned(part, described)))
+        missing = processes.from_main(lambda: stack.enter_context(_planned(maker, described)))
         stop = stack.enter_context(StopRequest(quiet=not processes.is_main))
-        part.progress = Progress(sum(len(part.span(shard)) for shard in missing), "image", quiet=not processes.is_main)
-        stack.callback(part.progress.close)
+        count = sum(len(maker.span(shard)) for shard in missing)
+        maker.progress = stack.enter_context(Progress(count, "image", quiet=not processes.is_main))
         for first in range(0, len(missing), processes.count):
             turn = missing[first : first + processes.count]
-            reports += processes.share(partial(part.make, turn, processes.rank, stop))
+            reports += processes.share(partial(maker.make, turn, processes.rank, stop))
             if interrupted := any(report.interrupted for report in reports):
                 break
-        records = [] if interrupted else processes.from_main(lambda: _finish(part, images, described))
+        records = [] if interrupted else processes.from_main(lambda: _finish(maker, described))
     seconds = sum(report.seconds for report in reports)
-    shares = {
-        name: sum(report.parts[name] for report in reports) / max(seconds, 1e-9)
-        for name in ("encoder", "waiting for images", "writing")
-    }
+    shares = {name: sum(report.parts[name] for report in reports) / max(seconds, 1e-9) for name in _Report().parts}
     return ExtractionResult(records, sum(report.made for report in reports), seconds, shares, interrupted)
 
 
@@ -204,26 +199,15 @@ class _Report:
     interrupted: bool = False
 
     def timed(self, name: str, action: Callable[[], T]) -> T:
-        """Return what `action` gives, and count its seconds."""
+        """Return the result of `action`, and count its seconds."""
         started = time.perf_counter()
         result = action()
         self.parts[name] += time.perf_counter() - started
         return result
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Images as they are read: (N, 3, H, W) in [-1, 1], black where unreadable; labels (N,); which were read (N,)."""
-
-    start: int
-    pixels: Tensor
-    labels: Tensor
-    read: Tensor
-    unreadable: list[list[str]]
-
-
-class _Part:
-    """One process's part of an extraction: numbers of shards in, files in the folder."""
+class _ShardMaker:
+    """One process's part of an extraction: from the numbers of shards to their files."""
 
     progress: Progress
 
@@ -233,12 +217,8 @@ class _Part:
         self.batch_size = -(-settings.batch_size // group) * group
         side = settings.image_size // tokenizer.downsample_factor
         self.shape = (tokenizer.embed_dim, side, side)
+        self.shards = range(-(-images.count // settings.shard_size))
         self._done = 0
-
-    @property
-    def shards(self) -> int:
-        """How many shards the set takes."""
-        return -(-self.images.count // self.settings.shard_size)
 
     def span(self, shard: int) -> range:
         """Return the numbers of the images of a shard."""
@@ -250,7 +230,7 @@ class _Part:
         return shard_path(self.output, 0, shard)
 
     def make(self, turn: list[int], rank: int, stop: StopRequest) -> _Report:
-        """Make this process's shard of `turn`, which has one a process but for the last turn."""
+        """Make the shard of this process in `turn`, which has one for each process, or fewer in the last turn."""
         report, started = _Report(), time.perf_counter()
         if rank < len(turn):
             self._make(turn[rank], len(turn), stop, report)
@@ -259,53 +239,30 @@ class _Part:
         return report
 
     def _make(self, shard: int, sharing: int, stop: StopRequest, report: _Report) -> None:
-        span, path = self.span(shard), self.path(shard)
-        rows = _Rows(path, len(span), self.shape, self.settings.flips)
-        starts = range(span.start + rows.done, span.stop, self.batch_size)
-        batches = Ahead(
-            self._read,
-            [range(start, min(start + self.batch_size, span.stop)) for start in starts],
-            self.settings.threads,
-        )
+        span = self.span(shard)
+        rows = _ShardRows(self.path(shard), len(span), self.shape, self.settings.flips)
+        numbers = span[rows.done :]
+        batches = self.images.batches(numbers, self.batch_size, Unreadable.BLACK, self.settings.threads)
         kept = time.monotonic()
-        for batch in batches:
-            encoded = report.timed("encoder", partial(self._encode, batch))
-            rows.put(encoded, batch)
+        while rows.done < len(span):
+            batch = report.timed("waiting for images", partial(next, batches))
+            rows.put(report.timed("encoder", partial(self._encode, batch, span[rows.done])), batch)
             report.made += len(batch.labels)
             self.progress.reach(self._done + rows.done * sharing)
-            if stop.asked and rows.done < len(span):
+            if stop.asked:
                 break
             if time.monotonic() - kept > PART_SECONDS:
                 report.timed("writing", rows.keep)
                 kept = time.monotonic()
-        report.parts["waiting for images"] += batches.waited
         report.timed("writing", rows.write if rows.done == len(span) else rows.keep)
 
-    def _read(self, span: range) -> _Batch:
-        """Return the images of `span`, cropped; called in threads."""
-        size = self.settings.image_size
-        pixels = np.zeros((len(span), size, size, 3), np.uint8)
-        labels, read, unreadable = torch.zeros(len(span), dtype=torch.long), torch.ones(len(span), dtype=torch.bool), []
-        for place, index in enumerate(span):
-            try:
-                image, label = self.images.read(index)
-                pixels[place] = np.asarray(centre_crop(image, size))
-                labels[place] = label
-            except MemoryError:
-                raise
-            except Exception as error:  # arbitrary bytes make Pillow's readers fail in arbitrary ways
-                read[place] = False
-                unreadable.append([self.images.name_of(index), " ".join(str(error).split())[:160]])
-        values = pixels.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - np.float32(1)
-        return _Batch(span.start, torch.from_numpy(values), labels, read, unreadable)
-
-    def _encode(self, batch: _Batch) -> list[Tensor]:
-        """Return the latents (N, C, h, w) of the images, then those of the mirrored ones where they are wanted."""
+    def _encode(self, batch: ImageBatch, start: int) -> list[Tensor]:
+        """Return the latents (N, C, h, w) of the images from number `start` on, then those of the mirrored ones."""
         pictures = [batch.pixels, batch.pixels.flip(-1)][: 1 + self.settings.flips]
-        return [self._latents(pixels, batch.start, mirrored) for mirrored, pixels in enumerate(pictures)]
+        return [self._latents(pixels, start, mirrored) for mirrored, pixels in enumerate(pictures)]
 
     def _latents(self, pixels: Tensor, start: int, mirrored: int) -> Tensor:
-        posterior = self.tokenizer.posterior(pixels)
+        posterior = self.tokenizer.posterior(to_float(pixels.to(self.tokenizer.device)))
         mean, logvar = posterior.mean.cpu(), posterior.logvar.cpu()
         if not self.settings.sample:
             return mean
@@ -314,11 +271,11 @@ class _Part:
         return torch.cat([one.sample(generator_for(seed, start + row, mirrored)) for row, one in enumerate(each)])
 
 
-class _Rows:
-    """The rows of one shard as they come, those of unreadable images included until it is written.
+class _ShardRows:
+    """The rows of one shard as they come, including those of unreadable images until it is written.
 
     Attributes:
-        done: how many there are, also from an earlier call that was interrupted.
+        done: number of rows, including those of an earlier call that was interrupted.
     """
 
     def __init__(self, path: Path, size: int, shape: tuple[int, int, int], flips: bool) -> None:
@@ -329,22 +286,21 @@ class _Rows:
         self._part = path.with_suffix(PART)
         self._take_part()
 
-    def put(self, encoded: list[Tensor], batch: _Batch) -> None:
+    def put(self, encoded: list[Tensor], batch: ImageBatch) -> None:
         """Add a batch."""
-        place = slice(self.done, self.done + len(batch.labels))
+        added = slice(self.done, self.done + len(batch.labels))
         for rows, latents in zip(self.latents, encoded, strict=True):
-            rows[place] = latents
-        self.labels[place], self.read[place] = batch.labels, batch.read
-        self.unreadable += batch.unreadable
-        self.done = place.stop
+            rows[added] = latents
+        self.labels[added], self.read[added] = batch.labels, batch.read
+        self.unreadable += map(list, batch.unreadable)
+        self.done = added.stop
 
     def keep(self) -> None:
-        """Write what there is beside the place of the shard, for a rerun to go on from."""
-        with disk_errors(self._part):
-            save_weights(self._tensors(slice(self.done)), self._part, {"unreadable": json.dumps(self.unreadable)})
+        """Write the rows so far beside the future shard, for a rerun to go on from."""
+        save_weights(self._tensors(slice(self.done)), self._part, {"unreadable": json.dumps(self.unreadable)})
 
     def write(self) -> None:
-        """Write the shard, unreadable images left out."""
+        """Write the shard without unreadable images."""
         rows = slice(None) if bool(self.read.all()) else self.read
         latents, labels = [part[rows] for part in self.latents], self.labels[rows]
         moments = Moments()
@@ -356,9 +312,7 @@ class _Rows:
             "largest_label": int(labels.max()) if len(labels) else -1,
             "unreadable": self.unreadable,
         }
-        flipped = latents[1] if len(latents) > 1 else None
-        with disk_errors(self.path):
-            write_shard(self.path, latents[0], labels, flipped, {RECORD: json.dumps(record)})
+        write_shard(self.path, latents[0], labels, *latents[1:], metadata={RECORD: json.dumps(record)})
         self._part.unlink(missing_ok=True)
 
     def _tensors(self, rows: slice) -> dict[str, Tensor]:
@@ -366,7 +320,7 @@ class _Rows:
         return {name: tensor[rows] for name, tensor in named.items()}
 
     def _take_part(self) -> None:
-        """Take over what an interrupted call left; what a power cut has damaged is made again."""
+        """Read the rows of an interrupted call, unless a power cut has damaged them."""
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -381,24 +335,26 @@ class _Rows:
 
 
 @contextlib.contextmanager
-def _planned(part: _Part, described: dict[str, Any]) -> Iterator[list[int]]:
-    """Hold the folder and give the numbers of the shards that are missing."""
-    file = part.output / LATENTS_MANIFEST
-    with held_folder(part.output, "extraction"):
+def _planned(maker: _ShardMaker, described: dict[str, Any]) -> Iterator[list[int]]:
+    """Hold the folder and give the numbers of the missing shards."""
+    output, file = maker.output, maker.output / LATENTS_MANIFEST
+    with held_folder(output, "extraction"):
         if file.exists():
             _check_settings(file, described)
-        elif foreign := [*shard_files(part.output), *part.output.glob(STATS_NAME)]:
+        elif foreign := [*shard_files(output), *output.glob(STATS_NAME)]:
             raise LightningDiTError(
-                f"{part.output} holds {foreign[0].name} already, which is of another origin",
+                f"{output} holds {foreign[0].name} already, which is of another origin",
                 "choose another --output, or move it away",
             )
         else:
-            _write_manifest(file, {"settings": described})
-        missing = [shard for shard in range(part.shards) if _record(part.path(shard)) is None]
-        left = [part.path(shard).with_suffix(PART) for shard in range(part.shards) if shard not in missing]
-        for torn in (*left, *(path for pattern in TORN for path in part.output.glob(pattern))):
-            torn.unlink(missing_ok=True)
-        _check_space(part, missing)
+            _write_manifest(output, {"settings": described})
+        missing = [shard for shard in maker.shards if _record(maker.path(shard)) is None]
+        left = [maker.path(shard).with_suffix(PART) for shard in maker.shards if shard not in missing]
+        for path in (*left, *(path for pattern in LEFTOVERS for path in output.glob(pattern))):
+            path.unlink(missing_ok=True)
+        numbers = int(np.prod(maker.shape)) * (1 + maker.settings.flips)
+        needed = sum(len(maker.span(shard)) for shard in missing) * (4 * numbers + 8)
+        require_space(output, needed, "the latents", "choose another --output, or leave out --flip")
         yield missing
 
 
@@ -414,20 +370,8 @@ def _check_settings(file: Path, described: dict[str, Any]) -> None:
         )
 
 
-def _check_space(part: _Part, missing: list[int]) -> None:
-    """Refuse an extraction that the disk would not hold."""
-    numbers = int(np.prod(part.shape)) * (1 + part.settings.flips)
-    needed = sum(len(part.span(shard)) for shard in missing) * (4 * numbers + 8)
-    free = shutil.disk_usage(part.output).free
-    if needed > free:
-        raise LightningDiTError(
-            f"the latents take {needed / 1e9:.2f} GB and {part.output} has {free / 1e9:.2f} GB free",
-            "choose another --output, or leave out --flip",
-        )
-
-
 def _record(path: Path) -> ShardRecord | None:
-    """Return what a shard says of itself; None where it is missing, or damaged and to be made again."""
+    """Return what a shard says of itself; None for one that is missing or damaged, and has to be made."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -437,43 +381,39 @@ def _record(path: Path) -> ShardRecord | None:
         return None
 
 
-def _finish(part: _Part, images: ImageSet, described: dict[str, Any]) -> list[ShardRecord]:
-    """Write statistics and manifest of what all shards say, in their order."""
-    found = (_record(part.path(shard)) for shard in range(part.shards))
-    records = [record for record in found if record is not None]
-    stats, moments = _statistics(records, images)
-    stats.save(part.output / STATS_NAME, moments.latents)
-    _write_manifest(
-        part.output / LATENTS_MANIFEST,
-        {
-            "settings": described,
-            "source": images.source,
-            "classes": len(images.class_names or ()) or max(record.largest_label for record in records) + 1,
-            "class_names": images.class_names,
-            "latents": moments.latents,
-            "values_per_channel": moments.values,
-            "mean": stats.mean.flatten().tolist(),
-            "std": stats.std.flatten().tolist(),
-            "shards": [{"file": record.file, "images": record.images, **record.moments} for record in records],
-            "unreadable": [row for record in records for row in record.unreadable],
-        },
-    )
-    return records
+def _finish(maker: _ShardMaker, described: dict[str, Any]) -> list[ShardRecord]:
+    """Write statistics and manifest from the records of all shards, in their order.
 
-
-def _statistics(records: list[ShardRecord], images: ImageSet) -> tuple[LatentStats, Moments]:
-    """Return mean and standard deviation over all shards, and the moments that they come from."""
-    moments = Moments()
+    Raises:
+        LightningDiTError: no image of the set can be read.
+    """
+    images, moments = maker.images, Moments()
+    records = [record for shard in maker.shards if (record := _record(maker.path(shard))) is not None]
+    unreadable = [row for record in records for row in record.unreadable]
     for record in records:
         moments.merge(record.moments)
     if not moments.latents:
-        name, reason = next(row for record in records for row in record.unreadable)
+        name, reason = unreadable[0]
         raise LightningDiTError(
             f"none of the {images.count} images of {images.source} can be read ({name}: {reason})", FIX
         )
-    return moments.stats(), moments
+    stats = moments.stats()
+    stats.save(maker.output / STATS_NAME, moments.latents)
+    content = {
+        "settings": described,
+        "source": images.source,
+        "classes": len(images.class_names or ()) or max(record.largest_label for record in records) + 1,
+        "class_names": images.class_names,
+        "latents": moments.latents,
+        "values_per_channel": moments.values,
+        "mean": stats.mean.flatten().tolist(),
+        "std": stats.std.flatten().tolist(),
+        "shards": [{"file": record.file, "images": record.images, **record.moments} for record in records],
+        "unreadable": unreadable,
+    }
+    _write_manifest(maker.output, content)
+    return records
 
 
-def _write_manifest(file: Path, content: dict[str, Any]) -> None:
-    with disk_errors(file), atomic_path(file) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+def _write_manifest(folder: Path, content: dict[str, Any]) -> None:
+    write_text(folder / LATENTS_MANIFEST, json.dumps(content, indent=1) + "\n")

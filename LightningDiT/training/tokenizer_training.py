@@ -1,0 +1,376 @@
+"""The training of a tokenizer: its networks, one step of both optimizers, and a stage from its start to its files."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from LightningDiT.checkpoint import inspect, save_weights, without_values
+from LightningDiT.config import setting_differences
+from LightningDiT.data.image_sets import ImageBatch, ImageSet, Unreadable
+from LightningDiT.data.prefetching import StepPrefetcher
+from LightningDiT.device import PRECISIONS, autocast, best_device, training_dtype
+from LightningDiT.distributed import ALONE, Processes
+from LightningDiT.errors import LightningDiTError
+from LightningDiT.images import save_reconstructions, to_float, to_uint8
+from LightningDiT.seeds import generator_for
+from LightningDiT.tokenizer.autoencoder import AutoencoderKL, AutoencoderSettings, DiagonalGaussian
+from LightningDiT.tokenizer.config import TokenizerConfig, TokenizerTrainConfig
+from LightningDiT.tokenizer.criterion import Criterion, Pass
+from LightningDiT.tokenizer.discriminator import smallest_side
+from LightningDiT.tokenizer.perceptual import PUBLISHED_PREFIX as PERCEPTUAL_PREFIX
+from LightningDiT.tokenizer.perceptual import SMALLEST_SIDE, PerceptualDistance, load_perceptual
+from LightningDiT.tokenizer.starting_weights import StartingWeights, read_starting_weights, start_from
+from LightningDiT.tokenizer.vavae import autoencoder_settings
+from LightningDiT.tokenizer.vision import VisionModel, create_model
+from LightningDiT.training.ema import Ema
+from LightningDiT.training.guard import require_finite
+from LightningDiT.training.loop import LoopSettings, Monitor
+from LightningDiT.training.loop import train as run_loop
+from LightningDiT.training.run_dir import RunDir, step_of
+from LightningDiT.training.schedule import BatchOrder, learning_rate, process_rows
+
+AVERAGE, TRAINED = "tokenizer.safetensors", "training.safetensors"
+STEPS, SETTINGS = "steps", "settings"  # in the metadata of TRAINED
+PICTURE, PICTURE_IMAGES = "reconstructions.png", 8
+LISTED_FILES = 5
+IMAGE_CHANNELS = 3  # red, green and blue
+NOISE_STREAM, FLIP_STREAM = 1, 2  # second seeds; BatchOrder has 0
+#: Fields that may change within a run; all others are compared with the checkpoint's.
+FREE_FIELDS = {
+    *("max_steps", "epochs", "weight_init", "lr", "beta1", "beta2", "warmup_steps", "decay_steps", "max_grad_norm"),
+    *("ema_decay", "lpips_weights", "vision_weights", "log_every", "ckpt_every", "batch_size", "seed"),
+}
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The networks of a training: the autoencoder, and the loss with its own networks."""
+
+    model: AutoencoderKL
+    criterion: Criterion
+
+
+def build_networks(
+    tokenizer: TokenizerConfig, config: TokenizerTrainConfig, processes: Processes = ALONE, starts: bool = True
+) -> Networks:
+    """Return the networks of a training, with random weights or those of `config.weight_init`.
+
+    Args:
+        starts: the run has no checkpoint yet. A resumed run does not need the file of `weight_init`.
+
+    Raises:
+        LightningDiTError: weights cannot be had, or do not fit the settings.
+    """
+    settings = autoencoder_settings(tokenizer)
+    check_sizes(settings, config)
+    path = config.weight_init
+    start = read_starting_weights(path) if path and (starts or Path(path).exists()) else None
+    torch.manual_seed(config.seed)  # initial weights
+    model = AutoencoderKL(settings)
+    perceptual, vision = _perceptual(config, start), _vision(settings, config, start)
+    criterion = Criterion(config, settings.embed_dim, vision, perceptual, tokenizer.reverse_proj)
+    if start and starts:
+        taken = [PERCEPTUAL_PREFIX] if perceptual and not config.lpips_weights and start.perceptual() else []
+        taken += ["foundation_model."] if vision and not config.vision_weights and start.vision() else []
+        lines = start_from(start, model, criterion, tuple(taken))
+        processes.say("\n  ".join([f"starting from {path}", *lines]))
+    return Networks(model, criterion)
+
+
+def _perceptual(config: TokenizerTrainConfig, start: StartingWeights | None) -> PerceptualDistance | None:
+    """Return LPIPS if it has a weight: from the file in the settings, else from the starting weights."""
+    if not config.lpips_weight:
+        return None
+    inside = start.perceptual() if start and not config.lpips_weights else None
+    return PerceptualDistance(inside, start.path) if inside else load_perceptual(config.lpips_weights)
+
+
+def _vision(
+    settings: AutoencoderSettings, config: TokenizerTrainConfig, start: StartingWeights | None
+) -> VisionModel | None:
+    """Return the vision model if the alignment has a weight; its own weights are found like those of LPIPS."""
+    if not config.vf_weight:
+        return None
+    inside = start.vision() if start and not config.vision_weights else None
+    source = start.path if inside else config.vision_weights
+    model = create_model(config.vision_model or "", source, inside)
+    grid = settings.resolution // settings.downsample_factor
+    return VisionModel(model, grid, config.vision_size, config.vision_input == "published")
+
+
+def check_sizes(settings: AutoencoderSettings, config: TokenizerTrainConfig) -> None:
+    """Refuse an autoencoder that is not of colour images, and images too small for a network of the loss.
+
+    Raises:
+        LightningDiTError: names the key; or the smallest side, and the term to leave out.
+    """
+    for name in ("in_channels", "out_ch"):
+        if (channels := getattr(settings, name)) != IMAGE_CHANNELS:
+            raise LightningDiTError(
+                f"ddconfig.{name} is {channels}; images have {IMAGE_CHANNELS} channels", f"set it to {IMAGE_CHANNELS}"
+            )
+    disc = f"a discriminator of {config.disc_layers} layers"
+    for weight, least, network, fix in (
+        (config.lpips_weight, SMALLEST_SIDE, "LPIPS", "set train.lpips_weight: 0"),
+        (config.disc_weight, smallest_side(config.disc_layers), disc, "set train.disc_layers lower"),
+    ):
+        if weight and settings.resolution < least:
+            raise LightningDiTError(
+                f"images of {settings.resolution} pixels are too small for {network}, which needs {least}", fix
+            )
+
+
+class TokenizerTrainer:
+    """Networks, average, optimizers and data of one run; `step` is one step of both optimizers.
+
+    Args:
+        images: cropped to the autoencoder's resolution.
+
+    Attributes:
+        unreadable: names of the images that could not be read so far; the next one stands in for each.
+    """
+
+    def __init__(
+        self, config: TokenizerTrainConfig, networks: Networks, images: ImageSet, processes: Processes = ALONE
+    ) -> None:
+        self.config, self.images, self.processes = config, images, processes
+        self.device = best_device()
+        self.dtype = PRECISIONS.get(config.precision) or training_dtype(self.device)
+        self.model, self.criterion = networks.model.to(self.device), networks.criterion.to_device(self.device)
+        self.rows = process_rows(config.batch_size, processes.rank, processes.count)
+        self.settings = run_settings(self.model.settings, config, images)
+        self.order = BatchOrder(images.count, config.batch_size, config.seed)
+        self.total_steps = total_steps(config, images)
+        self.unreadable: set[str] = set()
+        self._batches = StepPrefetcher(self._batches_from)
+        self.ema = Ema(self.model, config.ema_decay)
+        self.rate_scale = 1.0
+        self.trained = [*self.model.parameters(), *self.criterion.own_parameters()]
+        self.optimizer = self._optimizer(self.trained)
+        discriminator = self.criterion.discriminator
+        self.disc_parameters = list(discriminator.parameters()) if discriminator else []
+        self.disc_optimizer = self._optimizer(self.disc_parameters) if self.disc_parameters else None
+
+    def _optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
+        betas = (self.config.beta1, self.config.beta2)
+        return torch.optim.AdamW(parameters, lr=self.config.lr, betas=betas, weight_decay=0.0)
+
+    def step(self, step: int) -> Mapping[str, Tensor | float]:
+        """Take one step and return the loss terms; no weight has changed when NotFiniteError is raised."""
+        started = time.monotonic()
+        images = self._batch(step)
+        waited = time.monotonic() - started
+        self._set_rates(step)
+        adversarial = self.criterion.is_adversarial(step)
+        self._train_discriminator(False)  # the autoencoder's loss moves the autoencoder alone
+        with autocast(self.device, self.dtype):
+            result = self._forward(images, step)
+            self._require_finite("reconstruction", result.reconstructions.mean(), step)
+            terms = self.criterion.autoencoder_loss(result, self.model, step)
+        self._differentiate("loss", terms["loss"], self.optimizer, self.trained, step)
+        if adversarial and self.disc_optimizer:
+            self._train_discriminator(True)
+            with autocast(self.device, self.dtype):
+                disc_terms = self.criterion.discriminator_loss(result)
+            loss = disc_terms["disc"]
+            self._differentiate("discriminator's loss", loss, self.disc_optimizer, self.disc_parameters, step)
+            self.disc_optimizer.step()
+            terms |= disc_terms
+        self.optimizer.step()
+        self.ema.update(self.model)
+        return {name: term.detach() for name, term in terms.items()} | {"data_seconds": waited}
+
+    def _batch(self, step: int) -> Tensor:
+        """Return this process's images of a step, (N, 3, H, W) in [-1, 1]."""
+        batch = self._batches.at(step)
+        self.unreadable |= {name for name, _ in batch.unreadable}
+        pixels = batch.pixels
+        if self.config.flip:
+            draws = torch.rand(self.config.batch_size, generator=generator_for(self.config.seed, FLIP_STREAM, step))
+            flipped = draws[self.rows.start : self.rows.stop] < 0.5
+            pixels = torch.where(flipped[:, None, None, None], pixels.flip(-1), pixels)
+        return to_float(pixels.to(self.device))
+
+    def _batches_from(self, step: int) -> Iterator[ImageBatch]:
+        return self.images.batches(self._indices_from(step), len(self.rows), Unreadable.NEXT)
+
+    def _indices_from(self, step: int) -> Iterator[int]:
+        """Yield the numbers of this process's images from a step on."""
+        while True:
+            yield from self.order.indices(step)[self.rows.start : self.rows.stop].tolist()
+            step += 1
+
+    def _set_rates(self, step: int) -> None:
+        config, total = self.config, self.total_steps
+        decay = total - config.warmup_steps if config.decay_steps is None else config.decay_steps
+        rate = learning_rate(step, config.lr, config.warmup_steps, decay, total) * self.rate_scale
+        for optimizer in (self.optimizer, self.disc_optimizer):
+            for group in optimizer.param_groups if optimizer else ():
+                group["lr"] = rate
+
+    def _train_discriminator(self, trains: bool) -> None:
+        for parameter in self.disc_parameters:
+            parameter.requires_grad_(trains)
+
+    def _forward(self, images: Tensor, step: int) -> Pass:
+        """Encode, draw and decode; the draws are those of the whole batch, whatever the number of processes."""
+        posterior = self.model.encode(images)
+        posterior = DiagonalGaussian(posterior.mean.float(), posterior.logvar.float())  # the KL is a sum of many terms
+        shape = (self.config.batch_size, *posterior.mean.shape[1:])
+        noise = torch.randn(shape, generator=generator_for(self.config.seed, NOISE_STREAM, step))
+        noise = noise[self.rows.start : self.rows.stop].to(posterior.mean)
+        latents = posterior.mean + torch.exp(0.5 * posterior.logvar) * noise  # (N, C, h, w)
+        return Pass(images, posterior, latents, self.model.decode(latents).float())
+
+    def _differentiate(
+        self, name: str, loss: Tensor, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], step: int
+    ) -> None:
+        """Set the gradients of `loss`, mean over the processes and clipped; raises NotFiniteError."""
+        self._require_finite(name, loss, step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.processes.count > 1:
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            mean = self.processes.mean(torch.cat([gradient.flatten() for gradient in gradients]))
+            for gradient, part in zip(gradients, mean.split([value.numel() for value in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+        limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
+        require_finite(f"gradient of the {name}", nn.utils.clip_grad_norm_(parameters, limit), step)
+
+    def _require_finite(self, name: str, value: Tensor, step: int) -> None:
+        """Raise NotFiniteError in every process if `value` is not finite in one."""
+        require_finite(name, self.processes.mean(value.detach().float()), step)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return all that was trained under the published names, not averaged."""
+        return {**self.model.state_dict(), **self.criterion.state_dict()}
+
+    @torch.no_grad()
+    def save_picture(self, path: Path) -> None:
+        """Draw the first images above their reconstructions (of the posterior's mode) by the averaged weights."""
+        with without_values():
+            model = AutoencoderKL(self.model.settings)
+        model.load_state_dict(self.ema.weights, assign=True)
+        pixels = self.images.batch(range(min(PICTURE_IMAGES, self.images.count)), Unreadable.NEXT).pixels
+        copies = model.eval().decode(model.encode(to_float(pixels.to(self.device))).mode())
+        save_reconstructions(pixels.permute(0, 2, 3, 1), to_uint8(copies).cpu(), path)
+
+    def state_dict(self) -> dict[str, object]:
+        """Return everything that a resumed run needs."""
+        return {
+            "model": self.model.state_dict(),
+            "criterion": self.criterion.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "judges": self.disc_optimizer.state_dict() if self.disc_optimizer else {},  # as in older checkpoints
+            "average": self.ema.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Restore what `state_dict` returned."""
+        self.model.load_state_dict(state["model"])
+        self.criterion.load_state_dict(state["criterion"])
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # else it would go on reading the file
+        if self.disc_optimizer:
+            self.disc_optimizer.load_state_dict(copy.deepcopy(state["judges"]))
+        self.ema.load_state_dict(state["average"])
+
+
+def total_steps(config: TokenizerTrainConfig, images: ImageSet) -> int:
+    """Return the number of steps of a training."""
+    return config.epochs * (images.count // config.batch_size) if config.epochs else config.max_steps
+
+
+def run_settings(model: AutoencoderSettings, config: TokenizerTrainConfig, images: ImageSet) -> dict[str, object]:
+    """Return what a run must have in common with what it goes on from."""
+    values = {item.name: (getattr(config, item.name), item.default) for item in fields(config)}
+    return {
+        "autoencoder": repr(model),
+        "batch": config.batch_size,
+        "seed": config.seed,
+        "images": images.count,
+        "training": {
+            name: value for name, (value, usual) in values.items() if name not in FREE_FIELDS and value != usual
+        },
+    }
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training of a tokenizer.
+
+    Attributes:
+        tokenizer, config: its YAML, and how it is trained.
+        images: see `TokenizerTrainer`.
+        folder: of the checkpoints and results.
+        max_steps: ends the training earlier than `config` does.
+    """
+
+    tokenizer: TokenizerConfig
+    config: TokenizerTrainConfig
+    images: ImageSet
+    folder: Path
+    max_steps: int | None = None
+
+    @property
+    def steps(self) -> int:
+        """The number of steps to take in all."""
+        total = total_steps(self.config, self.images)
+        return min(self.max_steps or total, total)
+
+    def is_finished(self) -> bool:
+        """Whether all steps were taken, and the result is there.
+
+        Raises:
+            LightningDiTError: the result is of other settings or images.
+        """
+        try:
+            about = inspect(self.folder / TRAINED).metadata
+        except LightningDiTError:  # missing; or damaged, and to be written again from the checkpoint
+            return False
+        settings = run_settings(autoencoder_settings(self.tokenizer), self.config, self.images)
+        changed = setting_differences(json.loads(about.get(SETTINGS, "{}")), settings)
+        if SETTINGS in about and changed:
+            raise LightningDiTError(
+                f"{self.folder} holds a stage of other settings ({'; '.join(changed)})", "choose another --output"
+            )
+        return int(about.get(STEPS, 0)) >= self.steps
+
+
+def train_stage(stage: Stage, processes: Processes = ALONE) -> Path:
+    """Train to the end of a stage and return the file of all that was trained, from which another stage can start.
+
+    Raises:
+        LightningDiTError: see `build_networks` and `training.loop.train`.
+    """
+    config, folder = stage.config, stage.folder
+    run, finished = RunDir(folder, regular=config.ckpt_every), folder / TRAINED
+    starts = processes.from_main(lambda: run.newest() is None)
+    if config.weight_init and not starts:
+        processes.say(f"note: {folder} has checkpoints to go on from; {config.weight_init} is not read")
+    networks = processes.agree(lambda: build_networks(stage.tokenizer, config, processes, starts))
+    trainer = processes.agree(lambda: TokenizerTrainer(config, networks, stage.images, processes))
+    settings = LoopSettings(stage.steps, config.batch_size, config.log_every, config.ckpt_every)
+
+    def observe(step: int) -> dict[str, float]:
+        processes.from_main(lambda: trainer.save_picture(folder / PICTURE))
+        return {}
+
+    average = run_loop(trainer, run, settings, AVERAGE, processes, [Monitor(config.ckpt_every, observe)])
+    reached = max([stage.steps, *map(step_of, run.checkpoints())])  # an earlier call may have gone further
+    about = {STEPS: str(reached), SETTINGS: json.dumps(trainer.settings)}
+    processes.from_main(lambda: save_weights(trainer.weights(), finished, about))
+    observe(stage.steps)
+    if names := sorted(trainer.unreadable):
+        listed = ", ".join(names[:LISTED_FILES]) + (", ..." if len(names) > LISTED_FILES else "")
+        processes.say(f"passed over {len(names)} images that cannot be read: {listed}")
+    processes.say(f"wrote {average}, {finished} (all that was trained, to go on from) and {folder / PICTURE}")
+    return finished

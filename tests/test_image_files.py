@@ -1,0 +1,56 @@
+"""Image files: which ones are found, and how their pixels become 8-bit RGB."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from LightningDiT.data.image_files import as_rgb, find_images, read_image, shown
+
+
+def test_an_image_like_a_thread_is_refused(tmp_path: Path) -> None:
+    """Its crop would take 256 x 256 x 257 pixels; up to 256 times as long as wide it is read."""
+    for length in (256, 257):
+        Image.new("RGB", (1, length)).save(tmp_path / f"{length}.png")
+    assert read_image(tmp_path / "256.png").size == (1, 256)
+    with pytest.raises(ValueError, match="1x257 pixels"):
+        read_image(tmp_path / "257.png")
+
+
+def test_names_that_are_no_unicode_can_be_printed() -> None:
+    assert shown(Path(os.fsdecode(b"a/\xff.png"))) == "a/?.png"
+
+
+@pytest.mark.parametrize(
+    ("mode", "values", "expected"),
+    [
+        ("I;16", [0, 257, 32896, 65535], [0, 1, 128, 255]),
+        ("I", [0, 257, 32896, 65535], [0, 1, 128, 255]),
+        ("L", [0, 1, 128, 255], [0, 1, 128, 255]),
+        ("1", [0, 1, 1, 0], [0, 255, 255, 0]),
+    ],
+)
+def test_grey_pixels_of_any_depth_keep_black_and_white(mode: str, values: list[int], expected: list[int]) -> None:
+    kind = {"I;16": np.uint16, "I": np.int32, "L": np.uint8, "1": bool}[mode]
+    image = as_rgb(Image.fromarray(np.array([values], kind)))
+    assert image.mode == "RGB"
+    assert np.asarray(image)[0].tolist() == [[value] * 3 for value in expected]
+
+
+def test_pixels_without_a_fixed_range_are_refused() -> None:
+    with pytest.raises(ValueError, match="fractions"):
+        as_rgb(Image.fromarray(np.array([[0.5]], np.float32)))
+    with pytest.raises(ValueError, match="from -3 to 70000, beyond 16 bits"):
+        as_rgb(Image.fromarray(np.array([[-3, 70000]], np.int32)))
+
+
+def test_image_files_are_found_by_their_endings_at_any_depth(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "folder.png").mkdir()
+    for name in ("a/b/x.JPG", "a/y.webp", "z.tiff", "notes.txt", "model.pt"):
+        (tmp_path / name).touch()
+    assert [str(path.relative_to(tmp_path)) for path in find_images(tmp_path)] == ["a/b/x.JPG", "a/y.webp", "z.tiff"]
