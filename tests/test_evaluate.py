@@ -19,25 +19,33 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from scipy.linalg import sqrtm
 from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from LightningDiT import evaluate
 from LightningDiT.checkpoint import save_weights
 from LightningDiT.console import run_main
-from LightningDiT.data.images import FASHION_MNIST_CLASSES
+from LightningDiT.data.fashion_mnist import FASHION_MNIST_CLASSES
+from LightningDiT.data.image_sets import ArrayImages
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import save_png
 from LightningDiT.metrics import cache, extractors, neighbours
-from LightningDiT.metrics.by_class import class_table, overall_accuracy
-from LightningDiT.metrics.extractors import JUDGE_FILE, Extractor, Inception, JudgeView, TimmView, make_extractor
+from LightningDiT.metrics.by_class import accuracy, class_table
+from LightningDiT.metrics.extractors import (
+    JUDGE_FILE,
+    Extractor,
+    InceptionExtractor,
+    JudgeExtractor,
+    TimmExtractor,
+    make_extractor,
+)
 from LightningDiT.metrics.formulas import FrechetDistance, moments
 from LightningDiT.metrics.judge import load_judge
 from LightningDiT.metrics.scores import Bootstrap, Comparison, Score, bootstrap_score, proportion, scores_of
-from LightningDiT.metrics.sources import ImageSource, open_images, open_source
+from LightningDiT.metrics.sources import open_images, open_source
 from LightningDiT.seeds import generator_for
 from studies import bootstrap_study
+from tests.test_metrics import distance_by_scipy
 
 torch_fidelity = pytest.importorskip("torch_fidelity")
 
@@ -100,13 +108,13 @@ def test_scores_are_those_of_torch_fidelity(weights: Path, tmp_path: Path) -> No
     assert ours["recall"] == pytest.approx(theirs["recall"])
     assert report["features"] == {"network": "inception", "layer": "pool_3", "dimensions": 2048}
     assert any("10 generated images: below 10000" in line for line in report["warnings"])
-    spatial = [spatial_views(tmp_path / "out", title) for title in ("generated", "reference")]
+    spatial = [spatial_activations(tmp_path / "out", title) for title in ("generated", "reference")]
     assert ours["sfid"] == pytest.approx(distance_by_svd(*spatial), rel=1e-5)
-    first = open_images(str(made)).read(0, 2)
+    first = open_images(str(made)).batch([0, 1]).pixels
     np.testing.assert_allclose(spatial[0][:2], spatial_by_layers(weights, first), rtol=1e-4, atol=1e-5)
 
 
-def spatial_views(output: Path, title: str) -> np.ndarray:
+def spatial_activations(output: Path, title: str) -> np.ndarray:
     (file,) = output.glob(f"features/{title}-*/*.safetensors")
     return load_file(file)["spatial"].double().numpy()
 
@@ -149,17 +157,11 @@ def test_a_distance_is_that_of_scipy_and_its_resamples_are_those_of_repeated_row
     made, real = gaussian(40, 5, seed=0) * 1.5, gaussian(50, 5, seed=1) + 0.5
     comparison = Comparison("judge", {"features": made}, {"features": real}, {}, "key")
     scores = scores_of(comparison, Bootstrap(20, 3, tmp_path))
-
-    def by_scipy(features: np.ndarray) -> float:
-        (mean1, covariance1), (mean2, covariance2) = ((x.mean(0), np.cov(x.T)) for x in (features, real.numpy()))
-        root = sqrtm(covariance1 @ covariance2).real
-        return float(np.square(mean1 - mean2).sum() + np.trace(covariance1 + covariance2 - 2 * root))
-
-    assert scores["frechet_distance"].value == pytest.approx(by_scipy(made.numpy()), rel=1e-5)
+    assert scores["frechet_distance"].value == pytest.approx(distance_by_scipy(made, real), rel=1e-5)
     (file,) = tmp_path.glob("resamples-fid-*.json")
     kept = json.loads(file.read_text())
     expected = [
-        by_scipy(made.double().numpy()[torch.randint(40, (40,), generator=generator_for(3, number)).numpy()])
+        distance_by_scipy(made[torch.randint(40, (40,), generator=generator_for(3, number))], real)
         for number in range(20)
     ]
     assert kept == pytest.approx(expected, rel=1e-5)
@@ -227,7 +229,7 @@ def test_the_judge_sees_what_it_sees_elsewhere() -> None:
     judge = load_judge(JUDGE_FILE)
     with torch.no_grad():
         expected = judge(images.float() / 127.5 - 1)
-    torch.testing.assert_close(JudgeView(JUDGE_FILE)(images)["logits"], expected)
+    torch.testing.assert_close(JudgeExtractor(JUDGE_FILE)(images)["logits"], expected)
 
 
 def test_a_timm_model_with_weights_of_a_file(tmp_path: Path) -> None:
@@ -244,7 +246,7 @@ def test_a_timm_model_with_weights_of_a_file(tmp_path: Path) -> None:
     torch.testing.assert_close(model.get_classifier()(views["features"]), expected)
     headless = {name: value for name, value in model.state_dict().items() if not name.startswith("head.")}
     save_weights(headless, tmp_path / "headless.safetensors")
-    without = TimmView("test_vit", tmp_path / "headless.safetensors")
+    without = TimmExtractor("test_vit", tmp_path / "headless.safetensors")
     assert list(without(images)) == ["features"]
     torch.testing.assert_close(without(images)["features"], views["features"])
 
@@ -256,7 +258,8 @@ def test_images_come_alike_from_a_folder_and_from_an_npz(tmp_path: Path) -> None
     sources = [open_images(str(folder)), open_images(str(tmp_path / "a.npz"))]
     for start, stop in ((0, 3), (5, 7), (2, 4), (0, 7)):  # forwards, over a gap, and back
         for source in sources:
-            assert torch.equal(source.read(start, stop), torch.from_numpy(pixels[start:stop]).permute(0, 3, 1, 2))
+            found = source.batch(range(start, stop)).pixels
+            assert torch.equal(found, torch.from_numpy(pixels[start:stop]).permute(0, 3, 1, 2))
     assert sources[0].labels is None
     assert sources[1].labels is not None
     assert sources[1].labels.tolist() == list(range(7))
@@ -268,30 +271,11 @@ def test_the_crop_is_that_of_adm(tmp_path: Path) -> None:
     save_folder(tmp_path / "a", wide)
     np.savez(tmp_path / "a.npz", wide)
     for name in ("a", "a.npz"):
-        assert torch.equal(open_images(str(tmp_path / name), 8).read(0, 1), torch.full((1, 3, 8, 8), 200).byte())
-
-
-def test_classes_come_from_subfolders_numbers_and_manifests(tmp_path: Path) -> None:
-    pixels = pixels_of(2, 8, seed=0)
-    for name in ("dog", "ant"):
-        save_folder(tmp_path / "names" / name, pixels)
-    for name in ("7", "03"):
-        save_folder(tmp_path / "numbers" / name, pixels)
-    named, numbered = (open_images(str(tmp_path / name)) for name in ("names", "numbers"))
-    assert named.labels is not None and numbered.labels is not None
-    assert (named.labels.tolist(), list(named.class_names)) == ([0, 0, 1, 1], ["ant", "dog"])
-    assert numbered.labels.tolist() == [3, 3, 7, 7]
-    run_folder = save_folder(tmp_path / "run", pixels, first=1)  # image 0 was deleted
-    (run_folder / "manifest.json").write_text(json.dumps({"labels": [4, 5, 6]}))
-    source = open_images(str(run_folder))
-    assert source.labels is not None
-    assert source.labels.tolist() == [5, 6]
-    (run_folder / "manifest.json").write_text("{}")
-    assert open_images(str(run_folder)).labels is None
+        assert torch.equal(open_images(str(tmp_path / name), 8).batch([0]).pixels, torch.full((1, 3, 8, 8), 200).byte())
 
 
 class Counting(Extractor):
-    """A network whose view is an image's mean colour, which counts the images that it has seen."""
+    """A network whose features are an image's mean colour, and which counts its images."""
 
     name, key, layer, numbered = "counting", "counting 1", "mean", True
 
@@ -299,36 +283,36 @@ class Counting(Extractor):
         super().__init__()
         self.seen, self.stop_after = 0, stop_after
 
-    def view(self, pixels: Tensor) -> dict[str, Tensor]:
+    def activations(self, pixels: Tensor) -> dict[str, Tensor]:
         if self.seen + len(pixels) > self.stop_after:
             raise KeyboardInterrupt
         self.seen += len(pixels)
         return {"features": pixels.float().mean((2, 3))}
 
 
-def test_what_was_seen_is_kept_and_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_activations_are_cached_and_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "PART", 4)
     pixels = pixels_of(10, 8, seed=0)
     folder = save_folder(tmp_path / "a", pixels)
     expected = torch.from_numpy(pixels).float().mean((1, 2))
     with pytest.raises(KeyboardInterrupt):
-        cache.views_of(open_images(str(folder)), Counting(stop_after=7), tmp_path / "kept", "a", 3)
+        cache.cached_activations(open_images(str(folder)), Counting(stop_after=7), tmp_path / "kept", "a", 3)
     for seen, damaged in ((6, None), (0, None), (4, "00000004")):  # the first part was whole; all; one is torn
         if damaged:
             (part,) = (tmp_path / "kept").rglob(f"{damaged}.safetensors")
             part.write_bytes(part.read_bytes()[:100])
         network = Counting()
-        views = cache.views_of(open_images(str(folder)), network, tmp_path / "kept", "a", 3)
+        views = cache.cached_activations(open_images(str(folder)), network, tmp_path / "kept", "a", 3)
         assert network.seen == seen
         torch.testing.assert_close(views["features"], expected)
         assert torch.equal(views["pixels"], torch.from_numpy(pixels).permute(0, 3, 1, 2))
     os.utime(folder / "000003.png", (1, 1))  # a file was written again
     network = Counting()
-    cache.views_of(open_images(str(folder)), network, tmp_path / "kept", "a", 3)
+    cache.cached_activations(open_images(str(folder)), network, tmp_path / "kept", "a", 3)
     assert network.seen == 10
 
 
-def test_values_are_kept_one_by_one(tmp_path: Path) -> None:
+def test_values_are_cached_one_by_one(tmp_path: Path) -> None:
     asked: list[int] = []
 
     def value_of(stop: int) -> Callable[[int], float]:
@@ -342,9 +326,9 @@ def test_values_are_kept_one_by_one(tmp_path: Path) -> None:
 
     progress = mock.Mock()
     with pytest.raises(KeyboardInterrupt):
-        cache.kept_values(tmp_path / "v.json", 5, value_of(3), progress)
-    assert cache.kept_values(tmp_path / "v.json", 5, value_of(-1), progress) == [0, 0.5, 1, 1.5, 2]
-    assert cache.kept_values(tmp_path / "v.json", 2, value_of(0), progress) == [0, 0.5]
+        cache.cached_list(tmp_path / "v.json", 5, value_of(3), progress)
+    assert cache.cached_list(tmp_path / "v.json", 5, value_of(-1), progress) == [0, 0.5, 1, 1.5, 2]
+    assert cache.cached_list(tmp_path / "v.json", 2, value_of(0), progress) == [0, 0.5]
     assert asked == [0, 1, 2, 3, 4]
 
 
@@ -371,25 +355,22 @@ def test_copies_are_found_and_fresh_images_are_not(tmp_path: Path) -> None:
     again, _ = neighbours.memorisation(copies, training, real, tmp_path)
     assert again == report
     other = {**training, "pixels": torch.zeros(50, 4, 4, 3)}
-    with pytest.raises(LightningDiTError, match=r"generated \(pixels\) images .* differ in size: .* give --size N"):
+    with pytest.raises(LightningDiTError, match=r"training images differ in size \(pixels\): .* give --size N"):
         neighbours.memorisation(copies, other, None, tmp_path / "new")
 
 
 def test_the_picture_has_what_is_nearest_above_its_neighbour() -> None:
-    made, known = (torch.from_numpy(pixels_of(3, 8, seed=seed)).permute(0, 3, 1, 2) for seed in (0, 1))
-
-    def source(images: Tensor) -> ImageSource:
-        return ImageSource("", len(images), lambda start, stop: images[start:stop], "")
+    made, known = (pixels_of(3, 8, seed) for seed in (0, 1))
 
     found = {"pixels": neighbours.Neighbours(torch.tensor([3.0, 1.0, 2.0]), torch.tensor([2, 2, 0]))}
-    picture = np.asarray(neighbours.neighbour_picture(source(made), source(known), found))
+    picture = np.asarray(neighbours.neighbour_picture(ArrayImages("", made), ArrayImages("", known), found))
     # image_grid enlarges 8 pixels to 128, with margins of 4 and captions of 1.6 times the font's 12 pixels
     row = 128 + int(12 * 1.6) + 4
-    for place, (image, neighbour) in enumerate(((1, 2), (2, 0), (0, 2))):
-        left = 4 + place * 132
+    for column, (image, neighbour) in enumerate(((1, 2), (2, 0), (0, 2))):
+        left = 4 + column * 132
         for top, expected in ((4, made[image]), (4 + row, known[neighbour])):
             cell = picture[top : top + 128 : 16, left : left + 128 : 16]
-            assert np.array_equal(cell, expected.permute(1, 2, 0).numpy())
+            assert np.array_equal(cell, expected)
 
 
 def test_the_table_by_class() -> None:
@@ -398,18 +379,15 @@ def test_the_table_by_class() -> None:
     samples = {"features": gaussian(10, 3, seed=0), "logits": logits}
     real_labels = torch.tensor([0] * 5 + [2] * 3)
     real = {"features": gaussian(8, 3, seed=1), "logits": torch.eye(3)[[0, 0, 0, 0, 2, 2, 2, 2]]}
-    rows = class_table(samples, labels, real, real_labels, Counting(), ["coat", "bag"])
+    rows = class_table((samples, labels), (real, real_labels), Counting(), ["coat", "bag"])
     assert [(row["class"], row["name"], row["count"]) for row in rows] == [(0, "coat", 6), (2, "2", 4)]
     assert [row["accuracy"] for row in rows] == [0.5, 1.0]
     assert [row["accuracy_real"] for row in rows] == [0.8, 1.0]
-    first, second = samples["features"][:6].double().numpy(), real["features"][:5].double().numpy()
-    root = sqrtm(np.cov(first.T) @ np.cov(second.T)).real
-    expected = np.square(first.mean(0) - second.mean(0)).sum() + np.trace(np.cov(first.T) + np.cov(second.T) - 2 * root)
+    expected = distance_by_scipy(samples["features"][:6], real["features"][:5])
     assert rows[0]["frechet_distance"] == pytest.approx(expected, rel=1e-6)
     assert "frechet_distance" not in rows[1]  # 3 real images in 3 dimensions
-    accuracy = overall_accuracy(samples, labels, Counting())
-    assert accuracy is not None and accuracy["value"] == 0.7
-    assert overall_accuracy(samples, labels + 1, Counting()) is None  # class 3 is beyond the network's
+    assert accuracy((samples, labels), Counting()) == proportion(0.7, 10)
+    assert accuracy((samples, labels + 1), Counting()) is None  # class 3 is beyond the network's
 
 
 def test_the_whole_on_images_by_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -428,7 +406,7 @@ def test_the_whole_on_images_by_class(tmp_path: Path, capsys: pytest.CaptureFixt
     said = capsys.readouterr()
     assert "16 generated images against 18 real ones; judge, penultimate layer, 96 dimensions" in said.out
     assert "warning: 16 generated images: below 10000" in said.err
-    with mock.patch.object(JudgeView, "view", side_effect=AssertionError("nothing has to be looked at again")):
+    with mock.patch.object(JudgeExtractor, "activations", side_effect=AssertionError("computed again")):
         assert run(tmp_path / "out", tmp_path / "made", tmp_path / "real", *options) == report
 
 
@@ -436,7 +414,7 @@ def test_statistics_stand_in_for_images(tmp_path: Path) -> None:
     made, real = pixels_of(20, 32, seed=0), pixels_of(30, 32, seed=1)
     np.savez(tmp_path / "made.npz", made)
     images = torch.from_numpy(real).permute(0, 3, 1, 2)
-    features = JudgeView(JUDGE_FILE)(images)["features"].double().numpy()
+    features = JudgeExtractor(JUDGE_FILE)(images)["features"].double().numpy()
     np.savez(tmp_path / "moments.npz", mu=features.mean(0), sigma=np.cov(features.T))
     np.savez(tmp_path / "real.npz", real)
     # ADM's reference files have images too, and statistics of more of them: the distance takes the statistics
@@ -458,8 +436,8 @@ def test_statistics_stand_in_for_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("mean", "covariance", "message"),
     [
-        (np.full(96, np.nan), np.eye(96), "are no numbers, or variances below 0"),  # a distance of NaN is none of 0
-        (np.zeros(96), -np.eye(96), "are no numbers, or variances below 0"),
+        (np.full(96, np.nan), np.eye(96), "are not finite, or variances below 0"),  # a distance of NaN is none of 0
+        (np.zeros(96), -np.eye(96), "are not finite, or variances below 0"),
         (np.zeros(96, complex), np.eye(96), "complex128 where numbers are expected"),
         (np.float64(3), np.eye(96), "statistics of 1 features, the network has 96"),
     ],
@@ -482,19 +460,19 @@ def test_labels_that_are_no_classes_are_refused(labels: list[float], tmp_path: P
 
 def test_a_network_that_sees_no_numbers_is_named(tmp_path: Path) -> None:
     class Blind(Counting):
-        def view(self, pixels: Tensor) -> dict[str, Tensor]:
+        def activations(self, pixels: Tensor) -> dict[str, Tensor]:
             return {"features": torch.full((len(pixels), 1), torch.nan)}
 
     folder = save_folder(tmp_path / "a", pixels_of(2, 8, seed=0))
-    with pytest.raises(LightningDiTError, match="is not finite; fix: give other weights"):
-        cache.views_of(open_images(str(folder)), Blind(), tmp_path / "kept", "a", 3)
+    with pytest.raises(LightningDiTError, match="are not finite; fix: give other weights"):
+        cache.cached_activations(open_images(str(folder)), Blind(), tmp_path / "kept", "a", 3)
     assert not list((tmp_path / "kept").rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize("content", ["[1", '{"fid": 1}', '["a"]', "3"])
 def test_foreign_values_are_computed_again(content: str, tmp_path: Path) -> None:
     (tmp_path / "v.json").write_text(content)
-    assert cache.kept_values(tmp_path / "v.json", 2, float, mock.Mock()) == [0, 1]
+    assert cache.cached_list(tmp_path / "v.json", 2, float, mock.Mock()) == [0, 1]
     assert json.loads((tmp_path / "v.json").read_text()) == [0, 1]
 
 
@@ -502,7 +480,7 @@ def test_grey_images_of_16_bits_keep_their_white(tmp_path: Path) -> None:
     """As training and extraction read them: 257 is one step of 8 bits."""
     values = np.array([[0, 257], [32896, 65535]], np.uint16)
     Image.fromarray(values).save(tmp_path / "0.png")
-    assert open_images(str(tmp_path)).read(0, 1)[0, 2].tolist() == [[0, 1], [128, 255]]
+    assert open_images(str(tmp_path)).batch([0]).pixels[0, 2].tolist() == [[0, 1], [128, 255]]
 
 
 def test_images_of_other_sizes_are_warned_of(tmp_path: Path) -> None:
@@ -512,7 +490,7 @@ def test_images_of_other_sizes_are_warned_of(tmp_path: Path) -> None:
     real = save_folder(tmp_path / "real", pixels_of(4, 24, seed=1))
     options = ["--features", f"timm:test_vit@{tmp_path / 'vit.safetensors'}", "--resamples", "0"]
     assert (
-        "generated images have 16x16 pixels, the reference's 24x24: scaling moves every score"
+        "generated images have 16x16 pixels, the reference's 24x24: scaling changes every score"
         in (run(tmp_path / "out", made, real, *options)["warnings"])
     )
     cropped = run(tmp_path / "cropped", made, real, *options, "--size", "16")
@@ -542,7 +520,7 @@ def test_the_file_for_adms_evaluator_is_cropped_by_size(tmp_path: Path) -> None:
     """Against the middle columns in NumPy; without --size nobody is told to delete the images."""
     pixels = np.random.RandomState(0).randint(0, 256, (2, 8, 12, 3)).astype(np.uint8)
     given = ["--samples", str(save_folder(tmp_path / "wide", pixels)), "--npz", str(tmp_path / "out.npz")]
-    with pytest.raises(LightningDiTError, match=r"image 0 of .* has 12x8 pixels, 12x12 expected; fix: give --size N"):
+    with pytest.raises(LightningDiTError, match=r"000000.png has 12x8 pixels, 12x12 expected; fix: give --size N"):
         evaluate.main(given)
     assert not (tmp_path / "out.npz").exists()
     assert evaluate.main([*given, "--size", "8"]) == 0
@@ -568,18 +546,18 @@ def test_fashion_mnist_is_taken_by_part(tmp_path: Path) -> None:
     for part, photographs in written.items():
         source = open_images(f"{tmp_path}:{part}")
         padded = np.pad(photographs, ((0, 0), (2, 2), (2, 2)))
-        assert np.array_equal(source.read(0, source.count).numpy(), np.stack([padded] * 3, 1))
+        assert np.array_equal(source.batch(range(source.count)).pixels.numpy(), np.stack([padded] * 3, 1))
         assert source.labels is not None
         assert source.labels.tolist() == list(range(source.count))
         assert source.class_names == FASHION_MNIST_CLASSES
-    with pytest.raises(LightningDiTError, match=r"holds Fashion-MNIST, and not which part of it; fix: say .*:test"):
+    with pytest.raises(LightningDiTError, match=r"holds Fashion-MNIST, and not which part of it; fix: name .*:test"):
         open_source(str(tmp_path))
 
 
 def test_a_row_of_the_bootstraps_study() -> None:
     scores = [Score(1.0, 0.5, 2.5, 0.25), Score(3.0, 2.25, 4.25, 0.75)]
     # mean 2, 0.5 above the limit 1.5; mean bias 0.5; quantiles of two values lie 0.95 of their distance apart
-    assert bootstrap_study.row_of(200, scores, 1.5) == "| 200 | 2 | 0.5 | 0.5 | 1.9 | 2 | 50% |"
+    assert bootstrap_study.row_of(200, scores, 1.5) == ["200", "2", "0.5", "0.5", "1.9", "2", "50%"]
 
 
 def test_the_bootstraps_study_prints_its_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -623,7 +601,7 @@ def make_damaged(tmp_path: Path) -> None:
         ("text.npz", r"text\.npz is no whole \.npz file"),
         ("float.npz", r"arr_0 is float32 \(2, 8, 8, 3\); uint8 \(N, H, W, 3\) in C order is expected"),
         ("columns.npz", r"in C order is expected"),
-        ("flipped.npz", r"flipped\.npz is damaged \(Bad CRC-32"),
+        ("flipped.npz", r"flipped\.npz is no whole \.npz file \(Bad CRC-32"),
         ("labels.npz", r"arr_1 has the shape \(5,\) for 2 images"),
         ("other.npz", r"holds weights; arr_0 \(images\) or mu and sigma are expected"),
         ("moments.npz", r"moments\.npz holds statistics and no images"),
@@ -633,7 +611,7 @@ def test_what_cannot_be_read_is_named(name: str, message: str, tmp_path: Path) -
     make_damaged(tmp_path)
     with pytest.raises(LightningDiTError, match=message) as caught:
         source = open_images(str(tmp_path / name))
-        source.read(0, source.count)
+        list(source.batches(range(source.count), 5))
     assert "\n" not in str(caught.value)
 
 
@@ -641,24 +619,14 @@ def test_without_inceptions_weights_it_says_where_they_belong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(extractors, "INCEPTION_URL", "http://127.0.0.1:9/weights.pth")  # nothing listens there
+    monkeypatch.setattr(extractors, "INCEPTION_URL", "http://127.0.0.1:9/weights-0.pth")  # nothing listens there
     made = save_folder(tmp_path / "made", pixels_of(2, 8, seed=0))
     given = ["--samples", str(made), "--reference", str(made), "--output", str(tmp_path / "out")]
     assert run_main(lambda: evaluate.main(given)) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    place = tmp_path / "home" / "hub" / "checkpoints" / extractors.INCEPTION_FILE
-    assert f"Inception's weights are not at {place} and cannot be downloaded" in line
-    assert f"curl -L -o {extractors.INCEPTION_FILE} http://127.0.0.1:9/weights.pth" in line
-    assert not place.exists()
-
-
-def test_weights_in_the_cache_are_taken_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    place = tmp_path / "hub" / "checkpoints" / extractors.INCEPTION_FILE
-    place.parent.mkdir(parents=True)
-    place.write_bytes(b"weights")
-    assert extractors.find_inception(None) == place
-    assert extractors.find_inception("mine.pth") == Path("mine.pth")
+    assert f"{tmp_path}/home/hub/checkpoints/weights-0.pth does not exist and cannot be downloaded" in line
+    assert "curl -L -o weights-0.pth http://127.0.0.1:9/weights-0.pth" in line
+    assert line.endswith("then give --inception-weights weights-0.pth, or --features judge for Fashion-MNIST")
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -701,28 +669,28 @@ def test_networks_that_cannot_be_had_are_named(features: str, message: str) -> N
 def test_other_weights_than_inceptions_are_refused(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(2)}, tmp_path / "other.pth")
     with pytest.raises(LightningDiTError, match=r"other\.pth holds other weights than FID's Inception") as caught:
-        Inception(tmp_path / "other.pth")
+        InceptionExtractor(tmp_path / "other.pth")
     assert "\n" not in str(caught.value)
 
 
 def test_the_judge_says_which_size_it_sees(tmp_path: Path) -> None:
     made = save_folder(tmp_path / "made", pixels_of(2, 16, seed=0))
-    with pytest.raises(LightningDiTError, match=r"the judge sees 32x32 pixels, the images have 16x16; fix: give --si"):
+    with pytest.raises(LightningDiTError, match=r"have 16x16 pixels; the judge expects 32x32; fix: give --size 32"):
         run(tmp_path / "out", made, made, "--features", "judge")
 
 
 def test_one_image_has_no_spread(tmp_path: Path) -> None:
     one, many = (save_folder(tmp_path / str(count), pixels_of(count, 32, seed=0)) for count in (1, 3))
     for made, real in ((one, many), (many, one)):
-        with pytest.raises(LightningDiTError, match=r"1 has one image; a distance needs two at least"):
+        with pytest.raises(LightningDiTError, match=r"1 has one image; a distance needs two; fix: name a larger set"):
             run(tmp_path / "out", made, real, "--features", "judge")
 
 
-def test_a_place_that_cannot_be_written_is_named_before_anything_is_seen(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_named_before_anything_is_computed(tmp_path: Path) -> None:
     made = save_folder(tmp_path / "made", pixels_of(2, 32, seed=0))
     (tmp_path / "file").write_text("")
     with (
-        mock.patch.object(JudgeView, "view", side_effect=AssertionError("too early")),
+        mock.patch.object(JudgeExtractor, "activations", side_effect=AssertionError("too early")),
         pytest.raises(LightningDiTError, match=r"file/features cannot be written"),
     ):
         run(tmp_path / "file", made, made, "--features", "judge")

@@ -1,4 +1,4 @@
-"""Figures of a tokenizer: each against its definition, and a report that says what is left out."""
+"""Scores of a tokenizer: each against its definition, and a report that says what is left out."""
 
 from __future__ import annotations
 
@@ -12,27 +12,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from LightningDiT import evaluate_tokenizer
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.evaluate_tokenizer import Evaluation, Judges, main, normalised_positions, structural_similarity
+from LightningDiT.evaluate_tokenizer import main
+from LightningDiT.images import to_float
 from LightningDiT.metrics import extractors
+from LightningDiT.metrics.reconstruction import (
+    Measures,
+    ReconstructionScores,
+    make_measures,
+    normalised_positions,
+    structural_similarity,
+)
 from LightningDiT.tokenizer import perceptual
 from LightningDiT.tokenizer.latents import LatentStats
-from LightningDiT.tokenizer.uniformity import uniformity
 from LightningDiT.tokenizer.vavae import VA_VAE
 from tests.conftest import BUNDLED
-from tests.test_data import fashion_folder  # noqa: F401 - a fixture
 from tests.test_perceptual import vgg_file  # noqa: F401 - a fixture
-
-
-def test_uniformity_has_its_closed_forms() -> None:
-    assert uniformity(torch.tensor([[1.0, 0.0], [5.0, 0.0]])) == 0.0  # one direction
-    assert math.isclose(uniformity(torch.tensor([[1.0, 0.0], [-3.0, 0.0]])), -8.0)  # |x - y|^2 = 4
-    assert math.isclose(uniformity(torch.eye(5)), -4.0)  # every pair at right angles: 2
-    points = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)).numpy().astype(np.float64)
-    unit = points / np.linalg.norm(points, axis=1, keepdims=True)
-    pairs = [np.exp(-2 * ((unit[i] - unit[j]) ** 2).sum()) for i in range(20) for j in range(i)]
-    assert math.isclose(uniformity(torch.from_numpy(points)), math.log(np.mean(pairs)), rel_tol=1e-9)
 
 
 def test_positions_are_normalised_by_channel() -> None:
@@ -73,13 +68,13 @@ class Halving:
 
 def test_psnr_is_of_the_pixels_of_a_file() -> None:
     """Grey values of 255 become `trunc(127.5 / 2 + 128) = 191`: an error of 64 steps of 2/255 in a range of 2."""
-    evaluation = Evaluation(Halving(), Judges())
+    scores = ReconstructionScores(Halving(), Measures())
     pixels = torch.full((3, 3, 8, 8), 255, dtype=torch.uint8)
-    assert torch.equal(evaluation.add(pixels), torch.full((3, 3, 8, 8), 191, dtype=torch.uint8))
+    assert torch.equal(scores.add(pixels), torch.full((3, 3, 8, 8), 191, dtype=torch.uint8))
     pixels = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     pixels[:, :, :, :4] = 255  # -1 and 1: 64 and 191
-    evaluation.add(pixels)
-    report = evaluation.report()
+    scores.add(pixels)
+    report = scores.report()
     one, two = 20 * math.log10(255 / 64), 10 * math.log10(255**2 / (64**2))
     assert report["images"] == 5
     assert math.isclose(report["psnr_mean"], (3 * one + 2 * two) / 5, rel_tol=1e-6)
@@ -100,11 +95,11 @@ def test_the_frechet_distance_is_that_of_two_gaussians() -> None:
         def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
             return {"features": pixels.double().mean((2, 3))}
 
-    evaluation = Evaluation(Halving(), Judges(extractor=Means()))
-    evaluation.tokenizer.decode_latents = lambda latents: latents - 20 / 127.5
+    scores = ReconstructionScores(Halving(), Measures(extractor=Means()))
+    scores.tokenizer.decode_latents = lambda latents: latents - 20 / 127.5
     values = torch.randint(40, 200, (50, 3, 1, 1), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    evaluation.add(values.expand(50, 3, 8, 8).contiguous())
-    report = evaluation.report()
+    scores.add(values.expand(50, 3, 8, 8).contiguous())
+    report = scores.report()
     assert report["features"] == "means"
     moved = 19.5  # trunc(v - 20 + 0.5), which is v - 20 or v - 19 by rounding in float32
     assert math.sqrt(report["frechet_distance"] / 3) == pytest.approx(moved, abs=0.6)
@@ -117,7 +112,7 @@ def evaluate(folder: Path, *more: str) -> dict[str, object]:
 
 
 def test_the_bundled_tokenizer_is_evaluated(
-    fashion_folder: Path,  # noqa: F811
+    fashion_folder: Path,
     vgg_file: Path,  # noqa: F811
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -148,14 +143,14 @@ def test_what_cannot_be_had_is_left_out_and_said(
     images.mkdir()
     for index in range(6):
         Image.new("RGB", (20, 24), (40 * index, 100, 0)).save(images / f"{index}.png")
-    monkeypatch.setattr(extractors, "INCEPTION_URL", "http://127.0.0.1:9/weights.pth")
+    monkeypatch.setattr(extractors, "INCEPTION_URL", "http://127.0.0.1:9/weights-0.pth")
     options = ["--config", str(tiny_folder / "tokenizer.yaml"), "--images", str(images)]
     report = evaluate(tmp_path / "out", *options)
     assert (report["lpips"], report["rfid"]) == (None, None)
     assert [note.split(":")[0] for note in report["notes"]] == ["LPIPS is left out", "the Frechet distance is left out"]
     said = capsys.readouterr().out
     assert "left out" in said
-    assert "Inception's weights are not at" in said
+    assert "weights-0.pth does not exist and cannot be downloaded" in said
     assert report["psnr_pooled"] <= report["psnr_mean"]
     for asked, message in (
         (("--features", "nothing"), "--features is 'nothing'"),
@@ -167,23 +162,23 @@ def test_what_cannot_be_had_is_left_out_and_said(
     assert main([*options, "--features", "judge", "--count", "1", "--output", str(tmp_path / "one")]) == 0
     one = json.loads((tmp_path / "one" / "evaluation.json").read_text())
     assert one["rfid"] is None
-    assert "the Frechet distance is left out: one image has no spread" in one["notes"]
+    assert "the Frechet distance is left out: one image has no covariance" in one["notes"]
 
 
-def test_images_that_are_too_small_for_a_judge_are_said() -> None:
-    judges = Judges()
-    assert judges.can_see("SSIM", 11, 11)
-    assert not judges.can_see("LPIPS", 15, 16)
-    assert judges.notes == ["LPIPS is left out: it needs images of 16 pixels, these have 15"]
+def test_images_that_are_too_small_for_a_network_are_noted() -> None:
+    pytest.importorskip("torchmetrics")
+    measures = make_measures(side=15, count=1, features="judge")
+    assert measures.ssim is not None
+    assert measures.notes[0] == "LPIPS is left out: it needs images of 16 pixels, these have 15"
 
 
 def test_figures_agree_with_the_tokenizer_itself(tiny_folder: Path) -> None:
     """PSNR from pixels that `decode_to_images` gives, in NumPy."""
     tokenizer = VA_VAE(tiny_folder / "tokenizer.yaml", device="cpu")
     pixels = torch.randint(0, 256, (3, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    evaluation = Evaluation(tokenizer, Judges())
-    evaluation.add(pixels)
-    latents = tokenizer.encode_images(evaluate_tokenizer.as_images(pixels), sample=False)
+    scores = ReconstructionScores(tokenizer, Measures())
+    scores.add(pixels)
+    latents = tokenizer.encode_images(to_float(pixels), sample=False)
     copies = tokenizer.decode_to_images(latents).astype(np.float64)
     errors = ((copies - pixels.permute(0, 2, 3, 1).numpy()) ** 2).mean((1, 2, 3))
-    assert evaluation.report()["psnr_mean"] == pytest.approx((10 * np.log10(255**2 / errors)).mean(), rel=1e-6)
+    assert scores.report()["psnr_mean"] == pytest.approx((10 * np.log10(255**2 / errors)).mean(), rel=1e-6)

@@ -1,4 +1,4 @@
-"""Figures of image quality against closed forms."""
+"""Measures of images and features against closed forms."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ from scipy.linalg import sqrtm
 
 from LightningDiT.metrics.formulas import (
     FrechetDistance,
-    class_accuracy,
     frechet_distance,
-    mean_pairwise_distance,
-    mean_psnr,
     moments,
     nearest_neighbours,
-    pooled_psnr,
-    psnr_per_image,
+    psnr,
+    squared_error,
+    uniformity,
 )
 
 
@@ -34,25 +32,46 @@ def standardised(count: int, width: int, seed: int = 0) -> torch.Tensor:
     return torch.linalg.solve_triangular(factor, points.T, upper=False).T
 
 
+def distance_by_scipy(features: torch.Tensor, references: torch.Tensor) -> float:
+    """Return the Frechet distance as FID's first code does: by SciPy's root of the unsymmetric product."""
+    sides = (features.double().numpy(), references.double().numpy())
+    (mean1, covariance1), (mean2, covariance2) = ((x.mean(0), np.cov(x.T)) for x in sides)
+    traces = np.trace(covariance1 + covariance2 - 2 * sqrtm(covariance1 @ covariance2).real)
+    return float(np.square(mean1 - mean2).sum() + traces)
+
+
+def rounding(covariance1: torch.Tensor, covariance2: torch.Tensor) -> float:
+    """Return the accuracy of a distance, as `FrechetDistance` states it: the smaller of its two bounds."""
+    width, norms = len(covariance1), [torch.linalg.matrix_norm(one, 2) for one in (covariance1, covariance2)]
+    moved = float(width * torch.finfo(torch.float64).eps * norms[0] * norms[1])
+    smallest = float(torch.linalg.eigvals(covariance1 @ covariance2).real.min())
+    always = 2 * width * math.sqrt(moved)
+    return min(always, width * moved / math.sqrt(smallest)) if smallest > moved else always
+
+
 def test_psnr_of_a_constant_error() -> None:
     references = torch.zeros(2, 3, 4, 4)
     images = torch.stack([torch.full((3, 4, 4), 0.2), torch.full((3, 4, 4), 0.02)])
+    errors = squared_error(images, references)
     # 10 log10(2^2 / e^2) = 20 dB for e = 0.2 and 40 dB for e = 0.02
-    assert psnr_per_image(images, references).tolist() == pytest.approx([20.0, 40.0], abs=1e-5)
-    assert mean_psnr(images, references) == pytest.approx(30.0, abs=1e-5)
+    assert psnr(errors).tolist() == pytest.approx([20.0, 40.0], abs=1e-5)
     pooled = 10 * math.log10(4 / ((0.2**2 + 0.02**2) / 2))
-    assert pooled_psnr(images, references) == pytest.approx(pooled, abs=1e-5)
+    assert float(psnr(errors.mean())) == pytest.approx(pooled, abs=1e-5)
     assert pooled < 30
 
 
 def test_psnr_of_equal_images_is_infinite() -> None:
     images = randn(1, 3, 4, 4)
-    assert psnr_per_image(images, images).item() == math.inf
+    assert psnr(squared_error(images, images)).item() == math.inf
 
 
-def test_frechet_distance_to_itself_is_zero() -> None:
-    features = randn(50, 6)
-    assert frechet_distance(features, features) == pytest.approx(0.0, abs=1e-10)
+@pytest.mark.parametrize("count", [3, 50])
+def test_frechet_distance_to_itself_is_zero(count: int) -> None:
+    """With 3 images the covariance is singular: the roots of four eigenvalues are rounding alone."""
+    for seed in range(20):
+        mean, covariance = moments(randn(count, 6, seed=seed))
+        distance = FrechetDistance(mean, covariance)(mean, covariance)
+        assert distance <= rounding(covariance, covariance), seed
 
 
 def test_frechet_distance_of_a_shift_is_its_squared_length() -> None:
@@ -84,16 +103,14 @@ def test_frechet_distance_of_general_covariances_meets_the_eigenvalue_formula() 
 
 
 def test_frechet_distance_is_that_of_scipys_matrix_root() -> None:
-    # the route of FID's first code: sqrtm of the unsymmetric product, here by SciPy
     first = (randn(80, 6, seed=3) @ randn(6, 6, seed=4)).double()
     second = (randn(90, 6, seed=5) @ randn(6, 6, seed=6)).double() + 1.0
-    (mean1, covariance1), (mean2, covariance2) = ((x.mean(0), np.cov(x.T)) for x in (first.numpy(), second.numpy()))
-    traces = np.trace(covariance1 + covariance2 - 2 * sqrtm(covariance1 @ covariance2).real)
-    expected = np.square(mean1 - mean2).sum() + traces
+    expected = distance_by_scipy(first, second)
     assert frechet_distance(first, second) == pytest.approx(expected, rel=1e-9)
-    distance = FrechetDistance(*moments(second))
+    mean, covariance = moments(second)
+    distance = FrechetDistance(mean, covariance)
     assert distance(*moments(first)) == pytest.approx(expected, rel=1e-9)
-    assert distance(*moments(second)) == pytest.approx(0.0, abs=1e-9)
+    assert distance(mean, covariance) <= rounding(covariance, covariance)
 
 
 def test_weights_count_rows_as_often_as_they_say() -> None:
@@ -105,30 +122,19 @@ def test_weights_count_rows_as_often_as_they_say() -> None:
 
 
 def test_frechet_distance_of_features_that_never_fire() -> None:
-    # a judge's feature may be 0 for every image: the covariance is singular, the distance is not
+    # a network's feature may be 0 for every image: the covariance is singular, the distance is defined
     features = torch.cat([standardised(100, 2), torch.zeros(100, 3)], dim=1)
     assert frechet_distance(features, 3 * features) == pytest.approx(2 * (3 - 1) ** 2, abs=1e-9)
 
 
-def test_mean_pairwise_distance_of_a_square() -> None:
-    square = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
-    # four sides of 1, two diagonals of sqrt(2)
-    assert mean_pairwise_distance(square) == pytest.approx((4 + 2 * math.sqrt(2)) / 6, abs=1e-12)
-
-
-def test_mean_pairwise_distance_far_from_the_origin() -> None:
-    points = randn(40, 3, 4, 4)
-    expected = torch.pdist(points.double().flatten(1)).mean().item()
-    assert mean_pairwise_distance(points) == pytest.approx(expected, rel=1e-12)
-    assert mean_pairwise_distance(points.double() + 1e4) == pytest.approx(expected, rel=1e-9)
-
-
-def test_class_accuracy() -> None:
-    predictions, labels = torch.tensor([0, 0, 1, 2, 2]), torch.tensor([0, 1, 1, 2, 0])
-    overall, shares = class_accuracy(predictions, labels, 4)
-    assert overall == pytest.approx(3 / 5)
-    assert shares[:3] == pytest.approx([1 / 2, 1 / 2, 1.0])
-    assert math.isnan(shares[3])
+def test_uniformity_has_its_closed_forms() -> None:
+    assert uniformity(torch.tensor([[1.0, 0.0], [5.0, 0.0]])) == 0.0  # one direction
+    assert math.isclose(uniformity(torch.tensor([[1.0, 0.0], [-3.0, 0.0]])), -8.0)  # |x - y|^2 = 4
+    assert math.isclose(uniformity(torch.eye(5)), -4.0)  # every pair at right angles: 2
+    points = randn(20, 3).numpy().astype(np.float64)
+    unit = points / np.linalg.norm(points, axis=1, keepdims=True)
+    pairs = [np.exp(-2 * ((unit[i] - unit[j]) ** 2).sum()) for i in range(20) for j in range(i)]
+    assert math.isclose(uniformity(torch.from_numpy(points)), math.log(np.mean(pairs)), rel_tol=1e-9)
 
 
 def test_nearest_neighbours_meets_brute_force_in_any_batch_size() -> None:

@@ -1,1 +1,1 @@
-"""What generated images are judged by: image sets, networks that see them, scores, neighbours, and the picture."""
+"""The evaluation of generated images and of tokenizers: image sets, networks, scores, neighbours, reports."""

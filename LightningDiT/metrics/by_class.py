@@ -1,4 +1,4 @@
-"""The table by class: how many images, how many of them are seen as their class, how far from the real ones."""
+"""Accuracy of generated images, and the table by class."""
 
 from __future__ import annotations
 
@@ -8,70 +8,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from LightningDiT.metrics.extractors import Extractor, Views
+from LightningDiT.metrics.extractors import Activations, Extractor
 from LightningDiT.metrics.formulas import frechet_distance
-from LightningDiT.metrics.scores import proportion
+from LightningDiT.metrics.scores import Score, proportion
 
 Row = dict[str, Any]
+Labelled = tuple[Activations, Tensor]  # activations of a set and its classes (N,)
 
 
-def class_table(
-    samples: Views,
-    labels: Tensor,
-    reference: Views | None,
-    reference_labels: Tensor | None,
-    extractor: Extractor,
-    names: Sequence[str],
-) -> list[Row]:
+def accuracy(labelled: Labelled, extractor: Extractor) -> Score | None:
+    """Return the share of images that the network recognises as their class; None if its outputs are other classes."""
+    activations, labels = labelled
+    if not extractor.numbered or "logits" not in activations or int(labels.max()) >= activations["logits"].shape[1]:
+        return None
+    share = float((activations["logits"].argmax(1) == labels).double().mean())
+    return proportion(share, len(labels))
+
+
+def class_table(generated: Labelled, real: Labelled | None, extractor: Extractor, names: Sequence[str]) -> list[Row]:
     """Return a row for each class of the generated images.
 
-    A row has `class`, `name`, `count`; `accuracy` with its interval where the network's outputs are numbered as the
-    labels are; beside it `accuracy_real`, the share of the reference's images of that class that it knows; and
-    `frechet_distance` between the two where both have more images than the features have dimensions, below which a
-    covariance has no full rank.
+    A row has `class`, `name`, `count` and, as far as `real` is given, `count_real`; `accuracy` with its interval and
+    `accuracy_real`, see `accuracy`; and `frechet_distance` if both sets have more images of the class than the features
+    have dimensions: with fewer, a covariance does not have full rank.
 
     Args:
-        labels: (N,) of the generated images.
-        reference_labels: (M,) of the real images; None where unknown.
         names: of the classes by number, as far as known.
     """
-    sides = [(samples, labels)]
-    if reference is not None and reference_labels is not None:
-        sides.append((reference, reference_labels))
     rows = []
-    for label in sorted(set(labels.tolist())):
-        parts = [{name: view[known == label] for name, view in views.items()} for views, known in sides]
-        row: Row = {"class": label, "name": names[label] if label < len(names) else str(label)}
-        row["count"] = len(parts[0]["features"])
-        row |= _accuracies(parts, label, extractor)
-        if len(parts) == 2:
-            row |= _distance(*(part["features"] for part in parts))
+    for label in generated[1].unique().tolist():
+        made, known = _of_class(generated, label), _of_class(real, label) if real else None
+        row: Row = {"class": label, "name": names[label] if label < len(names) else str(label), "count": len(made[1])}
+        if score := accuracy(made, extractor):
+            row |= {"accuracy": score.value, "accuracy_low": score.low, "accuracy_high": score.high}
+        if known and len(known[1]) and (score := accuracy(known, extractor)):
+            row["accuracy_real"] = score.value
+        if known:
+            features, references = made[0]["features"], known[0]["features"]
+            row["count_real"] = len(references)
+            if min(len(features), len(references)) > features.shape[1]:
+                row["frechet_distance"] = frechet_distance(features, references)
         rows.append(row)
     return rows
 
 
-def overall_accuracy(views: Views, labels: Tensor, extractor: Extractor) -> Row | None:
-    """Return the share of images seen as their class, with its interval; None where the numbers do not compare."""
-    if not extractor.numbered or "logits" not in views or int(labels.max()) >= views["logits"].shape[1]:
-        return None
-    share = float((views["logits"].argmax(1) == labels).double().mean())
-    score = proportion(share, len(labels))
-    return {"value": share, "low": score.low, "high": score.high}
-
-
-def _accuracies(parts: Sequence[Views], label: int, extractor: Extractor) -> Row:
-    """Return the accuracy in a class's generated images and, where it has any, its real ones."""
-    result: Row = {}
-    for name, part in zip(("accuracy", "accuracy_real"), parts, strict=False):
-        count = len(part["features"])
-        seen = overall_accuracy(part, torch.full((count,), label), extractor) if count else None
-        if seen:
-            result[name] = seen["value"]
-            if name == "accuracy":
-                result |= {"accuracy_low": seen["low"], "accuracy_high": seen["high"]}
-    return result
-
-
-def _distance(features: Tensor, real: Tensor) -> Row:
-    count, width = min(len(features), len(real)), features.shape[1]
-    return {"count_real": len(real)} | ({"frechet_distance": frechet_distance(features, real)} if count > width else {})
+def _of_class(labelled: Labelled, label: int) -> Labelled:
+    activations, labels = labelled
+    chosen: Tensor = torch.nonzero(labels == label).flatten()
+    return {kind: values[chosen] for kind, values in activations.items()}, labels[chosen]

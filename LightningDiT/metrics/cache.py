@@ -1,4 +1,4 @@
-"""Views of an image set and figures drawn from them, kept on the disk part by part: a rerun goes on, or is done."""
+"""Activations of image sets, and figures computed from them, cached on the disk part by part."""
 
 from __future__ import annotations
 
@@ -15,109 +15,104 @@ from torch.nn import functional as F
 
 from LightningDiT.checkpoint import load_weights, save_weights
 from LightningDiT.console import Progress
+from LightningDiT.data.image_sets import ImageSet
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.files import atomic_path
-from LightningDiT.metrics.extractors import Extractor, Views
-from LightningDiT.metrics.sources import ImageSource
+from LightningDiT.files import write_text
+from LightningDiT.metrics.extractors import Activations, Extractor
 
 PART = 1000  # images in a file
-THUMBNAIL = 32  # pixels a side in which distances between images are measured
+THUMBNAIL = 32  # side in pixels of the images between which distances are measured
 
 
 def digest(*parts: object) -> str:
-    """Return a short text that belongs to these parts."""
+    """Return a short text that changes with the parts."""
     return hashlib.sha256(json.dumps([str(part) for part in parts]).encode()).hexdigest()[:12]
 
 
 def thumbnails(pixels: Tensor) -> Tensor:
-    """Return (N, 3, H, W) uint8 with sides of at most 32 pixels, each the mean of those it stands for."""
+    """Return pixels (N, 3, H, W) uint8 with sides of at most 32, by means over areas of equal size."""
     side = [min(length, THUMBNAIL) for length in pixels.shape[2:]]
     if side == list(pixels.shape[2:]):
         return pixels.contiguous()
     return F.adaptive_avg_pool2d(pixels.float(), side).round().to(torch.uint8)
 
 
-def views_of(source: ImageSource, extractor: Extractor, folder: Path, title: str, batch_size: int) -> Views:
-    """Return what `extractor` sees in all images of `source`, and their `pixels` as thumbnails.
+def cached_activations(
+    images: ImageSet, extractor: Extractor, folder: Path, title: str, batch_size: int
+) -> Activations:
+    """Return the activations of all images, and their thumbnails as `pixels`.
 
-    Every thousand images make a file in `folder`, which is written whole or not at all. What is there is not
-    computed again, as long as the images (names, sizes and times of the files) and the network are the same.
+    Each thousand images make a file below `folder`. A file is reused as long as the images (names, sizes and times of
+    the files) and the network stay the same.
 
     Args:
-        title: what the set is called in messages and in the name of its folder.
+        title: name of the set, for messages and the folder.
+
+    Raises:
+        LightningDiTError: an activation is not finite.
     """
-    place = folder / f"{title}-{digest(source.key, extractor.key, THUMBNAIL)}"
-    starts = range(0, source.count, PART)
-    parts = [_part_in(place / f"{start:08d}.safetensors") for start in starts]
-    missing = [index for index, part in enumerate(parts) if part is None]
+    folder /= f"{title}-{digest(images.state, extractor.key, THUMBNAIL)}"
+    files = {start: folder / f"{start:08d}.safetensors" for start in range(0, images.count, PART)}
+    parts = {start: _whole(file) for start, file in files.items()}
+    missing = [range(start, min(start + PART, images.count)) for start, part in parts.items() if part is None]
     if missing:
-        left = sum(min(PART, source.count - starts[index]) for index in missing)
-        print(f"Looking at {left} of {source.count} {title} images by {extractor.name}", flush=True)
-        progress = Progress(left, "image")
-        try:
-            for index in missing:
-                stop = min(starts[index] + PART, source.count)
-                part = _seen(source, extractor, range(starts[index], stop), batch_size, progress)
-                save_weights(part, place / f"{starts[index]:08d}.safetensors")
-                parts[index] = part
-        finally:
-            progress.close()
-    whole = [part for part in parts if part is not None]
-    return {name: torch.cat([part[name] for part in whole]) for name in whole[0]}
+        count = sum(map(len, missing))
+        print(f"Computing {extractor.name} features of {count} of {images.count} {title} images", flush=True)
+        with Progress(count, "image") as progress:
+            for numbers in missing:
+                part = _computed(images, extractor, numbers, batch_size, progress)
+                save_weights(part, files[numbers.start])
+                parts[numbers.start] = part
+    return _joined([part for part in parts.values() if part is not None])
 
 
-def kept_values(file: Path, count: int, value_of: Callable[[int], float], progress: Progress) -> list[float]:
-    """Return value_of(0), ..., value_of(count - 1), those in `file` as they are there; each new one is written."""
-    values: list[float] = kept(file, list, list)
+def cached_list(file: Path, count: int, compute: Callable[[int], float], progress: Progress) -> list[float]:
+    """Return compute(0), ..., compute(count - 1), reusing the values in `file`; each new value is written at once."""
+    values: list[float] = cached(file, list, list)
     progress.update(min(len(values), count))
     for index in range(len(values), count):
-        values.append(value_of(index))
-        _write(file, values)
+        values.append(compute(index))
+        write_text(file, json.dumps(values))
         progress.update()
     return values[:count]
 
 
-def kept(file: Path, compute: Callable[[], Any], kind: type[list] | type[dict]) -> Any:
-    """Return the list or dictionary of numbers in the JSON file, or what `compute` gives, which is then written."""
-    with contextlib.suppress(OSError, ValueError):  # not there yet, or cut short by a full disk
+def cached(file: Path, compute: Callable[[], Any], kind: type[list] | type[dict]) -> Any:
+    """Return the list or dictionary of numbers in a JSON file, or that of `compute`, which is then written."""
+    with contextlib.suppress(OSError, ValueError):  # not there yet, or damaged
         value = json.loads(file.read_text(encoding="utf-8"))
         numbers = value.values() if isinstance(value, dict) else value
         if isinstance(value, kind) and all(isinstance(number, int | float) for number in numbers):
             return value
     value = compute()
-    _write(file, value)
+    write_text(file, json.dumps(value))
     return value
 
 
-def _write(file: Path, value: Any) -> None:
-    with atomic_path(file) as temporary:
-        temporary.write_text(json.dumps(value), encoding="utf-8")
-
-
-def _part_in(file: Path) -> dict[str, Tensor] | None:
-    """Return the tensors of a part; None where it is not there, or is no whole file."""
-    if not file.exists():
-        return None
-    try:
+def _whole(file: Path) -> Activations | None:
+    """Return the activations in a file; None if it is missing or damaged."""
+    with contextlib.suppress(LightningDiTError):
         return load_weights(file)
-    except LightningDiTError:
-        return None
+    return None
 
 
-def _seen(
-    source: ImageSource, extractor: Extractor, numbers: range, batch_size: int, progress: Progress
+def _computed(
+    images: ImageSet, extractor: Extractor, numbers: range, batch_size: int, progress: Progress
 ) -> dict[str, Tensor]:
-    """Return the views of the images `numbers`, batch by batch."""
+    """Return the activations of the images `numbers`."""
     batches = []
-    for start in range(numbers.start, numbers.stop, batch_size):
-        pixels = source.read(start, min(start + batch_size, numbers.stop))
-        seen = extractor(pixels)
-        if not all(bool(view.isfinite().all()) for view in seen.values()):
+    for start, batch in zip(numbers[::batch_size], images.batches(numbers, batch_size), strict=True):
+        activations = extractor(batch.pixels)
+        if not all(bool(values.isfinite().all()) for values in activations.values()):
+            last = start + len(batch.pixels) - 1
             raise LightningDiTError(
-                f"what {extractor.name} sees in image {start} of {source.name} or the {len(pixels) - 1} after it is not"
-                " finite",
+                f"{extractor.name} features of images {start} to {last} of {images.source} are not finite",
                 "give other weights of that network, or other --features",
             )
-        batches.append({**seen, "pixels": thumbnails(pixels)})
-        progress.update(len(pixels))
-    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+        batches.append({**activations, "pixels": thumbnails(batch.pixels)})
+        progress.update(len(batch.pixels))
+    return _joined(batches)
+
+
+def _joined(parts: list[Activations]) -> dict[str, Tensor]:
+    return {kind: torch.cat([part[kind] for part in parts]) for kind in parts[0]}

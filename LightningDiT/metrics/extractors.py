@@ -1,45 +1,46 @@
-"""The networks whose view of an image is compared: FID's Inception, the judge of Fashion-MNIST, any timm model."""
+"""The networks whose features are compared: FID's Inception, the judge of Fashion-MNIST, any model of timm."""
 
 from __future__ import annotations
 
 import io
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from LightningDiT.checkpoint import BUNDLED_FOLDER, load_into, load_weights
+from LightningDiT.checkpoint import BUNDLED_FOLDER, load_weights
 from LightningDiT.device import best_device
-from LightningDiT.errors import LightningDiTError
+from LightningDiT.errors import LightningDiTError, fixed_by
 from LightningDiT.files import fingerprint
+from LightningDiT.images import to_float
 from LightningDiT.metrics.judge import load_judge
+from LightningDiT.pretrained import cached_download, timm_model
 
 #: The weights that FID is defined by (TensorFlow's Inception of 2015-12-05), as torch-fidelity converted them.
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
-INCEPTION_FILE, INCEPTION_HASH = INCEPTION_URL.rsplit("/", 1)[1], "6726825d"
-SPATIAL_CHANNELS = 7  # of `mixed_6/conv`, which sFID takes
+SPATIAL_CHANNELS = 7  # of `mixed_6/conv`, for sFID
 JUDGE_FILE = Path(__file__).parents[2] / "models" / BUNDLED_FOLDER / "judge.safetensors"
 JUDGE_SIDE = 32  # pixels
 FIDELITY_PIN = "torch-fidelity==0.4.0"
+INCEPTION = "inception"  # name of the one network that FID and Inception Score are named after
 
-Views = Mapping[str, Tensor]
+#: `features` (N, F); `logits` (N, C) if the network classifies; `spatial` (N, S) if sFID is defined for it.
+Activations = Mapping[str, Tensor]
 
 
 class Extractor(ABC):
-    """A network as a function from pixels to what it sees.
+    """A network as a function from pixels to activations.
 
     Attributes:
         name: of the network, for the report.
-        key: a text that changes with the network and its weights.
-        layer: which layer `features` is.
-        numbered: whether its outputs are numbered as the labels are, so that its argmax can be compared with them.
+        key: text that changes with the network and its weights.
+        layer: layer of `features`.
+        numbered: whether the logits have the order of the labels, so that an accuracy follows.
     """
 
     name: str
@@ -52,24 +53,17 @@ class Extractor(ABC):
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Return what it sees in (N, 3, H, W) uint8, float32 on the CPU.
-
-        `features` (N, F); `logits` (N, C) where it classifies; `spatial` (N, S) where sFID is defined.
-        """
-        views = self.view(pixels.to(self.device))
-        return {kind: value.float().cpu() for kind, value in views.items()}
+        """Return the activations for pixels (N, 3, H, W) uint8, float32 on the CPU."""
+        activations = self.activations(pixels.to(self.device))
+        return {kind: value.float().cpu() for kind, value in activations.items()}
 
     @abstractmethod
-    def view(self, pixels: Tensor) -> dict[str, Tensor]:
-        """As `__call__`, on the network's own device."""
+    def activations(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Return the activations for pixels (N, 3, H, W) uint8 on the network's device."""
 
 
 def require_fidelity() -> None:
-    """Make sure that torch-fidelity is there, before anything long is begun.
-
-    Raises:
-        LightningDiTError: it is not installed.
-    """
+    """Raise LightningDiTError if torch-fidelity is not installed."""
     try:
         import torch_fidelity  # noqa: F401
     except ImportError as error:
@@ -79,13 +73,12 @@ def require_fidelity() -> None:
         ) from error
 
 
-class Inception(Extractor):
+class InceptionExtractor(Extractor):
     """The Inception-v3 of FID (Heusel et al., arXiv 1706.08500) in torch-fidelity's port, resizing included.
 
-    `features` is `pool_3` (2048), `logits` the 1008 outputs without bias (as the Inception Score is computed by ADM
-    and by TensorFlow's original), `spatial` the first 7 channels of `mixed_6/conv` at 17x17, 2023 values: what
-    ADM's evaluator calls the spatial features and sFID (Nash et al., arXiv 2103.03841) is computed from. Its 1008
-    classes have an order of their own, so that no accuracy follows from it.
+    `features` is `pool_3` (2048). `logits` are the 1008 outputs without bias, as ADM and TensorFlow's original compute
+    the Inception Score; their order is not that of ImageNet's classes. `spatial` are the first 7 channels of
+    `mixed_6/conv` at 17x17 (2023), from which ADM's evaluator computes sFID (Nash et al., arXiv 2103.03841).
     """
 
     layer = "pool_3"
@@ -94,12 +87,10 @@ class Inception(Extractor):
         super().__init__()
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-        # torch-fidelity would unpickle whatever the file holds; it gets the tensors that the safe loader found
+        # torch-fidelity would unpickle any content of the file; it gets the tensors of the safe loader instead
         fix, content = f"download {INCEPTION_URL}", io.BytesIO()
-        try:
+        with fixed_by(fix):
             torch.save(load_weights(weights), content)
-        except LightningDiTError as error:
-            raise LightningDiTError(error.message, fix) from error
         content.seek(0)
         try:
             network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], content)
@@ -108,12 +99,12 @@ class Inception(Extractor):
                 f"{weights} holds other weights than FID's Inception ({str(error).splitlines()[-1].strip()})",
                 fix,
             ) from error
-        self.name, self.key = "inception", f"inception {fingerprint(weights)}"
-        self._spatial = torch.empty(0)  # of the batch that was seen last
+        self.name, self.key = INCEPTION, f"{INCEPTION} {fingerprint(weights)}"
+        self._spatial = torch.empty(0)  # of the last batch
         network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)  # `mixed_6/conv` in TensorFlow's graph
         self._network = network.to(self.device)
 
-    def view(self, pixels: Tensor) -> dict[str, Tensor]:
+    def activations(self, pixels: Tensor) -> dict[str, Tensor]:
         features, logits = self._network(pixels)  # (N, 2048), (N, 1008)
         return {"features": features, "logits": logits, "spatial": self._spatial}
 
@@ -121,8 +112,8 @@ class Inception(Extractor):
         self._spatial = output[:, :SPATIAL_CHANNELS].flatten(1)  # (N, 7 * 17 * 17)
 
 
-class JudgeView(Extractor):
-    """The bundled classifier of Fashion-MNIST (studies/judge.py); sees 32x32 pixels."""
+class JudgeExtractor(Extractor):
+    """The bundled classifier of Fashion-MNIST, for images of 32x32 pixels."""
 
     layer, numbered = "penultimate layer", True
 
@@ -131,34 +122,34 @@ class JudgeView(Extractor):
         self._judge = load_judge(weights).to(self.device)
         self.name, self.key = "judge", f"judge {fingerprint(weights)}"
 
-    def view(self, pixels: Tensor) -> dict[str, Tensor]:
+    def activations(self, pixels: Tensor) -> dict[str, Tensor]:
         if tuple(pixels.shape[2:]) != (JUDGE_SIDE, JUDGE_SIDE):
             raise LightningDiTError(
-                f"the judge sees {JUDGE_SIDE}x{JUDGE_SIDE} pixels, the images have {pixels.shape[3]}x{pixels.shape[2]}",
+                f"images have {pixels.shape[3]}x{pixels.shape[2]} pixels; the judge expects {JUDGE_SIDE}x{JUDGE_SIDE}",
                 f"give --size {JUDGE_SIDE}, or other --features",
             )
-        features = self._judge.features(pixels.float() / 127.5 - 1.0)  # (N, 96)
+        features = self._judge.features(to_float(pixels))  # (N, 96)
         return {"features": features, "logits": self._judge.output(features)}
 
 
-class TimmView(Extractor):
-    """Any model of timm: what goes into its classifier, and the classifier's outputs where it has one.
+class TimmExtractor(Extractor):
+    """Any model of timm: the input of its classifier, and the logits if it has one.
 
-    Images are resized (not cropped) to the model's input and normalised as the model was trained.
+    Images are resized (not cropped) to the model's input and normalised as in its training.
 
     Args:
-        name: as timm knows it.
-        weights: file with the model's own names, which decides how many classes it has; the hub's where left out.
+        name: of the model in timm.
+        weights: file with timm's names for its tensors; default: from the hub.
     """
 
     layer, numbered = "input of the classifier", True
 
     def __init__(self, name: str, weights: Path | None = None) -> None:
         super().__init__()
-        import timm
+        fix = "choose a name from timm.list_models(pretrained=True), and give its weights as timm:NAME@FILE"
+        self._model = timm_model(name, weights, classifier=True, fixes=(fix, fix)).to(self.device).eval()
         from timm.data import resolve_model_data_config
 
-        self._model = _timm_model(timm, name, weights).to(self.device).eval()
         self.name = f"timm:{name}"
         source = fingerprint(weights) if weights else self._model.pretrained_cfg.get("hf_hub_id") or "hub"
         self.key = f"timm {name} {source}"
@@ -168,7 +159,7 @@ class TimmView(Extractor):
         self._mode = data["interpolation"] if data["interpolation"] in ("bilinear", "bicubic") else "bicubic"
         self._mean, self._std = (torch.tensor(data[key], device=self.device)[:, None, None] for key in ("mean", "std"))
 
-    def view(self, pixels: Tensor) -> dict[str, Tensor]:
+    def activations(self, pixels: Tensor) -> dict[str, Tensor]:
         images = pixels.float() / 255.0
         if tuple(images.shape[2:]) != self._side:
             images = F.interpolate(images, self._side, mode=self._mode, antialias=True).clamp(0, 1)
@@ -180,70 +171,35 @@ class TimmView(Extractor):
         return {"features": features, "logits": self._model.forward_head(maps)}
 
 
-def _timm_model(timm: Any, name: str, weights: Path | None) -> Any:
-    """Return timm's model `name` with the weights of a file or of the hub."""
-    fix = "choose a name from timm.list_models(pretrained=True), and give its weights as timm:NAME@FILE"
-    if not timm.is_model(name):
-        raise LightningDiTError(f"timm {timm.__version__} knows no model {name!r}", fix)
-    if weights is None:
-        try:
-            return timm.create_model(name, pretrained=True)
-        except Exception as error:  # no weights for it, no network, a full disk: timm and the hub have many errors
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise LightningDiTError(f"weights of {name} cannot be had ({reason[0]})", fix) from error
-    head = timm.create_model(name, pretrained=False).pretrained_cfg.get("classifier")
-    try:
-        tensors = load_weights(weights)
-        outputs = tensors.get(f"{head}.weight", torch.empty(0))
-        model = timm.create_model(name, pretrained=False, num_classes=len(outputs) if outputs.dim() else 0)
-        load_into(model, tensors, weights)
-    except LightningDiTError as error:
-        raise LightningDiTError(error.message, f"give a file with the weights of timm's {name}") from error
-    return model
-
-
 def find_inception(given: str | None) -> Path:
-    """Return the file of Inception's weights: the one given, that in torch.hub's cache, or one downloaded there.
+    """Return the file of Inception's weights: `given`, else that of torch.hub's cache, else a download.
 
-    The cache is where torch-fidelity itself keeps it; TORCH_HOME moves it.
+    torch-fidelity uses the same cache.
 
     Raises:
-        LightningDiTError: it is not there and cannot be downloaded; names the place and the command.
+        LightningDiTError: see `cached_download`.
     """
-    if given:
-        return Path(given)
-    place = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
-    if not place.is_file():
-        print(f"Downloading Inception's weights (95 MB) to {place}", flush=True)
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(INCEPTION_URL, str(place), INCEPTION_HASH, progress=os.isatty(2))
-        except (OSError, RuntimeError) as error:  # no network or disk; another hash
-            raise LightningDiTError(
-                f"Inception's weights are not at {place} and cannot be downloaded ({error})",
-                f"curl -L -o {INCEPTION_FILE} {INCEPTION_URL} where there is a network, then give"
-                f" --inception-weights {INCEPTION_FILE}, or --features judge for Fashion-MNIST",
-            ) from error
-    return place
+    fix = f"give --inception-weights {INCEPTION_URL.rsplit('/', 1)[1]}, or --features judge for Fashion-MNIST"
+    return Path(given) if given else cached_download(INCEPTION_URL, "Inception's weights (95 MB)", fix)
 
 
 def make_extractor(features: str, inception: str | None = None) -> Extractor:
-    """Return the network that `features` says: `inception`, `judge`, `timm:NAME` or `timm:NAME@FILE`.
+    """Return the network that `features` names: `inception`, `judge`, `timm:NAME` or `timm:NAME@FILE`.
 
     Args:
-        inception: file of Inception's weights; see `find_inception`.
+        inception: file of Inception's weights, see `find_inception`.
 
     Raises:
-        LightningDiTError: another text, or the weights cannot be had or are not that network's.
+        LightningDiTError: the name is another one, or the weights cannot be had or belong to another network.
     """
     kind, _, rest = features.partition(":")
     if kind == "timm" and rest:
         name, _, file = rest.partition("@")
-        return TimmView(name, Path(file) if file else None)
+        return TimmExtractor(name, Path(file) if file else None)
     if features == "judge":
-        return JudgeView(JUDGE_FILE)
-    if features == "inception":
-        return Inception(find_inception(inception))
+        return JudgeExtractor(JUDGE_FILE)
+    if features == INCEPTION:
+        return InceptionExtractor(find_inception(inception))
     raise LightningDiTError(
         f"--features is {features!r}; inception, judge, timm:NAME or timm:NAME@FILE is expected", "choose one"
     )

@@ -1,4 +1,4 @@
-"""The evaluation as one picture: a bar for each score, accuracy by class, and the neighbours in the training set."""
+"""The evaluation as one picture: scores, accuracy by class, and neighbours in the training set."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def save_figure(
     classes: Sequence[Mapping[str, Any]],
     picture: Image.Image | None,
 ) -> bool:
-    """Draw scores with their intervals, the classes' table and the neighbours; False where matplotlib is missing.
+    """Draw scores with their intervals, accuracies by class and neighbours; return False if matplotlib is missing.
 
     Args:
-        classes: rows of `class_table`; a panel where they have an accuracy.
-        picture: of `neighbour_picture`; None where no training set was given.
+        classes: rows of `class_table`.
+        picture: of `neighbour_picture`; None: without neighbours.
     """
     try:
-        from matplotlib.figure import Figure  # works without a display, and without global state
+        from matplotlib.figure import Figure  # needs no display and has no global state
     except ImportError:
         return False
     known = [row for row in classes if "accuracy" in row][:MOST_CLASSES]
@@ -49,14 +49,14 @@ def save_figure(
         panel = parts[-1].subplots()
         panel.imshow(np.asarray(picture))
         panel.axis("off")
-        panel.set_title("generated images nearest to the training set, above what they are nearest to", fontsize=9)
+        panel.set_title("generated images nearest to the training set, above their neighbours", fontsize=9)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=DOTS)
     return True
 
 
 def _draw_scores(figure: Any, scores: Mapping[str, Score]) -> None:
-    """Draw a panel for each score, since each has a scale of its own."""
+    """Draw a panel for each score, each with its own scale."""
     panels = figure.subplots(1, len(scores), squeeze=False)[0]
     for panel, (name, score), number in zip(panels, scores.items(), range(len(scores)), strict=True):
         panel.bar([0], [score.value], width=0.6, color=f"C{number}")
@@ -72,14 +72,15 @@ def _draw_scores(figure: Any, scores: Mapping[str, Score]) -> None:
 
 def _draw_classes(panel: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     """Draw the accuracy of generated and real images side by side."""
-    places = np.arange(len(rows))
+    positions = np.arange(len(rows))
     for shift, key, label, colour in ((-0.2, "accuracy", "generated", "C0"), (0.2, "accuracy_real", "real", "C7")):
         values = [row.get(key, np.nan) for row in rows]
-        panel.bar(places + shift, values, width=0.4, label=label, color=colour)
+        panel.bar(positions + shift, values, width=0.4, label=label, color=colour)
     lows = [max(0.0, row["accuracy"] - row["accuracy_low"]) for row in rows]
     highs = [max(0.0, row["accuracy_high"] - row["accuracy"]) for row in rows]
-    panel.errorbar(places - 0.2, [row["accuracy"] for row in rows], [lows, highs], fmt="none", color="black", capsize=3)
-    panel.set_xticks(places, [f"{row['name']}\n{row['count']}" for row in rows], fontsize=8)
-    panel.set_ylabel("seen as its class")
+    values = [row["accuracy"] for row in rows]
+    panel.errorbar(positions - 0.2, values, [lows, highs], fmt="none", color="black", capsize=3)
+    panel.set_xticks(positions, [f"{row['name']}\n{row['count']}" for row in rows], fontsize=8)
+    panel.set_ylabel("accuracy")
     panel.set_ylim(0, 1.05)
     panel.legend(loc="lower right", fontsize=8)

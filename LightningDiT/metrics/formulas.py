@@ -1,4 +1,4 @@
-"""Figures of image quality as pure functions: PSNR, Frechet distance, diversity, accuracy, neighbours."""
+"""Measures of images and features as pure functions: PSNR, Frechet distance, uniformity, nearest neighbours."""
 
 from __future__ import annotations
 
@@ -7,41 +7,34 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 VALUE_RANGE = 2.0  # images lie in [-1, 1]
+UNIFORMITY_T = 2.0  # t of the paper
 
 
-def psnr_per_image(images: Tensor, references: Tensor) -> Tensor:
-    """Return the peak signal-to-noise ratio of every image in dB, (N,) float64; infinite where equal.
+def squared_error(images: Tensor, references: Tensor) -> Tensor:
+    """Return the mean squared error of each image (N,) in float64.
 
     Args:
-        images: (N, ...) in [-1, 1].
-        references: of the same shape.
+        images, references: (N, ...), of one shape.
     """
-    error = (images.double() - references.double()).square().flatten(1).mean(1)  # (N,)
+    return (images.double() - references.double()).square().flatten(1).mean(1)
+
+
+def psnr(error: Tensor) -> Tensor:
+    """Return the peak signal-to-noise ratio in dB for mean squared errors of images in [-1, 1]; infinite for 0.
+
+    Papers on tokenizers state the mean of the ratios of all images. The ratio of the mean error is never above it
+    (Jensen), and below it if some images are much worse than others.
+    """
     return 10.0 * torch.log10(VALUE_RANGE**2 / error)
 
 
-def mean_psnr(images: Tensor, references: Tensor) -> float:
-    """Return the mean over images of each one's PSNR in dB: what papers on tokenizers state."""
-    return float(psnr_per_image(images, references).mean())
-
-
-def pooled_psnr(images: Tensor, references: Tensor) -> float:
-    """Return the PSNR in dB of the mean squared error over all images together.
-
-    Never above `mean_psnr` (Jensen), and below it where some images are much worse than others.
-    """
-    error = (images.double() - references.double()).square().mean()
-    return float(10.0 * torch.log10(VALUE_RANGE**2 / error))
-
-
 def frechet_distance(features: Tensor, references: Tensor) -> float:
-    """Return the Frechet distance between normal distributions fitted to two sets of features; see `FrechetDistance`.
+    """Return the Frechet distance between normal distributions fitted to features (N, F) and references (M, F).
 
-    Args:
-        features: (N, F), N at least 2.
-        references: (M, F), M at least 2.
+    Both sets have two rows at least; see `FrechetDistance`.
     """
     return FrechetDistance(*moments(features))(*moments(references))
 
@@ -49,13 +42,17 @@ def frechet_distance(features: Tensor, references: Tensor) -> float:
 class FrechetDistance:
     """The Frechet distance from one normal distribution to others.
 
-    `|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))` (Dowson and Landau, 1982; as FID: Heusel et al.,
-    arXiv 1706.08500), in float64. The trace of the root is that of the symmetric `(R C2 R)^(1/2)` with
-    `R = C1^(1/2)`, whose eigenvalues are real, so that nothing imaginary has to be thrown away.
+    `|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))` (Dowson and Landau, 1982; as FID: Heusel et al., arXiv 1706.08500), in
+    float64. The trace of the root is that of the symmetric `(R C2 R)^(1/2)` with `R = C1^(1/2)`, whose eigenvalues are
+    real. torch-fidelity has the distance as one call; here the root of the reference is taken once for all resamples.
+
+    Rounding moves each eigenvalue of `R C2 R` by about `d = F eps |C1| |C2|` (spectral norms), and so its root by at
+    most `sqrt(d)`. The distance is therefore accurate to `2 F sqrt(d)`, which is below `F sqrt(F eps) tr(C1 + C2)`, and
+    to `F d / sqrt(e)` if the smallest eigenvalue e of `C1 C2` is well above d.
 
     Args:
         mean: (F,) float64.
-        covariance: (F, F) float64, whose root is taken once for all distances.
+        covariance: (F, F) float64.
     """
 
     def __init__(self, mean: Tensor, covariance: Tensor) -> None:
@@ -64,7 +61,7 @@ class FrechetDistance:
         self._root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T  # (F, F)
 
     def __call__(self, mean: Tensor, covariance: Tensor) -> float:
-        """Return the distance to the normal distribution of this mean (F,) and covariance (F, F)."""
+        """Return the distance to the normal distribution with mean (F,) and covariance (F, F)."""
         mixed = torch.linalg.eigvalsh(self._root @ covariance @ self._root)  # (F,)
         traces = self._trace + covariance.trace() - 2.0 * mixed.clamp_min(0).sqrt().sum()
         return max(float((self._mean - mean).square().sum() + traces), 0.0)  # NaN stays NaN
@@ -74,7 +71,7 @@ def moments(features: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Te
     """Return mean (F,) and covariance (F, F) of features (N, F), in float64.
 
     Args:
-        weights: (N,) integers, how often each row counts; once where left out.
+        weights: (N,) integers, how often each row counts; default: once.
     """
     wide = features.double()
     if weights is None:
@@ -82,30 +79,15 @@ def moments(features: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Te
     return weights.double() @ wide / weights.sum(), torch.cov(wide.T, fweights=weights)
 
 
-def mean_pairwise_distance(points: Tensor) -> float:
-    """Return the mean Euclidean distance over all N (N - 1) / 2 pairs of points (N, ...).
+def uniformity(points: Tensor) -> float:
+    """Return `log E exp(-2 |x - y|^2)` over all pairs of points (N, D), each scaled to length 1; N is 2 at least.
 
-    Squared distances are `|a|^2 + |b|^2 - 2 a.b` from the Gram matrix in float64.
+    L_uniform of Wang and Isola, arXiv 2005.10242: 0 if all points coincide; the lower, the more evenly they lie. It
+    replaces the density of a t-SNE picture in the VA-VAE paper, which depends on the settings of t-SNE. Memory grows
+    with N^2.
     """
-    flat = points.double().flatten(1)  # (N, D)
-    flat = flat - flat.mean(0)  # distances stay, and the differences below lose fewer digits
-    gram = flat @ flat.T  # (N, N)
-    squares = gram.diagonal()
-    distances = (squares[:, None] + squares[None, :] - 2.0 * gram).clamp_min(0).sqrt()  # (N, N)
-    above = torch.ones_like(distances).triu(1).bool()
-    return float(distances[above].mean())
-
-
-def class_accuracy(predictions: Tensor, labels: Tensor, classes: int) -> tuple[float, list[float]]:
-    """Return the share of predictions (N,) equal to labels (N,), overall and for every class.
-
-    A class without labels has the share NaN.
-    """
-    right = (predictions == labels).double()
-    totals = torch.bincount(labels, minlength=classes)
-    hits = torch.bincount(labels, weights=right, minlength=classes)
-    shares = [float(hit / total) if total else math.nan for hit, total in zip(hits, totals, strict=True)]
-    return float(right.mean()), shares
+    distances = torch.pdist(F.normalize(points.double(), dim=1))  # (N (N - 1) / 2,)
+    return float(torch.logsumexp(-UNIFORMITY_T * distances.square(), 0)) - math.log(len(distances))
 
 
 def nearest_neighbours(
@@ -114,15 +96,15 @@ def nearest_neighbours(
     batch_size: int = 250,
     progress: Callable[[int], object] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the Euclidean distance (N,) float64 and the number (N,) of every query's nearest reference.
+    """Return the Euclidean distance (N,) float64 and the index (N,) of each query's nearest reference.
 
-    The search runs in float32; the distance to what it found is then computed from the differences in
-    float64, so that an exact copy has the distance 0.
+    The search runs in float32; the distance to its result is then computed from the differences in float64, so that an
+    exact copy has distance 0, which `torch.cdist` by matrix products does not give.
 
     Args:
         queries: (N, ...).
         references: (M, ...).
-        batch_size: queries compared at a time, which takes 4 M bytes each.
+        batch_size: queries compared at once, each with 4 M bytes of memory.
         progress: called with the number of queries after each batch.
     """
     wanted, known = queries.float().flatten(1), references.float().flatten(1)

@@ -1,6 +1,6 @@
-"""The judge: an independent classifier of Fashion-MNIST, which says what generated images show.
+"""The judge: a classifier of Fashion-MNIST, trained on real images alone, that judges generated ones.
 
-`studies/judge.py` trains it.
+`studies/train_judge.py` trains it.
 """
 
 from __future__ import annotations
@@ -13,16 +13,15 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from LightningDiT.checkpoint import load_into, load_weights
-from LightningDiT.data.images import FASHION_MNIST_CLASSES
+from LightningDiT.data.fashion_mnist import BORDER, FASHION_MNIST_CLASSES
 from LightningDiT.errors import LightningDiTError
 
-BORDER = 2  # black pixels that pad_to_32 puts around a photograph
 FEATURES = 96
-EVALUATION_BATCH = 500
+CHUNK = 500  # images classified at once
 
 
 class ConvBlock(nn.Module):
-    """3x3 convolution, batch normalisation and ReLU; `fold` joins the first two after training."""
+    """3x3 convolution, batch normalisation and ReLU; `fold` merges the first two after training."""
 
     def __init__(self, in_channels: int, out_channels: int, folded: bool) -> None:
         super().__init__()
@@ -33,15 +32,15 @@ class ConvBlock(nn.Module):
         return F.relu(self.norm(self.conv(x)))  # (N, out, H, W)
 
     def fold(self) -> None:
-        """Move the normalisation into the convolution's weight and bias (eval mode only)."""
+        """Merge the normalisation into the convolution's weight and bias (evaluation mode only)."""
         self.conv, self.norm = fuse_conv_bn_eval(self.conv, self.norm), nn.Identity()
 
 
 class Judge(nn.Module):
-    """Classifier of 32x32 photographs of garments, 0.14 M parameters.
+    """Classifier of 32x32 photographs of garments with 0.14 M parameters.
 
     Args:
-        folded: without batch normalisation, as the weights are saved.
+        folded: without batch normalisation, as in the weights file.
     """
 
     def __init__(self, folded: bool = True) -> None:
@@ -63,7 +62,7 @@ class Judge(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """Return the penultimate layer (N, 96) for images (N, 3, 32, 32) in [-1, 1]."""
         if images.shape[1:] != (3, 32, 32):
-            raise ValueError(f"the judge got images {tuple(images.shape)}; (N, 3, 32, 32) is expected")
+            raise ValueError(f"images are {tuple(images.shape)}; the judge expects (N, 3, 32, 32)")
         grey = images.mean(1, keepdim=True)  # (N, 1, 32, 32)
         maps = self.blocks(grey[..., BORDER:-BORDER, BORDER:-BORDER])  # (N, 64, 3, 3)
         return F.relu(self.hidden(self.dropout(maps.flatten(1))))  # (N, 96)
@@ -73,7 +72,7 @@ class Judge(nn.Module):
         return self.output(self.features(images))
 
     def fold(self) -> Judge:
-        """Join normalisation and convolutions for good; returns the judge in eval mode."""
+        """Merge normalisation and convolutions for good, and return the judge in evaluation mode."""
         self.eval()
         for block in self.blocks:
             if isinstance(block, ConvBlock):
@@ -83,19 +82,19 @@ class Judge(nn.Module):
 
 @torch.no_grad()
 def judge_images(judge: Judge, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return features (N, 96) and classes (N,) that the judge sees in images (N, 3, 32, 32)."""
-    features = torch.cat([judge.features(batch) for batch in images.split(EVALUATION_BATCH)])
+    """Return the judge's features (N, 96) and predicted classes (N,) for images (N, 3, 32, 32) in [-1, 1]."""
+    features = torch.cat([judge.features(batch) for batch in images.split(CHUNK)])
     return features, judge.output(features).argmax(1)
 
 
 def load_judge(path: str | Path) -> Judge:
-    """Return the judge in `path` in eval mode and float32.
+    """Return the judge in `path`, in evaluation mode and float32.
 
     Raises:
-        LightningDiTError: the file is missing, damaged or holds something else.
+        LightningDiTError: the file is missing, damaged, or of another kind.
     """
     if not Path(path).exists():
-        raise LightningDiTError(f"judge {path} does not exist", f"python -m studies.judge --output {path}")
+        raise LightningDiTError(f"judge {path} does not exist", f"python -m studies.train_judge --output {path}")
     judge = Judge()
     load_into(judge, load_weights(path), path)
     return judge.float().eval()

@@ -1,10 +1,10 @@
-"""Are generated images copies? Their nearest training images, in pixels and in features, beside those of real ones."""
+"""Nearest training images of generated and of real images, which show whether generated ones are copies."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from LightningDiT.checkpoint import load_weights, save_weights
 from LightningDiT.console import Progress
+from LightningDiT.data.image_sets import ImageSet
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.images import image_grid
-from LightningDiT.metrics.extractors import Views
+from LightningDiT.images import image_grid, to_float
+from LightningDiT.metrics.extractors import Activations
 from LightningDiT.metrics.formulas import nearest_neighbours
-from LightningDiT.metrics.sources import ImageSource
 
 SPACES = ("pixels", "features")
-SHOWN = 10  # images in a row of the picture
+COLUMNS = 10  # images in a row of the picture
 REFERENCE_QUANTILE = 0.01
 
 Report = dict[str, Any]
@@ -29,7 +29,7 @@ Report = dict[str, Any]
 
 @dataclass(frozen=True)
 class Neighbours:
-    """The nearest training image of every image of a set, in one space.
+    """The nearest training image of each image of a set, in one space.
 
     Attributes:
         distances: (N,) float64, Euclidean.
@@ -41,13 +41,10 @@ class Neighbours:
 
 
 def search(images: Tensor, known: Tensor, title: str) -> Neighbours:
-    """Return the nearest of `known` (M, ...) for each of `images` (N, ...), with progress under `title`."""
+    """Return the nearest of `known` (M, ...) for each of `images` (N, ...), and show progress under `title`."""
     print(f"Searching the training set for the nearest neighbours of {title} images", flush=True)
-    progress = Progress(len(images), "image")
-    try:
+    with Progress(len(images), "image") as progress:
         return Neighbours(*nearest_neighbours(images, known, progress=progress.update))
-    finally:
-        progress.close()
 
 
 def distance_summary(distances: Tensor) -> dict[str, float]:
@@ -60,21 +57,21 @@ def distance_summary(distances: Tensor) -> dict[str, float]:
 
 
 def memorisation(
-    samples: Views, training: Views, reference: Views | None, folder: Path
+    samples: Activations, training: Activations, reference: Activations | None, folder: Path
 ) -> tuple[Report, dict[str, Neighbours]]:
-    """Compare distances to the training set: those of generated images with those of real ones that were held out.
+    """Compare the distances of generated images to the training set with those of held-out real images.
 
-    Pixels are those of the thumbnails in [-1, 1]. `nearer_than_real` is the share of generated images that are nearer
-    to the training set than all but 1 % of the real ones: 0.01 is what images that are no copies have.
+    Pixels are the thumbnails in [-1, 1]. `nearer_than_real` is the share of generated images that are nearer to the
+    training set than 99 % of the real ones: 0.01 is expected without copies.
 
     Args:
-        folder: where each search is kept once it is done.
+        folder: where each search is cached.
 
     Returns:
-        The figures by space, and the neighbours of the generated images by space.
+        The report and the neighbours of the generated images, both by space.
 
     Raises:
-        LightningDiTError: the images of two sets have different sizes.
+        LightningDiTError: the images of two sets differ in size.
     """
     sets = {"generated": samples} | ({} if reference is None else {"reference": reference})
     report: Report = {}
@@ -82,8 +79,8 @@ def memorisation(
     for space in SPACES:
         known = _points(training, space)
         nearest = {
-            title: _kept(folder / f"{title}-{space}.safetensors", _points(views, space), known, f"{title} ({space})")
-            for title, views in sets.items()
+            title: _cached_search(folder / f"{title}-{space}.safetensors", _points(points, space), known, title, space)
+            for title, points in sets.items()
         }
         found[space] = nearest["generated"]
         report[space] = {title: distance_summary(neighbours.distances) for title, neighbours in nearest.items()}
@@ -93,40 +90,40 @@ def memorisation(
     return report, found
 
 
-def _kept(file: Path, images: Tensor, known: Tensor, title: str) -> Neighbours:
-    """Return the neighbours in `file`, or those that a search finds, which are then written there."""
+def _cached_search(file: Path, images: Tensor, known: Tensor, title: str, space: str) -> Neighbours:
+    """Return the neighbours in `file`, or those of a search, which are then written."""
     if images.shape[1:] != known.shape[1:]:
         raise LightningDiTError(
-            f"{title} images and those of the training set differ in size:"
+            f"{title} and training images differ in size ({space}):"
             f" {tuple(images.shape[1:])} and {tuple(known.shape[1:])}",
             "give --size N, which crops every image to N x N",
         )
-    with contextlib.suppress(LightningDiTError, TypeError):  # not there yet, or damaged, or of other names
+    with contextlib.suppress(LightningDiTError, TypeError):  # not there yet, damaged, or with other names
         return Neighbours(**load_weights(file))
-    neighbours = search(images, known, title)
-    save_weights({"distances": neighbours.distances, "indices": neighbours.indices}, file)
+    neighbours = search(images, known, f"{title} ({space})")
+    save_weights(asdict(neighbours), file)
     return neighbours
 
 
-def neighbour_picture(samples: ImageSource, training: ImageSource, found: Mapping[str, Neighbours]) -> Image.Image:
-    """Return, for each space, the generated images that are nearest to the training set above those neighbours."""
+def neighbour_picture(samples: ImageSet, training: ImageSet, found: Mapping[str, Neighbours]) -> Image.Image:
+    """Return a picture, for each space, of the generated images nearest to the training set above their neighbours."""
     rows: list[Image.Image] = []
     captions: list[str] = []
     for space, neighbours in found.items():
-        nearest = neighbours.distances.argsort()[:SHOWN].tolist()
+        nearest = neighbours.distances.argsort()[:COLUMNS].tolist()
         made = _pictures(samples, nearest)
         real = _pictures(training, neighbours.indices[nearest].tolist())
         rows += made + [picture.resize(made[0].size) for picture in real]
         captions += [f"image {index}" for index in nearest]
         captions += [f"{neighbours.distances[index]:.1f} away ({space})" for index in nearest]
-    return image_grid(rows, captions, min(SHOWN, samples.count))
+    return image_grid(rows, captions, min(COLUMNS, samples.count))
 
 
-def _points(views: Views, space: str) -> Tensor:
-    return views[space].float() / 127.5 - 1.0 if space == "pixels" else views[space]
+def _points(activations: Activations, space: str) -> Tensor:
+    return to_float(activations[space]) if space == "pixels" else activations[space]
 
 
-def _pictures(source: ImageSource, numbers: list[int]) -> list[Image.Image]:
-    """Return images by number, read in rising order: an .npz file is read as a stream."""
-    found = {number: source.read(number, number + 1)[0] for number in sorted(set(numbers))}
+def _pictures(images: ImageSet, numbers: list[int]) -> list[Image.Image]:
+    """Return images by number, read in rising order: an .npz file is a stream."""
+    found = {number: images.batch([number]).pixels[0] for number in sorted(set(numbers))}
     return [Image.fromarray(torch.einsum("chw->hwc", found[number]).numpy()) for number in numbers]

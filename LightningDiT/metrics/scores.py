@@ -1,4 +1,4 @@
-"""The scores of a set of generated images: by torch-fidelity, with the interval that each has."""
+"""The scores of a set of generated images by torch-fidelity, each with its interval."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -14,19 +15,19 @@ from torch import Tensor
 
 from LightningDiT.console import Progress
 from LightningDiT.device import best_device
-from LightningDiT.metrics.cache import digest, kept, kept_values
-from LightningDiT.metrics.extractors import Views
+from LightningDiT.metrics.cache import cached, cached_list, digest
+from LightningDiT.metrics.extractors import INCEPTION, Activations
 from LightningDiT.metrics.formulas import FrechetDistance, moments
 from LightningDiT.metrics.sources import Moments
 from LightningDiT.seeds import generator_for
 
 NEIGHBOURHOOD = 3  # k of precision and recall (Kynkaanniemi et al., arXiv 1904.06991, and ADM)
 SPLITS = 10  # of the Inception Score (Salimans et al., arXiv 1606.03498)
-LEVEL = 0.95  # share of resamples that an interval holds
-NORMAL_QUANTILE = 1.959963984540054  # of (1 + LEVEL) / 2
-FEW = 10_000  # images below which distances are said to be biased
-FRECHET = {"fid": "features", "sfid": "spatial"}  # score -> the view that it compares
-#: Scores in the order of the report, with what they are called.
+LEVEL = 0.95  # confidence level of the intervals
+NORMAL_QUANTILE = NormalDist().inv_cdf((1 + LEVEL) / 2)
+FEW = 10_000  # with fewer images a Frechet distance is noticeably biased
+FRECHET = {"fid": "features", "sfid": "spatial"}  # score -> its activations
+#: Scores in the order of the report, with their titles.
 TITLES = {
     "fid": "Frechet distance (FID)",
     "frechet_distance": "Frechet distance",
@@ -36,20 +37,20 @@ TITLES = {
     "precision": "precision",
     "recall": "recall",
 }
-#: What those are called that bear the name of Inception, where the network is another one.
+#: Names of the scores that bear Inception's name, if another network computes them.
 OF_OTHER_NETWORKS = {"fid": "frechet_distance", "inception_score": "classifier_score"}
 
-Resampled = Callable[[Tensor], float]  # indices (N,) of images, repeated ones among them -> score
+Resampled = Callable[[Tensor], float]  # indices (N,) of images, with repetitions -> score
 
 
 @dataclass(frozen=True)
 class Score:
-    """A figure with the interval that holds it.
+    """A score and its interval.
 
     Attributes:
         value: over all images.
-        low, high: ends of the interval; None where there is none.
-        bias: what the resamples lie above the value in the mean; None where nothing was resampled.
+        low, high: ends of the interval; None: there is none.
+        bias: mean of the resamples minus the value; None: nothing was resampled.
     """
 
     value: float
@@ -60,26 +61,31 @@ class Score:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared.
+    """Generated images and the reference that they are compared with.
 
     Attributes:
-        samples: views of the generated images.
-        reference: views of the real images; None where there are statistics alone.
-        moments: statistics of the reference, which stand in for those of its images.
-        network: the extractor's name; FID and Inception Score have other names where it is not `inception`.
-        key: a text that changes with any of these.
+        network: the extractor's name.
+        samples: activations of the generated images.
+        reference: activations of the real images; None: only moments are known.
+        moments: given statistics of the reference, which replace those of its activations.
+        key: text that changes with the attributes above.
     """
 
     network: str
-    samples: Views
-    reference: Views | None
+    samples: Activations
+    reference: Activations | None
     moments: Moments
     key: str
 
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """How often the generated images are drawn again, from which seed, and where the values are kept."""
+    """Resampling of the generated images.
+
+    Attributes:
+        resamples: number of resamples; 0: none.
+        folder: where scores are cached.
+    """
 
     resamples: int
     seed: int
@@ -87,49 +93,30 @@ class Bootstrap:
 
 
 def scores_of(comparison: Comparison, bootstrap: Bootstrap) -> dict[str, Score]:
-    """Return every score that the views allow, in the order of `TITLES`.
+    """Return every score that the activations allow, in the order of `TITLES`.
 
-    FID, sFID and the Inception Score have a bootstrap interval (see `bootstrap_score`), for which the generated
-    images are drawn again and the reference stays; precision and recall are shares of images and have Wilson's.
+    FID, sFID and the Inception Score have a bootstrap interval, see `bootstrap_score`: the generated images are
+    resampled, the reference stays. Precision and recall are shares of images and have Wilson's interval.
     """
     file = bootstrap.folder / f"scores-{digest(comparison.key, NEIGHBOURHOOD, SPLITS)}.json"
-    values: dict[str, float] = kept(file, lambda: _values(comparison), dict)
-    resampled = {**_distances(comparison, values), **_inception_scores(comparison, values)}
-    counts = {"precision": len(comparison.samples["features"]), "recall": _count(comparison.reference)}
+    values: dict[str, float] = cached(file, lambda: _values(comparison), dict)
+    counts = {"precision": _count(comparison.samples), "recall": _count(comparison.reference)}
     result = {name: proportion(values[name], counts[name]) for name in counts if name in values}
-    drawn = _resampled(comparison, resampled, bootstrap) if bootstrap.resamples else {}
+    resampled = {name: _resampled(comparison, name) for name in (*FRECHET, "inception_score") if name in values}
+    drawn = _resamples(comparison, resampled, bootstrap) if bootstrap.resamples else {}
     result |= {name: bootstrap_score(values[name], drawn.get(name, [])) for name in resampled}
-    names = {} if comparison.network == "inception" else OF_OTHER_NETWORKS
+    names = {} if comparison.network == INCEPTION else OF_OTHER_NETWORKS
     named = {names.get(name, name): score for name, score in result.items()}
     return {name: named[name] for name in TITLES if name in named}
 
 
-def _resampled(comparison: Comparison, scores: Mapping[str, Resampled], bootstrap: Bootstrap) -> dict[str, list[float]]:
-    """Return the values of every score in all resamples, which are kept one by one."""
-    count = len(comparison.samples["features"])
-    progress = Progress(bootstrap.resamples * len(scores), "resample")
-    key = digest(comparison.key, bootstrap.seed, SPLITS)
-    try:
-        return {
-            name: kept_values(
-                bootstrap.folder / f"resamples-{name}-{key}.json",
-                bootstrap.resamples,
-                _redrawn(score, count, bootstrap.seed),
-                progress,
-            )
-            for name, score in scores.items()
-        }
-    finally:
-        progress.close()
-
-
 def bootstrap_score(value: float, resampled: Sequence[float]) -> Score:
-    """Return `value` with the interval of the values that resampled images gave.
+    """Return `value` with the interval of the resamples' values.
 
-    A resample has fewer different images than the set, and a Frechet distance of fewer images is larger in the mean:
-    the resamples lie above the value, by about what the value itself lies above that of infinitely many images. That
-    shift is the bias (the Inception Score has a small one, of either sign); the interval is that of the resamples
-    moved back by it, so that it shows what the choice of images moves and lies around the value.
+    A resample has fewer different images than the set, and fewer images give a larger Frechet distance. The resamples
+    therefore lie above the value, by about as much as the value lies above that of infinitely many images. This shift
+    is the bias; that of the Inception Score is small and of either sign. The interval is that of the resamples, moved
+    back by the bias, so that it surrounds the value and shows the effect of the choice of images alone.
     """
     if len(resampled) < 2:
         return Score(value)
@@ -140,73 +127,14 @@ def bootstrap_score(value: float, resampled: Sequence[float]) -> Score:
 
 
 def proportion(share: float, count: int) -> Score:
-    """Return a share of `count` images with its score interval (Wilson, 1927), which holds at 0 and at 1 too.
+    """Return a share of `count` images with its score interval (Wilson, 1927), which holds at 0 and 1 too.
 
-    For precision and recall it covers which images were drawn to be counted, the neighbourhoods held fixed.
+    For precision and recall it covers the choice of the counted images, with fixed neighbourhoods.
     """
     square = NORMAL_QUANTILE**2
     centre = (share + square / (2 * count)) / (1 + square / count)
     half = NORMAL_QUANTILE * math.sqrt(share * (1 - share) / count + square / (4 * count**2)) / (1 + square / count)
     return Score(share, max(0.0, centre - half), min(1.0, centre + half))
-
-
-def reference_moments(comparison: Comparison, view: str) -> tuple[Tensor, Tensor] | None:
-    """Return mean and covariance that a view is compared with: the given ones, else those of the reference's images."""
-    if view in comparison.moments:
-        return comparison.moments[view]
-    if comparison.reference is None or view not in comparison.reference or _count(comparison.reference) < 2:
-        return None
-    return moments(comparison.reference[view])
-
-
-def _count(views: Views | None) -> int:
-    return len(views["features"]) if views else 0
-
-
-def _values(comparison: Comparison) -> dict[str, float]:
-    """Return the scores over all images: by torch-fidelity's own functions, and sFID, which it does not have."""
-    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
-    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
-    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
-
-    samples, reference = comparison.samples, comparison.reference
-    found: dict[str, float] = {}
-    known = reference_moments(comparison, FRECHET["fid"])
-    if known is not None:
-        sides = [{"mu": mean.numpy(), "sigma": cov.numpy()} for mean, cov in (moments(samples["features"]), known)]
-        found["fid"] = max(fid_statistics_to_metric(*sides, verbose=False)[KEY_METRIC_FID], 0.0)
-    known = reference_moments(comparison, FRECHET["sfid"])
-    if known is not None and FRECHET["sfid"] in samples:
-        found["sfid"] = FrechetDistance(*known)(*moments(samples[FRECHET["sfid"]]))
-    if "logits" in samples and len(samples["logits"]) >= SPLITS:
-        found["inception_score"] = isc_features_to_metric(samples["logits"], SPLITS)[KEY_METRIC_ISC_MEAN]
-    if reference and min(_count(samples), _count(reference)) > NEIGHBOURHOOD:
-        options = {"prc_neighborhood": NEIGHBOURHOOD, "save_cpu_ram": True, "verbose": False}
-        shares = prc_features_to_metric(samples["features"], reference["features"], **options)
-        found |= {"precision": shares[KEY_METRIC_PRECISION], "recall": shares[KEY_METRIC_RECALL]}
-    return found
-
-
-def _redrawn(score: Resampled, count: int, seed: int) -> Callable[[int], float]:
-    """Return number of a resample -> its score; every resample has a generator of its own."""
-    return lambda number: score(torch.randint(count, (count,), generator=generator_for(seed, number)))
-
-
-def _distances(comparison: Comparison, values: dict[str, float]) -> dict[str, Resampled]:
-    """Return a function for each Frechet distance there is, which prepares itself when it is called first."""
-    names = [name for name in FRECHET if name in values]
-    prepared = {name: functools.cache(functools.partial(_prepared, comparison, FRECHET[name])) for name in names}
-    return {name: lambda drawn, name=name: prepared[name]()(drawn) for name in names}
-
-
-def _prepared(comparison: Comparison, view: str) -> Resampled:
-    """Return a function from indices to a distance, for which the root of the reference's covariance is taken once."""
-    known = reference_moments(comparison, view)
-    if known is None:
-        raise ValueError(f"nothing to compare {view} with")
-    device = best_device()
-    distance = FrechetDistance(*(part.to(device) for part in known))
-    return distance_of(comparison.samples[view].to(device).double(), distance)
 
 
 def distance_of(features: Tensor, distance: FrechetDistance) -> Resampled:
@@ -219,10 +147,77 @@ def distance_of(features: Tensor, distance: FrechetDistance) -> Resampled:
     return score
 
 
-def _inception_scores(comparison: Comparison, values: dict[str, float]) -> dict[str, Resampled]:
+def _values(comparison: Comparison) -> dict[str, float]:
+    """Return the scores over all images, by torch-fidelity except for sFID, which it lacks."""
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+
+    samples, reference = comparison.samples, comparison.reference
+    found: dict[str, float] = {}
+    if known := _reference_moments(comparison, "features"):
+        sides = [{"mu": mean.numpy(), "sigma": cov.numpy()} for mean, cov in (moments(samples["features"]), known)]
+        found["fid"] = max(fid_statistics_to_metric(*sides, verbose=False)[KEY_METRIC_FID], 0.0)
+    if "spatial" in samples and (known := _reference_moments(comparison, "spatial")):
+        found["sfid"] = FrechetDistance(*known)(*moments(samples["spatial"]))
+    if "logits" in samples and len(samples["logits"]) >= SPLITS:
+        found["inception_score"] = _inception_score(samples["logits"])
+    if reference and min(_count(samples), _count(reference)) > NEIGHBOURHOOD:
+        options = {"prc_neighborhood": NEIGHBOURHOOD, "save_cpu_ram": True, "verbose": False}
+        shares = prc_features_to_metric(samples["features"], reference["features"], **options)
+        found |= {"precision": shares[KEY_METRIC_PRECISION], "recall": shares[KEY_METRIC_RECALL]}
+    return found
+
+
+def _inception_score(logits: Tensor) -> float:
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 
-    if "inception_score" not in values:
-        return {}
-    logits = comparison.samples["logits"]
-    return {"inception_score": lambda drawn: isc_features_to_metric(logits[drawn], SPLITS)[KEY_METRIC_ISC_MEAN]}
+    return isc_features_to_metric(logits, SPLITS)[KEY_METRIC_ISC_MEAN]
+
+
+def _reference_moments(comparison: Comparison, kind: str) -> tuple[Tensor, Tensor] | None:
+    """Return mean and covariance of the reference's activations of one kind: the given ones, else computed ones."""
+    if kind in comparison.moments:
+        return comparison.moments[kind]
+    if comparison.reference is None or kind not in comparison.reference or _count(comparison.reference) < 2:
+        return None
+    return moments(comparison.reference[kind])
+
+
+def _count(activations: Activations | None) -> int:
+    return len(activations["features"]) if activations else 0
+
+
+def _resamples(comparison: Comparison, scores: Mapping[str, Resampled], bootstrap: Bootstrap) -> dict[str, list[float]]:
+    """Return the values of each score in all resamples, cached one by one; each resample has its own generator."""
+    count = _count(comparison.samples)
+    key = digest(comparison.key, bootstrap.seed, SPLITS)
+
+    def value(score: Resampled, number: int) -> float:
+        return score(torch.randint(count, (count,), generator=generator_for(bootstrap.seed, number)))
+
+    with Progress(bootstrap.resamples * len(scores), "resample") as progress:
+        return {
+            name: cached_list(
+                bootstrap.folder / f"resamples-{name}-{key}.json",
+                bootstrap.resamples,
+                functools.partial(value, score),
+                progress,
+            )
+            for name, score in scores.items()
+        }
+
+
+def _resampled(comparison: Comparison, name: str) -> Resampled:
+    """Return the score `name` as a function of indices; it prepares the reference at the first call."""
+    if name == "inception_score":
+        return lambda drawn: _inception_score(comparison.samples["logits"][drawn])
+
+    @functools.cache
+    def prepared() -> Resampled:
+        known = _reference_moments(comparison, FRECHET[name])
+        assert known is not None  # else there is no score to resample
+        device = best_device()
+        distance = FrechetDistance(*(part.to(device) for part in known))
+        return distance_of(comparison.samples[FRECHET[name]].to(device).double(), distance)
+
+    return lambda drawn: prepared()(drawn)

@@ -1,0 +1,255 @@
+"""The evaluation of generated images: the report, its warnings, its lines on the screen and its files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from LightningDiT.console import Progress
+from LightningDiT.data.image_sets import ImageSet
+from LightningDiT.data.npz import write_npz
+from LightningDiT.errors import LightningDiTError
+from LightningDiT.files import disk_errors, write_text
+from LightningDiT.metrics.by_class import Labelled, accuracy, class_table
+from LightningDiT.metrics.cache import cached_activations, digest
+from LightningDiT.metrics.extractors import Activations, Extractor, make_extractor, require_fidelity
+from LightningDiT.metrics.figure import save_figure
+from LightningDiT.metrics.neighbours import memorisation, neighbour_picture
+from LightningDiT.metrics.scores import (
+    FEW,
+    LEVEL,
+    NEIGHBOURHOOD,
+    SPLITS,
+    TITLES,
+    Bootstrap,
+    Comparison,
+    Score,
+    scores_of,
+)
+from LightningDiT.metrics.sources import Source, open_images, open_source
+
+REPORT, FIGURE, CACHE = "metrics.json", "metrics.png", "features"  # in the folder of the results
+
+Report = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What an evaluation compares, and how."""
+
+    samples: str  # see `open_source`
+    reference: str
+    training: str | None  # set in which copies are searched
+    features: str  # see `make_extractor`
+    inception_weights: str | None
+    size: int | None  # side to which all images are cropped
+    resamples: int  # of the bootstrap
+    seed: int  # of the bootstrap
+    batch_size: int
+    output: Path  # folder of the results
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of an evaluation.
+
+    Attributes:
+        report: plain values.
+        scores: those of the report, for the figure.
+        picture: neighbours in the training set; None: there is none.
+    """
+
+    report: Report
+    scores: Mapping[str, Score]
+    picture: Image.Image | None
+
+    def lines(self) -> list[str]:
+        """Return the report as lines for the screen, without its warnings."""
+        report, memory = self.report, self.report.get("memorisation", {})
+        features, real = report["features"], report["reference"]["count"]
+        lines = [
+            f"{report['samples']['count']} generated images against {real if real else 'statistics of'} real ones;"
+            f" {features['network']}, {features['layer']}, {features['dimensions']} dimensions",
+            f"{'':<36}{'value':>10}{'bias':>10}  {LEVEL:.0%} interval",
+        ]
+        named = [(TITLES[name], score) for name, score in report["scores"].items()]
+        named += [(name.replace("_", " "), report[name]) for name in ("accuracy", "accuracy_real") if name in report]
+        for title, score in named:
+            interval = f"{score['low']:.4g} to {score['high']:.4g}" if score["low"] is not None else ""
+            lines.append(f"{title:<36}{score['value']:>10.4g}{_cell(score.get('bias')):>10}  {interval}".rstrip())
+        if report["classes"]:
+            lines.append(f"{'class':<24}{'images':>8}{'accuracy':>10}{'real':>10}{'Frechet':>10}")
+        for row in report["classes"]:
+            cells = [_cell(row.get(name)) for name in ("accuracy", "accuracy_real", "frechet_distance")]
+            lines.append(f"{row['name']:<24}{row['count']:>8}" + "".join(f"{cell:>10}" for cell in cells))
+        for space, title in ((space, title) for space in memory for title in ("generated", "reference")):
+            if title in memory[space]:
+                shown = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in memory[space][title].items()]
+                lines.append(f"{title} to the training set, {space}: {', '.join(shown)}")
+        for space, distances in memory.items():
+            if "nearer_than_real" in distances:
+                lines.append(f"nearer than 99 % of the real images, {space}: {distances['nearer_than_real']:.2%}")
+        return lines
+
+    def save(self, folder: Path) -> str:
+        """Write report and figure into `folder`, and return a line that names them."""
+        report = self.report
+        write_text(folder / REPORT, json.dumps(report, indent=1) + "\n")
+        count, samples, reference = report["samples"]["count"], report["samples"]["from"], report["reference"]["from"]
+        title = f"{count} images of {samples} against {reference}"
+        if save_figure(folder / FIGURE, title, self.scores, report["classes"], self.picture):
+            return f"wrote {folder / REPORT} and {folder / FIGURE}"
+        return f"wrote {folder / REPORT}; no picture, matplotlib is missing: pip install matplotlib"
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def evaluate(settings: EvaluationSettings) -> Evaluation:
+    """Return the evaluation of generated images.
+
+    Raises:
+        LightningDiTError: images, statistics or the network cannot be had, or do not fit one another.
+    """
+    require_fidelity()
+    samples, reference = open_images(settings.samples, settings.size), open_source(settings.reference, settings.size)
+    training = open_images(settings.training, settings.size) if settings.training else None
+    for images in (samples, reference.images):
+        if images is not None and images.count < 2:
+            raise LightningDiTError(f"{images.source} has one image; a distance needs two", "name a larger set")
+    folder = settings.output / CACHE
+    with disk_errors(folder):  # before anything long begins
+        folder.mkdir(parents=True, exist_ok=True)
+    extractor = make_extractor(settings.features, settings.inception_weights)
+    activate = partial(cached_activations, extractor=extractor, folder=folder, batch_size=settings.batch_size)
+    made = activate(samples, title="generated")
+    check_statistics(settings.reference, reference, made)
+    real = reference.images and activate(reference.images, title="reference")
+    sums = [float(covariance.trace()) for _, covariance in reference.moments.values()]
+    key = digest(samples.state, reference.images.state if reference.images else "", sums, extractor.key)
+    comparison = Comparison(extractor.name, made, real, reference.moments, key)
+    scores = scores_of(comparison, Bootstrap(settings.resamples, settings.seed, folder))
+    report: Report = {
+        "samples": {"from": settings.samples, "count": samples.count},
+        "reference": {"from": settings.reference, "count": reference.images.count if reference.images else None},
+        "features": {
+            "network": extractor.name,
+            "layer": extractor.layer,
+            "dimensions": made["features"].shape[1],
+        },
+        "settings": {
+            "resamples": settings.resamples,
+            "seed": settings.seed,
+            "neighbourhood": NEIGHBOURHOOD,
+            "splits": SPLITS,
+            "size": settings.size,
+            "torch": torch.__version__,
+        },
+        "scores": {name: dataclasses.asdict(score) for name, score in scores.items()},
+        "warnings": bias_warnings(samples, reference, made, scores) + size_warnings(samples, reference.images),
+        **accuracies(samples, made, reference.images, real, extractor),
+    }
+    if training is None:
+        return Evaluation(report, scores, None)
+    known = activate(training, title="training")
+    report["training"] = {"from": settings.training, "count": training.count}
+    folder /= f"neighbours-{digest(key, training.state)}"
+    report["memorisation"], found = memorisation(made, known, real, folder)
+    return Evaluation(report, scores, neighbour_picture(samples, training, found))
+
+
+def check_statistics(name: str, reference: Source, activations: Activations) -> None:
+    """Check that the statistics of a reference belong to these activations.
+
+    Raises:
+        LightningDiTError: they are missing, impossible, or those of another network.
+    """
+    for kind, (mean, covariance) in reference.moments.items():
+        width = activations[kind].shape[1] if kind in activations else mean.numel()
+        if mean.shape != (width,) or covariance.shape != (width, width):
+            raise LightningDiTError(
+                f"{name} has statistics of {mean.numel()} {kind}, the network has {width}",
+                "name statistics of the same network; those of ADM and EDM go with --features inception",
+            )
+        if not (mean.isfinite().all() and covariance.isfinite().all() and (covariance.diagonal() >= 0).all()):
+            raise LightningDiTError(
+                f"{name} has statistics of {kind} that are not finite, or variances below 0", "fetch or make it again"
+            )
+    if "features" not in reference.moments and reference.images is None:
+        raise LightningDiTError(f"{name} has no mean and covariance of features", "name a file with mu and sigma")
+
+
+def accuracies(
+    samples: ImageSet, made: Activations, references: ImageSet | None, real: Activations | None, extractor: Extractor
+) -> Report:
+    """Return accuracies and the table by class, as far as the classes of the images are known."""
+    if samples.labels is None:
+        return {"classes": []}
+    generated: Labelled = (made, samples.labels)
+    known = (real, references.labels) if references and real and references.labels is not None else None
+    names: Sequence[str] = samples.class_names or (references and references.class_names) or ()
+    found = {"accuracy": accuracy(generated, extractor), "accuracy_real": known and accuracy(known, extractor)}
+    shares = {
+        name: {"value": score.value, "low": score.low, "high": score.high} for name, score in found.items() if score
+    }
+    return {**shares, "classes": class_table(generated, known, extractor, names)}
+
+
+def bias_warnings(
+    samples: ImageSet, reference: Source, activations: Activations, scores: Mapping[str, Score]
+) -> list[str]:
+    """Return a warning for each set that is too small for a comparison with published distances."""
+    counts = {"generated": samples.count}
+    if reference.images and "features" not in reference.moments:
+        counts["reference"] = reference.images.count
+    width, lines = activations["features"].shape[1], []
+    for title, count in counts.items():
+        if count < FEW:
+            bias = next(iter(scores.values())).bias if title == "generated" else None  # of the Frechet distance
+            about = f" (by about {bias:.3g} here)" if bias else ""
+            rank = f"; with fewer than {width + 1} the covariance does not have full rank" if count <= width else ""
+            lines.append(
+                f"{count} {title} images: below {FEW} a Frechet distance is too large{about} and compares only with"
+                f" those of equal counts{rank}"
+            )
+    return lines
+
+
+def size_warnings(samples: ImageSet, references: ImageSet | None) -> list[str]:
+    """Return a warning if the images of two sets differ in size."""
+    if references is None:
+        return []
+    (height, width), (other_height, other_width) = (
+        images.batch([0]).pixels.shape[2:] for images in (samples, references)
+    )
+    if (height, width) == (other_height, other_width):
+        return []
+    return [
+        f"generated images have {width}x{height} pixels, the reference's {other_width}x{other_height}:"
+        " scaling changes every score"
+    ]
+
+
+def write_for_adm(images: ImageSet, target: Path) -> None:
+    """Write images in the layout that ADM's evaluator.py reads.
+
+    Raises:
+        LightningDiTError: they are not square and of one size, or `target` is a folder or their own file.
+    """
+    if target.is_dir():
+        raise LightningDiTError(f"--npz: {target} is a folder, a file was expected", "name a file that ends in .npz")
+    if target.resolve() == Path(images.source).resolve():
+        raise LightningDiTError(f"--npz: {target} holds the samples themselves", "name another file")
+    side = images.batch([0]).pixels.shape[3]
+    with Progress(images.count, "image") as progress:
+        write_npz(images, side, target, progress.update, "give --size N, which crops every image to N x N")
+    print(f"wrote {target} for guided-diffusion's evaluator.py")

@@ -1,0 +1,206 @@
+"""The evaluation of a tokenizer: how well it reconstructs images, and how its latents are distributed.
+
+Pixels have 8 bits, as in an image file, and latents are the posterior's mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from LightningDiT.errors import LightningDiTError
+from LightningDiT.images import to_float, to_uint8
+from LightningDiT.metrics.extractors import INCEPTION, Extractor, make_extractor
+from LightningDiT.metrics.formulas import frechet_distance, psnr, squared_error, uniformity
+from LightningDiT.metrics.scores import FEW
+from LightningDiT.seeds import generator_for
+from LightningDiT.tokenizer.latents import LatentStats, Moments
+from LightningDiT.tokenizer.perceptual import SMALLEST_SIDE, PerceptualDistance, load_perceptual
+from LightningDiT.tokenizer.vavae import VA_VAE
+
+TORCHMETRICS_PIN = "torchmetrics==1.9.0"
+POSITIONS = 4096  # latent vectors behind the uniformity
+SMALLEST_SSIM_SIDE = 11  # pixels of the window (Wang et al., 2004)
+
+T = TypeVar("T")
+Similarity = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass
+class Measures:
+    """What compares originals and reconstructions, beside their pixels; None: it cannot be had.
+
+    Attributes:
+        ssim: images and references (N, 3, H, W) in [-1, 1] -> (N,).
+        lpips: the same.
+        extractor: the network of the Frechet distance.
+        notes: why something cannot be had.
+    """
+
+    ssim: Similarity | None = None
+    lpips: PerceptualDistance | None = None
+    extractor: Extractor | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def made(self, title: str, make: Callable[[], T], required: bool, side: int = 0, least: int = 0) -> T | None:
+        """Return the result of `make`; None and a note if that fails and is not `required`.
+
+        Args:
+            side, least: side of the images in pixels, and the smallest that serves.
+        """
+        if side < least:
+            self.notes.append(f"{title} is left out: it needs images of {least} pixels, these have {side}")
+            return None
+        try:
+            return make()
+        except LightningDiTError as error:
+            if required:
+                raise
+            self.notes.append(f"{title} is left out: {error}")
+            return None
+
+
+def structural_similarity() -> Similarity:
+    """Return SSIM (Wang et al., 2004: an 11x11 Gaussian window of standard deviation 1.5) by torchmetrics.
+
+    Raises:
+        LightningDiTError: torchmetrics is not installed.
+    """
+    try:
+        from torchmetrics.functional.image import structural_similarity_index_measure
+    except ImportError as error:
+        raise LightningDiTError(
+            f"torchmetrics, which computes SSIM, is missing ({error})", f"pip install {TORCHMETRICS_PIN}"
+        ) from error
+
+    def similarity(images: Tensor, references: Tensor) -> Tensor:
+        return structural_similarity_index_measure(images, references, data_range=2.0, reduction="none").flatten()
+
+    return similarity
+
+
+def make_measures(
+    side: int,
+    count: int,
+    features: str,
+    inception_weights: str | None = None,
+    lpips_weights: str | None = None,
+    distance_required: bool = False,
+) -> Measures:
+    """Return all measures that can be had for `count` images with a side of `side` pixels.
+
+    Args:
+        features, inception_weights: see `make_extractor`.
+        lpips_weights: see `load_perceptual`; with them LPIPS is required.
+        distance_required: raise an error instead of leaving the Frechet distance out.
+
+    Raises:
+        LightningDiTError: a required measure cannot be had.
+    """
+    measures = Measures()
+    measures.ssim = measures.made("SSIM", structural_similarity, False, side, SMALLEST_SSIM_SIDE)
+    lpips = partial(load_perceptual, lpips_weights)
+    measures.lpips = measures.made("LPIPS", lpips, bool(lpips_weights), side, SMALLEST_SIDE)
+    if count < 2:
+        measures.notes.append("the Frechet distance is left out: one image has no covariance")
+        return measures
+    network = partial(make_extractor, features, inception_weights)
+    measures.extractor = measures.made("the Frechet distance", network, distance_required)
+    if measures.extractor is not None and count < FEW:
+        measures.notes.append(f"a Frechet distance of {count} images is biased; papers state it for 50,000")
+    return measures
+
+
+class ReconstructionScores:
+    """The scores of one tokenizer, accumulated batch by batch."""
+
+    def __init__(self, tokenizer: VA_VAE, measures: Measures) -> None:
+        self.tokenizer, self.measures = tokenizer, measures
+        if measures.lpips is not None:
+            measures.lpips.to(tokenizer.device)
+        self._moments = Moments()
+        self._latents: list[Tensor] = []
+        self._values: dict[str, list[Tensor]] = {}
+        self._features: tuple[list[Tensor], list[Tensor]] = ([], [])  # of reconstructions and originals
+
+    @torch.no_grad()
+    def add(self, pixels: Tensor) -> Tensor:
+        """Add originals (N, 3, H, W) uint8, and return their reconstructions in the same form."""
+        tokenizer, measures = self.tokenizer, self.measures
+        originals = to_float(pixels).to(tokenizer.device)
+        latents = tokenizer.encode_images(originals, sample=False)  # (N, C, h, w)
+        copied = to_uint8(tokenizer.decode_latents(latents)).permute(0, 3, 1, 2).cpu()  # (N, 3, H, W)
+        copies = to_float(copied).to(tokenizer.device)
+        functions = {"squared_error": squared_error, "ssim": measures.ssim, "lpips": measures.lpips}
+        for name, function in functions.items():
+            if function is not None:
+                self._values.setdefault(name, []).append(function(copies, originals).double().cpu())
+        if measures.extractor is not None:
+            for features, side in zip(self._features, (copied, pixels), strict=True):
+                features.append(measures.extractor(side)["features"])
+        self._moments.add(latents.cpu())
+        self._latents.append(latents.cpu())
+        return copied
+
+    def report(self) -> dict[str, Any]:
+        """Return all scores; None stands for those that were left out."""
+        values = {name: torch.cat(parts) for name, parts in self._values.items()}
+        errors = values["squared_error"]  # (N,)
+        inexact = errors[errors > 0]  # the PSNR of an exact copy is infinite
+        result: dict[str, Any] = {
+            "images": len(errors),
+            "psnr_mean": float(psnr(inexact).mean()) if len(inexact) else None,
+            "psnr_pooled": float(psnr(errors.mean())) if len(inexact) else None,
+        }
+        result |= {name: float(values[name].mean()) if name in values else None for name in ("ssim", "lpips")}
+        return result | self._distance() | {"latents": self._latent_report()}
+
+    def _distance(self) -> dict[str, Any]:
+        """Return the Frechet distance of the reconstructions to the originals."""
+        extractor = self.measures.extractor
+        if extractor is None:
+            return {"rfid": None}
+        name = "rfid" if extractor.name == INCEPTION else "frechet_distance"
+        copies, originals = (torch.cat(parts) for parts in self._features)
+        return {name: frechet_distance(copies, originals), "features": extractor.name}
+
+    def _latent_report(self) -> dict[str, Any]:
+        """Return mean and standard deviation over all and by channel, and the uniformity of normalised latents."""
+        stats = self._moments.stats()
+        mean, std = stats.mean.flatten().double(), stats.std.flatten().double()
+        vectors = normalised_positions(torch.cat(self._latents), stats)
+        noise = torch.randn(vectors.shape, generator=generator_for(0, 1))
+        return {
+            "mean": float(mean.mean()),
+            "std": float((std.square() + mean.square()).mean().sub(mean.mean().square()).sqrt()),
+            "channel_mean": mean.tolist(),
+            "channel_std": std.tolist(),
+            "uniformity": uniformity(vectors),
+            "uniformity_of_noise": uniformity(noise),
+        }
+
+
+def normalised_positions(latents: Tensor, stats: LatentStats) -> Tensor:
+    """Return at most `POSITIONS` vectors (N, C) of latents (M, C, h, w), drawn at random and normalised by channel."""
+    columns = latents.flatten(2)  # (M, C, h w); normalised after the draw, as all of them may take gigabytes
+    positions = columns.shape[2]
+    chosen = torch.randperm(len(columns) * positions, generator=generator_for(0, 0))[:POSITIONS]
+    vectors = columns[chosen // positions, :, chosen % positions]  # (N, C)
+    return stats.normalise(vectors[:, :, None, None])[:, :, 0, 0]
+
+
+def report_lines(report: dict[str, Any]) -> list[str]:
+    """Return a line for each score; the channels are in the file alone."""
+    lines = []
+    for name, value in report.items():
+        if isinstance(value, dict):
+            lines += report_lines({f"{name}: {inner}": score for inner, score in value.items()})
+        elif not isinstance(value, list):
+            shown = "left out" if value is None else f"{value:.4g}" if isinstance(value, float) else value
+            lines.append(f"  {name.replace('_', ' '):<32}{shown}")
+    return lines
