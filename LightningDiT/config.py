@@ -13,6 +13,7 @@ import types
 import typing
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -94,9 +95,10 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("sample.guided_channels", lambda value: value == "all" or _is_count(value), 'a positive number, or "all"'),
 )
 
-#: Solver, points and kind of the time grid under one name, whatever the settings say of the latter two. `fast` is the
-#: calibrated solver with the most evaluations where sample.solver_file has one that fits, else its row here.
-NAMED_SOLVERS = {"fast": ("ab3", 26, "graded"), "published": ("euler", 250, "shifted")}
+PUBLISHED_POINTS = 250
+#: Solver, points and kind of the time grid under one name, which override those settings. `fast` is the calibrated
+#: solver with the most evaluations if sample.solver_file has one that fits, else its row here.
+NAMED_SOLVERS = {"fast": ("ab3", 26, "graded"), "published": ("euler", PUBLISHED_POINTS, "shifted")}
 
 T = TypeVar("T")
 
@@ -161,10 +163,10 @@ class TrainConfig:
     compile: bool = False  # torch.compile of the transformer
     keep_checkpoints: int = 2  # the newest ones
     keep_every: int = 0  # also keep checkpoints at multiples of this step; 0: off
-    valid_every: int = 0  # steps between two validation losses (averaged weights); 0: off
+    valid_every: int = 0  # steps between two validation losses (EMA weights); 0: off
     valid_samples: int = 1024  # the most latents of a validation loss
     valid_share: float = 0.0  # share of the training latents that is held out, without data.valid_path
-    sample_every: int = 0  # steps between two sample grids (averaged weights); 0: off
+    sample_every: int = 0  # steps between two sample grids (EMA weights); 0: off
     sample_count: int = 16  # images of a grid
     lognorm_until_step: int | None = None  # uniform times from this step on, with transport.use_lognorm
     max_skips: int = 10  # non-finite steps in a row before the run goes back to a checkpoint
@@ -203,8 +205,8 @@ class SampleConfig:
     solver_file: str | None = None  # calibrated solvers of these weights, from tools/calibrate_solver
     atol: float = 1e-6  # of the adaptive solvers
     rtol: float = 1e-3
-    reverse: bool = False  # from data to noise, for latents that are given
-    num_sampling_steps: int = 250  # points of the time grid, so one evaluation fewer for Euler
+    reverse: bool = False  # from data to noise; the call then needs latents
+    num_sampling_steps: int = PUBLISHED_POINTS  # points of the time grid, so one evaluation fewer for Euler
     cfg_scale: float = 1.0  # 1: no guidance
     guide_ckpt: str | None = None  # autoguidance by these weaker weights of the same shape; none: classifier-free
     per_proc_batch_size: int = 4
@@ -233,9 +235,48 @@ def resolved_solver(sample: SampleConfig) -> SampleConfig:
     )
 
 
-def with_points(sample: SampleConfig, points: int) -> SampleConfig:
-    """Return the settings with so many points of the time grid; a named solver, which has its own, is spelt out."""
-    return dataclasses.replace(resolved_solver(sample), num_sampling_steps=points)
+def with_overrides(sample: SampleConfig, names: Mapping[str, str] | None = None, **given: Any) -> SampleConfig:
+    """Return the settings with those of `given` that are not None in place of their own.
+
+    A number of points replaces that of a named solver, whose method and grid stay.
+
+    Args:
+        names: what the caller calls each setting, for messages; by default `sample.key`.
+
+    Raises:
+        LightningDiTError: a value has the wrong type or cannot be.
+    """
+    hints = typing.get_type_hints(SampleConfig)
+    called = {f"sample.{key}": (names or {}).get(key, f"sample.{key}") for key in given}
+    values = {
+        key: coerce(value, hints[key], called[f"sample.{key}"]) for key, value in given.items() if value is not None
+    }
+    _check_rules({f"sample.{key}": value for key, value in values.items()}, called.__getitem__)
+    changed = dataclasses.replace(sample, **values)
+    points = values.get("num_sampling_steps")
+    return dataclasses.replace(resolved_solver(changed), num_sampling_steps=points) if points else changed
+
+
+def describe_solver(sample: SampleConfig) -> str:
+    """Return the solver in a few words, as far as the settings alone decide it."""
+    if sample.sampling_method == "calibrated":
+        return f"calibrated, at most {sample.num_sampling_steps - 1} evaluations"
+    spelt = resolved_solver(sample)
+    grid = "graded grid" if spelt.time_grid == "graded" else f"shift {spelt.timestep_shift:g}"
+    words = f"{spelt.sampling_method}, {spelt.num_sampling_steps} points, {grid}"
+    if sample.mode == "SDE":
+        return f"SDE {words}"
+    if sample.sampling_method == "fast" and sample.solver_file:  # the weights, not read yet, decide
+        words = f"calibrated if a solver fits, else {words}"
+    return words if spelt is sample else f"{sample.sampling_method}: {words}"
+
+
+def describe_guidance(guidance: Any) -> str:
+    """Return scale, channels and interval of the guidance of `SampleConfig` or `transport.GuidanceSettings`."""
+    return (
+        f"{guidance.cfg_scale:g} on {guidance.guided_channels} channels"
+        f" from t = {guidance.cfg_interval_start:g} to {guidance.cfg_interval_end:g}"
+    )
 
 
 @dataclass(frozen=True)
@@ -358,12 +399,18 @@ def _drop_unread_keys(values: dict[str, Any]) -> list[str]:
     return notes
 
 
+def _check_rules(values: Mapping[str, Any], name_of: Callable[[str], str]) -> None:
+    """Refuse values, given by dotted key, that no run could use."""
+    for key, good, expected in RULES:
+        if key in values and not good(values[key]):
+            raise LightningDiTError(
+                f"{name_of(key)} is {values[key]!r}; {expected} is expected", "choose another value"
+            )
+
+
 def _check_values(config: Config) -> None:
     """Refuse values that no run could use, naming the key."""
-    for key, good, expected in RULES:
-        value = _value_of(config, key)
-        if not good(value):
-            raise LightningDiTError(f"{config.source}: {key} is {value!r}; {expected} is expected", "edit that value")
+    _check_rules({key: attrgetter(key)(config) for key, _, _ in RULES}, lambda key: f"{config.source}: {key}")
     start, end = config.sample.cfg_interval_start, config.sample.cfg_interval_end
     if start > end:
         raise LightningDiTError(
@@ -380,11 +427,6 @@ def _check_values(config: Config) -> None:
             f"{config.source}: data.image_size {size} is no multiple of vae.downsample_ratio {ratio}",
             "edit either value",
         )
-
-
-def _value_of(config: Config, key: str) -> Any:
-    section, _, name = key.partition(".")
-    return getattr(getattr(config, section), name)
 
 
 def _with_absolute_paths(config: Config) -> Config:
@@ -463,19 +505,26 @@ def _is_union(hint: Any) -> bool:
     return typing.get_origin(hint) in (typing.Union, types.UnionType)
 
 
-ABSENT = "default"  # how a message calls a setting that one side does not have, since defaults are left out
+ABSENT = "default"  # what a message says for a setting that one side lacks: defaults are not written
 
 
-def setting_differences(there: Mapping[str, Any], now: Mapping[str, Any], ignored: Collection[str] = ()) -> list[str]:
-    """Return a text for each setting in which two sets of settings differ, sections taken apart.
+def setting_differences(
+    there: Mapping[str, Any],
+    now: Mapping[str, Any],
+    ignored: Collection[str] = (),
+    sides: tuple[str, str] = ("there", "now"),
+) -> list[str]:
+    """Return a text such as `sample.cfg_scale: 2.0 there, 3.0 now` for each setting in which two sets differ.
 
     Args:
+        there, now: settings by name, or by section and name.
         ignored: dotted names of settings that may differ.
+        sides: what the texts call the two sets.
     """
     old, new = _flat(there), _flat(now)
     names = [name for name in {**new, **old} if name not in ignored]
     pairs = {name: (old.get(name, ABSENT), new.get(name, ABSENT)) for name in names}
-    return [_difference(name, *pair) for name, pair in pairs.items() if pair[0] != pair[1]]
+    return [_difference(name, *pair, *sides) for name, pair in pairs.items() if pair[0] != pair[1]]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -486,13 +535,13 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _difference(key: str, there: Any, now: Any) -> str:
-    if isinstance(there, list) and isinstance(now, list):
-        if len(there) != len(now):
-            return f"{key}: {len(there)} there, {len(now)} now"
-        place = next(place for place, pair in enumerate(zip(there, now, strict=True)) if pair[0] != pair[1])
-        key, there, now = f"{key}[{place}]", there[place], now[place]
-    return f"{key}: {_short(there)} there, {_short(now)} now"
+def _difference(key: str, old: Any, new: Any, there: str, now: str) -> str:
+    if isinstance(old, list) and isinstance(new, list):
+        if len(old) != len(new):
+            return f"{key}: {len(old)} {there}, {len(new)} {now}"
+        index = next(index for index, pair in enumerate(zip(old, new, strict=True)) if pair[0] != pair[1])
+        key, old, new = f"{key}[{index}]", old[index], new[index]
+    return f"{key}: {_short(old)} {there}, {_short(new)} {now}"
 
 
 def _short(value: Any) -> str:

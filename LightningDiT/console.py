@@ -1,51 +1,133 @@
-"""What an entry point shows: one line per error, and progress that also reads well in a log."""
+"""What a command takes and shows: numbers of options, one line per error, exit codes, progress for logs too."""
 
 from __future__ import annotations
 
+import argparse
 import os
+import shlex
 import signal
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
-from LightningDiT.errors import LightningDiTError
+from LightningDiT.errors import OS_FIXES, LightningDiTError
 
-PLAIN_INTERVAL = 10.0  # seconds between progress lines where standard error is no terminal
-BAR = "{percentage:3.0f}% |{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+OK, FAILED, INTERRUPTED = 0, 1, 130  # exit codes
+OWN_PACKAGES = frozenset({"LightningDiT", "setup_steps", "studies"})
+INSTALL = "python step1_install_environment.py"
+PLAIN_INTERVAL, MOVING_INTERVAL = 10.0, 0.2  # seconds between two lines of a log, and of a terminal's moving line
 
 
-def run_main(main: Callable[[], int]) -> int:
-    """Return the exit code of `main`: its own, 1 for a LightningDiTError (printed), 130 for Ctrl-C.
+def run_main(main: Callable[[], int], install: Callable[[], str] = lambda: INSTALL) -> int:
+    """Return the exit code of `main`: its own, 1 for an error that a person can fix, 130 for Ctrl-C.
 
-    Warnings become one line each, without the place in the code, which is no business of a command's reader.
+    Such an error (LightningDiTError, OSError, an absent package) becomes one line on stderr; any other keeps its
+    traceback. Warnings become one line each, without the position in the code.
+
+    Args:
+        install: gives the command that installs an absent package.
     """
-    warnings.formatwarning = lambda message, *place, **more: f"warning: {message}\n"
+    _prepare_streams()
+    warnings.formatwarning = lambda message, *position, **more: f"warning: {message}\n"
     try:
         return main()
     except LightningDiTError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        _complain(str(error))
+    except OSError as error:
+        _complain(describe_os_error(error))
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if not package or package in OWN_PACKAGES or package in sys.stdlib_module_names:
+            raise
+        _complain(f"package '{package}' is not installed for this Python ({sys.executable}); fix: {install()}")
     except KeyboardInterrupt:
-        print("stopped; what was finished is kept, and the same command goes on from there", file=sys.stderr)
-        return 130
+        _say_on_stderr("stopped; finished work is kept, and the same command goes on from there")
+        return INTERRUPTED
+    return FAILED
+
+
+def _prepare_streams() -> None:
+    # a closed stream (`>&-`) is None
+    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        # A notebook shows a pipe's lines only when they are flushed, and a path may hold characters that the
+        # terminal's encoding lacks. Under %run the stream is the notebook's own.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
+
+
+def _complain(text: str) -> None:
+    _say_on_stderr(f"error: {text}")
+
+
+def _say_on_stderr(text: str) -> None:
+    """Print one line on stderr after all that stdout holds so far."""
+    sys.stdout.flush()
+    print(text, file=sys.stderr, flush=True)
+
+
+def describe_os_error(error: OSError) -> str:
+    """Return an operating system's error in one line, with its file and what to do about it."""
+    named, again = str(error.filename or ""), "run the same command again"
+    quoted = shlex.quote(named)
+    fix = OS_FIXES.get(error.errno or 0)
+    if isinstance(error, PermissionError) and Path(named).is_file() and not os.access(named, os.R_OK):
+        fix = f"chmod u+r {quoted}, then {again}"
+    fix = fix or (f"ls -ld {quoted} shows what is there; put it right and {again}" if named else again)
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{named}{': ' * bool(named)}{reason}; fix: {fix}"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds in words: `48 s`, `12 min 30 s`, `3 h 5 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def format_bytes(count: float) -> str:
+    """Return bytes in decimal units, as disks and hubs count them: `1.5 kB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 999.5:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
 
 
 class Progress:
-    """A bar on a terminal, and in a log a plain line every ten seconds, with the rate and the time left.
+    """Work that goes by, with rate and time left: a moving line on a terminal, else a line every ten seconds.
 
     Args:
+        total: amount in all.
+        unit: what is counted; "byte" is written in kB, MB and so on.
+        label: stands before the amount, usually a file name.
+        start: amount that was done before, which does not count for the rate.
         quiet: show nothing, for all but one of several processes.
+
+    Attributes:
+        done: amount so far.
     """
 
-    def __init__(self, total: int, unit: str, *, quiet: bool = False) -> None:
-        from tqdm import tqdm
+    def __init__(self, total: int, unit: str, *, label: str = "", start: float = 0, quiet: bool = False) -> None:
+        self.total, self.unit, self.done = total, unit, start
+        self._prefix, self._start, self._quiet = f"{label}: " if label else "", start, quiet
+        self._moving = sys.stderr.isatty()
+        self._interval = MOVING_INTERVAL if self._moving else PLAIN_INTERVAL
+        self._began = self._shown = time.monotonic()
+        self._width = 0
 
-        self.total, self.unit, self.done = total, unit, 0.0
-        self._quiet = quiet
-        self._started = self._shown = time.monotonic()
-        self._bar = tqdm(total=total, unit=unit, bar_format=BAR) if sys.stderr.isatty() and not quiet else None
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def update(self, count: float = 1) -> None:
         """Count `count` finished units."""
@@ -54,23 +136,36 @@ class Progress:
     def reach(self, done: float, note: str = "") -> None:
         """Show that `done` units are finished, a part of one included, and `note` behind them."""
         self.done = done
-        if self._bar is not None:
-            self._bar.set_postfix_str(note, refresh=False)
-            self._bar.update(done - self._bar.n)
-            return
         now = time.monotonic()
-        if not self._quiet and now - self._shown >= PLAIN_INTERVAL and done > 0:
-            self._shown = now
-            seconds = (now - self._started) / done
-            rate = f"{1 / seconds:.1f} {self.unit}s/s" if seconds < 1 else f"{seconds:.1f} s/{self.unit}"
-            parts = [f"  {done:.0f} of {self.total} {self.unit}s", rate, note]
-            parts.append(f"about {duration(seconds * (self.total - done))} left")
-            print(", ".join(part for part in parts if part), flush=True)
+        if self._quiet or now - self._shown < self._interval or done <= self._start:
+            return
+        self._shown = now
+        line = self._line(max(now - self._began, 1e-9) / (done - self._start), note)
+        if self._moving:
+            sys.stderr.write("\r" + line.ljust(self._width))
+            sys.stderr.flush()
+            self._width = len(line)
+        else:
+            print(line, flush=True)
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
-        if self._bar is not None:
-            self._bar.close()
+        """Wipe the moving line, so that what follows starts on a line of its own."""
+        if self._width:
+            sys.stderr.write("\r" + " " * self._width + "\r")
+            sys.stderr.flush()
+            self._width = 0
+
+    def _line(self, seconds: float, note: str) -> str:
+        """Return the line for a pace of `seconds` per unit."""
+        if self.unit == "byte":
+            amount = f"{format_bytes(self.done)} of {format_bytes(self.total)}"
+            rate = f"{format_bytes(1 / seconds)}/s"
+        else:
+            amount = f"{self.done:.0f} of {self.total} {self.unit}s"
+            rate = f"{1 / seconds:.1f} {self.unit}s/s" if seconds < 1 else f"{seconds:.1f} s/{self.unit}"
+        share = f"{100 * self.done / self.total:.0f} %"
+        left = f"about {duration(seconds * (self.total - self.done))} left"
+        return f"  {self._prefix}" + ", ".join(part for part in (amount, share, rate, note, left) if part)
 
 
 class StopRequest:
@@ -85,8 +180,9 @@ class StopRequest:
         self._quiet, self._took_over = quiet, False
 
     def __enter__(self) -> StopRequest:
-        # a program that handles or ignores Ctrl-C itself keeps to that, and threads get no signals
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler and _in_main_thread():
+        # a program that handles or ignores Ctrl-C itself keeps to that, and only the main thread gets signals
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, self._note)
             self._took_over = True
         return self
@@ -100,18 +196,24 @@ class StopRequest:
             raise KeyboardInterrupt
         self.asked = True
         if not self._quiet:  # not by print, which may be what the signal interrupted
-            os.write(2, b"\nstopping after the batch under way; Ctrl-C again ends at once\n")
+            os.write(2, b"\nstopping after the current batch; Ctrl-C again ends at once\n")
 
 
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
+def positive(text: str) -> int:
+    """Return an option's value as a whole number of at least 1."""
+    return _at_least(text, 1)
 
 
-def duration(seconds: float) -> str:
-    """Return seconds in words: `48 s`, `12 min 30 s`, `3 h 5 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+def natural(text: str) -> int:
+    """Return an option's value as a whole number of at least 0."""
+    return _at_least(text, 0)
+
+
+def _at_least(text: str, least: int) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = least - 1
+    if number < least:
+        raise argparse.ArgumentTypeError(f"{text!r} given, a whole number of at least {least} expected")
+    return number

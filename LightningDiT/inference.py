@@ -1,8 +1,8 @@
 """Sample images: `python -m LightningDiT.inference --config C [--demo]`.
 
-`--demo` writes one grid of a few classes to demo_images/demo_samples.png beside this file; without it
-`--num-samples` images of random classes go to a folder, and a run that was stopped goes on when the command is
-given again. `python inference.py` inside this folder is the same. Several processes share a run when started by
+`--demo` writes one grid of a few classes to demo_images/demo_samples.png beside this file. Without it,
+`--num-samples` images of random classes go to a folder; the same command continues a run that was stopped.
+`python inference.py` inside this folder does the same. Several processes share a run when started by
 `torchrun --nproc-per-node 2 -m LightningDiT.inference ...` or `accelerate launch -m LightningDiT.inference ...`.
 """
 
@@ -19,7 +19,7 @@ if __package__ in (None, ""):
     sys.path.append(str(HERE.parent))  # run as a script, as the published repository does
 
 from LightningDiT.config import Config, load_config  # noqa: E402
-from LightningDiT.console import duration, run_main  # noqa: E402
+from LightningDiT.console import duration, positive, run_main  # noqa: E402
 from LightningDiT.files import check_space, check_target  # noqa: E402
 from LightningDiT.sampling.options import (  # noqa: E402
     add_class_options,
@@ -27,13 +27,13 @@ from LightningDiT.sampling.options import (  # noqa: E402
     apply_options,
     classes_of,
     describe_settings,
-    positive,
 )
 
 if TYPE_CHECKING:
     from LightningDiT.distributed import Processes
     from LightningDiT.sampling.pipeline import LightningDiTPipeline
-    from LightningDiT.sampling.resumable_run import RunResult, Strip
+    from LightningDiT.sampling.preview import Preview
+    from LightningDiT.sampling.resumable_run import RunResult
 
 DEMO_FOLDER = HERE / "demo_images"
 DEMO_NAME = "demo_samples.png"
@@ -45,20 +45,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m LightningDiT.inference", description=__doc__)
     parser.add_argument("--config", required=True, help="YAML of the published schema")
     parser.add_argument("--demo", action="store_true", help="one grid of a few classes")
-    parser.add_argument("--num-samples", type=positive, help="images without --demo; sample.fid_num where left out")
+    parser.add_argument("--num-samples", type=positive, help="images without --demo; default: sample.fid_num")
     parser.add_argument("--output", help="folder of the images")
     parser.add_argument(
         "--npz",
         nargs="?",
         const="",
         metavar="FILE",
-        help="at the end also all images in one file of ADM's layout; OUTPUT.npz where FILE is left out",
+        help="also write all images into one file of ADM's layout at the end; default: OUTPUT.npz",
     )
     parser.add_argument(
         "--preview",
         type=positive,
         metavar="N",
-        help="a strip of the first images: what the model takes them for after every N-th step",
+        help="write a strip of the first images: the model's prediction of them after every N-th step",
     )
     add_class_options(parser)
     add_sampling_options(parser)
@@ -94,8 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_demo(config: Config, args: argparse.Namespace, processes: Processes) -> int:
     """Sample the demonstration's classes and write their grid."""
-    from LightningDiT.sampling.demo import check_run, sample_demo
-    from LightningDiT.sampling.resumable_run import Strip
+    from LightningDiT.sampling.demo import sample_demo
+    from LightningDiT.sampling.dry_run import check_run
+    from LightningDiT.sampling.preview import Preview
 
     folder = Path(args.output or DEMO_FOLDER)
     processes.from_main(lambda: check_space(folder, args.count or 0, config.data.image_size))
@@ -103,17 +104,18 @@ def run_demo(config: Config, args: argparse.Namespace, processes: Processes) -> 
     processes.say(describe_settings(config, len(classes), folder / DEMO_NAME))
     if args.dry_run:
         return processes.from_main(lambda: check_run(config, classes))
-    strip = Strip(args.preview, folder / PREVIEW_NAME) if args.preview else None
-    demo = sample_demo(config, classes, args.seed, folder, DEMO_NAME, args.time_budget, processes, strip)
-    processes.say(demo.summary() + _about(strip, demo.run))
+    preview = Preview(args.preview, folder / PREVIEW_NAME) if args.preview else None
+    demo = sample_demo(config, classes, args.seed, folder, DEMO_NAME, args.time_budget, processes, preview)
+    processes.say(demo.summary() + _about(preview, demo.run))
     return 0
 
 
 def run_folder(config: Config, args: argparse.Namespace, processes: Processes) -> int:
-    """Sample many images into a folder, going on where an earlier run stopped."""
-    from LightningDiT.sampling.demo import check_run
+    """Sample many images into a folder, from where an earlier run stopped."""
+    from LightningDiT.sampling.dry_run import check_run
     from LightningDiT.sampling.pipeline import LightningDiTPipeline
-    from LightningDiT.sampling.resumable_run import Strip, sample_run, write_samples
+    from LightningDiT.sampling.preview import Preview
+    from LightningDiT.sampling.resumable_run import sample_run, write_samples
 
     count = args.num_samples or args.count or config.sample.fid_num
     output = Path(args.output or HERE.parent / "output" / "samples")
@@ -126,12 +128,12 @@ def run_folder(config: Config, args: argparse.Namespace, processes: Processes) -
         return processes.from_main(lambda: check_run(config, classes_of(args, config.data.num_classes)))
     pipe = processes.agree(lambda: LightningDiTPipeline.from_config(config))
     labels = processes.agree(lambda: labels_of(pipe, args, count))
-    strip = Strip(args.preview, _beside(output, "_preview.png")) if args.preview else None
-    result = sample_run(pipe, labels, args.seed, output, args.time_budget, processes, strip)
+    preview = Preview(args.preview, _beside(output, "_preview.png")) if args.preview else None
+    result = sample_run(pipe, labels, args.seed, output, args.time_budget, processes, preview)
     done = sum(path is not None for path in result.paths)
     processes.say(
         f"{done} of {count} images in {output}, {result.made} of them made now in {duration(result.seconds)}"
-        + _about(strip, result)
+        + _about(preview, result)
     )
     if result.interrupted:
         processes.end_by_interrupt()
@@ -153,14 +155,14 @@ def labels_of(pipe: LightningDiTPipeline, args: argparse.Namespace, count: int) 
 
 
 def _beside(folder: Path, ending: str) -> Path:
-    """A file next to the folder of the images, so that tools which read the folder see images alone."""
+    """Return a file next to the folder of the images, so that tools which read the folder see images alone."""
     return folder.absolute().with_name(folder.absolute().name + ending)
 
 
-def _about(strip: Strip | None, run: RunResult) -> str:
-    if strip is None:
+def _about(preview: Preview | None, run: RunResult) -> str:
+    if preview is None:
         return ""
-    return f"\npreview: {strip.path}" if run.made else "\nno preview: every image was there, and none was sampled"
+    return f"\npreview: {preview.path}" if run.made else "\nno preview: every image was there, and none was sampled"
 
 
 if __name__ == "__main__":

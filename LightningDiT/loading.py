@@ -1,34 +1,31 @@
-"""What a configuration names, opened: transformer, guide, tokenizer's shape, statistics, transport and solver."""
+"""What a configuration names: transformer, guide, statistics, transport and guidance, checked and opened."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from functools import partial
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from LightningDiT.checkpoint import check_shapes, inspect, load_file, without_values
 from LightningDiT.compiling import compile_forward
-from LightningDiT.config import Config, SampleConfig, load_config
-from LightningDiT.errors import LightningDiTError
+from LightningDiT.config import Config, SampleConfig, setting_differences
+from LightningDiT.errors import LightningDiTError, warn_user
 from LightningDiT.models.lightningdit import (
+    WITHOUT_TENSORS,
     LightningDiT,
     LightningDiTSettings,
-    differences,
     preset_name,
     preset_settings,
     settings_from_shapes,
 )
-from LightningDiT.sampling.calibrated import weights_fingerprint
-from LightningDiT.sampling.solver_choice import Procedure, check_solver, guidance_of
-from LightningDiT.tokenizer.config import TokenizerConfig, load_tokenizer_config, tokenizer_config_path
+from LightningDiT.tokenizer.config import TokenizerConfig
 from LightningDiT.tokenizer.latents import LatentStats
-from LightningDiT.tokenizer.vavae import autoencoder_settings, check_tokenizer_file
-from LightningDiT.transport import Transport, create_transport
+from LightningDiT.tokenizer.vavae import autoencoder_settings
+from LightningDiT.transport import GuidanceSettings, Transport, create_transport
 
 STATS_NAME = "latents_stats.pt"
 
@@ -54,72 +51,21 @@ def model_settings(config: Config) -> LightningDiTSettings:
 
 def build_transport(config: Config) -> Transport:
     """Return the transport that a configuration describes."""
-    settings = config.transport
     with as_user_error(f"{config.source}: transport"):
-        return create_transport(
-            path_type=settings.path_type,
-            prediction=settings.prediction,
-            loss_weight=settings.loss_weight,
-            train_eps=settings.train_eps,
-            sample_eps=settings.sample_eps,
-            use_cosine_loss=settings.use_cosine_loss,
-            use_lognorm=settings.use_lognorm,
-        )
+        return create_transport(**dataclasses.asdict(config.transport), warn=warn_user)
 
 
-def verify_config(path: str | Path) -> list[str]:
-    """Open everything that the configuration at `path` names; see `verify`."""
-    return verify(load_config(path))
+def guidance_of(sample: SampleConfig) -> GuidanceSettings:
+    """Return how strongly, when and where guidance acts."""
+    return GuidanceSettings(
+        sample.cfg_scale, sample.cfg_interval_start, sample.cfg_interval_end, sample.guided_channels
+    )
 
 
-def verify(config: Config) -> list[str]:
-    """Open everything that a configuration names, without reading the weights.
-
-    Returns:
-        A line for each thing that was checked.
-
-    Raises:
-        LightningDiTError: something is missing, damaged, or does not fit the rest.
-    """
-    check_solver(config.sample, config.transport.path_type)
-    tokenizer = load_tokenizer_config(tokenizer_config_path(config))
-    lines = [f"configuration {config.source}: {config.model.model_type}, {config.data.num_classes} classes"]
-    lines += config.notes
-    lines.append(check_transformer_file(config, required(config, "ckpt_path")))
-    if guide := config.sample.guide_ckpt:
-        lines.append(check_guide_file(config, guide))
-    weights = config.vae.ckpt_path or tokenizer.ckpt_path
-    if not weights:
-        raise LightningDiTError(f"{config.source} names no vae.ckpt_path", "python step3_setup_configs.py")
-    lines.append(check_tokenizer_file(tokenizer, weights))
-    check_latent_shape(config, tokenizer)
-    load_stats(config)
-    lines += check_procedure(config)
-    lines.append(f"latent statistics in {config.data.data_path}: {config.model.in_chans} channels")
-    return lines
-
-
-def procedure_of(config: Config, sample: SampleConfig) -> Procedure:
-    """Return what sampling by these settings does, with the weights that the configuration names.
-
-    Raises:
-        LightningDiTError: no such solver, none that fits, or a grid of too few points.
-    """
-    with as_user_error(f"{config.source}: sample"):
-        fingerprint = partial(weights_fingerprint, required(config, "ckpt_path"))
-        return Procedure.of(sample, build_transport(config), fingerprint)
-
-
-def check_procedure(config: Config) -> list[str]:
-    """Settle the solver as sampling will and return a line that says which it is."""
-    channels = config.model.in_chans
-    guided = guidance_of(config.sample).guided_channels
-    if guided is not None and guided > channels:
-        raise LightningDiTError(
-            f"{config.source}: sample.guided_channels is {guided}, and model.in_chans {channels}",
-            f'set guided_channels to {channels} at most, or to "all"',
-        )
-    return [f"solver {procedure_of(config, config.sample).describe()}"]
+def model_differences(wanted: LightningDiTSettings, found: LightningDiTSettings) -> list[str]:
+    """Return a text for each setting in which a configuration and a weights file have other tensors."""
+    sides = ("in the file", "in the configuration")
+    return setting_differences(dataclasses.asdict(found), dataclasses.asdict(wanted), WITHOUT_TENSORS, sides)
 
 
 def check_transformer_file(config: Config, path: str | Path) -> str:
@@ -130,7 +76,7 @@ def check_transformer_file(config: Config, path: str | Path) -> str:
         found = settings_from_shapes(info.shapes)
     except (ValueError, KeyError, IndexError) as error:
         raise LightningDiTError(f"{path}: {error}", "name the transformer's weights in ckpt_path") from error
-    if wrong := differences(wanted, found):
+    if wrong := model_differences(wanted, found):
         actual = preset_name(found) or f"{found.depth} layers of {found.hidden_size}"
         raise LightningDiTError(
             f"{path} holds {actual} and does not fit {config.source}: {'; '.join(wrong)}",
@@ -139,12 +85,12 @@ def check_transformer_file(config: Config, path: str | Path) -> str:
     with without_values():
         check_shapes(LightningDiT(wanted), info.shapes, path)
     held = f"entry {info.weights_key}" if info.weights_key else "bare weights"
-    besides = f", besides it {', '.join(info.extras)}" if info.extras else ""
-    return f"transformer {path}: {info.parameters:,} values, {held}{besides}"
+    others = f"; also holds {', '.join(info.extras)}" if info.extras else ""
+    return f"transformer {path}: {info.parameters:,} values, {held}{others}"
 
 
 def check_guide_file(config: Config, path: str | Path) -> str:
-    """Compare the guide's weights file with the configuration, as the model's is, and return a line that says so."""
+    """Compare the guide's weights file with the configuration and return a line that says so."""
     try:
         return f"guide {check_transformer_file(config, path).removeprefix('transformer ')}"
     except LightningDiTError as error:
@@ -170,8 +116,8 @@ def check_latent_shape(config: Config, tokenizer: TokenizerConfig) -> None:
 def load_transformer(config: Config, dtype: torch.dtype | None = None) -> LightningDiT:
     """Return the transformer in eval mode with the weights of `config.ckpt_path`.
 
-    The model is made on the meta device after the file was compared with the configuration, so that a wrong
-    file costs nothing.
+    The file is compared with the configuration first, so that a wrong one costs nothing, and the model is made on the
+    meta device.
     """
     path = required(config, "ckpt_path")
     check_transformer_file(config, path)
@@ -184,7 +130,7 @@ def load_transformer(config: Config, dtype: torch.dtype | None = None) -> Lightn
 
 
 def load_guide(config: Config, dtype: torch.dtype | None = None) -> LightningDiT | None:
-    """Return the network of `sample.guide_ckpt` as `load_transformer` does, or None where there is none."""
+    """Return the network of `sample.guide_ckpt` as `load_transformer` does, or None without one."""
     if not (path := config.sample.guide_ckpt):
         return None
     check_guide_file(config, path)
@@ -196,7 +142,7 @@ def load_stats(config: Config) -> LatentStats:
     channels = config.model.in_chans
     if not config.data.latent_norm:
         return LatentStats.identity(channels)
-    folder = Path(required(config, "data", "data_path"))
+    folder = Path(required(config, "data.data_path"))
     if folder.is_file():
         raise LightningDiTError(
             f"data.data_path {folder} is a file; the folder that holds {STATS_NAME} is expected",
@@ -205,18 +151,16 @@ def load_stats(config: Config) -> LatentStats:
     return LatentStats.load(folder / STATS_NAME, channels, config.data.latent_multiplier)
 
 
-def required(config: Config, *keys: str) -> str:
-    value: Any = config
-    for key in keys:
-        value = getattr(value, key)
-    if not value:
-        raise LightningDiTError(f"{config.source} names no {'.'.join(keys)}", "python step3_setup_configs.py")
+def required(config: Config, key: str) -> str:
+    """Return the path at a dotted key, which the configuration must have."""
+    if not (value := attrgetter(key)(config)):
+        raise LightningDiTError(f"{config.source} names no {key}", "python step3_setup_configs.py")
     return value
 
 
 @contextlib.contextmanager
 def as_user_error(where: str) -> Iterator[None]:
-    """Turn the plain errors of the lower layers into the one that entry points print."""
+    """Turn the plain errors of the parts into the one that entry points print, with `where` in front."""
     try:
         yield
     except (ValueError, FloatingPointError) as error:

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from LightningDiT.checkpoint import inspect
-from LightningDiT.data.images import FASHION_MNIST_CLASSES
-from LightningDiT.loading import verify_config
+from LightningDiT.data.fashion_mnist import FASHION_MNIST_CLASSES
 from LightningDiT.metrics.judge import load_judge
+from LightningDiT.sampling.dry_run import verify_config
 from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from LightningDiT.tokenizer.latents import LatentStats
 from tests.conftest import BUNDLED
@@ -26,7 +26,7 @@ JUDGE = BUNDLED / "judge.safetensors"
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A clean copy in a path with a space and Chinese characters."""
-    return copy_project(tmp_path_factory.mktemp("project") / "my 项目", "LightningDiT", "models/fashion-mnist")
+    return copy_project(tmp_path_factory.mktemp("project") / "my 项目", "models/fashion-mnist")
 
 
 @pytest.fixture(scope="module")
@@ -131,8 +131,8 @@ def test_another_guidance_than_the_calibrated_one_is_said_once_in_one_line(proje
     done = run_script(project / "step4_run_inference.py", *options, "--dry-run")
     assert (done.returncode, done.stderr) == (
         0,
-        "warning: solvers.yaml has no solver of any number of evaluations with guidance 1.7 on all channels"
-        " from 0.1 to 1, path Linear; ab3 with 26 points takes its place\n",
+        "warning: solvers.yaml has no solver for guidance 1.7 on all channels"
+        " from t = 0.1 to 1, path Linear; ab3 with 26 points is used instead\n",
     )
 
 

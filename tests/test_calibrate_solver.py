@@ -11,7 +11,8 @@ import torch
 from LightningDiT.checkpoint import load_weights
 from LightningDiT.config import load_config
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.sampling.calibrated import Guidance, SolverFile, load_solvers, save_solvers, weights_fingerprint
+from LightningDiT.loading import guidance_of
+from LightningDiT.sampling.calibrated import SolverFile, load_solvers, save_solvers, weights_fingerprint
 from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from LightningDiT.tools.calibrate_solver import (
     Candidate,
@@ -26,7 +27,7 @@ from LightningDiT.tools.calibrate_solver import (
     relative_error,
     whitening,
 )
-from LightningDiT.transport import graded_grid, linear_multistep
+from LightningDiT.transport import GuidanceSettings, graded_grid, linear_multistep
 from LightningDiT.transport.solvers import velocity_coefficients
 from tests.conftest import BUNDLED
 from tests.test_sampler import MEAN, STD, Gaussian, noise
@@ -174,7 +175,7 @@ def test_ctrl_c_keeps_the_best_so_far(tiny_folder, monkeypatch):
 
 
 def test_files_return_what_was_written(tmp_path):
-    guidance = Guidance(2.0, 0.1, 1.0, "all")
+    guidance = GuidanceSettings(2.0, 0.1, 1.0, "all")
     found = Candidate(torch.tensor([0, 0.1, 1.0]), torch.tensor([[1e-7, 0.0], [-0.5, 1.25]]), 0.0125)
     solver = as_solver(found, load_config(BUNDLED / "config.yaml").sample, "Linear", 8)
     assert solver.guidance == guidance
@@ -194,7 +195,8 @@ def test_the_better_solver_stays():
     assert file.with_solver(better).solvers == (better,)
     other = dataclasses.replace(solver, path_type="GVP")
     assert len(file.with_solver(other).solvers) == 2
-    assert file.best(solver.guidance, "Linear", 0) is None and file.best(solver.guidance, "Linear") == solver
+    sample = load_config(BUNDLED / "config.yaml").sample
+    assert file.best(sample, "Linear", 0) is None and file.best(sample, "Linear") == solver
 
 
 def test_the_fingerprint_follows_the_weights_and_not_the_file(tiny_folder):
@@ -212,7 +214,7 @@ def test_the_fingerprint_follows_the_weights_and_not_the_file(tiny_folder):
     [
         (
             {"cfg_scale": 3.0},
-            "no solver of .* guidance 3 on all channels.* it has some for guidance 2 on all",
+            "no solver of .* guidance 3 on all channels.* it has guidance 2 on all",
         ),
         ({"num_sampling_steps": 3}, "has no solver of at most 2 evaluations"),
         ({"reverse": True}, "from data to noise"),
@@ -246,7 +248,7 @@ def test_fast_falls_back_with_a_warning_and_published_is_euler_with_250_points(c
         return pipe([1], seed=5, output_type="latent")
 
     assert sampled(sampling_method="fast").nfe == 4  # the most that the file has
-    with pytest.warns(UserWarning, match="no solver of .* ab3 with 26 points takes its place"):
+    with pytest.warns(UserWarning, match="no solver for .* ab3 with 26 points is used instead"):
         scaled = sampled(sampling_method="fast", cfg_scale=3.0)
     assert scaled.nfe == 25
     without = sampled(sampling_method="fast", solver_file=None)
@@ -264,11 +266,11 @@ def test_points_asked_for_leave_a_named_solver_for_its_method_and_grid(calibrate
         return pipe([1], seed=5, output_type="latent", num_inference_steps=points)
 
     asked = sampled(9, sampling_method="fast", timestep_shift=0.3)
-    assert (asked.nfe, pipe.procedure(pipe.config.sample).steps) == (8, 4)
+    assert (asked.nfe, pipe.solver(pipe.config.sample).steps) == (8, 4)
     spelt = sampled(sampling_method="ab3", num_sampling_steps=9, time_grid="graded", timestep_shift=0.0)
     assert torch.equal(asked.images, spelt.images)
     assert not torch.equal(asked.images, sampled(time_grid="shifted").images)
-    assert pipe.procedure(pipe.config.sample).steps == 8
+    assert pipe.solver(pipe.config.sample).steps == 8
 
 
 @pytest.mark.parametrize("text", ["times: [0, 1, 0.5]", "coefficients: [[1.0]]", "noise: 3"])
@@ -312,6 +314,6 @@ def test_the_bundled_file_belongs_to_the_bundled_weights():
     config = load_config(BUNDLED / "config.yaml")
     file = load_solvers(BUNDLED / "solvers.yaml")
     assert file.weights == weights_fingerprint(config.ckpt_path)
-    errors = {s.evaluations: s.error for s in file.solvers if s.guidance == Guidance.of(config.sample)}
+    errors = {s.evaluations: s.error for s in file.solvers if s.guidance == guidance_of(config.sample)}
     assert list(errors) == [6, 8, 10, 12, 14, 15]
     assert list(errors.values()) == sorted(errors.values(), reverse=True)

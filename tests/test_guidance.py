@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from LightningDiT.transport import GuidanceSettings, GuidedVelocity, guided_velocity
+from LightningDiT.transport import GuidanceSettings, GuidedVelocity
 
 X = torch.randn(2, 5, 4, 4, generator=torch.Generator().manual_seed(0))
 Y, NULL = torch.tensor([3, 7]), torch.tensor([10, 10])
@@ -26,6 +26,10 @@ def at(time, n=2):
     return torch.full((n,), time)
 
 
+def guided(model, time, *settings, guide=None, **more):
+    return GuidedVelocity(model, Y, NULL, GuidanceSettings(*settings, **more), guide)(X, at(time))
+
+
 def gains(v):
     """Return the factor v / x per state and channel, which is constant over positions."""
     ratio = v / X
@@ -33,13 +37,13 @@ def gains(v):
     return ratio[..., 0, 0]
 
 
-@pytest.mark.parametrize(("channels", "guided"), [(3, 3), (5, 5), (None, 5)])
-def test_guidance_mixes_the_guided_channels_only(channels, guided):
+@pytest.mark.parametrize(("channels", "count"), [(3, 3), (5, 5), ("all", 5)])
+def test_guidance_mixes_the_guided_channels_only(channels, count):
     model = Linear()
-    v = guided_velocity(model, X, at(0.5), Y, NULL, 4.0, guided_channels=channels)
+    v = guided(model, 0.5, 4.0, guided_channels=channels)
     # null + 4 (cond - null): 2 + 4 (1.3 - 2) = -0.8 and 2 + 4 (1.7 - 2) = 0.8
-    expected = torch.tensor([[-0.8] * guided + [1.3] * (5 - guided)] * 2)
-    expected[1] = torch.tensor([0.8] * guided + [1.7] * (5 - guided))
+    expected = torch.tensor([[-0.8] * count + [1.3] * (5 - count)] * 2)
+    expected[1] = torch.tensor([0.8] * count + [1.7] * (5 - count))
     torch.testing.assert_close(gains(v), expected)
     assert model.calls == [4]
 
@@ -50,7 +54,7 @@ def test_guidance_mixes_the_guided_channels_only(channels, guided):
 )
 def test_half_the_work_where_guidance_does_not_act(time, scale, acts):
     model = Linear()
-    v = guided_velocity(model, X, at(time), Y, NULL, scale, 0.3, 0.8)
+    v = guided(model, time, scale, 0.3, 0.8)
     assert model.calls == [4 if acts else 2]
     if not acts:
         assert torch.equal(v, Linear()(X, at(time), Y))
@@ -59,22 +63,22 @@ def test_half_the_work_where_guidance_does_not_act(time, scale, acts):
 def test_a_bound_includes_its_own_grid_point():
     # float32(0.7) < 0.7, but both stand for the same grid point.
     assert float(torch.tensor(0.7)) < 0.7
-    assert GuidanceSettings(4.0, interval_start=0.7).acts_at(at(0.7))
+    assert GuidanceSettings(4.0, cfg_interval_start=0.7).acts_at(at(0.7))
 
 
 def test_scale_zero_is_the_null_model():
-    v = guided_velocity(Linear(), X, at(0.5), Y, NULL, 0.0, guided_channels=None)
+    v = guided(Linear(), 0.5, 0.0, guided_channels="all")
     torch.testing.assert_close(v, 2 * X)
 
 
-@pytest.mark.parametrize("channels", [3, None])
+@pytest.mark.parametrize("channels", [3, "all"])
 def test_a_guide_sees_the_same_labels_as_the_model(channels):
     model, guide = Linear(), Linear(start=0.5, slope=0.2)
-    v = guided_velocity(model, X, at(0.5), Y, NULL, 4.0, guided_channels=channels, guide=guide)
+    v = guided(model, 0.5, 4.0, guided_channels=channels, guide=guide)
     # labels 3 and 7: the model's gains are 1.3 and 1.7, the guide's 1.1 and 1.9;
     # 1.1 + 4 (1.3 - 1.1) = 1.9 and 1.9 + 4 (1.7 - 1.9) = 1.1
-    guided = 5 if channels is None else channels
-    expected = torch.tensor([[1.9] * guided + [1.3] * (5 - guided), [1.1] * guided + [1.7] * (5 - guided)])
+    count = 5 if channels == "all" else channels
+    expected = torch.tensor([[1.9] * count + [1.3] * (5 - count), [1.1] * count + [1.7] * (5 - count)])
     torch.testing.assert_close(gains(v), expected)
     assert model.calls == [2] and guide.calls == [2]
 
@@ -82,73 +86,62 @@ def test_a_guide_sees_the_same_labels_as_the_model(channels):
 @pytest.mark.parametrize(("time", "scale"), [(0.2, 4.0), (0.9, 4.0), (0.5, 1.0)])
 def test_a_guide_is_not_called_where_guidance_does_not_act(time, scale):
     model, guide = Linear(), Linear(start=0.5)
-    v = guided_velocity(model, X, at(time), Y, NULL, scale, 0.3, 0.8, guide=guide)
+    v = guided(model, time, scale, 0.3, 0.8, guide=guide)
     assert torch.equal(v, Linear()(X, at(time), Y))
     assert model.calls == [2] and guide.calls == []
 
 
 def test_scale_zero_is_the_guide():
     guide = Linear(start=0.5)
-    v = guided_velocity(Linear(), X, at(0.5), Y, NULL, 0.0, guided_channels=None, guide=guide)
+    v = guided(Linear(), 0.5, 0.0, guided_channels="all", guide=guide)
     assert torch.equal(v, guide(X, at(0.5), Y))
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.7, 2.0, 10.0, 1000.0])
-@pytest.mark.parametrize("channels", [3, None])
+@pytest.mark.parametrize("channels", [3, "all"])
 def test_a_model_that_guides_itself_is_unguided(scale, channels, unit_model, golden):
     model, x, y = unit_model("default"), golden["cfg.x"][:2], golden["cfg.y"][:2]
     with torch.no_grad():
-        v = guided_velocity(model, x, at(0.5), y, y, scale, guided_channels=channels, guide=model)
+        settings = GuidanceSettings(scale, guided_channels=channels)
+        v = GuidedVelocity(model, y, y, settings, guide=model)(x, at(0.5))
         assert torch.equal(v, model(x, at(0.5), y))
 
 
 def test_the_two_predictions_and_their_mix_make_the_guided_one():
     settings = GuidanceSettings(4.0, guided_channels=3)
     for guide, weak in ((None, [2.0, 2.0]), (Linear(start=0.5, slope=0.2), [1.1, 1.9])):
-        guided = GuidedVelocity(Linear(), Y, NULL, settings, guide)
-        pair = guided.both(X, at(0.5))
+        velocity = GuidedVelocity(Linear(), Y, NULL, settings, guide)
+        pair = velocity.both(X, at(0.5))
         for prediction, expected in zip(pair, ([1.3, 1.7], weak), strict=True):
             torch.testing.assert_close(gains(prediction), torch.tensor(expected)[:, None].expand(2, 5))
-        assert torch.equal(guided.mix(*pair), guided(X, at(0.5)))
-
-
-def test_the_object_equals_the_function():
-    settings = GuidanceSettings(2.5, 0.1, 0.9, 2)
-    by_object = GuidedVelocity(Linear(), Y, NULL, settings)(X, at(0.4))
-    assert torch.equal(by_object, guided_velocity(Linear(), X, at(0.4), Y, NULL, 2.5, 0.1, 0.9, 2))
+        assert torch.equal(velocity.mix(*pair), velocity(X, at(0.5)))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scale": float("nan")}, "scale=nan is not finite"),
-        ({"scale": float("inf")}, "scale=inf is not finite"),
-        ({"interval_start": 0.5, "interval_end": 0.4}, r"interval \[0.5, 0.4\] is invalid"),
-        ({"interval_start": -0.1}, "interval"),
-        ({"interval_end": 1.5}, "interval"),
+        ({"cfg_scale": float("nan")}, "cfg_scale=nan is not finite"),
+        ({"cfg_scale": float("inf")}, "cfg_scale=inf is not finite"),
+        ({"cfg_interval_start": 0.5, "cfg_interval_end": 0.4}, r"interval \[0.5, 0.4\] is invalid"),
+        ({"cfg_interval_start": -0.1}, "interval"),
+        ({"cfg_interval_end": 1.5}, "interval"),
         ({"guided_channels": 0}, "guided_channels=0 is out of range"),
+        ({"guided_channels": "some"}, "guided_channels='some' is out of range"),
         ({"guided_channels": 6}, "guided_channels=6 is out of range.* 5 channels"),
     ],
 )
 def test_bad_settings_are_named(options, message):
-    options = {"scale": 2.0, **options}
     with pytest.raises(ValueError, match=message):
-        guided_velocity(Linear(), X, at(0.5), Y, NULL, **options)
+        guided(Linear(), 0.5, **{"cfg_scale": 2.0, **options})
 
 
 def test_guided_outputs_equal_the_published_ones(golden, manifest, unit_model):
     model = unit_model("default")
     x, y = golden["cfg.x"][:2], golden["cfg.y"]
     for name, case in manifest["cfg"].items():
+        settings = GuidanceSettings(
+            case["cfg_scale"], case["cfg_interval_start"] or 0.0, guided_channels=case["guided_channels"]
+        )
         with torch.no_grad():
-            out = guided_velocity(
-                model,
-                x,
-                at(case["t"]),
-                y[:2],
-                y[2:],
-                case["cfg_scale"],
-                case["cfg_interval_start"] or 0.0,
-                guided_channels=case["guided_channels"],
-            )
+            out = GuidedVelocity(model, y[:2], y[2:], settings)(x, at(case["t"]))
         torch.testing.assert_close(out, golden[f"cfg.{name}"][:2], rtol=0, atol=1e-4)

@@ -120,7 +120,7 @@ def test_bad_options_are_one_line(
 
 
 def test_more_images_than_the_disk_holds_are_refused(tiny_folder: Path) -> None:
-    with pytest.raises(LightningDiTError, match=r"999999999999 images may take .* GB and .* GB free"):
+    with pytest.raises(LightningDiTError, match=r"999999999999 images may take .* TB, and .* GB free"):
         files.check_space(tiny_folder, 999_999_999_999, 16)
     files.check_space(tiny_folder, 1, 16)
 

@@ -11,7 +11,7 @@ from LightningDiT.console import run_main
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from LightningDiT.tools.match_guidance import channel_energies, main, match, matched_scale
-from LightningDiT.transport import GuidanceSettings, GuidedVelocity, Sampler, create_transport
+from LightningDiT.transport import GuidanceSettings, GuidedVelocity, create_transport, sampling_times
 
 
 def test_channels_that_are_alike_follow_the_square_root():
@@ -34,7 +34,7 @@ def test_the_two_corrections_have_one_root_mean_square():
         guided = GuidedVelocity(lambda x, t, y: x, torch.zeros(50), torch.zeros(50), settings)
         return float((guided.mix(strong, weak) - strong).square().mean().sqrt())
 
-    assert correction(scale, None) == pytest.approx(correction(5.0, 2), rel=1e-5)
+    assert correction(scale, "all") == pytest.approx(correction(5.0, 2), rel=1e-5)
     assert 1 < scale < 5
 
 
@@ -53,7 +53,7 @@ def energies_of(model, points, guide=None, start=0.3):
     y, null = torch.tensor([1.0, 2.0, 4.0]), torch.zeros(3)
     guided = GuidedVelocity(model, y, null, GuidanceSettings(3.0, start, guided_channels=1), guide)
     transport, noise = create_transport(), torch.randn(3, 2, 2, 2, generator=torch.Generator().manual_seed(0))
-    return channel_energies(guided, transport, noise, Sampler(transport).times(points))
+    return channel_energies(guided, transport, noise, sampling_times(transport, points))
 
 
 def test_energies_of_a_known_correction():
@@ -111,7 +111,7 @@ def test_the_command_prints_what_to_set(tiny_folder, capsys):
     assert main(argv) == 0
     shown = capsys.readouterr().out
     assert "scale 4 on the first 1 of 4 channels is matched by " in shown
-    assert "were all channels alike: 2.50" in shown
+    assert "if all channels were alike: 2.50" in shown
     scale = float(shown.split("cfg_scale: ")[1].split()[0])
     settings = shown[shown.index("sample:") :]
     text = config.read_text()

@@ -16,6 +16,7 @@ from LightningDiT.errors import LightningDiTError
 from LightningDiT.sampling.memory_limit import GOOD_BATCHES, BatchLimit
 from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from LightningDiT.sampling.resumable_run import sample_run
+from LightningDiT.sampling.solver_choice import Solver
 
 NEVER_THERE = 2**59  # bytes
 
@@ -33,12 +34,12 @@ class SmallMemory:
     """
 
     def __init__(self, pipe: LightningDiTPipeline, most: int) -> None:
-        self.most, self.seen, self._plain = most, list[int](), pipe._sample
-        pipe._sample = self._sample
+        self.most, self.seen, self._plain = most, list[int](), pipe._solve
+        pipe._solve = self._solve
 
-    def _sample(self, labels: list[int], *inputs: Any) -> Any:
+    def _solve(self, solver: Solver, labels: list[int], *inputs: Any) -> Any:
         self.seen.append(len(labels))
-        result = self._plain(labels, *inputs)
+        result = self._plain(solver, labels, *inputs)
         if len(labels) > self.most:
             fail_to_allocate()
         return result
@@ -51,7 +52,7 @@ def pipe(tiny_source: Path) -> LightningDiTPipeline:
 
 def refuse(limit: BatchLimit, images: int) -> None:
     with pytest.warns(UserWarning, match=f"memory ran out with {images} images at once"):
-        assert limit.attempt(fail_to_allocate, images) is None
+        limit.halve(images, RuntimeError("no memory"))
 
 
 def test_what_torch_says_without_memory_is_known_and_other_errors_are_not() -> None:
@@ -76,23 +77,22 @@ def test_the_batch_is_halved_and_doubles_after_good_ones() -> None:
     assert limit.of(12) == 3
     for _ in range(2 * GOOD_BATCHES):  # twice as patient after the second failure
         assert limit.of(12) == 3
-        assert limit.attempt(lambda: "image", 3) == "image"
+        limit.count_success()
     assert limit.of(12) == 6
     refuse(limit, 6)
     for _ in range(4 * GOOD_BATCHES):
         assert limit.of(12) == 3
-        limit.attempt(lambda: "image", 3)
+        limit.count_success()
     for _ in range(4 * GOOD_BATCHES):
         assert limit.of(12) == 6
-        limit.attempt(lambda: "image", 6)
+        limit.count_success()
     assert limit.of(12) == 12
 
 
-def test_other_errors_pass_and_change_nothing() -> None:
-    limit = BatchLimit()
+def test_other_errors_pass_and_change_nothing(pipe: LightningDiTPipeline) -> None:
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        limit.attempt(lambda: torch.ones(2, 3) @ torch.ones(2, 3), 4)
-    assert limit.of(12) == 12
+        pipe([0, 1], callback=lambda step, t, state: torch.ones(2, 3) @ torch.ones(2, 3))
+    assert pipe.batch_limit.of(12) == 12
 
 
 def test_no_noise_and_no_label_change_where_memory_runs_out(pipe: LightningDiTPipeline) -> None:

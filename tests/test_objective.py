@@ -153,10 +153,11 @@ def test_bad_settings_are_named(options, message):
 
 
 def test_settings_without_effect_are_said():
-    with pytest.warns(UserWarning, match="loss_weight is not used"):
+    with pytest.warns(UserWarning, match="loss_weight is not used") as first:
         create_transport(loss_weight="likelihood")
-    with pytest.warns(UserWarning, match="use_cosine_loss is used with"):
+    with pytest.warns(UserWarning, match="use_cosine_loss is used with") as second:
         create_transport(prediction="noise", use_cosine_loss=True)
+    assert first[0].filename == second[0].filename == __file__
 
 
 def test_a_none_from_yaml_is_none():

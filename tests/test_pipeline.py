@@ -20,19 +20,21 @@ from LightningDiT.checkpoint import load_weights, save_weights
 from LightningDiT.config import SampleConfig, load_config
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import to_uint8
-from LightningDiT.loading import model_settings, procedure_of, verify, verify_config
+from LightningDiT.loading import guidance_of, model_settings
 from LightningDiT.models.lightningdit import LightningDiT
 from LightningDiT.sampling.calibrated import (
     CalibratedSolver,
-    Guidance,
     SolverFile,
+    guide_fingerprint,
     load_solvers,
     save_solvers,
     weights_fingerprint,
 )
+from LightningDiT.sampling.dry_run import verify, verify_config
 from LightningDiT.sampling.options import apply_options
 from LightningDiT.sampling.pipeline import LightningDiTPipeline
-from LightningDiT.transport.guidance import guided_velocity
+from LightningDiT.sampling.solver_choice import solver_of
+from LightningDiT.transport import GuidanceSettings
 from tests.conftest import BUNDLED, COMPUTED, seeded_tensor
 
 
@@ -96,9 +98,8 @@ def test_scale_one_needs_no_null_class(pipe: LightningDiTPipeline) -> None:
     with torch.no_grad():
         expected = noise + pipe.transformer(noise, torch.zeros(1), torch.tensor([0]))
     torch.testing.assert_close(plain, expected, atol=1e-5, rtol=1e-5)
-    y, null = torch.tensor([0]), torch.tensor([3])
     with torch.no_grad():
-        guided = guided_velocity(pipe.transformer, noise, torch.zeros(1), y, null, 2.0, guided_channels=None)
+        guided = pipe.guided([0], pipe.config.sample)(noise, torch.zeros(1))
     assert (guided - (expected - noise)).abs().max() > 1e-2
 
 
@@ -191,13 +192,13 @@ def edit(folder: Path, old: str, new: str) -> Path:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("XS/2", "S/2", "holds LightningDiT-XS/2 and does not fit .*hidden_size is 192 in the file and 384"),
+        ("XS/2", "S/2", "holds LightningDiT-XS/2 and does not fit .*hidden_size: 192 in the file, 384"),
         (
             'num_classes: 3, class_names: ["cat, house cat", dog, "sea lion"]',
             "num_classes: 9",
-            "num_classes is 3 in the file and 9",
+            "num_classes: 3 in the file, 9",
         ),
-        ("image_size: 16", "image_size: 32", "input_size is 8 in the file and 16"),
+        ("image_size: 16", "image_size: 32", "input_size: 8 in the file, 16"),
         ("transformer.safetensors", "tokenizer.safetensors", "no LightningDiT: tensors x_embedder"),
         ("transformer.safetensors", "absent.safetensors", "absent.safetensors does not exist"),
         ("data_path: .", "data_path: latents_stats.pt", "is a file; the folder that holds latents_stats.pt"),
@@ -428,7 +429,7 @@ def test_the_guide_moves_and_is_saved_with_the_pipeline(guided_folder: Path, tmp
     [
         ("absent.safetensors", r"the guide weights file .*absent.safetensors does not exist; .*sample.guide_ckpt"),
         ("tokenizer.safetensors", "the guide .*tokenizer.safetensors: no LightningDiT.*sample.guide_ckpt"),
-        ("small.safetensors", "the guide .* holds LightningDiT-S/2 .*hidden_size is 384 in the file and 192"),
+        ("small.safetensors", "the guide .* holds LightningDiT-S/2 .*hidden_size: 384 in the file, 192"),
         ("short.safetensors", "the guide .* tensors 1 missing: blocks.3.mlp.w3.bias"),
     ],
 )
@@ -466,14 +467,15 @@ def test_a_solver_for_classifier_free_guidance_is_refused_under_autoguidance(gui
     file = guided_folder / "solvers.yaml"
 
     def written(settings: SampleConfig, middle: float) -> CalibratedSolver:
-        rows = ((middle,), (0.0, 1 - middle))
-        return CalibratedSolver(Guidance.of(settings), "Linear", (0.0, middle, 1.0), rows, 0.5, 1)
+        rows, times = ((middle,), (0.0, 1 - middle)), (0.0, middle, 1.0)
+        guide = guide_fingerprint(settings)
+        return CalibratedSolver(guidance_of(settings), "Linear", times, rows, 0.5, 1, guide)
 
     save_solvers(SolverFile(weights_fingerprint(own), (written(free, 0.5),)), file)
     config = load_config(guided_folder / "config.yaml")
 
     def found(settings: SampleConfig) -> CalibratedSolver | None:
-        return procedure_of(config, settings).solver
+        return solver_of(config, settings).calibrated
 
     assert found(free) == written(free, 0.5)
     pipe = LightningDiTPipeline.from_config(config, device="cpu")
@@ -491,15 +493,16 @@ def test_a_solver_for_classifier_free_guidance_is_refused_under_autoguidance(gui
 
 
 def test_a_guide_of_digits_alone_comes_back_as_text(tmp_path: Path) -> None:
-    guidance = Guidance(2.0, 0.0, 1.0, "all", "1234567890123456")
-    file = SolverFile("0123456789012345", (CalibratedSolver(guidance, "Linear", (0.0, 1.0), ((1.0,),), 0.5, 1),))
+    guidance, guide = GuidanceSettings(2.0, 0.0, 1.0, "all"), "1234567890123456"
+    solver = CalibratedSolver(guidance, "Linear", (0.0, 1.0), ((1.0,),), 0.5, 1, guide)
+    file = SolverFile("0123456789012345", (solver,))
     save_solvers(file, tmp_path / "solvers.yaml")
     assert load_solvers(tmp_path / "solvers.yaml") == file
 
 
 def test_solver_files_from_before_autoguidance_read_and_write_unchanged(tmp_path: Path) -> None:
     file = load_solvers(BUNDLED / "solvers.yaml")
-    assert {solver.guidance.guide for solver in file.solvers} == {None}
+    assert {solver.guide for solver in file.solvers} == {None}
     save_solvers(file, tmp_path / "again.yaml")
     assert (tmp_path / "again.yaml").read_bytes() == (BUNDLED / "solvers.yaml").read_bytes()
 
@@ -526,7 +529,7 @@ def test_a_solver_file_is_read_once(tiny_folder: Path) -> None:
     sample = dataclasses.replace(
         load_config(tiny_folder / "config.yaml").sample, sampling_method="fast", solver_file=str(file)
     )
-    solver = CalibratedSolver(Guidance.of(sample), "Linear", (0.0, 0.5, 1.0), ((0.5,), (0.0, 0.5)), 0.5, 1)
+    solver = CalibratedSolver(guidance_of(sample), "Linear", (0.0, 0.5, 1.0), ((0.5,), (0.0, 0.5)), 0.5, 1)
     save_solvers(SolverFile(weights_fingerprint(tiny_folder / "transformer.safetensors"), (solver,)), file)
     pipe = with_settings(tiny_folder, sampling_method="fast", solver_file=str(file))
     first = pipe([0], output_type="latent")
@@ -538,12 +541,12 @@ def test_a_solver_file_is_read_once(tiny_folder: Path) -> None:
 def test_a_rounded_copy_keeps_its_calibrated_solvers(tiny_folder: Path, tmp_path: Path) -> None:
     file = tiny_folder / "solvers.yaml"
     sample = dataclasses.replace(load_config(tiny_folder / "config.yaml").sample, solver_file=str(file))
-    solver = CalibratedSolver(Guidance.of(sample), "Linear", (0.0, 0.5, 1.0), ((0.5,), (0.0, 0.5)), 0.5, 1)
+    solver = CalibratedSolver(guidance_of(sample), "Linear", (0.0, 0.5, 1.0), ((0.5,), (0.0, 0.5)), 0.5, 1)
     save_solvers(SolverFile(weights_fingerprint(tiny_folder / "transformer.safetensors"), (solver,)), file)
     pipe = with_settings(tiny_folder, sampling_method="fast", solver_file=str(file), precision="bf16")
     pipe.save_pretrained(tmp_path / "saved")
     again = LightningDiTPipeline.from_pretrained(tmp_path / "saved", device="cpu")
-    assert again.procedure(again.config.sample).solver == solver
+    assert again.solver(again.config.sample).calibrated == solver
 
 
 @pytest.mark.parametrize(
@@ -552,11 +555,11 @@ def test_a_rounded_copy_keeps_its_calibrated_solvers(tiny_folder: Path, tmp_path
         ({"batch_size": 0}, "batch_size is 0; 1 or more"),
         ({"batch_size": -1}, "batch_size is -1; 1 or more"),
         ({"num_inference_steps": 1}, "num_inference_steps is 1; 2 or more"),
-        ({"num_inference_steps": 2.5}, "num_inference_steps is 2.5; 2 or more"),
-        ({"num_inference_steps": "5"}, "num_inference_steps is '5'; 2 or more"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps is 2.5; int is expected"),
+        ({"num_inference_steps": "5"}, "num_inference_steps is '5'; int is expected"),
         ({"guidance_scale": -3.0}, "guidance_scale is -3.0; a scale of 0 or more"),
         ({"guidance_scale": float("nan")}, "guidance_scale is nan; a scale of 0 or more"),
-        ({"guidance_scale": "2"}, "guidance_scale is '2'; a scale of 0 or more"),
+        ({"guidance_scale": "2"}, "guidance_scale is '2'; float is expected"),
     ],
 )
 def test_a_call_is_held_to_the_rules_of_the_configuration(

@@ -32,7 +32,7 @@ from LightningDiT.inference import main
 from LightningDiT.sampling import resumable_run
 from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from LightningDiT.sampling.preview import Preview
-from LightningDiT.sampling.resumable_run import MANIFEST, Strip, manifest_of, opened_run, sample_run
+from LightningDiT.sampling.resumable_run import MANIFEST, manifest_of, opened_run, sample_run
 from LightningDiT.seeds import generator_for
 from tests.conftest import PROJECT
 
@@ -142,7 +142,7 @@ def test_two_processes_make_the_folder_of_one(tiny_folder: Path) -> None:
 
 def interrupt_in(monkeypatch: pytest.MonkeyPatch, batch: int, times: int = 1) -> None:
     """Send this process Ctrl-C while it samples its `batch`-th batch, counted from 1."""
-    plain, count = LightningDiTPipeline._sample, itertools.count(1)
+    plain, count = LightningDiTPipeline._solve, itertools.count(1)
 
     def sample(*inputs: Any) -> Any:
         if next(count) == batch:
@@ -150,7 +150,7 @@ def interrupt_in(monkeypatch: pytest.MonkeyPatch, batch: int, times: int = 1) ->
                 signal.raise_signal(signal.SIGINT)
         return plain(*inputs)
 
-    monkeypatch.setattr(LightningDiTPipeline, "_sample", sample)
+    monkeypatch.setattr(LightningDiTPipeline, "_solve", sample)
 
 
 def test_ctrl_c_ends_after_the_batch_with_everything_written(
@@ -226,7 +226,7 @@ def test_two_runs_do_not_write_one_folder(tmp_path: Path) -> None:
         assert json.loads((tmp_path / MANIFEST).read_text()) == manifest
 
 
-@pytest.mark.parametrize(("place", "moment"), [(files, "_lock"), (resumable_run, "atomic_path")])
+@pytest.mark.parametrize(("place", "moment"), [(files, "try_lock"), (resumable_run, "atomic_path")])
 def test_one_of_two_runs_that_start_together_enters(
     place: ModuleType, moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,7 +247,7 @@ def test_one_of_two_runs_that_start_together_enters(
     monkeypatch.setattr(place, moment, late)
     with held:
         enter(held, 1)
-        assert entered == [{"_lock": 2, "atomic_path": 1}[moment]]
+        assert entered == [{"try_lock": 2, "atomic_path": 1}[moment]]
         assert json.loads((tmp_path / MANIFEST).read_text()) == {"seed": entered[0]}
 
 
@@ -270,7 +270,7 @@ def test_the_strip_shows_the_predictions_of_the_data(pipe: LightningDiTPipeline,
             prediction = state + (1 - start) * guided
             expected.append(to_uint8(pipe.tokenizer.decode(prediction)).numpy()[0])
             state = state + (end - start) * guided
-    sample_run(pipe, [1], 5, tmp_path / "run", None, strip=Strip(1, tmp_path / "strip.png"))
+    sample_run(pipe, [1], 5, tmp_path / "run", None, preview=Preview(1, tmp_path / "strip.png"))
     strip = np.asarray(Image.open(tmp_path / "strip.png")).astype(int)
     for column, image in enumerate(expected):
         left = 4 + column * (128 + 4)  # 16 pixels enlarged by 8, with a margin of 4
@@ -281,18 +281,19 @@ def test_the_strip_shows_the_predictions_of_the_data(pipe: LightningDiTPipeline,
 
 @pytest.mark.parametrize(("every", "panels"), [(2, 2), (3, 1), (99, 1)])
 def test_a_strip_ends_with_the_last_step(every: int, panels: int, pipe: LightningDiTPipeline, tmp_path: Path) -> None:
-    sample_run(pipe, [0, 1, 2], 0, tmp_path / "run", None, strip=Strip(every, tmp_path / "strip.png"))
+    sample_run(pipe, [0, 1, 2], 0, tmp_path / "run", None, preview=Preview(every, tmp_path / "strip.png"))
     assert Image.open(tmp_path / "strip.png").width == 4 + panels * (128 + 4)
 
 
 def test_a_strip_shows_what_is_made_again_and_no_later_batch(pipe: LightningDiTPipeline, tmp_path: Path) -> None:
     """A batch with an end that is not finite, the same one in float32, and the next one, as a pipeline reports them."""
-    strip = Preview(pipe, 1, 0, [0, 1])
+    strip = Preview(1, tmp_path / "strip.png")
+    strip.start(pipe, 0, [0, 1])
     good = torch.randn(2, 2, 4, 8, 8, generator=generator_for(3, 0))  # (K, N, C, h, w)
     for states in (torch.stack((good[0], good[1] / 0)), good, 2 * good):
         for step, state in enumerate(states):
             strip(step, (step + 1) / 2, state)
-    strip.save(tmp_path / "strip.png")
+    strip.save()
     pixels = np.asarray(Image.open(tmp_path / "strip.png")).astype(int)
     assert pixels.shape[1] == 4 + 2 * (128 + 4)
     with torch.inference_mode():

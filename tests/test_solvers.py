@@ -207,7 +207,7 @@ def test_results_do_not_depend_on_the_batch(method):
 
 
 def test_guidance_is_asked_on_the_right_side_of_its_bounds():
-    settings = GuidanceSettings(2.0, 0.1, 0.8, None)
+    settings = GuidanceSettings(2.0, 0.1, 0.8, "all")
     assert jumps_of(settings) == (0.1, 0.8)
     assert jumps_of(GuidanceSettings(1.0, 0.1, 0.8)) == () and jumps_of(GuidanceSettings(2.0)) == ()
     sizes = []

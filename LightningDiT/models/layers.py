@@ -1,80 +1,36 @@
 """The layers of LightningDiT: embeddings, norms, SwiGLU, attention and the modulated block.
 
-Which part computes in which precision under half-precision weights is in the table of
-`LightningDiT.device.resolve_precision`. In float32 every conversion below returns its argument.
+The table of `LightningDiT.device.resolve_precision` says which part computes in which precision under half-precision
+weights. In float32 every conversion below returns its argument.
 """
 
 from __future__ import annotations
 
 import math
-import platform
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .onednn import by_onednn, onednn_linear
 from .positions import RotaryEmbedding2d
 
 TIME_FREQUENCIES = 256
 NORM_EPS = 1e-6
-SHORT_SEQUENCE = 64  # tokens up to which attention is written out while training on a CPU
-
-IS_COMPILING = getattr(torch.compiler, "is_compiling", None)  # torch before 2.3 has none
-#: oneDNN's linear layer; None where this torch has none, or cannot say whether it compiles, which inductor refuses the
-#: operator in, or (before 2.4) whether a CPU's products are cast.
-HAS_ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
-KNOWS_ITS_STATE = IS_COMPILING is not None and hasattr(torch.amp, "is_autocast_available")
-ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if HAS_ONEDNN and KNOWS_ITS_STATE else None
-
-
-def by_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether a linear layer computes by oneDNN."""
-    if ONEDNN_LINEAR is None or IS_COMPILING() or torch.is_autocast_enabled("cpu"):
-        return False
-    return x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-
-
-def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x W^T + b (..., out) for x (..., in), W (out, in) and b (out,), none of which needs to be contiguous."""
-    return ONEDNN_LINEAR(x, weight, bias, "none", [], "")
-
-
-class OneDnnLinear(torch.autograd.Function):
-    """`onednn_product` with the backward pass that oneDNN's operator lacks, in products by oneDNN as well."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return onednn_product(x, weight, bias)  # (..., out)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        rows, inputs = grad.flatten(0, -2), x.flatten(0, -2)  # (M, out), (M, in)
-        products = (
-            lambda: onednn_product(grad, weight.t()),  # (..., in)
-            lambda: onednn_product(rows.t(), inputs.t()),  # (out, in)
-            lambda: rows.sum(0),  # (out,)
-        )
-        return tuple(make() if needed else None for make, needed in zip(products, ctx.needs_input_grad, strict=True))
+SHORT_SEQUENCE = 64  # tokens up to which training on a CPU computes attention without the fused kernel
 
 
 class Linear(nn.Linear):
-    """x W^T + b; in float32 on an x86 processor by oneDNN.
+    """x W^T + b; by oneDNN in float32 on an x86 processor.
 
-    torch takes MKL for float32 there, which on AMD's processors leaves half of the rate unused (docs/benchmark.md).
+    There torch uses MKL for float32, which reaches half of the rate on AMD's processors (docs/benchmark.md).
     Both sum in float32, in different orders.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         if not by_onednn(x, self.weight):
             return super().forward(x)  # (..., out)
-        if torch.is_grad_enabled():
-            return OneDnnLinear.apply(x, self.weight, self.bias)  # (..., out)
-        return onednn_product(x, self.weight, self.bias)  # (..., out)
+        return onednn_linear(x, self.weight, self.bias)  # (..., out)
 
 
 class RMSNorm(nn.Module):
@@ -174,9 +130,9 @@ class Mlp(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return softmax(q k^T / sqrt(width)) v for (N, heads, T, width) each.
 
-    torch's fused kernels keep q k^T and the softmax in float32 for half inputs. The kernel that writes q k^T out, which
-    serves where no fused one does, multiplies q and k by width^-1/4 each before the product, so that nothing overflows
-    but a logit that is beyond the range itself.
+    torch's fused kernels keep q k^T and the softmax in float32 for half inputs. Without a fused kernel, torch writes
+    q k^T out and multiplies q and k by width^-1/4 each before the product, so that nothing overflows but a logit that
+    is beyond the range itself.
     """
     if q.requires_grad and q.device.type == "cpu" and q.shape[-2] <= SHORT_SEQUENCE:
         # the fused kernel's backward pass takes seven times as long in bf16 at 16 tokens
@@ -186,7 +142,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, with normalised and rotated queries and keys where asked."""
+    """Multi-head self-attention, optionally with normalised and rotated queries and keys."""
 
     def __init__(self, width: int, heads: int, qk_norm: bool, rms_norm: bool) -> None:
         super().__init__()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -16,6 +16,7 @@ from .layers import FinalLayer, LabelEmbedder, LightningDiTBlock, PatchEmbed, Ti
 from .positions import RotaryEmbedding2d, sincos_table
 
 CFG_CHANNELS = 3  # the published forward_with_cfg guides these channels only
+WITHOUT_TENSORS = ("mlp_ratio", "class_dropout_prob", "use_checkpoint")  # settings that weights leave no trace of
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class LightningDiTSettings:
     mlp_ratio: float = 4.0
     class_dropout_prob: float = 0.1
     num_classes: int = 1000
-    learn_sigma: bool = False  # a second half of output channels, which the forward leaves out
+    learn_sigma: bool = False  # a second half of output channels, which the forward drops
     use_qknorm: bool = False
     use_swiglu: bool = False
     use_rope: bool = False
@@ -56,7 +57,7 @@ class LightningDiTSettings:
         return self.in_channels * (2 if self.learn_sigma else 1)
 
 
-#: depth, hidden size and heads by name; each comes with patch size 1 and 2. S, XS: ours, the rest as published.
+#: Depth, hidden size and heads by name; each comes with patch size 1 and 2. S and XS are ours, the rest published.
 PRESETS = {
     "XS": (7, 192, 3),
     "S": (12, 384, 6),
@@ -128,7 +129,7 @@ class LightningDiT(nn.Module):
         """Return the prediction (N, C, H, W) for latents x (N, C, H, W) and labels y (N,).
 
         Args:
-            t: times (N,), or (1,) where all are equal, which is then embedded once.
+            t: times (N,), or (1,) if all are equal, which is then embedded once.
         """
         rope = self.feat_rope if self.settings.use_rope else None
         tokens = self.x_embedder(x) + self.pos_embed.float()  # (N, T, width), float32 in every precision
@@ -159,9 +160,9 @@ class LightningDiT(nn.Module):
     ) -> Tensor:
         """Return the guided prediction under the published signature.
 
-        The batch holds every state twice, first with its label, then with the null class; the first half
-        of `x` counts. Guidance acts on the first three channels and, with the interval on, not before its
-        start. New code calls `transport.guidance.guided_velocity`, which needs no doubled states.
+        The batch holds every state twice, first with its label, then with the null class; only the first half
+        of `x` is read. Guidance acts on the first three channels and, with the interval on, not before its
+        start. New code uses `transport.GuidedVelocity`, which needs no doubled states.
         """
         half = x[: len(x) // 2]  # (N, C, H, W)
         out = self.forward(torch.cat([half, half]), t, y)  # (2N, C, H, W)
@@ -199,7 +200,7 @@ LightningDiT_models: dict[str, Callable[..., LightningDiT]] = {
 def settings_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> LightningDiTSettings:
     """Return the settings of the model that tensors of these names and shapes belong to.
 
-    Without rotary embedding the number of heads leaves no trace; it is then the preset's of that width and
+    Without rotary embedding the number of heads leaves no trace. It is then that of the preset of this width and
     depth, else the width divided by 64.
 
     Raises:
@@ -238,16 +239,6 @@ def settings_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> LightningDiTS
         use_rmsnorm="norm1.weight" in block,
         wo_shift=block["adaLN_modulation.1.weight"][0] == 4 * width,
     )
-
-
-def differences(wanted: LightningDiTSettings, found: LightningDiTSettings) -> list[str]:
-    """Return the settings in which two models differ in their tensors, as `name: wanted, not found`."""
-    ignored = ("mlp_ratio", "class_dropout_prob", "use_checkpoint")
-    return [
-        f"{item.name} is {getattr(found, item.name)} in the file and {getattr(wanted, item.name)} in the configuration"
-        for item in fields(LightningDiTSettings)
-        if item.name not in ignored and getattr(wanted, item.name) != getattr(found, item.name)
-    ]
 
 
 def preset_name(settings: LightningDiTSettings) -> str | None:

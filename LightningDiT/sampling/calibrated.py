@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,48 +16,14 @@ import torch
 from torch import Tensor
 
 from LightningDiT.checkpoint import load_weights
-from LightningDiT.config import SampleConfig, read_yaml, typed
+from LightningDiT.config import SampleConfig, describe_guidance, read_yaml, typed
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.files import atomic_path
+from LightningDiT.loading import guidance_of
+from LightningDiT.transport import GuidanceSettings
 
 DIGITS = 9  # of the numbers in the file: a float32 exactly
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """The guidance that a solver was fitted with; the first four names are those of `SampleConfig`."""
-
-    cfg_scale: float
-    cfg_interval_start: float
-    cfg_interval_end: float
-    guided_channels: int | str
-    guide: str | None = None  # `weights_fingerprint` of the guide; None: classifier-free guidance
-
-    @classmethod
-    def of(cls, sample: SampleConfig) -> Guidance:
-        """Return the guidance of sampling settings."""
-        return cls(
-            sample.cfg_scale,
-            sample.cfg_interval_start,
-            sample.cfg_interval_end,
-            sample.guided_channels,
-            weights_fingerprint(sample.guide_ckpt) if sample.guide_ckpt else None,
-        )
-
-    def __str__(self) -> str:
-        kind = f"autoguidance (guide {self.guide})" if self.guide else "guidance"
-        return (
-            f"{kind} {self.cfg_scale:g} on {self.guided_channels} channels"
-            f" from {self.cfg_interval_start:g} to {self.cfg_interval_end:g}"
-        )
-
-    def as_yaml(self) -> str:
-        """Return the guidance as a mapping in one line."""
-        values = dataclasses.asdict(self)
-        guide = values.pop("guide")
-        pairs = [f"{key}: {value}" for key, value in values.items()]
-        pairs += [f"guide: '{guide}'"] if guide else []  # quoted: digits alone would be read as a number
-        return f"{{{', '.join(pairs)}}}"
+CALIBRATE = "python -m LightningDiT.tools.calibrate_solver --config FILE"
 
 
 @dataclass(frozen=True)
@@ -68,12 +34,13 @@ class CalibratedSolver:
         ValueError: times and coefficients do not fit together.
     """
 
-    guidance: Guidance
+    guidance: GuidanceSettings  # that it was fitted with
     path_type: str
     times: tuple[float, ...]  # n + 1 rising times
     coefficients: tuple[tuple[float, ...], ...]  # row n holds c_n0 ... c_nn
     error: float  # mean relative error of the final latents, on noises that the fit never saw
     noises: int  # that the fit saw
+    guide: str | None = None  # `weights_fingerprint` of the guide; None: classifier-free guidance
 
     def __post_init__(self) -> None:
         if any(later <= earlier for earlier, later in zip(self.times, self.times[1:], strict=False)):
@@ -101,21 +68,22 @@ class SolverFile:
     weights: str  # `weights_fingerprint` of the transformer
     solvers: tuple[CalibratedSolver, ...] = ()
 
-    def best(self, guidance: Guidance, path_type: str, evaluations: int | None = None) -> CalibratedSolver | None:
-        """Return the solver of these settings with the most evaluations, at most `evaluations` of them."""
-        fitting = [
-            solver
-            for solver in self.solvers
-            if (solver.guidance, solver.path_type) == (guidance, path_type)
-            and (evaluations is None or solver.evaluations <= evaluations)
-        ]
-        return max(fitting, key=lambda solver: solver.evaluations, default=None)
+    def fitting(self, sample: SampleConfig, path_type: str) -> list[CalibratedSolver]:
+        """Return the solvers that were fitted with the guidance and guide of sampling settings."""
+        wanted = (guidance_of(sample), guide_fingerprint(sample), path_type)
+        return [solver for solver in self.solvers if (solver.guidance, solver.guide, solver.path_type) == wanted]
+
+    def best(self, sample: SampleConfig, path_type: str, evaluations: int | None = None) -> CalibratedSolver | None:
+        """Return the fitting solver with the most evaluations, at most `evaluations` of them."""
+        solvers = self.fitting(sample, path_type)
+        small = [solver for solver in solvers if evaluations is None or solver.evaluations <= evaluations]
+        return max(small, key=lambda solver: solver.evaluations, default=None)
 
     def with_solver(self, solver: CalibratedSolver) -> SolverFile:
-        """Return the file with `solver` in the place of one of the same settings and size, if it is better."""
+        """Return the file with `solver` added; one of the same settings and size stays if it is as good."""
 
         def key(one: CalibratedSolver) -> tuple[str, str, int]:
-            return str(one.guidance), one.path_type, one.evaluations
+            return _purpose(one.guidance, one.guide), one.path_type, one.evaluations
 
         by_key = {key(one): one for one in self.solvers}
         known = by_key.get(key(solver))
@@ -123,11 +91,16 @@ class SolverFile:
             by_key[key(solver)] = solver
         return dataclasses.replace(self, solvers=tuple(by_key[name] for name in sorted(by_key)))
 
+    def renamed(self, fingerprints: Mapping[str | None, str]) -> SolverFile:
+        """Return the file for the same weights under new fingerprints, given by old ones: rounding changes them."""
+        solvers = (dataclasses.replace(one, guide=fingerprints.get(one.guide, one.guide)) for one in self.solvers)
+        return SolverFile(fingerprints.get(self.weights, self.weights), tuple(solvers))
+
 
 def weights_fingerprint(path: str | Path) -> str:
     """Return a short text that changes with the weights and not with the file that holds them.
 
-    A hash of the one-dimensional tensors (biases, norms) in float32, so that a file of 6 GB is answered at once and a
+    It is a hash of the one-dimensional tensors (biases, norms) in float32, so that a file of 6 GB takes no time and a
     `.pt` and a `.safetensors` file of the same values agree.
     """
     digest = hashlib.sha256()
@@ -137,6 +110,11 @@ def weights_fingerprint(path: str | Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def guide_fingerprint(sample: SampleConfig) -> str | None:
+    """Return the `weights_fingerprint` of the guide of sampling settings, or None for classifier-free guidance."""
+    return weights_fingerprint(sample.guide_ckpt) if sample.guide_ckpt else None
+
+
 def load_solvers(path: str | Path) -> SolverFile:
     """Return what a solver file holds.
 
@@ -144,16 +122,17 @@ def load_solvers(path: str | Path) -> SolverFile:
         LightningDiTError: the file is missing, no YAML, lacks something, or its entries do not fit together.
     """
     if not Path(path).exists():
-        raise LightningDiTError(
-            f"sample.solver_file {path} does not exist", "python -m LightningDiT.tools.calibrate_solver --config FILE"
-        )
+        raise LightningDiTError(f"sample.solver_file {path} does not exist", CALIBRATE)
     values = read_yaml(path)
     entries = values.pop("solvers", None)
     if not (entries and isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)):
         raise LightningDiTError(
             f"{path}: solvers is {str(entries)[:80]}; a list of mappings is expected",
-            "restore that file, or remove it and python -m LightningDiT.tools.calibrate_solver --config FILE",
+            f"restore that file, or remove it and {CALIBRATE}",
         )
+    for entry in entries:
+        if isinstance(guidance := entry.get("guidance"), dict) and "guide" in guidance:
+            entry["guide"] = guidance.pop("guide")
     file = typed(SolverFile, values, str(path), hidden=("solvers",))
     solvers = tuple(typed(CalibratedSolver, entry, f"{path}: solver {n}") for n, entry in enumerate(entries, 1))
     return dataclasses.replace(file, solvers=solvers)
@@ -167,8 +146,10 @@ def save_solvers(file: SolverFile, path: str | Path) -> None:
         "solvers:",
     ]
     for solver in file.solvers:
+        guidance = [f"{key}: {value}" for key, value in dataclasses.asdict(solver.guidance).items()]
+        guidance += [f"guide: '{solver.guide}'"] if solver.guide else []  # quoted: YAML reads digits as a number
         lines += [
-            f"- guidance: {solver.guidance.as_yaml()}",
+            f"- guidance: {{{', '.join(guidance)}}}",
             f"  path_type: {solver.path_type}",
             f"  error: {solver.error:.3g}",
             f"  noises: {solver.noises}",
@@ -191,36 +172,37 @@ def _number(value: float) -> str:
     return text.replace("e", ".0e") if "e" in text and "." not in text else text
 
 
+def _purpose(guidance: GuidanceSettings, guide: str | None) -> str:
+    return f"{f'autoguidance (guide {guide})' if guide else 'guidance'} {describe_guidance(guidance)}"
+
+
 def find_solver(
     sample: SampleConfig, path_type: str, fingerprint: Callable[[], str], evaluations: int | None = None
 ) -> CalibratedSolver:
-    """Return the solver of `sample.solver_file` that fits settings and weights.
+    """Return the solver of `sample.solver_file` that fits settings and weights, the one with the most evaluations.
 
     Args:
-        fingerprint: gives that of the transformer's weights, see `weights_fingerprint`.
-        evaluations: at most so many.
+        fingerprint: returns the `weights_fingerprint` of the transformer.
+        evaluations: the most that are allowed; by default any number.
 
     Raises:
         LightningDiTError: there is none; says what the file has.
     """
-    command = "python -m LightningDiT.tools.calibrate_solver --config FILE, or another sampling_method"
+    fix = f"{CALIBRATE}, or another sampling_method"
     if not sample.solver_file:
-        raise LightningDiTError("sampling_method calibrated needs sample.solver_file", command)
+        raise LightningDiTError("sampling_method calibrated needs sample.solver_file", fix)
     file = load_solvers(sample.solver_file)
     if file.weights != (found := fingerprint()):
-        raise LightningDiTError(
-            f"{sample.solver_file} belongs to weights {file.weights}, and these are {found}", command
-        )
-    guidance = Guidance.of(sample)
-    solver = file.best(guidance, path_type, evaluations)
+        raise LightningDiTError(f"{sample.solver_file} belongs to weights {file.weights}, and these are {found}", fix)
+    solver = file.best(sample, path_type, evaluations)
     if solver is None or sample.reverse:
-        fitting = [one for one in file.solvers if (one.guidance, one.path_type) == (guidance, path_type)]
-        known = [str(one.evaluations) for one in fitting] or sorted({str(one.guidance) for one in file.solvers})
-        most = "any number of" if evaluations is None else f"at most {evaluations}"
+        fitting = file.fitting(sample, path_type)
+        others = sorted({_purpose(one.guidance, one.guide) for one in file.solvers})
+        known = f"solvers of {', '.join(str(one.evaluations) for one in fitting)}" if fitting else ", ".join(others)
+        most = "" if evaluations is None else f" of at most {evaluations} evaluations"
+        wanted = f"{_purpose(guidance_of(sample), guide_fingerprint(sample))}, path {path_type}"
         direction = ", from data to noise" if sample.reverse else ""
         raise LightningDiTError(
-            f"{sample.solver_file} has no solver of {most} evaluations with {guidance}, path {path_type}{direction};"
-            f" it has {'those of' if fitting else 'some for'} {', '.join(known) or 'nothing'}",
-            command,
+            f"{sample.solver_file} has no solver{most} for {wanted}{direction}; it has {known or 'none'}", fix
         )
     return solver

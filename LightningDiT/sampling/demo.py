@@ -1,4 +1,4 @@
-"""A demonstration: a few classes, one image each, and one grid with a caption under every picture."""
+"""A demonstration: a few classes, one image each, and one grid with a caption under every image."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from PIL import Image
 
 from LightningDiT.config import Config
 from LightningDiT.console import duration
-from LightningDiT.data.labels import Labels
 from LightningDiT.distributed import ALONE, Processes
 from LightningDiT.files import atomic_path
 from LightningDiT.images import image_grid, save_png
-from LightningDiT.loading import verify
 from LightningDiT.sampling.options import describe_settings
 from LightningDiT.sampling.pipeline import LightningDiTPipeline
-from LightningDiT.sampling.resumable_run import RunResult, Strip, manifest_of, run_name, sample_run
+from LightningDiT.sampling.preview import Preview
+from LightningDiT.sampling.resumable_run import RunResult, manifest_of, run_name, sample_run
 
 REPORT_STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;color:#222}"
@@ -37,8 +36,8 @@ class Demo:
 
     Attributes:
         config: the settings that it was made with.
-        captions: one per picture.
-        run: the images' files and what they took.
+        captions: one per image.
+        run: the images' files, time and evaluations.
         grid: the grid's file.
         load_seconds: from the call to the first sampling step.
     """
@@ -50,7 +49,7 @@ class Demo:
     load_seconds: float
 
     def summary(self) -> str:
-        """Return what was made, in a few lines."""
+        """Return a few lines about the images, their time and the grid."""
         done = sum(path is not None for path in self.run.paths)
         made = f"{self.run.made} made now" if self.run.made else "all of them made before"
         lines = [
@@ -71,12 +70,12 @@ def sample_demo(
     name: str,
     minutes: float | None,
     processes: Processes = ALONE,
-    strip: Strip | None = None,
+    preview: Preview | None = None,
 ) -> Demo:
     """Sample one image per class and write the grid `name` into `folder`.
 
-    The images themselves lie in a subfolder that belongs to these very settings, so that a run that was
-    stopped goes on and other settings never overwrite them. A grid with gaps never replaces a whole one.
+    The images lie in a subfolder named after their settings, so that a rerun continues and other settings never
+    overwrite them. A grid with gaps never replaces a complete one.
 
     Raises:
         LightningDiTError: see `LightningDiTPipeline` and `sample_run`.
@@ -86,9 +85,9 @@ def sample_demo(
     pipe = processes.agree(lambda: LightningDiTPipeline.from_config(config))
     labels = pipe.labels.numbers(classes)
     captions = [pipe.labels.caption(label) for label in labels]
-    place = folder / run_name(manifest_of(config, labels, seed, pipe.dtype))
+    run_folder = folder / run_name(manifest_of(config, labels, seed, pipe.dtype))
     load_seconds = time.perf_counter() - started
-    run = sample_run(pipe, labels, seed, place, minutes, processes, strip)
+    run = sample_run(pipe, labels, seed, run_folder, minutes, processes, preview)
     target = folder / name
     if not run.complete and target.exists():
         target = folder / f"{target.stem}_unfinished{target.suffix}"
@@ -99,26 +98,15 @@ def sample_demo(
     return Demo(config, captions, run, target, load_seconds)
 
 
-def check_run(config: Config, classes: Sequence[int | str]) -> int:
-    """Print what a dry run can check without the weights' content, and return the exit code of success.
-
-    Raises:
-        LightningDiTError: a class is unknown, or a file is missing, damaged or does not fit.
-    """
-    Labels.of(config).numbers(classes)
-    print("\n".join(verify(config)))
-    return 0
-
-
 def write_report(demo: Demo, path: Path) -> Path:
-    """Write an HTML page that holds the pictures themselves, their classes, settings and timings."""
+    """Write an HTML page that holds the images themselves, their classes, settings and timings, and return `path`."""
     figures = []
     for file, caption in zip(demo.run.paths, demo.captions, strict=True):
         if file is not None:
             data = base64.b64encode(file.read_bytes()).decode()
             label = html.escape(caption)
-            picture = f'<img alt="{label}" src="data:image/png;base64,{data}">'
-            figures.append(f"<figure>{picture}<figcaption>{label}</figcaption></figure>")
+            image = f'<img alt="{label}" src="data:image/png;base64,{data}">'
+            figures.append(f"<figure>{image}<figcaption>{label}</figcaption></figure>")
     settings = html.escape(describe_settings(demo.config, len(demo.captions), demo.grid))
     page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>LightningDiT samples</title>'
@@ -131,7 +119,7 @@ def write_report(demo: Demo, path: Path) -> Path:
 
 
 def _grid(paths: Sequence[Path | None], captions: Sequence[str], side: int) -> Image.Image:
-    """Return the grid, with a grey square for each image that is not there yet."""
+    """Return the grid of images of `side` pixels, with a grey square for each that is not there yet."""
     images = []
     for path in paths:
         if path is None:

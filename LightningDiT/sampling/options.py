@@ -1,4 +1,4 @@
-"""The sampling options that every sampling entry point offers, and how they change a configuration.
+"""The options that every sampling entry point offers, and how they change a configuration.
 
 Nothing here needs torch, so that `--help` answers at once.
 """
@@ -9,23 +9,33 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from LightningDiT.config import RULES, Config, resolved_solver, with_points
-from LightningDiT.errors import LightningDiTError
+from LightningDiT.config import Config, describe_guidance, describe_solver, with_overrides
+from LightningDiT.console import natural, positive
 
 #: Classes that the published demo shows.
 IMAGENET_DEMO_CLASSES = (975, 3, 207, 387, 388, 88, 979, 279)
 MOST_DEMO_CLASSES = 10
 CONTACT_SHEET = "all"
+#: Option of each sampling setting that the command line can override.
+OPTIONS = {
+    "num_sampling_steps": "--steps",
+    "sampling_method": "--solver",
+    "cfg_scale": "--guidance-scale",
+    "guide_ckpt": "--guide-ckpt",
+    "precision": "--precision",
+    "compile": "--compile",
+    "per_proc_batch_size": "--batch-size",
+}
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that `apply_options` and `classes_of` read."""
     parser.add_argument("--seed", type=natural, default=0, help="noise of image i comes from (seed, i); default 0")
-    parser.add_argument("--steps", type=positive, help="points of the time grid; `fast` then is ab3 with so many")
+    parser.add_argument("--steps", type=positive, help="points of the time grid; `fast` is then ab3 with this number")
     parser.add_argument("--solver", help="fast, published, euler, ab3, unipc2, dopri5, ...: docs/sampling.md")
     parser.add_argument("--guidance-scale", type=float, help="1 is off")
     parser.add_argument(
-        "--guide-ckpt", type=_name, metavar="FILE", help="weaker weights of the same shape, for autoguidance"
+        "--guide-ckpt", type=_file_name, metavar="FILE", help="weaker weights of the same shape, for autoguidance"
     )
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), help="of the transformer")
     parser.add_argument("--compile", action="store_true", default=None, help="compile the transformer: docs/compile.md")
@@ -34,9 +44,9 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         "--time-budget",
         type=_minutes,
         metavar="MINUTES",
-        help="stop after so long, keep what is done; rerun to go on",
+        help="stop after this time and keep what is done; the same command continues",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and end")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and exit")
 
 
 def add_class_options(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +57,7 @@ def add_class_options(parser: argparse.ArgumentParser) -> None:
         metavar="CLASS",
         help=f"numbers or names; `{CONTACT_SHEET}` is a contact sheet of every class",
     )
-    parser.add_argument("--count", type=positive, help="number of images, dealt over the classes in turn")
+    parser.add_argument("--count", type=positive, help="number of images; the classes take turns")
 
 
 def apply_options(config: Config, args: argparse.Namespace) -> Config:
@@ -56,24 +66,8 @@ def apply_options(config: Config, args: argparse.Namespace) -> Config:
     Raises:
         LightningDiTError: an option has a value that the configuration could not have either.
     """
-    options = {
-        "num_sampling_steps": "steps",
-        "sampling_method": "solver",
-        "cfg_scale": "guidance_scale",
-        "guide_ckpt": "guide_ckpt",
-        "precision": "precision",
-        "compile": "compile",
-        "per_proc_batch_size": "batch_size",
-    }
-    given = {key: getattr(args, name) for key, name in options.items() if getattr(args, name) is not None}
-    for rule, good, expected in RULES:
-        key = rule.removeprefix("sample.")
-        if key in given and not good(given[key]):
-            option = options[key].replace("_", "-")
-            raise LightningDiTError(f"--{option} is {given[key]}; {expected} is expected", "choose another value")
-    points = given.pop("num_sampling_steps", None)
-    sample = dataclasses.replace(config.sample, **given)
-    return dataclasses.replace(config, sample=with_points(sample, points) if points else sample)
+    given = {key: getattr(args, option[2:].replace("-", "_")) for key, option in OPTIONS.items()}
+    return dataclasses.replace(config, sample=with_overrides(config.sample, OPTIONS, **given))
 
 
 def classes_of(args: argparse.Namespace, num_classes: int) -> list[int | str]:
@@ -98,25 +92,12 @@ def demo_classes(num_classes: int) -> list[int | str]:
 def describe_settings(config: Config, images: int, output: Path) -> str:
     """Return the resolved settings in a few lines, for `--dry-run` and the start of a run."""
     sample = config.sample
-    spelt = resolved_solver(sample)
-    grid = "graded grid" if spelt.time_grid == "graded" else f"shift {spelt.timestep_shift:g}"
-    points = f"{spelt.num_sampling_steps} points, {grid}"
-    if sample.sampling_method == "calibrated":
-        points = f"at most {spelt.num_sampling_steps - 1} evaluations"
-    elif sample.sampling_method == "fast":
-        points = f"{spelt.sampling_method}, {points}"
-        if sample.solver_file:  # the weights, not read yet, decide
-            points = f"calibrated where one fits, else {points}"
-    kind = f"autoguidance by {sample.guide_ckpt}, scale" if sample.guide_ckpt else "guidance"
-    guidance = (
-        f"{kind} {sample.cfg_scale:g} on {sample.guided_channels} channels"
-        f" from t = {sample.cfg_interval_start:g} to {sample.cfg_interval_end:g}"
-    )
+    guidance = f"autoguidance by {sample.guide_ckpt}, scale" if sample.guide_ckpt else "guidance"
     return "\n".join(
         (
             f"configuration  {config.source}",
             f"model          {config.model.model_type} from {config.ckpt_path}",
-            f"sampling       {sample.mode} {sample.sampling_method}, {points}; {guidance}",
+            f"sampling       {describe_solver(sample)}; {guidance} {describe_guidance(sample)}",
             f"precision      {sample.precision}{', compiled' if sample.compile else ''},"
             f" {sample.per_proc_batch_size} images at once",
             f"images         {images} -> {output}",
@@ -125,37 +106,17 @@ def describe_settings(config: Config, images: int, output: Path) -> str:
     )
 
 
-def positive(text: str) -> int:
-    """Return an option's value as a whole number of at least 1."""
-    return _at_least(text, 1)
-
-
 def _minutes(text: str) -> float:
     try:
         minutes = float(text)
     except ValueError:
         minutes = 0.0
     if not 0 < minutes < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive number of minutes")
+        raise argparse.ArgumentTypeError(f"{text!r} given, a positive number of minutes expected")
     return minutes
 
 
-def _name(text: str) -> str:
+def _file_name(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("the name of a file is expected")
     return text
-
-
-def natural(text: str) -> int:
-    """Return an option's value as a whole number of at least 0."""
-    return _at_least(text, 0)
-
-
-def _at_least(text: str, least: int) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = least - 1
-    if number < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
-    return number

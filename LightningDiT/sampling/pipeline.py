@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import operator
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -17,10 +17,17 @@ import torch
 from torch import Tensor
 
 from LightningDiT.checkpoint import save_weights
-from LightningDiT.config import RULES, Config, SampleConfig, as_dict, load_config, read_yaml, with_points
+from LightningDiT.config import Config, SampleConfig, as_dict, load_config, read_yaml, with_overrides
 from LightningDiT.data.labels import Labels
-from LightningDiT.device import HALF_PRECISIONS, best_device, resolve_precision, usable_device
-from LightningDiT.errors import LightningDiTError
+from LightningDiT.device import (
+    HALF_PRECISIONS,
+    best_device,
+    is_out_of_memory,
+    release_memory,
+    resolve_precision,
+    usable_device,
+)
+from LightningDiT.errors import LightningDiTError, warn_user
 from LightningDiT.files import atomic_path
 from LightningDiT.images import to_pil, to_uint8
 from LightningDiT.loading import (
@@ -28,35 +35,36 @@ from LightningDiT.loading import (
     as_user_error,
     build_transport,
     check_latent_shape,
+    guidance_of,
     load_guide,
     load_stats,
     load_transformer,
     required,
 )
 from LightningDiT.models.lightningdit import LightningDiT
-from LightningDiT.sampling.calibrated import (
-    CalibratedSolver,
-    Guidance,
-    SolverFile,
-    load_solvers,
-    save_solvers,
-    weights_fingerprint,
-)
+from LightningDiT.sampling.calibrated import guide_fingerprint, load_solvers, save_solvers, weights_fingerprint
 from LightningDiT.sampling.memory_limit import BatchLimit
 from LightningDiT.sampling.non_finite import NotFinite, all_finite, first_not_finite
-from LightningDiT.sampling.solver_choice import Callback, Procedure, check_solver, guidance_of, sde_settings
+from LightningDiT.sampling.solver_choice import Solver, check_solver
 from LightningDiT.seeds import generator_for
 from LightningDiT.tokenizer.config import tokenizer_config_path
 from LightningDiT.tokenizer.vavae import VA_VAE
-from LightningDiT.transport import GuidedVelocity, Transport, draw_noise, sde_states
+from LightningDiT.transport import GuidedVelocity, StepCallback, Transport, draw_noise
 
 CONFIG_NAME = "config.yaml"
 GUIDE_NAME = "guide.safetensors"
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+#: What `LightningDiTPipeline.__call__` calls the settings that it can override.
+ARGUMENTS = {
+    "cfg_scale": "guidance_scale",
+    "num_sampling_steps": "num_inference_steps",
+    "per_proc_batch_size": "batch_size",
+}
 
 
 @dataclass(frozen=True)
 class PipelineOutput:
-    """What one call of the pipeline made.
+    """The result of one call of the pipeline.
 
     Attributes:
         images: a list of PIL images, uint8 pixels (N, H, W, 3), a float tensor (N, 3, H, W) about [-1, 1], or
@@ -102,7 +110,7 @@ class LightningDiTPipeline:
         self.config = config
         self.labels = Labels.of(config)
         self.batch_limit = BatchLimit()
-        self._procedures: dict[SampleConfig, Procedure] = {}
+        self._solvers: dict[SampleConfig, Solver] = {}
         self._not_finite: NotFinite | str | None = None  # where half precision first failed
         self.to(device, dtype)
 
@@ -111,70 +119,61 @@ class LightningDiTPipeline:
         """Return the pipeline that a YAML file (or settings read from one) describes.
 
         Args:
-            device: where to compute; the GPU that works, else the CPU, where left out.
+            device: where to compute; by default the GPU if it works, else the CPU.
 
         Raises:
             LightningDiTError: a file is missing, damaged or does not fit the others.
         """
         settings = config if isinstance(config, Config) else load_config(config)
         check_solver(settings.sample, settings.transport.path_type)
-        place = usable_device(device) if device else best_device()
-        dtype = resolve_precision(settings.sample.precision, place)
+        device = usable_device(device) if device else best_device()
+        dtype = resolve_precision(settings.sample.precision, device)
         stats = load_stats(settings)
         tokenizer = VA_VAE(
-            tokenizer_config_path(settings), settings.data.image_size, settings.vae.ckpt_path, stats, place
+            tokenizer_config_path(settings), settings.data.image_size, settings.vae.ckpt_path, stats, device
         )
         check_latent_shape(settings, tokenizer.config)
         transformer, guide = load_transformer(settings, dtype), load_guide(settings, dtype)
-        return cls(transformer, tokenizer, build_transport(settings), settings, place, dtype, guide)
+        return cls(transformer, tokenizer, build_transport(settings), settings, device, dtype, guide)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: torch.device | str | None = None) -> LightningDiTPipeline:
         """Return the pipeline that `save_pretrained` wrote into `folder`."""
-        place = Path(folder)
-        if not (place / CONFIG_NAME).is_file():
-            raise LightningDiTError(f"{place} holds no {CONFIG_NAME}", "name a folder that save_pretrained wrote")
-        return cls.from_config(place / CONFIG_NAME, device)
+        config = Path(folder) / CONFIG_NAME
+        if not config.is_file():
+            raise LightningDiTError(f"{folder} holds no {CONFIG_NAME}", "name a folder that save_pretrained wrote")
+        return cls.from_config(config, device)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write configuration, weights (as they are in memory) and statistics into `folder`."""
         from omegaconf import OmegaConf
 
-        place = Path(folder)
-        place.mkdir(parents=True, exist_ok=True)
-        stats = self.tokenizer.stats
-        save_weights(self.transformer.state_dict(), place / "transformer.safetensors")
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        stats, sample = self.tokenizer.stats, self.config.sample
+        save_weights(self.transformer.state_dict(), folder / "transformer.safetensors")
         metadata = stats.as_metadata() if stats else {}
-        save_weights(self.tokenizer.model.state_dict(), place / "tokenizer.safetensors", metadata)
+        save_weights(self.tokenizer.model.state_dict(), folder / "tokenizer.safetensors", metadata)
+        if self.guide is not None:
+            save_weights(self.guide.state_dict(), folder / GUIDE_NAME)
+            sample = dataclasses.replace(sample, guide_ckpt=GUIDE_NAME)
+        if sample.solver_file:
+            saved = {self._weights_fingerprint: weights_fingerprint(folder / "transformer.safetensors")}
+            if own := guide_fingerprint(self.config.sample):
+                saved[own] = weights_fingerprint(folder / GUIDE_NAME)
+            save_solvers(load_solvers(sample.solver_file).renamed(saved), folder / "solvers.yaml")
+            sample = dataclasses.replace(sample, solver_file="solvers.yaml")
+        if self.config.data.latent_norm and stats:
+            stats.save(folder / STATS_NAME)
         data = dataclasses.replace(self.config.data, data_path=".")
         vae = dataclasses.replace(self.config.vae, model_name="tokenizer.yaml", ckpt_path=None)
-        config = dataclasses.replace(self.config, ckpt_path="transformer.safetensors", data=data, vae=vae)
-        if self.guide is not None:
-            save_weights(self.guide.state_dict(), place / GUIDE_NAME)
-            config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, guide_ckpt=GUIDE_NAME))
-        if solver_file := self.config.sample.solver_file:
-            save_solvers(self._solvers_as_saved(load_solvers(solver_file), place), place / "solvers.yaml")
-            config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, solver_file="solvers.yaml"))
-        if self.config.data.latent_norm and stats:
-            stats.save(place / STATS_NAME)
+        config = dataclasses.replace(
+            self.config, ckpt_path="transformer.safetensors", data=data, vae=vae, sample=sample
+        )
         tokenizer = read_yaml(self.tokenizer.config.source) | {"ckpt_path": "tokenizer.safetensors"}
         for name, values in (("tokenizer.yaml", tokenizer), (CONFIG_NAME, as_dict(config))):
-            with atomic_path(place / name) as temporary:
+            with atomic_path(folder / name) as temporary:
                 OmegaConf.save(OmegaConf.create(values), temporary)
-
-    def _solvers_as_saved(self, file: SolverFile, place: Path) -> SolverFile:
-        """Return calibrated solvers under the names of the weights in `place`: rounded ones have other fingerprints."""
-        if file.weights != self._weights_fingerprint:
-            return file
-        saved: dict[str | None, str] = {}  # guides under their new names
-        if own := self.config.sample.guide_ckpt:
-            saved[weights_fingerprint(own)] = weights_fingerprint(place / GUIDE_NAME)
-        guidances = (
-            dataclasses.replace(one.guidance, guide=saved.get(one.guidance.guide, one.guidance.guide))
-            for one in file.solvers
-        )
-        solvers = tuple(map(_with_guidance, file.solvers, guidances))
-        return SolverFile(weights_fingerprint(place / "transformer.safetensors"), solvers)
 
     def with_sample(self, sample: SampleConfig) -> LightningDiTPipeline:
         """Return a pipeline of the same networks with other sampling settings; another guide is loaded."""
@@ -195,6 +194,38 @@ class LightningDiTPipeline:
         self.tokenizer.to(self.device)
         return self
 
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of one latent."""
+        settings = self.transformer.settings
+        return settings.in_channels, settings.input_size, settings.input_size
+
+    @cached_property
+    def _weights_fingerprint(self) -> str:
+        return weights_fingerprint(required(self.config, "ckpt_path"))
+
+    def solver(self, sample: SampleConfig) -> Solver:
+        """Return the solver of sampling settings; each solver file is read once.
+
+        Raises:
+            LightningDiTError: no such solver, none that fits, or a grid of too few points.
+        """
+        if sample not in self._solvers:
+            with as_user_error(f"{self.config.source}: sample"):
+                self._solvers[sample] = Solver.of(sample, self.transport, lambda: self._weights_fingerprint)
+        return self._solvers[sample]
+
+    def guided(self, labels: Sequence[int], sample: SampleConfig) -> GuidedVelocity:
+        """Return the guided model for images of these classes, a function of state and time."""
+        y = torch.tensor(labels, device=self.device)
+        null = torch.full_like(y, self.transformer.null_class)
+        guide = None if self.guide is None else partial(self._predict, network=self.guide)
+        return GuidedVelocity(self._predict, y, null, guidance_of(sample), guide)
+
+    def _predict(self, x: Tensor, t: Tensor, y: Tensor, network: LightningDiT | None = None) -> Tensor:
+        """Return the float32 prediction (N, C, h, w) of the transformer, or another network, in its own precision."""
+        return (network or self.transformer)(x, t[:1], y).float()  # all times of a batch are equal
+
     @torch.inference_mode()
     def __call__(
         self,
@@ -206,102 +237,141 @@ class LightningDiTPipeline:
         latents: Tensor | None = None,
         output_type: str = "pil",
         batch_size: int | None = None,
-        callback: Callback | None = None,
+        callback: StepCallback | None = None,
     ) -> PipelineOutput:
         """Return one image per class label.
 
         Args:
             class_labels: numbers or names.
-            guidance_scale: 1 is off; the configuration's where left out.
-            num_inference_steps: points of the time grid; the configuration's where left out.
-            seed, indices: image k starts from the noise of (seed, indices[k]), or of (seed, k), whatever the batch.
+            guidance_scale, num_inference_steps, batch_size: by default the configuration's. A scale of 1 is no
+                guidance; the steps are points of the time grid; the batch is what is sampled at once. If the memory
+                does not hold a batch, smaller ones are sampled, which changes no noise and no label.
+            seed, indices: image k starts from the noise of (seed, indices[k]), by default (seed, k), in any batch.
             latents: noise (N, C, h, w) to start from instead.
             output_type: `pil`, `np`, `pt` or `latent`, see `PipelineOutput.images`.
-            batch_size: images sampled at once, the configuration's where left out; where memory runs out fewer are,
-                which changes no noise and no label.
-            callback: called as callback(step, t, state) after each solver step of each batch; step is 0 again where
-                a batch starts, or starts again in halves or in float32.
+            callback: called as callback(step, t, state) after each solver step of each batch; step is 0 when a batch
+                starts, or starts again in halves or in float32.
 
         Raises:
             LightningDiTError: a label, a setting or the shape of `latents` is wrong, or one image is too much for
                 the memory.
         """
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise LightningDiTError(f"output_type {output_type!r} is unknown; pil, np, pt, latent are", "choose one")
+        if output_type not in OUTPUT_TYPES:
+            known = ", ".join(OUTPUT_TYPES)
+            raise LightningDiTError(f"output_type {output_type!r} is unknown; {known} are expected", "choose one")
+        labels = self._numbers_of(class_labels)
+        given = {"cfg_scale": guidance_scale, "num_sampling_steps": num_inference_steps}
+        sample = with_overrides(self.config.sample, ARGUMENTS, **given, per_proc_batch_size=batch_size)
+        solver = self.solver(sample)
+        noise = self._checked_noise(latents, len(labels), sample)
+        seeds = [(seed, index) for index in (range(len(labels)) if indices is None else indices)]
+        started = time.perf_counter()
+        images, nfe = self._sample(solver, labels, seeds, noise, output_type, callback)
+        return PipelineOutput(images, labels, seeds, nfe, time.perf_counter() - started, self.dtype)
+
+    def _numbers_of(self, class_labels: Sequence[int | str] | int | str) -> list[int]:
         is_one = isinstance(class_labels, str) or not hasattr(class_labels, "__len__")
         listed = [class_labels] if is_one else list(class_labels)
         if not listed:
             raise LightningDiTError("class_labels is empty; at least one class is expected", "name a class")
-        labels = self.labels.numbers([one if isinstance(one, str) else operator.index(one) for one in listed])
-        sample = self._sample_settings(guidance_scale, num_inference_steps, batch_size)
-        self.procedure(sample)  # what is wrong with it is said first
-        if latents is not None:
-            latents = self._checked_latents(torch.as_tensor(latents), len(labels))
-        elif sample.reverse:
-            raise LightningDiTError("sample.reverse runs from data to noise and no latents are given", "give latents=")
-        seeds = [(seed, index) for index in (range(len(labels)) if indices is None else indices)]
-        size = sample.per_proc_batch_size
-        started, counts, made = time.perf_counter(), [], []
-        start = 0
-        while start < len(labels):
-            part = slice(start, start + self.batch_limit.of(size))
-            noise = None if latents is None else latents[part]
-            batch = partial(self._batch, labels[part], seeds[part], noise, sample, callback, output_type)
-            if (result := self.batch_limit.attempt(batch, len(labels[part]))) is None:
-                continue
-            made.append(result[0])
-            counts.append(result[1])
-            start = part.stop
-        images = self._join(made, output_type)
-        seconds = time.perf_counter() - started
-        return PipelineOutput(images, labels, seeds, max(counts, default=0), seconds, self.dtype)
+        return self.labels.numbers([one if isinstance(one, str) else operator.index(one) for one in listed])
 
-    def _batch(
+    def _checked_noise(self, latents: Any, count: int, sample: SampleConfig) -> Tensor | None:
+        if latents is None:
+            if sample.reverse:
+                raise LightningDiTError(
+                    "sample.reverse runs from data to noise and no latents are given", "give latents="
+                )
+            return None
+        noise = torch.as_tensor(latents)
+        if tuple(noise.shape) != (count, *self.latent_shape):
+            raise LightningDiTError(
+                f"latents have the shape {list(noise.shape)}; {[count, *self.latent_shape]} is expected",
+                "give one latent per class label",
+            )
+        return noise
+
+    def _sample(
         self,
+        solver: Solver,
         labels: list[int],
         seeds: list[tuple[int, int]],
         noise: Tensor | None,
-        sample: SampleConfig,
-        callback: Callback | None,
         output_type: str,
+        callback: StepCallback | None,
     ) -> tuple[Any, int]:
-        """Return the images of one batch and the evaluations that each of them took."""
-        with as_user_error(self.config.source):
-            state, nfe = self._finite(partial(self._sample, labels, seeds, noise, sample), callback)
-        return self._decode(state, output_type), nfe
+        """Return the images of all labels and the evaluations that each of them took, sampled batch by batch.
 
-    def _finite(
-        self, run: Callable[[Callback | None], tuple[Tensor, int]], callback: Callback | None
+        A batch that memory does not hold is sampled in halves. A batch that half precision does not hold is sampled
+        again in float32; images that were finite stay as they were, so that none depends on its batch.
+        """
+        # steps that an adaptive solver suits to a batch would depend on its other images
+        size = 1 if solver.is_adaptive else solver.sample.per_proc_batch_size
+        start, nfe, parts = 0, 0, []
+        while start < len(labels):
+            batch = slice(start, min(start + self.batch_limit.of(size), len(labels)))
+            solve = partial(self._solve, solver, labels[batch], seeds[batch], None if noise is None else noise[batch])
+            try:
+                state, evaluations = solve(callback)
+                if not all_finite(state):
+                    self._report_not_finite(solve)
+                    with self._in_float32():
+                        repeated, evaluations = solve(callback)
+                        if not all_finite(repeated):
+                            self._report_not_finite(solve)
+                    finite = state.isfinite().flatten(1).all(1).view(-1, 1, 1, 1)  # (N, 1, 1, 1)
+                    state = torch.where(finite, state, repeated)
+                parts.append(self._decode(state, output_type))
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self.batch_limit.halve(batch.stop - start, error)
+            else:
+                self.batch_limit.count_success()
+                start, nfe = batch.stop, max(nfe, evaluations)
+                continue
+            gc.collect()  # here, since the error above held the frames that hold the tensors
+            release_memory()
+        return _joined(parts, output_type), nfe
+
+    def _solve(
+        self,
+        solver: Solver,
+        labels: list[int],
+        seeds: list[tuple[int, int]],
+        noise: Tensor | None,
+        callback: StepCallback | None,
+        strict: bool = False,
     ) -> tuple[Tensor, int]:
-        """Return states (N, C, h, w) and evaluations that `run` gives.
-
-        Where half precision gives what is not finite, the batch is made again in float32. Images that were finite
-        stay as they were, so that none depends on its batch.
+        """Return the final states (N, C, h, w) of one batch and the evaluations that they took.
 
         Raises:
-            LightningDiTError: a state is not finite in float32 either; names the first layer.
+            FloatingPointError: `strict`, and an adaptive solver finds no step; otherwise its states are then NaN.
         """
-        state = None
-        try:
-            state, nfe = run(callback)
-            if all_finite(state):
-                return state, nfe
-        except FloatingPointError:  # an adaptive solver finds no step; where all is finite, the replay says so again
-            pass
-        if self._not_finite is None or self.dtype not in HALF_PRECISIONS:  # later batches are not replayed for it
+        with as_user_error(self.config.source):
+            generators = [generator_for(*pair) for pair in seeds]
+            if noise is None:
+                noise = draw_noise((len(labels), *self.latent_shape), generators)
+            x = noise.to(self.device, torch.float32)
+            velocity = self.guided(labels, solver.sample)
+            try:
+                return solver.integrate(velocity, x, generators, callback)
+            except FloatingPointError:
+                if strict:
+                    raise
+                return torch.full_like(x, torch.nan), 0
+
+    def _report_not_finite(self, solve: Callable[..., object]) -> None:
+        """Warn in half precision, and raise in float32, with the first layer whose values are not finite."""
+        is_half = self.dtype in HALF_PRECISIONS
+        if self._not_finite is None or not is_half:  # later batches are not replayed for it
             networks = {"": self.transformer} | ({"guide.": self.guide} if self.guide is not None else {})
-            self._not_finite = first_not_finite(networks, partial(run, None)) or "the state after the last evaluation"
+            replay = partial(solve, None, strict=True)
+            self._not_finite = first_not_finite(networks, replay) or "the state after the last evaluation"
         message = f"sampling in {self.dtype} gave values that are not finite, first {self._not_finite}"
-        if self.dtype not in HALF_PRECISIONS:
+        if not is_half:
             raise LightningDiTError(message, "lower --guidance-scale, or python step2_download_models.py --verify")
-        # six frames up is who called the pipeline
-        warnings.warn(f"{message}; this batch is made again in float32", stacklevel=6)
-        with self._in_float32():
-            again, nfe = self._finite(run, callback)
-        if state is None:
-            return again, nfe
-        finite = state.isfinite().flatten(1).all(1).view(-1, 1, 1, 1)  # (N, 1, 1, 1)
-        return torch.where(finite, state, again), nfe
+        warn_user(f"{message}; this batch is made again in float32")
 
     @contextlib.contextmanager
     def _in_float32(self) -> Iterator[None]:
@@ -315,96 +385,6 @@ class LightningDiTPipeline:
             with torch.inference_mode(False):
                 self.to(self.device, dtype)
 
-    def _sample_settings(self, guidance_scale: float | None, points: int | None, size: int | None) -> SampleConfig:
-        """Return the configuration's settings with what the call gives in their place, under the same rules."""
-        given = {"cfg_scale": guidance_scale, "num_sampling_steps": points, "per_proc_batch_size": size}
-        given = {key: value for key, value in given.items() if value is not None}
-        names = {"cfg_scale": "guidance_scale", "num_sampling_steps": "num_inference_steps"}
-        for rule, good, expected in RULES:
-            key = rule.removeprefix("sample.")
-            fits = isinstance(given.get(key), int | float if key == "cfg_scale" else int)
-            if key in given and not (fits and good(given[key])):
-                name = names.get(key, "batch_size")
-                raise LightningDiTError(f"{name} is {given[key]!r}; {expected} is expected", "give another value")
-        points = given.pop("num_sampling_steps", None)
-        sample = dataclasses.replace(self.config.sample, **given)
-        return with_points(sample, points) if points else sample
-
-    def procedure(self, sample: SampleConfig) -> Procedure:
-        """Return what sampling by these settings does; settled once for the pipeline.
-
-        Raises:
-            LightningDiTError: no such solver, none that fits, or a grid of too few points.
-        """
-        if sample not in self._procedures:
-            with as_user_error(f"{self.config.source}: sample"):
-                self._procedures[sample] = Procedure.of(sample, self.transport, lambda: self._weights_fingerprint)
-        return self._procedures[sample]
-
-    def _checked_latents(self, latents: Tensor, count: int) -> Tensor:
-        if tuple(latents.shape) != (count, *self.latent_shape):
-            raise LightningDiTError(
-                f"latents have the shape {list(latents.shape)}; {[count, *self.latent_shape]} is expected",
-                "give one latent per class label",
-            )
-        return latents
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of one latent."""
-        settings = self.transformer.settings
-        return settings.in_channels, settings.input_size, settings.input_size
-
-    def _sample(
-        self,
-        labels: list[int],
-        seeds: list[tuple[int, int]],
-        noise: Tensor | None,
-        sample: SampleConfig,
-        callback: Callback | None,
-    ) -> tuple[Tensor, int]:
-        """Return the final state (N, C, h, w) of one batch and the evaluations that it took."""
-        procedure = self.procedure(sample)
-        if procedure.is_adaptive and len(labels) > 1:  # steps that suit a batch would depend on its other images
-            alone = [
-                self._sample([label], [seed], None if noise is None else noise[place : place + 1], sample, callback)
-                for place, (label, seed) in enumerate(zip(labels, seeds, strict=True))
-            ]
-            return torch.cat([state for state, _ in alone]), max(evaluations for _, evaluations in alone)
-        generators = [generator_for(*pair) for pair in seeds]
-        if noise is None:
-            noise = draw_noise((len(labels), *self.latent_shape), generators)
-        state = noise.to(self.device, torch.float32)
-        counter = _CountedModel(self.guided(labels, sample))
-        if sample.mode == "SDE":
-            settings = sde_settings(sample)
-            states = sde_states(self.transport, counter, state, settings, generators)
-            for step, state in enumerate(states):
-                if callback is not None:
-                    callback(step, (step + 1) / settings.num_steps, state)
-            return state, counter.calls
-
-        def velocity(x: Tensor, t: Tensor) -> Tensor:
-            return self.transport.velocity(counter, x, t)
-
-        return procedure.integrate(velocity, state, callback), counter.calls
-
-    def guided(self, labels: Sequence[int], sample: SampleConfig) -> GuidedVelocity:
-        """Return the guided model for images of these classes, a function of state and time."""
-        guidance = guidance_of(sample)
-        y = torch.tensor(labels, device=self.device)
-        null = torch.full_like(y, self.transformer.null_class)
-        guide = None if self.guide is None else partial(self._predict, network=self.guide)
-        return GuidedVelocity(self._predict, y, null, guidance, guide)
-
-    @cached_property
-    def _weights_fingerprint(self) -> str:
-        return weights_fingerprint(required(self.config, "ckpt_path"))
-
-    def _predict(self, x: Tensor, t: Tensor, y: Tensor, network: LightningDiT | None = None) -> Tensor:
-        """The transformer, or another network, in its precision, between a float32 state and a float32 prediction."""
-        return (network or self.transformer)(x, t[:1], y).float()  # all times of a batch are equal
-
     def _decode(self, state: Tensor, output_type: str) -> Any:
         if output_type == "latent":
             return state.cpu()
@@ -414,28 +394,13 @@ class LightningDiTPipeline:
         pixels = to_uint8(images).cpu().numpy()
         return to_pil(pixels) if output_type == "pil" else pixels
 
-    @staticmethod
-    def _join(parts: list[Any], output_type: str) -> Any:
-        if output_type == "pil":
-            return [image for part in parts for image in part]
-        if output_type == "np":
-            import numpy as np
 
-            return np.concatenate(parts)
-        return torch.cat(parts)
+def _joined(parts: list[Any], output_type: str) -> Any:
+    """Return the images of all batches as one list, array or tensor."""
+    if output_type == "pil":
+        return [image for part in parts for image in part]
+    if output_type == "np":
+        import numpy as np
 
-
-def _with_guidance(solver: CalibratedSolver, guidance: Guidance) -> CalibratedSolver:
-    return dataclasses.replace(solver, guidance=guidance)
-
-
-class _CountedModel:
-    """Calls a guided model and counts the calls: the number of function evaluations."""
-
-    def __init__(self, guided: GuidedVelocity) -> None:
-        self.guided = guided
-        self.calls = 0
-
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        self.calls += 1
-        return self.guided(x, t)
+        return np.concatenate(parts)
+    return torch.cat(parts)

@@ -1,4 +1,4 @@
-"""A run of sampling that can be stopped: a folder of images, a manifest, and what is missing in it."""
+"""A run of sampling that can be stopped: a folder of images and a manifest; a rerun samples what is missing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from LightningDiT.config import Config, as_dict, resolved_solver, setting_differences
 from LightningDiT.console import Progress, StopRequest
+from LightningDiT.data.image_sets import Classes, FileImages
 from LightningDiT.data.npz import write_npz
 from LightningDiT.distributed import ALONE, Processes
 from LightningDiT.errors import LightningDiTError
@@ -28,19 +28,19 @@ from LightningDiT.sampling.preview import Preview
 from LightningDiT.tokenizer.config import load_tokenizer_config, tokenizer_config_path
 
 MANIFEST = "manifest.json"
-#: Settings that decide how a run is computed and not what comes out of it, or that the manifest has in another form.
+#: Settings that change how a run is computed but not its images, or that the manifest holds in another form.
 WITHOUT_EFFECT = ("per_proc_batch_size", "fid_num", "precision", "solver_file", "guide_ckpt")
-TORN = (f".{MANIFEST}.*.tmp", ".[0-9]*.png.*.tmp")  # what `atomic_path` leaves behind where it is killed
+LEFTOVERS = (f".{MANIFEST}.*.tmp", ".[0-9]*.png.*.tmp")  # of `atomic_path`, when the process is killed
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run has in its folder when it ends.
+    """The content of a run's folder when the run ends.
 
     Attributes:
-        paths: the image of each label, None where the run ended before it.
-        made: how many of them this call sampled.
-        nfe: evaluations of the velocity per image; 0 where nothing was sampled.
+        paths: the image of each label, None if the run ended before it.
+        made: number of images that this call sampled.
+        nfe: evaluations of the velocity per image; 0 if nothing was sampled.
         seconds: wall clock of this call.
         interrupted: whether Ctrl-C ended it.
     """
@@ -57,19 +57,11 @@ class RunResult:
         return all(path is not None for path in self.paths)
 
 
-@dataclass(frozen=True)
-class Strip:
-    """A preview that a run writes: every how many steps, and where."""
-
-    every: int
-    path: Path
-
-
 def manifest_of(config: Config, labels: Sequence[int], seed: int, dtype: torch.dtype) -> dict[str, Any]:
     """Return everything that the pixels of a run depend on, as plain values.
 
     Args:
-        dtype: what the transformer computes in; `auto` in the configuration depends on the machine.
+        dtype: precision of the transformer; `auto` in the configuration depends on the machine.
     """
     spelt = as_dict(resolved_solver(config.sample)) | {"sampling_method": config.sample.sampling_method}
     sample = {name: value for name, value in spelt.items() if name not in WITHOUT_EFFECT}
@@ -101,13 +93,11 @@ def run_name(manifest: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def opened_run(folder: Path, manifest: dict[str, Any]) -> Iterator[None]:
-    """Make `folder` the place of a run, or make sure that it is the place of this very run, and hold it.
-
-    What a killed run left half-written is removed.
+    """Hold `folder` for a new run or for the run of this manifest, and remove half-written files of a killed one.
 
     Raises:
-        LightningDiTError: it holds a run of other settings (the differing ones are named) or images of no known run,
-            another run writes there at this moment, or it cannot be written.
+        LightningDiTError: the folder holds a run of other settings (the message names them) or images of no known run,
+            another run is writing there, or it cannot be written.
     """
     file = folder / MANIFEST
     # asked in this order: a run that starts meanwhile has its manifest before its first image
@@ -119,9 +109,8 @@ def opened_run(folder: Path, manifest: dict[str, Any]) -> Iterator[None]:
         else:
             with atomic_path(file) as temporary:
                 temporary.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for pattern in TORN:
-            for torn in folder.glob(pattern):
-                torn.unlink(missing_ok=True)
+        for leftover in (file for pattern in LEFTOVERS for file in folder.glob(pattern)):
+            leftover.unlink(missing_ok=True)
         yield
 
 
@@ -132,44 +121,48 @@ def sample_run(
     folder: Path,
     minutes: float | None,
     processes: Processes = ALONE,
-    strip: Strip | None = None,
+    preview: Preview | None = None,
 ) -> RunResult:
-    """Sample the image of every label into `folder` as `000000.png`, ..., leaving out those that are there.
+    """Sample the image of every label into `folder` as `000000.png`, ..., except those that are there.
 
     The images are cut into batches by their index, whatever is there already and however many processes share
-    them, and a batch of which one is missing is sampled whole: a run that was killed gives the very bytes of one
+    them, and a batch that lacks an image is sampled whole: a run that was killed gives the very bytes of one
     that was not. The processes, which see one file system, take the batches in turn.
 
     Args:
-        minutes: time budget; when it is over, or after Ctrl-C, the batches under way are finished and the rest is
-            left to a rerun, so that every call gets on.
-        strip: a preview of the first images that this call samples.
+        minutes: time budget. When it is over, or after Ctrl-C, the current batches are finished and the rest is
+            left to a rerun; every call samples at least one batch.
+        preview: shows the first images that this call samples.
 
     Raises:
         LightningDiTError: the folder cannot be written, holds another run, or the disk is too small.
     """
     started = time.monotonic()
-    deadline = started + 60 * minutes if minutes is not None else None
+    deadline = started + 60 * minutes if minutes is not None else float("inf")
     paths = [folder / f"{index:06d}.png" for index in range(len(labels))]
     made, nfe, interrupted = 0, 0, False
     with contextlib.ExitStack() as stack:
-        batches = processes.from_main(lambda: stack.enter_context(_planned(pipe, labels, seed, paths)))
+        batches = processes.from_main(lambda: stack.enter_context(_missing_batches(pipe, labels, seed, paths)))
         stop = stack.enter_context(StopRequest(quiet=not processes.is_main))
-        progress = Progress(sum(map(len, batches)), "image", quiet=not processes.is_main)
-        stack.callback(progress.close)
-        part = _Part(pipe, labels, seed, paths, progress, stop, deadline)
-        if strip and batches and processes.is_main:
-            part.preview = Preview(pipe, strip.every, seed, batches[0])
+        progress = stack.enter_context(Progress(sum(map(len, batches)), "image", quiet=not processes.is_main))
+        shown = preview if batches and processes.is_main else None
+        if shown:
+            shown.start(pipe, seed, batches[0])
+        sampler = _BatchSampler(pipe, labels, seed, paths, progress, shown)
         for first in range(0, len(batches), processes.count):
-            reports = processes.share(partial(part.sample, batches[first : first + processes.count], processes.rank))
-            made, nfe = made + sum(report.made for report in reports), max(report.nfe for report in reports)
-            if strip and part.preview and first == 0:
-                part.preview.save(strip.path)
-            interrupted = any(report.interrupted for report in reports)
-            if interrupted or any(report.over for report in reports):
+            turn = batches[first : first + processes.count]
+
+            def report(turn: list[list[int]] = turn) -> tuple[int, int, bool, bool]:
+                return *sampler.sample(turn, processes.rank), time.monotonic() > deadline, stop.asked
+
+            saved, evaluations, over, stopped = zip(*processes.share(report), strict=True)
+            made, nfe, interrupted = made + sum(saved), max(evaluations), any(stopped)
+            if shown and first == 0:
+                shown.save()
+            if interrupted or any(over):
                 break
-    whole = [path if _is_there(path) else None for path in paths]
-    return RunResult(whole, made, nfe, time.monotonic() - started, interrupted)
+    there = [path if _is_there(path) else None for path in paths]
+    return RunResult(there, made, nfe, time.monotonic() - started, interrupted)
 
 
 def write_samples(run: RunResult, labels: Sequence[int], side: int, target: Path) -> None:
@@ -178,27 +171,15 @@ def write_samples(run: RunResult, labels: Sequence[int], side: int, target: Path
     Raises:
         LightningDiTError: see `write_npz`; or the disk is too small.
     """
-    images = [path for path in run.paths if path is not None]
-    check_space(target.parent, len(images), side)
-    progress = Progress(len(images), "image")
-    try:
-        write_npz(images, labels, side, target, progress.update)
-    finally:
-        progress.close()
+    files = [path for path in run.paths if path is not None]
+    check_space(target.parent, len(files), side)
+    images = FileImages(str(files[0].parent), files, Classes(torch.tensor(labels)))
+    with Progress(images.count, "image") as progress:
+        write_npz(images, side, target, progress.update)
 
 
-@dataclass(frozen=True)
-class _Report:
-    """What a process says to the others after each batch."""
-
-    made: int
-    nfe: int
-    over: bool
-    interrupted: bool
-
-
-class _Part:
-    """One process's part of a run: batches in, images in the folder."""
+class _BatchSampler:
+    """Samples the batches of one process, saves their images and shows the progress of all processes."""
 
     def __init__(
         self,
@@ -207,29 +188,29 @@ class _Part:
         seed: int,
         paths: Sequence[Path],
         progress: Progress,
-        stop: StopRequest,
-        deadline: float | None,
+        preview: Preview | None,
     ) -> None:
         self.pipe, self.labels, self.seed, self.paths = pipe, labels, seed, paths
-        self.progress, self.stop, self.deadline = progress, stop, deadline
-        self.preview: Preview | None = None
+        self.progress, self.preview = progress, preview
         self._done, self._note = 0, ""
-        self._steps = pipe.procedure(pipe.config.sample).steps  # of a batch, until the first one has shown it
+        self._steps = pipe.solver(pipe.config.sample).steps  # of a batch, until the first one has shown it
 
-    def sample(self, turn: list[list[int]], rank: int) -> _Report:
-        """Sample this process's batch of `turn`, which has one a process but for the last turn."""
-        mine = turn[rank] if rank < len(turn) else []
+    def sample(self, turn: list[list[int]], rank: int) -> tuple[int, int]:
+        """Sample this process's batch of `turn`, which has one for each process except at the end.
+
+        Returns:
+            The number of images saved, and the evaluations that each took.
+        """
+        indices = turn[rank] if rank < len(turn) else []
         images = sum(map(len, turn))
-        made, nfe = self._sample(mine, images) if mine else (0, 0)
+        made, nfe = self._sample(indices, images) if indices else (0, 0)
         self._done += images
         if nfe:
             self._note = f"{nfe} evaluations each"
         self.progress.reach(self._done, self._note)
-        over = self.deadline is not None and time.monotonic() > self.deadline
-        return _Report(made, nfe, over, self.stop.asked)
+        return made, nfe
 
     def _sample(self, indices: list[int], images: int) -> tuple[int, int]:
-        """Sample a batch, save what is not there, and return the number saved and the evaluations."""
         seen, last = 0, 0
 
         def watch(step: int, t: float, state: Tensor) -> None:
@@ -240,25 +221,20 @@ class _Part:
             if self.preview is not None:
                 self.preview(step, t, state)
 
-        out = self.pipe(
-            [self.labels[index] for index in indices],
-            seed=self.seed,
-            indices=indices,
-            batch_size=len(indices),
-            callback=watch,
-        )
+        labels = [self.labels[index] for index in indices]
+        out = self.pipe(labels, seed=self.seed, indices=indices, batch_size=len(indices), callback=watch)
         self._steps = last + 1
-        missing = [place for place, index in enumerate(indices) if not _is_there(self.paths[index])]
-        for place in missing:
-            save_png(out.images[place], self.paths[indices[place]])
+        missing = [position for position, index in enumerate(indices) if not _is_there(self.paths[index])]
+        for position in missing:
+            save_png(out.images[position], self.paths[indices[position]])
         return len(missing), out.nfe
 
 
 @contextlib.contextmanager
-def _planned(
+def _missing_batches(
     pipe: LightningDiTPipeline, labels: Sequence[int], seed: int, paths: Sequence[Path]
 ) -> Iterator[list[list[int]]]:
-    """Hold the run's folder and give the batches, as indices, in which an image is missing."""
+    """Hold the run's folder and yield the batches, as indices, in which an image is missing."""
     folder = paths[0].parent
     size = pipe.config.sample.per_proc_batch_size
     with opened_run(folder, manifest_of(pipe.config, labels, seed, pipe.dtype)):
@@ -269,7 +245,7 @@ def _planned(
 
 
 def _is_there(path: Path) -> bool:
-    """Whether an image is in its place; an empty file is what a power cut can leave of one."""
+    """Tell whether an image is there; a power cut can leave an empty file."""
     try:
         return path.stat().st_size > 0
     except FileNotFoundError:

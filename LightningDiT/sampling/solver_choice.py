@@ -1,24 +1,25 @@
-"""What sampling does, settled once: a method on its grid of times, a calibrated solver, or the SDE."""
+"""The solver that sampling settings choose: a method on its grid of times, a calibrated solver, or the SDE."""
 
 from __future__ import annotations
 
 import difflib
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from LightningDiT.config import NAMED_SOLVERS, SampleConfig, resolved_solver
-from LightningDiT.errors import LightningDiTError
-from LightningDiT.sampling.calibrated import CalibratedSolver, find_solver
+from LightningDiT.config import NAMED_SOLVERS, Config, SampleConfig, describe_solver, resolved_solver
+from LightningDiT.errors import LightningDiTError, warn_user
+from LightningDiT.loading import as_user_error, build_transport, guidance_of, required
+from LightningDiT.sampling.calibrated import CalibratedSolver, find_solver, weights_fingerprint
 from LightningDiT.transport import (
     ADAPTIVE_METHODS,
     ODE_METHODS,
-    GuidanceSettings,
-    Sampler,
     SdeSettings,
+    StepCallback,
     Transport,
     Velocity,
     check_method,
@@ -26,118 +27,142 @@ from LightningDiT.transport import (
     integrate_ode,
     jumps_of,
     linear_multistep,
+    sampling_times,
+    sde_states,
 )
 
 CALIBRATED, FAST, PUBLISHED = "calibrated", "fast", "published"
 GRADED = "graded"
 SOLVER_NAMES = (*NAMED_SOLVERS, CALIBRATED, *ODE_METHODS)
-#: callback(step, t, state): after each step of a solver.
-Callback = Callable[[int, float, Tensor], None]
 
 
 @dataclass(frozen=True)
-class Procedure:
+class Solver:
     """The way from noise to latents.
 
     Attributes:
         sample: the settings, a named solver spelt out.
         transport: of the model.
-        guidance: when guidance acts; the grid follows it.
-        solver: the calibrated solver that takes the method's place, if any.
+        calibrated: the calibrated solver that replaces the method, if any.
     """
 
     sample: SampleConfig
     transport: Transport
-    guidance: GuidanceSettings
-    solver: CalibratedSolver | None = None
+    calibrated: CalibratedSolver | None = None
 
     @classmethod
-    def of(cls, sample: SampleConfig, transport: Transport, fingerprint: Callable[[], str]) -> Procedure:
-        """Return the procedure of sampling settings; files are read here and not again.
+    def of(cls, sample: SampleConfig, transport: Transport, fingerprint: Callable[[], str]) -> Solver:
+        """Return the solver of sampling settings; a solver file is read here and not again.
 
         Args:
-            fingerprint: gives that of the transformer's weights (`calibrated.weights_fingerprint`); called where a
-                solver file is looked at.
+            fingerprint: returns the `weights_fingerprint` of the transformer; called if a solver file is read.
 
         Raises:
             LightningDiTError: no such solver, or the file has none that fits.
             ValueError: a grid of too few points.
         """
         check_solver(sample, transport.path_type)
-        solver = calibrated_solver(sample, transport.path_type, fingerprint)
-        procedure = cls(resolved_solver(sample), transport, guidance_of(sample), solver)
-        if sample.mode == "ODE" and solver is None:
-            procedure.times()
-        return procedure
+        calibrated = calibrated_solver(sample, transport.path_type, fingerprint)
+        solver = cls(resolved_solver(sample), transport, calibrated)
+        if sample.mode == "ODE" and calibrated is None:
+            solver.times()
+        return solver
 
     @property
     def steps(self) -> int:
-        """Steps of a batch; those of an adaptive method, unknown before, count as its grid's."""
+        """Steps of a batch; an adaptive method, whose number is not known before, counts those of its grid."""
         if self.sample.mode == "SDE":
             return self.sample.num_sampling_steps
-        return self.solver.evaluations if self.solver else self.sample.num_sampling_steps - 1
+        return self.calibrated.evaluations if self.calibrated else self.sample.num_sampling_steps - 1
 
     @property
     def is_adaptive(self) -> bool:
         """Whether the method chooses its steps by the states that it meets."""
-        return self.sample.mode == "ODE" and self.solver is None and self.sample.sampling_method in ADAPTIVE_METHODS
+        return self.sample.mode == "ODE" and not self.calibrated and self.sample.sampling_method in ADAPTIVE_METHODS
 
     def describe(self) -> str:
-        """Return a few words for people."""
-        if self.solver:
-            return f"calibrated, {self.solver.evaluations} evaluations"
+        """Return the solver in a few words."""
+        if self.calibrated:
+            return f"calibrated, {self.calibrated.evaluations} evaluations"
         if self.is_adaptive:
             return f"{self.sample.sampling_method}, atol {self.sample.atol:g}, rtol {self.sample.rtol:g}"
-        grid = "graded grid" if self.sample.time_grid == GRADED else f"shift {self.sample.timestep_shift:g}"
-        name = f"SDE {self.sample.sampling_method}" if self.sample.mode == "SDE" else self.sample.sampling_method
-        return f"{name}, {self.sample.num_sampling_steps} points, {grid}"
+        return describe_solver(self.sample)
 
     def times(self) -> Tensor:
         """Return the grid of times, from noise to data unless in reverse."""
-        sample, sampler = self.sample, Sampler(self.transport)
+        sample, transport = self.sample, self.transport
         if sample.time_grid != GRADED:
-            return sampler.times(sample.num_sampling_steps, sample.timestep_shift, sample.reverse)
-        ends = self.transport.interval(self.transport.sample_eps)
-        times, _ = graded_grid(sample.num_sampling_steps, jumps_of(self.guidance), ends=ends)
+            return sampling_times(transport, sample.num_sampling_steps, sample.timestep_shift, sample.reverse)
+        ends = transport.interval(transport.sample_eps)
+        times, _ = graded_grid(sample.num_sampling_steps, jumps_of(guidance_of(sample)), ends=ends)
         return times.flip(0) if sample.reverse else times
 
-    def integrate(self, velocity: Velocity, state: Tensor, callback: Callback | None = None) -> Tensor:
-        """Return the final state (N, C, h, w) of the ODE."""
-        if self.solver:
-            times, coefficients = (tensor.to(state.device) for tensor in self.solver.tensors())
-            return linear_multistep(velocity, state, times, coefficients, callback)
-        sample, jumps = self.sample, jumps_of(self.guidance)
-        method, tolerances = sample.sampling_method, (sample.atol, sample.rtol)
-        return integrate_ode(velocity, state, self.times(), method, *tolerances, callback, jumps)
+    def integrate(
+        self, model: Velocity, x: Tensor, generators: Sequence[torch.Generator], callback: StepCallback | None = None
+    ) -> tuple[Tensor, int]:
+        """Return the final state (N, C, h, w), and how many times the model was evaluated.
+
+        Args:
+            model: guided prediction of state and time.
+            x: noise (N, C, h, w), or data in reverse.
+            generators: one per image, for the noise of the SDE.
+            callback: called as callback(step, t, state) after each step.
+
+        Raises:
+            FloatingPointError: an adaptive method finds no step that meets its tolerances.
+        """
+        sample, evaluations = self.sample, 0
+
+        def counted(x: Tensor, t: Tensor) -> Tensor:
+            nonlocal evaluations
+            evaluations += 1
+            return model(x, t)
+
+        velocity = partial(self.transport.velocity, counted)
+        if sample.mode == "SDE":
+            states = sde_states(self.transport, counted, x, sde_settings(sample), generators)
+            for step, x in enumerate(states):
+                if callback is not None:
+                    callback(step, (step + 1) / sample.num_sampling_steps, x)
+        elif self.calibrated:
+            times, coefficients = (tensor.to(x.device) for tensor in self.calibrated.tensors())
+            x = linear_multistep(velocity, x, times, coefficients, callback)
+        else:
+            method, jumps = sample.sampling_method, jumps_of(guidance_of(sample))
+            x = integrate_ode(velocity, x, self.times(), method, sample.atol, sample.rtol, callback, jumps)
+        return x, evaluations
 
 
-def guidance_of(sample: SampleConfig) -> GuidanceSettings:
-    """Return how strongly, when and where guidance acts."""
-    channels = None if sample.guided_channels == "all" else int(sample.guided_channels)
-    return GuidanceSettings(sample.cfg_scale, sample.cfg_interval_start, sample.cfg_interval_end, channels)
+def solver_of(config: Config, sample: SampleConfig) -> Solver:
+    """Return the solver of sampling settings, for the weights that the configuration names.
+
+    Raises:
+        LightningDiTError: no such solver, none that fits, or a grid of too few points.
+    """
+    with as_user_error(f"{config.source}: sample"):
+        fingerprint = partial(weights_fingerprint, required(config, "ckpt_path"))
+        return Solver.of(sample, build_transport(config), fingerprint)
 
 
 def calibrated_solver(sample: SampleConfig, path_type: str, fingerprint: Callable[[], str]) -> CalibratedSolver | None:
     """Return the calibrated solver that sampling settings ask for.
 
-    `calibrated` takes the most evaluations that `num_sampling_steps` points allow; `fast` the most that there are, and
-    None, with a warning, where the file has none that fits.
+    `calibrated` takes the most evaluations that `num_sampling_steps` points allow. `fast` takes the most that the file
+    has; if the file has no solver that fits, it warns and returns None.
 
     Raises:
-        LightningDiTError: `calibrated`, and the file has none that fits.
+        LightningDiTError: `calibrated`, and the file has no solver that fits.
     """
-    if sample.mode != "ODE" or sample.sampling_method not in (CALIBRATED, FAST):
-        return None
-    if sample.sampling_method == CALIBRATED:
+    if sample.mode == "ODE" and sample.sampling_method == CALIBRATED:
         return find_solver(sample, path_type, fingerprint, sample.num_sampling_steps - 1)
-    if not sample.solver_file:
+    if sample.mode != "ODE" or sample.sampling_method != FAST or not sample.solver_file:
         return None
     try:
         return find_solver(sample, path_type, fingerprint)
     except LightningDiTError as error:
         method, points, _ = NAMED_SOLVERS[FAST]
         reason = error.message.partition(";")[0].replace(sample.solver_file, Path(sample.solver_file).name)
-        warnings.warn(f"{reason}; {method} with {points} points takes its place", stacklevel=2)
+        warn_user(f"{reason}; {method} with {points} points is used instead")
         return None
 
 

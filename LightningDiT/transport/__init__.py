@@ -1,20 +1,20 @@
 """The transport between noise and data: paths, losses, solvers and guidance."""
 
-from .guidance import GuidanceSettings, GuidedVelocity, guided_velocity
+from .guidance import GuidanceSettings, GuidedVelocity, jumps_of
 from .objective import Transport, create_transport
 from .path import PATHS, Path
+from .published import Sampler
 from .sampler import (
     ADAPTIVE_METHODS,
     FIXED_METHODS,
     ODE_METHODS,
-    Sampler,
-    SdeSettings,
     draw_noise,
     integrate_ode,
-    sde_states,
+    sampling_times,
     time_grid,
 )
-from .solvers import OWN_METHODS, Velocity, check_method, graded_grid, jumps_of, linear_multistep
+from .sde import SdeSettings, sde_states
+from .solvers import OWN_METHODS, StepCallback, Velocity, check_method, graded_grid, linear_multistep
 
 __all__ = [
     "ADAPTIVE_METHODS",
@@ -27,16 +27,17 @@ __all__ = [
     "Path",
     "Sampler",
     "SdeSettings",
+    "StepCallback",
     "Transport",
     "Velocity",
     "check_method",
     "create_transport",
     "draw_noise",
     "graded_grid",
-    "guided_velocity",
     "integrate_ode",
     "jumps_of",
     "linear_multistep",
+    "sampling_times",
     "sde_states",
     "time_grid",
 ]

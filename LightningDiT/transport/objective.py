@@ -30,12 +30,12 @@ LOSS_WEIGHTS: dict[str | None, Callable[[Path, Tensor], Tensor]] = {
     "likelihood": lambda path, t: path.score_weight(t) / path.sigma(t) ** 2,
 }
 
-#: The SDE needs the score, singular at t = 1, and SBDM a rate that is singular at t = 0:
-#: where `sample_eps` is 0, an SDE keeps this distance from them.
+#: Distance that an SDE keeps from t = 1, where the score is singular, and from t = 0, where SBDM's rate is;
+#: used if `sample_eps` is 0.
 SDE_EPS = 1e-3
 
-#: Lengths below this count as this in the cosine. A model that starts at zero else has gradients of 1e7 in its first
-#: step, which end fp16 and which Adam's second moment remembers for hundreds of steps. Velocities are 100 times longer.
+#: Least length in the cosine. Without it a model that starts at zero has gradients of 1e7 in its first step, which
+#: overflow fp16 and stay in Adam's second moment for hundreds of steps. Velocities are 100 times longer.
 COSINE_EPS = 1e-2
 
 
@@ -68,10 +68,6 @@ class Transport:
             value = getattr(self, name)
             if not 0 <= value < 0.5:
                 raise ValueError(f"{name}={value!r} is out of range, expected 0 <= {name} < 0.5")
-        if self.prediction == "velocity" and self.loss_weight == "likelihood":
-            warnings.warn("loss_weight is not used with prediction='velocity'", stacklevel=3)
-        if self.prediction != "velocity" and self.use_cosine_loss:
-            warnings.warn("use_cosine_loss is used with prediction='velocity' only", stacklevel=3)
 
     @property
     def path(self) -> Path:
@@ -86,9 +82,9 @@ class Transport:
         diffusion_form: str = "SBDM",
         last_step_size: float = 0.0,
     ) -> tuple[float, float]:
-        """Return the first and last time at which the model may be asked (SiT's check_interval).
+        """Return the first and last time at which the model may be evaluated (SiT's check_interval).
 
-        `last_step_size` is what an SDE leaves for its noiseless last step (0: there is none).
+        `last_step_size` is the time that an SDE leaves for its noiseless last step (0: there is none).
         """
         t0, t1 = 0.0, 1.0
         if sde and eps == 0:
@@ -124,7 +120,7 @@ class Transport:
 
         Args:
             model: called as model(x_t, t, **model_kwargs).
-            generator: source of the times and the noise that are not given.
+            generator: draws the times and the noise that are not given.
             x0: noise of the shape of x1; t: times (N,).
 
         Returns:
@@ -188,10 +184,14 @@ def create_transport(
     sample_eps: float | None = None,
     use_cosine_loss: bool = False,
     use_lognorm: bool = False,
+    warn: Callable[[str], None] = lambda text: warnings.warn(text, stacklevel=3),
 ) -> Transport:
-    """Build a `Transport`; an eps left at None becomes the published value of its path.
+    """Return a `Transport`; an eps of None becomes the published value of its path.
 
-    Defaults: VP 1e-5 (training) and 1e-3 (sampling), noise and score predictions 1e-3, else 0.
+    That is 1e-5 (training) and 1e-3 (sampling) for VP, 1e-3 for noise and score predictions, else 0.
+
+    Args:
+        warn: called with a text for each setting that has no effect; by default a warning at the caller's line.
 
     Raises:
         ValueError: a setting has a value that is not among its choices.
@@ -203,6 +203,10 @@ def create_transport(
         train_default, sample_default = 1e-5, 1e-3
     elif prediction != "velocity":
         train_default = sample_default = 1e-3
+    if prediction == "velocity" and loss_weight == "likelihood":
+        warn("loss_weight is not used with prediction='velocity'")
+    if prediction != "velocity" and use_cosine_loss:
+        warn("use_cosine_loss is used with prediction='velocity' only")
     return Transport(
         path_type=path_type,
         prediction=prediction,

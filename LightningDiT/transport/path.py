@@ -89,10 +89,6 @@ class Path:
         """Return the score -E[x_0 | x_t] / sigma."""
         return -noise / self.sigma(expand_time(t, noise))
 
-    def noise_from_score(self, score: Tensor, t: Tensor) -> Tensor:
-        """Return the expected noise -sigma score."""
-        return -score * self.sigma(expand_time(t, score))
-
 
 def _vp_log_alpha(t: Tensor) -> Tensor:
     return -0.25 * (1 - t) ** 2 * (VP_BETA_MAX - VP_BETA_MIN) - 0.5 * (1 - t) * VP_BETA_MIN
@@ -142,7 +138,7 @@ PATHS: dict[str, Path] = {
 }
 
 #: Diffusion w(t) of the reverse SDE dx = (v + w s) dt + sqrt(2 w) dB (SiT, table 3), for a norm.
-#: Any w >= 0 keeps the marginals. The misspelt last row is the published name of the row above.
+#: Any w >= 0 keeps the marginals. The last row is the published, misspelt name of the row above.
 DIFFUSION_FORMS: dict[str, Callable[[Path, Tensor, float], Tensor]] = {
     "constant": lambda path, t, norm: torch.full_like(t, norm),
     "SBDM": lambda path, t, norm: norm * path.score_weight(t),

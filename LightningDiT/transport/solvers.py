@@ -1,4 +1,4 @@
-"""Solvers that ask the velocity once per step and remember the last few answers, and Heun's method.
+"""Solvers that evaluate the velocity once per step and remember the last few values, and Heun's method.
 
 Along the straight path x_t = t x_1 + (1 - t) x_0 two quantities are smooth functions of time: the velocity v, and
 the prediction of the data D = x + (1 - t) v. A multistep method puts a polynomial in t through the last values of
@@ -9,8 +9,8 @@ one of them and integrates it exactly over the next step. With sigma = 1 - t:
   x_t = sigma_t / sigma_s x_s + int_s^t sigma_t / sigma_u^2 D(u) du.
 
 A corrector (UniPC, Zhao et al., 2023, arXiv 2302.04867) redoes each step with the value at its end, which the next
-step needs anyway. Where the velocity jumps, at the bounds of a guidance interval, the grid has a node (`with_nodes`),
-and no value from before it is used after it.
+step needs anyway. Where the velocity jumps, at the bounds of a guidance interval, the grid has a node (`with_nodes`);
+no value from before a node is used after it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .guidance import GuidanceSettings
-
 #: velocity(x (N, ...), t (N,)) -> dx/dt (N, ...).
 Velocity = Callable[[Tensor, Tensor], Tensor]
 #: callback(step_index, t, x): after each step, with the time and the state that it reached.
@@ -37,7 +35,7 @@ class Multistep:
     """One method: a row of `MULTISTEP_METHODS`."""
 
     quantity: str  # velocity or data: what the polynomial goes through
-    order: int  # values that it goes through, once there are so many
+    order: int  # number of values that it goes through; fewer in the first steps
     corrector: bool = False  # each step is redone with the value at its end
 
 
@@ -89,19 +87,11 @@ def solve(
     return multistep(velocity, x, times, MULTISTEP_METHODS[method], nodes, callback)
 
 
-def jumps_of(guidance: GuidanceSettings) -> tuple[float, ...]:
-    """Return the times strictly between 0 and 1 at which guidance sets in or ends, so that the velocity jumps."""
-    if guidance.scale == 1:
-        return ()
-    bounds = dict.fromkeys((guidance.interval_start, guidance.interval_end))
-    return tuple(t for t in bounds if 0 < t < 1)
-
-
 def with_nodes(times: Tensor, points: Sequence[float]) -> tuple[Tensor, frozenset[int]]:
     """Return the grid with an inner point moved onto each of `points`, and the indices of those nodes.
 
     The nearest inner point moves, so the number of steps stays. A point that does not lie strictly inside the grid
-    needs no node; where there are more points than inner ones the later ones get none.
+    needs no node. If there are more points than inner ones, the later ones get none.
 
     Args:
         times: (K,), rising or falling.
@@ -128,11 +118,11 @@ def graded_grid(
     power: float = GRADE,
     ends: tuple[float, float] = (0.0, 1.0),
 ) -> tuple[Tensor, frozenset[int]]:
-    """Return a rising grid (num_steps,) in float32 with short steps after its beginning and after each jump, and the
-    jumps' indices.
+    """Return a rising grid (num_steps,) in float32 with short steps after its start and after each jump, and the
+    indices of the jumps.
 
-    A multistep method starts there at first order, so most of its error arises there. Between two jumps the points
-    lie at u^power for equally spaced u; steps are dealt over the parts by the square root of their length.
+    A multistep method starts at first order there, which is where most of its error arises. Between two jumps the
+    points lie at u^power for equally spaced u; each part gets steps in proportion to the square root of its length.
 
     Raises:
         ValueError: fewer steps than parts.
@@ -188,7 +178,7 @@ def multistep(
     Args:
         x: state (N, ...) at times[0].
         times: rising; the velocity methods also take falling ones.
-        nodes: indices of grid points at which the velocity jumps; the method starts afresh there.
+        nodes: indices of grid points at which the velocity jumps; the method starts anew there.
         callback: called after each step.
     """
     history: list[tuple[float, Tensor]] = []  # the newest first
@@ -218,7 +208,7 @@ def linear_multistep(
 ) -> Tensor:
     """Return the state (N, ...) at the last of `times` (K,) by x_n+1 = x_n + sum_j<=n coefficients[n, j] v_j.
 
-    Every such method asks `velocity` K - 1 times; gradients flow into `times` and `coefficients` (K - 1, K - 1).
+    Every such method evaluates `velocity` K - 1 times. Gradients flow into `times` and `coefficients` (K - 1, K - 1).
     """
     values: list[Tensor] = []
     for index, (s, t) in enumerate(itertools.pairwise(times)):
@@ -244,7 +234,7 @@ def velocity_coefficients(times: Tensor, order: int, nodes: Collection[int] = ()
 
 
 def step_weights(quantity: str, nodes: Sequence[float], s: float, t: float) -> tuple[float, np.ndarray]:
-    """Return (a, w) of the step x_t = a x_s + sum_j w[j] f(nodes[j]), exact where f is a polynomial in time of a
+    """Return (a, w) of the step x_t = a x_s + sum_j w[j] f(nodes[j]), which is exact for polynomials f in time of a
     degree below len(nodes).
     """
     scaled = (np.asarray(nodes, dtype=np.float64) - s) / (t - s)
@@ -282,5 +272,5 @@ def _at(velocity: Velocity, x: Tensor, t: Tensor) -> Tensor:
 
 
 def _beside(t: Tensor, towards: Tensor) -> Tensor:
-    """Return the number next to `t` on the side of `towards`: the velocity's limit from there, where it jumps."""
+    """Return the number next to `t` towards another time, to take the velocity's limit from that side of a jump."""
     return torch.nextafter(t, towards)
