@@ -10,7 +10,16 @@ import torch
 from PIL import Image
 
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.images import centre_crop, fit_text, image_grid, save_png, to_uint8
+from LightningDiT.images import (
+    as_images,
+    centre_crop,
+    fit_text,
+    image_grid,
+    save_png,
+    save_reconstructions,
+    to_float,
+    to_uint8,
+)
 
 
 def test_uint8_is_the_published_formula() -> None:
@@ -18,6 +27,23 @@ def test_uint8_is_the_published_formula() -> None:
     pixels = to_uint8(values.view(1, 1, 1, 7).expand(1, 3, 1, 7))
     assert pixels.shape == (1, 1, 7, 3)
     assert pixels[0, 0, :, 0].tolist() == [0, 0, 64, 128, 191, 255, 255]
+
+
+def test_pixels_come_back_from_floats() -> None:
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).repeat(1, 1, 1, 3)
+    images = as_images(pixels)
+    assert (images.shape, float(images.min()), float(images.max())) == ((1, 3, 16, 16), -1.0, 1.0)
+    assert torch.equal(to_uint8(images), pixels)
+    assert torch.equal(to_float(pixels).permute(0, 3, 1, 2), images)
+
+
+def test_reconstructions_are_drawn_below_their_originals(tmp_path: Path) -> None:
+    """Three images in rows of two; an image of 128 pixels is not enlarged, and the margins have 4 pixels."""
+    originals = torch.tensor([10, 20, 30], dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 128, 128, 3)
+    save_reconstructions(originals, originals + 100, tmp_path / "r.png", columns=2)
+    picture = np.asarray(Image.open(tmp_path / "r.png"))[:, :, 0]
+    cells = picture[4 + 64 :: 132, 4 + 64 :: 132]
+    assert cells.tolist() == [[10, 20], [110, 120], [30, 130]]
 
 
 @pytest.mark.parametrize("size", [(64, 64), (200, 64), (64, 131), (640, 480), (50, 40)])

@@ -8,15 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from LightningDiT.data.npz import write_npz
+from LightningDiT.data.image_sets import Classes, FileImages
+from LightningDiT.data.npz import NpzImages, write_npz
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import save_png
 
 
-def save_images(folder: Path, pixels: np.ndarray) -> list[Path]:
-    return [save_png(Image.fromarray(image), folder / f"{index:06d}.png") for index, image in enumerate(pixels)]
+def save_images(folder: Path, pixels: np.ndarray, labels: list[int], repeats: int = 1) -> FileImages:
+    files = [save_png(Image.fromarray(image), folder / f"{index:06d}.png") for index, image in enumerate(pixels)]
+    return FileImages("run", files * repeats, Classes(torch.tensor(labels)))
 
 
 def nothing() -> None:
@@ -28,8 +31,8 @@ def test_it_is_what_savez_writes(tmp_path: Path) -> None:
     pixels = np.random.RandomState(0).randint(0, 256, (5, 8, 8, 3)).astype(np.uint8)
     labels = [3, 1, 4, 1, 5]
     counted: list[int] = []
-    paths = save_images(tmp_path, pixels)
-    write_npz(paths, labels, 8, tmp_path / "streamed.npz", lambda: counted.append(1))
+    images = save_images(tmp_path, pixels, labels)
+    write_npz(images, 8, tmp_path / "streamed.npz", lambda: counted.append(1))
     np.savez(tmp_path / "whole.npz", pixels, np.array(labels, dtype=np.int64))
     assert len(counted) == 5
     streamed, whole = (np.load(tmp_path / name) for name in ("streamed.npz", "whole.npz"))
@@ -43,12 +46,12 @@ def test_it_is_what_savez_writes(tmp_path: Path) -> None:
             assert one.read(member) == other.read(member)
 
 
-def test_memory_holds_one_image_at_a_time(tmp_path: Path) -> None:
+def test_memory_holds_a_few_images_at_a_time(tmp_path: Path) -> None:
     side, count = 128, 100
-    paths = save_images(tmp_path, np.zeros((1, side, side, 3), np.uint8)) * count
+    images = save_images(tmp_path, np.zeros((1, side, side, 3), np.uint8), [0] * count, count)
     tracemalloc.start()
     try:
-        write_npz(paths, [0] * count, side, tmp_path / "all.npz", nothing)
+        write_npz(images, side, tmp_path / "all.npz", nothing)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -59,24 +62,39 @@ def test_memory_holds_one_image_at_a_time(tmp_path: Path) -> None:
 def test_a_target_that_is_a_folder_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "all.npz").mkdir()
     with pytest.raises(LightningDiTError, match=r"all.npz cannot be written"):
-        write_npz(save_images(tmp_path, np.zeros((1, 8, 8, 3), np.uint8)), [0], 8, tmp_path / "all.npz", nothing)
+        write_npz(save_images(tmp_path, np.zeros((1, 8, 8, 3), np.uint8), [0]), 8, tmp_path / "all.npz", nothing)
     assert not list(tmp_path.glob(".all.npz*"))
 
 
 def test_an_image_that_is_no_whole_image_of_the_run_is_named(tmp_path: Path) -> None:
-    paths = save_images(tmp_path, np.full((3, 8, 8, 3), 200, np.uint8))
-    write_npz(paths, [0, 1, 2], 8, tmp_path / "all.npz", nothing)
+    images = save_images(tmp_path, np.full((3, 8, 8, 3), 200, np.uint8), [0, 1, 2])
+    file = images.files[1]
+    write_npz(images, 8, tmp_path / "all.npz", nothing)
     good = (tmp_path / "all.npz").read_bytes()
-    whole = paths[1].read_bytes()
-    save_png(Image.new("RGB", (9, 7)), paths[1])
+    whole = file.read_bytes()
+    save_png(Image.new("RGB", (9, 7)), file)
     with pytest.raises(LightningDiTError, match=r"000001.png has 9x7 pixels, 8x8 expected; fix: delete it"):
-        write_npz(paths, [0, 1, 2], 8, tmp_path / "all.npz", nothing)
+        write_npz(images, 8, tmp_path / "all.npz", nothing)
     for damaged in (whole[:40], b"no picture"):
-        paths[1].write_bytes(damaged)
+        file.write_bytes(damaged)
         with pytest.raises(LightningDiTError, match=r"000001.png is no whole image .*; fix: delete it"):
-            write_npz(paths, [0, 1, 2], 8, tmp_path / "all.npz", nothing)
-    paths[1].unlink()
+            write_npz(images, 8, tmp_path / "all.npz", nothing)
+    file.unlink()
     with pytest.raises(LightningDiTError, match=r"000001.png is no whole image"):
-        write_npz(paths, [0, 1, 2], 8, tmp_path / "all.npz", nothing)
+        write_npz(images, 8, tmp_path / "all.npz", nothing)
     assert (tmp_path / "all.npz").read_bytes() == good
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_images_are_read_in_any_order_from_a_stream(tmp_path: Path) -> None:
+    """Forwards, over a gap, and back, from a plain archive and from a compressed one."""
+    pixels = np.random.RandomState(0).randint(0, 256, (6, 4, 8, 3)).astype(np.uint8)
+    for save in (np.savez, np.savez_compressed):
+        save(tmp_path / "a.npz", pixels, np.array([5, 4, 3, 2, 1, 0]))
+        images = NpzImages(tmp_path / "a.npz")
+        for numbers in ([0, 1], [4, 5], [2], [5, 0, 3]):
+            batch = images.batch(numbers)
+            np.testing.assert_array_equal(batch.pixels.permute(0, 2, 3, 1).numpy(), pixels[numbers])
+            assert batch.labels.tolist() == [5 - number for number in numbers]
+        parts = [batch.pixels for batch in images.batches(range(6), 4)]
+        np.testing.assert_array_equal(torch.cat(parts).permute(0, 2, 3, 1).numpy(), pixels)

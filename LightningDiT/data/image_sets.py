@@ -30,6 +30,7 @@ from LightningDiT.images import centre_crop
 
 FASHION_MNIST = "FashionMNIST"
 MANIFEST = "manifest.json"  # of a sampling run, beside its images
+AGAIN = "delete it, and run the command again"  # the fix for a damaged image that a program has made
 MOST_DIGITS = 9  # of a class number
 MOST_READERS = 8  # threads that read images by default, at most
 
@@ -193,7 +194,7 @@ class ImageSet:
                 f"none of the {self.count} images of {self.source} can be read ({name}: {reason})",
                 "name a folder of images",
             )
-        raise LightningDiTError(f"{name} is no whole image ({reason})", "delete it, and give the same command again")
+        raise LightningDiTError(f"{name} is no whole image ({reason})", AGAIN)
 
     def _batch(self, rows: Sequence[_Row]) -> ImageBatch:
         first = rows[0]

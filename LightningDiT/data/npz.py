@@ -18,27 +18,27 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from LightningDiT.data.image_sets import MOST_DIGITS, Classes, ImageSet
+from LightningDiT.data.image_sets import AGAIN, MOST_DIGITS, Classes, ImageSet
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.files import atomic_path, disk_errors, fingerprint
+from LightningDiT.files import atomic_path, fingerprint
 
 PIXELS, LABELS = "arr_0", "arr_1"
 UNREADABLE = (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile)  # what a damaged file raises
 
 
-def write_npz(images: ImageSet, side: int, target: str | Path, each: Callable[[], None], fix: str) -> None:
+def write_npz(images: ImageSet, side: int, target: str | Path, each: Callable[[], None], fix: str = AGAIN) -> None:
     """Write `target` whole or not at all, in memory for a few images, calling `each` after every image.
 
     The bytes depend on pixels and labels alone.
 
     Args:
-        fix: command that mends an image of another size than `side`.
+        fix: for an image of another size than `side`.
 
     Raises:
         LightningDiTError: an image is damaged or of another size, or the file cannot be written.
     """
     header = {"descr": "|u1", "fortran_order": False, "shape": (images.count, side, side, 3)}
-    with disk_errors(target), atomic_path(target) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+    with atomic_path(target) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         with archive.open(zipfile.ZipInfo(f"{PIXELS}.npy"), "w", force_zip64=True) as member:
             np.lib.format.write_array_header_1_0(member, header)
             for number, batch in enumerate(images.batches(range(images.count), 1)):
