@@ -291,7 +291,7 @@ class ArrayImages(ImageSet):
         if self.size and self.pixels.shape[1:3] != (self.size, self.size):
             return super().batch(chosen.tolist(), unreadable)
         labels = torch.tensor([self._label(number) for number in chosen])
-        pixels = torch.from_numpy(np.ascontiguousarray(self.pixels[chosen])).permute(0, 3, 1, 2)
+        pixels = torch.from_numpy(np.ascontiguousarray(self.pixels[chosen].transpose(0, 3, 1, 2)))
         return ImageBatch(pixels, labels, torch.ones(len(chosen), dtype=torch.bool), [])
 
     def batches(

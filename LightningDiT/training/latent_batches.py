@@ -6,14 +6,15 @@ micro-batches changes a draw.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from LightningDiT.config import Config
+from LightningDiT.data.prefetching import StepPrefetcher, prefetched
 from LightningDiT.data.shards import LatentShards
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.loading import load_stats
@@ -84,8 +85,7 @@ class LatentBatches:
         self.samples, self.held_out = self._split(0.0 if data.valid_path else train.valid_share)
         self.order = BatchOrder(len(self.samples), train.global_batch_size, self.seed)
         self._transports = (transport, replace(transport, use_lognorm=False))
-        self._worker: ThreadPoolExecutor | None = None
-        self._next: tuple[int, Future[LatentBatch]] | None = None
+        self._prefetched = StepPrefetcher(lambda step: prefetched(self.make, itertools.count(step), workers=1))
 
     def _split(self, share: float) -> tuple[Tensor, Tensor]:
         """Return the numbers of the samples to train on, and of a random share of them that is held out."""
@@ -110,11 +110,7 @@ class LatentBatches:
 
     def batch(self, step: int) -> LatentBatch:
         """Return this process's rows of `step`, which were made while the step before it computed."""
-        if self._worker is None:
-            self._worker = ThreadPoolExecutor(1)
-        awaited = self._next[1] if self._next and self._next[0] == step else self._worker.submit(self.make, step)
-        self._next = (step + 1, self._worker.submit(self.make, step + 1))
-        return awaited.result()
+        return self._prefetched.at(step)
 
     def make(self, step: int) -> LatentBatch:
         """Return this process's rows of `step`."""
