@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import sys
 import warnings
 from collections.abc import Iterator
+from types import ModuleType
 
 #: Fixes for what the operating system refuses, by error number.
 OS_FIXES = {
@@ -51,3 +53,22 @@ def fixed_by(fix: str) -> Iterator[None]:
         yield
     except LightningDiTError as error:
         raise LightningDiTError(error.message, fix) from error
+
+
+def import_package(name: str, purpose: str, pin: str) -> ModuleType:
+    """Return the module `name` of an optional package.
+
+    Args:
+        purpose: what the package computes, for the message.
+        pin: the package with its version, as pip takes it.
+
+    Raises:
+        LightningDiTError: the package is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = pin.partition("==")[0]
+        raise LightningDiTError(
+            f"{package}, which computes {purpose}, is missing ({error})", f"pip install {pin}"
+        ) from error

@@ -16,15 +16,16 @@ from PIL import Image
 from LightningDiT.console import Progress
 from LightningDiT.data.image_sets import ImageSet
 from LightningDiT.data.npz import write_npz
-from LightningDiT.errors import LightningDiTError
+from LightningDiT.errors import LightningDiTError, import_package
 from LightningDiT.files import disk_errors, write_text
 from LightningDiT.metrics.by_class import Labelled, accuracy, class_table
 from LightningDiT.metrics.cache import cached_activations, digest
-from LightningDiT.metrics.extractors import Activations, Extractor, make_extractor, require_fidelity
+from LightningDiT.metrics.extractors import Activations, Extractor, make_extractor
 from LightningDiT.metrics.figure import save_figure
 from LightningDiT.metrics.neighbours import memorisation, neighbour_picture
 from LightningDiT.metrics.scores import (
     FEW,
+    FIDELITY_PIN,
     LEVEL,
     NEIGHBOURHOOD,
     SPLITS,
@@ -120,7 +121,7 @@ def evaluate(settings: EvaluationSettings) -> Evaluation:
     Raises:
         LightningDiTError: images, statistics or the network cannot be had, or do not fit one another.
     """
-    require_fidelity()
+    import_package("torch_fidelity", "FID, Inception Score, precision and recall", FIDELITY_PIN)
     samples, reference = open_images(settings.samples, settings.size), open_source(settings.reference, settings.size)
     training = open_images(settings.training, settings.size) if settings.training else None
     for images in (samples, reference.images):

@@ -26,7 +26,6 @@ INCEPTION_URL = (
 SPATIAL_CHANNELS = 7  # of `mixed_6/conv`, for sFID
 JUDGE_FILE = Path(__file__).parents[2] / "models" / BUNDLED_FOLDER / "judge.safetensors"
 JUDGE_SIDE = 32  # pixels
-FIDELITY_PIN = "torch-fidelity==0.4.0"
 INCEPTION = "inception"  # name of the one network that FID and Inception Score are named after
 
 #: `features` (N, F); `logits` (N, C) if the network classifies; `spatial` (N, S) if sFID is defined for it.
@@ -60,17 +59,6 @@ class Extractor(ABC):
     @abstractmethod
     def activations(self, pixels: Tensor) -> dict[str, Tensor]:
         """Return the activations for pixels (N, 3, H, W) uint8 on the network's device."""
-
-
-def require_fidelity() -> None:
-    """Raise LightningDiTError if torch-fidelity is not installed."""
-    try:
-        import torch_fidelity  # noqa: F401
-    except ImportError as error:
-        raise LightningDiTError(
-            f"torch-fidelity, which computes FID, Inception Score, precision and recall, is missing ({error})",
-            f"pip install {FIDELITY_PIN}",
-        ) from error
 
 
 class InceptionExtractor(Extractor):

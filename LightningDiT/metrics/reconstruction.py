@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from LightningDiT.errors import LightningDiTError
+from LightningDiT.errors import LightningDiTError, import_package
 from LightningDiT.images import to_float, to_uint8
 from LightningDiT.metrics.extractors import INCEPTION, Extractor, make_extractor
 from LightningDiT.metrics.formulas import frechet_distance, psnr, squared_error, uniformity
@@ -71,17 +71,9 @@ def structural_similarity() -> Similarity:
     Raises:
         LightningDiTError: torchmetrics is not installed.
     """
-    try:
-        from torchmetrics.functional.image import structural_similarity_index_measure
-    except ImportError as error:
-        raise LightningDiTError(
-            f"torchmetrics, which computes SSIM, is missing ({error})", f"pip install {TORCHMETRICS_PIN}"
-        ) from error
-
-    def similarity(images: Tensor, references: Tensor) -> Tensor:
-        return structural_similarity_index_measure(images, references, data_range=2.0, reduction="none").flatten()
-
-    return similarity
+    package = import_package("torchmetrics.functional.image", "SSIM", TORCHMETRICS_PIN)
+    ssim = partial(package.structural_similarity_index_measure, data_range=2.0, reduction="none")
+    return lambda images, references: ssim(images, references).flatten()
 
 
 def make_measures(

@@ -21,6 +21,7 @@ from LightningDiT.metrics.formulas import FrechetDistance, moments
 from LightningDiT.metrics.sources import Moments
 from LightningDiT.seeds import generator_for
 
+FIDELITY_PIN = "torch-fidelity==0.4.0"
 NEIGHBOURHOOD = 3  # k of precision and recall (Kynkaanniemi et al., arXiv 1904.06991, and ADM)
 SPLITS = 10  # of the Inception Score (Salimans et al., arXiv 1606.03498)
 LEVEL = 0.95  # confidence level of the intervals

@@ -62,10 +62,6 @@ class AutoencoderSettings:
         """Return the channels of a level; level 0 has the full resolution."""
         return self.ch * self.ch_mult[level]
 
-    def has_attention(self, level: int) -> bool:
-        """Return whether attention follows each residual block of `level`."""
-        return self.resolution >> level in self.attn_resolutions
-
 
 def group_norm(channels: int) -> nn.GroupNorm:
     """Return the group normalisation of all blocks."""
@@ -141,11 +137,13 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """The blocks of one resolution: residual blocks, optional attention after each, and an optional resampler."""
 
-    def __init__(self, channels_in: int, channels: int, blocks: int, attention: bool, dropout: float) -> None:
+    def __init__(self, settings: AutoencoderSettings, index: int, channels_in: int, blocks: int) -> None:
         super().__init__()
+        channels = settings.level_channels(index)
         widths = [channels_in] + [channels] * (blocks - 1)
-        self.block = nn.ModuleList(ResnetBlock(width, channels, dropout) for width in widths)
-        self.attn = nn.ModuleList(AttnBlock(channels) for _ in range(blocks if attention else 0))
+        self.block = nn.ModuleList(ResnetBlock(width, channels, settings.dropout) for width in widths)
+        attentions = blocks if settings.resolution >> index in settings.attn_resolutions else 0
+        self.attn = nn.ModuleList(AttnBlock(channels) for _ in range(attentions))
 
     def forward(self, x: Tensor) -> Tensor:
         for index, block in enumerate(self.block):
@@ -181,13 +179,11 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         width = settings.ch
         for index in range(levels):
-            channels = settings.level_channels(index)
-            attention = settings.has_attention(index)
-            level = Level(width, channels, settings.num_res_blocks, attention, settings.dropout)
+            level = Level(settings, index, width, settings.num_res_blocks)
+            width = settings.level_channels(index)
             if index < levels - 1:
-                level.downsample = Downsample(channels)
+                level.downsample = Downsample(width)
             self.down.append(level)
-            width = channels
         self.mid = Middle(width, settings.dropout)
         self.norm_out = group_norm(width)
         self.conv_out = conv3x3(width, 2 * settings.z_channels)
@@ -211,13 +207,11 @@ class Decoder(nn.Module):
         self.mid = Middle(width, settings.dropout)
         built = []
         for index in reversed(range(levels)):
-            channels = settings.level_channels(index)
-            attention = settings.has_attention(index)
-            level = Level(width, channels, settings.num_res_blocks + 1, attention, settings.dropout)
+            level = Level(settings, index, width, settings.num_res_blocks + 1)
+            width = settings.level_channels(index)
             if index > 0:
-                level.upsample = Upsample(channels)
+                level.upsample = Upsample(width)
             built.append(level)
-            width = channels
         self.up = nn.ModuleList(reversed(built))  # index 0 has the full resolution
         self.norm_out = group_norm(width)
         self.conv_out = conv3x3(width, settings.out_ch)

@@ -47,19 +47,6 @@ class LatentStats:
         return cls(torch.zeros(1, channels, 1, 1), torch.ones(1, channels, 1, 1))
 
     @classmethod
-    def from_moments(cls, count: int, total: Tensor, total_of_squares: Tensor) -> LatentStats:
-        """Return the statistics of `count` values a channel from their sum and sum of squares.
-
-        Args:
-            total: (C,) float64.
-            total_of_squares: (C,) float64.
-        """
-        mean = total.double() / count
-        variance = (total_of_squares.double() / count - mean.square()) * (count / max(count - 1, 1))
-        shape = (1, -1, 1, 1)
-        return cls(mean.float().view(shape), variance.clamp_min(0).sqrt().float().view(shape))
-
-    @classmethod
     def load(cls, path: str | Path, channels: int | None = None, multiplier: float = 1.0) -> LatentStats:
         """Return the statistics in `path`, a dictionary of `mean` and `std`.
 
@@ -69,10 +56,8 @@ class LatentStats:
         Raises:
             LightningDiTError: the file is missing or damaged.
         """
-        mean, std = _read(Path(path))
-        problems = _problems(mean, std, channels)
-        if problems:
-            raise LightningDiTError(f"latent statistics {path}: {'; '.join(problems)}", fix_of(path))
+        mean, std = _read(path)
+        _refuse(_problems(mean, std, channels), f"latent statistics {path}", path)
         return cls(mean.float(), std.float(), multiplier)
 
     @classmethod
@@ -82,9 +67,7 @@ class LatentStats:
             values = [torch.tensor(json.loads(metadata[key])).view(1, -1, 1, 1) for key in METADATA_KEYS]
         except (KeyError, ValueError, TypeError) as error:
             raise LightningDiTError(f"{path} carries no latent statistics in its metadata", fix_of(path)) from error
-        problems = _problems(*values, None)
-        if problems:
-            raise LightningDiTError(f"latent statistics in {path}: {'; '.join(problems)}", fix_of(path))
+        _refuse(_problems(*values), f"latent statistics in {path}", path)
         return cls(*values)
 
     def as_metadata(self) -> dict[str, str]:
@@ -98,15 +81,11 @@ class LatentStats:
         Args:
             count: number of latents behind the statistics, which the file records.
         """
-        problems = _problems(self.mean, self.std, None)
-        if problems:
-            raise LightningDiTError(f"latent statistics are not written to {path}: {'; '.join(problems)}", fix_of(path))
+        _refuse(_problems(self.mean, self.std), f"latent statistics are not written to {path}", path)
         counted = {} if count is None else {"count": count}
-        with (
-            atomic_path(path) as temporary,
-            temporary.open("wb") as stream,
-        ):  # torch.save would write a path's name into the file
-            torch.save({"mean": self.mean.clone(), "std": self.std.clone(), **counted}, stream)
+        content = {"mean": self.mean.clone(), "std": self.std.clone(), **counted}
+        with atomic_path(path) as temporary, temporary.open("wb") as stream:  # a path's name would be in the bytes
+            torch.save(content, stream)
 
 
 class Moments:
@@ -159,7 +138,9 @@ class Moments:
         """
         if self.values < 2:
             raise LightningDiTError(f"statistics of {self.latents} latents; at least 2 are needed", "give more data")
-        return LatentStats.from_moments(self.values, self._total, self._squares)
+        mean = self._total / self.values
+        variance = (self._squares / self.values - mean.square()) * (self.values / (self.values - 1))
+        return LatentStats(*(x.float().view(1, -1, 1, 1) for x in (mean, variance.clamp_min(0).sqrt())))
 
 
 def fix_of(path: str | Path) -> str:
@@ -170,18 +151,12 @@ def fix_of(path: str | Path) -> str:
 def diagnose(path: str | Path, channels: int | None = None) -> list[str]:
     """Return what is wrong with the statistics file at `path`; an empty list if nothing is."""
     try:
-        return _problems(*_read(Path(path)), channels)
+        return _problems(*_read(path), channels)
     except LightningDiTError as error:
         return [error.message]
 
 
-def _read(path: Path) -> tuple[Tensor, Tensor]:
-    if path.is_dir():
-        raise LightningDiTError(f"latent statistics {path} is a folder; a file is expected", fix_of(path))
-    if not path.exists():
-        raise LightningDiTError(f"latent statistics {path} does not exist", fix_of(path))
-    if path.stat().st_size == 0:
-        raise LightningDiTError(f"latent statistics {path} is empty (0 bytes)", fix_of(path))
+def _read(path: str | Path) -> tuple[Tensor, Tensor]:
     with fixed_by(fix_of(path)):
         content = load_training_state(path)
     found = [content.get(key) for key in ("mean", "std")]
@@ -194,7 +169,12 @@ def _read(path: Path) -> tuple[Tensor, Tensor]:
     return found[0], found[1]
 
 
-def _problems(mean: Tensor, std: Tensor, channels: int | None) -> list[str]:
+def _refuse(problems: list[str], title: str, path: str | Path) -> None:
+    if problems:
+        raise LightningDiTError(f"{title}: {'; '.join(problems)}", fix_of(path))
+
+
+def _problems(mean: Tensor, std: Tensor, channels: int | None = None) -> list[str]:
     """Return what is wrong with the numbers."""
     for name, value in (("mean", mean), ("std", std)):
         shape = tuple(value.shape)

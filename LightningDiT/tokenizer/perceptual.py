@@ -6,7 +6,6 @@ checkpoint.
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from LightningDiT.checkpoint import load_into, load_weights, without_values
-from LightningDiT.errors import LightningDiTError, fixed_by
+from LightningDiT.errors import fixed_by, import_package
 from LightningDiT.pretrained import cached_download
 
 LPIPS_PIN = "lpips==0.1.4"
@@ -37,9 +36,7 @@ class PerceptualDistance(nn.Module):
 
     def __init__(self, weights: Mapping[str, Tensor], path: str | Path) -> None:
         super().__init__()
-        require_lpips()
-        import lpips
-
+        lpips = import_package("lpips", "LPIPS", LPIPS_PIN)
         with without_values(), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of torchvision about the package's call
             model = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
@@ -55,12 +52,6 @@ class PerceptualDistance(nn.Module):
     def train(self, mode: bool = True) -> PerceptualDistance:
         """Stay in evaluation mode: the linear layers have dropout."""
         return super().train(False)
-
-
-def require_lpips() -> None:
-    """Raise LightningDiTError if the package is not installed."""
-    if importlib.util.find_spec("lpips") is None:
-        raise LightningDiTError("lpips, which computes LPIPS, is missing", f"pip install {LPIPS_PIN}")
 
 
 def find_weights(given: str | Path | None) -> Path:
@@ -82,7 +73,7 @@ def load_perceptual(given: str | Path | None) -> PerceptualDistance:
     Raises:
         LightningDiTError: the package or the weights are missing, or the file holds other weights.
     """
-    require_lpips()
+    import_package("lpips", "LPIPS", LPIPS_PIN)  # before a download
     path = find_weights(given)
     with fixed_by(f"give --lpips-weights FILE with VGG-16, as {VGG_URL}"):
         return PerceptualDistance(load_weights(path), path)
