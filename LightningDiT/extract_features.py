@@ -15,17 +15,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from LightningDiT.config import TRAINING_FIX, Config, load_config
-from LightningDiT.console import duration, run_main
+from LightningDiT.console import duration, positive, run_main
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.sampling.options import positive
 from LightningDiT.tokenizer.config import load_tokenizer_config, tokenizer_config_path
 
 if TYPE_CHECKING:
     from LightningDiT.data.image_sets import ImageSet
-    from LightningDiT.training.extraction import ExtractionResult, ExtractionSettings
+    from LightningDiT.training.extraction import ExtractionResult
 
 LISTED_FILES = 5
 
@@ -75,21 +74,6 @@ def open_images(args: argparse.Namespace) -> ImageSet:
     return open_torchvision(args.dataset or FASHION_MNIST, args.data_root, args.split)
 
 
-def settings_of(args: argparse.Namespace, config: Config) -> ExtractionSettings:
-    """Return the extraction's settings."""
-    from LightningDiT.training.extraction import ExtractionSettings
-
-    return ExtractionSettings(
-        image_size=config.data.image_size,
-        shard_size=args.shard_size,
-        sample=args.posterior == "sample",
-        flips=args.flip,
-        seed=args.seed,
-        batch_size=args.batch_size,
-        threads=args.read_threads,
-    )
-
-
 def check_ratio(config: Config, factor: int) -> None:
     """Raise LightningDiTError if the configuration expects latents of another size than the tokenizer makes."""
     if config.vae.downsample_ratio != factor:
@@ -100,16 +84,18 @@ def check_ratio(config: Config, factor: int) -> None:
         )
 
 
-def summary(result: ExtractionResult, output: Path) -> str:
+def summary(result: ExtractionResult, manifest: dict[str, Any], output: Path) -> str:
     """Return a few lines about what was done."""
     lines = []
-    if broken := result.unreadable:
-        lines = [f"passed over {len(broken)} of {result.images} images that cannot be read; the manifest names all:"]
+    if broken := manifest["unreadable"]:
+        count = manifest["settings"]["images"]
+        lines = [f"passed over {len(broken)} of {count} images that cannot be read; the manifest names all:"]
         lines += [f"  {name}: {reason}" for name, reason in broken[:LISTED_FILES]]
     if result.made:
         shares = ", ".join(f"{name} {share:.1%}" for name, share in result.shares.items())
         lines.append(f"encoded {result.made} images in {duration(result.seconds)}, all processes together: {shares}")
-    lines.append(f"{result.latents} latents in {len(result.records)} shards and their statistics are in {output}")
+    shards = len(manifest["shards"])
+    lines.append(f"{manifest['latents']} latents in {shards} shards and their statistics are in {output}")
     return "\n".join(lines)
 
 
@@ -119,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from LightningDiT.device import best_device
     from LightningDiT.distributed import launched_processes
     from LightningDiT.tokenizer.vavae import VA_VAE
-    from LightningDiT.training.extraction import extract
+    from LightningDiT.training.extraction import ExtractionSettings, extract
 
     with launched_processes() as processes:
         config = processes.agree(lambda: load_config(args.config, TRAINING_FIX))
@@ -136,15 +122,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             lambda: VA_VAE(tokenizer_settings, config.data.image_size, weights, device=best_device())
         )
         processes.agree(lambda: check_ratio(config, tokenizer.downsample_factor))
-        first = processes.from_main(lambda: open_images(args).count)  # alone, since it may download
+        processes.from_main(lambda: open_images(args).count)  # first and alone, since it may download
         images, output = processes.agree(lambda: open_images(args)), Path(args.output)
-        processes.say(f"{first} images{f' of {len(images.class_names)} classes' if images.class_names else ''}")
-        result = extract(images, tokenizer, weights, output, settings_of(args, config), processes)
-        if result.interrupted:
+        processes.say(f"{images.count} images{f' of {len(images.class_names)} classes' if images.class_names else ''}")
+        settings = ExtractionSettings(
+            config.data.image_size,
+            args.shard_size,
+            args.posterior == "sample",
+            args.flip,
+            args.seed,
+            args.batch_size,
+            args.read_threads,
+        )
+        result = extract(images, tokenizer, weights, output, settings, processes)
+        if result.manifest is None:
             processes.end_by_interrupt()
-        processes.say(summary(result, output))
+        processes.say(summary(result, result.manifest, output))
         processes.say(
-            f"Next: set data.data_path: {output} and data.num_classes: {result.classes} in {args.config},"
+            f"Next: set data.data_path: {output} and data.num_classes: {result.manifest['classes']} in {args.config},"
             f" and python -m LightningDiT.train --config {args.config}"
         )
     return 0

@@ -470,7 +470,8 @@ def test_the_shares_of_the_time_are_stated(tiny_folder: Path, images: Path, tmp_
     settings = extraction.ExtractionSettings(image_size=config.data.image_size, shard_size=4, threads=1)
     weights = tiny_folder / "tokenizer.safetensors"
     result = extraction.extract(open_folder(images), tokenizer, weights, tmp_path / "latents", settings)
-    assert (result.made, result.latents, result.classes) == (11, 11, 3)
+    assert result.manifest is not None
+    assert (result.made, result.manifest["latents"], result.manifest["classes"]) == (11, 11, 3)
     assert set(result.shares) == {"encoder", "waiting for images", "writing"}
     assert result.shares["encoder"] > 0
     assert sum(result.shares.values()) <= 1

@@ -61,14 +61,8 @@ class ImageBatch(NamedTuple):
     unreadable: list[tuple[str, str]]
 
 
-class _Row(NamedTuple):
-    """One image of a batch: its number, pixels (H, W, 3), and as in `ImageBatch`."""
-
-    number: int
-    pixels: np.ndarray
-    label: int
-    read: bool
-    unreadable: list[tuple[str, str]]
+#: Of one image: number, pixels (H, W, 3), class (None for a black image), and `ImageBatch.unreadable`.
+_Row = tuple[int, np.ndarray, int | None, list[tuple[str, str]]]
 
 
 @dataclass(frozen=True)
@@ -181,14 +175,14 @@ class ImageSet:
             try:
                 image, label = self.read(candidate)
                 pixels = np.asarray(centre_crop(image, self.size) if self.size else image)
-                return _Row(candidate, pixels, label, True, failed)
+                return candidate, pixels, label, failed
             except (MemoryError, LightningDiTError):
                 raise
             except Exception as error:  # see `read`
                 failed.append((self.name(candidate), " ".join(str(error).split())[:160]))
         name, reason = failed[0]
         if unreadable is Unreadable.BLACK and self.size:
-            return _Row(number, np.zeros((self.size, self.size, 3), np.uint8), 0, False, failed)
+            return number, np.zeros((self.size, self.size, 3), np.uint8), None, failed
         if unreadable is Unreadable.NEXT:
             raise LightningDiTError(
                 f"none of the {self.count} images of {self.source} can be read ({name}: {reason})",
@@ -197,20 +191,20 @@ class ImageSet:
         raise LightningDiTError(f"{name} is no whole image ({reason})", AGAIN)
 
     def _batch(self, rows: Sequence[_Row]) -> ImageBatch:
-        first = rows[0]
-        for row in rows:
-            if row.pixels.shape != first.pixels.shape:
-                (height, width), (first_height, first_width) = row.pixels.shape[:2], first.pixels.shape[:2]
+        numbers, pixels, labels, unreadable = zip(*rows, strict=True)
+        for number, image in zip(numbers, pixels, strict=True):
+            if image.shape != pixels[0].shape:
+                (height, width, _), (first_height, first_width, _) = image.shape, pixels[0].shape
                 raise LightningDiTError(
-                    f"{self.name(row.number)} has {width}x{height} pixels, {self.name(first.number)} has"
+                    f"{self.name(number)} has {width}x{height} pixels, {self.name(numbers[0])} has"
                     f" {first_width}x{first_height}",
                     "give --size N, which crops every image to N x N",
                 )
         return ImageBatch(
-            torch.from_numpy(np.stack([row.pixels for row in rows])).permute(0, 3, 1, 2),
-            torch.tensor([row.label for row in rows]),
-            torch.tensor([row.read for row in rows]),
-            [pair for row in rows for pair in row.unreadable],
+            torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2),
+            torch.tensor([label or 0 for label in labels]),
+            torch.tensor([label is not None for label in labels]),
+            [pair for pairs in unreadable for pair in pairs],
         )
 
     def _label(self, number: int) -> int:

@@ -36,7 +36,7 @@ from LightningDiT.tokenizer.latents import Moments
 from LightningDiT.tokenizer.vavae import VA_VAE, images_at_once
 
 STATS_NAME = "latents_stats.pt"
-RECORD = "extraction"  # key of a `ShardRecord`, as JSON, in a shard's metadata
+RECORD = "extraction"  # key of what a shard says of itself, as JSON, in its metadata
 PART = ".part"  # suffix of an unfinished shard
 PART_SECONDS = 300.0  # between two savings of an unfinished shard
 MOMENTS_ROWS = 256  # latents that are in memory as float64 at once
@@ -70,60 +70,20 @@ class ExtractionSettings:
 
 
 @dataclass(frozen=True)
-class ShardRecord:
-    """What a finished shard says of itself in its file.
-
-    Attributes:
-        file: its name.
-        images: number of images of the set that it covers.
-        moments: `Moments.as_dict` of its latents, without mirrored ones.
-        largest_label: -1 for a shard without latents.
-        unreadable: name and reason of each image that it leaves out.
-    """
-
-    file: str
-    images: int
-    moments: dict[str, Any]
-    largest_label: int
-    unreadable: list[list[str]]
-
-
-@dataclass(frozen=True)
 class ExtractionResult:
-    """What an extraction has in its folder when it ends.
+    """What an extraction has done.
 
     Attributes:
-        records: of all shards, in order; empty after an interruption.
+        manifest: as it was written; None after an interruption.
         made: images encoded by this call.
         seconds: wall clock of this call, summed over the processes.
         shares: of these seconds, by what they went into.
     """
 
-    records: list[ShardRecord]
+    manifest: dict[str, Any] | None
     made: int
     seconds: float
     shares: dict[str, float]
-    interrupted: bool
-
-    @property
-    def classes(self) -> int:
-        """The largest label + 1."""
-        return max(record.largest_label for record in self.records) + 1
-
-    @property
-    def latents(self) -> int:
-        """Number of latents, without mirrored ones."""
-        return sum(record.moments["latents"] for record in self.records)
-
-    @property
-    def images(self) -> int:
-        """Number of images in the set, including unreadable ones."""
-        return sum(record.images for record in self.records)
-
-    @property
-    def unreadable(self) -> list[list[str]]:
-        """Name and reason of each image that was left out."""
-        return [row for record in self.records for row in record.unreadable]
 
 
 def settings_of(
@@ -176,10 +136,10 @@ def extract(
             reports += processes.share(partial(maker.make, turn, processes.rank, stop))
             if interrupted := any(report.interrupted for report in reports):
                 break
-        records = [] if interrupted else processes.from_main(lambda: _finish(maker, described))
+        manifest = None if interrupted else processes.from_main(lambda: _finish(maker, described))
     seconds = sum(report.seconds for report in reports)
     shares = {name: sum(report.parts[name] for report in reports) / max(seconds, 1e-9) for name in _Report().parts}
-    return ExtractionResult(records, sum(report.made for report in reports), seconds, shares, interrupted)
+    return ExtractionResult(manifest, sum(report.made for report in reports), seconds, shares)
 
 
 def _check_agreement(keys: list[str]) -> None:
@@ -310,7 +270,7 @@ class _ShardRows:
             "images": self.size,
             "moments": moments.as_dict(),
             "largest_label": int(labels.max()) if len(labels) else -1,
-            "unreadable": self.unreadable,
+            "unreadable": self.unreadable,  # name and reason of each image that is left out
         }
         write_shard(self.path, latents[0], labels, *latents[1:], metadata={RECORD: json.dumps(record)})
         self._part.unlink(missing_ok=True)
@@ -370,28 +330,28 @@ def _check_settings(file: Path, described: dict[str, Any]) -> None:
         )
 
 
-def _record(path: Path) -> ShardRecord | None:
-    """Return what a shard says of itself; None for one that is missing or damaged, and has to be made."""
+def _record(path: Path) -> dict[str, Any] | None:
+    """Return what a shard says of itself (see `_ShardRows.write`); None for a missing or damaged one."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as opened:
-            return ShardRecord(file=path.name, **json.loads((opened.metadata() or {})[RECORD]))
+            return {"file": path.name, **json.loads((opened.metadata() or {})[RECORD])}
     except (SafetensorError, OSError, KeyError):
         return None
 
 
-def _finish(maker: _ShardMaker, described: dict[str, Any]) -> list[ShardRecord]:
-    """Write statistics and manifest from the records of all shards, in their order.
+def _finish(maker: _ShardMaker, described: dict[str, Any]) -> dict[str, Any]:
+    """Write statistics and manifest from the records of all shards, in their order, and return the manifest.
 
     Raises:
         LightningDiTError: no image of the set can be read.
     """
     images, moments = maker.images, Moments()
     records = [record for shard in maker.shards if (record := _record(maker.path(shard))) is not None]
-    unreadable = [row for record in records for row in record.unreadable]
+    unreadable = [row for record in records for row in record["unreadable"]]
     for record in records:
-        moments.merge(record.moments)
+        moments.merge(record["moments"])
     if not moments.latents:
         name, reason = unreadable[0]
         raise LightningDiTError(
@@ -399,20 +359,20 @@ def _finish(maker: _ShardMaker, described: dict[str, Any]) -> list[ShardRecord]:
         )
     stats = moments.stats()
     stats.save(maker.output / STATS_NAME, moments.latents)
-    content = {
+    manifest = {
         "settings": described,
         "source": images.source,
-        "classes": len(images.class_names or ()) or max(record.largest_label for record in records) + 1,
+        "classes": len(images.class_names or ()) or max(record["largest_label"] for record in records) + 1,
         "class_names": images.class_names,
         "latents": moments.latents,
         "values_per_channel": moments.values,
         "mean": stats.mean.flatten().tolist(),
         "std": stats.std.flatten().tolist(),
-        "shards": [{"file": record.file, "images": record.images, **record.moments} for record in records],
+        "shards": [{"file": one["file"], "images": one["images"], **one["moments"]} for one in records],
         "unreadable": unreadable,
     }
-    _write_manifest(maker.output, content)
-    return records
+    _write_manifest(maker.output, manifest)
+    return manifest
 
 
 def _write_manifest(folder: Path, content: dict[str, Any]) -> None:
