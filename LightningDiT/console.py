@@ -10,8 +10,9 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from LightningDiT.errors import OS_FIXES, LightningDiTError
 
@@ -169,34 +170,51 @@ class Progress:
 
 
 class StopRequest:
-    """Ctrl-C as a request: within the block the first one is noted, and the second one ends at once.
+    """Ctrl-C as a request: within the block the first one is noted, and a later one ends at once.
+
+    Args:
+        signals: the signals that count as a request.
+        grace: seconds after the first one in which another is the same request.
+        message: printed at the first one.
+        quiet: print nothing.
 
     Attributes:
         asked: whether it came.
     """
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        signals: Sequence[int] = (signal.SIGINT,),
+        grace: float = 0.0,
+        message: str = "stopping after the current batch; Ctrl-C again ends at once",
+        quiet: bool = False,
+    ) -> None:
         self.asked = False
-        self._quiet, self._took_over = quiet, False
+        self._signals, self._grace, self._message, self._quiet = signals, grace, message, quiet
+        self._asked_at = 0.0
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        # a program that handles or ignores Ctrl-C itself keeps to that, and only the main thread gets signals
-        is_main = threading.current_thread() is threading.main_thread()
-        if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, self._note)
-            self._took_over = True
+        # a program that handles or ignores a signal itself keeps to that, and only the main thread gets signals
+        if threading.current_thread() is threading.main_thread():
+            for number in self._signals:
+                if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):
+                    self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._took_over:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        while self._previous:
+            signal.signal(*self._previous.popitem())
 
     def _note(self, *_: object) -> None:
         if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
+            if time.monotonic() - self._asked_at >= self._grace:
+                raise KeyboardInterrupt
+            return
+        self.asked, self._asked_at = True, time.monotonic()
         if not self._quiet:  # not by print, which may be what the signal interrupted
-            os.write(2, b"\nstopping after the current batch; Ctrl-C again ends at once\n")
+            os.write(2, f"\n{self._message}\n".encode())
 
 
 def positive(text: str) -> int:

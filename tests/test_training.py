@@ -15,13 +15,13 @@ import pytest
 import torch
 from torch import nn
 
-from LightningDiT import train
+from LightningDiT import console, train
 from LightningDiT.checkpoint import load_training_state, load_weights, save_weights
 from LightningDiT.data.shards import shard_path, write_shard
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.files import held_folder
 from LightningDiT.tokenizer.latents import LatentStats
-from LightningDiT.training import log_rows
+from LightningDiT.training import log_rows, loop
 from LightningDiT.training.curves import read_log
 from LightningDiT.training.ema import Ema
 from LightningDiT.training.guard import Guard, GuardSettings
@@ -304,6 +304,23 @@ def test_a_stopped_run_ends_with_the_same_weights(
     rows = [json.loads(line) for line in (training_config.parent / "whole" / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4, 6]
     assert all(0 < row["cos_loss"] < 2 and row["loss"] > 0 for row in rows)
+
+
+def test_a_second_request_ends_at_once_after_the_grace(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter((100.0, 104.9, 105.0))
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    before = [signal.getsignal(number) for number in loop.STOP_SIGNALS]
+    with console.StopRequest(signals=loop.STOP_SIGNALS, grace=loop.GRACE, message=loop.STOPPING) as stop:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)  # the same request, passed on by a launcher
+        assert stop.asked
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert [signal.getsignal(number) for number in loop.STOP_SIGNALS] == before
+    said = capfd.readouterr().err
+    assert said == "\nstopping after the current step; Ctrl-C again, 5 seconds later or more, ends at once\n"
 
 
 def test_training_lowers_the_loss_on_one_batch(training_config: Path) -> None:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +14,7 @@ from torch import Tensor
 
 from LightningDiT.checkpoint import load_training_state, save_weights
 from LightningDiT.config import setting_differences
+from LightningDiT.console import StopRequest
 from LightningDiT.distributed import ALONE, Processes
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.files import held_folder
@@ -27,8 +25,8 @@ from LightningDiT.training.log_rows import AverageMeter, row_text
 from LightningDiT.training.run_dir import RunDir, random_state, set_random_state, step_of
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and the end of a job's time
-AGAIN = "Ctrl-C again in 5 seconds or later ends at once"
-SAME_REQUEST = 5.0  # seconds: a launcher passes a Ctrl-C on that the terminal has sent to all of its processes already
+GRACE = 5.0  # seconds: a launcher passes on a Ctrl-C that the terminal has sent to all of its processes already
+STOPPING = f"stopping after the current step; Ctrl-C again, {GRACE:g} seconds later or more, ends at once"
 LISTED = 4  # differences between a checkpoint and the run
 #: Settings that may change within a run: activation checkpointing, and the step at which times become uniform.
 CHANGEABLE = ("model.use_checkpoint", "lognorm_until_step")
@@ -138,12 +136,13 @@ class _Loop:
 
     def run_to_end(self) -> None:
         self._start()
-        with deferred_interrupt(quiet=not self.processes.is_main) as interrupted:
+        # looked at between steps, so that no half step is ever saved
+        with StopRequest(signals=STOP_SIGNALS, grace=GRACE, message=STOPPING, quiet=not self.processes.is_main) as stop:
             while self.done < self.settings.max_steps:
                 if self._take_step():
                     self._go_back()
                     continue
-                stopping = self.processes.any(interrupted.is_set())
+                stopping = self.processes.any(stop.asked)
                 last = stopping or self.done == self.settings.max_steps
                 self._log(last)
                 regular = self.done % self.settings.ckpt_every == 0 and not self.guard.trouble
@@ -277,34 +276,3 @@ class _Loop:
 def _shapes(state: Mapping[str, Any]) -> dict[str, str]:
     """Return the shapes of the model's tensors in a checkpoint; none if it holds no model."""
     return {f"tensor {name}": str(list(value.shape)) for name, value in state.get("model", {}).items()}
-
-
-@contextlib.contextmanager
-def deferred_interrupt(*, quiet: bool = False) -> Iterator[threading.Event]:
-    """Turn Ctrl-C and SIGTERM into an event that is looked at between steps, so that no half step is ever saved.
-
-    A second one, more than `SAME_REQUEST` seconds later, ends at once; the newest checkpoint is then that of the last
-    regular saving.
-    """
-    event, asked = threading.Event(), 0.0
-    if threading.current_thread() is not threading.main_thread():
-        yield event  # signals reach the main thread alone
-        return
-
-    def on_interrupt(number: int, frame: object) -> None:
-        nonlocal asked
-        if event.is_set():
-            if time.monotonic() - asked > SAME_REQUEST:
-                raise KeyboardInterrupt
-            return
-        event.set()
-        asked = time.monotonic()
-        if not quiet:  # not by print, which may be what the signal interrupted
-            os.write(2, f"\nasked to stop: ending after this step ({AGAIN})\n".encode())
-
-    previous = {number: signal.signal(number, on_interrupt) for number in STOP_SIGNALS}
-    try:
-        yield event
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
