@@ -9,6 +9,11 @@ import torch
 from LightningDiT.transport import PATHS, Transport, create_transport
 
 
+def fresh(text):
+    """Return an equal string that is another object, as those read from a file are."""
+    return None if text is None else "".join(list(text))
+
+
 def draws(seed=0, n=4):
     generator = torch.Generator().manual_seed(seed)
     x0, x1 = torch.randn(2, n, 3, 4, 4, dtype=torch.float64, generator=generator)
@@ -27,8 +32,13 @@ def draws(seed=0, n=4):
     ],
 )
 def test_default_eps(path, prediction, expected):
-    transport = create_transport(path, prediction)
+    transport = create_transport(fresh(path), fresh(prediction))
     assert (transport.train_eps, transport.sample_eps) == expected
+
+
+def test_the_factory_and_the_class_have_the_same_defaults():
+    plain = Transport("Linear", "velocity", None, 0.0, 0.0, use_cosine_loss=False, use_lognorm=False)
+    assert Transport() == create_transport() == plain
 
 
 def test_a_given_eps_stands_and_the_other_keeps_its_default():
@@ -44,12 +54,15 @@ def test_a_given_eps_stands_and_the_other_keeps_its_default():
         ("VP", "velocity", {}, (0, 0.99)),
         ("VP", "noise", {"sde": True, "last_step_size": 0.04}, (0, 0.96)),
         ("Linear", "velocity", {"sde": True, "last_step_size": 0.04}, (0.01, 0.96)),
+        ("Linear", "velocity", {"sde": True, "diffusion_form": "SBDM"}, (0.01, 0.99)),
+        ("Linear", "noise", {"last_step_size": 0.04}, (0.01, 0.99)),  # that of an SDE alone
         ("Linear", "velocity", {"sde": True, "diffusion_form": "sigma"}, (0, 0.99)),
         ("GVP", "score", {"sde": True, "diffusion_form": "sigma"}, (0.01, 0.99)),
     ],
 )
 def test_interval(path, prediction, options, expected):
-    interval = create_transport(path, prediction).interval(0.01, **options)
+    options = {key: fresh(value) if isinstance(value, str) else value for key, value in options.items()}
+    interval = create_transport(fresh(path), fresh(prediction)).interval(0.01, **options)
     assert interval == pytest.approx(expected)
 
 
@@ -66,7 +79,7 @@ def test_sde_keeps_away_from_its_singular_ends_without_an_eps():
 )
 @pytest.mark.parametrize("name", PATHS)
 def test_a_perfect_model_has_no_loss_and_a_wrong_one_its_weight(name, weight, prediction):
-    transport, path = create_transport(name, prediction, weight), PATHS[name]
+    transport, path = create_transport(fresh(name), fresh(prediction), fresh(weight)), PATHS[name]
     x0, x1, t = draws()
     column = t.reshape(-1, 1, 1, 1)
     _, u_t = path.plan(t, x0, x1)
@@ -79,6 +92,26 @@ def test_a_perfect_model_has_no_loss_and_a_wrong_one_its_weight(name, weight, pr
     factor = {None: 1.0, "velocity": (rate / path.sigma(t)) ** 2}.get(weight, rate / path.sigma(t) ** 2)
     torch.testing.assert_close(terms["loss"], factor * noise_error**2)
     assert "cos_loss" not in terms
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "noise", "score"])
+@pytest.mark.parametrize("name", PATHS)
+def test_a_perfect_model_has_the_velocity_and_the_score_of_the_path(name, prediction):
+    transport, path = create_transport(fresh(name), fresh(prediction)), PATHS[name]
+    x0, x1, t = draws()
+    score = -x0 / path.sigma(t.reshape(-1, 1, 1, 1))
+    x_t, u_t = path.plan(t, x0, x1)
+    seen = []
+
+    def model(x, t, y):
+        seen.append((x, t, y))
+        return {"velocity": u_t, "noise": x0, "score": score}[prediction]
+
+    torch.testing.assert_close(transport.velocity(model, x_t, t, y="label"), u_t)
+    velocity, found = transport.velocity_and_score(model, x_t, t, y="label")
+    torch.testing.assert_close(velocity, u_t)
+    torch.testing.assert_close(found, score)
+    assert seen == [(x_t, t, "label")] * 2
 
 
 def test_velocity_weight_makes_the_noise_loss_a_velocity_loss():
@@ -144,6 +177,8 @@ def test_lognormal_times_are_sigmoids_of_normals():
         ({"prediction": "velocty"}, "prediction='velocty'.*nearest is 'velocity'"),
         ({"loss_weight": "likelyhood"}, "loss_weight='likelyhood'.*nearest is 'likelihood'"),
         ({"train_eps": 0.5}, "train_eps=0.5 is out of range"),
+        ({"train_eps": 0.6}, "train_eps=0.6 is out of range"),
+        ({"train_eps": -0.1}, "train_eps=-0.1 is out of range"),
         ({"sample_eps": float("nan")}, "sample_eps=nan is out of range"),
     ],
 )
@@ -154,10 +189,25 @@ def test_bad_settings_are_named(options, message):
 
 def test_settings_without_effect_are_said():
     with pytest.warns(UserWarning, match="loss_weight is not used") as first:
-        create_transport(loss_weight="likelihood")
+        create_transport(prediction=fresh("velocity"), loss_weight=fresh("likelihood"))
     with pytest.warns(UserWarning, match="use_cosine_loss is used with") as second:
         create_transport(prediction="noise", use_cosine_loss=True)
     assert first[0].filename == second[0].filename == __file__
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"prediction": "velocity", "use_cosine_loss": True},
+        {"prediction": "velocity", "loss_weight": "velocity"},
+        {"prediction": "noise", "loss_weight": "likelihood"},
+        {"prediction": "score", "loss_weight": "likelihood"},
+    ],
+)
+def test_settings_with_an_effect_give_no_warning(options):
+    create_transport(**{key: fresh(value) if isinstance(value, str) else value for key, value in options.items()})
 
 
 def test_a_none_from_yaml_is_none():
@@ -167,6 +217,8 @@ def test_a_none_from_yaml_is_none():
 def test_a_wrong_output_shape_is_named():
     with pytest.raises(ValueError, match=r"returned shape \(4, 6, 4, 4\).*\(4, 3, 4, 4\)"):
         create_transport().training_losses(lambda x, t: torch.cat([x, x], 1), torch.zeros(4, 3, 4, 4))
+    with pytest.raises(ValueError, match=r"returned shape \(4, 2, 4, 4\).*\(4, 3, 4, 4\)"):
+        create_transport().training_losses(lambda x, t: x[:, :2], torch.zeros(4, 3, 4, 4))
 
 
 def test_losses_equal_the_published_ones(golden, manifest, unit_model):
