@@ -1,7 +1,7 @@
-"""Hold the bootstrap against the truth: `python -m studies.bootstrap_study --data-root FOLDER`.
+"""Compare the bootstrap with the truth: `python -m studies.bootstrap_study --data-root FOLDER`.
 
-Sets of real training images of Fashion-MNIST, drawn again and again, have a true mean and a true spread of their
-Frechet distance to the test images; the bootstrap has to tell both from one set alone. Prints docs/metrics.md's table.
+Many sets of real training images of Fashion-MNIST give the true mean and the true spread of their Frechet distance to
+the test images; the bootstrap has to estimate both from one set alone. Prints the table of docs/metrics.md.
 """
 
 from __future__ import annotations
@@ -14,44 +14,45 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from LightningDiT.console import Progress, run_main
-from LightningDiT.metrics.cache import views_of
+from LightningDiT.console import Progress, natural, positive, run_main
+from LightningDiT.metrics.cache import cached_activations
 from LightningDiT.metrics.extractors import make_extractor
 from LightningDiT.metrics.formulas import FrechetDistance, moments
 from LightningDiT.metrics.scores import LEVEL, Score, bootstrap_score, distance_of
 from LightningDiT.metrics.sources import open_images
-from LightningDiT.sampling.options import natural, positive
 from LightningDiT.seeds import generator_for
+from LightningDiT.tools.report import table
+from studies.pages import add_data_option
 
 BATCH_SIZE = 50
 COLUMNS = ("images", "mean distance", "true bias", "bootstrap's bias", "true spread", "interval's width", "it holds")
 
 
-def row_of(count: int, scores: Sequence[Score], limit: float) -> str:
-    """Return a row of the table: what sets of `count` images show, and what the bootstrap says of each.
+def row_of(count: int, scores: Sequence[Score], limit: float) -> list[str]:
+    """Return a row of the table: the truth from all sets of `count` images, and the bootstrap's mean estimates.
 
     Args:
-        limit: the distance of all images, whose own bias is small.
+        limit: the distance of all images, which has little bias.
     """
     values = np.array([score.value for score in scores])
     ends = np.array([(score.low, score.high) for score in scores])
     held = ((ends[:, 0] <= values.mean()) & (values.mean() <= ends[:, 1])).mean()
     spread = np.subtract(*np.quantile(values, [(1 + LEVEL) / 2, (1 - LEVEL) / 2]))
     figures = [values.mean(), values.mean() - limit, np.mean([score.bias for score in scores]), spread]
-    cells = [f"{figure:.3g}" for figure in [*figures, np.subtract(ends[:, 1], ends[:, 0]).mean()]]
-    return f"| {count} | {' | '.join(cells)} | {held:.0%} |"
+    widths = np.subtract(ends[:, 1], ends[:, 0])
+    return [str(count), *(f"{figure:.3g}" for figure in [*figures, widths.mean()]), f"{held:.0%}"]
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(prog="python -m studies.bootstrap_study", description=__doc__)
-    parser.add_argument("--data-root", default="data/fashion-mnist", help="folder of Fashion-MNIST")
+    add_data_option(parser)
     parser.add_argument("--features", default="judge", help="inception, judge, timm:NAME or timm:NAME@FILE")
     parser.add_argument("--counts", type=positive, nargs="+", default=[200, 500, 2000], help="images in a set")
     parser.add_argument("--sets", type=positive, default=60, help="sets of each count")
     parser.add_argument("--resamples", type=positive, default=40, help="of each set")
     parser.add_argument("--seed", type=natural, default=0)
-    parser.add_argument("--output", default="output/evaluation", help="folder whose `features` keeps what is seen")
+    parser.add_argument("--output", default="output/evaluation", help="its folder `features` keeps the features")
     return parser.parse_args(argv)
 
 
@@ -60,10 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     extractor, folder = make_extractor(args.features), Path(args.output) / "features"
     sides = {"training": open_images(f"{args.data_root}:train"), "reference": open_images(f"{args.data_root}:test")}
-    known, real = (views_of(side, extractor, folder, title, BATCH_SIZE)["features"] for title, side in sides.items())
+    known, real = (
+        cached_activations(side, extractor, folder, title, BATCH_SIZE)["features"] for title, side in sides.items()
+    )
     distance = FrechetDistance(*moments(real))
     limit = distance(*moments(known))
-    lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
+    rows = []
     progress = Progress(len(args.counts) * args.sets, "set")
     for count in args.counts:
         scores = []
@@ -71,14 +74,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             drawn = torch.randperm(len(known), generator=generator_for(args.seed, count, number))[:count]
             score = distance_of(known[drawn].double(), distance)
             again = [
-                torch.randint(count, (count,), generator=generator_for(args.seed, count, number, place))
-                for place in range(args.resamples)
+                torch.randint(count, (count,), generator=generator_for(args.seed, count, number, resample))
+                for resample in range(args.resamples)
             ]
             scores.append(bootstrap_score(score(torch.arange(count)), [score(indices) for indices in again]))
             progress.update()
-        lines.append(row_of(count, scores, limit))
+        rows.append(row_of(count, scores, limit))
     progress.close()
-    print("\n".join(lines))
+    print("\n".join(table(COLUMNS, rows)[:-1]))
     return 0
 
 

@@ -1,7 +1,8 @@
-"""How the classifiers of Fashion-MNIST are trained: the judge, and the vision model that latents are aligned with."""
+"""Train and test classifiers of Fashion-MNIST: the judge, and the vision model that latents are aligned with."""
 
 from __future__ import annotations
 
+import argparse
 import time
 from dataclasses import dataclass
 from typing import TypeVar
@@ -10,14 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from LightningDiT.console import duration
-from LightningDiT.data.images import pad_to_32
+from LightningDiT.console import duration, natural, positive
+from LightningDiT.data.fashion_mnist import fashion_mnist, pad_to_32
 from LightningDiT.device import autocast, best_device, training_dtype
 from LightningDiT.seeds import generator_for
-from LightningDiT.training import BatchOrder, learning_rate
+from LightningDiT.training.schedule import BatchOrder, learning_rate
+from studies.pages import add_data_option
 
 M = TypeVar("M", bound=nn.Module)
-BATCH_SIZE = 128
+BATCH_SIZE, TEST_BATCH_SIZE = 128, 500
 WARMUP_STEPS = 300  # at most; a tenth of a shorter training
 MAX_SHIFT = 2  # pixels by which training images move
 LABEL_SMOOTHING = 0.1
@@ -34,7 +36,7 @@ class Recipe:
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     """Return images (N, 3, 32, 32) moved by up to 2 pixels each way, half of them mirrored.
 
-    What moves in is black, as the border is, so nothing but black is lost or gained there.
+    Black pixels move in and out, since the border is black and as wide.
     """
     count, _, side, _ = images.shape
     padded = F.pad(images, [MAX_SHIFT] * 4, value=-1.0)  # (N, 3, 36, 36)
@@ -47,8 +49,16 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return moved.permute(0, 3, 1, 2)  # (N, 3, 32, 32)
 
 
+def add_training_options(parser: argparse.ArgumentParser, epochs: int) -> None:
+    """Add data set, output, epochs (default `epochs`) and seed."""
+    add_data_option(parser)
+    parser.add_argument("--output", required=True, help="safetensors file to write")
+    parser.add_argument("--epochs", type=positive, default=epochs, help="default: %(default)s")
+    parser.add_argument("--seed", type=natural, default=0)
+
+
 def train_classifier(model: M, images: Tensor, labels: Tensor, recipe: Recipe, epochs: int, seed: int) -> M:
-    """Train `model` and return it on the CPU; one line an epoch.
+    """Train `model` and return it on the CPU in eval mode; prints one line an epoch.
 
     Args:
         model: from images (N, 3, 32, 32) in [-1, 1] to logits.
@@ -83,4 +93,12 @@ def train_classifier(model: M, images: Tensor, labels: Tensor, recipe: Recipe, e
             mean = sum(losses[-order.steps_per_epoch :]) / order.steps_per_epoch
             left = (time.monotonic() - started) / epoch * (epochs - epoch)
             print(f"epoch {epoch} of {epochs}: loss {mean:.4f} ({duration(left)} left)", flush=True)
-    return model.cpu()
+    return model.cpu().eval()
+
+
+@torch.no_grad()
+def accuracy_on_test_images(model: nn.Module, root: str) -> float:
+    """Return the share of the 10,000 test photographs that a classifier knows."""
+    images, labels = fashion_mnist(root, train=False)
+    seen = torch.cat([model(pad_to_32(batch)).argmax(1) for batch in images.split(TEST_BATCH_SIZE)])
+    return float((seen == labels).double().mean())

@@ -10,37 +10,30 @@ and the tables between the marks in docs/guidance.md and the plot are renewed fr
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from LightningDiT.config import Config, SampleConfig, load_config, setting_differences
-from LightningDiT.console import run_main
-from LightningDiT.data.images import FASHION_MNIST_CLASSES
+from LightningDiT.console import positive, run_main
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.files import atomic_path
-from LightningDiT.loading import verify
-from LightningDiT.metrics.formulas import frechet_distance
-from LightningDiT.metrics.judge import load_judge
 from LightningDiT.sampling.calibrated import weights_fingerprint
-from LightningDiT.sampling.options import positive
+from LightningDiT.sampling.dry_run import verify
 from LightningDiT.sampling.pipeline import CONFIG_NAME, LightningDiTPipeline
 from LightningDiT.tools.match_guidance import match
-from LightningDiT.tools.report import put_between_marks
-from studies.evaluate_bundled import (
-    JUDGE_NAME,
+from LightningDiT.tools.report import put_between_marks, table
+from studies.judged import (
     ImageSet,
-    diversity_figures,
+    distance_and_accuracy,
+    diversity,
     generated,
+    judge_of,
     real_images,
-    recognised,
     some_of_each_class,
 )
+from studies.pages import CLASSES, Figures, add_study_options, kept_parts, plot, write_json
 
-CLASSES = len(FASHION_MNIST_CLASSES)
 REAL, NONE, CLASSIFIER_FREE, AUTOGUIDANCE = "real images", "none", "classifier-free", "autoguidance"
 ALL = "all"
 SOLVER = {"sampling_method": "ab3", "num_sampling_steps": 26, "time_grid": "graded", "timestep_shift": 0.0}
@@ -65,26 +58,17 @@ class Case:
 
 
 class Study:
-    """The rows measured so far, in a folder that belongs to one set of settings."""
+    """The rows measured so far, in a folder that belongs to one set of settings.
 
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        """Open what `folder` has, or start there.
+    Raises:
+        LightningDiTError: the folder has a study of other settings, or a file that cannot be read.
+    """
 
-        Raises:
-            LightningDiTError: it has a study of other settings, or a file that cannot be read.
-        """
+    def __init__(self, folder: Path, settings: Figures) -> None:
         self.file, self.page = folder / "guidance" / "study.json", folder / "guidance.md"
         self.plot = folder / "guidance" / "scales.png"
-        self.data: dict[str, Any] = {"settings": settings, "guides": {}, "matches": [], "rows": []}
-        if self.file.exists():
-            try:
-                there = json.loads(self.file.read_text(encoding="utf-8"))
-                if not (isinstance(there, dict) and there.keys() == self.data.keys()):
-                    raise ValueError(f"a mapping with {', '.join(self.data)} is expected")
-            except (OSError, ValueError) as error:
-                raise LightningDiTError(f"{self.file} cannot be read ({error})", "choose another --output") from error
-            self.data = there
-            self._refuse("settings", setting_differences(there["settings"], settings))
+        self.data = {"settings": settings, "guides": {}, "matches": [], "rows": []} | kept_parts(self.file)
+        self._refuse("settings", setting_differences(self.data["settings"], settings))
 
     def add_guides(self, guides: dict[str, str]) -> None:
         """Note the fingerprints of guides by name.
@@ -113,9 +97,8 @@ class Study:
 
     def save(self) -> None:
         """Write file, tables and plot, each whole."""
-        with atomic_path(self.file) as temporary:
-            temporary.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
-        write_page(self.data, self.page)
+        write_json(self.file, self.data)
+        put_between_marks(self.page, tables(self.data), "Guidance")
         draw(self.data, self.plot)
 
 
@@ -125,7 +108,7 @@ def study_config(path: Path) -> Config:
     return replace(config, sample=replace(config.sample, **SOLVER, solver_file=None, guide_ckpt=None))
 
 
-def settings_of(config: Config, count: int) -> dict[str, Any]:
+def settings_of(config: Config, count: int) -> Figures:
     """Return what all rows of a study have in common, as plain values."""
     sample = config.sample
     return {
@@ -157,7 +140,7 @@ def sample_of(case: Case, sample: SampleConfig, guides: dict[str, Path]) -> Samp
     return replace(sample, cfg_scale=case.scale, guided_channels=case.channels, guide_ckpt=guide)
 
 
-def cases_of(guides: Sequence[str], scales: Sequence[float], matches: Sequence[dict[str, Any]]) -> list[Case]:
+def cases_of(guides: Sequence[str], scales: Sequence[float], matches: Sequence[Figures]) -> list[Case]:
     """Return every case of a study, the ones that others are compared with first."""
     few = [Case(CLASSIFIER_FREE, channels=pair["channels"], scale=pair["scale"]) for pair in matches]
     matched = [Case(CLASSIFIER_FREE, scale=pair["matched"]) for pair in matches]
@@ -167,8 +150,8 @@ def cases_of(guides: Sequence[str], scales: Sequence[float], matches: Sequence[d
 
 
 def measure_matches(
-    pipe: LightningDiTPipeline, channels: int, scales: Sequence[float], known: Sequence[dict[str, Any]]
-) -> list[dict[str, Any]]:
+    pipe: LightningDiTPipeline, channels: int, scales: Sequence[float], known: Sequence[Figures]
+) -> list[Figures]:
     """Return for each scale on the first channels the matched one, to two digits; those that are known first."""
     found = list(known)
     for scale in scales:
@@ -187,122 +170,98 @@ def measure_matches(
 
 def figures_of(made: ImageSet, test: ImageSet) -> dict[str, float]:
     """Return the judge's accuracy, and diversity and Frechet distance against the real test images."""
-    return {
-        "accuracy": recognised(made)["accuracy"],
-        "diversity": diversity_figures(made, test)["mean"],
-        "frechet": frechet_distance(made.features, test.features),
-    }
+    return {"diversity": diversity(made, test)["mean"], **distance_and_accuracy(made, test)}
 
 
 def measure(
     study: Study, cases: Sequence[Case], base: LightningDiTPipeline, guides: dict[str, Path], root: str
 ) -> None:
     """Add the rows of `cases` to the study, one after the other."""
-    count = study.data["settings"]["count"]
-    judge = load_judge(Path(base.config.source).parent / JUDGE_NAME)
+    count, judge = study.data["settings"]["count"], judge_of(Path(base.config.source).parent)
     test = real_images(judge, root, train=False)
     for case in cases:
         print(f"{case.kind} {case.guide} scale {case.scale:g} on {case.channels} channels", flush=True)
         if case.kind == REAL:
             made = some_of_each_class(real_images(judge, root, train=True), count // CLASSES, SEED)
         else:
-            pipe = base.with_sample(sample_of(case, base.config.sample, guides))
-            options = argparse.Namespace(count=count, seed=SEED, guidance_scale=None, steps=None)
-            made = generated(pipe, judge, options)[0]
+            made = generated(base.with_sample(sample_of(case, base.config.sample, guides)), judge, count, SEED)
         study.keep(case, figures_of(made, test))
 
 
-def sorted_rows(data: dict[str, Any]) -> list[dict[str, Any]]:
+def sorted_rows(data: Figures) -> list[Figures]:
     """Return the rows by kind, guide, channels and scale."""
     kinds = (REAL, NONE, CLASSIFIER_FREE, AUTOGUIDANCE)
 
-    def key(row: dict[str, Any]) -> tuple[int, str, str, float]:
+    def key(row: Figures) -> tuple[int, str, str, float]:
         case = row["case"]
         return kinds.index(case["kind"]), case["guide"], str(case["channels"]), case["scale"]
 
     return sorted(data["rows"], key=key)
 
 
-def rows_table(data: dict[str, Any]) -> list[str]:
+def rows_table(data: Figures) -> list[str]:
     """Return the Markdown table of all rows."""
     settings = data["settings"]
     solver, (start, end) = settings["solver"], settings["interval"]
-    lines = [
+    title = (
         f"**{settings['count']} images a row**, seed {settings['seed']}, {solver['sampling_method']} with"
-        f" {solver['num_sampling_steps']} points ({solver['time_grid']} grid), guidance from t = {start:g} to {end:g}:",
-        "",
-        f"| guidance | guide | channels | scale | {' | '.join(title for title, _ in FIGURES.values())} |",
-        "|---" * (4 + len(FIGURES)) + "|",
-    ]
+        f" {solver['num_sampling_steps']} points ({solver['time_grid']} grid), guidance from t = {start:g} to {end:g}:"
+    )
+    rows = []
     for row in sorted_rows(data):
         case = row["case"]
         where = [case["guide"], str(case["channels"]), f"{case['scale']:g}"]
         cells = [case["kind"], *(where if case["kind"] in (CLASSIFIER_FREE, AUTOGUIDANCE) else ["", "", ""])]
-        cells += [written.format(row[name]) for name, (_, written) in FIGURES.items()]
-        lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, ""]
+        rows.append([*cells, *(written.format(row[name]) for name, (_, written) in FIGURES.items())])
+    head = ("guidance", "guide", "channels", "scale", *(title for title, _ in FIGURES.values()))
+    return [title, "", *table(head, rows)]
 
 
-def matches_table(data: dict[str, Any]) -> list[str]:
+def matches_table(data: Figures) -> list[str]:
     """Return the Markdown table of matched scales."""
-    lines = [
-        "| channels | scale there | matched on all | from single noises | from single times |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for pair in data["matches"]:
         spreads = (f"{low:g} to {high:g}" for low, high in (pair["noises"], pair["times"]))
-        lines.append(f"| first {pair['channels']} | {pair['scale']:g} | {pair['matched']:g} | {' | '.join(spreads)} |")
-    return [*lines, ""]
+        rows.append([f"first {pair['channels']}", f"{pair['scale']:g}", f"{pair['matched']:g}", *spreads])
+    return table(("channels", "scale there", "matched on all", "from single noises", "from single times"), rows)
 
 
-def write_page(data: dict[str, Any], page: Path) -> None:
-    """Put the tables between the marks of a Markdown page."""
-    put_between_marks(page, [*rows_table(data), *(matches_table(data) if data["matches"] else [])], "Guidance")
+def tables(data: Figures) -> list[str]:
+    """Return what goes between the marks of the page."""
+    return [*rows_table(data), *(matches_table(data) if data["matches"] else [])]
 
 
-def draw(data: dict[str, Any], path: Path) -> None:
+def draw(data: Figures, path: Path) -> None:
     """Draw each figure against the scale, a line for each kind, guide and number of channels; all start unguided."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    rows = sorted_rows(data)
-    alone = {row["case"]["kind"]: row for row in rows if row["case"]["kind"] in (REAL, NONE)}
-    figure = Figure(figsize=(5 * len(FIGURES), 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    for place, (name, (title, _)) in enumerate(FIGURES.items(), 1):
-        axes = figure.add_subplot(1, len(FIGURES), place)
-        lines: dict[str, list[tuple[float, float]]] = {}
-        for row in rows:
-            case = row["case"]
-            if case["kind"] not in alone:
-                which = case["guide"] or f"{case['channels']} channels"
-                lines.setdefault(f"{case['kind']}, {which}", []).append((case["scale"], row[name]))
-        for label, points in lines.items():
-            start = [(1.0, alone[NONE][name])] if NONE in alone else []
-            axes.plot(*zip(*start, *points, strict=True), ".-", label=label)
-        if REAL in alone:
-            axes.axhline(alone[REAL][name], color="grey", linestyle=":", label=REAL)
-        axes.set(title=title, xlabel="scale")
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=max(1, len(labels)))
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
+    alone: dict[str, Figures] = {}
+    lines: dict[str, list[Figures]] = {}
+    for row in sorted_rows(data):
+        case = row["case"]
+        if case["kind"] in (REAL, NONE):
+            alone[case["kind"]] = row
+        else:
+            lines.setdefault(f"{case['kind']}, {case['guide'] or str(case['channels']) + ' channels'}", []).append(row)
+    with plot(path, 1, len(FIGURES), (5, 4.2)) as figure:
+        for axes, (name, (title, _)) in zip(figure.axes, FIGURES.items(), strict=True):
+            for label, rows in lines.items():
+                rows = [alone[NONE], *rows] if NONE in alone else rows
+                axes.plot([row["case"]["scale"] for row in rows], [row[name] for row in rows], ".-", label=label)
+            if REAL in alone:
+                axes.axhline(alone[REAL][name], color="grey", linestyle=":", label=REAL)
+            axes.set(title=title, xlabel="scale")
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=max(1, len(labels)))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(prog="python -m studies.guidance_study", description=__doc__)
     parser.add_argument("--guide", nargs="+", default=[], metavar="CHECKPOINT", help="weaker weights of the same shape")
-    parser.add_argument("--data-root", default="data/fashion-mnist", help="folder of Fashion-MNIST")
-    parser.add_argument("--model", default="models/fashion-mnist", help="folder of model, tokenizer and judge")
-    parser.add_argument("--count", type=int, default=1000, help="images a row, the same number a class")
+    add_study_options(parser, count=1000)
     parser.add_argument("--scales", nargs="*", type=float, default=[1.5, 2, 3, 5], help="on all channels")
     parser.add_argument("--channels", type=positive, default=3, help="the few channels")
     parser.add_argument("--channel-scales", nargs="*", type=float, default=[3, 5], help="on the few channels")
-    parser.add_argument("--output", default="docs", help="folder of guidance.md and guidance/")
     args = parser.parse_args(argv)
-    if args.count < 2 * CLASSES or args.count % CLASSES:
-        parser.error(f"--count is {args.count}; a multiple of {CLASSES} from {2 * CLASSES} on is expected")
     for scale in (*args.scales, *args.channel_scales):
         if not 0 <= scale < 1e4 or scale == 1:
             parser.error(f"the scale {scale:g} is no guidance, or none that can be; 0 or more, and not 1, is expected")
@@ -324,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if missing:
         measure(study, missing, pipe, guides, args.data_root)
     study.save()
-    print("\n".join([*rows_table(study.data), *matches_table(study.data)]))
+    print("\n".join(tables(study.data)))
     print(f"wrote {study.file}, {study.plot} and the tables in {study.page}")
     return 0
 

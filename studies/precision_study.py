@@ -28,21 +28,25 @@ import torch
 from torch import Tensor, nn
 
 from LightningDiT.config import load_config
-from LightningDiT.console import Progress, run_main
-from LightningDiT.data.images import FASHION_MNIST_CLASSES
+from LightningDiT.console import positive, run_main
 from LightningDiT.images import to_uint8
-from LightningDiT.metrics.formulas import frechet_distance
-from LightningDiT.metrics.judge import load_judge
 from LightningDiT.models.lightningdit import LightningDiT, preset_settings
 from LightningDiT.models.positions import RotaryEmbedding2d
 from LightningDiT.sampling.pipeline import CONFIG_NAME, LightningDiTPipeline
 from LightningDiT.seeds import generator_for
-from LightningDiT.tools.report import keep_part, kept_parts, put_between_marks
+from LightningDiT.tools.report import table
 from LightningDiT.transport import GuidanceSettings, GuidedVelocity, draw_noise, graded_grid, integrate_ode, jumps_of
-from studies.evaluate_bundled import JUDGE_NAME, judged, real_images, recognised
+from studies.judged import (
+    BATCH_SIZE,
+    distance_and_accuracy,
+    equal_labels,
+    judge_of,
+    judged,
+    real_images,
+    sample_images,
+)
+from studies.pages import Figures, Part, add_study_options, run_parts
 
-CLASSES = len(FASHION_MNIST_CLASSES)
-BATCH_SIZE = 100
 LEVELS = (1, 2, 4)  # of 255, by which a pixel has changed
 SEED = 0
 #: Solvers whose drift is compared, as settings of `sample`.
@@ -54,11 +58,9 @@ SOLVERS: dict[str, dict[str, Any]] = {
 }
 B1_IMAGES = 2
 B1_SOLVER = ("ab3", 11)  # method and points of a graded grid
-B1_GUIDANCE = GuidanceSettings(scale=6.7, interval_start=0.125)  # as published for 800 epochs
+B1_GUIDANCE = GuidanceSettings(6.7, cfg_interval_start=0.125)  # as published for 800 epochs
 B1_SETTINGS = {"input_size": 16, "use_swiglu": True, "use_rope": True, "use_rmsnorm": True}
 FULL, BF16, EMULATED, FP16 = "float32", "bf16", "fp16, emulated", "fp16"
-
-Figures = dict[str, Any]
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -114,41 +116,30 @@ def pixel_drift(pixels: Tensor, reference: Tensor) -> Figures:
 
 def sampled(pipe: LightningDiTPipeline, name: str, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return latents (N, C, h, w) and pixels (N, H, W, 3) uint8 of classes (N,) in a precision."""
-    print(f"Sampling {len(labels)} images in {name}", flush=True)
-    progress = Progress(len(labels), "image")
-    other, latents, pixels = pipeline_in(pipe, name), [], []
-    for indices in torch.arange(len(labels)).split(BATCH_SIZE):
-        output = other(
-            labels[indices].tolist(), seed=SEED, indices=indices.tolist(), output_type="latent", batch_size=BATCH_SIZE
-        )
-        latents.append(output.images)
-        pixels.append(to_uint8(pipe.tokenizer.decode(output.images)).cpu())
-        progress.update(len(indices))
-    progress.close()
-    return torch.cat(latents), torch.cat(pixels)
+    print(f"In {name}: ", end="")
+    latents = sample_images(pipeline_in(pipe, name), labels, SEED, "latent").images
+    pixels = [to_uint8(pipe.tokenizer.decode(batch)).cpu() for batch in latents.split(BATCH_SIZE)]
+    return latents, torch.cat(pixels)
+
+
+def drift_rows(pipe: LightningDiTPipeline, names: Sequence[str], labels: Tensor) -> list[tuple[Figures, Tensor]]:
+    """Return for each precision the drift of the images of classes (N,) from float32, and their pixels."""
+    reference, found = sampled(pipe, FULL, labels), []
+    for name in names:
+        latents, pixels = reference if name == FULL else sampled(pipe, name, labels)
+        drift = {**latent_drift(latents, reference[0]), **pixel_drift(pixels, reference[1])}
+        found.append(({"precision": name, **drift}, pixels))
+    return found
 
 
 def measure_bundled(args: argparse.Namespace) -> Figures:
     """Return drift, Frechet distance and accuracy of `args.count` images in bf16 and emulated fp16."""
-    pipe = full_pipeline(args.model)
-    judge = load_judge(Path(args.model) / JUDGE_NAME)
-    test = real_images(judge, args.data_root, train=False)
-    labels = torch.arange(CLASSES).repeat_interleave(args.count // CLASSES)
-    rows: list[Figures] = []
-    for name in (FULL, BF16, EMULATED):
-        latents, pixels = sampled(pipe, name, labels)
-        if name == FULL:
-            reference = latents, pixels
-        made = judged(judge, pixels, labels)
-        rows.append(
-            {
-                "precision": name,
-                **latent_drift(latents, reference[0]),
-                **pixel_drift(pixels, reference[1]),
-                "frechet": frechet_distance(made.features, test.features),
-                "accuracy": recognised(made)["accuracy"],
-            }
-        )
+    pipe, judge = full_pipeline(args.model), judge_of(args.model)
+    test, labels = real_images(judge, args.data_root, train=False), equal_labels(args.count)
+    rows = [
+        {**drift, **distance_and_accuracy(judged(judge, pixels, labels), test)}
+        for drift, pixels in drift_rows(pipe, (FULL, BF16, EMULATED), labels)
+    ]
     return {"count": args.count, "solver": pipe.config.sample.sampling_method, "rows": rows}
 
 
@@ -156,25 +147,19 @@ def measure_kernels(args: argparse.Namespace) -> Figures:
     """Return the drift of emulated fp16 and of fp16 as this torch computes it on the CPU."""
     pipe = full_pipeline(args.model)
     labels = torch.arange(args.noises) % pipe.config.data.num_classes
-    reference = sampled(pipe, FULL, labels)
-    rows = []
-    for name in (EMULATED, FP16):
-        latents, pixels = sampled(pipe, name, labels)
-        rows.append({"precision": name, **latent_drift(latents, reference[0]), **pixel_drift(pixels, reference[1])})
+    rows = [drift for drift, _ in drift_rows(pipe, (EMULATED, FP16), labels)]
     return {"count": args.noises, "torch": torch.__version__, "rows": rows}
 
 
 def measure_solvers(args: argparse.Namespace) -> Figures:
     """Return the drift of the latents by each of `SOLVERS` in bf16 and emulated fp16."""
-    pipe = full_pipeline(args.model)
-    labels = torch.arange(args.noises) % pipe.config.data.num_classes
-    own, rows = pipe.config, []
+    own, rows = full_pipeline(args.model), []
+    labels = torch.arange(args.noises) % own.config.data.num_classes
     for solver, change in SOLVERS.items():
-        sample = replace(own.sample, **change)
-        pipe.config = replace(own, sample=sample)
-        reference = sampled(pipe, FULL, labels)[0]
-        drift = {name: latent_drift(sampled(pipe, name, labels)[0], reference)["error"] for name in (BF16, EMULATED)}
-        rows.append({"solver": solver, "evaluations": pipe.procedure(sample).steps, "errors": drift})
+        pipe = own.with_sample(replace(own.config.sample, **change))
+        made = {name: sample_images(pipeline_in(pipe, name), labels, SEED, "latent") for name in (FULL, BF16, EMULATED)}
+        errors = {name: latent_drift(made[name].images, made[FULL].images)["error"] for name in (BF16, EMULATED)}
+        rows.append({"solver": solver, "evaluations": made[FULL].evaluations, "errors": errors})
     return {"count": args.noises, "rows": rows}
 
 
@@ -243,15 +228,8 @@ def seeded_drift(network: LightningDiT) -> list[Figures]:
 
 def drift_cells(row: Figures) -> list[str]:
     """Return the cells of precision, latents and pixels."""
-    return [row["precision"], f"{row['error']:.3%}", f"{row['worst']:.3%}"] + [
-        f"{row['changed'][str(level)]:.3%}" for level in LEVELS
-    ]
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a table and an empty one."""
-    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
-    return [lines[0], "|---" * len(head) + "|", *lines[1:], ""]
+    figures = (row["error"], row["worst"], *(row["changed"][str(level)] for level in LEVELS))
+    return [row["precision"], *(f"{figure:.3%}" for figure in figures)]
 
 
 DRIFT_HEAD = ("precision", "latents: mean error", "worst image", *(f"pixels off by > {level}" for level in LEVELS))
@@ -261,7 +239,7 @@ def bundled_table(part: Figures) -> list[str]:
     """Return the table of the bundled model."""
     rows = [[*drift_cells(row), f"{row['frechet']:.3f}", f"{row['accuracy']:.2%}"] for row in part["rows"]]
     title = f"**The bundled model**, {part['count']} images by the solver `{part['solver']}`, against float32:"
-    return [title, "", *markdown((*DRIFT_HEAD, "Fréchet distance", "seen as asked"), rows)]
+    return [title, "", *table((*DRIFT_HEAD, "Fréchet distance", "seen as asked"), rows)]
 
 
 def solvers_table(part: Figures) -> list[str]:
@@ -271,73 +249,50 @@ def solvers_table(part: Figures) -> list[str]:
         [row["solver"], str(row["evaluations"]), *(f"{error:.3%}" for error in row["errors"].values())]
         for row in part["rows"]
     ]
-    return [title, "", *markdown(("solver", "evaluations", BF16, EMULATED), rows)]
+    return [title, "", *table(("solver", "evaluations", BF16, EMULATED), rows)]
 
 
 def kernels_table(part: Figures) -> list[str]:
     """Return the table that puts emulated fp16 beside torch's kernels."""
     title = f"**Emulated fp16 and torch {part['torch']}'s own on the CPU**, {part['count']} images, against float32:"
-    return [title, "", *markdown(DRIFT_HEAD, [drift_cells(row) for row in part["rows"]])]
+    return [title, "", *table(DRIFT_HEAD, map(drift_cells, part["rows"]))]
 
 
 def b1_table(part: Figures) -> list[str]:
     """Return the table of LightningDiT-B/1."""
     method, points = B1_SOLVER
     title = (
-        f"**LightningDiT-B/1 with seeded weights**, {part['count']} latents of 32x16x16, guidance {B1_GUIDANCE.scale:g}"
-        f" from t = {B1_GUIDANCE.interval_start:g} on {B1_GUIDANCE.guided_channels} channels, {points - 1} evaluations"
-        f" of `{method}`, against float32:"
+        f"**LightningDiT-B/1 with seeded weights**, {part['count']} latents of 32x16x16, guidance"
+        f" {B1_GUIDANCE.cfg_scale:g} from t = {B1_GUIDANCE.cfg_interval_start:g} on {B1_GUIDANCE.guided_channels}"
+        f" channels, {points - 1} evaluations of `{method}`, against float32:"
     )
     rows = [
         [row["precision"], f"{row['velocity']:.3%}", f"{row['error']:.3%}", f"{row['worst']:.3%}"]
         for row in part["rows"]
     ]
-    return [title, "", *markdown(("precision", "one evaluation", "latents: mean error", "worst image"), rows)]
+    return [title, "", *table(("precision", "one evaluation", "latents: mean error", "worst image"), rows)]
 
 
-MEASURES: dict[str, Callable[[argparse.Namespace], Figures]] = {
-    "bundled": measure_bundled,
-    "solvers": measure_solvers,
-    "kernels": measure_kernels,
-    "b1": measure_b1,
-}
-TABLES: dict[str, Callable[[Figures], list[str]]] = {
-    "bundled": bundled_table,
-    "solvers": solvers_table,
-    "kernels": kernels_table,
-    "b1": b1_table,
+PARTS: dict[str, Part] = {
+    "bundled": (measure_bundled, bundled_table),
+    "solvers": (measure_solvers, solvers_table),
+    "kernels": (measure_kernels, kernels_table),
+    "b1": (measure_b1, b1_table),
 }
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(prog="python -m studies.precision_study", description=__doc__)
-    parser.add_argument("--part", nargs="+", choices=MEASURES, default=list(MEASURES), help="default: all")
-    parser.add_argument("--data-root", default="data/fashion-mnist", help="folder of Fashion-MNIST, for the distance")
-    parser.add_argument("--model", default="models/fashion-mnist", help="folder of model, tokenizer and judge")
-    parser.add_argument("--count", type=int, default=1000, help="judged images, the same number a class")
-    parser.add_argument("--noises", type=int, default=40, help="images of the parts solvers and kernels")
-    parser.add_argument("--output", default="docs", help="folder of precision.md and precision/")
-    args = parser.parse_args(argv)
-    if args.noises < 1:
-        parser.error(f"--noises is {args.noises}; 1 or more is expected")
-    if args.count < 2 * CLASSES or args.count % CLASSES:
-        parser.error(f"--count is {args.count}; a multiple of {CLASSES} from {2 * CLASSES} on is expected")
-    return args
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure; default: all")
+    add_study_options(parser, count=1000)
+    parser.add_argument("--noises", type=positive, default=40, help="images of the parts solvers and kernels")
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, build, run."""
-    args = parse(argv)
-    kept, page = Path(args.output) / "precision" / "study.json", Path(args.output) / "precision.md"
-    kept_parts(kept)
-    for part in args.part:
-        figures = MEASURES[part](args)
-        study = keep_part(kept, part, figures)
-        lines = [line for known in MEASURES if known in study for line in TABLES[known](study[known])]
-        put_between_marks(page, lines, "Precision")
-        print("\n".join(TABLES[part](figures)), flush=True)
-    print(f"wrote {kept} and the tables in {page}")
+    run_parts(parse(argv), "precision", PARTS)
     return 0
 
 

@@ -1,8 +1,9 @@
 """Train a vision model on Fashion-MNIST: `python -m studies.train_vision_model --output vision.safetensors`.
 
-For where DINOv2 and its like cannot be had, or have never seen such images: a small model of timm's learns to tell the
-classes of the 60,000 training photographs. `train.vision_weights` of a tokenizer names the file, `train.vision_model`
-the model. It is trained on what the alignment will show it: images scaled to `--size` pixels, normalised as timm says.
+Use it where DINOv2 cannot be downloaded or has never seen such images: a small model from timm learns the classes of
+the 60,000 training photographs. A tokenizer names the file by `train.vision_weights` and the model by
+`train.vision_model`. It is trained on what the alignment will show it: images scaled to `--size` pixels, normalised as
+timm says.
 """
 
 from __future__ import annotations
@@ -18,15 +19,13 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from LightningDiT.checkpoint import save_weights
-from LightningDiT.console import run_main
-from LightningDiT.data.images import FASHION_MNIST_CLASSES, fashion_mnist, pad_to_32
+from LightningDiT.console import positive, run_main
+from LightningDiT.data.fashion_mnist import FASHION_MNIST_CLASSES, fashion_mnist
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.sampling.options import positive
 from LightningDiT.tokenizer.vision import normalised, resized
-from studies.classifiers import Recipe, train_classifier
+from studies.classifiers import Recipe, accuracy_on_test_images, add_training_options, train_classifier
 
 RECIPE = Recipe(peak_rate=2e-3, weight_decay=0.05)
-EVALUATION_BATCH = 500
 
 
 class VisionClassifier(nn.Module):
@@ -75,23 +74,12 @@ def create_classifier(name: str, side: int) -> VisionClassifier:
     return classifier
 
 
-@torch.no_grad()
-def accuracy(classifier: VisionClassifier, root: str) -> float:
-    """Return the share of the 10,000 test photographs that the classifier knows."""
-    images, labels = fashion_mnist(root, train=False)
-    seen = torch.cat([classifier(pad_to_32(batch)).argmax(1) for batch in images.split(EVALUATION_BATCH)])
-    return float((seen == labels).double().mean())
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(prog="python -m studies.train_vision_model", description=__doc__)
-    parser.add_argument("--data-root", default="data/fashion-mnist", help="folder of Fashion-MNIST")
-    parser.add_argument("--output", required=True, help="safetensors file to write, with timm's names")
     parser.add_argument("--model", default="mobilenetv3_small_050", help="of timm; default: %(default)s")
     parser.add_argument("--size", type=positive, default=128, help="pixels a side that it sees; default: %(default)s")
-    parser.add_argument("--epochs", type=positive, default=4, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0)
+    add_training_options(parser, epochs=4)
     return parser.parse_args(argv)
 
 
@@ -102,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     classifier = create_classifier(args.model, args.size)
     images, labels = fashion_mnist(args.data_root, train=True)
     train_classifier(classifier, images, labels, RECIPE, args.epochs, args.seed)
-    share = accuracy(classifier.eval(), args.data_root)
+    share = accuracy_on_test_images(classifier, args.data_root)
     metadata = {"model": args.model, "size": str(args.size), "epochs": str(args.epochs), "test_accuracy": str(share)}
     save_weights(classifier.model.state_dict(), args.output, metadata)
     print(f"the model knows {share:.2%} of the test photographs; wrote {args.output}")

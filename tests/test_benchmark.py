@@ -39,10 +39,18 @@ from LightningDiT.tools.benchmark.forward import (
 from LightningDiT.tools.benchmark.loading import lack_of_room, load_in_process, write_model
 from LightningDiT.tools.benchmark.machine import lack_of, machine, machine_line, peak_resident_bytes, processor_name
 from LightningDiT.tools.benchmark.rounds import Case, Result, Setting, measure, product_case, triad_case
-from LightningDiT.tools.benchmark.sampling import FAST_NAME, PUBLISHED_NAME, decode_cases, growth_cases, image_cases
+from LightningDiT.tools.benchmark.sampling import (
+    FAST_NAME,
+    PUBLISHED_NAME,
+    decode_cases,
+    growth_cases,
+    image_cases,
+    published_procedure,
+)
 from LightningDiT.tools.benchmark.tables import TABLES, mark_of, render
 from LightningDiT.tools.benchmark.training import Comparison, Extraction, Step, Waiting
 from LightningDiT.tools.report import marks_of, put_between_marks
+from LightningDiT.transport import integrate_ode, time_grid
 
 ROOT = Path(__file__).parents[1]
 SMALL = LightningDiTSettings(
@@ -95,15 +103,7 @@ def test_decoder_flops_meet_a_hand_count() -> None:
     expected += high * (9 * 64 * 32 + 9 * 32 * 32 + 64 * 32)  # upper level: residual block with shortcut
     expected += high * 2 * 9 * 32 * 32  # and one without
     expected += high * 9 * 32 * 3  # conv_out
-    assert product_flops(tokenizer, lambda: tokenizer.decode(latent)) == 2 * expected
-
-
-def test_counting_leaves_no_hooks_behind() -> None:
-    layer = nn.Linear(3, 5)
-    assert product_flops(layer, lambda: layer(torch.zeros(7, 3))) == 2 * 7 * 3 * 5
-    with pytest.raises(RuntimeError):
-        product_flops(layer, lambda: layer(torch.zeros(7, 4)))
-    assert not layer._forward_hooks
+    assert product_flops(lambda: tokenizer.decode(latent)) == 2 * expected
 
 
 def test_random_weights_are_the_same_each_time_and_nowhere_zero() -> None:
@@ -177,12 +177,13 @@ def test_the_triad_adds_twice_the_third_array() -> None:
 
 
 def test_products_of_a_model_are_all_that_its_forward_multiplies() -> None:
-    model = random_weights(on_meta(SMALL))
+    model = on_meta(SMALL)
     products = {product.name: product for product in products_of(model, 3)}
-    assert sum(product.flops for product in products.values()) == model_flops(on_meta(SMALL), 3)
-    assert len(products["attn.qkv"].layers) == SMALL.depth
+    assert sum(product.flops(model) for product in products.values()) == model_flops(model, 3)
+    assert products["attn.qkv"].paths == tuple(f"blocks.{index}.attn.qkv" for index in range(SMALL.depth))
     assert products["attn.qkv"].shape == (3, 4, 48)
-    assert products["attn.qkv"].flops == SMALL.depth * 2 * 3 * 4 * 48 * 144
+    assert products["attn.qkv"].flops(model) == SMALL.depth * 2 * 3 * 4 * 48 * 144
+    assert products["attention"].flops(model) == SMALL.depth * 2 * 3 * (2 * 4 * 4 * 48)  # q k^T, then times v
     assert products["adaLN_modulation.1"].shape == (3, 48)
     assert not any(layer._forward_hooks for layer in model.modules())
 
@@ -271,6 +272,22 @@ def test_both_procedures_make_pictures_of_the_same_noise(tiny_folder: Path) -> N
         theirs, ours = published.run(), torch.from_numpy(library.run().images)
     assert theirs.shape == ours.shape == (2, 16, 16, 3)
     assert (theirs.int() - ours.int()).abs().max() <= 1  # the library under the name `published`: the same pictures
+
+
+@pytest.mark.parametrize("channels", ["all", 3])
+def test_the_published_procedure_gives_the_same_latents(tiny_folder: Path, channels: int | str) -> None:
+    pipe = LightningDiTPipeline.from_pretrained(tiny_folder)
+    sample = replace(pipe.config.sample, cfg_interval_start=0.3, guided_channels=channels)
+    labels, calls = [0, 2], list[int]()
+    noise = torch.randn(2, *pipe.latent_shape, generator=torch.Generator().manual_seed(0))
+    handle = pipe.transformer.register_forward_hook(lambda module, args, out: calls.append(len(args[0])))
+    ours = published_procedure(pipe, sample, noise, labels)
+    handle.remove()
+    assert calls == [4] * 249  # both halves of two images at every step
+    guided = pipe.guided(labels, sample)
+    with torch.inference_mode():
+        expected = integrate_ode(guided, noise, time_grid(250), "euler")
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(("what", "images", "calls"), [("batch", 3, 10), ("evaluations", 8, 3), ("images", 3, 10)])
@@ -401,15 +418,6 @@ def test_a_page_keeps_what_is_outside_the_marks_of_a_part(tmp_path: Path) -> Non
         main(["--part", "load", "--output", str(tmp_path / "none.md")])
 
 
-def test_a_page_with_one_of_two_marks_is_left_as_it_is(tmp_path: Path) -> None:
-    page, (begin, end) = tmp_path / "page.md", marks_of("measured")
-    for text in (f"a\n{begin}\nb\n", f"a\n{end}\nb\n", f"a\n{end}\nb\n{begin}\nc\n"):
-        page.write_text(text)
-        with pytest.raises(LightningDiTError, match=f"lacks the lines {begin} and {end}; fix: git restore"):
-            put_between_marks(page, ["new"], "Title")
-        assert page.read_text() == text
-
-
 def test_the_page_in_docs_has_figures_and_a_place_for_every_part(tmp_path: Path) -> None:
     page = tmp_path / "benchmark.md"
     text = (ROOT / "docs" / "benchmark.md").read_text(encoding="utf-8")
@@ -475,10 +483,10 @@ def test_time_demo_refuses_a_run_without_sampling(tmp_path: Path) -> None:
         time_demo(script)
 
 
-def test_timed_script_passes_the_exit_code_on(tmp_path: Path) -> None:
+def test_a_timed_script_passes_its_exit_code_on(tmp_path: Path) -> None:
     script = tmp_path / "fails.py"
     script.write_text("import sys\nprint(sys.argv[1:])\nsys.exit(3)\n")
-    tool = [sys.executable, "-m", "LightningDiT.tools.benchmark.timed_script", str(tmp_path / "t.json")]
+    tool = [sys.executable, "-m", "LightningDiT.tools.benchmark.demo", str(tmp_path / "t.json")]
     done = subprocess.run([*tool, str(script), "a", "-b"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (3, "['a', '-b']\n")
     assert not (tmp_path / "t.json").exists()

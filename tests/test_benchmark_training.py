@@ -35,7 +35,7 @@ from LightningDiT.tools.benchmark.training import (
 )
 from LightningDiT.tools.report import marks_of
 from LightningDiT.train import Trainer
-from LightningDiT.training.latent_batches import LatentBatches, PartialBatch
+from LightningDiT.training.latent_batches import LatentBatch, LatentBatches
 
 CPU = torch.device("cpu")
 QUICK = Setting(CPU, torch.float32, quick=True)
@@ -126,11 +126,11 @@ def test_the_share_of_waiting_is_what_a_clock_around_the_batches_says(
 ) -> None:
     make, batch, waited = LatentBatches.make, LatentBatches.batch, list[float]()
 
-    def slow(self: LatentBatches, step: int) -> PartialBatch:
+    def slow(self: LatentBatches, step: int) -> LatentBatch:
         time.sleep(0.2)  # longer than a step, so that each waits
         return make(self, step)
 
-    def clocked(self: LatentBatches, step: int) -> PartialBatch:
+    def clocked(self: LatentBatches, step: int) -> LatentBatch:
         started = time.perf_counter()
         rows = batch(self, step)
         waited.append(time.perf_counter() - started)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from LightningDiT.data.images import pad_to_32
+from LightningDiT.data.fashion_mnist import pad_to_32
 from studies.classifiers import augment
 
 

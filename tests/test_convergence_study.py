@@ -1,9 +1,10 @@
-"""The study of convergence: equal arms, jobs that need one another, judging, and what the page says of known curves."""
+"""The study of convergence: equal arms, the order of jobs, checkpoints, and the page of known curves."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from LightningDiT.loading import model_settings
 from LightningDiT.models.lightningdit import LightningDiT
 from LightningDiT.tokenizer.config import load_tokenizer_config, tokenizer_training
 from LightningDiT.tokenizer.vavae import autoencoder_settings
-from studies.convergence import arms, jobs, judging, page
+from studies.convergence import arms, evaluate_checkpoints, jobs, page
 from studies.convergence.__main__ import parse
 from tests.conftest import BUNDLED, PROJECT
 from tests.test_evaluate_bundled import data_root  # noqa: F401 - a fixture
@@ -70,64 +71,73 @@ def test_another_plan_does_not_take_the_folder(plan: arms.Plan) -> None:
         arms.write_configs(replace(plan, steps=50))
 
 
-def test_every_job_needs_what_an_earlier_one_makes(plan: arms.Plan) -> None:
-    found = jobs.jobs_of(plan)
-    made: set[Path] = set()
-    for job in found:
-        assert set(job.needs) <= made
-        made.add(job.makes)
-    assert len(found) == len(made) == 1 + 2 * 3 + (len(arms.ARMS) + 1) * 2 * 2
-    assert [job.name for job in found if not job.needs] == ["vision", "tokenizer-plain"]
+def test_every_job_comes_after_what_it_needs(plan: arms.Plan) -> None:
+    found = [job.name for job in jobs.jobs_of(plan)]
+    assert len(set(found)) == len(found) == 1 + 2 * 3 + (len(arms.ARMS) + 1) * 2 * 2
+    for name in ("plain", "aligned"):
+        needed = [found.index(f"{what}-{name}") for what in ("tokenizer", "latents", "evaluation")]
+        assert found.index("vision") < needed[0] < min(needed[1:])
+    for arm in arms.ARMS:
+        for run in [f"{arm.name}-{seed}{end}" for seed in plan.seeds for end in ("", "-start")[: 1 + arm.quick]]:
+            assert found.index(f"latents-{arm.tokenizer}") < found.index(run) < found.index(f"{run}-evaluated")
 
 
-def copy_job(name: str, source: Path, target: Path, needs: tuple[Path, ...] = ()) -> jobs.Job:
+def copy_job(name: str, source: Path, target: Path) -> jobs.Job:
     """A job of the standard library: `json.tool` writes what it reads."""
-    return jobs.Job(name, ("json.tool", str(source), str(target)), target, needs)
+    return jobs.Job(name, ("json.tool", str(source), str(target)), target)
 
 
-def test_jobs_wait_for_what_they_need_and_are_not_done_twice(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_jobs_run_in_order_and_are_not_done_twice(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     start, middle, end = (tmp_path / f"{name}.json" for name in ("start", "middle", "end"))
     start.write_text("[1]")
-    chain = [copy_job("second", middle, end, (middle,)), copy_job("first", start, middle)]
-    jobs.run_jobs(chain, 2, tmp_path / "logs")
+    chain = [copy_job("first", start, middle), copy_job("second", middle, end)]
+    jobs.run_jobs(chain)
     assert json.loads(end.read_text()) == [1]
     assert "0 of 2 parts are there" in capsys.readouterr().out
     end.write_text("[2]")
-    jobs.run_jobs(chain, 2, tmp_path / "logs")
+    jobs.run_jobs(chain)
     assert json.loads(end.read_text()) == [2]
     assert "2 of 2 parts are there" in capsys.readouterr().out
 
 
-def test_a_job_that_fails_is_named_with_its_last_line(tmp_path: Path) -> None:
+def test_a_job_that_fails_is_named(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     job = jobs.Job("broken", ("no_module_of_this_name",), tmp_path / "never")
-    with pytest.raises(LightningDiTError, match=r"broken failed with exit code 1: .*No module named no_module_of_this"):
-        jobs.run_jobs([job], 1, tmp_path / "logs")
+    with pytest.raises(
+        LightningDiTError, match=r"broken failed with exit code 1; fix: see above, and give the command"
+    ):
+        jobs.run_jobs([job])
+    assert "No module named no_module_of_this" in capfd.readouterr().err
     silent = jobs.Job("silent", ("this", "--nothing"), tmp_path / "never")  # ends well, and makes no file
     with pytest.raises(LightningDiTError, match="silent failed with exit code 0"):
-        jobs.run_jobs([silent], 1, tmp_path / "logs")
+        jobs.run_jobs([silent])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_reaches_the_jobs_under_way(number: signal.Signals, tmp_path: Path) -> None:
+def test_a_stop_reaches_the_job_under_way(number: signal.Signals, tmp_path: Path) -> None:
+    (tmp_path / "waiting.py").write_text(
+        "import sys, time\nfrom pathlib import Path\nfrom LightningDiT.console import run_main\n"
+        "def main():\n    Path(sys.argv[1]).touch()\n    time.sleep(60)\n"
+        "sys.exit(run_main(main))\n"
+    )
     code = (
         "import sys; from pathlib import Path; from LightningDiT.console import run_main\n"
         "from studies.convergence.jobs import Job, run_jobs\n"
-        f"logs = Path({str(tmp_path)!r})\n"
-        "job = Job('server', ('http.server', '--bind', '127.0.0.1', '0'), logs / 'never')\n"
-        "sys.exit(run_main(lambda: run_jobs([job], 1, logs) or 0))"
+        f"job = Job('waiting', ('waiting', {str(tmp_path / 'began')!r}), Path({str(tmp_path / 'never')!r}))\n"
+        "sys.exit(run_main(lambda: run_jobs([job]) or 0))"
     )
-    study = subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT, stderr=subprocess.PIPE, text=True)
-    log = tmp_path / "server.log"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    study = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=PROJECT, env=environment, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 60
-    while not log.exists() or not children_of(study.pid):
+    while not (tmp_path / "began").exists():
         assert time.monotonic() < deadline
         time.sleep(0.1)
     child = children_of(study.pid)[0]
-    time.sleep(1.0)  # until Python's own start is behind it
     study.send_signal(number)
     _, errors = study.communicate(timeout=60)
     assert study.returncode == 130
-    assert errors.startswith("stopped;")
+    assert [line.split(";")[0] for line in errors.splitlines()] == ["stopped", "stopped"]  # the job's, and the study's
     assert not Path(f"/proc/{child}").exists()
 
 
@@ -181,11 +191,11 @@ def test_the_page_holds_figures_ratios_and_curves(plan: arms.Plan, tmp_path: Pat
     text = document.read_text()
     assert text.startswith("# Training\n\nProse.\n")
     assert text.endswith("<!-- convergence: end -->\n\nMore.\n")
-    assert "**5,120 images a training, 20 images judged a checkpoint, seeds 0 / 3:**" in text
+    assert "**5,120 images a training, 20 images of each checkpoint, seeds 0 / 3:**" in text
     assert "| DiT, plain VAE | 2.00 / 2.20 |  | not reached |" in text
     assert "| LightningDiT, aligned VAE | 0.25 / 0.28 | 7.8 | 4.0 |" in text
     assert "| LightningDiT, plain VAE | 0.50 / 0.55 | 4.0 or more | 2.0 |" in text
-    assert "| 20 real training photographs | 0.12 | | |" in text
+    assert "| 20 real training photographs | 0.12 |  |  |" in text
     assert "| aligned | 29.0 | 0.250 | -3.50 |" in text
     assert curves == tmp_path / "docs" / "training" / "convergence.png"
     assert curves.read_bytes().startswith(b"\x89PNG")
@@ -194,7 +204,7 @@ def test_the_page_holds_figures_ratios_and_curves(plan: arms.Plan, tmp_path: Pat
     assert first["frechet"] == [8.0, 4.0, 80 / 30, 2.0]
 
 
-def test_checkpoints_are_judged_once(
+def test_checkpoints_are_evaluated_once(
     tmp_path: Path,
     data_root: Path,  # noqa: F811
     capsys: pytest.CaptureFixture,
@@ -210,21 +220,21 @@ def test_checkpoints_are_judged_once(
         save_training_state({"step": step, "model": zeros, "ema": average}, run / f"checkpoint-{step:07d}.pt")
     arguments = ["--config", str(BUNDLED / "config.yaml"), "--run", str(run), "--data-root", str(data_root)]
     arguments += ["--count", "20", "--output", str(output)]
-    assert run_main(lambda: judging.main(arguments)) == 0
+    assert run_main(lambda: evaluate_checkpoints.main(arguments)) == 0
     figures = json.loads(output.read_text())
     assert set(figures) == {"10", "20", "real"}
     assert figures["20"]["accuracy"] >= 0.9  # the model card has 96 %
     assert figures["10"]["accuracy"] == pytest.approx(0.1, abs=0.11)  # noise, whatever class was asked for
-    (run / "judged-20.json").write_text(json.dumps({"10": {}, "20": {"accuracy": 7}}))
+    (run / "evaluated-20.json").write_text(json.dumps({"10": {}, "20": {"accuracy": 7}}))
     capsys.readouterr()
-    assert run_main(lambda: judging.main(arguments)) == 0
+    assert run_main(lambda: evaluate_checkpoints.main(arguments)) == 0
     assert json.loads(output.read_text())["20"] == {"accuracy": 7}
     assert "checkpoint-" not in capsys.readouterr().out
 
 
 def test_a_run_without_checkpoints_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     arguments = ["--config", "a.yaml", "--run", str(tmp_path), "--output", str(tmp_path / "a.json")]
-    assert run_main(lambda: judging.main(arguments)) == 1
+    assert run_main(lambda: evaluate_checkpoints.main(arguments)) == 1
     fix = f"python -m LightningDiT.train --config a.yaml --output {tmp_path}"
     assert f"holds no checkpoint after a step; fix: {fix}" in capsys.readouterr().err
 
@@ -232,7 +242,6 @@ def test_a_run_without_checkpoints_is_one_line(tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("option", "reason"),
     [
-        (["--count", "15"], "--count is 15; a multiple of 10 from 20 on is expected"),
         (
             ["--steps", "10", "--every", "3"],
             "--every is 3 and --steps 10; a multiple of 5, and a multiple of that, are",

@@ -10,6 +10,7 @@ import studies.guidance_study as study
 from LightningDiT.checkpoint import load_weights, save_weights
 from LightningDiT.config import load_config
 from LightningDiT.console import run_main
+from LightningDiT.tools.report import put_between_marks
 from tests.conftest import BUNDLED, PROJECT
 from tests.test_evaluate_bundled import data_root, model_folder  # noqa: F401 - fixtures
 
@@ -43,7 +44,7 @@ def test_tables_are_sorted_and_hold_every_row():
     assert lines[0] == ("**20 images a row**, seed 0, ab3 with 26 points (graded grid), guidance from t = 0.1 to 1:")
     assert lines[2:10] == [
         "| guidance | guide | channels | scale | seen as asked | pairwise distance over real | Fréchet distance |",
-        "|---|---|---|---|---|---|---|",
+        "|---|--:|--:|--:|--:|--:|--:|",
         "| real images |  |  |  | 93.12% | 1.001 | 0.250 |",
         "| none |  |  |  | 80.00% | 1.000 | 4.000 |",
         "| classifier-free |  | 3 | 10 | 94.00% | 0.800 | 2.000 |",
@@ -57,9 +58,9 @@ def test_tables_are_sorted_and_hold_every_row():
 def test_the_page_keeps_its_prose(tmp_path):
     page = tmp_path / "guidance.md"
     page.write_text("# Guidance\n\nProse.\n")
-    study.write_page(DATA, page)
+    put_between_marks(page, study.tables(DATA), "Guidance")
     page.write_text(page.read_text() + "\nEnd.\n")
-    study.write_page({**DATA, "rows": DATA["rows"][:1], "matches": []}, page)
+    put_between_marks(page, study.tables({**DATA, "rows": DATA["rows"][:1], "matches": []}), "Guidance")
     text = page.read_text()
     assert text.startswith("# Guidance\n\nProse.\n") and text.endswith("End.\n")
     assert "| autoguidance | early |" in text and "classifier-free" not in text
@@ -151,7 +152,7 @@ def test_guides_that_cannot_be_are_named_before_anything_is_measured(model, tmp_
 
 
 @pytest.mark.parametrize(
-    "option", [["--count", "25"], ["--count", "10"], ["--scales", "1"], ["--scales", "-2"], ["--channels", "0"]]
+    "option", [["--channel-scales", "1e5"], ["--scales", "1"], ["--scales", "-2"], ["--channels", "0"]]
 )
 def test_bad_options_are_refused(option, capsys):
     with pytest.raises(SystemExit) as caught:

@@ -18,18 +18,19 @@ GROUND: dict[str, set[str]] = {
     "errors": set(),
     "seeds": set(),
     "console": {"errors"},
-    "files": {"errors"},
+    "files": {"console", "errors"},
     "device": {"errors"},
-    "compiling": {"device"},
-    "distributed": {"errors"},
+    "compiling": {"device", "errors"},
+    "distributed": {"console", "errors"},
     "config": {"errors"},
     "checkpoint": {"errors", "files"},
     "images": {"errors", "files"},
+    "pretrained": {"checkpoint", "errors"},
 }
 PARTS: dict[str, set[str]] = {
     "models": set(),
     "transport": set(),
-    "tokenizer": {"checkpoint", "config", "device", "errors", "files", "images", "seeds"},
+    "tokenizer": {"checkpoint", "config", "device", "errors", "files", "images", "pretrained", "seeds"},
     "data": {"checkpoint", "config", "device", "errors", "files", "images", "seeds"},
 }
 BELOW = {*GROUND, *PARTS, "loading"}
@@ -37,7 +38,7 @@ ROWS: dict[str, set[str]] = {
     **GROUND,
     **PARTS,
     "loading": {"checkpoint", "compiling", "config", "device", "errors", "models", "tokenizer", "transport"},
-    "metrics": {*GROUND, "data"},
+    "metrics": {*GROUND, "data", "tokenizer"},
     "sampling": BELOW,
     "training": {*BELOW, "sampling"},  # a run shows samples of its average
     "__init__": {"config", "sampling"},

@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from LightningDiT.checkpoint import save_weights
-from LightningDiT.data.images import pad_to_32
+from LightningDiT.checkpoint import inspect, save_weights
+from LightningDiT.data.fashion_mnist import pad_to_32
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.metrics.judge import FEATURES, Judge, judge_images, load_judge
-from studies.judge import half_precision, judge_metadata, save_judge, train_judge
+from studies.train_judge import save_judge, train_judge
 
 BUNDLED = Path(__file__).parents[1] / "models" / "fashion-mnist" / "judge.safetensors"
 SAMPLES = Path(__file__).parent / "samples" / "fashion_mnist_test.png"
@@ -92,17 +92,17 @@ def test_a_file_gives_the_same_judge_back(trained: Judge, tmp_path: Path) -> Non
     path = tmp_path / "judge.safetensors"
     save_judge(trained, path, {"test_accuracy": 0.93, "seed": 0, "epochs": 1})
     assert path.stat().st_size <= 500_000
-    assert judge_metadata(path) == {"test_accuracy": 0.93, "seed": 0, "epochs": 1}
+    assert inspect(path).metadata == {"test_accuracy": "0.93", "seed": "0", "epochs": "1"}
     loaded = load_judge(path)
     assert not loaded.training
     images = pad_to_32(uint8_images(20))
-    rounded = half_precision(trained)
+    rounded = trained.half().float()
     with torch.no_grad():  # float32 weights would differ by about 1e-3
         torch.testing.assert_close(loaded(images), rounded(images), rtol=0, atol=1e-5)
 
 
 def test_wrong_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(LightningDiTError, match=r"does not exist; fix: python -m studies\.judge"):
+    with pytest.raises(LightningDiTError, match=r"does not exist; fix: python -m studies\.train_judge"):
         load_judge(tmp_path / "none.safetensors")
     save_weights({"weight": torch.zeros(3)}, tmp_path / "other.safetensors")
     with pytest.raises(LightningDiTError, match="does not fit Judge"):
@@ -110,8 +110,7 @@ def test_wrong_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_bundled_judge_knows_real_photographs() -> None:
-    metadata = judge_metadata(BUNDLED)
-    assert metadata["test_accuracy"] >= 0.91
+    assert float(inspect(BUNDLED).metadata["test_accuracy"]) >= 0.91
     assert BUNDLED.stat().st_size <= 500_000
     rows = torch.from_numpy(np.array(Image.open(SAMPLES))).unflatten(0, (10, 28)).unflatten(2, (10, 28))
     images = rows.transpose(1, 2).flatten(0, 1)  # (100, 28, 28), ten a class

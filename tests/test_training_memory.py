@@ -97,4 +97,4 @@ def test_amounts_that_cannot_be_are_refused(arguments: list[str], capsys: pytest
     with pytest.raises(SystemExit) as ended:
         tool.main(["--config", "config.yaml", *arguments])
     assert ended.value.code == 2
-    assert f"{arguments[1]!r} is no" in capsys.readouterr().err
+    assert f"{arguments[1]!r} given, a" in capsys.readouterr().err

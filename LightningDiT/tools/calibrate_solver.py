@@ -2,10 +2,10 @@
 
 A solver of n evaluations is n + 1 times and a triangle of coefficients, x_n+1 = x_n + sum_j<=n c_nj v_j (idea: Wang et
 al., "Differentiable Solver Search for Fast Diffusion Sampling", arXiv 2505.21114). The fit starts from the
-Adams-Bashforth method on a graded grid, takes for each step the coefficients of least squares to reference
-trajectories where these are better, and then moves coefficients and times together by Adam through the model.
-What is kept is what was best on noises that the fit never saw. The file belongs to the weights and their guidance;
-a second run goes on from what the file has, and never puts a worse solver in a better one's place.
+Adams-Bashforth method on a graded grid, or from coefficients of least squares to reference trajectories if these are
+better. Then Adam moves coefficients and times together through the model. The solver that is best on noises unseen by
+the fit is kept. The file belongs to the weights and their guidance; a second run goes on from the file, and never
+replaces a solver by a worse one.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ import torch
 from torch import Tensor
 
 from LightningDiT.config import SampleConfig, load_config
-from LightningDiT.console import Progress, run_main
+from LightningDiT.console import Progress, natural, positive, run_main
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.loading import verify_config
+from LightningDiT.loading import guidance_of
 from LightningDiT.sampling.calibrated import (
     CalibratedSolver,
-    Guidance,
     SolverFile,
+    guide_fingerprint,
     load_solvers,
     save_solvers,
     weights_fingerprint,
 )
+from LightningDiT.sampling.dry_run import verify_config
 from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from LightningDiT.seeds import generator_for
 from LightningDiT.transport import Velocity, draw_noise, graded_grid, integrate_ode, jumps_of, linear_multistep
@@ -40,8 +41,9 @@ from LightningDiT.transport.solvers import velocity_coefficients
 
 FILE_NAME = "solvers.yaml"
 REFERENCE_METHOD = "ab3"
-FIT_STREAM, CHECK_STREAM = 1, 2  # noises come from (seed, stream, index): other ones than those of any image
+FIT_STREAM, CHECK_STREAM = 1, 2  # noises come from (seed, stream, index), those of images from (seed, index)
 CHECK_EVERY = 5  # steps of Adam
+LEAST_EVALUATIONS, LEAST_REFERENCE_STEPS = 3, 20
 ORDERS = (2, 3)  # of the Adams-Bashforth methods to start from
 GRADES = (1.2, 1.5)  # powers of the grids to start from
 COEFFICIENT_RATE, TIME_RATE = 1e-3, 4e-3  # of Adam: rms change of a state; logarithms of the step sizes
@@ -49,11 +51,11 @@ COEFFICIENT_RATE, TIME_RATE = 1e-3, 4e-3  # of Adam: rms change of a state; loga
 
 @dataclass(frozen=True)
 class Problem:
-    """Noises, their velocity and where they lead.
+    """Noises, their velocity and their reference trajectories.
 
     Attributes:
         noise: (N, C, h, w).
-        velocity: with classes dealt over the noises in turn.
+        velocity: its classes are dealt over the noises in turn.
         times: (T,) of the reference.
         states: (T, N, C, h, w), the reference trajectories.
     """
@@ -64,7 +66,7 @@ class Problem:
     states: Tensor
 
     def target(self, t: float) -> Tensor:
-        """Return the reference states (N, C, h, w) at time t, on the straight line between neighbours."""
+        """Return the reference states (N, C, h, w) at time t, by linear interpolation."""
         above = int((self.times < t).sum().clamp(1, len(self.times) - 1))
         below = above - 1
         share = (t - float(self.times[below])) / float(self.times[above] - self.times[below])
@@ -77,7 +79,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Candidate:
-    """Times (K,) and coefficients (K - 1, K - 1) of a solver, and its error on noises that the fit never saw."""
+    """Times (K,) and coefficients (K - 1, K - 1) of a solver, and its error on noises unseen by the fit."""
 
     times: Tensor
     coefficients: Tensor
@@ -90,7 +92,7 @@ def relative_error(states: Tensor, reference: Tensor) -> Tensor:
 
 
 def velocity_of(pipe: LightningDiTPipeline, sample: SampleConfig, count: int) -> Velocity:
-    """Return the guided velocity of `count` states whose classes are dealt in turn."""
+    """Return the guided velocity of `count` states, whose classes are dealt in turn."""
     labels = [index % pipe.config.data.num_classes for index in range(count)]
     guided = pipe.guided(labels, sample)
     return lambda x, t: pipe.transport.velocity(guided, x, t)
@@ -103,9 +105,9 @@ def noise_for(pipe: LightningDiTPipeline, seeds: Sequence[int], count: int) -> T
 
 
 def grid_of(pipe: LightningDiTPipeline, sample: SampleConfig, points: int, power: float) -> Tensor:
-    """Return a graded grid (points,) over the transport's interval with a node where guidance sets in or ends."""
+    """Return a graded grid (points,) over the transport's interval with a node at each bound of guidance."""
     ends = pipe.transport.interval(pipe.transport.sample_eps)
-    jumps = jumps_of(pipe.guided([0], sample).settings)
+    jumps = jumps_of(guidance_of(sample))
     return graded_grid(points, jumps, power, ends)[0].to(pipe.device)
 
 
@@ -113,10 +115,10 @@ def grid_of(pipe: LightningDiTPipeline, sample: SampleConfig, points: int, power
 def make_problem(
     pipe: LightningDiTPipeline, sample: SampleConfig, seeds: Sequence[int], count: int, steps: int
 ) -> Problem:
-    """Draw noises and follow each to its end by the reference method, in so many steps; shows progress."""
+    """Draw noises and follow each to its end in `steps` of the reference method; shows progress."""
     noise, velocity = noise_for(pipe, seeds, count), velocity_of(pipe, sample, count)
     times = grid_of(pipe, sample, steps + 1, GRADES[-1])
-    jumps = jumps_of(pipe.guided([0], sample).settings)
+    jumps = jumps_of(guidance_of(sample))
     print(f"Following {count} noises in {steps} steps of {REFERENCE_METHOD}", flush=True)
     states, progress = [noise], Progress(steps, "step")
 
@@ -138,7 +140,7 @@ def candidate(problem: Problem, times: Tensor, coefficients: Tensor) -> Candidat
 
 @torch.no_grad()
 def least_squares(problem: Problem, times: Tensor) -> Tensor:
-    """Return the coefficients (K - 1, K - 1) whose every step comes nearest to the reference, one after the other."""
+    """Return the coefficients (K - 1, K - 1) with which each step in turn comes nearest to the reference."""
     steps = len(times) - 1
     matrix = torch.zeros(steps, steps, dtype=torch.float64)
     x, values = problem.noise, []
@@ -153,8 +155,8 @@ def least_squares(problem: Problem, times: Tensor) -> Tensor:
 
 @torch.no_grad()
 def start_of(pipe: LightningDiTPipeline, sample: SampleConfig, steps: int, fit: Problem, check: Problem) -> Candidate:
-    """Return the best of the classical methods and of their grids with coefficients of least squares."""
-    jumps = jumps_of(pipe.guided([0], sample).settings)
+    """Return the best of the Adams-Bashforth methods and of the same grids with least-squares coefficients."""
+    jumps = jumps_of(guidance_of(sample))
     found = []
     for power in GRADES:
         times = grid_of(pipe, sample, steps + 1, power)
@@ -165,7 +167,7 @@ def start_of(pipe: LightningDiTPipeline, sample: SampleConfig, steps: int, fit: 
 
 
 class Times:
-    """A grid as unbounded numbers: logarithms of step sizes, normalised between nodes that stay where they are."""
+    """A grid as unbounded numbers: logarithms of step sizes, normalised between fixed nodes."""
 
     def __init__(self, times: Tensor, jumps: Sequence[float]) -> None:
         fixed = [0, *(int((times - jump).abs().argmin()) for jump in jumps), len(times) - 1]
@@ -187,7 +189,7 @@ class Times:
 def whitening(problem: Problem, start: Candidate) -> list[Tensor]:
     """Return for each step the matrix that turns independent directions of unit size into coefficients.
 
-    The velocities of one trajectory nearly coincide; in their own coordinates Adam would move all of them at once.
+    The velocities of one trajectory are nearly equal; in their own coordinates Adam would move all of them at once.
     """
     asked: list[Tensor] = []
 
@@ -211,7 +213,7 @@ def refine(
     steps: int,
     kept: Callable[[Candidate], None],
 ) -> None:
-    """Move coefficients and times by `steps` steps of Adam; `kept` gets every new best of the noises unseen."""
+    """Move coefficients and times by `steps` steps of Adam; `kept` gets every new best on the noises of `check`."""
     times, directions = Times(start.times, jumps), whitening(fit, start)
     moves = [torch.zeros(len(matrix), device=matrix.device, requires_grad=True) for matrix in directions]
     optimizer = torch.optim.Adam(
@@ -252,17 +254,18 @@ def _moved(coefficients: Tensor, directions: list[Tensor], moves: list[Tensor]) 
 def as_solver(found: Candidate, sample: SampleConfig, path_type: str, noises: int) -> CalibratedSolver:
     """Return a candidate as an entry of the file."""
     rows = tuple(tuple(row[: index + 1]) for index, row in enumerate(found.coefficients.tolist()))
-    return CalibratedSolver(Guidance.of(sample), path_type, tuple(found.times.tolist()), rows, found.error, noises)
+    times, guide = tuple(found.times.tolist()), guide_fingerprint(sample)
+    return CalibratedSolver(guidance_of(sample), path_type, times, rows, found.error, noises, guide)
 
 
 def calibrate(pipe: LightningDiTPipeline, sample: SampleConfig, args: argparse.Namespace, output: Path) -> None:
-    """Fit a solver for each of `args.evaluations` and write every one as soon as it is better than what there is."""
+    """Fit a solver for each of `args.evaluations`, and write each one that is better than the file's."""
     file = opened(output, weights_fingerprint(pipe.config.ckpt_path or ""))
-    path_type, jumps = pipe.transport.path_type, jumps_of(pipe.guided([0], sample).settings)
+    path_type, jumps = pipe.transport.path_type, jumps_of(guidance_of(sample))
     check = make_problem(pipe, sample, (args.seed, CHECK_STREAM), args.checks, args.reference_steps)
     fit = make_problem(pipe, sample, (args.seed, FIT_STREAM), args.noises, args.reference_steps)
     for steps in args.evaluations:
-        known = file.best(Guidance.of(sample), path_type, steps)
+        known = file.best(sample, path_type, steps)
         if known is not None and known.evaluations == steps:
             start = candidate(check, *(tensor.to(pipe.device) for tensor in known.tensors()))
         else:
@@ -275,12 +278,12 @@ def calibrate(pipe: LightningDiTPipeline, sample: SampleConfig, args: argparse.N
 
         kept(start)
         refine(start, jumps, fit, check, args.iterations, kept)
-        best = file.best(Guidance.of(sample), path_type, steps)
+        best = file.best(sample, path_type, steps)
         print(f"{steps} evaluations: mean relative error {best.error if best else start.error:.4f}", flush=True)
 
 
 def opened(path: Path, fingerprint: str) -> SolverFile:
-    """Return the file at `path`, or a new one where there is none.
+    """Return the file at `path`, or a new one.
 
     Raises:
         LightningDiTError: it belongs to other weights.
@@ -298,22 +301,24 @@ def opened(path: Path, fingerprint: str) -> SolverFile:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(prog="python -m LightningDiT.tools.calibrate_solver", description=__doc__)
-    parser.add_argument("--config", required=True, help="YAML of the model; its guidance is what the solver is for")
-    parser.add_argument("--evaluations", nargs="+", type=int, default=[6, 8, 10, 12], help="one solver for each")
-    parser.add_argument("--output", help=f"solver file; {FILE_NAME} beside the configuration where left out")
-    parser.add_argument("--noises", type=int, default=32, help="that the fit sees")
-    parser.add_argument("--checks", type=int, default=40, help="noises that the fit never sees, which choose the best")
-    parser.add_argument("--reference-steps", type=int, default=160, help="of the trajectories that are fitted")
-    parser.add_argument("--iterations", type=int, default=80, help="steps of Adam for each solver")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--guidance-scale", type=float, help="in place of the configuration's")
-    parser.add_argument("--guidance-start", type=float, help="in place of the configuration's cfg_interval_start")
+    parser.add_argument("--config", required=True, help="YAML of the model and its guidance")
+    parser.add_argument(
+        "--evaluations", nargs="+", type=int, default=[6, 8, 10, 12], help="of each solver; default: 6 8 10 12"
+    )
+    parser.add_argument("--output", help=f"solver file; default: {FILE_NAME} beside the configuration")
+    parser.add_argument("--noises", type=positive, default=32, help="of the fit; default: %(default)s")
+    parser.add_argument("--checks", type=positive, default=40, help="noises that choose the best; default: %(default)s")
+    parser.add_argument("--reference-steps", type=positive, default=160, help="of the reference; default: %(default)s")
+    parser.add_argument("--iterations", type=positive, default=80, help="of Adam, a solver; default: %(default)s")
+    parser.add_argument("--seed", type=natural, default=0)
+    parser.add_argument("--guidance-scale", type=float, help="default: the configuration's")
+    parser.add_argument("--guidance-start", type=float, help="default: the configuration's cfg_interval_start")
     args = parser.parse_args(argv)
-    for name, least in (("noises", 1), ("checks", 1), ("reference_steps", 20), ("iterations", 1), ("seed", 0)):
-        if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; {least} or more is expected")
-    if min(args.evaluations) < 3:
-        parser.error(f"--evaluations {min(args.evaluations)} is too few; 3 or more are expected")
+    if min(args.evaluations) < LEAST_EVALUATIONS or args.reference_steps < LEAST_REFERENCE_STEPS:
+        parser.error(
+            f"--evaluations of {LEAST_EVALUATIONS} or more and --reference-steps of {LEAST_REFERENCE_STEPS} or more"
+            " are expected"
+        )
     return args
 
 

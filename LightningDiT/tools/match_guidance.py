@@ -1,13 +1,13 @@
 """Find the scale on all channels that matches one on the first few: `python -m LightningDiT.tools.match_guidance`.
 
-The published figures guide 3 of 32 latent channels, by scales of 6.7 to 10. For those who switch to all channels this
-measures the scale s' with the same root mean square of the guidance correction,
+The published figures guide 3 of 32 latent channels, by scales of 6.7 to 10. To switch to all channels, this measures
+the scale s' with the same root mean square of the guidance correction,
 
     (s' - 1)^2 sum_all |d_c|^2 = (s - 1)^2 sum_first |d_c|^2,
 
 where d_c is the difference between the strong and the weak prediction in channel c, averaged over noises, classes and
-the times at which guidance acts, on the trajectories that the scale s on the first channels gives. Were all C channels
-alike, s' would be 1 + (s - 1) sqrt(c / C): 3.8 for a scale of 10 on 3 of 32 channels.
+the times at which guidance acts, on trajectories with the scale s on the first channels. If all C channels were alike,
+s' would be 1 + (s - 1) sqrt(c / C): 3.8 for a scale of 10 on 3 of 32 channels.
 """
 
 from __future__ import annotations
@@ -22,15 +22,14 @@ import torch
 from torch import Tensor
 
 from LightningDiT.config import Config, SampleConfig, load_config
-from LightningDiT.console import Progress, run_main
+from LightningDiT.console import Progress, natural, positive, run_main
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.sampling.options import positive
 from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from LightningDiT.seeds import generator_for
-from LightningDiT.transport import GuidedVelocity, Sampler, Transport, draw_noise, integrate_ode, jumps_of
+from LightningDiT.transport import GuidedVelocity, Transport, draw_noise, integrate_ode, jumps_of, sampling_times
 
-METHOD = "ab3"  # of the trajectories, on equal steps, so that every stretch of time counts by its length
-STREAM = 3  # noises come from (seed, stream, index): other ones than those of any image
+METHOD = "ab3"  # of the trajectories, on equal steps: each interval of time counts by its length
+STREAM = 3  # noises come from (seed, stream, index), those of images from (seed, index)
 
 
 @dataclass(frozen=True)
@@ -38,11 +37,11 @@ class Match:
     """A scale on the first channels, and the one on all channels that matches it.
 
     Attributes:
-        scale, channels: what is matched.
-        all_channels: how many there are.
-        matched: the scale on all channels.
-        by_noise: (N,) what each noise alone gives.
-        by_time: (K,) what each time alone gives.
+        scale, channels: on the first channels, and their number.
+        all_channels: number of all channels.
+        matched: scale on all channels.
+        by_noise: (N,) the matched scale from each noise alone.
+        by_time: (K,) the matched scale from each time alone.
         times: (K,) those times, rising.
     """
 
@@ -69,7 +68,7 @@ class Match:
                 f"  from {len(self.by_noise)} noises: {self.by_noise.min():.2f} to {self.by_noise.max():.2f}",
                 f"  from {len(self.times)} times: {self.by_time[low]:.2f} (t = {self.times[low]:.2f})"
                 f" to {self.by_time[high]:.2f} (t = {self.times[high]:.2f})",
-                f"  were all channels alike: {self.if_alike:.2f}",
+                f"  if all channels were alike: {self.if_alike:.2f}",
                 "in the configuration:",
                 "sample:",
                 f"  cfg_scale: {self.matched:.2f}",
@@ -90,7 +89,7 @@ def matched_scale(energies: Tensor, scale: float, channels: int) -> Tensor:
 def channel_energies(
     guided: GuidedVelocity, transport: Transport, noise: Tensor, times: Tensor, progress: Progress | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Follow noise (N, C, ...) along `times` and return what guidance corrects, where it acts.
+    """Follow noise (N, C, ...) along `times` and return the corrections by guidance, at the times when it acts.
 
     Returns:
         The times (K,), and the mean square of strong - weak (K, N, C) in float64, both on the CPU.
@@ -122,8 +121,8 @@ def match(pipe: LightningDiTPipeline, sample: SampleConfig, noises: int, points:
     """Return the scale on all channels that matches the guidance of sampling settings on their first channels.
 
     Args:
-        noises: dealt evenly over the classes.
-        points: of the time grid, in equal steps.
+        noises: number of noises, dealt evenly over the classes.
+        points: of the time grid, equally spaced.
 
     Raises:
         LightningDiTError: guidance acts nowhere, or corrects nothing.
@@ -131,7 +130,7 @@ def match(pipe: LightningDiTPipeline, sample: SampleConfig, noises: int, points:
     all_channels, channels = pipe.latent_shape[0], channels_of(sample, pipe.latent_shape[0])
     labels = [index * pipe.config.data.num_classes // noises for index in range(noises)]
     noise = draw_noise((noises, *pipe.latent_shape), [generator_for(seed, STREAM, index) for index in range(noises)])
-    times = Sampler(pipe.transport).times(points)
+    times = sampling_times(pipe.transport, points)
     batches = torch.arange(noises).split(sample.per_proc_batch_size)
     progress = Progress(len(batches) * (points - 1), "step")
     parts = []
@@ -154,19 +153,18 @@ def match(pipe: LightningDiTPipeline, sample: SampleConfig, noises: int, points:
 
 
 def channels_of(sample: SampleConfig, all_channels: int) -> int:
-    """Return how many channels are guided, which must be some and not all of them."""
+    """Return the number of guided channels, which must be some and not all of them."""
     channels = sample.guided_channels
     if isinstance(channels, str) or not 0 < channels < all_channels:
         raise LightningDiTError(
-            f"guided channels are {channels} of {all_channels}; 1 to {all_channels - 1} are expected, or nothing is"
-            " left to match",
+            f"guided channels are {channels} of {all_channels}; 1 to {all_channels - 1} are expected",
             "give --channels 3",
         )
     return channels
 
 
 def sample_of(config: Config, args: argparse.Namespace) -> SampleConfig:
-    """Return the sampling settings with the options of the command line in place of their own."""
+    """Return the sampling settings with the options of the command line."""
     given = {"cfg_scale": args.guidance_scale, "guided_channels": args.channels}
     sample = replace(config.sample, **{key: value for key, value in given.items() if value is not None})
     if sample.cfg_scale == 1 or not 0 <= sample.cfg_scale < math.inf:
@@ -185,15 +183,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, help="YAML of the model; its guidance interval counts")
-    parser.add_argument("--guidance-scale", type=float, help="that is matched; the configuration's where left out")
-    parser.add_argument("--channels", type=positive, help="that it is on; the configuration's where left out")
-    parser.add_argument("--noises", type=positive, default=8)
-    parser.add_argument("--points", type=positive, default=17, help="of the time grid; default 17")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--config", required=True, help="YAML of the model and its guidance interval")
+    parser.add_argument("--guidance-scale", type=float, help="to match; default: the configuration's")
+    parser.add_argument("--channels", type=positive, help="guided by it; default: the configuration's")
+    parser.add_argument("--noises", type=positive, default=8, help="default: %(default)s")
+    parser.add_argument("--points", type=positive, default=17, help="of the time grid; default: %(default)s")
+    parser.add_argument("--seed", type=natural, default=0)
     args = parser.parse_args(argv)
-    if args.points < 3 or args.seed < 0:
-        parser.error("--points of 3 or more and a --seed of 0 or more are expected")
+    if args.points < 3:
+        parser.error("--points of 3 or more are expected")
     return args
 
 

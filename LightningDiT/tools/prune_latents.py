@@ -2,7 +2,7 @@
 
 Under a KL penalty a tokenizer leaves channels unused: their posterior is the prior, and their mean hardly
 moves (posterior collapse). Normalised to unit variance they are noise that the transformer would have to learn.
-The channels are cut out of `quant_conv` and `post_quant_conv`; the decoder sees their mean instead.
+These channels are cut out of `quant_conv` and `post_quant_conv`; the decoder sees their mean instead.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ DEAD_STD = 0.2  # of the posterior mean, where the prior has 1: 0.02 nats of inf
 
 
 def live_channels(stats: LatentStats, least_std: float) -> Tensor:
-    """Return the numbers of the channels whose standard deviation is at least `least_std`, (K,)."""
+    """Return the indices (K,) of the channels with a standard deviation of at least `least_std`."""
     return (stats.std.flatten() >= least_std).nonzero().squeeze(1)
 
 
 def prune(weights: Mapping[str, Tensor], stats: LatentStats, live: Tensor) -> dict[str, Tensor]:
-    """Return the autoencoder's weights with the latent channels `live` (K,) alone.
+    """Return the autoencoder's weights reduced to the latent channels `live` (K,).
 
     Args:
         stats: statistics of all C channels; the means of the removed ones go into the decoder's bias.
@@ -52,8 +52,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--weights", required=True, help="the tokenizer's weights")
     parser.add_argument("--stats", required=True, help="latents_stats.pt of all its channels")
     parser.add_argument("--output", required=True, help="the pruned weights (safetensors)")
-    parser.add_argument("--least-std", type=float, default=DEAD_STD, help=f"default {DEAD_STD}")
-    parser.add_argument("--dry-run", action="store_true", help="say which channels would go")
+    parser.add_argument(
+        "--least-std", type=float, default=DEAD_STD, help="of a channel that is kept; default: %(default)s"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the channels that would be kept, and end")
     return parser.parse_args(argv)
 
 

@@ -1,7 +1,7 @@
 """Say whether a training fits into memory: `python -m LightningDiT.tools.training_memory --config C --memory 16`.
 
-`--measure 1 4` trains one real step after another on the CPU, with so many samples at a time, each in a process of its
-own, and shows the largest resident size beside what is computed. The formula is in LightningDiT/training/memory.py.
+`--measure 1 4` also trains on the CPU, with 1 and with 4 samples at a time, each in a process of its own, and shows the
+largest resident size beside the computed one. The formula is in LightningDiT/training/memory.py.
 """
 
 from __future__ import annotations
@@ -9,39 +9,37 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from LightningDiT.config import Config, load_config
-from LightningDiT.console import run_main
+from LightningDiT.console import positive, run_main
 from LightningDiT.device import PRECISIONS, autocast, best_device, training_dtype
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.loading import model_settings
 from LightningDiT.models.lightningdit import LightningDiT
+from LightningDiT.tools.benchmark.machine import peak_resident_bytes
 from LightningDiT.training.ema import Ema
 from LightningDiT.training.memory import TrainingNeed, training_need
 
 GIB = 2**30
-STATUS = Path("/proc/self/status")
-#: Freed memory goes back at once: glibc else keeps up to a fifth more for later, which differs from run to run.
+#: Freed memory goes back at once; by default glibc keeps up to a fifth more, which differs from run to run.
 PROMPT_RETURN = {"MALLOC_MMAP_THRESHOLD_": "65536"}
-STEPS = 2  # the first one makes Adam's moments, the second has them from the start
+STEPS = 2  # the first one makes Adam's moments
 
 
 def need_of(config: Config, on_gpu: bool, checkpointing: bool) -> TrainingNeed:
-    """Return what training by a configuration takes, with or without activation checkpointing."""
+    """Return the memory that training by a configuration needs, with or without activation checkpointing."""
     dtype = PRECISIONS.get(config.train.precision) or (torch.bfloat16 if on_gpu else training_dtype(best_device()))
     return training_need(replace(model_settings(config), use_checkpoint=checkpointing), dtype, on_gpu)
 
 
 def report(config: Config, memory: float, on_gpu: bool, processes: int) -> str:
-    """Return in words what fits into `memory` (GiB) of each of so many processes."""
+    """Return in words what fits into `memory` (GiB) of each process."""
     plain, saving = (need_of(config, on_gpu, checkpointing) for checkpointing in (False, True))
     lines = [
         f"{config.model.model_type}, {plain.parameters:,} parameters, precision {config.train.precision}",
@@ -50,32 +48,21 @@ def report(config: Config, memory: float, on_gpu: bool, processes: int) -> str:
     ]
     for words, need in (("", plain), (" with use_checkpoint", saving)):
         most = need.largest_batch(memory * GIB)
-        fits = (
-            f"micro_batch_size: {most} at most in {memory:g} GiB"
-            if most
-            else f"does not fit into {memory:g} GiB at all"
-        )
-        lines.append(f"activations{words}: {need.activations / 2**20:.1f} MiB a sample; {fits}")
+        fits = f"micro_batch_size: at most {most} in" if most else "does not even fit with one sample into"
+        lines.append(f"activations{words}: {need.activations / 2**20:.1f} MiB a sample; {fits} {memory:g} GiB")
     share = math.ceil(config.train.global_batch_size / processes)
     asked = min(share, config.train.micro_batch_size or share)
     need = saving if model_settings(config).use_checkpoint else plain
     peak = need.peak(asked, accumulates=asked < share) / GIB
-    verdict = "fits" if peak <= memory else "does not fit"
-    lines.append(f"as configured, {asked} samples at a time: {peak:.2f} GiB, which {verdict}")
+    fits = "fits" if peak <= memory else "does not fit"
+    lines.append(f"as configured, {asked} samples at a time: {peak:.2f} GiB, which {fits}")
     return "\n".join(lines)
 
 
 def measured_peak(config_path: str, batch: int) -> int:
     """Return the largest resident size in bytes of a process that trains on the CPU with `batch` samples at a time."""
-    command = [
-        sys.executable,
-        "-m",
-        "LightningDiT.tools.training_memory",
-        "--config",
-        config_path,
-        "--child",
-        str(batch),
-    ]
+    options = ("--config", config_path, "--child", str(batch))
+    command = [sys.executable, "-m", "LightningDiT.tools.training_memory", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | PROMPT_RETURN)
     if done.returncode:
         raise LightningDiTError(
@@ -103,16 +90,12 @@ def train_steps(config: Config, batch: int) -> int:
         (out.float() - states).square().mean().backward()
         optimizer.step()
         average.update(model)
-    try:
-        return int(re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())[1]) * 1024
-    except (OSError, TypeError) as error:
-        raise LightningDiTError(f"{STATUS} gives no VmHWM, which Linux writes there", "measure on Linux") from error
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more")
-    return int(text)
+    peak = peak_resident_bytes()
+    if peak is None:
+        raise LightningDiTError(
+            "the largest resident size of a process is not known on this system", "measure on Linux"
+        )
+    return peak
 
 
 def _gibibytes(text: str) -> float:
@@ -121,7 +104,7 @@ def _gibibytes(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no amount of memory in GiB")
+        raise argparse.ArgumentTypeError(f"{text!r} given, a number of GiB above 0 expected")
     return value
 
 
@@ -129,11 +112,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(prog="python -m LightningDiT.tools.training_memory", description=__doc__)
     parser.add_argument("--config", required=True, help="YAML of the published schema")
-    parser.add_argument("--memory", type=_gibibytes, default=16.0, help="GiB of the device (default 16)")
-    parser.add_argument("--processes", type=_count, default=1, help="that share the batch, each with such memory")
-    parser.add_argument("--cpu", action="store_true", help="training on the CPU, where a GPU is meant otherwise")
-    parser.add_argument("--measure", type=_count, nargs="+", metavar="BATCH", help="measure on the CPU besides")
-    parser.add_argument("--child", type=_count, help=argparse.SUPPRESS)
+    parser.add_argument("--memory", type=_gibibytes, default=16.0, help="GiB of the device; default: 16")
+    parser.add_argument("--processes", type=positive, default=1, help="that share the batch, each with --memory")
+    parser.add_argument("--cpu", action="store_true", help="for training on the CPU; default: on a GPU")
+    parser.add_argument("--measure", type=positive, nargs="+", metavar="BATCH", help="also measure on the CPU")
+    parser.add_argument("--child", type=positive, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 

@@ -3,43 +3,41 @@
 The paper's claim (arXiv 2501.01423) is that LightningDiT on aligned latents needs 21.8 times fewer epochs than DiT. On
 Fashion-MNIST, with equal parameters, equal images seen and several seeds: DiT on a plain VAE, DiT trained as a flow,
 LightningDiT on the same VAE, and LightningDiT on a VAE of the same network that was aligned with a vision model. That
-one learns the classes of the training photographs first. `--output` holds everything that is made; given again, the
-command goes on where it was stopped. Tables between the marks of docs/training.md and the curves follow from there.
+one learns the classes of the training photographs first. `--output` holds everything that is made; the same command
+goes on where it was stopped. At the end it renews the tables between the marks of docs/training.md, and the curves.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from LightningDiT.console import run_main
-from LightningDiT.data.images import fashion_mnist
-from LightningDiT.sampling.options import positive
+from LightningDiT.console import positive, run_main
+from LightningDiT.data.fashion_mnist import fashion_mnist
 from LightningDiT.tools.report import check_marks
 from studies.convergence.arms import START_PARTS, Plan, write_configs
 from studies.convergence.jobs import jobs_of, run_jobs
 from studies.convergence.page import MARK, write_page
+from studies.pages import add_data_option, equal_numbers
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(prog="python -m studies.convergence", description=__doc__)
-    parser.add_argument("--data-root", default="data/fashion-mnist", help="folder of Fashion-MNIST")
+    add_data_option(parser)
     parser.add_argument("--output", default="output/convergence", help="folder of all that is made; 6 GB")
     parser.add_argument("--page", type=Path, default=Path("docs/training.md"), help="gets the tables between its marks")
     parser.add_argument("--steps", type=positive, default=Plan.steps, help="of a transformer; default: %(default)s")
-    parser.add_argument("--every", type=positive, default=Plan.every, help="steps between judged checkpoints")
+    parser.add_argument(
+        "--every", type=positive, default=Plan.every, help="steps between the checkpoints that are evaluated"
+    )
     parser.add_argument("--tokenizer-steps", type=positive, default=Plan.tokenizer_steps)
     parser.add_argument("--vision-epochs", type=positive, default=Plan.vision_epochs)
-    parser.add_argument("--count", type=positive, default=Plan.count, help="images made of each checkpoint")
+    parser.add_argument("--count", type=equal_numbers, default=Plan.count, help="images made of each checkpoint")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(Plan.seeds))
-    parser.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, help="at once; they share the cores")
     args = parser.parse_args(argv)
-    if args.count < 20 or args.count % 10:
-        parser.error(f"--count is {args.count}; a multiple of 10 from 20 on is expected")
     if args.steps % args.every or args.every % START_PARTS:
         expected = f"a multiple of {START_PARTS}, and a multiple of that, are expected"
         parser.error(f"--every is {args.every} and --steps {args.steps}; {expected}")
@@ -52,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, build, run."""
     args = parse(argv)
     check_marks(args.page, [MARK])  # before hours of training
-    fashion_mnist(args.data_root, train=True)  # once, before several processes download it
+    fashion_mnist(args.data_root, train=True)  # downloads it where it is missing
     plan = Plan(
         Path(args.output).resolve(),
         str(Path(args.data_root).resolve()),
@@ -64,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tuple(args.seeds),
     )
     write_configs(plan)
-    run_jobs(jobs_of(plan), args.jobs, plan.folder / "logs")
+    run_jobs(jobs_of(plan))
     curves = write_page(plan, args.page)
     print(f"wrote the tables in {args.page}, and {curves}")
     return 0

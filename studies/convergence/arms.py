@@ -1,4 +1,4 @@
-"""What is compared: the arms, how large the study is, and the YAML files that follow from both."""
+"""The arms of the study, its size, and the YAML files that follow from both."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from LightningDiT.config import read_yaml
-from LightningDiT.data.images import FASHION_MNIST_CLASSES
+from LightningDiT.data.fashion_mnist import FASHION_MNIST_CLASSES
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.files import atomic_path
 
@@ -38,7 +38,7 @@ class Arm:
     Attributes:
         title: in table and plot.
         tokenizer: whose latents it learns.
-        quick: it passes the first arm's end before the first checkpoint, so that its start is judged more often.
+        quick: it passes the first arm's end before its first checkpoint, so its start is evaluated more often.
         model, transport, optimizer: keys of these sections.
     """
 
@@ -56,12 +56,12 @@ DIT = {
     "model": {"use_swiglu": False, "use_rope": False, "use_rmsnorm": False},
     "optimizer": {"beta2": 0.999},
 }
-#: What LightningDiT (arXiv 2501.01423) has in their place; the blocks are the defaults.
+#: LightningDiT (arXiv 2501.01423); the blocks are the defaults.
 LIGHTNING = {
     "transport": {"use_cosine_loss": True, "use_lognorm": True},
     "optimizer": {"beta2": 0.95},
 }
-#: The first is what the others are compared with.
+#: The others are compared with the first.
 ARMS = (
     Arm("dit", "DiT, plain VAE", PLAIN, **DIT, transport={"path_type": "VP", "prediction": "noise"}),
     Arm("dit-flow", "DiT as a flow, plain VAE", PLAIN, **DIT),
@@ -72,24 +72,24 @@ ARMS = (
 
 @dataclass(frozen=True)
 class Plan:
-    """How large a study is, and where it lies."""
+    """The size of a study, and its folder."""
 
     folder: Path
     data_root: str
     vision_epochs: int = 4
     tokenizer_steps: int = 5000
     steps: int = 4000  # of each transformer, of 128 images
-    every: int = 500  # steps between the checkpoints that are judged
+    every: int = 500  # steps between the checkpoints that are evaluated
     count: int = 2000  # images made of each checkpoint
     seeds: tuple[int, ...] = (0, 1)
 
     def images(self, steps: int) -> int:
-        """Return how many images a transformer has seen after so many steps."""
+        """Return the number of images that a transformer has seen after `steps`."""
         return steps * BATCH
 
 
 def tokenizer_values(name: str, plan: Plan) -> dict[str, Any]:
-    """Return the YAML of a tokenizer; both are the same network with the same images, but for the alignment."""
+    """Return the YAML of a tokenizer; the two differ in the alignment alone."""
     ddconfig = {"z_channels": CHANNELS, "resolution": 32, "ch": 32, "ch_mult": [1, 1, 2, 4], "num_res_blocks": 1}
     train: dict[str, Any] = {"max_steps": plan.tokenizer_steps, "kl_weight": 1e-8}
     if name == ALIGNED:
@@ -150,7 +150,7 @@ def write_configs(plan: Plan) -> None:
     """Write every YAML of the study into its folder.
 
     Raises:
-        LightningDiTError: there is a study of other settings.
+        LightningDiTError: the folder holds a study of other settings.
     """
     files = {f"tokenizer-{name}": tokenizer_values(name, plan) for name in (PLAIN, ALIGNED)}
     files |= {run_name(arm, seed): transformer_values(arm, seed, plan) for arm in ARMS for seed in plan.seeds}

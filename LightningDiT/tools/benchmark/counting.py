@@ -1,4 +1,4 @@
-"""What a forward does, counted: operations of its matrix products, and bytes that everything else moves."""
+"""Operators by kind, the operations of matrix products, and the bytes that all other operators move."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
-from LightningDiT.models.layers import Attention
-from LightningDiT.tokenizer.autoencoder import AttnBlock
-
-#: Words in the names of torch's operators by what they do; the first row that fits counts, and `OTHERS` else.
+#: Words in the names of torch's operators by kind; the first row that fits counts, by default `OTHERS`.
 KINDS = {
     "attention": ("scaled_dot_product", "softmax", "bmm", "flash_attention", "efficient_attention"),
     "matrix products": ("addmm", "::mm", "linear", "conv", "gemm"),
@@ -28,48 +26,19 @@ def kind_of(operator: str) -> str:
     return next((kind for kind, words in KINDS.items() if any(word in operator for word in words)), OTHERS)
 
 
-def product_flops(module: nn.Module, call: Callable[[], object]) -> int:
-    """Return the floating-point operations of all matrix products that `call` makes inside `module`.
+def product_flops(call: Callable[[], object]) -> int:
+    """Return the floating-point operations of all matrix products in `call`; a multiplication and addition are two.
 
-    A multiplication and its addition count as two. Linear layers, convolutions and the two products of each
-    attention are counted from the shapes that they meet, so a linear layer that sees one vector an image
-    counts less than one that sees all tokens. Put the module on the meta device and nothing is computed.
+    Call modules on the meta device: nothing is computed there, and every product is one of torch's own operators
+    (torch's counter does not know oneDNN's linear layer).
     """
-    total = 0
-
-    def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal total
-        total += layer_flops(layer, inputs[0].shape, output.numel())
-
-    counted = (nn.Linear, nn.Conv2d, Attention, AttnBlock)
-    hooks = [layer.register_forward_hook(count) for layer in module.modules() if isinstance(layer, counted)]
-    try:
-        with torch.no_grad():
-            call()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return total
-
-
-def layer_flops(layer: nn.Module, shape: torch.Size, outputs: int) -> int:
-    """Return the operations of one layer without those of the layers inside it.
-
-    Args:
-        shape: of its input: (..., features) of a linear layer, (N, C, H, W) of a convolution or of the decoder's
-            attention, (N, T, width) of the transformer's.
-        outputs: values that it gives.
-    """
-    if isinstance(layer, nn.Linear):
-        return 2 * outputs * layer.in_features
-    if isinstance(layer, nn.Conv2d):
-        return 2 * outputs * layer.weight[0].numel()
-    tokens = shape[1] if isinstance(layer, Attention) else shape[2] * shape[3]  # there a token a pixel
-    return 4 * shape.numel() * tokens  # q k^T, then times v
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
 
 
 class _MovedBytes(TorchDispatchMode):
-    """Adds up what each operator but views and matrix products reads and writes."""
+    """Adds up the bytes that operators read and write, without views and matrix products."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,7 +57,7 @@ class _MovedBytes(TorchDispatchMode):
 
 
 def tensor_bytes(values: Iterable[Any]) -> int:
-    """Return the bytes of the tensors among `values`; a dimension along which one is repeated counts once."""
+    """Return the bytes of the tensors among `values`; an expanded dimension counts once."""
     tensors = [value for value in values if isinstance(value, Tensor)]
     return sum(
         tensor.element_size()
@@ -102,7 +71,7 @@ def tensor_bytes(values: Iterable[Any]) -> int:
 def moved_bytes(call: Callable[[], object]) -> int:
     """Return the bytes that `call` reads and writes outside matrix products: each operator's inputs and outputs, once.
 
-    What an operator is made of inside (a norm in several passes) is not seen, so this is the least that it moves.
+    This is a lower bound: an operator may pass over its inputs several times.
     """
     with torch.no_grad(), _MovedBytes() as counter:
         call()

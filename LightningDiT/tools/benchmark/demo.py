@@ -1,8 +1,13 @@
-"""Seconds of the demonstration, from its start to the first sampling step and to its pictures."""
+"""Seconds of the demonstration, from its start to the first sampling step and to its images.
+
+`python -m` this module TIMES.json SCRIPT [ARGUMENT ...] runs a script and notes when its first forward begins. The
+script sees the same process, arguments and exit code as without it.
+"""
 
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -12,7 +17,7 @@ from typing import Any
 
 from LightningDiT.config import load_config
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.tools.benchmark.timed_script import FIRST_FORWARD
+from LightningDiT.models.lightningdit import LightningDiT
 
 from .machine import PROJECT
 from .rounds import Setting
@@ -23,7 +28,7 @@ BUNDLED_WEIGHTS = PROJECT / "models" / "fashion-mnist" / "transformer.safetensor
 
 
 def demo_samples_bundled_model(config: Path = STEP3_CONFIG, weights: Path = BUNDLED_WEIGHTS) -> bool:
-    """Whether the demonstration would sample the bundled model and not one that step 3 was told to use."""
+    """Whether the demonstration would sample the bundled model, and no other one that step 3 was given."""
     if not weights.exists():
         return False
     chosen = load_config(config).ckpt_path if config.exists() else weights
@@ -37,21 +42,23 @@ def time_demo(script: Path) -> dict[str, float]:
         LightningDiTError: it failed, or sampled nothing.
     """
     with tempfile.TemporaryDirectory() as folder:
-        times = Path(folder) / "times.json"
-        command = [sys.executable, "-m", "LightningDiT.tools.benchmark.timed_script", str(times), str(script)]
+        times, pictures = Path(folder) / "times.json", Path(folder) / "pictures"
+        command = [
+            sys.executable,
+            "-m",
+            "LightningDiT.tools.benchmark.demo",
+            str(times),
+            str(script),
+            "--output",
+            str(pictures),
+        ]
         started = time.time()
-        done = subprocess.run(
-            [*command, "--output", str(Path(folder) / "pictures")],
-            cwd=PROJECT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
         ended = time.time()
         if done.returncode or not times.exists():
             reason = (done.stderr.strip().splitlines() or ["it sampled nothing"])[-1]
             raise LightningDiTError(f"{script.name} failed: {reason}", f"python {script.name}")
-        first = json.loads(times.read_text(encoding="utf-8"))[FIRST_FORWARD]
+        first = json.loads(times.read_text(encoding="utf-8"))
     return {"first_step": first - started, "picture": ended - started}
 
 
@@ -60,3 +67,22 @@ def measure_demo(setting: Setting) -> dict[str, Any]:
     if not demo_samples_bundled_model():
         return {"seconds": None, "skipped": [f"{DEMO.name} would not sample the bundled model"]}
     return {"seconds": time_demo(DEMO), "skipped": []}
+
+
+def note_first_forward(path: Path) -> None:
+    """Make the next forward of a LightningDiT write the time (seconds since 1970) to `path`, once."""
+    forward = LightningDiT.forward
+
+    def noted(self: LightningDiT, *args: Any, **kwargs: Any) -> Any:
+        LightningDiT.forward = forward
+        path.write_text(json.dumps(time.time()), encoding="utf-8")
+        return forward(self, *args, **kwargs)
+
+    LightningDiT.forward = noted
+
+
+if __name__ == "__main__":
+    times, script, *arguments = sys.argv[1:]
+    note_first_forward(Path(times))
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from LightningDiT.models.layers import Attention, attend
 from LightningDiT.models.lightningdit import LightningDiT, LightningDiTSettings, preset_settings
 from LightningDiT.seeds import generator_for
 
-from .counting import KINDS, OTHERS, kind_of, layer_flops, moved_bytes, product_flops
+from .counting import KINDS, OTHERS, kind_of, moved_bytes, product_flops
 from .machine import free_memory_bytes, lack_of
 from .rounds import Case, Setting, measure, triad_case
 
@@ -41,7 +41,7 @@ def on_meta(settings: LightningDiTSettings) -> LightningDiT:
 
 def model_flops(model: LightningDiT, batch: int) -> int:
     """Return the operations of one forward of `model` (meta device) on `batch` latents."""
-    return product_flops(model, lambda: model(*model_inputs(model, batch)))
+    return product_flops(lambda: model(*model_inputs(model, batch)))
 
 
 def model_inputs(model: LightningDiT, batch: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,26 +118,37 @@ class Product:
     Attributes:
         name: of the layer within its block.
         shape: of its input, first that of the image index.
-        layers: one a block.
-        flops: of all of them.
+        paths: of the layers within the model, one a block.
     """
 
     name: str
     shape: torch.Size
-    layers: list[nn.Module]
-    flops: int
+    paths: tuple[str, ...]
+
+    def run(self, model: LightningDiT, x: Tensor) -> Callable[[], object]:
+        """Return a function that computes these layers of `model` one after another on the same input, `shape`."""
+        layers = [model.get_submodule(path) for path in self.paths]
+        if not isinstance(layers[0], Attention):
+            return lambda: [layer(x) for layer in layers]
+        rows = x.repeat(1, 1, 3).unflatten(-1, (3, layers[0].heads, -1))  # (N, T, 3, heads, head width)
+        q, k, v = rows.permute(2, 0, 3, 1, 4).unbind(0)  # (N, heads, T, head width) each, as the model's views
+        return lambda: [attend(q, k, v) for _ in layers]
+
+    def flops(self, model: LightningDiT) -> int:
+        """Return the operations of all these layers of `model` (meta device)."""
+        return product_flops(self.run(model, torch.empty(self.shape, device="meta")))
 
 
 def products_of(model: LightningDiT, batch: int) -> list[Product]:
-    """Return the matrix products of one forward of `model` (any device but meta), layers of all blocks together."""
+    """Return the matrix products of one forward of `model`, layers of all blocks together."""
     found: dict[str, Product] = {}
-    names = {layer: re.sub(r"^blocks\.\d+\.", "", name) for name, layer in model.named_modules()}
+    paths = {layer: path for path, layer in model.named_modules()}
 
     def note(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        name, shape = names[layer], inputs[0].shape
-        flops = layer_flops(layer, shape, output.numel())
-        known = found.get(name, Product(name, shape, [], 0))
-        found[name] = Product(name, shape, [*known.layers, layer], known.flops + flops)
+        path = paths[layer]
+        name = "attention" if isinstance(layer, Attention) else re.sub(r"^blocks\.\d+\.", "", path)
+        known = found.get(name, Product(name, inputs[0].shape, ()))
+        found[name] = replace(known, paths=(*known.paths, path))
 
     counted = (nn.Linear, nn.Conv2d, Attention)
     hooks = [layer.register_forward_hook(note) for layer in model.modules() if isinstance(layer, counted)]
@@ -150,30 +161,21 @@ def products_of(model: LightningDiT, batch: int) -> list[Product]:
     return list(found.values())
 
 
-def product_alone(product: Product, device: torch.device, dtype: torch.dtype) -> Case:
-    """Return the layers of all blocks one after another on the same input, which is there already, and nothing else."""
-    x = torch.randn(product.shape, generator=generator_for(3)).to(device, dtype)
-    if isinstance(product.layers[0], Attention):
-        return Case("attention", _attention_alone(product, x), flops=product.flops)
-    return Case(product.name, lambda: [layer(x) for layer in product.layers], flops=product.flops)
-
-
-def _attention_alone(product: Product, x: Tensor) -> Callable[[], object]:
-    heads = product.layers[0].heads
-    rows = x.repeat(1, 1, 3).unflatten(-1, (3, heads, -1))  # (N, T, 3, heads, head width)
-    q, k, v = rows.permute(2, 0, 3, 1, 4).unbind(0)  # (N, heads, T, head width) each, as the model's views
-    return lambda: [attend(q, k, v) for _ in product.layers]
-
-
 def measure_profile(
     setting: Setting, settings: LightningDiTSettings | None = None, name: str = "B/1", batch: int = 2
 ) -> dict[str, Any]:
     """Return where the seconds of one forward go: its products by themselves, torch's profile, and bytes moved."""
     wanted = settings or published_settings(name)
     forward = forward_cases(wanted, name, (batch,), setting)[0]
+    skeleton = on_meta(wanted)
     model = random_weights(on_meta(wanted)).to(setting.device, setting.dtype)
     inputs = model_inputs(model, batch)
-    alone = [product_alone(product, setting.device, setting.dtype) for product in products_of(model, batch)]
+
+    def by_itself(product: Product) -> Case:
+        x = torch.randn(product.shape, generator=generator_for(3)).to(setting.device, setting.dtype)
+        return Case(product.name, product.run(model, x), flops=product.flops(skeleton))
+
+    alone = [by_itself(product) for product in products_of(skeleton, batch)]
     activation = batch * wanted.side**2 * wanted.hidden_size
     small = triad_case(setting.device, activation, f"triad of one activation ({activation:,} values)")
     results = measure([forward, *alone, small], 2 if setting.quick else 7, setting.device, setting.dtype)

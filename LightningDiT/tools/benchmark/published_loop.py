@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from LightningDiT.device import autocast
 from LightningDiT.models.lightningdit import LightningDiTSettings
-from LightningDiT.training.latent_batches import PartialBatch
+from LightningDiT.training.latent_batches import LatentBatch
 
 EPS = 1e-6  # of the norms
 FREQUENCIES = 256
@@ -153,7 +153,7 @@ def sinusoids(t: Tensor) -> Tensor:
     return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
 
 
-def velocity_loss(network: Callable[[Tensor, Tensor], Tensor], batch: PartialBatch) -> Tensor:
+def velocity_loss(network: Callable[[Tensor, Tensor], Tensor], batch: LatentBatch) -> Tensor:
     """Return the mean squared error of the velocity plus 1 - the cosine over channels, both means over the batch."""
     t = batch.times.view(-1, 1, 1, 1)
     state = t * batch.latents + (1 - t) * batch.noise
@@ -195,7 +195,7 @@ class PublishedLoop:
         """Return the layers through torch.compile, as the release has them; they are compiled when first called."""
         return [torch.compile(block) for block in self.model.blocks]
 
-    def step(self, batch: PartialBatch, blocks: Sequence[Block] | None = None) -> float:
+    def step(self, batch: LatentBatch, blocks: Sequence[Block] | None = None) -> float:
         """Take one optimizer step on the rows of `batch` and return the loss before it."""
         rows = batch.to(self.device)
         loss = velocity_loss(lambda x, t: self._prediction(x, t, rows.labels, blocks), rows)

@@ -1,4 +1,4 @@
-"""Timing in interleaved rounds, beside a large matrix product and a triad through memory."""
+"""Timing in rounds in which all cases take turns, beside a large matrix product and a triad."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ TRIAD_VALUES = 1 << 25  # 128 MiB an array, beyond the caches of a processor
 
 @dataclass(frozen=True)
 class Setting:
-    """What one run of the benchmark computes with.
+    """Device, precision and size of one run of the benchmark.
 
     Attributes:
-        device, dtype: where, and in which precision the transformer computes.
+        dtype: of the transformer.
         quick: fewer rounds and smaller cases.
     """
 
@@ -38,11 +38,11 @@ class Case:
     """Something to be timed.
 
     Attributes:
-        name: as the table shows it.
+        name: in the table.
         run: does it once.
         flops: floating-point operations of its matrix products and convolutions.
         moved: bytes that it reads and writes.
-        units: images, evaluations or whatever it makes in one run.
+        units: images or evaluations of one run.
     """
 
     name: str
@@ -59,8 +59,8 @@ class Result:
     Attributes:
         name, flops, moved, units: the case's.
         seconds: of one run.
-        product_share: of the rate of the matrix product that was timed in the same rounds.
-        memory_share: of the rate of the triad that was timed in the same rounds.
+        product_share: its rate over that of the matrix product in the same rounds.
+        memory_share: its rate over that of the triad in the same rounds.
     """
 
     name: str
@@ -83,7 +83,7 @@ class Result:
 
 
 def product_case(device: torch.device, dtype: torch.dtype) -> Case:
-    """Return the product of two large square matrices, torch's own, against which products are measured."""
+    """Return the product of two large square matrices by torch, the reference of all products."""
     side, generator = PRODUCT_SIDES.get(device.type, LARGE_SIDE), generator_for(1)
     left, right = (torch.randn(side, side, generator=generator).to(device, dtype) for _ in range(2))
     out = torch.empty_like(left)
@@ -98,11 +98,11 @@ def triad_case(device: torch.device, values: int = TRIAD_VALUES, name: str = TRI
     return Case(name, lambda: torch.add(b, c, alpha=2.0, out=a), moved=12.0 * values)
 
 
-def seconds_of(run: Callable[[], object], device: torch.device) -> float:
-    """Return the wall clock of one run, without gradients, until the device has finished."""
+def seconds_of(run: Callable[[], object], device: torch.device, trains: bool = False) -> float:
+    """Return the wall clock of one run until the device has finished, without gradients unless it `trains`."""
     synchronise(device)
     started = time.perf_counter()
-    with torch.inference_mode():
+    with torch.inference_mode(not trains):
         run()
     synchronise(device)
     return time.perf_counter() - started
@@ -117,19 +117,18 @@ def measure(
     """
     listed = [product_case(device, dtype), triad_case(device), *cases]
     progress = Progress((rounds + 1) * len(listed), "run")
-    times: list[dict[str, float]] = []
+    times: list[list[float]] = [[] for _ in listed]  # by case
     for _ in range(rounds + 1):
-        times.append({})
-        for case in listed:
-            times[-1][case.name] = seconds_of(case.run, device)
+        for case, taken in zip(listed, times, strict=True):
+            taken.append(seconds_of(case.run, device))
             progress.update()
     progress.close()
-    return [_result(case, listed[0], listed[1], times[1:]) for case in listed]
+    (product, triad), (product_times, triad_times) = listed[:2], times[:2]
 
+    def result(case: Case, taken: list[float]) -> Result:
+        products = [case.flops / product.flops * other / own for own, other in zip(taken, product_times, strict=True)]
+        triads = [case.moved / triad.moved * other / own for own, other in zip(taken, triad_times, strict=True)]
+        seconds, *shares = (statistics.median(values[1:]) for values in (taken, products, triads))
+        return Result(case.name, seconds, case.flops, case.moved, case.units, *shares)
 
-def _result(case: Case, product: Case, triad: Case, times: list[dict[str, float]]) -> Result:
-    seconds = statistics.median(row[case.name] for row in times)
-    products = [(case.flops / row[case.name]) / (product.flops / row[product.name]) for row in times]
-    triads = [(case.moved / row[case.name]) / (triad.moved / row[triad.name]) for row in times]
-    shares = statistics.median(products), statistics.median(triads)
-    return Result(case.name, seconds, case.flops, case.moved, case.units, *shares)
+    return [result(case, taken) for case, taken in zip(listed, times, strict=True)]

@@ -1,4 +1,4 @@
-"""Seconds of decoding, of pictures by the published and by the fast procedure, and how they grow."""
+"""Seconds of decoding, of images by the published and by the fast procedure, and their growth."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from LightningDiT.checkpoint import save_weights, without_values
+from LightningDiT.config import SampleConfig
 from LightningDiT.images import to_uint8
 from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from LightningDiT.sampling.solver_choice import FAST
@@ -18,8 +19,7 @@ from LightningDiT.seeds import generator_for
 from LightningDiT.tokenizer.autoencoder import AutoencoderKL
 from LightningDiT.tokenizer.config import TokenizerConfig, load_tokenizer_config
 from LightningDiT.tokenizer.vavae import VA_VAE, autoencoder_settings
-from LightningDiT.transport import draw_noise
-from studies.solver_study import published_procedure
+from LightningDiT.transport import draw_noise, integrate_ode, time_grid
 
 from .counting import product_flops
 from .forward import random_weights
@@ -28,7 +28,8 @@ from .rounds import Case, Setting, measure
 
 TOKENIZER = PROJECT / "LightningDiT" / "tokenizer" / "configs" / "vavae_f16d32.yaml"
 BUNDLED = PROJECT / "models" / "fashion-mnist"
-PUBLISHED_NAME = "published procedure: 249 Euler steps, both halves at each"
+PUBLISHED_EVALUATIONS = 249
+PUBLISHED_NAME = f"published procedure: {PUBLISHED_EVALUATIONS} Euler steps, both halves at each"
 FAST_NAME = "fast"
 COUNT, QUICK_COUNT = 40, 8  # images of the comparison
 GROWTH = {  # what grows -> its sizes, in full and with --quick
@@ -46,7 +47,7 @@ def decode_cases(config: TokenizerConfig, counts: Sequence[int], setting: Settin
         model = AutoencoderKL(settings)
     side = settings.resolution // settings.downsample_factor
     shape = (settings.embed_dim, side, side)
-    flops = product_flops(model, lambda: model.decode(torch.empty(1, *shape, device="meta")))
+    flops = product_flops(lambda: model.decode(torch.empty(1, *shape, device="meta")))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokenizer.safetensors"
         save_weights(random_weights(model).state_dict(), path)
@@ -65,6 +66,27 @@ def measure_decoding(setting: Setting) -> dict[str, Any]:
     """Return the seconds of decoding by VA-VAE f16d32, which is in float32 on every device."""
     cases = decode_cases(load_tokenizer_config(TOKENIZER), (1,) if setting.quick else (1, 4), setting)
     return {"results": measure(cases, 2 if setting.quick else 5, setting.device)}
+
+
+@torch.inference_mode()
+def published_procedure(
+    pipe: LightningDiTPipeline, sample: SampleConfig, noise: Tensor, labels: Sequence[int]
+) -> Tensor:
+    """Return the final latents of Euler with 250 points and both halves of guidance at each, wanted or not."""
+    conditional = torch.tensor(labels, device=pipe.device)
+    y = torch.cat([conditional, torch.full_like(conditional, pipe.transformer.null_class)])
+    settings = pipe.guided(labels, sample).settings
+    channels = noise.shape[1] if settings.guided_channels == "all" else settings.guided_channels
+
+    def both_halves(x: Tensor, t: Tensor) -> Tensor:
+        cond, null = pipe.transformer(torch.cat([x, x]), torch.cat([t, t]), y).float().chunk(2)
+        if not settings.acts_at(t):
+            return cond
+        mixed = null + settings.cfg_scale * (cond - null)
+        return torch.cat([mixed[:, :channels], cond[:, channels:]], dim=1)
+
+    times = time_grid(PUBLISHED_EVALUATIONS + 1, timestep_shift=sample.timestep_shift)
+    return integrate_ode(both_halves, noise, times, "euler")
 
 
 def image_cases(pipe: LightningDiTPipeline, count: int) -> list[Case]:

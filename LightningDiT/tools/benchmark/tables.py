@@ -1,9 +1,11 @@
-"""The figures as Markdown, to be pasted anywhere or put between the marks of a page."""
+"""The figures as Markdown tables."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from LightningDiT.tools.report import table
 
 from .demo import DEMO
 from .forward import summary
@@ -13,19 +15,13 @@ from .rounds import Result
 MEGA, GIGA = 1e6, 1e9
 
 
-def rows(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    """Return a Markdown table; every column but the first is aligned to the right."""
-    lines = [f"| {' | '.join(head)} |", f"|---|{'--:|' * (len(head) - 1)}"]
-    return [*lines, *(f"| {' | '.join(cells)} |" for cells in body), ""]
-
-
 def notes(skipped: Sequence[str]) -> list[str]:
-    """Return what is left out, with the reasons."""
+    """Return a line that names the skipped cases and the reasons."""
     return [f"Left out: {'; '.join(skipped)}.", ""] if skipped else []
 
 
 def rates(product: Result, triad: Result) -> str:
-    """Return the two rates that the shares are of."""
+    """Return the rates of the two references."""
     return (
         f"{product.name.capitalize()}: {product.gflops:,.0f} GFLOP/s. Triad a = b + 2 c of"
         f" {triad.moved / 12 * 4 / 2**20:.0f} MiB arrays, two reads and one write counted: {triad.gbytes:,.1f} GB/s."
@@ -47,7 +43,7 @@ def product_table(results: Sequence[Result]) -> list[str]:
         )
         for case in cases
     ]
-    return [rates(product, triad), "", *rows(head, body)]
+    return [rates(product, triad), "", *table(head, body)]
 
 
 def forward_table(part: dict[str, Any]) -> list[str]:
@@ -75,7 +71,7 @@ def profile_table(part: dict[str, Any]) -> list[str]:
     lines = [
         rates(part["product"], triad),
         "",
-        *rows(head, body),
+        *table(head, body),
         f"Everything else moves at least {part['moved'] / MEGA:,.0f} MB: {1e3 * found['in_memory']:.1f} ms at the"
         f" triad's rate in memory, {1e3 * found['in_cache']:.1f} ms at that of a {small.name},"
         f" {small.gbytes:,.1f} GB/s. The weights, {part['weights'] / MEGA:,.0f} MB, take"
@@ -85,7 +81,7 @@ def profile_table(part: dict[str, Any]) -> list[str]:
         "",
     ]
     kinds = sorted(part["kinds"].items(), key=lambda pair: -pair[1])
-    return lines + rows(("kind of operator", "share"), [(kind, f"{share:.1%}") for kind, share in kinds])
+    return lines + table(("kind of operator", "share"), [(kind, f"{share:.1%}") for kind, share in kinds])
 
 
 def _megabytes(value: int | None) -> str:
@@ -107,7 +103,7 @@ def load_table(part: dict[str, Any]) -> list[str]:
         )
         for row in part["loaded"]
     ]
-    return rows((*head, "on the GPU at the peak, MB") if on_gpu else head, body) + notes(part["skipped"])
+    return table((*head, "on the GPU at the peak, MB") if on_gpu else head, body) + notes(part["skipped"])
 
 
 def image_table(part: dict[str, Any]) -> list[str]:
@@ -124,18 +120,18 @@ def image_table(part: dict[str, Any]) -> list[str]:
         )
         for one in part["results"]
     ]
-    return rows(head, body)
+    return table(head, body)
 
 
 def growth_table(part: dict[str, Any]) -> list[str]:
-    """Return seconds against what grows, and seconds a unit of it."""
+    """Return seconds against the size of batch, evaluations or images, and seconds a unit."""
     head = ("bundled model, what grows", "size", "seconds", "ms a unit")
     body = [
         (what, str(one.units), f"{one.seconds:.3f}", f"{1e3 * one.seconds / one.units:.2f}")
         for what, results in part.items()
         for one in results
     ]
-    return rows(head, body)
+    return table(head, body)
 
 
 def demo_table(part: dict[str, Any]) -> list[str]:
@@ -143,11 +139,11 @@ def demo_table(part: dict[str, Any]) -> list[str]:
     if part["seconds"] is None:
         return notes(part["skipped"])
     named = (("first_step", "start to first sampling step"), ("picture", "start to pictures"))
-    return rows((DEMO.name, "seconds"), [(title, f"{part['seconds'][key]:.1f}") for key, title in named])
+    return table((DEMO.name, "seconds"), [(title, f"{part['seconds'][key]:.1f}") for key, title in named])
 
 
 def training_table(part: dict[str, Any]) -> list[str]:
-    """Return steps of both loops, shares of waiting, and what extractions spend."""
+    """Return the steps of all loops, the shares of waiting, and the shares of an extraction's seconds."""
     steps = [
         (f"{one.case}: {step.loop}", f"{step.seconds:.3f}", f"{one.batch / step.seconds:.2f}", f"{step.ratio:.2f}")
         for one in part["comparisons"]
@@ -161,11 +157,11 @@ def training_table(part: dict[str, Any]) -> list[str]:
         for one in part["extractions"]
     ]
     return [
-        *rows(("a training step", "seconds", "images a second", "seconds over ours"), steps),
+        *table(("a training step", "seconds", "images a second", "seconds over ours"), steps),
         f"The first losses of both loops differ by {largest:.0e} of their value at most.",
         "",
-        *rows(("training", "steps", "seconds a step", "share waiting for data"), waiting),
-        *rows(("extraction", "images", "images a second", *spent), extractions),
+        *table(("training", "steps", "seconds a step", "share waiting for data"), waiting),
+        *table(("extraction", "images", "images a second", *spent), extractions),
         *notes(part["skipped"]),
     ]
 
@@ -185,10 +181,10 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
 
 def render(part: str, figures: dict[str, Any], facts: dict[str, Any]) -> str:
     """Return one part: a line about the machine, then its tables."""
-    title, table = TABLES[part]
-    return "\n".join([f"**{title}** on {machine_line(facts)}:", "", *table(figures)])
+    title, lines_of = TABLES[part]
+    return "\n".join([f"**{title}** on {machine_line(facts)}:", "", *lines_of(figures)])
 
 
 def mark_of(part: str) -> str:
-    """Return the name of the marks of a page between which a part stands."""
+    """Return the name of a part's marks in a page."""
     return f"benchmark, {part}"

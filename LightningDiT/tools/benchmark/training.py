@@ -1,18 +1,18 @@
-"""A training step beside the published one, the share of a run that waits for data, and what an extraction spends.
+"""A training step beside the published one, the share of a run that waits for data, and the parts of an extraction.
 
-Our step is `LightningDiT.train.Trainer`'s own, from shards on the disk; `published_loop` has the other, which is given
-each batch as it is to be used, so that it reads and draws nothing.
+Our step is that of `LightningDiT.train.Trainer`, from shards on the disk. The step of `published_loop` is given each
+batch ready-made: it reads and draws nothing.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,6 @@ from LightningDiT.device import (
     synchronise,
     training_dtype,
 )
-from LightningDiT.extract_features import MOST_THREADS
 from LightningDiT.loading import model_settings
 from LightningDiT.seeds import generator_for
 from LightningDiT.tokenizer.autoencoder import AutoencoderKL
@@ -42,13 +41,13 @@ from LightningDiT.tokenizer.latents import Moments
 from LightningDiT.tokenizer.vavae import VA_VAE, autoencoder_settings
 from LightningDiT.train import Trainer
 from LightningDiT.training.extraction import STATS_NAME, ExtractionSettings, extract
-from LightningDiT.training.latent_batches import PartialBatch
+from LightningDiT.training.latent_batches import LatentBatch
 from LightningDiT.training.memory import training_need
 
 from .forward import WEIGHT_STD, random_weights
 from .machine import PROJECT, free_memory_bytes, lack_of
 from .published_loop import Block, PublishedLoop
-from .rounds import Setting
+from .rounds import Setting, seconds_of
 
 OURS = "ours"
 PUBLISHED = "published"
@@ -57,12 +56,12 @@ LATENTS = 1024  # of the random shard that is trained on
 CONFIG = "config.yaml"
 BUNDLED = PROJECT / "models" / "fashion-mnist" / CONFIG
 B1 = PROJECT / "LightningDiT" / "configs" / "lightningdit_b1_train.yaml"
-DETAIL = 8  # pixels between the random values that a picture is interpolated from, so that it resembles a photograph
+DETAIL = 8  # pixels between random values; a picture interpolated from them resembles a photograph
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Steps of one model in one precision: batches and rounds, in full and with --quick (no rounds: left out)."""
+    """Steps of one model in one precision: batches and rounds, in full and with --quick (no rounds: skipped)."""
 
     name: str
     config: Path
@@ -75,7 +74,7 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class WaitingPlan:
-    """A training whose share of waiting is measured: its steps, in full and with --quick (0: left out)."""
+    """A training whose share of waiting is measured: its steps, in full and with --quick (0: skipped)."""
 
     name: str
     config: Path
@@ -86,7 +85,7 @@ class WaitingPlan:
 
 @dataclass(frozen=True)
 class ExtractionPlan:
-    """An extraction: files of `size` (width, height), how many of them, in full and with --quick (0: left out)."""
+    """An extraction: files of `size` (width, height), their number, in full and with --quick (0: skipped)."""
 
     name: str
     config: Path
@@ -98,12 +97,12 @@ class ExtractionPlan:
 
 @dataclass(frozen=True)
 class Step:
-    """What a step of one loop takes.
+    """The time of a step of one loop.
 
     Attributes:
-        loop: whose it is.
+        loop: its name.
         seconds: median over rounds.
-        ratio: its seconds over ours in the same round, median; above 1 ours is the faster.
+        ratio: median of its seconds over ours in the same round; above 1 ours is faster.
     """
 
     loop: str
@@ -130,7 +129,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Waiting:
-    """The share of a training's seconds in which its steps waited for their batches; `seconds` is a step's mean."""
+    """The share of a training's time in which its steps waited for batches; `seconds` is the mean of a step."""
 
     case: str
     steps: int
@@ -140,7 +139,7 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Extraction:
-    """Seconds of an extraction and their shares by what they went into, as `ExtractionResult` has them."""
+    """Seconds of an extraction, and their shares as in `ExtractionResult`."""
 
     case: str
     images: int
@@ -149,7 +148,7 @@ class Extraction:
 
 
 STEP_PLANS = (StepPlan("B/1", B1, "fp32", 8, 7, 1, 2), StepPlan("B/1", B1, "bf16", 8, 7, 0, 0))
-#: A small model besides: its steps are short, so that its batches have the least time to be made in.
+#: The small model has the shortest steps, so the least time to make its batches.
 WAITING_PLANS = (WaitingPlan("B/1", B1, 8, 8, 0), WaitingPlan("bundled model", BUNDLED, 128, 60, 5))
 EXTRACTION_PLANS = (
     ExtractionPlan("VA-VAE f16d32 at 256x256", B1, "jpg", (500, 375), 64, 0),
@@ -158,7 +157,7 @@ EXTRACTION_PLANS = (
 
 
 def measure_training(setting: Setting) -> dict[str, Any]:
-    """Return steps of both loops, shares of waiting and of extractions, and what is left out."""
+    """Return steps of both loops, shares of waiting and of extractions, and the skipped cases."""
     skipped: list[str] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -177,7 +176,7 @@ def measure_training(setting: Setting) -> dict[str, Any]:
 
 
 def wanted(name: str, full: int, quick: int, setting: Setting, skipped: list[str]) -> int:
-    """Return how much of something is measured; where that is nothing, `skipped` takes its name."""
+    """Return the size of a measurement; if that is 0, `skipped` takes its name."""
     if setting.quick and not quick:
         skipped.append(f"{name}: not with --quick")
     return quick if setting.quick else full
@@ -187,7 +186,7 @@ def write_latents(config: Config, folder: Path, batch: int, precision: str) -> C
     """Write random latents of a configuration's shape, their statistics and a YAML that trains on them.
 
     Args:
-        config: model, optimizer and loss are taken over from it.
+        config: gives model, optimizer and loss.
 
     Returns:
         the configuration in that YAML.
@@ -239,13 +238,13 @@ def published_of(trainer: Trainer) -> PublishedLoop:
 
 
 def our_step(trainer: Trainer, step: int) -> float:
-    """Take a step as a training does, with its figures for the log, and return the loss that was trained on."""
+    """Take a step as a training does, with its figures for the log, and return its loss."""
     row = {name: float(value) for name, value in trainer.step(step).items()}
     return row["loss"] + row.get("cos_loss", 0.0)
 
 
 def measure_steps(plans: Sequence[StepPlan], setting: Setting, folder: Path, skipped: list[str]) -> list[Comparison]:
-    """Return the steps of every plan; `skipped` takes what is left out, with the reason."""
+    """Return the steps of every plan; `skipped` takes the skipped ones with the reason."""
     found: list[Comparison] = []
     for plan in plans:
         batch, rounds = (plan.quick_batch, plan.quick_rounds) if setting.quick else (plan.batch, plan.rounds)
@@ -262,7 +261,7 @@ def measure_steps(plans: Sequence[StepPlan], setting: Setting, folder: Path, ski
 
 
 def lack_for_steps(config: Config, plan: StepPlan, batch: int, rounds: int, setting: Setting) -> str | None:
-    """Return why a plan is left out, or None."""
+    """Return why a plan is skipped, or None."""
     dtype, device = PRECISIONS[plan.precision], setting.device
     if not rounds:
         return "not with --quick"
@@ -291,8 +290,9 @@ def compare(
     times: dict[str, list[float]] = {name: [] for name in loops}
     progress = Progress(rounds * len(loops), "step")
     for step in range(1, rounds + 1):
-        for name in loops if step % 2 else reversed(loops):  # so that none always comes after the same one
-            times[name].append(_seconds(loops[name], step, trainer.device))
+        for name in loops if step % 2 else reversed(loops):  # none always comes after the same one
+            run = partial(loops[name], step)
+            times[name].append(seconds_of(run, trainer.device, trains=True))
             progress.update()
     progress.close()
     steps = [Step(name, statistics.median(own), _ratio(own, times[OURS])) for name, own in times.items()]
@@ -303,20 +303,12 @@ def _ratio(seconds: Sequence[float], ours: Sequence[float]) -> float:
     return statistics.median(other / own for other, own in zip(seconds, ours, strict=True))
 
 
-def _seconds(run: Callable[[int], float], step: int, device: torch.device) -> float:
-    synchronise(device)
-    started = time.perf_counter()
-    run(step)
-    synchronise(device)
-    return time.perf_counter() - started
-
-
-def compiled_blocks(published: PublishedLoop, batch: PartialBatch, case: str, skipped: list[str]) -> list[Block] | None:
-    """Return the published layers compiled, after a step that compiles them; None where this machine cannot."""
+def compiled_blocks(published: PublishedLoop, batch: LatentBatch, case: str, skipped: list[str]) -> list[Block] | None:
+    """Return the published layers compiled, after a step that compiles them; None if this machine cannot."""
     try:
         blocks = published.compiled_blocks()
         published.step(batch, blocks)
-    except RuntimeError as error:  # torch's own compiler errors are such, and so is that of releases that cannot
+    except RuntimeError as error:  # the base of torch's compiler errors
         if is_out_of_memory(error):
             raise
         skipped.append(f"{case}, layers compiled: torch.compile does not work here")
@@ -325,9 +317,9 @@ def compiled_blocks(published: PublishedLoop, batch: PartialBatch, case: str, sk
 
 
 def measure_waiting(plan: WaitingPlan, steps: int, folder: Path) -> Waiting:
-    """Return what the steps of a training waited for their batches, each made while the step before it computes."""
+    """Return the time that steps waited for their batches; each is made while the step before it computes."""
     trainer = Trainer(write_latents(load_config(plan.config), folder, plan.batch, "auto"))
-    our_step(trainer, 0)  # whose batch nothing had asked for before
+    our_step(trainer, 0)  # its batch was not prepared
     synchronise(trainer.device)
     progress, waited, started = Progress(steps, "step"), 0.0, time.perf_counter()
     for step in range(1, steps + 1):
@@ -341,7 +333,7 @@ def measure_waiting(plan: WaitingPlan, steps: int, folder: Path) -> Waiting:
 
 
 def measure_extraction(plan: ExtractionPlan, images: int, folder: Path, device: torch.device) -> Extraction:
-    """Return what an extraction of `images` files, which are written for it, spends its seconds on."""
+    """Write `images` files, extract them, and return how the seconds divide."""
     config = load_config(plan.config)
     known = load_tokenizer_config(tokenizer_config_path(config))
     write_pictures(folder / "images" / "class", plan, images)
@@ -349,7 +341,7 @@ def measure_extraction(plan: ExtractionPlan, images: int, folder: Path, device: 
     weights = Path(known.ckpt_path) if has_weights else random_tokenizer(known, folder)
     tokenizer = VA_VAE(known, config.data.image_size, weights, device=device)
     tokenizer.encode_images(torch.zeros(1, 3, config.data.image_size, config.data.image_size))  # to warm up
-    settings = ExtractionSettings(config.data.image_size, threads=min(os.cpu_count() or 1, MOST_THREADS))
+    settings = ExtractionSettings(config.data.image_size)
     result = extract(open_folder(folder / "images"), tokenizer, weights, folder / "latents", settings)
     return Extraction(f"{plan.name}, {plan.ending} files", result.made, result.seconds, result.shares)
 

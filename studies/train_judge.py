@@ -1,7 +1,7 @@
-"""Train the judge: `python -m studies.judge --data-root FOLDER --output judge.safetensors`.
+"""Train the judge: `python -m studies.train_judge --data-root FOLDER --output judge.safetensors`.
 
 The judge is an independent classifier of Fashion-MNIST. It learns from the 60,000 real training photographs
-alone, has never seen a reconstruction or a generated image, and says what they show.
+alone and has never seen a reconstruction or a generated image.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from LightningDiT.checkpoint import inspect, save_weights
+from LightningDiT.checkpoint import save_weights
 from LightningDiT.console import run_main
-from LightningDiT.data.images import fashion_mnist, pad_to_32
+from LightningDiT.data.fashion_mnist import fashion_mnist
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.metrics.judge import Judge, judge_images
-from studies.classifiers import Recipe, train_classifier
+from LightningDiT.metrics.judge import Judge
+from studies.classifiers import Recipe, accuracy_on_test_images, add_training_options, train_classifier
 
 LEAST_ACCURACY = 0.91  # a weaker judge is not worth keeping
 RECIPE = Recipe(peak_rate=3e-3, weight_decay=0.02)
@@ -38,38 +38,18 @@ def save_judge(judge: Judge, path: str | Path, metadata: dict[str, object]) -> N
     save_weights(weights, path, {name: json.dumps(value) for name, value in metadata.items()})
 
 
-def judge_metadata(path: str | Path) -> dict[str, object]:
-    """Return how the judge in `path` was made: test accuracy, seed, epochs."""
-    return {name: json.loads(value) for name, value in inspect(path).metadata.items()}
-
-
-def half_precision(judge: Judge) -> Judge:
-    """Round the weights of `judge` to half precision, as a file gives them back, and return it."""
-    return judge.half().float()
-
-
-def accuracy_on_test_images(judge: Judge, root: str | Path) -> float:
-    """Return the share of the 10,000 real test images that the judge knows."""
-    images, labels = fashion_mnist(root, train=False)
-    return float((judge_images(judge, pad_to_32(images))[1] == labels).double().mean())
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's arguments."""
-    parser = argparse.ArgumentParser(prog="python -m studies.judge", description=__doc__)
-    parser.add_argument("--data-root", default="data/fashion-mnist", help="folder of Fashion-MNIST")
-    parser.add_argument("--output", required=True, help="safetensors file to write")
-    parser.add_argument("--epochs", type=int, default=14)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = argparse.ArgumentParser(prog="python -m studies.train_judge", description=__doc__)
+    add_training_options(parser, epochs=14)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, build, run."""
     args = parse(argv)
-    images, labels = fashion_mnist(args.data_root, train=True)
-    judge = half_precision(train_judge(images, labels, args.epochs, args.seed))
-    accuracy = accuracy_on_test_images(judge, args.data_root)
+    judge = train_judge(*fashion_mnist(args.data_root, train=True), args.epochs, args.seed)
+    accuracy = accuracy_on_test_images(judge.half().float(), args.data_root)  # rounded, as the file gives it back
     print(f"the judge knows {accuracy:.2%} of the real test images")
     if accuracy < LEAST_ACCURACY:
         raise LightningDiTError(
@@ -77,8 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f" {args.output} is left as it was",
             f"give --epochs more than {args.epochs}",
         )
-    metadata = {"test_accuracy": accuracy, "seed": args.seed, "epochs": args.epochs}
-    save_judge(judge, args.output, metadata)
+    save_judge(judge, args.output, {"test_accuracy": accuracy, "seed": args.seed, "epochs": args.epochs})
     print(f"wrote {args.output}")
     return 0
 
