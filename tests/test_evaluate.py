@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
 import os
-import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,12 +22,11 @@ from torch import Tensor, nn
 
 from LightningDiT import evaluate
 from LightningDiT.checkpoint import save_weights
-from LightningDiT.console import run_main
 from LightningDiT.data.fashion_mnist import FASHION_MNIST_CLASSES
 from LightningDiT.data.image_sets import ArrayImages
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import save_png
-from LightningDiT.metrics import cache, extractors, neighbours
+from LightningDiT.metrics import cache, neighbours
 from LightningDiT.metrics.by_class import accuracy, class_table
 from LightningDiT.metrics.extractors import (
     JUDGE_FILE,
@@ -52,7 +49,7 @@ from LightningDiT.metrics.scores import (
 )
 from LightningDiT.metrics.sources import open_images, open_source
 from LightningDiT.seeds import generator_for
-from studies import bootstrap_study
+from tests.conftest import write_idx
 from tests.test_metrics import distance_by_scipy
 
 torch_fidelity = pytest.importorskip("torch_fidelity")
@@ -515,47 +512,19 @@ def test_the_file_for_adms_evaluator_is_cropped_by_size(tmp_path: Path) -> None:
         assert np.array_equal(archive["arr_0"], pixels[:, :, 2:10])
 
 
-def write_fashion_mnist(folder: Path, counts: dict[str, int]) -> dict[str, np.ndarray]:
-    """Write the four IDX files with random photographs, which are returned by part; image i is of class i mod 10."""
-    written = {}
-    for part, prefix in (("train", "train"), ("test", "t10k")):
-        photographs = np.random.RandomState(counts[part]).randint(0, 256, (counts[part], 28, 28)).astype(np.uint8)
-        images = struct.pack(">4B3i", 0, 0, 8, 3, counts[part], 28, 28) + photographs.tobytes()
-        labels = struct.pack(">4Bi", 0, 0, 8, 1, counts[part]) + bytes(i % 10 for i in range(counts[part]))
-        (folder / f"{prefix}-images-idx3-ubyte.gz").write_bytes(gzip.compress(images))
-        (folder / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(labels))
-        written[part] = photographs
-    return written
-
-
 def test_fashion_mnist_is_taken_by_part(tmp_path: Path) -> None:
-    written = write_fashion_mnist(tmp_path, {"train": 5, "test": 3})
-    for part, photographs in written.items():
+    for part, prefix, count in (("train", "train", 5), ("test", "t10k", 3)):
+        photographs = np.random.RandomState(count).randint(0, 256, (count, 28, 28))
+        write_idx(tmp_path / f"{prefix}-images-idx3-ubyte.gz", photographs)
+        write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte.gz", np.arange(count))
         source = open_images(f"{tmp_path}:{part}")
         padded = np.pad(photographs, ((0, 0), (2, 2), (2, 2)))
         assert np.array_equal(source.batch(range(source.count)).pixels.numpy(), np.stack([padded] * 3, 1))
         assert source.labels is not None
-        assert source.labels.tolist() == list(range(source.count))
+        assert source.labels.tolist() == list(range(count))
         assert source.class_names == FASHION_MNIST_CLASSES
     with pytest.raises(LightningDiTError, match=r"holds Fashion-MNIST, and not which part of it; fix: name .*:test"):
         open_source(str(tmp_path))
-
-
-def test_a_row_of_the_bootstraps_study() -> None:
-    scores = [Score(1.0, 0.5, 2.5, 0.25), Score(3.0, 2.25, 4.25, 0.75)]
-    # mean 2, 0.5 above the limit 1.5; mean bias 0.5; quantiles of two values lie 0.95 of their distance apart
-    assert bootstrap_study.row_of(200, scores, 1.5) == ["200", "2", "0.5", "0.5", "1.9", "2", "50%"]
-
-
-def test_the_bootstraps_study_prints_its_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_fashion_mnist(tmp_path, {"train": 30, "test": 20})
-    options = ["--counts", "5", "10", "--sets", "3", "--resamples", "4", "--output", str(tmp_path / "out")]
-    assert bootstrap_study.main(["--data-root", str(tmp_path), *options]) == 0
-    rows = capsys.readouterr().out.splitlines()[-4:]
-    assert [row.count("|") for row in rows] == [8, 8, 8, 8]
-    assert [row.split()[1] for row in rows[2:]] == ["5", "10"]
-    # a set is a part of the training images, and its distance is larger than theirs
-    assert all(float(row.split("|")[3]) > 0 for row in rows[2:])
 
 
 def make_damaged(tmp_path: Path) -> None:
@@ -600,20 +569,6 @@ def test_what_cannot_be_read_is_named(name: str, message: str, tmp_path: Path) -
         source = open_images(str(tmp_path / name))
         list(source.batches(range(source.count), 5))
     assert "\n" not in str(caught.value)
-
-
-def test_without_inceptions_weights_it_says_where_they_belong(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(extractors, "INCEPTION_URL", "http://127.0.0.1:9/weights-0.pth")  # nothing listens there
-    made = save_folder(tmp_path / "made", pixels_of(2, 8, seed=0))
-    given = ["--samples", str(made), "--reference", str(made), "--output", str(tmp_path / "out")]
-    assert run_main(lambda: evaluate.main(given)) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert f"{tmp_path}/home/hub/checkpoints/weights-0.pth does not exist and cannot be downloaded" in line
-    assert "curl -L -o weights-0.pth http://127.0.0.1:9/weights-0.pth" in line
-    assert line.endswith("then give --inception-weights weights-0.pth, or --features judge for Fashion-MNIST")
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

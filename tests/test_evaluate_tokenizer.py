@@ -151,6 +151,7 @@ def test_what_cannot_be_had_is_left_out_and_said(
     said = capsys.readouterr().out
     assert "left out" in said
     assert "weights-0.pth does not exist and cannot be downloaded" in said
+    assert "then give --inception-weights weights-0.pth, or --features judge for Fashion-MNIST" in said
     assert report["psnr_pooled"] <= report["psnr_mean"]
     for asked, message in (
         (("--features", "nothing"), "--features is 'nothing'"),

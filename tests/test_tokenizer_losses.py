@@ -269,12 +269,12 @@ def test_the_adversarial_term_enters_with_its_adaptive_weight() -> None:
     wanted, own = (torch.autograd.grad(value, layer, retain_graph=True)[0].norm() for value in (likelihood, gan))
     expected = likelihood + 0.5 * wanted / (own + 1e-4) * gan
     assert math.isclose(number(terms["loss"]), number(expected), rel_tol=1e-4)
-    judged = criterion.discriminator_loss(result)
+    terms = criterion.discriminator_loss(result)
     real, fake = criterion.discriminator(images), criterion.discriminator(result.reconstructions)
     assert math.isclose(
-        number(judged["disc"]), number(0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())), rel_tol=1e-5
+        number(terms["disc"]), number(0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())), rel_tol=1e-5
     )
-    judged["disc"].backward()
+    terms["disc"].backward()
     assert model.decoder.conv_out.weight.grad is None  # the reconstructions are data to the discriminator
 
 
