@@ -142,18 +142,10 @@ def evaluate(settings: EvaluationSettings) -> Evaluation:
     report: Report = {
         "samples": {"from": settings.samples, "count": samples.count},
         "reference": {"from": settings.reference, "count": reference.images.count if reference.images else None},
-        "features": {
-            "network": extractor.name,
-            "layer": extractor.layer,
-            "dimensions": made["features"].shape[1],
-        },
+        "features": {"network": extractor.name, "layer": extractor.layer, "dimensions": made["features"].shape[1]},
         "settings": {
-            "resamples": settings.resamples,
-            "seed": settings.seed,
-            "neighbourhood": NEIGHBOURHOOD,
-            "splits": SPLITS,
-            "size": settings.size,
-            "torch": torch.__version__,
+            **{name: getattr(settings, name) for name in ("resamples", "seed", "size")},
+            **{"neighbourhood": NEIGHBOURHOOD, "splits": SPLITS, "torch": torch.__version__},
         },
         "scores": {name: dataclasses.asdict(score) for name, score in scores.items()},
         "warnings": bias_warnings(samples, reference, made, scores) + size_warnings(samples, reference.images),
