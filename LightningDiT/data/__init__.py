@@ -1,1 +1,1 @@
-"""Images and latent shards for training."""
+"""Image sets, latent shards, ADM's sample files, and the names of classes."""

@@ -16,8 +16,8 @@ from LightningDiT.config import Config
 from LightningDiT.errors import LightningDiTError
 
 IMAGENET_CLASSES = 1000
-LATENTS_MANIFEST = "manifest.json"  # beside latent shards: what they were made of, with the names of the classes
-LISTED_CLASSES = 20  # so many names fit one line of an error
+LATENTS_MANIFEST = "manifest.json"  # beside latent shards: their origin, with the names of the classes
+LISTED_CLASSES = 20  # names that fit one line of an error
 NEAREST_NAMES = 3
 
 
@@ -27,7 +27,7 @@ class Labels:
 
     Attributes:
         count: number of classes.
-        names: one a class, synonyms separated by commas, or None where there are none.
+        names: one per class, synonyms separated by commas; None if the classes have no names.
     """
 
     count: int
@@ -45,7 +45,7 @@ class Labels:
         """Return the number of a class given by number or name (one of its synonyms, in any case).
 
         Raises:
-            LightningDiTError: out of range, or no such name; known names are given.
+            LightningDiTError: the number is out of range, or the name unknown; known names are listed.
         """
         if not isinstance(name, str) or name.strip().lstrip("-").isdecimal():
             number = int(name) if isinstance(name, str) else operator.index(name)  # tensors and NumPy's integers too
@@ -67,7 +67,7 @@ class Labels:
         return [self.number(name) for name in names]
 
     def caption(self, label: int) -> str:
-        """Return the name of a class for people: its first synonym, or its number."""
+        """Return the first synonym of a class, or `class` and its number."""
         return self.names[label].split(",")[0] if self.names else f"class {label}"
 
     def _synonyms(self) -> dict[str, int]:
@@ -88,9 +88,9 @@ class Labels:
 
 
 def _names_of_latents(config: Config) -> tuple[str, ...] | None:
-    """Return the class names in the manifest of `data.data_path`, where it has one for each class; else None.
+    """Return the class names in the manifest of `data.data_path`, or None unless it has one for each class.
 
-    Names that are numbers of WordNet's synsets, as ImageNet's folders have them, are shown in words.
+    WordNet's synset numbers, the names of ImageNet's folders, are replaced by words.
 
     Raises:
         LightningDiTError: the manifest is damaged.
@@ -120,9 +120,9 @@ def _imagenet_names() -> tuple[str, ...]:
 
 
 def _imagenet_tables() -> tuple[dict[str, str], list[str]]:
-    """Return words by synset and the synsets of the 1000 classes from timm's tables.
+    """Return words by synset, and the synsets of the 1000 classes, from timm's tables.
 
-    They are read without timm, whose import takes 130 MB and seconds.
+    The files are read without importing timm, which takes 130 MB and seconds.
     """
     found = importlib.util.find_spec("timm")
     if found is None or not found.submodule_search_locations:

@@ -15,7 +15,7 @@ from torch import Tensor
 from LightningDiT.checkpoint import save_weights
 from LightningDiT.errors import LightningDiTError
 
-KEPT_BATCHES = 2  # whose memory is used again
+KEPT_BATCHES = 2  # whose memory is reused
 FIX = "python -m LightningDiT.extract_features --help"
 
 
@@ -31,7 +31,7 @@ def write_shard(
     flipped: Tensor | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write latents (N, C, h, w), labels (N,) and, where given, the latents of the mirrored images."""
+    """Write latents (N, C, h, w), labels (N,) and, if given, the latents of the mirrored images."""
     tensors = {"latents": latents, "labels": labels}
     if flipped is not None:
         tensors["latents_flip"] = flipped
@@ -39,12 +39,12 @@ def write_shard(
 
 
 def shard_files(folder: str | Path) -> list[Path]:
-    """Return the shards in `folder` in the order of the numbers in their names, which may have any number of digits."""
+    """Return the shards in `folder` in the order of the numbers in their names, whatever their digits."""
     return sorted(Path(folder).glob("*.safetensors"), key=_order)
 
 
 def _order(path: Path) -> list[tuple[int, str]]:
-    """Texts and numbers of a name in turn, as pairs that can be compared."""
+    """Return the texts and numbers in a name as pairs that can be compared."""
     return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", path.name)]
 
 
@@ -52,17 +52,17 @@ def iterate_shards(folder: str | Path) -> Iterator[dict[str, Tensor]]:
     """Yield the tensors of every shard in `folder`, mapped into memory, in the order of `shard_files`.
 
     Raises:
-        LightningDiTError: the folder is missing or holds no shards, or one is no shard.
+        LightningDiTError: the folder is missing or holds no shards, or a file is no shard.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    place = Path(folder)
-    if place.is_file():
-        raise LightningDiTError(f"{place} is a file, the folder of latent shards was expected", f"name {place.parent}")
-    paths = shard_files(place)
+    root = Path(folder)
+    if root.is_file():
+        raise LightningDiTError(f"{root} is a file, the folder of latent shards was expected", f"name {root.parent}")
+    paths = shard_files(root)
     if not paths:
-        raise LightningDiTError(f"no latent shards (*.safetensors) in {place}", FIX)
+        raise LightningDiTError(f"no latent shards (*.safetensors) in {root}", FIX)
     for path in paths:
         try:
             tensors = load_file(path)
@@ -76,7 +76,7 @@ def iterate_shards(folder: str | Path) -> Iterator[dict[str, Tensor]]:
 
 
 def _check_rows(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse a shard whose tensors do not belong together."""
+    """Raise LightningDiTError if the tensors of a shard do not belong together."""
     latents, labels = tensors["latents"], tensors["labels"]
     if latents.dim() != 4 or labels.shape != (len(latents),) or labels.is_floating_point():
         raise LightningDiTError(
@@ -96,13 +96,16 @@ def _check_rows(path: Path, tensors: Mapping[str, Tensor]) -> None:
 class LatentShards:
     """All shards of a folder, mapped into memory, as one set with random access.
 
-    The files are opened once. A batch is a copy of each row from the mapping to its place, by NumPy and without
-    threads: rows of 32 KB are copied at the speed of memory, and threads would wait for cores that the training uses.
+    The files are opened once. A batch is copied row by row from the mapping, by NumPy and without threads: rows of
+    32 KB are copied at the speed of memory, and threads would wait for cores that the training uses.
 
     Attributes:
         labels: (N,) int64.
         shape: (C, h, w) of one latent.
-        has_flips: whether the mirrored images' latents are there, in every shard.
+        has_flips: whether every shard has the latents of the mirrored images.
+
+    Raises:
+        LightningDiTError: see `iterate_shards`; or there are no latents, or those of two shapes.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -129,20 +132,20 @@ class LatentShards:
         """Return latents (B, C, h, w) float32 and labels (B,) of the samples `indices`.
 
         Args:
-            flips: (B,) bool, where the mirrored image's latent is wanted; ignored in sets without flips.
+            flips: (B,) bool, which samples are to be mirrored; ignored in sets without flips.
         """
         target = self._memory.take((len(indices), *self.shape))
         numbers = indices.numpy()
         shards = np.searchsorted(self._starts, numbers, side="right") - 1  # (B,)
         rows = numbers - self._starts[shards]
         mirrored = flips.tolist() if flips is not None and self.has_flips else [False] * len(rows)
-        for place, (shard, row, flip) in enumerate(zip(shards.tolist(), rows.tolist(), mirrored, strict=True)):
-            target[place] = self._rows[shard][flip][row]
+        for index, (shard, row, flip) in enumerate(zip(shards.tolist(), rows.tolist(), mirrored, strict=True)):
+            target[index] = self._rows[shard][flip][row]
         return torch.from_numpy(target), torch.from_numpy(self.labels.numpy()[numbers])
 
 
 class _Memory:
-    """Memory of batches, taken again once nobody has them: the first use of new memory takes longer than the copy.
+    """Memory of batches, reused when nobody holds them: the first use of new memory takes longer than the copy.
 
     A tensor that shares the memory of an array holds that array, and so do the tensor's views.
     """
@@ -152,7 +155,7 @@ class _Memory:
         self._lent: list[tuple[np.ndarray, weakref.ref[np.ndarray]]] = []
 
     def take(self, shape: tuple[int, ...]) -> np.ndarray:
-        """Return an array of float32 whose values are not set."""
+        """Return a float32 array whose values are not set."""
         with self._lock:
             free = (whole for whole, holder in self._lent if holder() is None and whole.shape == shape)
             whole = next(free, None)
@@ -165,5 +168,5 @@ class _Memory:
 
 
 def _as_array(latents: Tensor) -> np.ndarray:
-    """Return the values where they are mapped; those of bfloat16, which NumPy does not have, as float32 in memory."""
+    """Return the mapped values; those of bfloat16, which NumPy lacks, as float32 in memory."""
     return (latents.float() if latents.dtype == torch.bfloat16 else latents).numpy()
