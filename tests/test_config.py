@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from LightningDiT.config import Config, as_dict, load_config
+from LightningDiT.config import Config, SampleConfig, as_dict, load_config, with_overrides
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.loading import guidance_of
 from LightningDiT.tokenizer.config import load_tokenizer_config, tokenizer_config_path, tokenizer_training
+from LightningDiT.transport import GuidanceSettings, SdeSettings
+from LightningDiT.transport.sampler import ATOL, RTOL
 from tests.conftest import PACKAGE
 
 #: Every key of the published schema, with values of the kinds that the published files hold.
@@ -114,6 +117,28 @@ def test_as_dict_holds_what_differs_and_loads_again(tmp_path: Path) -> None:
     values = as_dict(config)
     assert values["data"] == {"num_classes": 2, "class_names": ["a", "b"]}
     assert values["sample"] == {"cfg_scale": 3.0}
+
+
+def test_overrides_are_held_to_the_rules_and_named_as_the_caller_does() -> None:
+    sample = SampleConfig(sampling_method="fast", timestep_shift=0.3)
+    assert with_overrides(sample, cfg_scale=None) == sample
+    assert with_overrides(sample, cfg_scale=3).cfg_scale == 3.0
+    with_points = with_overrides(sample, num_sampling_steps=9)
+    assert (with_points.sampling_method, with_points.num_sampling_steps, with_points.time_grid) == ("ab3", 9, "graded")
+    for names, called in (({}, "sample.num_sampling_steps"), ({"num_sampling_steps": "--steps"}, "--steps")):
+        with pytest.raises(LightningDiTError, match=f"^{called} is 1; 2 or more is expected; fix: choose another"):
+            with_overrides(sample, names, num_sampling_steps=1)
+        with pytest.raises(LightningDiTError, match=f"^{called} is 1.5; int is expected"):
+            with_overrides(sample, names, num_sampling_steps=1.5)
+
+
+def test_the_defaults_of_sampling_are_those_of_the_published_calls() -> None:
+    ours, sde, guidance = SampleConfig(), SdeSettings(), GuidanceSettings()
+    assert (ours.atol, ours.rtol) == (ATOL, RTOL)
+    for name in ("diffusion_form", "diffusion_norm", "last_step", "last_step_size"):
+        assert getattr(ours, name) == getattr(sde, name)
+    assert ours.num_sampling_steps == sde.num_steps
+    assert guidance_of(ours) == guidance
 
 
 @pytest.mark.parametrize(

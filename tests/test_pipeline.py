@@ -7,6 +7,8 @@ import itertools
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +37,7 @@ from LightningDiT.sampling.options import apply_options
 from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from LightningDiT.sampling.solver_choice import solver_of
 from LightningDiT.transport import GuidanceSettings
-from tests.conftest import BUNDLED, COMPUTED, seeded_tensor
+from tests.conftest import BUNDLED, COMPUTED, PROJECT, seeded_tensor
 
 
 @pytest.fixture(scope="module")
@@ -630,3 +632,43 @@ def test_a_compiled_pipeline_gives_the_same_images(tiny_folder: Path) -> None:
     names = load_weights(tiny_folder / "transformer.safetensors").keys()
     assert load_file(tiny_folder / "saved" / "transformer.safetensors").keys() == names
     assert load_config(tiny_folder / "saved" / "config.yaml").sample.compile
+
+
+# warnings
+
+USER_SCRIPT = """
+import dataclasses, sys
+import torch
+from LightningDiT.pipeline import LightningDiTPipeline
+
+folder = sys.argv[1]
+pipe = LightningDiTPipeline.from_config(folder + "/config.yaml", device="cpu")
+
+def full(step, t, state):
+    if len(state) > 1:
+        torch.empty(2**59, dtype=torch.uint8)
+
+pipe([1, 2], batch_size=2, callback=full)  # memory ran out
+settings = dataclasses.replace(pipe.config.sample, sampling_method="fast", solver_file=folder + "/solvers.yaml")
+pipe.with_sample(settings)([1], guidance_scale=7.5)  # is used instead
+pipe.transformer.y_embedder.embedding_table.weight[0] *= 2e4
+pipe.to("cpu", torch.float16)
+pipe([0])  # made again in float32
+"""
+
+
+def test_warnings_name_the_line_of_the_users_script(tiny_folder: Path, tmp_path: Path) -> None:
+    script = tmp_path / "user.py"
+    script.write_text(USER_SCRIPT)
+    shutil.copy(BUNDLED / "solvers.yaml", tiny_folder)
+    weights = weights_fingerprint(tiny_folder / "transformer.safetensors")
+    solvers = load_solvers(tiny_folder / "solvers.yaml")
+    save_solvers(dataclasses.replace(solvers, weights=weights), tiny_folder / "solvers.yaml")
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "PYTHONWARNINGS": "default"}
+    command = [sys.executable, str(script), str(tiny_folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for number, line in enumerate(USER_SCRIPT.splitlines(), 1):
+        if "  # " in line:
+            warning = rf"{re.escape(str(script))}:{number}: UserWarning: .*{line.rpartition('  # ')[2]}"
+            assert re.search(warning, done.stderr), done.stderr

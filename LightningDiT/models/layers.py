@@ -1,4 +1,4 @@
-"""The layers of LightningDiT: embeddings, norms, SwiGLU, attention and the modulated block.
+"""The layers of LightningDiT: embeddings, norms, SwiGLU, attention and modulation.
 
 The table of `LightningDiT.device.resolve_precision` says which part computes in which precision under half-precision
 weights. In float32 every conversion below returns its argument.
@@ -191,55 +191,3 @@ class Modulation(nn.Sequential):
         """Return `parts` tensors (N, width) of the condition's SiLU (N, width)."""
         linear = self[1]
         return linear(active.to(linear.weight.dtype)).float().chunk(self.parts, dim=1)  # (N, width) each
-
-
-class LightningDiTBlock(nn.Module):
-    """Attention and MLP, each modulated and gated by the condition (adaLN-Zero, arXiv 2212.09748)."""
-
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        mlp_ratio: float,
-        use_swiglu: bool,
-        use_qknorm: bool,
-        use_rmsnorm: bool,
-        wo_shift: bool,
-    ) -> None:
-        super().__init__()
-        self.wo_shift = wo_shift
-        hidden = int(width * mlp_ratio)
-        self.norm1 = block_norm(width, use_rmsnorm)
-        self.norm2 = block_norm(width, use_rmsnorm)
-        self.attn = Attention(width, heads, use_qknorm, use_rmsnorm)
-        self.mlp = SwiGLU(width, int(2 / 3 * hidden)) if use_swiglu else Mlp(width, hidden)
-        self.adaLN_modulation = Modulation(width, 4 if wo_shift else 6)
-
-    def forward(self, x: Tensor, active: Tensor, rope: RotaryEmbedding2d | None) -> Tensor:
-        """Return the tokens (N, T, width) after attention and MLP; `active` (N, width) is the condition's SiLU."""
-        parts = self.adaLN_modulation(active)  # (N, width) each
-        if self.wo_shift:
-            scale1, gate1, scale2, gate2 = parts
-            shift1 = shift2 = None
-        else:
-            shift1, scale1, gate1, shift2, scale2, gate2 = parts
-        attended = self.attn(modulate(self.norm1(x), shift1, scale1), rope)  # (N, T, width)
-        x = torch.addcmul(x, gate1.unsqueeze(1), attended)  # (N, T, width)
-        mixed = self.mlp(modulate(self.norm2(x), shift2, scale2))  # (N, T, width)
-        return torch.addcmul(x, gate2.unsqueeze(1), mixed)  # (N, T, width)
-
-
-class FinalLayer(nn.Module):
-    """Tokens to the pixels of their patches."""
-
-    def __init__(self, width: int, patch_size: int, out_channels: int, use_rmsnorm: bool) -> None:
-        super().__init__()
-        self.norm_final = block_norm(width, use_rmsnorm)
-        self.linear = Linear(width, patch_size * patch_size * out_channels)
-        self.adaLN_modulation = Modulation(width, 2)
-
-    def forward(self, x: Tensor, active: Tensor) -> Tensor:
-        """Return (N, T, patch^2 * out) of tokens x (N, T, width); `active` (N, width) is the condition's SiLU."""
-        shift, scale = self.adaLN_modulation(active)  # (N, width) each
-        modulated = modulate(self.norm_final(x), shift, scale)  # (N, T, width)
-        return self.linear(modulated.to(self.linear.weight.dtype))  # (N, T, patch^2 * out)

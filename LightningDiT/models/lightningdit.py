@@ -12,7 +12,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .layers import FinalLayer, LabelEmbedder, LightningDiTBlock, PatchEmbed, TimestepEmbedder
+from .layers import (
+    Attention,
+    LabelEmbedder,
+    Linear,
+    Mlp,
+    Modulation,
+    PatchEmbed,
+    SwiGLU,
+    TimestepEmbedder,
+    block_norm,
+    modulate,
+)
 from .positions import RotaryEmbedding2d, sincos_table
 
 CFG_CHANNELS = 3  # the published forward_with_cfg guides these channels only
@@ -69,6 +80,50 @@ PRESETS = {
 }
 
 
+class LightningDiTBlock(nn.Module):
+    """Attention and MLP, each modulated and gated by the condition (adaLN-Zero, arXiv 2212.09748)."""
+
+    def __init__(self, settings: LightningDiTSettings) -> None:
+        super().__init__()
+        self.wo_shift, width = settings.wo_shift, settings.hidden_size
+        hidden = int(width * settings.mlp_ratio)
+        self.norm1 = block_norm(width, settings.use_rmsnorm)
+        self.norm2 = block_norm(width, settings.use_rmsnorm)
+        self.attn = Attention(width, settings.num_heads, settings.use_qknorm, settings.use_rmsnorm)
+        self.mlp = SwiGLU(width, int(2 / 3 * hidden)) if settings.use_swiglu else Mlp(width, hidden)
+        self.adaLN_modulation = Modulation(width, 4 if settings.wo_shift else 6)
+
+    def forward(self, x: Tensor, active: Tensor, rope: RotaryEmbedding2d | None) -> Tensor:
+        """Return the tokens (N, T, width) after attention and MLP; `active` (N, width) is the condition's SiLU."""
+        parts = self.adaLN_modulation(active)  # (N, width) each
+        if self.wo_shift:
+            scale1, gate1, scale2, gate2 = parts
+            shift1 = shift2 = None
+        else:
+            shift1, scale1, gate1, shift2, scale2, gate2 = parts
+        attended = self.attn(modulate(self.norm1(x), shift1, scale1), rope)  # (N, T, width)
+        x = torch.addcmul(x, gate1.unsqueeze(1), attended)  # (N, T, width)
+        mixed = self.mlp(modulate(self.norm2(x), shift2, scale2))  # (N, T, width)
+        return torch.addcmul(x, gate2.unsqueeze(1), mixed)  # (N, T, width)
+
+
+class FinalLayer(nn.Module):
+    """Tokens to the pixels of their patches."""
+
+    def __init__(self, settings: LightningDiTSettings) -> None:
+        super().__init__()
+        width = settings.hidden_size
+        self.norm_final = block_norm(width, settings.use_rmsnorm)
+        self.linear = Linear(width, settings.patch_size**2 * settings.out_channels)
+        self.adaLN_modulation = Modulation(width, 2)
+
+    def forward(self, x: Tensor, active: Tensor) -> Tensor:
+        """Return (N, T, patch^2 * out) of tokens x (N, T, width); `active` (N, width) is the condition's SiLU."""
+        shift, scale = self.adaLN_modulation(active)  # (N, width) each
+        modulated = modulate(self.norm_final(x), shift, scale)  # (N, T, width)
+        return self.linear(modulated.to(self.linear.weight.dtype))  # (N, T, patch^2 * out)
+
+
 class LightningDiT(nn.Module):
     """The transformer; keyword arguments are the fields of `LightningDiTSettings`."""
 
@@ -83,19 +138,8 @@ class LightningDiT(nn.Module):
         self.pos_embed = nn.Parameter(sincos_table(width, side), requires_grad=False)
         if settings.use_rope:
             self.feat_rope = RotaryEmbedding2d(width // settings.num_heads, side)
-        self.blocks = nn.ModuleList(
-            LightningDiTBlock(
-                width,
-                settings.num_heads,
-                settings.mlp_ratio,
-                settings.use_swiglu,
-                settings.use_qknorm,
-                settings.use_rmsnorm,
-                settings.wo_shift,
-            )
-            for _ in range(settings.depth)
-        )
-        self.final_layer = FinalLayer(width, settings.patch_size, settings.out_channels, settings.use_rmsnorm)
+        self.blocks = nn.ModuleList(LightningDiTBlock(settings) for _ in range(settings.depth))
+        self.final_layer = FinalLayer(settings)
         self._initialise()
 
     def _initialise(self) -> None:

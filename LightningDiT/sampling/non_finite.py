@@ -4,46 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 
-@dataclass(frozen=True)
-class NotFinite:
-    """The first value that is not finite.
-
-    Attributes:
-        layer: name of the layer, such as `blocks.3.mlp.w12`.
-        side: `output`, or `input` where what lies between the layers gave the value.
-        time: of the evaluation, in [0, 1].
-    """
-
-    layer: str
-    side: str
-    time: float
-
-    def __str__(self) -> str:
-        return f"the {self.side} of {self.layer} at t = {self.time:.4g}"
-
-
 class _Found(Exception):  # noqa: N818 - ends the replay, no error
-    def __init__(self, place: NotFinite) -> None:
-        super().__init__(str(place))
-        self.place = place
+    """Carries the text of `first_not_finite`."""
 
 
-def first_not_finite(networks: Mapping[str, nn.Module], replay: Callable[[], object]) -> NotFinite | None:
-    """Return the first layer that gives, or is given, a value that is not finite, or None where all are finite.
+def first_not_finite(networks: Mapping[str, nn.Module], replay: Callable[[], object]) -> str | None:
+    """Return the first layer that gives, or is given, a value that is not finite, or None if all are finite.
 
     Args:
         networks: by a prefix for the names of their layers, each called as network(x, t, ...).
         replay: calls them; it ends at the first such value.
+
+    Returns:
+        A text such as `the output of blocks.3.mlp.w12 at t = 0.25`. It names the input of a layer if an operation
+        between the layers gave the value.
     """
     time = math.nan
     handles = []
-    # compiled code runs no hooks of layers, so the class's own forward takes its place meanwhile
+    # compiled code runs no hooks of layers, so the class's own forward replaces it during the replay
     compiled = {
         name: network.__dict__.pop("forward") for name, network in networks.items() if "forward" in vars(network)
     }
@@ -56,19 +39,19 @@ def first_not_finite(networks: Mapping[str, nn.Module], replay: Callable[[], obj
         def hook(layer: nn.Module, inputs: tuple[object, ...], output: object) -> None:
             for side, values in (("input", inputs), ("output", output)):
                 if not all_finite(values):
-                    raise _Found(NotFinite(name, side, time))
+                    raise _Found(f"the {side} of {name} at t = {time:.4g}")
 
         return hook
 
     try:
         for prefix, network in networks.items():
             handles.append(network.register_forward_pre_hook(remember_time))
-            # a layer's hook runs before that of the module which holds it, so the innermost is named
+            # the hook of a layer runs before that of the module which holds it, so the innermost is named
             layers = [(name, layer) for name, layer in network.named_modules() if name]
             handles += [layer.register_forward_hook(watch(prefix + name)) for name, layer in layers]
         replay()
     except _Found as found:
-        return found.place
+        return str(found)
     finally:
         for handle in handles:
             handle.remove()

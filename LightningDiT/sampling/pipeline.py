@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,7 +44,7 @@ from LightningDiT.loading import (
 from LightningDiT.models.lightningdit import LightningDiT
 from LightningDiT.sampling.calibrated import guide_fingerprint, load_solvers, save_solvers, weights_fingerprint
 from LightningDiT.sampling.memory_limit import BatchLimit
-from LightningDiT.sampling.non_finite import NotFinite, all_finite, first_not_finite
+from LightningDiT.sampling.non_finite import all_finite, first_not_finite
 from LightningDiT.sampling.solver_choice import Solver, check_solver
 from LightningDiT.seeds import generator_for
 from LightningDiT.tokenizer.config import tokenizer_config_path
@@ -111,7 +111,7 @@ class LightningDiTPipeline:
         self.labels = Labels.of(config)
         self.batch_limit = BatchLimit()
         self._solvers: dict[SampleConfig, Solver] = {}
-        self._not_finite: NotFinite | str | None = None  # where half precision first failed
+        self._not_finite: str | None = None  # where half precision first failed
         self.to(device, dtype)
 
     @classmethod
@@ -274,7 +274,7 @@ class LightningDiTPipeline:
         listed = [class_labels] if is_one else list(class_labels)
         if not listed:
             raise LightningDiTError("class_labels is empty; at least one class is expected", "name a class")
-        return self.labels.numbers([one if isinstance(one, str) else operator.index(one) for one in listed])
+        return self.labels.numbers(listed)
 
     def _checked_noise(self, latents: Any, count: int, sample: SampleConfig) -> Tensor | None:
         if latents is None:
@@ -399,8 +399,4 @@ def _joined(parts: list[Any], output_type: str) -> Any:
     """Return the images of all batches as one list, array or tensor."""
     if output_type == "pil":
         return [image for part in parts for image in part]
-    if output_type == "np":
-        import numpy as np
-
-        return np.concatenate(parts)
-    return torch.cat(parts)
+    return np.concatenate(parts) if output_type == "np" else torch.cat(parts)

@@ -153,7 +153,9 @@ def sample_run(
             turn = batches[first : first + processes.count]
 
             def report(turn: list[list[int]] = turn) -> tuple[int, int, bool, bool]:
-                return *sampler.sample(turn, processes.rank), time.monotonic() > deadline, stop.asked
+                mine = turn[processes.rank] if processes.rank < len(turn) else []
+                made, nfe = sampler.sample(mine, sum(map(len, turn)))
+                return made, nfe, time.monotonic() > deadline, stop.asked
 
             saved, evaluations, over, stopped = zip(*processes.share(report), strict=True)
             made, nfe, interrupted = made + sum(saved), max(evaluations), any(stopped)
@@ -195,18 +197,16 @@ class _BatchSampler:
         self._done, self._note = 0, ""
         self._steps = pipe.solver(pipe.config.sample).steps  # of a batch, until the first one has shown it
 
-    def sample(self, turn: list[list[int]], rank: int) -> tuple[int, int]:
-        """Sample this process's batch of `turn`, which has one for each process except at the end.
+    def sample(self, indices: list[int], images: int) -> tuple[int, int]:
+        """Sample a batch, save the images that are missing, and return their number and the evaluations of each.
 
-        Returns:
-            The number of images saved, and the evaluations that each took.
+        Args:
+            indices: of the batch; none if the other processes take the last batches.
+            images: that all processes sample at the same time.
         """
-        indices = turn[rank] if rank < len(turn) else []
-        images = sum(map(len, turn))
         made, nfe = self._sample(indices, images) if indices else (0, 0)
         self._done += images
-        if nfe:
-            self._note = f"{nfe} evaluations each"
+        self._note = f"{nfe} evaluations each" if nfe else self._note
         self.progress.reach(self._done, self._note)
         return made, nfe
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from LightningDiT.transport import (
     StepCallback,
     Transport,
     Velocity,
+    check_choice,
     check_method,
     graded_grid,
     integrate_ode,
@@ -54,17 +54,29 @@ class Solver:
     def of(cls, sample: SampleConfig, transport: Transport, fingerprint: Callable[[], str]) -> Solver:
         """Return the solver of sampling settings; a solver file is read here and not again.
 
+        `calibrated` is the solver with the most evaluations that `num_sampling_steps` points allow. `fast` is the one
+        with the most that the file has; if none fits, a warning says so and the named method is used.
+
         Args:
             fingerprint: returns the `weights_fingerprint` of the transformer; called if a solver file is read.
 
         Raises:
-            LightningDiTError: no such solver, or the file has none that fits.
+            LightningDiTError: no such solver, or `calibrated`, and the file has none that fits.
             ValueError: a grid of too few points.
         """
         check_solver(sample, transport.path_type)
-        calibrated = calibrated_solver(sample, transport.path_type, fingerprint)
-        solver = cls(resolved_solver(sample), transport, calibrated)
-        if sample.mode == "ODE" and calibrated is None:
+        solver, name = cls(resolved_solver(sample), transport), sample.sampling_method
+        if sample.mode == "ODE" and name == CALIBRATED:
+            calibrated = find_solver(sample, transport.path_type, fingerprint, sample.num_sampling_steps - 1)
+            return replace(solver, calibrated=calibrated)
+        if sample.mode == "ODE" and name == FAST and sample.solver_file:
+            try:
+                return replace(solver, calibrated=find_solver(sample, transport.path_type, fingerprint))
+            except LightningDiTError as error:
+                reason = error.message.partition(";")[0].replace(sample.solver_file, Path(sample.solver_file).name)
+                method, points, _ = NAMED_SOLVERS[FAST]
+                warn_user(f"{reason}; {method} with {points} points is used instead")
+        if sample.mode == "ODE":
             solver.times()
         return solver
 
@@ -144,28 +156,6 @@ def solver_of(config: Config, sample: SampleConfig) -> Solver:
         return Solver.of(sample, build_transport(config), fingerprint)
 
 
-def calibrated_solver(sample: SampleConfig, path_type: str, fingerprint: Callable[[], str]) -> CalibratedSolver | None:
-    """Return the calibrated solver that sampling settings ask for.
-
-    `calibrated` takes the most evaluations that `num_sampling_steps` points allow. `fast` takes the most that the file
-    has; if the file has no solver that fits, it warns and returns None.
-
-    Raises:
-        LightningDiTError: `calibrated`, and the file has no solver that fits.
-    """
-    if sample.mode == "ODE" and sample.sampling_method == CALIBRATED:
-        return find_solver(sample, path_type, fingerprint, sample.num_sampling_steps - 1)
-    if sample.mode != "ODE" or sample.sampling_method != FAST or not sample.solver_file:
-        return None
-    try:
-        return find_solver(sample, path_type, fingerprint)
-    except LightningDiTError as error:
-        method, points, _ = NAMED_SOLVERS[FAST]
-        reason = error.message.partition(";")[0].replace(sample.solver_file, Path(sample.solver_file).name)
-        warn_user(f"{reason}; {method} with {points} points is used instead")
-        return None
-
-
 def check_solver(sample: SampleConfig, path_type: str = "Linear") -> None:
     """Refuse a solver that the mode does not have, or options that do not go with it.
 
@@ -175,13 +165,8 @@ def check_solver(sample: SampleConfig, path_type: str = "Linear") -> None:
     try:
         if sample.mode == "SDE":
             sde_settings(sample)
-        elif sample.sampling_method not in SOLVER_NAMES:
-            near = difflib.get_close_matches(sample.sampling_method, SOLVER_NAMES, 1, 0.0)
-            raise ValueError(
-                f"sampling_method {sample.sampling_method!r} is unknown; {', '.join(SOLVER_NAMES)} are expected,"
-                f" the nearest is {near[0]}"
-            )
         else:
+            check_choice("sampling_method", sample.sampling_method, SOLVER_NAMES)
             check_method(sample.sampling_method, path_type, sample.reverse)
             if sample.time_grid == GRADED and sample.timestep_shift:
                 raise ValueError("timestep_shift goes with time_grid shifted, not with graded")

@@ -2,7 +2,7 @@
 
 from .guidance import GuidanceSettings, GuidedVelocity, jumps_of
 from .objective import Transport, create_transport
-from .path import PATHS, Path
+from .path import PATHS, Path, check_choice
 from .published import Sampler
 from .sampler import (
     ADAPTIVE_METHODS,
@@ -30,6 +30,7 @@ __all__ = [
     "StepCallback",
     "Transport",
     "Velocity",
+    "check_choice",
     "check_method",
     "create_transport",
     "draw_noise",

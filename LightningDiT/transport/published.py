@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,17 +46,14 @@ class Sampler:
         rtol: float = RTOL,
         reverse: bool = False,
         timestep_shift: float = 0.0,
-        exact_end: bool = False,
-        jumps: Sequence[float] = (),
     ) -> Callable[..., Tensor]:
         """Return ``fn(x, model, **model_kwargs)`` -> states (num_steps, N, ...) at grid points.
 
         `num_steps` counts grid points, so Euler evaluates the model num_steps - 1 times. With
         `reverse` x is data and the last state is its noise.
 
-        Where the interval is all of [0, 1], adaptive methods step beyond it and interpolate, as
-        published; `exact_end` makes them end on it, which is more accurate. Backwards, and where
-        the interval is shorter, they always do. `jumps` is that of `integrate_ode`.
+        From noise to data on all of [0, 1], adaptive methods step beyond the end and interpolate, as
+        published; `integrate_ode` ends on it exactly. In reverse, and on a shorter interval, so does this call.
 
         Raises:
             ValueError: a setting is unknown or out of range.
@@ -64,9 +61,8 @@ class Sampler:
         check_choice("sampling_method", sampling_method, ODE_METHODS)
         check_method(sampling_method, self.transport.path_type, reverse)
         sampling_times(self.transport, num_steps, timestep_shift, reverse)
-        # An interval that is kept short of [0, 1] is so because the model is undefined beyond it.
-        whole = self.transport.interval(self.transport.sample_eps) == (0.0, 1.0)
-        exact_end = exact_end or reverse or not whole
+        # The interval is shorter than [0, 1] if the model is undefined beyond it.
+        exact_end = reverse or self.transport.interval(self.transport.sample_eps) != (0.0, 1.0)
 
         def sample(x: Tensor, model: Model, **model_kwargs: Any) -> Tensor:
             x = full_precision(x)
@@ -74,7 +70,7 @@ class Sampler:
             velocity = self._velocity(model, model_kwargs)
             if sampling_method in OWN_METHODS:
                 states = [x]
-                solve(velocity, x, times, sampling_method, jumps, lambda i, t, state: states.append(state))
+                solve(velocity, x, times, sampling_method, callback=lambda i, t, state: states.append(state))
                 return torch.stack(states)
             field = as_field(velocity)
             return odeint_on(field, x, times, sampling_method, atol, rtol, keep_all=True, exact_end=exact_end)
@@ -84,8 +80,7 @@ class Sampler:
     def sample_sde(self, **settings: Any) -> Callable[..., list[Tensor]]:
         """Return ``fn(x, model, generator=None, **model_kwargs)`` -> the num_steps states.
 
-        The keywords are the fields of `SdeSettings`; `generator` is one torch.Generator, or a list of one
-        per image.
+        The keywords are the fields of `SdeSettings`; `generator` is one torch.Generator, or one per image.
 
         Raises:
             ValueError: a setting is unknown or out of range.

@@ -22,16 +22,7 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 
 #: torchdiffeq's methods. The fixed ones step exactly on the grid; the adaptive ones choose their
 #: steps by atol and rtol, and the grid says only where the trajectory is kept.
-FIXED_METHODS = (
-    "euler",
-    "midpoint",
-    "heun2",
-    "heun3",
-    "rk4",
-    "explicit_adams",
-    "implicit_adams",
-    "fixed_adams",
-)
+FIXED_METHODS = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams", "fixed_adams")
 ADAPTIVE_METHODS = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 #: Every method of the ODE: those of torchdiffeq, and ours.
 ODE_METHODS = FIXED_METHODS + ADAPTIVE_METHODS + OWN_METHODS

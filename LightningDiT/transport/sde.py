@@ -81,14 +81,9 @@ def sde_states(
     The diffusion is a row of `DIFFUSION_FORMS`; velocity and score come from one evaluation of the model.
     """
     last_step_size = settings.last_step_size if settings.last_step is not None else 0.0
-    t0, t1 = transport.interval(
-        transport.sample_eps,
-        sde=True,
-        diffusion_form=settings.diffusion_form,
-        last_step_size=last_step_size,
-    )
+    form, eps = DIFFUSION_FORMS[settings.diffusion_form], transport.sample_eps
+    t0, t1 = transport.interval(eps, sde=True, diffusion_form=settings.diffusion_form, last_step_size=last_step_size)
     x = full_precision(x)
-    form = DIFFUSION_FORMS[settings.diffusion_form]
 
     def diffusion(x: Tensor, t: Tensor) -> Tensor:
         return form(transport.path, expand_time(t, x), settings.diffusion_norm)
