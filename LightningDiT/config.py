@@ -51,7 +51,18 @@ def is_share(value: float) -> bool:
     return 0 <= value <= 1
 
 
-#: What a value must be, where its type allows more: key, test, words for the message.
+#: Settings that hold a path, which is relative to the folder of the configuration.
+PATHS = (
+    "ckpt_path",
+    "data.data_path",
+    "data.valid_path",
+    "vae.ckpt_path",
+    "train.output_dir",
+    "train.weight_init",
+    "sample.solver_file",
+    "sample.guide_ckpt",
+)
+#: What a value must be, beyond its type: key, test, words for the message.
 RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("data.image_size", is_positive, "a positive number of pixels"),
     ("data.num_classes", is_positive, "a positive number"),
@@ -198,17 +209,17 @@ class TransportConfig:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Solver, guidance and amount of sampling."""
+    """Solver, guidance and number of images."""
 
     mode: str = "ODE"  # ODE | SDE (SiT, arXiv 2401.08740)
     sampling_method: str = "euler"  # euler, ab3, unipc2, dopri5, ... (docs/sampling.md), calibrated, fast or published
-    solver_file: str | None = None  # calibrated solvers of these weights, from tools/calibrate_solver
+    solver_file: str | None = None  # calibrated solvers of these weights, written by tools/calibrate_solver
     atol: float = 1e-6  # of the adaptive solvers
     rtol: float = 1e-3
     reverse: bool = False  # from data to noise; the call then needs latents
     num_sampling_steps: int = PUBLISHED_POINTS  # points of the time grid, so one evaluation fewer for Euler
     cfg_scale: float = 1.0  # 1: no guidance
-    guide_ckpt: str | None = None  # autoguidance by these weaker weights of the same shape; none: classifier-free
+    guide_ckpt: str | None = None  # weaker weights of the same shape, for autoguidance; None: classifier-free guidance
     per_proc_batch_size: int = 4
     fid_num: int = 50_000  # images of a run for the FID
     cfg_interval_start: float = 0.0  # no guidance before this time
@@ -217,7 +228,7 @@ class SampleConfig:
     timestep_shift: float = 0.0  # 0: off
     guided_channels: int | str = 3  # the first N channels are guided, or "all"
     precision: str = "auto"  # auto | fp32 | bf16 | fp16
-    compile: bool = False  # torch.compile of the transformer: minutes at the start, docs/compile.md
+    compile: bool = False  # torch.compile the transformer: takes minutes at the start, docs/compile.md
     diffusion_form: str = "SBDM"  # of the SDE: constant | SBDM | sigma | linear | decreasing | increasing-decreasing
     diffusion_norm: float = 1.0
     last_step: str | None = "Mean"  # of the SDE: Mean | Tweedie | Euler | none
@@ -430,33 +441,16 @@ def _check_values(config: Config) -> None:
 
 
 def _with_absolute_paths(config: Config) -> Config:
-    source = Path(config.source)
-
-    def absolute(value: str | None) -> str | None:
-        return absolute_path(value, source) if value else value
-
-    model_name = config.vae.model_name
-    if model_name.endswith((".yaml", ".yml")):
-        model_name = absolute_path(model_name, source)
-    data = dataclasses.replace(
-        config.data,
-        data_path=absolute(config.data.data_path),
-        valid_path=absolute(config.data.valid_path),
-    )
-    vae = dataclasses.replace(config.vae, ckpt_path=absolute(config.vae.ckpt_path), model_name=model_name)
-    train = dataclasses.replace(
-        config.train,
-        output_dir=absolute_path(config.train.output_dir, source),
-        weight_init=absolute(config.train.weight_init),
-    )
-    sample = dataclasses.replace(
-        config.sample,
-        solver_file=absolute(config.sample.solver_file),
-        guide_ckpt=absolute(config.sample.guide_ckpt),
-    )
-    return dataclasses.replace(
-        config, ckpt_path=absolute(config.ckpt_path), data=data, vae=vae, train=train, sample=sample
-    )
+    source, changed = Path(config.source), dict[str, dict[str, str]]()
+    for key in PATHS:
+        section, _, name = key.rpartition(".")
+        if value := attrgetter(key)(config):
+            changed.setdefault(section, {})[name] = absolute_path(value, source)
+    if config.vae.model_name.endswith((".yaml", ".yml")):
+        changed.setdefault("vae", {})["model_name"] = absolute_path(config.vae.model_name, source)
+    own = changed.pop("", {})
+    sections = {name: dataclasses.replace(getattr(config, name), **values) for name, values in changed.items()}
+    return dataclasses.replace(config, **own, **sections)
 
 
 def absolute_path(value: str, source: Path) -> str:

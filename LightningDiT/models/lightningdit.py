@@ -27,7 +27,7 @@ from .layers import (
 from .positions import RotaryEmbedding2d, sincos_table
 
 CFG_CHANNELS = 3  # the published forward_with_cfg guides these channels only
-WITHOUT_TENSORS = ("mlp_ratio", "class_dropout_prob", "use_checkpoint")  # settings that weights leave no trace of
+WITHOUT_TENSORS = ("mlp_ratio", "class_dropout_prob", "use_checkpoint")  # settings that no tensor shows
 
 
 @dataclass(frozen=True)
