@@ -120,6 +120,10 @@ def configured(folder: Path, name: str, steps: int = 40, more: str = "ckpt_every
     return path
 
 
+def with_training(config: Config, **changes: object) -> Config:
+    return replace(config, train=replace(config.train, **changes))
+
+
 def run(config: Path) -> dict[str, torch.Tensor]:
     """Train in this process and return the averaged weights."""
     assert train.main(["--config", str(config)]) == 0
@@ -201,6 +205,9 @@ def test_draws_depend_on_seed_step_and_row_alone(small: Path) -> None:
     assert [len(part) for part in whole.micro_batches(None)] == [4]
     assert whole.transport.use_lognorm
     assert not LatentBatches(config, transport).make(2).transport.use_lognorm
+    later = LatentBatches(with_training(config, lognorm_until_step=1000), transport)
+    assert [later.transport_at(step).use_lognorm for step in (0, 999, int("1000"), 1001)] == [True, True, False, False]
+    assert LatentBatches(with_training(config, lognorm_until_step=None), transport).transport_at(10**6).use_lognorm
     with pytest.raises(LightningDiTError, match="a batch of 4 cannot be divided equally among 3 processes"):
         LatentBatches(config, transport, 0, 3)
 
@@ -233,10 +240,6 @@ def drawn(config: Config, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack(mirrored), torch.stack(dropped)
 
 
-def with_training(config: Config, **changes: object) -> Config:
-    return replace(config, train=replace(config.train, **changes))
-
-
 @pytest.mark.parametrize(("more", "share"), [({}, 0.1), ({"label_dropout": 0.5}, 0.5)])
 def test_labels_are_dropped_and_latents_mirrored_by_their_shares(
     more: dict[str, float], share: float, small: Path
@@ -260,6 +263,7 @@ def test_a_share_of_none_or_all_labels_is_exact(small: Path) -> None:
         assert float(dropped.double().mean()) == share
 
 
+@pytest.mark.filterwarnings("error")
 def test_the_draws_of_a_seed_are_these(small: Path) -> None:
     config = with_training(load_config(configured(small, "pinned")), global_batch_size=24)
     mirrored, dropped = drawn(config, steps=3)
