@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from LightningDiT.errors import LightningDiTError
 
-#: What makes a configuration that is not there: of the pipeline, of a training, and of a tokenizer.
+#: How to get a configuration that does not exist, for the pipeline and for a training.
 STEP3 = "python step3_setup_configs.py"
 TRAINING_FIX = f"copy one of those in {Path(__file__).parent / 'configs'}"
 
@@ -310,7 +310,7 @@ def load_config(path: str | Path, fix: str = STEP3) -> Config:
     """Return the settings in the YAML file at `path`, its relative paths made absolute.
 
     Args:
-        fix: what makes such a file where it is missing, for the message.
+        fix: command that makes such a file, for the message if it is missing.
 
     Raises:
         LightningDiTError: the file is missing or no YAML, a key is unknown, a value has the wrong type or
@@ -328,7 +328,7 @@ def read_yaml(path: str | Path, fix: str = STEP3) -> dict[str, Any]:
     """Return the mapping in a YAML file, interpolations resolved.
 
     Args:
-        fix: what makes such a file where it is missing, for the message.
+        fix: command that makes such a file, for the message if it is missing.
 
     Raises:
         LightningDiTError: it is missing, a folder, no YAML, or holds no mapping.

@@ -68,7 +68,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.demo and args.num_samples:
         parser.error("--num-samples goes with a folder of images; --demo takes --count")
     if args.num_samples and args.count:
-        parser.error("--num-samples and --count both say how many images; give one of them")
+        parser.error("--num-samples and --count both set the number of images; give one of them")
     return args
 
 
@@ -115,7 +115,7 @@ def run_folder(config: Config, args: argparse.Namespace, processes: Processes) -
     from LightningDiT.sampling.dry_run import check_run
     from LightningDiT.sampling.pipeline import LightningDiTPipeline
     from LightningDiT.sampling.preview import Preview
-    from LightningDiT.sampling.resumable_run import sample_run, write_samples
+    from LightningDiT.sampling.resumable_run import UNFINISHED, sample_run, write_samples
 
     count = args.num_samples or args.count or config.sample.fid_num
     output = Path(args.output or HERE.parent / "output" / "samples")
@@ -138,7 +138,7 @@ def run_folder(config: Config, args: argparse.Namespace, processes: Processes) -
     if result.interrupted:
         processes.end_by_interrupt()
     if not result.complete:
-        processes.say("The time budget is over; give the same command again to go on.")
+        processes.say(UNFINISHED)
     elif file is not None:
         processes.from_main(lambda: write_samples(result, labels, config.data.image_size, file))
         processes.say(f"all of them in {file}")
@@ -162,7 +162,7 @@ def _beside(folder: Path, ending: str) -> Path:
 def _about(preview: Preview | None, run: RunResult) -> str:
     if preview is None:
         return ""
-    return f"\npreview: {preview.path}" if run.made else "\nno preview: every image was there, and none was sampled"
+    return f"\npreview: {preview.path}" if run.made else "\nno preview: every image was there, so none was sampled"
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def test_the_time_budget_keeps_what_is_done(
         assert sample(tiny_folder, "--num-samples", "6", "--time-budget", "2") == 0
     done = images_in(tiny_folder / "out")
     assert 0 < len(done) < 6
-    assert "give the same command again to go on" in capsys.readouterr().out
+    assert "run the same command again to continue" in capsys.readouterr().out
     assert sample(tiny_folder, "--num-samples", "6") == 0
     assert len(images_in(tiny_folder / "out")) == 6
 

@@ -19,7 +19,7 @@ from LightningDiT.images import image_grid, save_png
 from LightningDiT.sampling.options import describe_settings
 from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from LightningDiT.sampling.preview import Preview
-from LightningDiT.sampling.resumable_run import RunResult, manifest_of, run_name, sample_run
+from LightningDiT.sampling.resumable_run import UNFINISHED, RunResult, manifest_of, run_name, sample_run
 
 REPORT_STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;color:#222}"
@@ -57,7 +57,7 @@ class Demo:
             f" for sampling and decoding, {self.load_seconds:.1f} s for loading, {self.run.nfe} evaluations each"
         ]
         if not self.run.complete:
-            lines.append("The time budget is over; give the same command again to go on.")
+            lines.append(UNFINISHED)
         lines.append(f"grid: {self.grid}")
         return "\n".join(lines)
 

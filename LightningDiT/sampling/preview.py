@@ -65,9 +65,9 @@ class Preview:
 
     def save(self) -> None:
         """Write the strip, an image a row and a step a column."""
-        pictures = [panel[row] for row in range(len(self._panels[0])) for panel in self._panels]
+        images = [panel[row] for row in range(len(self._panels[0])) for panel in self._panels]
         captions = [f"t = {t:.2f}" for t in self._times] * len(self._panels[0])
-        save_png(image_grid(pictures, captions, columns=len(self._panels)), self.path)
+        save_png(image_grid(images, captions, columns=len(self._panels)), self.path)
 
     def _is_end(self, t: float) -> bool:
         return abs(t - self._end) < 1e-6

@@ -28,6 +28,7 @@ from LightningDiT.sampling.preview import Preview
 from LightningDiT.tokenizer.config import load_tokenizer_config, tokenizer_config_path
 
 MANIFEST = "manifest.json"
+UNFINISHED = "The time budget is over; run the same command again to continue."
 #: Settings that change how a run is computed but not its images, or that the manifest holds in another form.
 WITHOUT_EFFECT = ("per_proc_batch_size", "fid_num", "precision", "solver_file", "guide_ckpt")
 LEFTOVERS = (f".{MANIFEST}.*.tmp", ".[0-9]*.png.*.tmp")  # of `atomic_path`, when the process is killed

@@ -114,8 +114,8 @@ def odeint_on(
         field: called as field(t, state).
         state: a tensor, or a tuple of tensors.
         exact_end: end an adaptive method's last step on the last time. Without it the method steps beyond and
-            interpolates, which asks the model at times where it may be undefined and costs accuracy (0.002 to 0.04
-            against 0.00001 on the unit model, dopri5, rtol 1e-3).
+            interpolates, which evaluates the model at times where it may be undefined and costs accuracy (0.002 to
+            0.04 against 0.00001 on the unit model, dopri5, rtol 1e-3).
 
     Raises:
         ValueError: the method is unknown.

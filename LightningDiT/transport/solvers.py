@@ -54,7 +54,7 @@ GRADE = 1.5  # power of `graded_grid`; measured in docs/sampling.md
 
 
 def check_method(method: str, path_type: str, reverse: bool) -> None:
-    """Refuse a method of this module where its formula does not hold.
+    """Refuse a method of this module if its formula does not hold.
 
     Raises:
         ValueError: the data prediction of a path that is not linear, or from data to noise.
