@@ -49,7 +49,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--flip", action="store_true", help="also store mirrored images, as published; not for spectrograms or text"
     )
     parser.add_argument("--batch-size", type=positive, default=64, help="images encoded at once; changes no latent")
-    parser.add_argument("--read-threads", type=positive, help="that read images; default: one a core, at most 8")
+    parser.add_argument("--read-threads", type=positive, help="that read images; default: one a core, at most 16")
     parser.add_argument("--dry-run", action="store_true", help="print the settings and end")
     args = parser.parse_args(argv)
     if not (args.images or args.list or args.data_root):

@@ -32,7 +32,7 @@ FASHION_MNIST = "FashionMNIST"
 MANIFEST = "manifest.json"  # of a sampling run, beside its images
 AGAIN = "delete it, and run the command again"  # the fix for a damaged image that a program has made
 MOST_DIGITS = 9  # of a class number
-MOST_READERS = 8  # threads that read images by default, at most
+MOST_READERS = 16  # threads that read images by default, at most
 
 T = TypeVar("T")
 
@@ -245,9 +245,10 @@ class FileImages(ImageSet):
 
     @property
     def key(self) -> str:
+        labels = [0] * self.count if self.labels is None else self.labels.tolist()
         digest = hashlib.sha256()
-        for number, (name, file) in enumerate(zip(self._names, self.files, strict=True)):
-            digest.update(f"{name}\t{_stamp(file)[0]}\t{self._label(number)}\n".encode(errors="surrogateescape"))
+        for name, file, label in zip(self._names, self.files, labels, strict=True):
+            digest.update(f"{name}\t{_stamp(file)[0]}\t{label}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
     @property
