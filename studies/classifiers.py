@@ -64,7 +64,7 @@ def train_classifier(model: M, images: Tensor, labels: Tensor, recipe: Recipe, e
         model: from images (N, 3, 32, 32) in [-1, 1] to logits.
         images: (N, 28, 28) uint8.
         labels: (N,).
-        seed: of the order of the images and of what augments them.
+        seed: of the order of the images and of their augmentation.
     """
     device = best_device()
     dtype = training_dtype(device)

@@ -99,16 +99,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m studies.compile_study", description=__doc__)
     parser.add_argument("--batch", type=positive, default=BATCH, help=f"images at once; default {BATCH}")
     parser.add_argument("--rounds", type=positive, default=ROUNDS, help=f"forwards of each kind; default {ROUNDS}")
-    parser.add_argument("--bundled-only", action="store_true", help=f"skip {PRESET}")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, measure, print."""
     args, device = parse(argv), best_device()
-    models = {"bundled": load_transformer(load_config(BUNDLED_CONFIG)).to(device)}
-    if not args.bundled_only:
-        models[f"{PRESET}, random weights"] = random_weights(on_meta(published_settings(PRESET))).to(device)
+    models = {
+        "bundled": load_transformer(load_config(BUNDLED_CONFIG)).to(device),
+        f"{PRESET}, random weights": random_weights(on_meta(published_settings(PRESET))).to(device),
+    }
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # else the code of an earlier run is used

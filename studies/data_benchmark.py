@@ -1,20 +1,19 @@
 """Measure how fast latents are read in random order: `python -m studies.data_benchmark`.
 
 Shards of the published shape (32x16x16, float32, 10,000 in a file, and mirrored ones) are written to a temporary
-folder, or taken from `--folder`. The same batches are read in turn, with the files in the system's cache: by opening a
-file for every sample, as the published training does, and by `LatentShards`, in the first epoch, where no page of the
-mapping was used before, and in later ones. Each reader runs in one process and gives raw latents and labels.
+folder. The same batches are read in turn, with the files in the system's cache: by opening a file for every sample, as
+the published training does, and by `LatentShards`, in the first epoch, where no page of the mapping was used before,
+and in later ones. Each reader runs in one process and gives raw latents and labels.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +23,9 @@ from torch import Tensor
 from LightningDiT.console import Progress, positive, run_main
 from LightningDiT.data.shards import LatentShards, iterate_shards, shard_files, shard_path, write_shard
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.files import free_bytes
 from LightningDiT.seeds import generator_for
-from LightningDiT.tools.benchmark.machine import free_disk_bytes, free_memory_bytes, lack_of, machine, machine_line
+from LightningDiT.tools.benchmark.machine import free_memory_bytes, lack_of, machine, machine_line
 from LightningDiT.tools.report import put_between_marks
 from LightningDiT.tools.report import table as markdown
 
@@ -86,7 +86,7 @@ def write_shards(folder: Path, shards: int, size: int) -> None:
         LightningDiTError: the disk is too small, or the memory, which has to hold the files.
     """
     needed = shards * size * 2 * 4 * int(torch.Size(SHAPE).numel())
-    lack = lack_of({"disk": (needed, free_disk_bytes(folder)), "memory": (needed, free_memory_bytes())})
+    lack = lack_of({"disk": (needed, free_bytes(folder)), "memory": (needed, free_memory_bytes())})
     if lack:
         raise LightningDiTError(lack, "give a smaller --shards or --shard-size")
     progress = Progress(shards, "shard")
@@ -99,30 +99,9 @@ def write_shards(folder: Path, shards: int, size: int) -> None:
     progress.close()
 
 
-@contextlib.contextmanager
-def shard_folder(args: argparse.Namespace) -> Iterator[Path]:
-    """Yield the folder of the command line, or a temporary one with random shards."""
-    if args.folder:
-        yield Path(args.folder)
-        return
-    with tempfile.TemporaryDirectory() as name:
-        write_shards(Path(name), args.shards, args.shard_size)
-        yield Path(name)
-
-
 def readers_of(folder: Path, batch: int) -> dict[str, Callable[[], Reader]]:
-    """Return for each reader a function that prepares it before a round.
-
-    Raises:
-        LightningDiTError: the shards hold no mirrored latents, or fewer latents than a batch.
-    """
+    """Return for each reader a function that prepares it before a round; the shards hold mirrored latents."""
     shards, published = LatentShards(folder), FilePerSample(folder)
-    if not shards.has_flips or len(shards) < batch:
-        raise LightningDiTError(
-            f"{folder} holds {len(shards)} latents{'' if shards.has_flips else ' without mirrored ones'}; mirrored ones"
-            f" and at least {batch} are needed",
-            "omit --folder, or name another",
-        )
     for flip in (False, True):  # read every page once
         for indices in torch.arange(len(shards)).split(batch):
             shards.batch(indices, torch.full(indices.shape, flip))
@@ -162,12 +141,11 @@ def measure(readers: dict[str, Callable[[], Reader]], samples: int, batch: int, 
                 raise LightningDiTError(f"{name}: other latents than of {PUBLISHED}", "report this as a bug")
         progress.update()
     progress.close()
-    return [_row(name, batch, times[name][1:], times[PUBLISHED][1:]) for name in readers]
 
+    def median_ratio(seconds: list[float]) -> float:
+        return statistics.median(other / own for own, other in zip(seconds[1:], times[PUBLISHED][1:], strict=True))
 
-def _row(name: str, batch: int, seconds: list[float], published: list[float]) -> Row:
-    ratios = [other / own for own, other in zip(seconds, published, strict=True)]
-    return Row(name, batch, statistics.median(seconds), statistics.median(ratios))
+    return [Row(name, batch, statistics.median(own[1:]), median_ratio(own)) for name, own in times.items()]
 
 
 def table(rows: Sequence[Row]) -> list[str]:
@@ -188,22 +166,27 @@ def table(rows: Sequence[Row]) -> list[str]:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(prog="python -m studies.data_benchmark", description=__doc__)
-    parser.add_argument("--folder", help="shards to read; default: random ones of the published shape")
-    parser.add_argument("--shards", type=positive, default=3, help="random shards; default: 3, of 0.66 GB each")
+    parser.add_argument("--shards", type=positive, default=3, help="default: 3, of 0.66 GB each")
     parser.add_argument("--shard-size", type=positive, default=10_000, help="latents in each; default: %(default)s")
     parser.add_argument("--batch", type=positive, nargs="+", default=BATCHES, help="batch sizes; default: 256 1024")
     parser.add_argument("--rounds", type=positive, default=20, help="batches of each reader; default: %(default)s")
     parser.add_argument("--output", help="Markdown page between whose marks the table goes; default: print it")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if max(args.batch) > args.shards * args.shard_size:
+        parser.error(
+            f"--batch {max(args.batch)} is more than the {args.shards * args.shard_size} latents of all shards"
+        )
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, measure, print."""
     args, rows = parse(argv), list[Row]()
-    with shard_folder(args) as folder:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_shards(folder, args.shards, args.shard_size)
         for batch in args.batch:
-            readers = readers_of(folder, batch)
-            rows += measure(readers, len(LatentShards(folder)), batch, args.rounds)
+            rows += measure(readers_of(folder, batch), args.shards * args.shard_size, batch, args.rounds)
     lines = [f"{machine_line(machine(torch.device('cpu'), torch.float32))}.", "", *table(rows)]
     if args.output:
         put_between_marks(Path(args.output), lines, "Latents")

@@ -117,8 +117,8 @@ def evaluate_generated(args: argparse.Namespace, judge: Judge, test: ImageSet, c
             **asdict(pipe.config.sample),
             "count": args.count,
             "seed": args.seed,
-            "evaluations": samples.evaluations,
-            "precision": str(pipe.dtype).removeprefix("torch."),
+            "evaluations": samples.nfe,
+            "precision": str(samples.dtype).removeprefix("torch."),
             "seconds": samples.seconds,
         },
         "generated": recognised(made),
@@ -135,7 +135,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m studies.evaluate_bundled", description=__doc__)
     add_study_options(parser, count=2000, output="docs/bundled")
     parser.add_argument("--seed", type=natural, default=0)
-    parser.add_argument("--reconstructions-only", action="store_true", help="leave the generated images out")
     return parser.parse_args(argv)
 
 
@@ -148,9 +147,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     shown = torch.cat([number_of_each_class(test, number) for number in range(2)])
     save_reconstructions(test.pixels[shown], copies.pixels[shown], output / "reconstructions.png", COLUMNS)
     report = {"real_test_images": recognised(test), "reconstruction": reconstruction_figures(test, copies)}
-    if not args.reconstructions_only:
-        report |= evaluate_generated(args, judge, test, copies)
-    file = output / ("reconstructions.json" if args.reconstructions_only else "evaluation.json")
+    report |= evaluate_generated(args, judge, test, copies)
+    file = output / "evaluation.json"
     write_json(file, report | {"torch": torch.__version__})
     print(json.dumps(report, indent=1))
     print(f"wrote {file} and the pictures beside it")

@@ -3,8 +3,8 @@
 Class accuracy by the judge, diversity and Frechet distance against the scale, for classifier-free guidance on all
 channels, for autoguidance (Karras et al., arXiv 2406.02507) by each guide, and for classifier-free guidance on the
 first few channels beside the scale on all of them that `match_guidance` finds for it. All images start from the same
-noises and take the same solver. Each row is kept in docs/guidance/study.json as soon as it is done, a rerun goes on,
-and the tables between the marks in docs/guidance.md and the plot are renewed from there.
+noises, by the same solver. Each row is kept in docs/guidance/study.json as soon as it is done, and a rerun goes on; the
+tables between the marks in docs/guidance.md and the plot are renewed from there.
 """
 
 from __future__ import annotations
@@ -23,23 +23,14 @@ from LightningDiT.sampling.dry_run import verify
 from LightningDiT.sampling.pipeline import CONFIG_NAME, LightningDiTPipeline
 from LightningDiT.tools.match_guidance import match
 from LightningDiT.tools.report import put_between_marks, table
-from studies.judged import (
-    ImageSet,
-    distance_and_accuracy,
-    diversity,
-    generated,
-    judge_of,
-    real_images,
-    some_of_each_class,
-)
+from studies.judged import distance_and_accuracy, diversity, generated, judge_of, real_images, some_of_each_class
 from studies.pages import CLASSES, Figures, add_study_options, kept_parts, plot, write_json
 
 REAL, NONE, CLASSIFIER_FREE, AUTOGUIDANCE = "real images", "none", "classifier-free", "autoguidance"
-ALL = "all"
 SOLVER = {"sampling_method": "ab3", "num_sampling_steps": 26, "time_grid": "graded", "timestep_shift": 0.0}
 SEED = 0
 MATCH_NOISES, MATCH_POINTS = 20, 26
-#: Figures with their title in plot and table, and how a table writes them.
+#: Figures with their title and their format in a table.
 FIGURES = {
     "accuracy": ("seen as asked", "{:.2%}"),
     "diversity": ("pairwise distance over real", "{:.3f}"),
@@ -53,7 +44,7 @@ class Case:
 
     kind: str
     guide: str = ""  # name of the guide's file
-    channels: int | str = ALL
+    channels: int | str = "all"
     scale: float = 1.0
 
 
@@ -109,7 +100,7 @@ def study_config(path: Path) -> Config:
 
 
 def settings_of(config: Config, count: int) -> Figures:
-    """Return what all rows of a study have in common, as plain values."""
+    """Return the settings that all rows of a study share, as plain values."""
     sample = config.sample
     return {
         "count": count,
@@ -141,7 +132,7 @@ def sample_of(case: Case, sample: SampleConfig, guides: dict[str, Path]) -> Samp
 
 
 def cases_of(guides: Sequence[str], scales: Sequence[float], matches: Sequence[Figures]) -> list[Case]:
-    """Return every case of a study, the ones that others are compared with first."""
+    """Return every case of a study, the baselines first."""
     few = [Case(CLASSIFIER_FREE, channels=pair["channels"], scale=pair["scale"]) for pair in matches]
     matched = [Case(CLASSIFIER_FREE, scale=pair["matched"]) for pair in matches]
     cases = [Case(REAL), Case(NONE), *(Case(CLASSIFIER_FREE, scale=scale) for scale in scales)]
@@ -152,7 +143,7 @@ def cases_of(guides: Sequence[str], scales: Sequence[float], matches: Sequence[F
 def measure_matches(
     pipe: LightningDiTPipeline, channels: int, scales: Sequence[float], known: Sequence[Figures]
 ) -> list[Figures]:
-    """Return for each scale on the first channels the matched one, to two digits; those that are known first."""
+    """Return the known matches, then one for each other scale on the first channels, to two digits."""
     found = list(known)
     for scale in scales:
         if any((pair["channels"], pair["scale"]) == (channels, scale) for pair in known):
@@ -168,11 +159,6 @@ def measure_matches(
     return found
 
 
-def figures_of(made: ImageSet, test: ImageSet) -> dict[str, float]:
-    """Return the judge's accuracy, and diversity and Frechet distance against the real test images."""
-    return {"diversity": diversity(made, test)["mean"], **distance_and_accuracy(made, test)}
-
-
 def measure(
     study: Study, cases: Sequence[Case], base: LightningDiTPipeline, guides: dict[str, Path], root: str
 ) -> None:
@@ -185,7 +171,7 @@ def measure(
             made = some_of_each_class(real_images(judge, root, train=True), count // CLASSES, SEED)
         else:
             made = generated(base.with_sample(sample_of(case, base.config.sample, guides)), judge, count, SEED)
-        study.keep(case, figures_of(made, test))
+        study.keep(case, {"diversity": diversity(made, test)["mean"], **distance_and_accuracy(made, test)})
 
 
 def sorted_rows(data: Figures) -> list[Figures]:
@@ -227,7 +213,7 @@ def matches_table(data: Figures) -> list[str]:
 
 
 def tables(data: Figures) -> list[str]:
-    """Return what goes between the marks of the page."""
+    """Return the lines between the marks of the page."""
     return [*rows_table(data), *(matches_table(data) if data["matches"] else [])]
 
 

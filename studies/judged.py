@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from LightningDiT.data.fashion_mnist import BORDER, FASHION_MNIST_CLASSES, fashi
 from LightningDiT.images import as_images
 from LightningDiT.metrics.formulas import frechet_distance
 from LightningDiT.metrics.judge import Judge, judge_images, load_judge
-from LightningDiT.sampling.pipeline import LightningDiTPipeline
+from LightningDiT.sampling.pipeline import LightningDiTPipeline, PipelineOutput
 from LightningDiT.seeds import generator_for
 from studies.pages import CLASSES
 
@@ -46,21 +47,6 @@ class ImageSet:
         return ImageSet(self.pixels[chosen], self.labels[chosen], self.features[chosen], self.seen[chosen])
 
 
-@dataclass(frozen=True)
-class Samples:
-    """What `sample_images` made.
-
-    Attributes:
-        images: (N, 32, 32, 3) uint8, or latents (N, C, h, w).
-        evaluations: of the velocity, for each image.
-        seconds: wall clock of sampling, and of decoding where that was done.
-    """
-
-    images: Tensor
-    evaluations: int
-    seconds: float
-
-
 def without_border(images: Tensor) -> Tensor:
     """Return the photograph (..., 28, 28) inside padded images (..., 32, 32)."""
     return images[..., BORDER:-BORDER, BORDER:-BORDER]
@@ -76,8 +62,9 @@ def judge_of(folder: str | Path) -> Judge:
     return load_judge(Path(folder) / JUDGE_NAME)
 
 
-def judged(judge: Judge, pixels: Tensor, labels: Tensor) -> ImageSet:
+def judged(judge: Judge, images: Tensor | np.ndarray, labels: Tensor) -> ImageSet:
     """Return pixels (N, 32, 32, 3) uint8 and labels (N,) together with what the judge sees in them."""
+    pixels = torch.as_tensor(images)
     views = [judge_images(judge, as_images(batch)) for batch in pixels.split(CHUNK)]
     features, seen = (torch.cat(parts) for parts in zip(*views, strict=True))
     return ImageSet(pixels, labels, features, seen)
@@ -101,26 +88,24 @@ def equal_labels(count: int) -> Tensor:
     return torch.arange(CLASSES).repeat_interleave(count // CLASSES)
 
 
-def sample_images(
-    pipe: LightningDiTPipeline, labels: Tensor, seed: int, output_type: str = "np", **options: Any
-) -> Samples:
-    """Return images of classes (N,), image k of the noise (seed, k); shows progress.
+def sample_images(pipe: LightningDiTPipeline, labels: Tensor, seed: int, output_type: str = "np") -> PipelineOutput:
+    """Return images of classes (N,), image k of the noise (seed, k), in batches of `BATCH_SIZE`; shows progress.
 
     Args:
         output_type: `np` for pixels, `latent` for latents.
-        options: of the pipeline's call.
     """
     print(f"Sampling {len(labels)} images", flush=True)
-    progress, outputs = Progress(len(labels), "image"), []
-    for indices in torch.arange(len(labels)).split(BATCH_SIZE):
-        classes, numbers = labels[indices].tolist(), indices.tolist()
-        outputs.append(
-            pipe(classes, seed=seed, indices=numbers, output_type=output_type, batch_size=BATCH_SIZE, **options)
-        )
-        progress.update(len(indices))
+    steps = len(labels.split(BATCH_SIZE)) * pipe.solver(pipe.config.sample).steps
+    progress = Progress(steps, "step")
+    output = pipe(
+        labels.tolist(),
+        seed=seed,
+        output_type=output_type,
+        batch_size=BATCH_SIZE,
+        callback=lambda step, t, state: progress.update(),
+    )
     progress.close()
-    images = torch.cat([torch.as_tensor(output.images) for output in outputs])
-    return Samples(images, outputs[-1].nfe, sum(output.seconds for output in outputs))
+    return output
 
 
 def generated(pipe: LightningDiTPipeline, judge: Judge, count: int, seed: int) -> ImageSet:

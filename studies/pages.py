@@ -11,7 +11,7 @@ from typing import Any
 
 from LightningDiT.data.fashion_mnist import FASHION_MNIST_CLASSES
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.files import atomic_path
+from LightningDiT.files import atomic_path, write_text
 from LightningDiT.tools.report import put_between_marks
 
 CLASSES = len(FASHION_MNIST_CLASSES)
@@ -69,8 +69,7 @@ def kept_parts(path: Path) -> Figures:
 
 def write_json(path: Path, figures: Figures) -> None:
     """Write figures, whole or not at all."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(figures, indent=1) + "\n")
 
 
 def keep_part(path: Path, part: str, figures: Any) -> Figures:

@@ -1,12 +1,11 @@
 """Measure what half precision changes: `python -m studies.precision_study --data-root FOLDER`.
 
-Four parts, each against float32 from the same noises. `bundled`: latents, pixels, Frechet distance and class
-accuracy of the bundled model in bf16 and in emulated fp16. `solvers`: its latents by several solvers, which pass
-rounding on more or less. `kernels`: emulated fp16 beside torch's own kernels for fp16 on the CPU, which are slow,
-on few images. `b1`: latents of LightningDiT-B/1 with seeded weights and the published guidance; there is no decoder
-for them, and the pictures of a decoder with seeded weights would say nothing about pixels. Each part is kept in
-docs/precision/study.json as soon as it is done, and the tables between the marks in docs/precision.md are renewed from
-there.
+Four parts compare with float32 from the same noises. `bundled`: latents, pixels, Frechet distance and class accuracy
+of the bundled model in bf16 and in emulated fp16. `solvers`: its latents by several solvers, which amplify rounding
+more or less. `kernels`: emulated fp16 beside torch's fp16 kernels on the CPU, which are slow, on few images. `b1`:
+latents of LightningDiT-B/1 with seeded weights and the published guidance, without pixels, since there is no decoder
+for them. Each part is kept in docs/precision/study.json as soon as it is done, and the tables between the marks in
+docs/precision.md are renewed from there.
 
 Emulated fp16 computes in float32 with every parameter and table rounded to fp16, and with the inputs and the output of
 each linear layer, convolution and rotation rounded to fp16; a value beyond 65504 becomes infinite. The output of the
@@ -36,15 +35,7 @@ from LightningDiT.sampling.pipeline import CONFIG_NAME, LightningDiTPipeline
 from LightningDiT.seeds import generator_for
 from LightningDiT.tools.report import table
 from LightningDiT.transport import GuidanceSettings, GuidedVelocity, draw_noise, graded_grid, integrate_ode, jumps_of
-from studies.judged import (
-    BATCH_SIZE,
-    distance_and_accuracy,
-    equal_labels,
-    judge_of,
-    judged,
-    real_images,
-    sample_images,
-)
+from studies.judged import BATCH_SIZE, distance_and_accuracy, equal_labels, judge_of, judged, real_images, sample_images
 from studies.pages import Figures, Part, add_study_options, run_parts
 
 LEVELS = (1, 2, 4)  # of 255, by which a pixel has changed
@@ -69,7 +60,7 @@ def rounded(x: Tensor) -> Tensor:
 
 
 def emulate_fp16(network: nn.Module) -> nn.Module:
-    """Round parameters and buffers of a float32 network in place, and from now on what its products take and give."""
+    """Round parameters and buffers of a float32 network in place, and later inputs and outputs of its products."""
     with torch.no_grad():
         for tensor in (*network.parameters(), *network.buffers()):
             tensor.copy_(rounded(tensor))
@@ -80,7 +71,7 @@ def emulate_fp16(network: nn.Module) -> nn.Module:
     return network
 
 
-#: From a float32 network to the same one in a precision; the network itself is changed.
+#: Functions that change a float32 network into a precision, in place.
 PRECISIONS: dict[str, Callable[[nn.Module], nn.Module]] = {
     FULL: lambda network: network,
     BF16: lambda network: network.to(torch.bfloat16),
@@ -95,7 +86,7 @@ def in_precision(network: LightningDiT, name: str) -> LightningDiT:
 
 
 def pipeline_in(pipe: LightningDiTPipeline, name: str) -> LightningDiTPipeline:
-    """Return a pipeline that shares all with a float32 one but its networks, which are copies in a precision."""
+    """Return a pipeline like a float32 one, with copies of its networks in a precision."""
     other = copy.copy(pipe)
     other.transformer = in_precision(pipe.transformer, name)
     other.guide = pipe.guide and in_precision(pipe.guide, name)
@@ -159,22 +150,22 @@ def measure_solvers(args: argparse.Namespace) -> Figures:
         pipe = own.with_sample(replace(own.config.sample, **change))
         made = {name: sample_images(pipeline_in(pipe, name), labels, SEED, "latent") for name in (FULL, BF16, EMULATED)}
         errors = {name: latent_drift(made[name].images, made[FULL].images)["error"] for name in (BF16, EMULATED)}
-        rows.append({"solver": solver, "evaluations": made[FULL].evaluations, "errors": errors})
+        rows.append({"solver": solver, "evaluations": made[FULL].nfe, "errors": errors})
     return {"count": args.noises, "rows": rows}
 
 
 def full_pipeline(folder: str) -> LightningDiTPipeline:
     """Return the pipeline of a folder on the CPU in float32."""
     config = load_config(Path(folder) / CONFIG_NAME)
-    sample = replace(config.sample, precision="fp32", compile=False)  # a copy would run the original's compiled code
+    sample = replace(config.sample, precision="fp32", compile=False)  # a copy would run the compiled original
     return LightningDiTPipeline.from_config(replace(config, sample=sample), "cpu")
 
 
 def seed_weights(network: nn.Module) -> nn.Module:
     """Fill the parameters so that signals keep their size, and return the network in eval mode.
 
-    Matrices and kernels have the standard deviation 0.7 / sqrt(inputs), norms and other vectors are near 1 and 0; the
-    table of positions stays. adaLN-Zero, as a new model has it, would make every block the identity.
+    Matrices and kernels get the standard deviation 0.7 / sqrt(inputs), norms values near 1, other vectors values near
+    0; the table of positions stays. The adaLN-Zero of a new model would make every block the identity.
     """
     for index, (name, value) in enumerate(network.named_parameters()):
         if not value.requires_grad:

@@ -1,9 +1,9 @@
 """Compare the solvers on the bundled model: `python -m studies.solver_study --data-root FOLDER`.
 
-Three parts. `errors`: for guidance from t = 0.125 on and throughout, and for time shifts 0 and 0.3, how far the final
-latents of every solver lie from a converged reference. `clock`: the wall clock of the published procedure, which
-computes both halves of guidance at every step, beside the named solvers. `images`: Frechet distance and class
-accuracy. Each part is kept in docs/sampling/study.json as soon as it is done, and the tables between the marks in
+Three parts. `errors`: the distance of every solver's final latents from a converged reference, for guidance from
+t = 0.125 on and throughout, and for time shifts 0 and 0.3. `clock`: the wall clock of the published procedure, which
+computes both halves of guidance at every step, and of other solvers. `images`: Frechet distance and class accuracy.
+Each part is kept in docs/sampling/study.json as soon as it is done, and the tables between the marks in
 docs/sampling.md and the plot are renewed from there.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from LightningDiT.config import NAMED_SOLVERS, SampleConfig
+from LightningDiT.config import SampleConfig
 from LightningDiT.console import Progress, positive, run_main
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.sampling.pipeline import LightningDiTPipeline, PipelineOutput
@@ -36,22 +36,10 @@ from studies.pages import Figures, Part, add_study_options, plot, run_parts
 
 STARTS = (0.125, 0.0)  # guidance from the published start, and throughout; the model's own start comes first
 SHIFTS = (0.0, 0.3)
-REFERENCE = ("ab3", 320)  # method and evaluations, on a graded grid; its error is against half as many
+REFERENCE = ("ab3", 320)  # method and evaluations, on a graded grid; half as many give its error
 SEED = 11  # of noises that no fit has seen
-#: Methods of the study with the evaluations a step; the torchdiffeq ones know nothing of nodes.
-METHODS = {
-    "euler": 1,
-    "heun2": 2,
-    "heun": 2,
-    "explicit_adams": 1,
-    "ab2": 1,
-    "ab3": 1,
-    "ab4": 1,
-    "dpmpp2m": 1,
-    "dpmpp3m": 1,
-    "unipc2": 1,
-    "unipc3": 1,
-}
+METHODS = ["euler", "heun2", "heun", "explicit_adams", "ab2", "ab3", "ab4", "dpmpp2m", "dpmpp3m", "unipc2", "unipc3"]
+COSTS = {"heun2": 2, "heun": 2}  # evaluations a step; the other methods take 1
 GRADED = ("ab2", "ab3", "unipc2")  # also on `graded_grid`
 BUDGETS = (10, 15, 25)  # evaluations
 EULER_BUDGETS = (15, 49, 249)
@@ -62,6 +50,14 @@ CLOCK_SOLVERS = (
     {"sampling_method": PUBLISHED},
     {"sampling_method": FAST},
     *({"sampling_method": CALIBRATED, "num_sampling_steps": evaluations + 1} for evaluations in (10, 12, 14)),
+)
+
+#: Solvers whose images the judge sees.
+IMAGE_SOLVERS = (
+    {"sampling_method": FAST},
+    {"sampling_method": CALIBRATED, "num_sampling_steps": 11},
+    {"sampling_method": CALIBRATED, "num_sampling_steps": 15},
+    {"sampling_method": "euler", "num_sampling_steps": 50},
 )
 
 
@@ -93,7 +89,7 @@ class Experiment:
         return self.follow(method, graded_grid(evaluations + 1, self.jumps)[0])
 
     def calibrated(self, evaluations: int) -> Tensor | None:
-        """Return the final latents of the calibrated solver of so many evaluations, or None without one."""
+        """Return the final latents of the calibrated solver with `evaluations`, or None if there is none."""
         sample = replace(self.pipe.config.sample, sampling_method=CALIBRATED, num_sampling_steps=evaluations + 1)
         try:
             output = latents_of(self.pipe.with_sample(sample), self.labels, self.noise)
@@ -118,9 +114,9 @@ def solvers_of(experiment: Experiment) -> list[tuple[str, str, Callable[[], Tens
     """Return name, grid and a function to the final latents for every row of a table."""
     found: list[tuple[str, str, Callable[[], Tensor | None]]] = []
     for shift in SHIFTS:
-        for method, cost in METHODS.items():
+        for method in METHODS:
             for budget in BUDGETS if method != "euler" else EULER_BUDGETS:
-                times = time_grid(budget // cost + 1, timestep_shift=shift)
+                times = time_grid(budget // COSTS.get(method, 1) + 1, timestep_shift=shift)
                 found.append((method, f"shift {shift:g}", partial(experiment.follow, method, times)))
     found += [(method, "graded", partial(experiment.graded, method, n)) for method in GRADED for n in BUDGETS]
     return found + [(CALIBRATED, "fitted", partial(experiment.calibrated, n)) for n in CALIBRATED_BUDGETS]
@@ -184,15 +180,21 @@ def measure_clock(args: argparse.Namespace) -> Figures:
 
 
 def measure_images(args: argparse.Namespace) -> Figures:
-    """Return Frechet distance, accuracy and seconds of `args.count` images for each of `args.image_solvers`."""
+    """Return Frechet distance, accuracy and seconds of `args.count` images for each of `IMAGE_SOLVERS`."""
     pipe, judge = LightningDiTPipeline.from_pretrained(args.model), judge_of(args.model)
     test, labels = real_images(judge, args.data_root, train=False), equal_labels(args.count)
     rows = []
-    for method, points in args.image_solvers:
-        change = {"sampling_method": method} | ({"num_sampling_steps": points} if points else {})
+    for change in IMAGE_SOLVERS:
         samples = sample_images(pipe.with_sample(replace(pipe.config.sample, **change)), labels, seed=0)
         figures = distance_and_accuracy(judged(judge, samples.images, labels), test)
-        rows.append({"solver": method, "evaluations": samples.evaluations, "seconds": samples.seconds, **figures})
+        rows.append(
+            {
+                "solver": change["sampling_method"],
+                "evaluations": samples.nfe,
+                "seconds": samples.seconds,
+                **figures,
+            }
+        )
     return {"count": args.count, "rows": rows}
 
 
@@ -272,28 +274,12 @@ def draw_errors(settings: Sequence[Figures], path: Path) -> None:
                 axes.set_title(f"guidance from t = {setting['start']:g}; {own_error}")
 
 
-def _image_solver(text: str) -> tuple[str, int | None]:
-    """Return method and points of `fast`, `published` or `SOLVER:POINTS`."""
-    method, _, points = text.partition(":")
-    if not (text in NAMED_SOLVERS or points.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text} is unknown; fast, published or SOLVER:POINTS is expected")
-    return method, int(points) if points else None
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(prog="python -m studies.solver_study", description=__doc__)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure; default: all")
     add_study_options(parser, count=2000)
     parser.add_argument("--noises", type=positive, default=40, help="of the errors and of the wall clock")
-    parser.add_argument(
-        "--image-solvers",
-        nargs="+",
-        type=_image_solver,
-        metavar="SOLVER[:POINTS]",
-        default=[(FAST, None), (CALIBRATED, 11), (CALIBRATED, 15), ("euler", 50)],
-        help="whose images are judged; fast and published have their own number of points",
-    )
     return parser.parse_args(argv)
 
 

@@ -178,7 +178,7 @@ def test_the_triad_adds_twice_the_third_array() -> None:
 
 def test_products_of_a_model_are_all_that_its_forward_multiplies() -> None:
     model = on_meta(SMALL)
-    products = {product.name: product for product in products_of(model, 3)}
+    products = {product.name: product for product in products_of(SMALL, 3)}
     assert sum(product.flops(model) for product in products.values()) == model_flops(model, 3)
     assert products["attn.qkv"].paths == tuple(f"blocks.{index}.attn.qkv" for index in range(SMALL.depth))
     assert products["attn.qkv"].shape == (3, 4, 48)
@@ -258,7 +258,7 @@ def test_loading_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:
 
 
 def test_weights_that_the_disk_cannot_hold_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("LightningDiT.tools.benchmark.loading.free_disk_bytes", lambda folder: 10**6)
+    monkeypatch.setattr("LightningDiT.tools.benchmark.loading.free_bytes", lambda folder: 10**6)
     assert "disk in" in (lack_of_room(tmp_path, VALUES, FLOAT32) or "")
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from LightningDiT.config import load_config
 from LightningDiT.tools.benchmark import training
 from LightningDiT.tools.benchmark.__main__ import main
-from LightningDiT.tools.benchmark.published_loop import DECAY
+from LightningDiT.tools.benchmark.published_loop import DECAY, PublishedLoop
 from LightningDiT.tools.benchmark.rounds import Setting
 from LightningDiT.tools.benchmark.tables import mark_of
 from LightningDiT.tools.benchmark.training import (
@@ -28,7 +28,6 @@ from LightningDiT.tools.benchmark.training import (
     measure_steps,
     measure_waiting,
     our_step,
-    published_of,
     trainer_of,
     wanted,
     write_latents,
@@ -63,7 +62,7 @@ def trainer(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trai
 
 
 def test_both_loops_take_the_same_step(trainer: Trainer) -> None:
-    published = published_of(trainer)
+    published = PublishedLoop(trainer)
     before = {name: value.clone() for name, value in published.model.named_parameters()}
     batch = trainer.data.make(0)
     theirs, ours = published.step(batch), our_step(trainer, 0)
@@ -82,7 +81,7 @@ def test_both_loops_take_the_same_step(trainer: Trainer) -> None:
 
 
 def test_the_published_average_is_a_step_of_its_formula(trainer: Trainer) -> None:
-    published = published_of(trainer)
+    published = PublishedLoop(trainer)
     before = {name: value.clone() for name, value in published.average.named_parameters()}
     published.step(trainer.data.make(0))
     after = dict(published.model.named_parameters())
@@ -92,7 +91,7 @@ def test_the_published_average_is_a_step_of_its_formula(trainer: Trainer) -> Non
 
 def test_the_published_layers_give_the_same_step_through_their_substitutes(trainer: Trainer) -> None:
     """Compiled layers are passed as callables; here they are the layers themselves."""
-    one, two = published_of(trainer), published_of(trainer)
+    one, two = PublishedLoop(trainer), PublishedLoop(trainer)
     batch = trainer.data.make(0)
     assert one.step(batch) == two.step(batch, list(two.model.blocks))
     weights = two.model.state_dict()

@@ -72,7 +72,7 @@ def test_adam_improves_on_its_start_and_reports_only_what_is_better():
     times = torch.linspace(0, 1, 5)
     start = candidate(check, times, velocity_coefficients(times, 2).float())
     found: list[Candidate] = []
-    refine(start, (), fit, check, 60, found.append)
+    refine(start, fit, check, 60, found.append)
     errors = [start.error, *(one.error for one in found)]
     assert errors == sorted(errors, reverse=True) and errors[-1] < start.error / 3
     again = linear_multistep(check.velocity, check.noise, found[-1].times, found[-1].coefficients)
@@ -130,9 +130,8 @@ def test_the_command_writes_what_the_pipeline_samples_with(calibrated):
     file = load_solvers(calibrated / "solvers.yaml")
     assert [solver.evaluations for solver in file.solvers] == [3, 4]
     pipe = LightningDiTPipeline.from_pretrained(calibrated)
-    sample = pipe.config.sample
     assert file.weights == weights_fingerprint(calibrated / "transformer.safetensors")
-    check = make_problem(pipe, sample, (0, 2), 3, 24)
+    check = make_problem(pipe, (0, 2), 3, 24)
     labels = [0, 1, 2]
     for solver in file.solvers:
         points = solver.evaluations + 1
@@ -163,7 +162,7 @@ def test_a_second_run_goes_on_and_never_makes_it_worse(calibrated, capsys):
 def test_ctrl_c_keeps_the_best_so_far(tiny_folder, monkeypatch):
     import LightningDiT.tools.calibrate_solver as tool
 
-    def interrupted(start, jumps, fit, check, steps, kept):
+    def interrupted(start, fit, check, steps, kept):
         kept(dataclasses.replace(start, error=start.error / 2))
         raise KeyboardInterrupt
 

@@ -42,13 +42,11 @@ def test_a_reader_that_gives_other_latents_is_found(folder: Path) -> None:
         measure(readers, 9, 4, rounds=1)
 
 
-def test_sets_that_cannot_be_compared_are_named(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(LightningDiTError, match="holds 9 latents; mirrored ones and at least 10 are needed"):
-        readers_of(folder, 10)
-    plain = tmp_path / "plain"
-    write_shard(shard_path(plain, 0, 0), torch.zeros(2, 1, 1, 1), torch.tensor([0, 1]))
-    with pytest.raises(LightningDiTError, match="2 latents without mirrored ones"):
-        readers_of(plain, 1)
+def test_a_batch_larger_than_all_shards_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--shards", "2", "--shard-size", "6", "--batch", "8", "13"])
+    assert stopped.value.code == 2
+    assert "--batch 13 is more than the 12 latents of all shards" in capsys.readouterr().err
 
 
 def test_the_command_writes_shards_reads_them_and_gives_a_table(

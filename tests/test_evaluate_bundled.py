@@ -151,21 +151,10 @@ def test_the_whole_evaluation(
     assert distances["test"] == {"median": 0.0, "percentile_1": 0.0, "minimum": 0.0}
     assert distances["generated"]["minimum"] > 0
     assert 0 <= report["generated"]["accuracy"] <= 1
+    assert report["reconstruction"]["psnr_28x28_pooled"] < 20  # seeded weights reconstruct nothing
     assert "psnr_28x28_mean" in capsys.readouterr().out
     sizes = {name: Image.open(tmp_path / "out" / f"{name}.png").size for name in ("samples", "reconstructions")}
     cell = 128 + 4
     assert sizes["samples"] == (PER_CLASS * cell + 4, 10 * cell + 4)
     assert sizes["reconstructions"] == (10 * cell + 4, 4 * cell + 4)
     assert (tmp_path / "out" / "neighbours.png").exists()
-
-
-def test_reconstructions_alone_leave_a_whole_evaluation_in_place(
-    data_root: Path, model_folder: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "evaluation.json").write_text("{}")
-    options = ["--data-root", str(data_root), "--model", str(model_folder), "--output", str(tmp_path)]
-    assert main([*options, "--reconstructions-only"]) == 0
-    assert (tmp_path / "evaluation.json").read_text() == "{}"
-    report = json.loads((tmp_path / "reconstructions.json").read_text())
-    assert report.keys() == {"real_test_images", "reconstruction", "torch"}
-    assert report["reconstruction"]["psnr_28x28_pooled"] < 20  # seeded weights reconstruct nothing

@@ -255,3 +255,9 @@ def test_cuda_is_named_in_one_module() -> None:
     for path in [*PACKAGE.rglob("*.py"), *(PROJECT / "studies").rglob("*.py")]:
         if path != PACKAGE / "device.py":
             assert not names_cuda(path.read_text(encoding="utf-8")), path
+
+
+def test_an_installed_package_holds_the_library_alone() -> None:
+    pyproject = pytest.importorskip("setuptools.config.pyprojecttoml")
+    packages = pyproject.read_configuration(PROJECT / "pyproject.toml")["tool"]["setuptools"]["packages"]
+    assert {name.partition(".")[0] for name in packages} == {LIBRARY}

@@ -1,1 +1,1 @@
-"""Tools around the library: the judge, metrics, evaluation, plots and benchmark. Nothing imports them."""
+"""Commands around the library: solvers, guidance, latents, plots, memory and speed. No other part imports them."""

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from LightningDiT.config import SampleConfig, load_config
+from LightningDiT.config import SampleConfig, load_config, with_overrides
 from LightningDiT.console import Progress, natural, positive, run_main
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.loading import guidance_of
@@ -58,12 +58,19 @@ class Problem:
         velocity: its classes are dealt over the noises in turn.
         times: (T,) of the reference.
         states: (T, N, C, h, w), the reference trajectories.
+        jumps: times at which guidance sets in or ends.
     """
 
     noise: Tensor
     velocity: Velocity
     times: Tensor
     states: Tensor
+    jumps: tuple[float, ...] = ()
+
+    def grid(self, points: int, power: float) -> tuple[Tensor, tuple[int, ...]]:
+        """Return a graded grid (points,) over the times of the reference, and its nodes: one at each jump."""
+        times, nodes = graded_grid(points, self.jumps, power, (float(self.times[0]), float(self.times[-1])))
+        return times.to(self.times), nodes
 
     def target(self, t: float) -> Tensor:
         """Return the reference states (N, C, h, w) at time t, by linear interpolation."""
@@ -91,36 +98,19 @@ def relative_error(states: Tensor, reference: Tensor) -> Tensor:
     return ((states - reference).flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1)).mean()
 
 
-def velocity_of(pipe: LightningDiTPipeline, sample: SampleConfig, count: int) -> Velocity:
-    """Return the guided velocity of `count` states, whose classes are dealt in turn."""
-    labels = [index % pipe.config.data.num_classes for index in range(count)]
-    guided = pipe.guided(labels, sample)
-    return lambda x, t: pipe.transport.velocity(guided, x, t)
-
-
-def noise_for(pipe: LightningDiTPipeline, seeds: Sequence[int], count: int) -> Tensor:
-    """Return noise (count, C, h, w) of the seeds (*seeds, index)."""
-    generators = [generator_for(*seeds, index) for index in range(count)]
-    return draw_noise((count, *pipe.latent_shape), generators, pipe.device)
-
-
-def grid_of(pipe: LightningDiTPipeline, sample: SampleConfig, points: int, power: float) -> Tensor:
-    """Return a graded grid (points,) over the transport's interval with a node at each bound of guidance."""
-    ends = pipe.transport.interval(pipe.transport.sample_eps)
-    jumps = jumps_of(guidance_of(sample))
-    return graded_grid(points, jumps, power, ends)[0].to(pipe.device)
-
-
 @torch.no_grad()
-def make_problem(
-    pipe: LightningDiTPipeline, sample: SampleConfig, seeds: Sequence[int], count: int, steps: int
-) -> Problem:
-    """Draw noises and follow each to its end in `steps` of the reference method; shows progress."""
-    noise, velocity = noise_for(pipe, seeds, count), velocity_of(pipe, sample, count)
-    times = grid_of(pipe, sample, steps + 1, GRADES[-1])
+def make_problem(pipe: LightningDiTPipeline, seeds: Sequence[int], count: int, steps: int) -> Problem:
+    """Draw noises of (*seeds, index) and follow each to its end in `steps` of the reference method; shows progress."""
+    noise = draw_noise((count, *pipe.latent_shape), [generator_for(*seeds, index) for index in range(count)])
+    sample, transport, noise = pipe.config.sample, pipe.transport, noise.to(pipe.device)
+    guided = pipe.guided([index % pipe.config.data.num_classes for index in range(count)], sample)
     jumps = jumps_of(guidance_of(sample))
+    times = graded_grid(steps + 1, jumps, GRADES[-1], transport.interval(transport.sample_eps))[0].to(noise)
     print(f"Following {count} noises in {steps} steps of {REFERENCE_METHOD}", flush=True)
     states, progress = [noise], Progress(steps, "step")
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        return transport.velocity(guided, x, t)
 
     def keep(step: int, t: float, state: Tensor) -> None:
         states.append(state)
@@ -128,7 +118,7 @@ def make_problem(
 
     integrate_ode(velocity, noise, times, REFERENCE_METHOD, callback=keep, jumps=jumps)
     progress.close()
-    return Problem(noise, velocity, times, torch.stack(states))
+    return Problem(noise, velocity, times, torch.stack(states), jumps)
 
 
 @torch.no_grad()
@@ -154,13 +144,11 @@ def least_squares(problem: Problem, times: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def start_of(pipe: LightningDiTPipeline, sample: SampleConfig, steps: int, fit: Problem, check: Problem) -> Candidate:
+def start_of(steps: int, fit: Problem, check: Problem) -> Candidate:
     """Return the best of the Adams-Bashforth methods and of the same grids with least-squares coefficients."""
-    jumps = jumps_of(guidance_of(sample))
     found = []
     for power in GRADES:
-        times = grid_of(pipe, sample, steps + 1, power)
-        nodes = graded_grid(steps + 1, jumps, power)[1]
+        times, nodes = fit.grid(steps + 1, power)
         found += [candidate(check, times, velocity_coefficients(times, order, nodes).to(times)) for order in ORDERS]
         found.append(candidate(check, times, least_squares(fit, times)))
     return min(found, key=lambda one: one.error)
@@ -205,16 +193,9 @@ def whitening(problem: Problem, start: Candidate) -> list[Tensor]:
     return [torch.linalg.inv(factor).T.to(start.times) for factor in factors]
 
 
-def refine(
-    start: Candidate,
-    jumps: Sequence[float],
-    fit: Problem,
-    check: Problem,
-    steps: int,
-    kept: Callable[[Candidate], None],
-) -> None:
+def refine(start: Candidate, fit: Problem, check: Problem, steps: int, kept: Callable[[Candidate], None]) -> None:
     """Move coefficients and times by `steps` steps of Adam; `kept` gets every new best on the noises of `check`."""
-    times, directions = Times(start.times, jumps), whitening(fit, start)
+    times, directions = Times(start.times, fit.jumps), whitening(fit, start)
     moves = [torch.zeros(len(matrix), device=matrix.device, requires_grad=True) for matrix in directions]
     optimizer = torch.optim.Adam(
         [{"params": moves, "rate": COEFFICIENT_RATE}, {"params": [times.logarithms], "rate": TIME_RATE}],
@@ -258,26 +239,26 @@ def as_solver(found: Candidate, sample: SampleConfig, path_type: str, noises: in
     return CalibratedSolver(guidance_of(sample), path_type, times, rows, found.error, noises, guide)
 
 
-def calibrate(pipe: LightningDiTPipeline, sample: SampleConfig, args: argparse.Namespace, output: Path) -> None:
+def calibrate(pipe: LightningDiTPipeline, args: argparse.Namespace, output: Path) -> None:
     """Fit a solver for each of `args.evaluations`, and write each one that is better than the file's."""
     file = opened(output, weights_fingerprint(pipe.config.ckpt_path or ""))
-    path_type, jumps = pipe.transport.path_type, jumps_of(guidance_of(sample))
-    check = make_problem(pipe, sample, (args.seed, CHECK_STREAM), args.checks, args.reference_steps)
-    fit = make_problem(pipe, sample, (args.seed, FIT_STREAM), args.noises, args.reference_steps)
+    sample, path_type = pipe.config.sample, pipe.transport.path_type
+    check = make_problem(pipe, (args.seed, CHECK_STREAM), args.checks, args.reference_steps)
+    fit = make_problem(pipe, (args.seed, FIT_STREAM), args.noises, args.reference_steps)
+
+    def kept(found: Candidate) -> None:
+        nonlocal file
+        file = file.with_solver(as_solver(found, sample, path_type, args.noises))
+        save_solvers(file, output)
+
     for steps in args.evaluations:
         known = file.best(sample, path_type, steps)
         if known is not None and known.evaluations == steps:
             start = candidate(check, *(tensor.to(pipe.device) for tensor in known.tensors()))
         else:
-            start = start_of(pipe, sample, steps, fit, check)
-
-        def kept(found: Candidate) -> None:
-            nonlocal file
-            file = file.with_solver(as_solver(found, sample, path_type, args.noises))
-            save_solvers(file, output)
-
+            start = start_of(steps, fit, check)
         kept(start)
-        refine(start, jumps, fit, check, args.iterations, kept)
+        refine(start, fit, check, args.iterations, kept)
         best = file.best(sample, path_type, steps)
         print(f"{steps} evaluations: mean relative error {best.error if best else start.error:.4f}", flush=True)
 
@@ -327,14 +308,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     config = load_config(args.config)
     verify_config(args.config)
-    given = {"cfg_scale": args.guidance_scale, "cfg_interval_start": args.guidance_start}
-    sample = replace(config.sample, **{key: value for key, value in given.items() if value is not None})
+    sample = with_overrides(config.sample, cfg_scale=args.guidance_scale, cfg_interval_start=args.guidance_start)
     if sample.mode != "ODE" or sample.reverse:
         raise LightningDiTError(f"{args.config} samples by the SDE or in reverse", "set mode: ODE and reverse: false")
     output = Path(args.output) if args.output else Path(config.source).parent / FILE_NAME
     pipe = LightningDiTPipeline.from_config(replace(config, sample=replace(sample, sampling_method="euler")))
     pipe.transformer.requires_grad_(False)
-    calibrate(pipe, sample, args, output)
+    calibrate(pipe, args, output)
     print(f"wrote {output}; sample it by `sampling_method: calibrated` and `solver_file: {output.name}`")
     return 0
 

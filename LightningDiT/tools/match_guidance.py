@@ -16,12 +16,12 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from LightningDiT.config import Config, SampleConfig, load_config
+from LightningDiT.config import Config, SampleConfig, load_config, with_overrides
 from LightningDiT.console import Progress, natural, positive, run_main
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.sampling.pipeline import LightningDiTPipeline
@@ -165,13 +165,10 @@ def channels_of(sample: SampleConfig, all_channels: int) -> int:
 
 def sample_of(config: Config, args: argparse.Namespace) -> SampleConfig:
     """Return the sampling settings with the options of the command line."""
-    given = {"cfg_scale": args.guidance_scale, "guided_channels": args.channels}
-    sample = replace(config.sample, **{key: value for key, value in given.items() if value is not None})
-    if sample.cfg_scale == 1 or not 0 <= sample.cfg_scale < math.inf:
-        raise LightningDiTError(
-            f"the guidance scale is {sample.cfg_scale:g}; 0 or more is expected, and not 1, which is no guidance",
-            "give --guidance-scale 10",
-        )
+    names = {"cfg_scale": "--guidance-scale", "guided_channels": "--channels"}
+    sample = with_overrides(config.sample, names, cfg_scale=args.guidance_scale, guided_channels=args.channels)
+    if sample.cfg_scale == 1:
+        raise LightningDiTError("the guidance scale is 1, which is no guidance", "give --guidance-scale 10")
     channels_of(sample, config.model.in_chans)
     return sample
 

@@ -19,7 +19,7 @@ from LightningDiT.console import run_main
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.tokenizer.latents import LatentStats
 
-DEAD_STD = 0.2  # of the posterior mean, where the prior has 1: 0.02 nats of information
+DEAD_STD = 0.2  # of the posterior mean; the prior has 1, so this is 0.02 nats of information
 
 
 def live_channels(stats: LatentStats, least_std: float) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.files import atomic_path
+from LightningDiT.files import write_text
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -44,8 +44,7 @@ def put_between_marks(page: Path, lines: Sequence[str], title: str, name: str = 
         text = f"{text.rstrip()}\n\n{begin}\n{end}\n"
     before, after = _around(page, text, name)
     content = "\n".join(lines)
-    with atomic_path(page) as temporary:
-        temporary.write_text(f"{before}{begin}\n\n{content}\n{end}{after}", encoding="utf-8")
+    write_text(page, f"{before}{begin}\n\n{content}\n{end}{after}")
 
 
 def _around(page: Path, text: str, name: str) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 from LightningDiT.config import read_yaml
 from LightningDiT.data.fashion_mnist import FASHION_MNIST_CLASSES
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.files import atomic_path
+from studies.pages import write_json
 
 PLAIN, ALIGNED = "plain", "aligned"
 CHANNELS, RATIO = 32, 8  # a 32x32 photograph becomes 4x4x32, as full of channels as VA-VAE's 16x16x32
@@ -160,8 +160,5 @@ def write_configs(plan: Plan) -> None:
     for path, values in paths.items():
         if path.exists() and read_yaml(path) != values:
             raise LightningDiTError(f"{path} is of a study with other settings", "choose another --output")
-    from omegaconf import OmegaConf
-
     for path, values in paths.items():
-        with atomic_path(path) as temporary:
-            OmegaConf.save(OmegaConf.create(values), temporary)
+        write_json(path, values)  # YAML reads JSON

@@ -1,6 +1,6 @@
-"""The commands of the study, each in a process of its own, and their running one after another.
+"""The jobs of the study: commands that a user could give, run one after another, each in a process of its own.
 
-A user could give each of them. A job goes on by itself where it was stopped, and its file says that it is done.
+A job that was stopped goes on by itself; the file that it makes says that it is done.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Job:
 
     Attributes:
         command: the module that `python -m` runs, with its arguments.
-        makes: the file that is there once it is done.
+        makes: the file that it writes at its end.
     """
 
     name: str
@@ -81,7 +81,7 @@ def _tokenizer_jobs(name: str, plan: Plan, data: tuple[str, str]) -> list[Job]:
 
 
 def run_jobs(jobs: Sequence[Job]) -> None:
-    """Run what is not done, one job after another.
+    """Run the jobs that are not done.
 
     Raises:
         LightningDiTError: a job failed.
@@ -100,7 +100,7 @@ def run_jobs(jobs: Sequence[Job]) -> None:
 
 
 def exit_code(command: Sequence[str]) -> int:
-    """Run `python -m` and return its exit code; Ctrl-C and SIGTERM reach it once, and it ends with everything saved."""
+    """Run `python -m` and return its exit code; Ctrl-C or SIGTERM here is Ctrl-C there: it saves and ends."""
     process = subprocess.Popen([sys.executable, "-m", *command], cwd=PROJECT, start_new_session=True)
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, lambda *_: process.send_signal(signal.SIGINT)) for number in numbers]

@@ -1,9 +1,9 @@
 """Measure the speed on this machine: `python -m LightningDiT.tools.benchmark [--json FILE] [--quick] [--part ...]`.
 
-Every figure is a median over rounds in which all cases take turns, after one round to warm up. What does matrix
-products is compared with the rate of a large one in the same rounds, so that the shares of two machines, or of two
-hours on a shared machine, can be compared. It computes on the GPU where one works, in the precision that sampling takes
-there, else on the CPU in float32; docs/benchmark.md says what each part measures.
+Every figure is a median over rounds in which all cases take turns, after one round to warm up. Matrix products are
+compared with the rate of a large one in the same rounds, so that the shares of two machines, or of two hours on a
+shared machine, can be compared. The benchmark runs on the GPU in the precision of sampling, or on the CPU in float32 if
+no GPU works. docs/benchmark.md describes each part.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from LightningDiT.console import run_main
 from LightningDiT.device import best_device, release_memory, resolve_precision
-from LightningDiT.files import atomic_path
+from LightningDiT.files import write_text
 from LightningDiT.tools.report import check_marks, put_between_marks
 
 from .demo import measure_demo
@@ -45,10 +45,10 @@ PARTS: dict[str, Callable[[Setting], dict[str, Any]]] = {
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(prog="python -m LightningDiT.tools.benchmark", description=__doc__)
-    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure; default all")
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure; default: all")
     parser.add_argument("--quick", action="store_true", help="fewer rounds, no XL/1, no batch of 8, fewer images")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures to FILE besides")
-    parser.add_argument("--output", metavar="PAGE", type=Path, help="put the tables between the marks of PAGE besides")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the figures to FILE")
+    parser.add_argument("--output", metavar="PAGE", type=Path, help="also put the tables between the marks of PAGE")
     return parser.parse_args(argv)
 
 
@@ -69,9 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     texts = {part: render(part, found, facts) for part, found in figures.items()}
     print("\n" + "\n".join(texts.values()))
     if args.json:
-        with atomic_path(args.json) as temporary:
-            content = json.dumps({"machine": facts, **figures}, indent=2, default=asdict)
-            temporary.write_text(content + "\n", encoding="utf-8")
+        write_text(args.json, json.dumps({"machine": facts, **figures}, indent=2, default=asdict) + "\n")
     if args.output:
         for part, text in texts.items():
             put_between_marks(args.output, text.split("\n"), "Benchmark", mark_of(part))

@@ -1,4 +1,4 @@
-"""Seconds of a forward of the transformer, and where they go."""
+"""Seconds of a forward of the transformer, and their parts."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from .rounds import Case, Setting, measure, triad_case
 
 LATENT_SHAPE = (32, 16, 16)  # of a 256x256 image
 PUBLISHED_FLAGS = {"use_swiglu": True, "use_rope": True, "use_rmsnorm": True}
-WEIGHT_STD = 0.02  # any weights do, as long as they are no zeros, which some kernels pass over
+WEIGHT_STD = 0.02  # any weights but zeros, which some kernels skip
 PROFILED_RUNS = 3
 GIGA = 10**9
-WORK_SPACE = GIGA  # bytes that are needed besides the weights
+WORK_SPACE = GIGA  # bytes needed beside the weights
 
 
 def published_settings(model_type: str) -> LightningDiTSettings:
@@ -34,9 +34,9 @@ def published_settings(model_type: str) -> LightningDiTSettings:
 
 
 def on_meta(settings: LightningDiTSettings) -> LightningDiT:
-    """Return the model without values."""
+    """Return the model on the meta device, without values."""
     with without_values():
-        return LightningDiT(settings).to("meta")  # the tables of positions too
+        return LightningDiT(settings).to("meta")  # with its tables of positions
 
 
 def model_flops(model: LightningDiT, batch: int) -> int:
@@ -85,7 +85,7 @@ def forward_cases(settings: LightningDiTSettings, name: str, batches: Sequence[i
 
 @dataclass(frozen=True)
 class Plan:
-    """The forwards of one model: batches and rounds, in full and with --quick (no batches: left out)."""
+    """The forwards of one model: batches and rounds, in full and with --quick (no batches: skipped)."""
 
     model_type: str
     batches: tuple[int, ...]
@@ -98,7 +98,7 @@ PLANS = (Plan("B/1", (1, 2, 8), 7, (1, 2), 2), Plan("XL/1", (1, 2, 8), 3, (), 0)
 
 
 def measure_forwards(setting: Setting, plans: Sequence[Plan] = PLANS) -> dict[str, Any]:
-    """Return the results of every plan, and why the others are left out."""
+    """Return the results of every plan, and why others are skipped."""
     results, skipped = [], []
     for plan in plans:
         batches, rounds = (plan.quick_batches, plan.quick_rounds) if setting.quick else (plan.batches, plan.rounds)
@@ -117,8 +117,8 @@ class Product:
 
     Attributes:
         name: of the layer within its block.
-        shape: of its input, first that of the image index.
-        paths: of the layers within the model, one a block.
+        shape: of its input, (N, ...).
+        paths: names of the layers within the model, one a block.
     """
 
     name: str
@@ -139,9 +139,10 @@ class Product:
         return product_flops(self.run(model, torch.empty(self.shape, device="meta")))
 
 
-def products_of(model: LightningDiT, batch: int) -> list[Product]:
-    """Return the matrix products of one forward of `model`, layers of all blocks together."""
+def products_of(settings: LightningDiTSettings, batch: int) -> list[Product]:
+    """Return the matrix products of one forward, layers of all blocks together."""
     found: dict[str, Product] = {}
+    model = on_meta(settings)
     paths = {layer: path for path, layer in model.named_modules()}
 
     def note(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -150,21 +151,18 @@ def products_of(model: LightningDiT, batch: int) -> list[Product]:
         known = found.get(name, Product(name, inputs[0].shape, ()))
         found[name] = replace(known, paths=(*known.paths, path))
 
-    counted = (nn.Linear, nn.Conv2d, Attention)
-    hooks = [layer.register_forward_hook(note) for layer in model.modules() if isinstance(layer, counted)]
-    try:
-        with torch.inference_mode():
-            model(*model_inputs(model, batch))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d | Attention):
+            layer.register_forward_hook(note)
+    with torch.inference_mode():
+        model(*model_inputs(model, batch))
     return list(found.values())
 
 
 def measure_profile(
     setting: Setting, settings: LightningDiTSettings | None = None, name: str = "B/1", batch: int = 2
 ) -> dict[str, Any]:
-    """Return where the seconds of one forward go: its products by themselves, torch's profile, and bytes moved."""
+    """Return the parts of one forward: its products by themselves, torch's profile, and bytes moved."""
     wanted = settings or published_settings(name)
     forward = forward_cases(wanted, name, (batch,), setting)[0]
     skeleton = on_meta(wanted)
@@ -175,7 +173,7 @@ def measure_profile(
         x = torch.randn(product.shape, generator=generator_for(3)).to(setting.device, setting.dtype)
         return Case(product.name, product.run(model, x), flops=product.flops(skeleton))
 
-    alone = [by_itself(product) for product in products_of(skeleton, batch)]
+    alone = [by_itself(product) for product in products_of(wanted, batch)]
     activation = batch * wanted.side**2 * wanted.hidden_size
     small = triad_case(setting.device, activation, f"triad of one activation ({activation:,} values)")
     results = measure([forward, *alone, small], 2 if setting.quick else 7, setting.device, setting.dtype)
@@ -192,7 +190,7 @@ def measure_profile(
 
 
 def profile_shares(call: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """Return the share of the time that each kind of operator takes in `call`, by torch.profiler."""
+    """Return the share of each kind of operator in the time of `call`, by torch.profiler."""
     with torch.inference_mode():
         call()
         with torch.profiler.profile() as profiler:
@@ -214,12 +212,12 @@ def _own_time(event: Any, device: torch.device) -> float:
 
 
 def summary(part: dict[str, Any]) -> dict[str, float]:
-    """Return what the figures of `measure_profile` say together.
+    """Return totals of the figures of `measure_profile`.
 
     Returns:
         alone: seconds of all products by themselves; bound: the share of the square product's rate that the forward
-        would reach by them alone; rest: seconds of the forward beyond them; in_memory, in_cache: seconds of what the
-        rest moves at the rates of the two triads.
+        would reach with them alone; rest: seconds of everything else; in_memory, in_cache: seconds that the bytes
+        moved by the rest take at the rates of the two triads.
     """
     forward, product, moved = part["forward"], part["product"], part["moved"]
     alone = sum(result.seconds for result in part["alone"])

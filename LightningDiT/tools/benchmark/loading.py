@@ -1,6 +1,6 @@
 """Seconds and peak memory of loading a transformer, in a process of its own.
 
-`python -m LightningDiT.tools.benchmark.loading CONFIG` loads what a YAML file names and prints figures as JSON.
+`python -m` this module CONFIG loads the transformer of a YAML file and prints figures as JSON.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from LightningDiT.config import load_config
 from LightningDiT.console import run_main
 from LightningDiT.device import best_device, gpu_peak_bytes, resolve_precision, synchronise
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.files import free_bytes
 from LightningDiT.loading import load_transformer, model_settings
 
 from .forward import on_meta, random_weights, room_for
-from .machine import PROJECT, free_disk_bytes, lack_of, peak_resident_bytes
+from .machine import PROJECT, lack_of, peak_resident_bytes
 from .rounds import Setting
 
 MODELS = ("LightningDiT-B/1", "LightningDiT-XL/1")
@@ -33,14 +34,14 @@ QUICK_MODELS = MODELS[:1]
 
 @dataclass(frozen=True)
 class Loaded:
-    """What loading one file took.
+    """The figures of loading one file.
 
     Attributes:
         model_type: preset.
         file: bytes of the weights file, float32.
         seconds: from the call to the model in its precision on its device.
-        before, peak: largest resident bytes of the process before the call and after it; None: not known.
-        gpu_peak: most bytes on the GPU; None on the CPU.
+        before, peak: largest resident bytes of the process before and after the call; None: unknown.
+        gpu_peak: largest number of bytes on the GPU; None on the CPU.
     """
 
     model_type: str
@@ -52,7 +53,7 @@ class Loaded:
 
 
 def load_and_report(config_path: str) -> dict[str, Any]:
-    """Load the transformer of a YAML file here, and return seconds and peaks; meant for a fresh process."""
+    """Load the transformer of a YAML file in this process, a fresh one, and return seconds and peaks."""
     config = load_config(config_path)
     device = best_device()
     dtype = resolve_precision(config.sample.precision, device)
@@ -74,7 +75,7 @@ def write_model(folder: Path, values: dict[str, Any]) -> Path:
     """Write random float32 weights and the YAML that names them, and return the YAML's path.
 
     Args:
-        values: of the YAML besides `ckpt_path`; the published schema.
+        values: of the YAML, in the published schema; `ckpt_path` is added.
     """
     path = folder / "config.yaml"
     path.write_text(json.dumps({"ckpt_path": "transformer.safetensors", **values}), encoding="utf-8")  # YAML reads JSON
@@ -84,7 +85,7 @@ def write_model(folder: Path, values: dict[str, Any]) -> Path:
 
 
 def measure_loading(setting: Setting) -> dict[str, Any]:
-    """Return what loading takes for every preset that there is room for, and why others are left out."""
+    """Return the figures of every preset that fits, and why others are skipped."""
     loaded, skipped = [], []
     for model_type in QUICK_MODELS if setting.quick else MODELS:
         with tempfile.TemporaryDirectory() as name:
@@ -98,15 +99,15 @@ def measure_loading(setting: Setting) -> dict[str, Any]:
 
 
 def lack_of_room(folder: Path, values: dict[str, Any], setting: Setting) -> str | None:
-    """Return why the weights of a model cannot be written to `folder` and loaded, or None."""
+    """Return why a model has no room in `folder` or in memory, or None."""
     (folder / "sizes.yaml").write_text(json.dumps(values), encoding="utf-8")
     settings = model_settings(load_config(folder / "sizes.yaml"))
     file = sum(tensor.nbytes for tensor in on_meta(settings).state_dict().values())
-    return lack_of({f"disk in {folder.parent}": (file, free_disk_bytes(folder))}) or room_for(settings, setting)
+    return lack_of({f"disk in {folder.parent}": (file, free_bytes(folder))}) or room_for(settings, setting)
 
 
 def load_in_process(config: Path) -> Loaded:
-    """Return what loading the transformer of a YAML file takes in a process of its own.
+    """Return the figures of loading the transformer of a YAML file in a process of its own.
 
     Raises:
         LightningDiTError: that process failed.

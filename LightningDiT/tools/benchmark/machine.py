@@ -1,11 +1,10 @@
-"""What the figures were measured on, and how much memory there is and was taken."""
+"""The machine on which figures are measured, its free memory, and the peak of this process."""
 
 from __future__ import annotations
 
 import os
 import platform
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ def processor_name() -> str:
 
 
 def machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Return what the figures were measured on."""
+    """Return the facts of this machine that stand beside figures."""
     return {
         "device": gpu_name(device) or processor_name(),
         "processor": processor_name(),
@@ -56,27 +55,22 @@ def _stated_bytes(file: Path, name: str) -> int | None:
 
 
 def peak_resident_bytes() -> int | None:
-    """Return the largest resident size that this process had so far; None where the system is not Linux."""
+    """Return the largest resident size of this process so far; None if the system is not Linux."""
     return _stated_bytes(STATUS, "VmHWM")
 
 
 def free_memory_bytes() -> int | None:
-    """Return the main memory that programs can have; None where the system is not Linux."""
+    """Return the main memory that is available; None if the system is not Linux."""
     return _stated_bytes(MEMINFO, "MemAvailable")
 
 
 def lack_of(needed: dict[str, tuple[int, int | None]]) -> str | None:
-    """Return what there is too little of, in words, or None.
+    """Return in words the first resource that does not suffice, or None.
 
     Args:
-        needed: bytes that are needed and bytes that there are (None: unknown, which counts as enough), by name.
+        needed: bytes needed and bytes free by name; unknown free bytes (None) count as enough.
     """
     for name, (need, there) in needed.items():
         if there is not None and there < need:
             return f"{need / 1e9:.1f} GB of {name} are needed, {there / 1e9:.1f} GB are free"
     return None
-
-
-def free_disk_bytes(folder: Path) -> int:
-    """Return the bytes that may be written to the disk of `folder`."""
-    return shutil.disk_usage(folder).free

@@ -1,8 +1,8 @@
-"""The published training step, written anew after its description, to measure ours against.
+"""The published training step, written anew after its description, to compare ours with.
 
-It does what the released loop does at each place where a choice costs time: RMSNorm in plain operations, linear layers
-of torch, the condition's SiLU in every layer, AdamW as it is by default, an average that walks over the parameters by a
-Python loop, and the loss fetched after every step. Tensors have the published names, so that it takes our weights.
+It makes the choices of the released loop wherever they cost time: RMSNorm in plain operations, linear layers of torch,
+the condition's SiLU in every layer, AdamW with its defaults, an average by a Python loop over the parameters, and the
+loss fetched after every step. Tensors have the published names, so that our weights fit.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from LightningDiT.device import autocast
 from LightningDiT.models.lightningdit import LightningDiTSettings
+from LightningDiT.train import Trainer
 from LightningDiT.training.latent_batches import LatentBatch
 
 EPS = 1e-6  # of the norms
@@ -53,14 +54,14 @@ class PlainSwiGLU(nn.Module):
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return x (N, heads, T, width) turned pair by pair, each product and the sum by an operation of its own."""
+    """Return x (N, heads, T, width) rotated pair by pair, each product and the sum in its own operation."""
     pairs = x.reshape(*x.shape[:-1], -1, 2)
     turned = torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1).reshape(x.shape)
     return x * cos + turned * sin
 
 
 class PlainAttention(nn.Module):
-    """Self-attention with q, k and v apart, in the form of timm's vision transformer."""
+    """Self-attention in the form of timm's vision transformer."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -82,7 +83,7 @@ def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class PlainBlock(nn.Module):
-    """Attention and MLP under adaLN-Zero, with a SiLU of the condition of its own."""
+    """Attention and MLP under adaLN-Zero, each block with its own SiLU of the condition."""
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
@@ -114,7 +115,7 @@ class PlainFinalLayer(nn.Module):
 class PlainTransformer(nn.Module):
     """LightningDiT under the released flags: SwiGLU, 2-D RoPE, RMSNorm, adaLN with shift, no QK-norm.
 
-    Weights and tables are not set; `load_state_dict` of our model's gives both.
+    Weights and tables are unset until `load_state_dict` takes them from our model.
     """
 
     def __init__(self, settings: LightningDiTSettings) -> None:
@@ -134,7 +135,7 @@ class PlainTransformer(nn.Module):
         self.final_layer = PlainFinalLayer(width, patch**2 * settings.out_channels)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, blocks: Sequence[Block] | None = None) -> Tensor:
-        """Return the prediction (N, C, H, W); `blocks` stands for the layers where they are compiled."""
+        """Return the prediction (N, C, H, W); `blocks` are the compiled layers, if any."""
         tokens = self.x_embedder["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed  # (N, T, width)
         condition = self.t_embedder["mlp"](sinusoids(t)) + self.y_embedder["embedding_table"](y)  # (N, width)
         for block in blocks or self.blocks:
@@ -168,35 +169,26 @@ class PublishedLoop:
     """Model, average and optimizer of the published loop.
 
     Args:
-        settings: of the transformer; the released flags are expected.
-        weights: our model's `state_dict`, which is copied.
-        dtype: of matrix products, by autocast as accelerate does it.
-        rate, beta2, max_norm: of the optimizer; no clipping where `max_norm` is None.
+        trainer: whose weights are copied and whose settings are taken; the released flags are expected.
     """
 
-    def __init__(
-        self,
-        settings: LightningDiTSettings,
-        weights: dict[str, Tensor],
-        device: torch.device,
-        dtype: torch.dtype,
-        rate: float,
-        beta2: float,
-        max_norm: float | None,
-    ) -> None:
-        self.device, self.dtype, self.max_norm = device, dtype, max_norm
-        self.model = PlainTransformer(settings)
-        self.model.load_state_dict(weights)
-        self.model.to(device).train()
+    def __init__(self, trainer: Trainer) -> None:
+        self.device, self.dtype, optimizer = trainer.device, trainer.dtype, trainer.config.optimizer
+        self.max_norm = optimizer.max_grad_norm
+        self.model = PlainTransformer(trainer.model.settings)
+        self.model.load_state_dict(trainer.model.state_dict())
+        self.model.to(self.device).train()
         self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=rate, betas=(0.9, beta2), weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=optimizer.lr, betas=(0.9, optimizer.beta2), weight_decay=0.0
+        )
 
     def compiled_blocks(self) -> list[Block]:
-        """Return the layers through torch.compile, as the release has them; they are compiled when first called."""
+        """Return the layers through torch.compile, as in the release; the first call compiles them."""
         return [torch.compile(block) for block in self.model.blocks]
 
     def step(self, batch: LatentBatch, blocks: Sequence[Block] | None = None) -> float:
-        """Take one optimizer step on the rows of `batch` and return the loss before it."""
+        """Take one optimizer step on `batch` and return the loss before it."""
         rows = batch.to(self.device)
         loss = velocity_loss(lambda x, t: self._prediction(x, t, rows.labels, blocks), rows)
         self.optimizer.zero_grad()

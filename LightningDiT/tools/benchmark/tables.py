@@ -52,7 +52,7 @@ def forward_table(part: dict[str, Any]) -> list[str]:
 
 
 def profile_table(part: dict[str, Any]) -> list[str]:
-    """Return where the seconds of one forward go."""
+    """Return the parts of one forward."""
     forward, triad, found = part["forward"], part["triad"], summary(part)
     head = ("part of the forward", "ms", "share of the forward", "GFLOP/s", "share of the product's rate")
 

@@ -223,20 +223,6 @@ def trainer_of(config: Config) -> Trainer:
     return trainer
 
 
-def published_of(trainer: Trainer) -> PublishedLoop:
-    """Return the published loop with the trainer's weights and settings."""
-    model, optimizer = trainer.model, trainer.config.optimizer
-    return PublishedLoop(
-        model.settings,
-        model.state_dict(),
-        trainer.device,
-        trainer.dtype,
-        optimizer.lr,
-        optimizer.beta2,
-        optimizer.max_grad_norm,
-    )
-
-
 def our_step(trainer: Trainer, step: int) -> float:
     """Take a step as a training does, with its figures for the log, and return its loss."""
     row = {name: float(value) for name, value in trainer.step(step).items()}
@@ -254,7 +240,7 @@ def measure_steps(plans: Sequence[StepPlan], setting: Setting, folder: Path, ski
             skipped.append(f"{case}: {reason}")
             continue
         trainer = trainer_of(write_latents(config, folder / plan.precision, batch, plan.precision))
-        found.append(compare(case, trainer, published_of(trainer), rounds, skipped, compiles=not setting.quick))
+        found.append(compare(case, trainer, PublishedLoop(trainer), rounds, skipped, compiles=not setting.quick))
         del trainer
         release_memory()
     return found
