@@ -125,14 +125,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         processes.from_main(lambda: open_images(args).count)  # first and alone, since it may download
         images, output = processes.agree(lambda: open_images(args)), Path(args.output)
         processes.say(f"{images.count} images{f' of {len(images.class_names)} classes' if images.class_names else ''}")
+        size, sample = config.data.image_size, args.posterior == "sample"
         settings = ExtractionSettings(
-            config.data.image_size,
-            args.shard_size,
-            args.posterior == "sample",
-            args.flip,
-            args.seed,
-            args.batch_size,
-            args.read_threads,
+            size, args.shard_size, sample, args.flip, args.seed, args.batch_size, args.read_threads
         )
         result = extract(images, tokenizer, weights, output, settings, processes)
         if result.manifest is None:

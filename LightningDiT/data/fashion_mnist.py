@@ -16,16 +16,8 @@ from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import to_float
 
 FASHION_MNIST_CLASSES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
 )
 TRAIN_IMAGES = "train-images-idx3-ubyte.gz"
 TORCHVISION_FOLDER = Path("FashionMNIST", "raw")  # where torchvision keeps the files

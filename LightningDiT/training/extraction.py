@@ -241,28 +241,44 @@ class _ShardRows:
     def __init__(self, path: Path, size: int, shape: tuple[int, int, int], flips: bool) -> None:
         self.path, self.size = path, size
         self.done, self.unreadable = 0, list[list[str]]()
-        self.latents = [torch.empty(size, *shape) for _ in range(1 + flips)]
-        self.labels, self.read = torch.zeros(size, dtype=torch.long), torch.ones(size, dtype=torch.bool)
+        self.rows = {"labels": torch.zeros(size, dtype=torch.long), "read": torch.ones(size, dtype=torch.bool)}
+        self.latents = [f"latents{number}" for number in range(1 + flips)]  # names of rows
+        self.rows |= {name: torch.empty(size, *shape) for name in self.latents}
         self._part = path.with_suffix(PART)
         self._take_part()
 
     def put(self, encoded: list[Tensor], batch: ImageBatch) -> None:
         """Add a batch."""
-        added = slice(self.done, self.done + len(batch.labels))
-        for rows, latents in zip(self.latents, encoded, strict=True):
-            rows[added] = latents
-        self.labels[added], self.read[added] = batch.labels, batch.read
+        added = {"labels": batch.labels, "read": batch.read, **dict(zip(self.latents, encoded, strict=True))}
+        for name, rows in added.items():
+            self.rows[name][self.done : self.done + len(rows)] = rows
         self.unreadable += map(list, batch.unreadable)
-        self.done = added.stop
+        self.done += len(batch.labels)
 
     def keep(self) -> None:
         """Write the rows so far beside the future shard, for a rerun to go on from."""
-        save_weights(self._tensors(slice(self.done)), self._part, {"unreadable": json.dumps(self.unreadable)})
+        rows = {name: whole[: self.done] for name, whole in self.rows.items()}
+        save_weights(rows, self._part, {"unreadable": json.dumps(self.unreadable)})
+
+    def _take_part(self) -> None:
+        """Read the rows of an interrupted call, unless a power cut has damaged them."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self._part, framework="pt") as opened:
+                unreadable = json.loads(opened.metadata()["unreadable"])
+                there = {name: opened.get_tensor(name) for name in self.rows}
+        except (SafetensorError, OSError):
+            return
+        self.done, self.unreadable = len(there["labels"]), unreadable
+        for name, rows in there.items():
+            self.rows[name][: self.done] = rows
 
     def write(self) -> None:
         """Write the shard without unreadable images."""
-        rows = slice(None) if bool(self.read.all()) else self.read
-        latents, labels = [part[rows] for part in self.latents], self.labels[rows]
+        read = self.rows["read"]
+        chosen = slice(None) if bool(read.all()) else read
+        labels, *latents = (self.rows[name][chosen] for name in ("labels", *self.latents))
         moments = Moments()
         for some in latents[0].split(MOMENTS_ROWS):
             moments.add(some)
@@ -274,24 +290,6 @@ class _ShardRows:
         }
         write_shard(self.path, latents[0], labels, *latents[1:], metadata={RECORD: json.dumps(record)})
         self._part.unlink(missing_ok=True)
-
-    def _tensors(self, rows: slice) -> dict[str, Tensor]:
-        named = {"labels": self.labels, "read": self.read, **{f"latents{n}": x for n, x in enumerate(self.latents)}}
-        return {name: tensor[rows] for name, tensor in named.items()}
-
-    def _take_part(self) -> None:
-        """Read the rows of an interrupted call, unless a power cut has damaged them."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(self._part, framework="pt") as opened:
-                self.unreadable = json.loads(opened.metadata()["unreadable"])
-                there = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
-        except (SafetensorError, OSError):
-            return
-        self.done = len(there["labels"])
-        for name, tensor in self._tensors(slice(self.done)).items():
-            tensor.copy_(there[name])
 
 
 @contextlib.contextmanager

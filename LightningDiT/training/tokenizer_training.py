@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import time
@@ -201,13 +202,10 @@ class TokenizerTrainer:
         return to_float(pixels.to(self.device))
 
     def _batches_from(self, step: int) -> Iterator[ImageBatch]:
-        return self.images.batches(self._indices_from(step), len(self.rows), Unreadable.NEXT)
-
-    def _indices_from(self, step: int) -> Iterator[int]:
-        """Yield the numbers of this process's images from a step on."""
-        while True:
-            yield from self.order.indices(step)[self.rows.start : self.rows.stop].tolist()
-            step += 1
+        """Return this process's images of a step and of all later ones."""
+        rows = slice(self.rows.start, self.rows.stop)
+        numbers = (number for at in itertools.count(step) for number in self.order.indices(at)[rows].tolist())
+        return self.images.batches(numbers, len(self.rows), Unreadable.NEXT)
 
     def _set_rates(self, step: int) -> None:
         config, total = self.config, self.total_steps
