@@ -52,8 +52,7 @@ ROWS: dict[str, set[str]] = {
     "tools": {*BELOW, "sampling", "training", "train"},  # the benchmark times the trainer's steps
 }
 SET_UP_MAY_USE = {f"{LIBRARY}.{name}" for name in ("errors", "console", "files")}
-#: What runs before anything is installed.
-FIRST = ["step1_install_environment.py", "step2_download_models.py", "quickstart.py", "setup_steps"]
+STEPS = sorted(path.stem for path in PROJECT.glob("*.py"))
 
 
 def module_name(path: Path, root: Path) -> str:
@@ -227,16 +226,21 @@ def test_no_modules_import_one_another_in_a_circle() -> None:
 
 def test_the_library_needs_neither_set_up_nor_studies() -> None:
     """Installed as a package it stands alone: neither lies beside it."""
-    beside = {"setup_steps", "studies", "tests", *(path.stem for path in PROJECT.glob("*.py"))}
     for path in PACKAGE.rglob("*.py"):
-        assert not {name.partition(".")[0] for name in imports_of(path, PROJECT)} & beside, path
+        names = {name.partition(".")[0] for name in imports_of(path, PROJECT)}
+        assert not names & {"setup_steps", "studies", "tests", *STEPS}, path
 
 
-@pytest.mark.parametrize("name", FIRST)
-def test_set_up_needs_nothing_that_it_installs(name: str) -> None:
-    files = sorted((PROJECT / name).glob("*.py")) or [PROJECT / name]
-    standard = {*sys.stdlib_module_names, "setup_steps", *(path.stem for path in PROJECT.glob("*.py"))}
-    for path in files:
+def test_steps_are_used_by_nobody_and_studies_by_studies_alone() -> None:
+    for path in [*PROJECT.glob("*.py"), *(PROJECT / "setup_steps").glob("*.py")]:
+        names = {name.partition(".")[0] for name in imports_of(path, PROJECT)}
+        assert not names & {"studies", "tests", *STEPS}, path
+
+
+@pytest.mark.parametrize("name", [*STEPS, "setup_steps"])
+def test_steps_and_set_up_need_nothing_installed_to_start(name: str) -> None:
+    standard = {*sys.stdlib_module_names, "setup_steps"}
+    for path in sorted((PROJECT / name).glob("*.py")) or [PROJECT / f"{name}.py"]:
         names = imports_of(path, PROJECT, at_import=True)
         library = {".".join(name.split(".")[:2]) for name in names if name.startswith(f"{LIBRARY}.")}
         assert library <= SET_UP_MAY_USE, path
