@@ -226,13 +226,13 @@ def test_two_runs_do_not_write_one_folder(tmp_path: Path) -> None:
         assert json.loads((tmp_path / MANIFEST).read_text()) == manifest
 
 
-@pytest.mark.parametrize(("place", "moment"), [(files, "try_lock"), (resumable_run, "atomic_path")])
+@pytest.mark.parametrize(("module", "moment"), [(files, "try_lock"), (resumable_run, "atomic_path")])
 def test_one_of_two_runs_that_start_together_enters(
-    place: ModuleType, moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    module: ModuleType, moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second one, of other settings, starts just before the first takes the lock, or writes its manifest."""
     pytest.importorskip("fcntl")
-    plain, held, entered = getattr(place, moment), ExitStack(), list[int]()
+    plain, held, entered = getattr(module, moment), ExitStack(), list[int]()
 
     def enter(stack: ExitStack, seed: int) -> None:
         with suppress(LightningDiTError):
@@ -240,11 +240,11 @@ def test_one_of_two_runs_that_start_together_enters(
             entered.append(seed)
 
     def late(argument: Any) -> Any:
-        monkeypatch.setattr(place, moment, plain)
+        monkeypatch.setattr(module, moment, plain)
         enter(held, 2)
         return plain(argument)
 
-    monkeypatch.setattr(place, moment, late)
+    monkeypatch.setattr(module, moment, late)
     with held:
         enter(held, 1)
         assert entered == [{"try_lock": 2, "atomic_path": 1}[moment]]

@@ -243,12 +243,13 @@ class LightningDiTPipeline:
 
         Args:
             class_labels: numbers or names.
-            guidance_scale, num_inference_steps, batch_size: by default the configuration's. A scale of 1 is no
-                guidance; the steps are points of the time grid; the batch is what is sampled at once. If the memory
-                does not hold a batch, smaller ones are sampled, which changes no noise and no label.
+            guidance_scale: 1 is no guidance; by default the configuration's.
+            num_inference_steps: points of the time grid; by default the configuration's.
             seed, indices: image k starts from the noise of (seed, indices[k]), by default (seed, k), in any batch.
             latents: noise (N, C, h, w) to start from instead.
             output_type: `pil`, `np`, `pt` or `latent`, see `PipelineOutput.images`.
+            batch_size: images sampled at once, by default the configuration's; fewer if the memory does not hold
+                them, which changes no noise and no label.
             callback: called as callback(step, t, state) after each solver step of each batch; step is 0 when a batch
                 starts, or starts again in halves or in float32.
 
