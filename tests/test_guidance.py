@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from LightningDiT.transport import GuidanceSettings, GuidedVelocity
+from LightningDiT.transport.guidance import jumps_of
 
 X = torch.randn(2, 5, 4, 4, generator=torch.Generator().manual_seed(0))
 Y, NULL = torch.tensor([3, 7]), torch.tensor([10, 10])
@@ -37,7 +38,7 @@ def gains(v):
     return ratio[..., 0, 0]
 
 
-@pytest.mark.parametrize(("channels", "count"), [(3, 3), (5, 5), ("all", 5)])
+@pytest.mark.parametrize(("channels", "count"), [(1, 1), (3, 3), (5, 5), ("".join(["a", "ll"]), 5)])
 def test_guidance_mixes_the_guided_channels_only(channels, count):
     model = Linear()
     v = guided(model, 0.5, 4.0, guided_channels=channels)
@@ -64,6 +65,37 @@ def test_a_bound_includes_its_own_grid_point():
     # float32(0.7) < 0.7, but both stand for the same grid point.
     assert float(torch.tensor(0.7)) < 0.7
     assert GuidanceSettings(4.0, cfg_interval_start=0.7).acts_at(at(0.7))
+
+
+def test_defaults_are_the_published_ones_without_guidance():
+    assert GuidanceSettings() == GuidanceSettings(1.0, 0.0, 1.0, 3)
+    assert not GuidanceSettings().acts_at(at(0.5))
+
+
+def test_an_interval_may_be_one_time_and_a_batch_empty():
+    settings = GuidanceSettings(4.0, 0.5, 0.5)
+    assert [settings.acts_at(at(time)) for time in (0.4, 0.5, 0.6)] == [False, True, False]
+    assert not settings.acts_at(torch.empty(0))
+
+
+@pytest.mark.parametrize(
+    ("settings", "jumps"),
+    [
+        ((4.0, 0.1, 0.7), (0.1, 0.7)),
+        ((4.0, 0.1, 1.0), (0.1,)),
+        ((4.0, 0.0, 0.7), (0.7,)),
+        ((4.0, 0.5, 0.5), (0.5,)),
+        ((0.0, 0.1, 0.7), (0.1, 0.7)),
+        ((4.0, 0.0, 1.0), ()),
+        ((1.0, 0.1, 0.7), ()),
+    ],
+)
+def test_the_velocity_jumps_where_guidance_sets_in_and_ends(settings, jumps):
+    assert jumps_of(GuidanceSettings(*settings)) == jumps
+
+
+def test_settings_are_shown_in_one_line():
+    assert str(GuidanceSettings(4.0, 0.125, 0.75, 3)) == "4 on 3 channels from 0.125 to 0.75"
 
 
 def test_scale_zero_is_the_null_model():
@@ -125,7 +157,9 @@ def test_the_two_predictions_and_their_mix_make_the_guided_one():
         ({"cfg_interval_start": 0.5, "cfg_interval_end": 0.4}, r"interval \[0.5, 0.4\] is invalid"),
         ({"cfg_interval_start": -0.1}, "interval"),
         ({"cfg_interval_end": 1.5}, "interval"),
+        ({"cfg_interval_start": 1.2, "cfg_interval_end": 1.5}, "interval"),
         ({"guided_channels": 0}, "guided_channels=0 is out of range"),
+        ({"guided_channels": -1}, "guided_channels=-1 is out of range"),
         ({"guided_channels": "some"}, "guided_channels='some' is out of range"),
         ({"guided_channels": 6}, "guided_channels=6 is out of range.* 5 channels"),
     ],

@@ -391,15 +391,21 @@ def test_the_average_goes_on_where_it_was() -> None:
 
 def test_latents_of_another_shape_or_class_are_named(training_config: Path) -> None:
     text = training_config.read_text()
-    training_config.write_text(text.replace("image_size: 16", "image_size: 32"))
-    with pytest.raises(LightningDiTError, match=r"have the shape \(4, 8, 8\); .* expects \(4, 16, 16\)"):
-        train.main(["--config", str(training_config)])
+    for size, side in ((32, 16), (8, 4)):
+        training_config.write_text(text.replace("image_size: 16", f"image_size: {size}"))
+        message = rf"have the shape \(4, 8, 8\); .* expects \(4, {side}, {side}\)"
+        with pytest.raises(LightningDiTError, match=message):
+            train.main(["--config", str(training_config)])
     names = 'num_classes: 3, class_names: ["cat, house cat", dog, "sea lion"]'
     for count in (1, 2):
         training_config.write_text(text.replace(names, f"num_classes: {count}"))
         message = f"the label 2; data.num_classes is {count}; fix: set data.num_classes: 3 in "
         with pytest.raises(LightningDiTError, match=message):
             train.main(["--config", str(training_config)])
+    latents = torch.zeros(1, 4, 8, 8)
+    write_shard(shard_path(training_config.parent / "latents", 0, 1), latents, torch.tensor([3]), latents + 1)
+    with pytest.raises(LightningDiTError, match="the label 3; data.num_classes is 2; fix: set data.num_classes: 4 in "):
+        train.main(["--config", str(training_config)])
     training_config.write_text(text.replace("data_path: latents", "data_path: none"))
     with pytest.raises(LightningDiTError, match=r"names no data.data_path; fix: python -m LightningDiT.extract_feat"):
         train.main(["--config", str(training_config)])
