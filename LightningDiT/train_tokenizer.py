@@ -15,12 +15,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from LightningDiT.console import run_main
+from LightningDiT.console import positive, run_main
 from LightningDiT.data.image_sets import ImageSet, open_fashion_mnist, open_files
 from LightningDiT.device import best_device
 from LightningDiT.distributed import launched_processes
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.sampling.options import positive
 from LightningDiT.tokenizer.config import (
     TOKENIZER_CONFIGS,
     TokenizerConfig,
