@@ -122,7 +122,7 @@ class DataConfig:
     image_size: int = 256  # pixels a side
     num_classes: int = 1000  # the null class of guidance is this number
     latent_norm: bool = True  # normalise latents by mean and std per channel
-    latent_multiplier: float = 1.0  # factor on latents after the normalisation
+    latent_multiplier: float = 1.0  # factor on latents, after the normalisation if there is one
     valid_path: str | None = None  # a folder of shards for the validation loss of training
     class_names: tuple[str, ...] | None = None  # one a class; else the latents' manifest has them, or ImageNet for 1000
 
@@ -539,5 +539,7 @@ def _difference(key: str, old: Any, new: Any, there: str, now: str) -> str:
 
 
 def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
+    if isinstance(value, str):  # a path differs at its end
+        return value
+    text = json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "..."

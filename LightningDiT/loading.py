@@ -138,10 +138,10 @@ def load_guide(config: Config, dtype: torch.dtype | None = None) -> LightningDiT
 
 
 def load_stats(config: Config) -> LatentStats:
-    """Return the statistics of the latents that the configuration names."""
+    """Return the statistics of the latents that the configuration names; without normalisation mean 0 and std 1."""
     channels = config.model.in_chans
     if not config.data.latent_norm:
-        return LatentStats.identity(channels)
+        return dataclasses.replace(LatentStats.identity(channels), multiplier=config.data.latent_multiplier)
     folder = Path(required(config, "data.data_path"))
     if folder.is_file():
         raise LightningDiTError(

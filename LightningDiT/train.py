@@ -42,6 +42,7 @@ from LightningDiT.training.scaler import LossScaler
 from LightningDiT.training.schedule import learning_rate
 
 TERMS = ("loss", "cos_loss")
+SCALING = ("latent_norm", "latent_multiplier")  # how latents become the model's; a run keeps it
 
 
 class Trainer:
@@ -76,6 +77,7 @@ class Trainer:
             "batch": config.train.global_batch_size,
             "seed": config.train.global_seed,
             "latents": self.data.description,
+            "data": {name: value for name, value in as_dict(config.data).items() if name in SCALING},
         }
 
     def _initial_model(self, starts: bool) -> LightningDiT:

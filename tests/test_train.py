@@ -240,6 +240,29 @@ def drawn(config: Config, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack(mirrored), torch.stack(dropped)
 
 
+@pytest.mark.parametrize("scale", [0.18215, 1.0, 50.0])
+def test_the_multiplier_acts_without_normalisation_too(scale: float, small: Path) -> None:
+    """As latents of SD-VAE are scaled."""
+    path = configured(small, "scaled")
+    path.write_text(
+        path.read_text().replace("image_size", f"latent_norm: false, latent_multiplier: {scale}, image_size")
+    )
+    batches = LatentBatches(config := load_config(path), build_transport(config))
+    raw = torch.randn(24, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    batch, samples = batches.make(0), batches.order.indices(0)
+    for row, sample in zip(batch.latents, samples, strict=True):
+        assert torch.equal(row, raw[sample] * scale) or torch.equal(row, raw[sample].flip(-1) * scale)
+    torch.testing.assert_close(batches.stats.denormalise(raw * scale), raw)
+
+
+def test_a_run_goes_on_with_its_own_scale_of_latents(small: Path) -> None:
+    path = configured(small, "scaled", 10, "ckpt_every: 5")
+    run(path)
+    path.write_text(path.read_text().replace("image_size", "latent_multiplier: 0.5, image_size"))
+    with pytest.raises(LightningDiTError, match="other settings .data.latent_multiplier: default there, 0.5 now"):
+        run(path)
+
+
 @pytest.mark.parametrize(("more", "share"), [({}, 0.1), ({"label_dropout": 0.5}, 0.5)])
 def test_labels_are_dropped_and_latents_mirrored_by_their_shares(
     more: dict[str, float], share: float, small: Path
