@@ -1,12 +1,11 @@
 #!/usr/bin/env python3
 """Repair latents_stats.pt: say what is wrong with it, keep it aside and get a good one.
 
-It is also the cure for "torch.cat(): expected a non-empty list of Tensors", which is what the
-published code says where latents_stats.pt is missing or empty and no latent shards lie beside it, or
-where data.data_path names the file and not its folder. A good file stays as it is. Without --source,
---latents and --images it is looked for in this order: for the bundled model the copy in its tokenizer's
-file; for the published one the hub and the attached data sets; for every model then latent shards
-beside the statistics.
+It also cures "torch.cat(): expected a non-empty list of Tensors", which the published code raises if latents_stats.pt
+is missing or empty and no latent shards lie beside it, or if data.data_path names the file instead of its folder. A
+good file stays as it is. Without --source, --latents and --images the sources are, in this order: for the bundled model
+the copy in its tokenizer's file; for the published one the hub and the attached data sets; for every model then latent
+shards beside the statistics.
 """
 
 from __future__ import annotations
@@ -18,9 +17,11 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from setup_steps import console, downloads, machine, stats_repair, weights
+from LightningDiT.console import FAILED, OK
+from LightningDiT.errors import LightningDiTError
+from setup_steps import downloads, machine, project, stats_repair, weights
 
-MOST_CHANNELS = 4096  # of --identity; no tokenizer comes near
+MOST_CHANNELS = 4096  # of --identity, far beyond any tokenizer
 
 if TYPE_CHECKING:
     from LightningDiT.tokenizer.latents import LatentStats
@@ -31,19 +32,19 @@ ENCODING = ("max_images", "tokenizer", "checkpoint")
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--stats", type=Path, metavar="FILE", help="default: the one that the configuration uses")
-    add("--config", type=Path, metavar="YAML", help=f"default: {stats_repair.CONFIG.name}")
+    add("--stats", type=Path, metavar="FILE", help="default: that of the configuration")
+    add("--config", type=Path, metavar="YAML", help=f"default: {project.CONFIG.name}")
     add("--check", action="store_true", help="only say whether it is good")
-    add("--source", choices=("auto", *stats_repair.SOURCES), help="where good ones come from")
-    add("--latents", type=Path, metavar="FOLDER", help="computed from its shards")
-    add("--images", type=Path, metavar="FOLDER", help="computed by encoding its images, or Fashion-MNIST's files")
+    add("--source", choices=("auto", *stats_repair.SOURCES), help="source of good ones")
+    add("--latents", type=Path, metavar="FOLDER", help="compute them from its shards")
+    add("--images", type=Path, metavar="FOLDER", help="encode its images, or Fashion-MNIST's files")
     add("--max-images", type=int, metavar="N", help=f"thinned out evenly; default: {stats_repair.MAX_IMAGES}")
-    add("--tokenizer", type=Path, metavar="YAML", help="encodes the images; default: the one the file belongs to")
+    add("--tokenizer", type=Path, metavar="YAML", help="encodes the images; default: that of the file")
     add("--checkpoint", type=Path, metavar="FILE", help="that tokenizer's weights")
     add("--attached", type=Path, metavar="FOLDER", help="attached data sets; default on Kaggle: /kaggle/input")
     add("--endpoint", metavar="URL", help="a mirror of the hub (or HF_ENDPOINT)")
     add("--identity", action="store_true", help="INVENT mean 0 and std 1 (wrong for every model here)")
-    add("--channels", type=int, metavar="N", help="of --identity, where unknown")
+    add("--channels", type=int, metavar="N", help="for --identity, if unknown")
     add("--dry-run", action="store_true", help="change nothing")
     options = parser.parse_args(argv)
     if options.source == "images" and not options.images:
@@ -63,25 +64,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def configuration(named: Path | None) -> Path:
-    """The configuration that says which statistics, shards and tokenizer are meant.
+    """Return the configuration with the statistics, shards and tokenizer in question.
 
     Raises:
-        StepError: one was named and is no file; step 3's own may be absent.
+        LightningDiTError: the named one is no file; step 3's own may be absent.
     """
-    path = console.absolute(named) if named else stats_repair.CONFIG
+    path = project.absolute(named) if named else project.CONFIG
     if named and not path.is_file():
-        raise console.StepError(f"--config {path} is no file, a YAML that step 3 wrote was expected", step3(named))
+        raise LightningDiTError(f"--config {path} is no file, a YAML that step 3 wrote was expected", step3(named))
     return path
 
 
 def step3(config: Path | None) -> str:
-    """The command that writes the configuration in question."""
-    output = ["--output", str(config)] if config else []
-    return console.step_command("step3_setup_configs.py", *output)
+    """Return the command that writes the configuration in question."""
+    return project.step_command(project.STEP3, *(["--output", str(config)] if config else []))
 
 
 def choose_sources(options: argparse.Namespace, target: stats_repair.Target) -> tuple[str, ...]:
-    """Where good statistics may come from, in order: what was named, else what fits the file."""
+    """Return the sources of good statistics in order: the named ones, else those that fit the file."""
     if options.source not in (None, "auto"):
         return (options.source,)
     named = tuple(name for name in ("latents", "images") if getattr(options, name))
@@ -89,10 +89,10 @@ def choose_sources(options: argparse.Namespace, target: stats_repair.Target) -> 
 
 
 def request_of(options: argparse.Namespace, sources: tuple[str, ...]) -> stats_repair.Request:
-    """What the options say about the sources, their paths absolute."""
+    """Return what the options say about the sources, their paths absolute."""
 
     def absolute(path: Path | None) -> Path | None:
-        return console.absolute(path) if path else None
+        return project.absolute(path) if path else None
 
     return stats_repair.Request(
         latents=absolute(options.latents),
@@ -110,16 +110,16 @@ def write_identity(target: stats_repair.Target, channels: int | None) -> str | N
     """Write the invented numbers that were asked for, and say so."""
     count = channels or target.channels
     if count is None:
-        raise console.StepError(f"how many channels {target.path} must have is not known", "add --channels N")
+        raise LightningDiTError(f"how many channels {target.path} must have is not known", "add --channels N")
     print(f"  WARNING: mean 0 and std 1 are INVENTED numbers for {count} channels.")
-    print("  WARNING: every picture that is decoded with them is wrong, unless the model was trained")
-    print("  WARNING: without normalisation. The library refuses them while data.latent_norm is true.")
+    print("  WARNING: every image decoded with them is wrong, unless the model was trained without normalisation.")
+    print("  WARNING: The library refuses them while data.latent_norm is true.")
     return stats_repair.put_in_place(target, lambda path: stats_repair.save_identity(path, count), check=False)
 
 
 def repair(options: argparse.Namespace, target: stats_repair.Target) -> None:
-    """Put good statistics in place of the bad ones and report."""
-    stats_repair.require_place(target)
+    """Replace the bad statistics by good ones and report."""
+    stats_repair.require_writable_target(target)
     if options.identity:
         aside = write_identity(target, options.channels)
     else:
@@ -132,7 +132,7 @@ def repair(options: argparse.Namespace, target: stats_repair.Target) -> None:
 
 
 def show(stats: LatentStats, latents: int | None = None, doubt: str = "") -> None:
-    """Print the range of the numbers, what is hard to believe of them and a doubt about their source."""
+    """Print the range of the numbers, what is hard to believe about them and a doubt about their source."""
     print(f"  {stats_repair.plausibility(stats)}")
     for line in (*stats_repair.doubts(stats, latents), *([doubt] if doubt else [])):
         print(f"  WARNING: {line}")
@@ -150,21 +150,21 @@ def main(argv: list[str] | None = None) -> int:
         print(f"  wrong: {fault}")
     if options.check and (faults or target.config_fault):
         fixes = [part for part in (sys.argv[1:] if argv is None else argv) if part != "--check"]
-        print(f"  fix: {console.step_command(Path(__file__).name, *fixes) if faults else step3(options.config)}")
-        return console.FAILED
+        print(f"  fix: {project.step_command(Path(__file__).name, *fixes) if faults else step3(options.config)}")
+        return FAILED
     if not faults:
         print("  it is good; nothing is changed")
         show(LatentStats.load(target.path))
     elif options.dry_run:
         sources = ("identity",) if options.identity else choose_sources(options, target)
         print(f"Would keep it aside and get good ones from: {', else '.join(sources)}")
-        return console.OK
+        return OK
     else:
         repair(options, target)
     ready = configuration(options.config).is_file() and not target.config_fault
-    print(f"Next: {console.step_command('step4_run_inference.py') if ready else step3(options.config)}")
-    return console.OK
+    print(f"Next: {project.step_command(project.STEP4) if ready else step3(options.config)}")
+    return OK
 
 
 if __name__ == "__main__":
-    console.run(main)
+    project.run(main)

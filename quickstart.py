@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""From a fresh clone to pictures in one command; with --test to passing tests.
+"""From a fresh clone to images in one command; with --test to passing tests.
 
-Makes a virtual environment in .venv (not inside one, conda, Kaggle or Colab), then runs steps 1 to
-4 with the best model that this machine can run.
+Makes a virtual environment in .venv (except inside one, conda, Kaggle or Colab), then runs steps 1 to 4 with the best
+model that this machine can run.
 """
 
 from __future__ import annotations
@@ -10,93 +10,89 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from setup_steps import console, weights
+from LightningDiT.console import INTERRUPTED, OK, duration, format_bytes
+from LightningDiT.errors import LightningDiTError
+from LightningDiT.files import free_bytes, rename_command, require_writable
+from setup_steps import OLDEST_PYTHON, project, weights
 
 VENV_PARTS = {"bin", "include", "lib", "lib64", "Scripts", "Include", "Lib", "share", "pyvenv.cfg"}
 VENV_PARTS |= {".gitignore", ".lock", "CACHEDIR.TAG"}  # of newer venv and of other tools that make them
-# Prints the version; ends well where pip is whole: its RECORD, which is written last, and every module named there.
+# Prints the version; succeeds if pip is whole: its RECORD, which is written last, and every module named there.
 EXAMINATION = """
 import sys
 print(*sys.version_info[:2])
 from importlib.metadata import files
 sys.exit(not all(file.size in (None, file.locate().stat().st_size) for file in files("pip") if file.suffix == ".py"))
 """
-PICTURE = console.PROJECT / "LightningDiT" / "demo_images" / "demo_samples.png"
+GRID = project.PROJECT / "LightningDiT" / "demo_images" / "demo_samples.png"
 HUB = "https://huggingface.co"
-GPU_BYTES = 5_000_000_000  # memory that the published weights need on a GPU, one picture at a time
-CHECKS = (
-    ("ruff", "check", "."),
-    ("ruff", "format", "--check", "."),
-    ("pytest",),
-)
+GPU_BYTES = 5_000_000_000  # memory that the published weights need on a GPU with batch size 1
+CHECKS = (("ruff", "check", "."), ("ruff", "format", "--check", "."), ("pytest",))
 AGAIN = "python quickstart.py"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--model",
-        choices=["auto", "bundled", "800ep", "64ep"],
-        default="auto",
-        help="auto: the published weights where a GPU and the files or the hub are there, else the bundled model",
-    )
-    parser.add_argument("--test", action="store_true", help="set up, then lint, format and tests")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done")
+    add = parser.add_argument
+    auto = "auto (default): the published weights if a GPU and the files or the hub are there, else the bundled model"
+    add("--model", choices=["auto", "bundled", "800ep", "64ep"], default="auto", help=auto)
+    add("--test", action="store_true", help="set up, then check lint and format and run the tests")
+    add("--dry-run", action="store_true", help="only say what would be done")
     return parser.parse_args(argv)
 
 
 def examine_venv(folder: Path) -> tuple[tuple[int, ...], bool]:
-    """The version of a virtual environment's interpreter, empty where none starts, and whether steps can run in it."""
-    python = console.venv_python(folder)
-    if not (folder / "pyvenv.cfg").is_file():  # without it the interpreter is that of the system
+    """Return the version of a virtual environment's interpreter, empty if none starts, and whether steps can use it."""
+    python = project.venv_python(folder)
+    if not (folder / "pyvenv.cfg").is_file():  # without it the interpreter is the system's
         return (), False
     try:
         done = subprocess.run([python, "-c", EXAMINATION], capture_output=True, text=True, check=False)
         version = tuple(int(part) for part in done.stdout.split())
     except (OSError, ValueError):
         return (), False
-    return version, done.returncode == 0 and version >= console.OLDEST_PYTHON
+    return version, done.returncode == 0 and version >= OLDEST_PYTHON
 
 
 def refuse_others(folder: Path, version: tuple[int, ...]) -> None:
-    """Raise StepError where the folder is not to be made again: it holds other things, or works but is too old."""
+    """Raise LightningDiTError if the folder must not be made again: it holds other things, or its Python is too old."""
     if not os.path.lexists(folder):
         return
     fault = ""
     if not folder.exists():
         fault = f"is a link to {folder.readlink()}, which is not there"
     elif not folder.is_dir() or {part.name for part in folder.iterdir()} - VENV_PARTS:
-        fault = "is no virtual environment and none of this project's making"
-    elif version and version < console.OLDEST_PYTHON:
+        fault = "is not a virtual environment that this project made"
+    elif version and version < OLDEST_PYTHON:
         fault = f"is a virtual environment of Python {version[0]}.{version[1]}, 3.10 or newer is needed"
     if fault:
-        raise console.StepError(f"{folder} {fault}", f"{console.rename_command(folder, '.other')} && {AGAIN}")
+        raise LightningDiTError(f"{folder} {fault}", f"{rename_command(folder, '.other')} && {AGAIN}")
 
 
 def ensure_venv(folder: Path) -> None:
-    """Make the virtual environment, or fix a half-made one; one that works stays as it is.
+    """Make the virtual environment, or fix a half-made one; a working one stays as it is.
 
     Raises:
-        StepError: something else carries the name, the folder takes no file, or venv failed.
+        LightningDiTError: something else has the name, the folder takes no file, or venv failed.
     """
     version, whole = examine_venv(folder)
     if whole:
         return
     refuse_others(folder, version)
-    console.require_writable(folder.parent)
+    require_writable(folder.parent)
     print(f"{'Remaking the half-made' if folder.exists() else 'Making'} {folder}")
-    if version:  # what is installed in it stays where pip alone is lacking
-        python = console.venv_python(folder)
+    if version:  # if only pip is lacking, the installed packages stay
+        python = project.venv_python(folder)
         subprocess.run([python, "-m", "ensurepip"], capture_output=True, check=False)
         if examine_venv(folder)[1]:
             return
@@ -104,16 +100,16 @@ def ensure_venv(folder: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode or not examine_venv(folder)[1]:
         lines = (done.stdout + done.stderr).strip().splitlines() or ["no word from venv"]
-        raise console.StepError(
+        raise LightningDiTError(
             f"the virtual environment could not be made ({lines[0]})",
             f"install Python's venv module (on Debian: apt install python3-venv), then {AGAIN}",
         )
 
 
 def choose_model() -> tuple[str, str]:
-    """The best model for this machine, by step 1's report, with the reason."""
+    """Return the best model for this machine, by step 1's report, and the reason."""
     try:
-        torch = json.loads(console.REPORT.read_text(encoding="utf-8"))["torch"]
+        torch = json.loads(project.REPORT.read_text(encoding="utf-8"))["torch"]
         memory = int(torch["device_memory"])
     except (OSError, ValueError, KeyError, TypeError):
         return "bundled", "no report of step 1"
@@ -124,15 +120,15 @@ def choose_model() -> tuple[str, str]:
         if all(weights.find_file(file, weights.MODELS, attached) for file in weights.files_of(model)):
             return model, f"a GPU, and the files of {model} are here"
     needed = sum(weights.bytes_to_come(file, weights.MODELS, attached) for file in weights.files_of("800ep"))
-    if shutil.disk_usage(console.PROJECT).free < needed:
-        return "bundled", f"a GPU, but no {console.format_bytes(needed)} free on the disk"
+    if free_bytes(project.PROJECT) < needed:
+        return "bundled", f"a GPU, but no {format_bytes(needed)} free on the disk"
     if hub_answers():
         return "800ep", "a GPU, and the hub answers"
     return "bundled", "a GPU, but neither the published files nor the hub"
 
 
 def hub_answers() -> bool:
-    """True where the hub, or the mirror in HF_ENDPOINT, answers within some seconds."""
+    """Return whether the hub, or the mirror in HF_ENDPOINT, answers within 10 seconds."""
     try:
         request = urllib.request.Request(os.environ.get("HF_ENDPOINT") or HUB, method="HEAD")
         with urllib.request.urlopen(request, timeout=10):
@@ -144,34 +140,32 @@ def hub_answers() -> bool:
 
 
 def run_child(command: list[str]) -> int:
-    """Run a command in the project's folder and return its exit code. Ctrl-C reaches the child by itself; it is left
-    the time to put things in order, which `subprocess.run` would not give it.
+    """Run a command in the project's folder and return its exit code.
+
+    Ctrl-C reaches the child too, and it gets the time to tidy up, which `subprocess.run` would not give it.
     """
-    child = subprocess.Popen(command, cwd=console.PROJECT)
+    child = subprocess.Popen(command, cwd=project.PROJECT)
     try:
         return child.wait()
     except KeyboardInterrupt:
-        return child.wait() or console.INTERRUPTED
+        return child.wait() or INTERRUPTED
 
 
-def call(command: list[str], dry_run: bool) -> int:
-    """Run one command in the project's folder, its output on this terminal."""
-    names = " ".join(Path(part).name if part.endswith(".py") else part for part in command[1:])
-    print(f"\n=== python {names}")
-    if dry_run:
-        return console.OK
-    return run_child(command)
-
-
-def step_command(name: str, *options: str) -> list[str]:
-    """The command line of one step."""
-    return [sys.executable, str(console.PROJECT / name), *options]
+def call_all(commands: Sequence[Sequence[str]], dry_run: bool) -> int:
+    """Run Python with each of these arguments (scripts by name); return the exit code of the first failure, else 0."""
+    for first, *rest in commands:
+        print(f"\n=== python {' '.join([first, *rest])}")
+        script = str(project.PROJECT / first) if first.endswith(".py") else first
+        code = OK if dry_run else run_child([sys.executable, script, *rest])
+        if code:
+            return code
+    return OK
 
 
 def run_steps(model: str, dry_run: bool) -> int:
-    """Steps 1 to 4; stops at the first that fails and returns its exit code."""
+    """Run steps 1 to 4; return the exit code of the first that fails, else 0."""
     began = time.monotonic()
-    code = call(step_command("step1_install_environment.py"), dry_run)
+    code = call_all([(project.STEP1,)], dry_run)
     if code:
         return code
     reason = "as asked"
@@ -179,63 +173,52 @@ def run_steps(model: str, dry_run: bool) -> int:
         model, reason = choose_model()
     ready = time.monotonic()
     print(f"\nModel '{model}' ({reason})")
-    for name, options in (
-        ("step2_download_models.py", ["--model", model]),
-        ("step3_setup_configs.py", ["--model", model]),
-        ("step4_run_inference.py", []),
-    ):
-        code = call(step_command(name, *options), dry_run)
-        if code:
-            return code
+    steps = [(project.STEP2, "--model", model), (project.STEP3, "--model", model), (project.STEP4,)]
+    code = call_all(steps, dry_run)
+    if code:
+        return code
     if dry_run:
-        print(f"\nDry run: nothing was done. The pictures would be in {PICTURE}")
-        return console.OK
-    if not PICTURE.is_file():
-        raise console.StepError(f"{PICTURE} was not written", "python step4_run_inference.py")
+        print(f"\nDry run: nothing was done. The images would be in {GRID}")
+        return OK
+    if not GRID.is_file():
+        raise LightningDiTError(f"{GRID} was not written", f"python {project.STEP4}")
     done = time.monotonic()
-    print(f"\nPictures: {PICTURE}")
-    print(
-        f"Took {console.format_seconds(done - began)}, of which the packages {console.format_seconds(ready - began)}."
-    )
-    return console.OK
+    print(f"\nImages: {GRID}")
+    print(f"Took {duration(done - began)}, of which the packages {duration(ready - began)}.")
+    return OK
 
 
 def run_tests(dry_run: bool) -> int:
-    """Set-up, then lint, format and tests; the exit code is that of the first failure."""
+    """Set up, check lint and format, and run the tests; return the exit code of the first failure, else 0."""
     began = time.monotonic()
-    commands = [step_command("step1_install_environment.py", "--dev")]
-    commands += [[sys.executable, "-m", *check] for check in CHECKS]
-    for command in commands:
-        code = call(command, dry_run)
-        if code:
-            return code
-    if dry_run:
-        print("\nDry run: nothing was done.")
-        return console.OK
-    print(f"\nAll checks passed in {console.format_seconds(time.monotonic() - began)}.")
-    return console.OK
+    code = call_all([(project.STEP1, "--dev"), *(("-m", *check) for check in CHECKS)], dry_run)
+    if code:
+        return code
+    print(
+        "\nDry run: nothing was done." if dry_run else f"\nAll checks passed in {duration(time.monotonic() - began)}."
+    )
+    return OK
 
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
-    places = console.places()
-    if not places:
+    environments = project.environments()
+    if not environments:
         if options.dry_run:
-            print(f"Would make {console.VENV} (where it is not there yet) and go on in it.")
+            print(f"Would make {project.VENV} (if it is not there yet) and go on in it.")
             return run_tests(True) if options.test else run_steps(options.model, True)
-        ensure_venv(console.VENV)
+        ensure_venv(project.VENV)
         arguments = sys.argv[1:] if argv is None else argv
-        command = [str(console.venv_python(console.VENV)), str(Path(__file__).resolve()), *arguments]
+        command = [str(project.venv_python(project.VENV)), str(Path(__file__).resolve()), *arguments]
         return run_child(command)
-    print(f"Working in {', '.join(places)} ({sys.prefix})")
+    print(f"Working in {', '.join(environments)} ({sys.prefix})")
     if not options.dry_run:
-        console.require_writable(console.PROJECT)
+        require_writable(project.PROJECT)
     code = run_tests(options.dry_run) if options.test else run_steps(options.model, options.dry_run)
-    if code == console.OK and not options.dry_run:
-        # The reader's own `python` lacks the packages where they are in .venv.
-        print(f"More: {console.interpreter()} step4_run_inference.py --help")
+    if code == OK and not options.dry_run:
+        print(f"More: {project.step_command(project.STEP4, '--help')}")
     return code
 
 
 if __name__ == "__main__":
-    console.run(main)
+    project.run(main)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Step 1: install what the project runs on into this interpreter, and say what machine this is."""
+"""Step 1: install the packages of the project for this interpreter, and report what machine this is."""
 
 from __future__ import annotations
 
@@ -10,30 +10,29 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from setup_steps import console, environment, install, pip_calls
+from LightningDiT.console import OK
+from LightningDiT.errors import LightningDiTError
+from setup_steps import environment, install, pip_calls, project
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--profile",
-        choices=list(environment.PROFILES),
-        default="auto",
-        help="auto: the torch that serves this machine, one that works is kept (the default); current: "
-        "requirements.txt to the letter; official: the published repository's versions",
+    add = parser.add_argument
+    profiles = (
+        "auto (default): a torch that serves this machine, a working one is kept; current: exactly requirements.txt; "
+        "official: the published repository's versions"
     )
-    parser.add_argument(
-        "--wheels", type=Path, metavar="FOLDER", help="install from the wheels in this folder alone, without internet"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="say what would be installed")
-    parser.add_argument("--check-only", action="store_true", help="install nothing, report only")
-    parser.add_argument("--dev", action="store_true", help="also what the tests need")
+    add("--profile", choices=list(environment.PROFILES), default="auto", help=profiles)
+    add("--wheels", type=Path, metavar="FOLDER", help="install without internet, from the wheels in this folder alone")
+    add("--dry-run", action="store_true", help="only say what would be installed")
+    add("--check-only", action="store_true", help="only report")
+    add("--dev", action="store_true", help="install the packages of the tests too")
     return parser.parse_args(argv)
 
 
 def would_run(state: environment.State, wheels: Path | None) -> None:
-    """Print the commands of a real run as they can be pasted, after the refusals of one. The versions
-    that stay are held by a constraint file, which a real run writes; here its lines are shown.
+    """Make the checks of a real run and print its commands for pasting. A real run holds the versions that stay by a
+    constraint file; this prints its lines.
     """
     install.refuse_unfit_process(state.rows)
     source = pip_calls.find_sources(wheels)[-1]
@@ -60,15 +59,15 @@ def main(argv: list[str] | None = None) -> int:
     if options.dry_run:
         if last.lacking:
             would_run(last, options.wheels)
-        return console.OK
+        return OK
     environment.write_outputs(profile, first, last)
     if last.lacking:
         names = ", ".join(row.name for row in last.lacking)
-        raise console.StepError(f"not as it should be: {names}", pip_calls.again())
+        raise LightningDiTError(f"not as it should be: {names}", pip_calls.again())
     warning = last.decision.warning
-    print(f"Next: {console.step_command('step2_download_models.py')}" + f" (warning: {warning})" * bool(warning))
-    return console.OK
+    print(f"Next: {project.step_command(project.STEP2)}" + f" (warning: {warning})" * bool(warning))
+    return OK
 
 
 if __name__ == "__main__":
-    console.run(main)
+    project.run(main)

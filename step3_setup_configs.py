@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Step 3: find the weights, write kaggle_inference_config.yaml and open all that it names."""
+"""Step 3: find the weights, write kaggle_inference_config.yaml and open every file that it names."""
 
 from __future__ import annotations
 
@@ -11,36 +11,29 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from setup_steps import checks, configs, console, machine, sources, weights
+from LightningDiT.console import OK
+from LightningDiT.errors import LightningDiTError
+from LightningDiT.files import require_writable
+from setup_steps import checks, configs, machine, project, sources, weights
 
-OUTPUT = console.PROJECT / "kaggle_inference_config.yaml"
 ROLE_OPTIONS = {"dit": "checkpoint", "vavae": "tokenizer", "stats": "stats"}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--model",
-        choices=["auto", "bundled", "800ep", "64ep"],
-        default="auto",
-        help="auto: published weights where they and a GPU are there, else the bundled model",
-    )
-    parser.add_argument("--models-dir", type=Path, default=weights.MODELS, metavar="FOLDER")
-    parser.add_argument(
-        "--attached",
-        type=Path,
-        metavar="FOLDER",
-        help="searched by file name at any depth; default: LIGHTNINGDIT_ATTACHED, on Kaggle /kaggle/input",
-    )
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="the transformer's weights")
-    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="the tokenizer's weights")
-    parser.add_argument("--stats", type=Path, metavar="FILE", help="a file named latents_stats.pt")
-    parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FILE")
-    parser.add_argument(
-        "--print", action="store_true", dest="show", help="print the YAML on stdout, all else on stderr"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="check all, write nothing")
-    parser.set_defaults(inputs=None)  # what is attached, read once for all models
+    add = parser.add_argument
+    auto = "auto (default): the published weights if they and a GPU are here, else the bundled model"
+    attached = "searched by file name at any depth; default: LIGHTNINGDIT_ATTACHED, on Kaggle /kaggle/input"
+    add("--model", choices=["auto", "bundled", "800ep", "64ep"], default="auto", help=auto)
+    add("--models-dir", type=Path, default=weights.MODELS, metavar="FOLDER")
+    add("--attached", type=Path, metavar="FOLDER", help=attached)
+    add("--checkpoint", type=Path, metavar="FILE", help="the transformer's weights")
+    add("--tokenizer", type=Path, metavar="FILE", help="the tokenizer's weights")
+    add("--stats", type=Path, metavar="FILE", help="a file named latents_stats.pt")
+    add("--output", type=Path, default=project.CONFIG, metavar="FILE")
+    add("--print", action="store_true", dest="show", help="print the YAML on stdout, all else on stderr")
+    add("--dry-run", action="store_true", help="check all, write nothing")
+    parser.set_defaults(inputs=None)  # the attached files, read once for all models
     options = parser.parse_args(argv)
     given = [name for name in ROLE_OPTIONS.values() if getattr(options, name)]
     if given and options.model not in ("800ep", "64ep"):
@@ -49,81 +42,77 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def fetch_command(model: str, options: argparse.Namespace) -> str:
-    """The command that fetches a model's files to where they are looked for."""
+    """Return the command that fetches a model's files to the folder that is searched."""
     folder = [] if options.models_dir == weights.MODELS else ["--models-dir", str(options.models_dir)]
-    return console.step_command("step2_download_models.py", "--model", model, *folder)
+    return project.step_command(project.STEP2, "--model", model, *folder)
+
+
+def with_option(option: str, value: Path | str) -> str:
+    """Return the running command with another value of an option."""
+    return configs.again(f"--{option}", str(value), without=[f"--{option}"])
 
 
 def named_file(path: Path, role: str, fetch_again: str) -> Path:
-    """A file that an option names, made absolute; explains a folder, an absence, a wrong name."""
+    """Return the file that an option names, made absolute; refuse a folder, an absent file and a wrong name."""
     option = ROLE_OPTIONS[role]
     refuse_broken_link(path, fetch_again)
-    path = console.absolute(path)
+    path = project.absolute(path)
     if path.is_dir():
-        inside = path / weights.STATS.name if role == "stats" else path / "NAME"
-        raise console.StepError(
-            f"--{option} {path} is a folder, a file was expected",
-            configs.again(f"--{option}", str(inside), without=[f"--{option}"]),
-        )
+        inside = path / (weights.STATS.name if role == "stats" else "NAME")
+        raise LightningDiTError(f"--{option} {path} is a folder, a file was expected", with_option(option, inside))
     if not path.is_file():
-        raise console.StepError(f"--{option} {path} is not there", fetch_again)
+        raise LightningDiTError(f"--{option} {path} is not there", fetch_again)
     if role == "stats" and path.name != weights.STATS.name:
         refuse_other_name(path)
     return path
 
 
 def refuse_other_name(path: Path) -> None:
-    """Explain statistics that are not called as a configuration, which names their folder, finds them."""
+    """Refuse statistics of another name, which a configuration, naming their folder, would not find."""
     from LightningDiT.tokenizer.latents import diagnose
 
     faults = diagnose(path)
     if faults:
-        raise console.StepError(
-            f"--stats {path} holds no latent statistics ({faults[0]})", f"name a good {weights.STATS.name}"
-        )
+        message = f"--stats {path} holds no latent statistics ({faults[0]})"
+        raise LightningDiTError(message, f"name a good {weights.STATS.name}")
     folder = path.with_name(f"{path.stem}-folder")
-    copy = shlex.join(["cp", "-n", str(path), str(folder / weights.STATS.name)])
-    raise console.StepError(
+    named = folder / weights.STATS.name
+    commands = (["mkdir", "-p", str(folder)], ["cp", "-n", str(path), str(named)])
+    raise LightningDiTError(
         f"--stats {path} is not called {weights.STATS.name}, and a configuration names folders",
-        f"{shlex.join(['mkdir', '-p', str(folder)])} && {copy} && "
-        + configs.again("--stats", str(folder / weights.STATS.name), without=["--stats"]),
+        " && ".join([*map(shlex.join, commands), with_option("stats", named)]),
     )
 
 
 def named_folder(path: Path, option: str, holds: str) -> Path:
-    """A folder that an option names, made absolute; explains a file and a broken link."""
-    refuse_broken_link(path, configs.again(f"--{option}", "FOLDER", without=[f"--{option}"]))
-    folder = console.absolute(path)
+    """Return the folder that an option names, made absolute; refuse a file and a broken link."""
+    refuse_broken_link(path, with_option(option, "FOLDER"))
+    folder = project.absolute(path)
     if folder.is_file():
-        raise console.StepError(
-            f"--{option} {folder} is a file, the folder that holds {holds} was expected",
-            configs.again(f"--{option}", str(folder.parent), without=[f"--{option}"]),
-        )
+        message = f"--{option} {folder} is a file, the folder that holds {holds} was expected"
+        raise LightningDiTError(message, with_option(option, folder.parent))
     return folder
 
 
 def refuse_broken_link(path: Path, fix: str) -> None:
-    """Explain a link whose target is gone, as step 2 leaves behind for a data set that is detached."""
+    """Refuse a link whose target is gone, as step 2 leaves behind for a detached data set."""
     if path.is_symlink() and not path.exists():
-        raise console.StepError(
-            f"{path} is a link to {path.readlink()}, which is not there: the data set is detached",
-            f"attach it again, or {fix}",
-        )
+        message = f"{path} is a link to {path.readlink()}, which is not there: the data set is detached"
+        raise LightningDiTError(message, f"attach it again, or {fix}")
 
 
 def find_files(model: str, options: argparse.Namespace) -> dict[str, Path]:
-    """The files of a published model by role.
+    """Return the files of a published model by role.
 
     Raises:
-        StepError: some are absent; all of them are named.
+        LightningDiTError: some are absent; all of them are named.
     """
     folder = named_folder(options.models_dir, "models-dir", "the weights")
     attached = options.attached or weights.attached_folder()
     if attached:
         attached = named_folder(attached, "attached", "the attached data sets")
     if options.attached and not attached.is_dir():
-        fix = configs.again("--attached", "FOLDER", without=["--attached"])
-        raise console.StepError(f"--attached {attached} is not there", fix)
+        raise LightningDiTError(f"--attached {attached} is not there", with_option("attached", "FOLDER"))
     options.inputs = options.inputs or sources.Source("attached", attached)
     fetch_again, found, missing = fetch_command(model, options), {}, []
     for file in weights.files_of(model):
@@ -140,76 +129,63 @@ def find_files(model: str, options: argparse.Namespace) -> dict[str, Path]:
         for name in weights.usable_names(file):
             refuse_broken_link(folder / name, fetch_again)
     if missing:
-        raise console.StepError(
-            f"not in {folder}: {', '.join(file.name for file in missing)}",
-            fetch_again,
-        )
+        raise LightningDiTError(f"not in {folder}: {', '.join(file.name for file in missing)}", fetch_again)
     return found
 
 
-def candidates(model: str, torch: machine.TorchFacts) -> list[str]:
-    """The models to try, the best first."""
-    if model != "auto":
-        return [model]
-    return ["800ep", "64ep", "bundled"] if torch.device_memory else ["bundled"]
-
-
 def build(model: str, options: argparse.Namespace) -> configs.Config:
-    """Settings for one model."""
+    """Return the settings for one model."""
     return configs.bundled_config() if model == "bundled" else configs.published_config(find_files(model, options))
 
 
 def settle(model: str, options: argparse.Namespace, torch: machine.TorchFacts) -> configs.Config:
     """Build, check and write the configuration of one model."""
-    from LightningDiT.loading import verify_config
+    from LightningDiT.sampling.dry_run import verify_config
 
     target = configs.output_file(options.output)
     config = build(model, options)
     reason = configs.fit_to_machine(config, "bundled" if model == "bundled" else "published", torch)
-    console.require_writable(target.parent)
-    if options.dry_run:
-        lines = configs.check(config, target, verify_config)
-    else:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        lines = configs.write(config, target, verify_config)
+    require_writable(target.parent)
+    lines = (configs.check if options.dry_run else configs.write)(config, target, verify_config)
     for line in (*lines, reason):
         print(f"  {line}")
     if options.dry_run:
         print(f"All is right; would write the configuration of the model '{model}' to {target}")
         return config
-    where = f"{torch.device} ({torch.device_name})" if torch.device_memory else "the processor"
+    where = f"{torch.device} ({torch.device_name})" if torch.device_memory else "the CPU"
     solver, batch = (config["sample"][key] for key in ("sampling_method", "per_proc_batch_size"))
-    print(f"Model '{model}' on {where}, solver {solver}, {batch} pictures at a time.")
+    print(f"Model '{model}' on {where}, solver {solver}, batch size {batch}.")
     return config
 
 
 def settle_best(options: argparse.Namespace) -> configs.Config:
-    """Settle the first of the models that can be."""
+    """Settle the first model that is possible."""
     print("Step 3: configuration of the sampling")
     torch = machine.torch_facts()
     if not torch.works:
-        raise console.StepError(torch.note, console.fix_packages())
-    names = candidates(options.model, torch)
-    if options.model == "auto" and names == ["bundled"]:
-        print("  no GPU: the bundled model (--model 800ep takes the published weights all the same)")
-    for name in names[:-1]:
+        raise LightningDiTError(torch.note, project.fix_packages())
+    if options.model != "auto":
+        return settle(options.model, options, torch)
+    if not torch.device_memory:
+        print("  no GPU: the bundled model (--model 800ep takes the published weights nevertheless)")
+    for name in ("800ep", "64ep") if torch.device_memory else ():
         try:
             return settle(name, options, torch)
-        except console.StepError as error:
+        except LightningDiTError as error:
             print(f"  model '{name}' is passed over: {error}")
-    return settle(names[-1], options, torch)
+    return settle("bundled", options, torch)
 
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     with contextlib.redirect_stdout(sys.stderr) if options.show else contextlib.nullcontext():
         config = settle_best(options)
-        named = [] if options.output == OUTPUT else ["--config", str(options.output)]
-        print(f"Next: {console.step_command('step4_run_inference.py', *named)}")
+        named = [] if options.output == project.CONFIG else ["--config", str(options.output)]
+        print(f"Next: {project.step_command(project.STEP4, *named)}")
     if options.show:
         print(configs.render(config), end="")
-    return console.OK
+    return OK
 
 
 if __name__ == "__main__":
-    console.run(main)
+    project.run(main)

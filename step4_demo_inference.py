@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Step 4, simple form: pictures with nothing but defaults, each by itself, as a grid and as an HTML report.
+"""Step 4, simple form: sample images with the defaults; write each of them, a grid and an HTML report.
 
-Where step 3 has not been run, the bundled model is used.
+Before step 3 it uses the bundled model.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from setup_steps import console
+from LightningDiT.console import OK
+from LightningDiT.files import require_writable
+from setup_steps import project, weights
 
-CONFIG = console.PROJECT / "kaggle_inference_config.yaml"
-BUNDLED = console.PROJECT / "models" / "fashion-mnist" / "config.yaml"
-OUTPUT = console.PROJECT / "LightningDiT" / "demo_output"
+OUTPUT = project.PROJECT / "LightningDiT" / "demo_output"
 GRID = "demo_grid.png"
 REPORT = "report.html"
 TIME_BUDGET = 30.0  # minutes
@@ -26,7 +26,7 @@ TIME_BUDGET = 30.0  # minutes
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FOLDER")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and end")
+    parser.add_argument("--dry-run", action="store_true", help="only print the resolved settings")
     return parser.parse_args(argv)
 
 
@@ -36,15 +36,16 @@ def main(argv: list[str] | None = None) -> int:
     from LightningDiT.sampling.options import demo_classes, describe_settings
 
     print("Step 4, simple form: sampling with the defaults")
-    config = load_config(CONFIG if CONFIG.exists() else BUNDLED)
+    config = load_config(project.CONFIG if project.CONFIG.exists() else weights.BUNDLED / "config.yaml")
     classes = demo_classes(config.data.num_classes)
-    folder = console.absolute(args.output)
+    folder = project.absolute(args.output)
     print(describe_settings(config, len(classes), folder))
-    from LightningDiT.sampling.demo import check_run, sample_demo, write_report
+    from LightningDiT.sampling.demo import sample_demo, write_report
+    from LightningDiT.sampling.dry_run import check_run
 
     if args.dry_run:
         return check_run(config, classes)
-    console.require_writable(folder)
+    require_writable(folder)
     demo = sample_demo(config, classes, 0, folder, GRID, TIME_BUDGET)
     for path, caption in zip(demo.run.paths, demo.captions, strict=True):
         if path is not None:
@@ -52,9 +53,9 @@ def main(argv: list[str] | None = None) -> int:
             shutil.copyfile(path, folder / f"{int(path.stem):02d}_{name}.png")
     report = write_report(demo, folder / REPORT)
     print(f"{demo.summary()}\nreport: {report}")
-    print("Next: open the report in a browser; choose classes with python step4_run_inference.py --help")
-    return console.OK
+    print(f"Next: open the report in a browser; choose classes: {project.step_command(project.STEP4, '--help')}")
+    return OK
 
 
 if __name__ == "__main__":
-    console.run(main)
+    project.run(main)

@@ -1,8 +1,9 @@
-"""Weights as data: safe loading, what a file holds, a strict match with a module, and atomic saving."""
+"""Weights as data: safe loading, inspection, a strict match with a module, and atomic saving."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import pickle
 import re
@@ -16,28 +17,27 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from LightningDiT.errors import LightningDiTError
+from LightningDiT.errors import OS_FIXES, LightningDiTError, first_line
 from LightningDiT.files import atomic_path
 
-#: Names under which training scripts keep weights, the best first.
+#: Entries in which training scripts keep weights, the best first.
 WEIGHT_KEYS = ("ema", "model", "state_dict")
-#: Prefixes that wrappers (data parallel, torch.compile) put before every name.
+#: Prefixes of every name by wrappers (data parallel, torch.compile).
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 LISTED_NAMES = 5
-#: Bytes of a file that are converted before the mapping they were read through is given up.
-PORTION_BYTES = 64 * 2**20
+PORTION_BYTES = 64 * 2**20  # of a file, converted through one mapping
 BUNDLED_FOLDER = "fashion-mnist"  # the model in git
 
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What a weights file holds, known without reading the weights themselves.
+    """The content of a weights file, known without reading the weights themselves.
 
     Attributes:
         path: the file.
-        weights_key: the entry that the weights come from (`ema`, ...), or "" for a bare dictionary.
+        weights_key: the entry that holds the weights (`ema`, ...), or "" for a bare dictionary.
         shapes: tensor name -> shape, wrapper prefixes removed.
-        extras: what else the file holds.
+        extras: the file's other entries.
         metadata: the text metadata of a safetensors file.
     """
 
@@ -54,7 +54,7 @@ class CheckpointInfo:
 
 
 class _WithoutCompiler(TorchFunctionMode):
-    """Goes around what torch works out on the meta device by its compiler, whose import takes 150 MB and 1 second."""
+    """Avoids the operations for which torch's meta device imports its compiler, which takes 150 MB and 1 second."""
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, arguments: tuple[Any, ...] = (), options: Any = None
@@ -63,34 +63,34 @@ class _WithoutCompiler(TorchFunctionMode):
         if function in (nn.init.normal_, Tensor.normal_):  # there are no values to draw
             return given["tensor"] if "tensor" in given else arguments[0]
         if function is torch.arange:
-            given["device"] = "cpu"  # and with it the tables of positions, which are small
+            given["device"] = "cpu"  # also the tables of positions, which are small
         return function(*arguments, **given)
 
 
 @contextlib.contextmanager
 def without_values() -> Iterator[None]:
-    """Modules made inside have names and shapes and no values: they are on the meta device, until a file is loaded.
+    """Make modules with names and shapes but no values: they are on the meta device until a file is loaded.
 
-    What a module computes for itself from `torch.arange`, such as tables of positions, is on the CPU.
+    Values that a module computes from `torch.arange`, such as tables of positions, are on the CPU.
     """
     with torch.device("meta"), _WithoutCompiler():
         yield
 
 
 def inspect(path: str | Path) -> CheckpointInfo:
-    """Return what the weights file at `path` holds, after the safety checks of `load_weights`."""
+    """Return the content of the weights file at `path`, after the safety checks of `load_weights`."""
     return _open(path)[0]
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
-    """Return the tensors of a `.safetensors` file or of a `torch.save` file, mapped rather than read.
+    """Return the tensors of a `.safetensors` or `torch.save` file, mapped rather than read.
 
-    A dictionary with `ema`, `model` or `state_dict` inside gives the first of these that it has; prefixes
+    Of a dictionary with `ema`, `model` or `state_dict` these are the tensors of the first entry that it has. Prefixes
     of wrappers are removed.
 
     Raises:
-        LightningDiTError: the file is missing, a folder, empty, cut short, no weights file, or needs more
-            than tensors and plain values to be opened.
+        LightningDiTError: the file is missing, a folder, empty, cut short, no weights file, or holds more than tensors
+            and plain values.
     """
     return _open(path)[1]
 
@@ -102,20 +102,19 @@ def load_file(
     memory_format: torch.memory_format = torch.preserve_format,
     ignored: tuple[str, ...] = (),
 ) -> list[str]:
-    """Give `module` (which may be on the meta device) the tensors that it wants of the weights file at `path`.
+    """Load the tensors of `module` (which may be on the meta device) from the weights file at `path`.
 
-    What is to be changed is changed in portions, each read through a mapping of its own, so that the converted
-    weights and one portion of the file (`PORTION_BYTES`, or the largest tensor) are in memory at most, whatever the
-    file holds besides. What is as wanted stays mapped. A file in torch's format of before 1.6 cannot be mapped and
-    is in memory whole at first.
+    Tensors are converted in portions, each read through a mapping of its own: memory holds at most the converted
+    weights and one portion of the file (`PORTION_BYTES`, or the largest tensor), whatever else the file holds.
+    Tensors that need no conversion stay mapped. A file in torch's format before 1.6 cannot be mapped and is read whole.
 
     Args:
-        dtype: of floating-point tensors; the file's where left out.
+        dtype: of floating-point tensors; by default the file's.
         memory_format: of four-dimensional tensors.
-        ignored: prefixes of names that the file may hold besides.
+        ignored: prefixes of other names that the file may hold.
 
     Returns:
-        The names in the file that the module has no place for, all of them below `ignored`.
+        The names in the file that the module does not have, all of them below `ignored`.
 
     Raises:
         LightningDiTError: as `load_weights` and `load_into`, or a value is too large for `dtype`.
@@ -132,14 +131,14 @@ def load_file(
 def load_into(
     module: nn.Module, weights: Mapping[str, Tensor], path: str | Path, ignored: tuple[str, ...] = ()
 ) -> list[str]:
-    """Give `module` (which may be on the meta device) the tensors of `weights`, without a copy.
+    """Assign the tensors of `weights` to `module` (which may be on the meta device), without a copy.
 
     Args:
-        path: the file they came from, for messages.
-        ignored: prefixes of names that the file may hold besides.
+        path: their file, for messages.
+        ignored: prefixes of other names that the file may hold.
 
     Returns:
-        The names in the file that the module has no place for, all of them below `ignored`.
+        The names in the file that the module does not have, all of them below `ignored`.
 
     Raises:
         LightningDiTError: tensors are missing, have another shape, are unknown, or are not finite.
@@ -168,7 +167,7 @@ def _is_finite(tensor: Tensor) -> bool:
 def _changed(
     weights: dict[str, Tensor], file: Path, dtype: torch.dtype | None, memory_format: torch.memory_format
 ) -> dict[str, Tensor]:
-    """Return the weights of `file` in another precision and memory format; see `load_file`. Empties `weights`."""
+    """Return the weights of `file` converted as `load_file` says; empties `weights`."""
 
     def type_of(tensor: Tensor) -> torch.dtype:
         return dtype if dtype and tensor.is_floating_point() else tensor.dtype
@@ -192,7 +191,7 @@ def _changed(
 
 
 def _portions(sizes: Mapping[str, int]) -> list[list[str]]:
-    """Return the names in order, in groups of at most `PORTION_BYTES`, or of one."""
+    """Return the names in order, in groups of one or of at most `PORTION_BYTES`."""
     portions: list[list[str]] = []
     filled = PORTION_BYTES
     for name, size in sizes.items():
@@ -205,7 +204,7 @@ def _portions(sizes: Mapping[str, int]) -> list[list[str]]:
 
 
 def _refuse_overflow(name: str, before: Tensor, after: Tensor, file: Path) -> None:
-    """Raise LightningDiTError where finite values have become infinite. What is damaged is found at loading."""
+    """Raise LightningDiTError if finite values became infinite; damaged ones are found later, by `load_into`."""
     narrower = after.is_floating_point() and torch.finfo(after.dtype).max < torch.finfo(before.dtype).max
     if narrower and not _is_finite(after) and _is_finite(before):
         largest, kind = float(before.abs().max()), str(after.dtype).removeprefix("torch.")
@@ -221,7 +220,7 @@ def check_shapes(
     path: str | Path,
     ignored: tuple[str, ...] = (),
 ) -> None:
-    """Refuse tensor names and shapes that do not fit `module` one to one, apart from `ignored` prefixes."""
+    """Raise LightningDiTError unless names and shapes fit `module` one to one, apart from `ignored` prefixes."""
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     missing = [name for name in wanted if name not in shapes]
     unknown = [name for name in shapes if name not in wanted and not name.startswith(ignored or ("\0",))]
@@ -259,21 +258,18 @@ def save_training_state(state: Mapping[str, Any], path: str | Path) -> None:
 
 @contextlib.contextmanager
 def _saved(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path as `atomic_path` does; what the writers of tensors say of a full disk becomes one line."""
+    """Give a temporary path as `atomic_path` does, with one-line errors for the writers of tensors too."""
     from safetensors import SafetensorError
 
     try:
         with atomic_path(path) as temporary:
             yield temporary
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeErrors
-        reason = str(getattr(error, "strerror", None) or error).split("\n")[0][:160]
-        raise LightningDiTError(
-            f"{path} cannot be written ({reason})", "free space on that disk, and give the same command again"
-        ) from error
+    except (RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeErrors
+        raise LightningDiTError(f"{path} cannot be written ({first_line(error)})", OS_FIXES[errno.ENOSPC]) from error
 
 
 def load_training_state(path: str | Path) -> dict[str, Any]:
-    """Return what `save_training_state` wrote; raises LightningDiTError for anything else."""
+    """Return what `save_training_state` wrote; raise LightningDiTError for any other file."""
     return _load_pickle(_existing_file(path))
 
 
@@ -292,12 +288,9 @@ def _open(path: str | Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:
             f"{file} holds no tensors (entries: {', '.join(map(str, list(content)[:LISTED_NAMES])) or 'none'})",
             "name a weights file",
         )
-    others = content if key else weights
-    extras = tuple(
-        str(name) for name, value in others.items() if name != key and not (not key and isinstance(value, Tensor))
-    )
+    others = [name for name, value in content.items() if name != key and (key or not isinstance(value, Tensor))]
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    return CheckpointInfo(file, key, shapes, extras, metadata), tensors
+    return CheckpointInfo(file, key, shapes, tuple(map(str, others)), metadata), tensors
 
 
 def _bare(name: str) -> str:
@@ -320,14 +313,14 @@ def _existing_file(path: str | Path) -> Path:
 
 
 def _fix_of(file: Path) -> str:
-    """Return the command that gets a missing or damaged weights file again."""
+    """Return the command that restores a missing or damaged weights file."""
     if BUNDLED_FOLDER in file.parts:
         return f"git restore models/{BUNDLED_FOLDER}"
-    return "delete it where it is damaged, and python step2_download_models.py"
+    return "delete it if it is damaged, then python step2_download_models.py"
 
 
 def _refuse_foreign_content(file: Path) -> None:
-    """Name what people really find in the place of weights: a web page, or a pointer of git LFS."""
+    """Raise LightningDiTError for what people find instead of weights: a web page, or a pointer of git LFS."""
     with file.open("rb") as stream:
         start = stream.read(64).lstrip()
     fix = _fix_of(file)
@@ -349,7 +342,7 @@ def _load_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _can_be_mapped(file: Path) -> bool:
-    """Whether the tensors of a weights file are read from the disk only where they are used."""
+    """Return whether tensors of a weights file are read from the disk only when they are used."""
     return file.suffix == ".safetensors" or zipfile.is_zipfile(file)
 
 
@@ -360,7 +353,7 @@ def _load_pickle(file: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise LightningDiTError(_refusal(file, error), "use a file from a source you trust, as safetensors") from error
     except Exception as error:  # arbitrary bytes make the unpickler fail in arbitrary ways
-        reason = str(error).split("\n")[0][:160]
+        reason = first_line(error)
         raise LightningDiTError(f"{file} is cut short or no weights file ({reason})", _fix_of(file)) from error
     if not isinstance(content, dict):
         raise LightningDiTError(
@@ -371,7 +364,7 @@ def _load_pickle(file: Path) -> dict[str, Any]:
 
 
 def _refusal(file: Path, error: pickle.UnpicklingError) -> str:
-    """Say why a pickle was not opened: it wants more than tensors and plain values, or it is damaged."""
+    """Return why a pickle was not opened: it holds more than tensors and plain values, or it is damaged."""
     reason = " ".join(str(error).split("WeightsUnpickler error:")[-1].split())
     foreign = re.search(r"(?:GLOBAL|Unsupported class) (\S+)", reason)  # torch 2.4 and newer, or older
     if foreign:

@@ -1,21 +1,20 @@
-"""torch.compile for the forward of a network, which goes on uncompiled where this machine cannot."""
+"""torch.compile for the forward of a network; a machine that cannot compile computes on without it."""
 
 from __future__ import annotations
-
-import warnings
 
 import torch
 from torch import Tensor, nn
 
 from LightningDiT.device import is_out_of_memory
+from LightningDiT.errors import first_line, warn_user
 
 
 def compile_forward(module: nn.Module) -> None:
-    """Compile `module.forward` when it is first called; the names of its weights stay as they are.
+    """Compile `module.forward` at its first call; the names of its weights stay as they are.
 
-    One code serves every batch of more than one, since guidance and the last batch change its size; a batch of one
-    has its own. Where there is no compiler for the device, or this torch cannot compile on this system, a warning
-    says so once and the module computes as before.
+    One compiled code serves every batch size above one, since guidance and the last batch change the size; a batch
+    of one has its own. Without a compiler for the device, or with a torch that cannot compile on this system, the
+    module warns once and computes as before.
     """
     plain = module.forward
     try:
@@ -35,13 +34,11 @@ def compile_forward(module: nn.Module) -> None:
             if is_out_of_memory(error):
                 raise
             _warn(error)
-            del module.forward  # what stands below it is the class's own
+            del module.forward  # uncovers the one of the class
         return plain(*arguments)
 
     module.forward = forward
 
 
 def _warn(error: Exception) -> None:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = lines[0] if lines else type(error).__name__
-    warnings.warn(f"torch.compile does not work here ({reason[:160]}); going on uncompiled", stacklevel=3)
+    warn_user(f"torch.compile does not work here ({first_line(error)}); going on uncompiled")

@@ -1,4 +1,4 @@
-"""The only module that knows kinds of devices: which one, in which precision, with how much memory."""
+"""The only module that knows kinds of devices: choice, precision, memory."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import os
 
 import torch
 
-from LightningDiT.errors import LightningDiTError
+from LightningDiT.errors import LightningDiTError, first_line
 
-#: Names of precisions in settings and on command lines.
+#: Precisions by their names in settings and on command lines.
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HALF_PRECISIONS = (torch.bfloat16, torch.float16)
-#: What torch says where an allocation fails, apart from its own type for GPUs.
+#: Words of torch's errors for an allocation that failed, apart from its own type for GPUs.
 OUT_OF_MEMORY = ("DefaultCPUAllocator", "not enough memory", "out of memory", "ALLOC_FAILED")
-NATIVE_BF16 = (8, 0)  # compute capability from which bfloat16 is computed and not emulated
+NATIVE_BF16 = (8, 0)  # compute capability from which bfloat16 is native and not emulated
 
 
 def best_device() -> torch.device:
-    """Return the GPU of this process if it has kernels in this torch, else the CPU.
+    """Return the GPU of this process if this torch has kernels for it, else the CPU.
 
-    That is the first GPU, and the one of its own local rank where a launcher started several processes; with
-    fewer GPUs than processes they share them.
+    It is the first GPU, or with several processes of a launcher that of the local rank; processes share GPUs if there
+    are too few.
     """
     local_rank = os.environ.get("LOCAL_RANK")
     gpu = torch.device("cuda")
@@ -40,26 +40,26 @@ def usable_device(name: torch.device | str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).split("\n")[0][:160]
+        reason = first_line(error)
         raise LightningDiTError(f"device {str(name)!r} cannot be used ({reason})", "give 'cpu', or none") from error
     return device
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory could not be had, on a GPU or on the CPU."""
+    """Return whether an error means that memory ran out, on a GPU or on the CPU."""
     if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def release_memory() -> None:
-    """Give the memory that torch keeps for later tensors back to the device."""
+    """Return the memory that torch keeps for later tensors to the device."""
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until `device` has done what it was given; a clock is read after this."""
+    """Wait until `device` has finished; call it before reading a clock."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -70,17 +70,17 @@ def gpu_name(device: torch.device) -> str | None:
 
 
 def gpu_peak_bytes(device: torch.device) -> int | None:
-    """Return the most bytes of tensors that this process had on a GPU at a time; None for the CPU."""
+    """Return the peak bytes of this process's tensors on a GPU; None for the CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def gpu_random_states() -> list[torch.Tensor]:
-    """Return the state of every GPU's random numbers; an empty list where this process uses none."""
+    """Return the random state of every GPU; an empty list if this process uses none."""
     return torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
 
 def set_gpu_random_states(states: list[torch.Tensor]) -> None:
-    """Take over what `gpu_random_states` returned, on a machine with as many GPUs."""
+    """Restore what `gpu_random_states` returned; ignored on a machine with another number of GPUs."""
     if len(states) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states)
 
@@ -91,10 +91,10 @@ def gpu_free_bytes(device: torch.device) -> int | None:
 
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of the transformer's weights for a precision name; the tokenizer stays float32.
+    """Return the dtype of the transformer's weights for the name of a precision; the tokenizer stays float32.
 
-    `auto` is float32 on the CPU, bf16 on GPUs that compute it natively (capability 8.0 and newer: A100, L4, H100) and
-    fp16 on older ones (T4, V100, P100). Under half-precision weights
+    `auto` is float32 on the CPU, bf16 on GPUs with native support (capability 8.0 and newer: A100, L4, H100) and fp16
+    on older ones (T4, V100, P100). With half-precision weights
 
     | part | computes in |
     |---|---|
@@ -104,8 +104,8 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     | modulation and gates, and the tokens between the blocks that they act on | float32 |
     | state of the ODE or SDE, guidance, decoder | float32 |
 
-    Tokens grow from block to block and pass 65504, where fp16 ends. What passes it inside a block makes the state
-    infinite or NaN, and the pipeline then makes the batch again in float32.
+    Tokens grow from block to block and pass 65504, the largest number of fp16. A value that passes it inside a block
+    makes the state infinite or NaN, and the pipeline then repeats the batch in float32.
 
     Raises:
         LightningDiTError: an unknown name.
@@ -120,12 +120,12 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def training_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype for matrix products in training: bf16 where the device computes it natively."""
+    """Return the dtype of matrix products in training: bf16 on a device with native support, else float32."""
     if device.type == "cpu":
-        # oneDNN is faster in bf16 only where the processor has the instructions (Zen 4, Sapphire Rapids)
+        # oneDNN is faster in bf16 only on CPUs with the instructions (Zen 4, Sapphire Rapids)
         native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-        return torch.bfloat16 if native else torch.float32
-    native = torch.cuda.get_device_capability(device) >= NATIVE_BF16
+    else:
+        native = torch.cuda.get_device_capability(device) >= NATIVE_BF16
     return torch.bfloat16 if native else torch.float32
 
 
@@ -137,7 +137,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
 
 
 def _gpu_works(gpu: torch.device) -> bool:
-    """Whether `gpu` is there and runs one real kernel: `is_available` is true for kernels that are missing."""
+    """Return whether `gpu` runs one real kernel: `is_available` is true even if its kernels are missing."""
     if not torch.cuda.is_available():
         return False
     try:

@@ -1,7 +1,7 @@
-"""Several processes that share one run: which of them this is, and what they tell one another.
+"""Several processes that share one run: the rank of this one, and what they exchange.
 
-`accelerate launch` and `torchrun` say in the environment how many there are. One process needs neither of them,
-and accelerate is imported only where there are more.
+`accelerate launch` and `torchrun` put the number of processes into the environment. One process needs neither, and
+accelerate is imported only for more than one.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from LightningDiT.errors import LightningDiTError
+from LightningDiT.console import FAILED, INTERRUPTED
+from LightningDiT.errors import LightningDiTError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: How long a process waits for another one: batches of a large model on a CPU take hours.
-PATIENCE = timedelta(days=7)
-INTERRUPTED = 130  # exit code after Ctrl-C
-SETTLING = 0.1  # seconds for the threads of an exchange to end it
+PATIENCE = timedelta(days=7)  # how long a process waits for another: batches of a large model on a CPU take hours
+SETTLING = 0.1  # seconds in which the threads of an exchange end it
 
 T = TypeVar("T")
 
@@ -31,13 +30,13 @@ T = TypeVar("T")
 class Processes:
     """The processes of a run, seen from one of them.
 
-    Each method is called by all of them in the same order, and an error of one is the error of all: the main
-    process raises it, the others end with exit code 1 and say nothing.
+    All of them call each method in the same order. An error of one ends all: the main process raises it, the others
+    end silently with exit code 1.
 
     Attributes:
         rank: number of this process, from 0.
-        count: how many there are.
-        device: where tensors lie that they exchange.
+        count: number of processes.
+        device: device of the tensors that they exchange.
     """
 
     rank: int = 0
@@ -46,16 +45,16 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes what all share and speaks to the person."""
+        """Whether this process writes what all share and speaks to the person."""
         return self.rank == 0
 
     def say(self, text: str) -> None:
-        """Print `text` once, whatever the number of processes."""
+        """Print `text` in the main process alone."""
         if self.is_main:
             print(text, flush=True)
 
     def share(self, action: Callable[[], T]) -> list[T]:
-        """Return what `action` gave in each process, by rank."""
+        """Return the results of `action` in all processes, by rank."""
         if self.count == 1:
             return [action()]
         value, error = None, None
@@ -66,23 +65,25 @@ class Processes:
         outcomes = _gather((value, error))
         for rank, (_, failed) in enumerate(outcomes):
             if failed is not None:
-                place = f"process {rank} of {self.count}: " if rank else ""
-                self._end(LightningDiTError(place + failed[0], failed[1]))
+                if not self.is_main:
+                    raise SystemExit(FAILED)
+                which = f"process {rank} of {self.count}: " if rank else ""
+                raise LightningDiTError(which + failed[0], failed[1])
         return [value for value, _ in outcomes]
 
     def agree(self, action: Callable[[], T]) -> T:
-        """Return what `action` gave in this process, once it has come to an end without error in all."""
+        """Return the result of `action` in this process, after it succeeded in all of them."""
         held: list[T] = []
         self.share(lambda: held.append(action()))
         return held[0]
 
     def from_main(self, action: Callable[[], T]) -> T:
-        """Return to every process what `action` gave in the main one, which alone calls it."""
+        """Return to every process the result of `action` in the main one, which alone calls it."""
         results: list[Any] = self.share(action if self.is_main else lambda: None)
         return results[0]
 
     def mean(self, values: Tensor) -> Tensor:
-        """Return the mean over all processes of `values`, which has the same shape in each and lies on `device`."""
+        """Return the mean over all processes of `values`, which have the same shape in each and lie on `device`."""
         if self.count == 1:
             return values
         import torch.distributed
@@ -92,7 +93,7 @@ class Processes:
         return total / self.count
 
     def any(self, flag: bool) -> bool:
-        """Return to every process whether `flag` is true in one of them."""
+        """Return whether `flag` is true in any process."""
         if self.count == 1:
             return flag
         import torch
@@ -100,15 +101,10 @@ class Processes:
         return bool(self.mean(torch.tensor(float(flag), device=self.device)) > 0)
 
     def end_by_interrupt(self) -> NoReturn:
-        """End after Ctrl-C, which the main process alone says."""
+        """End after Ctrl-C; the main process alone reports it."""
         if self.is_main:
             raise KeyboardInterrupt
         raise SystemExit(INTERRUPTED)
-
-    def _end(self, error: LightningDiTError) -> NoReturn:
-        if self.is_main:
-            raise error
-        raise SystemExit(1)
 
 
 ALONE = Processes()
@@ -116,11 +112,11 @@ ALONE = Processes()
 
 @contextlib.contextmanager
 def launched_processes(on_gpus: bool = False) -> Iterator[Processes]:
-    """Give the processes that a launcher started together, or `ALONE` without one.
+    """Give the processes that a launcher started together; `ALONE` without a launcher.
 
     Args:
-        on_gpus: they exchange gradients, by the GPUs' own means (each process has one). Else they exchange a few
-            bytes a batch, by gloo, on CPUs and GPUs alike.
+        on_gpus: each process has a GPU, and they exchange gradients directly between the GPUs. By default they
+            exchange a few bytes a batch by gloo, on CPUs and GPUs alike.
 
     Raises:
         LightningDiTError: accelerate is not installed, or the processes do not find one another.
@@ -138,31 +134,31 @@ def launched_processes(on_gpus: bool = False) -> Iterator[Processes]:
         ) from error
     except (RuntimeError, ValueError) as error:  # torch.distributed's errors are RuntimeErrors
         raise LightningDiTError(
-            f"the processes do not find one another ({_first_line(error)})", "start them by torchrun"
+            f"the processes do not find one another ({first_line(error)})", "start them by torchrun"
         ) from error
     import torch.distributed
 
     ended_well = False
     try:
         yield Processes(state.process_index, state.num_processes, str(state.device))
-        with contextlib.suppress(RuntimeError):  # the launcher reports a process that died in its last work
+        with contextlib.suppress(RuntimeError):  # the launcher reports a process that died at the end
             torch.distributed.barrier()
         ended_well = True
     finally:
-        if ended_well or not on_gpus:  # on GPUs, work that waits for a dead process may be under way
+        if ended_well or not on_gpus:  # GPUs may still wait for a dead process
             _end_group()
 
 
 def _end_group() -> None:
     """End the threads of the process group.
 
-    A thread of gloo keeps the tensor of the last exchange for a moment and needs Python's lock to let it go. Where
+    A thread of gloo holds the tensor of the last exchange for a moment and needs Python's lock to release it. If
     Python ends meanwhile, the thread aborts the process ("terminate called without an active exception").
     """
     import torch.distributed
 
-    time.sleep(SETTLING)  # leaves the lock to them
-    # Old releases (2.2 among them) hold the lock while they wait for the threads, which then hangs for ever.
+    time.sleep(SETTLING)  # leaves them the lock
+    # Old releases (2.2 among them) hold the lock while they wait for the threads, and hang.
     if hasattr(torch.distributed.ProcessGroup, "shutdown"):
         torch.distributed.destroy_process_group()
 
@@ -178,9 +174,5 @@ def _exchange(action: Callable[[], T]) -> T:
         return action()
     except RuntimeError as error:
         raise LightningDiTError(
-            f"another process of this run has ended ({_first_line(error)})", "see what it said, and start all again"
+            f"another process of this run has ended ({first_line(error)})", "read its messages, then start all again"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).split("\n")[0][:160]

@@ -1,4 +1,4 @@
-"""Randomness as an argument: one generator per purpose, so that a draw depends on its seeds alone."""
+"""Randomness as an argument: one generator per purpose; a draw depends on its seeds alone."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import torch
 
 
 def generator_for(*seeds: int) -> torch.Generator:
-    """Return a CPU generator that depends on all of `seeds` (non-negative integers) and on nothing else.
+    """Return a CPU generator that depends on `seeds` (non-negative integers) alone.
 
-    The seeds are mixed by NumPy's SeedSequence, so that neighbouring pairs (seed, index) give independent
-    streams.
+    NumPy's SeedSequence mixes them, so that neighbouring pairs (seed, index) give independent streams.
     """
     state = np.random.SeedSequence(list(seeds)).generate_state(2, np.uint32)
     return torch.Generator().manual_seed(int(state[0]) << 31 ^ int(state[1]))

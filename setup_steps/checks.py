@@ -1,29 +1,31 @@
-"""Whether a file of models/ is right: the record of what was verified, opening, comparing."""
+"""Whether a file of models/ is right: the record of verified files, opening, comparing."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import shlex
 import time
 import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from LightningDiT.console import Progress
+from LightningDiT.errors import LightningDiTError
+from LightningDiT.files import rename_command, write_text
 from setup_steps import downloads
-from setup_steps.console import Progress, StepError, rename_command
-from setup_steps.files import replacing
 from setup_steps.machine import require_torch
-from setup_steps.sources import Source, at_hand, dangling_links, leads_to
-from setup_steps.weights import STATS, WeightFile, usable_names
+from setup_steps.project import PROJECT, REPAIR, step_command
+from setup_steps.sources import Source, dangling_links, leads_to, present
+from setup_steps.weights import STATS, WeightFile
 
 RECORD = ".downloads.json"
 
 
 class Record:
-    """models/.downloads.json: of each verified file its origin, hash, size and time stamp, so that
-    the next run need neither hash 6 GB nor reach the hub.
+    """models/.downloads.json: origin, hash, size and time stamp of each verified file, so that the next run needs
+    neither the hub nor the hash of 6 GB.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -32,29 +34,22 @@ class Record:
             rows = json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             rows = {}
-        self.rows: dict[str, dict[str, object]] = rows if isinstance(rows, dict) else {}
+        self.rows: dict[str, Any] = rows if isinstance(rows, dict) else {}
 
     def knows(self, path: Path) -> bool:
-        """True where the file is the one that was verified, judged by size and time stamp."""
-        row = self.rows.get(path.name)
-        stat = path.stat()
-        return isinstance(row, dict) and (row.get("size"), row.get("mtime_ns")) == (
-            stat.st_size,
-            stat.st_mtime_ns,
-        )
+        """Return whether size and time stamp are those of the verified file."""
+        row, stat = self.rows.get(path.name), path.stat()
+        return isinstance(row, dict) and (row.get("size"), row.get("mtime_ns")) == (stat.st_size, stat.st_mtime_ns)
 
     def remote(self, name: str) -> downloads.RemoteFile | None:
-        """What the hub said of the file when it was verified."""
-        row = self.rows.get(name)
-        if not isinstance(row, dict) or not isinstance(row.get("remote"), dict):
-            return None
+        """Return what the hub said of the file when it was verified; None if it did not."""
         try:
-            return downloads.RemoteFile(**row["remote"])
-        except TypeError:  # written by another version
+            return downloads.RemoteFile(**self.rows[name]["remote"])
+        except (KeyError, TypeError):  # no such row, or one of another version
             return None
 
     def note(self, path: Path, remote: downloads.RemoteFile | None) -> None:
-        """Remember that `path` was hashed and equals `remote`, or (None) was opened and comes from a folder."""
+        """Remember that `path` was hashed and equals `remote`, or (None) was opened and is from a folder."""
         stat = path.stat()
         self.rows[path.name] = {
             "size": stat.st_size,
@@ -70,24 +65,22 @@ class Record:
             self._save()
 
     def _save(self) -> None:
-        # Where nothing can be written (attached data) the next run hashes again; that is all.
-        with contextlib.suppress(OSError), replacing(self.path) as fresh:
-            fresh.write_text(json.dumps(self.rows, indent=1), encoding="utf-8")
+        with contextlib.suppress(LightningDiTError):  # in a read-only folder the next run hashes again
+            write_text(self.path, json.dumps(self.rows, indent=1))
 
 
 def is_whole(path: Path, remote: downloads.RemoteFile) -> bool:
-    """Compare size and hash of a file on the disk with what the hub says; shows progress."""
-    if path.stat().st_size != remote.size:
-        return False
-    return remote.hashed_by is None or downloads.hash_file(path, remote) == remote.etag
+    """Return whether a file has the size and the hash that the hub says; show progress."""
+    is_same = path.stat().st_size == remote.size
+    return is_same and (remote.hashed_by is None or downloads.hash_file(path, remote) == remote.etag)
 
 
 def open_check(file: WeightFile, path: Path) -> str:
-    """Open a file safely and compare it with what its role promises: a right hash of a wrong file
-    is still an error.
+    """Open a file safely, compare it with what its role promises, and return the finding: a right hash of a wrong file
+    is an error too.
 
     Raises:
-        StepError: torch is absent, the file does not open or holds something else.
+        LightningDiTError: torch is absent, the file does not open or holds something else.
     """
     require_torch(f"opening {file.name}")
     if file.role == "stats":
@@ -96,17 +89,15 @@ def open_check(file: WeightFile, path: Path) -> str:
 
 
 def fault_of(file: WeightFile, path: Path) -> str | None:
-    """Why a file is not what its role promises; None where it is.
+    """Return why a file is not what its role promises; None if it is.
 
     Raises:
-        StepError: torch is absent.
+        LightningDiTError: torch is absent.
     """
     require_torch(f"opening {file.name}")
-    from LightningDiT.errors import LightningDiTError
-
     try:
         open_check(file, path)
-    except (StepError, LightningDiTError) as error:
+    except LightningDiTError as error:
         return error.message
     except OSError as error:
         return error.strerror or str(error)
@@ -114,18 +105,17 @@ def fault_of(file: WeightFile, path: Path) -> str | None:
 
 
 def bundled_faults(folder: Path) -> list[str]:
-    """Open every file of the bundled model and return what is wrong with which; where all open,
-    whether they fit each other (a YAML that is cut short may open). Empty where all is well.
+    """Return what is wrong with the bundled model's files: which do not open, or if all open (as a truncated YAML may)
+    whether they fit each other. Empty if all is well.
 
     Raises:
-        StepError: torch is absent.
+        LightningDiTError: torch is absent.
     """
     require_torch("opening the bundled model")
     from LightningDiT.checkpoint import inspect
     from LightningDiT.config import load_config
-    from LightningDiT.errors import LightningDiTError
-    from LightningDiT.loading import verify_config
     from LightningDiT.sampling.calibrated import load_solvers
+    from LightningDiT.sampling.dry_run import verify_config
     from LightningDiT.tokenizer.config import load_tokenizer_config
     from LightningDiT.tokenizer.latents import diagnose
 
@@ -136,18 +126,16 @@ def bundled_faults(folder: Path) -> list[str]:
         "tokenizer.safetensors": inspect,
         "solvers.yaml": load_solvers,
     }
-    faults = diagnose(folder / STATS.name)
-    for name, opener in openers.items():
+
+    def faults_of(name: str, opener: Callable[[Path], object]) -> list[str]:
         try:
             opener(folder / name)
         except LightningDiTError as error:
-            faults.append(error.message)
-    if not faults:
-        try:
-            verify_config(folder / "config.yaml")
-        except LightningDiTError as error:
-            faults.append(error.message)
-    return faults
+            return [error.message]
+        return []
+
+    faults = [fault for name, opener in openers.items() for fault in faults_of(name, opener)]
+    return [*diagnose(folder / STATS.name), *faults] or faults_of("config.yaml", verify_config)
 
 
 def _check_stats(path: Path) -> str:
@@ -155,12 +143,12 @@ def _check_stats(path: Path) -> str:
 
     faults = diagnose(path, channels=32)
     if faults:
-        raise StepError(f"{path}: {'; '.join(faults)}", f"python fix_latents_stats.py --stats {shlex.quote(str(path))}")
+        raise LightningDiTError(f"{path}: {'; '.join(faults)}", step_command(REPAIR, "--stats", str(path)))
     return "opens, 32 means and standard deviations"
 
 
 def _check_checkpoint(file: WeightFile, path: Path) -> str:
-    """Compare names and shapes with the published table; tensors beside it are counted."""
+    """Compare names and shapes with the published table; other tensors are allowed."""
     from LightningDiT.checkpoint import inspect
 
     table = published_table(str(file.table))
@@ -169,8 +157,8 @@ def _check_checkpoint(file: WeightFile, path: Path) -> str:
     other = [name for name in table if name in found and found[name] != table[name]]
     for names, fault in ((absent, "lacks"), (other, "has another shape for")):
         if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise StepError(
+            more = f" and {len(names) - 3} more" * (len(names) > 3)
+            raise LightningDiTError(
                 f"{path} {fault} {', '.join(names[:3])}{more}: it is no {file.table} checkpoint",
                 f"{rename_command(path, '.other')} && {downloads.again()}",
             )
@@ -178,10 +166,8 @@ def _check_checkpoint(file: WeightFile, path: Path) -> str:
 
 
 def published_table(section: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a published checkpoint, from LightningDiT/checkpoint_keys.json."""
-    from LightningDiT import checkpoint
-
-    path = Path(checkpoint.__file__).with_name("checkpoint_keys.json")
+    """Return names and shapes of a published checkpoint, from LightningDiT/checkpoint_keys.json."""
+    path = PROJECT / "LightningDiT" / "checkpoint_keys.json"
     rows = json.loads(path.read_text(encoding="utf-8"))[section]
     return {name: tuple(shape) for name, shape in rows.items()}
 
@@ -189,72 +175,67 @@ def published_table(section: str) -> dict[str, tuple[int, ...]]:
 def verify_present(
     file: WeightFile, folder: Path, record: Record, source: Source, patience: downloads.Patience = downloads.PATIENCE
 ) -> list[str]:
-    """Compare a file that is there, and of a transformer its converted copies, byte by byte with the
-    best that is at hand, and open it (step 2's --verify); fetches nothing.
+    """Compare a file that is there, and the converted copies of a transformer, byte by byte with the best reference
+    at hand, and open it; fetch nothing (step 2's --verify).
 
     Returns:
         One line per file that says what was compared.
 
     Raises:
-        StepError: absent or damaged.
+        LightningDiTError: absent or damaged.
     """
-    gone = dangling_links(file, folder)
-    if gone and not at_hand(file, folder):
-        raise StepError(
-            f"{gone[0]} is a link to {gone[0].readlink()}, which is not there", downloads.again(without=["--verify"])
-        )
-    if not at_hand(file, folder):
-        raise StepError(f"{folder / file.name} is not there", downloads.again(without=["--verify"]))
-    present = [folder / name for name in usable_names(file) if (folder / name).is_file()]
+    paths = present(file, folder)
+    if not paths:
+        faults = [f"{path} is a link to {path.readlink()}, which is not there" for path in dangling_links(file, folder)]
+        faults.append(f"{folder / file.name} is not there")
+        raise LightningDiTError(faults[0], downloads.again(without=["--verify"]))
     return [
-        f"{path.name}: {_compare(file, path, record, source, patience)}; {open_check(file, path)}" for path in present
+        f"{path.name}: {_compare(file, path, record, source, patience)}; {open_check(file, path)}" for path in paths
     ]
 
 
 def _compare(file: WeightFile, path: Path, record: Record, source: Source, patience: downloads.Patience) -> str:
-    """Hash against the record or the hub, else against the checksums that the file itself carries."""
-    if path.name != file.name:
-        return own_checksums(path)
-    try:
-        remote = record.remote(path.name)
-        if remote is None and source.asks_hub:
+    """Compare the hash with that of the record or the hub, else the content with the file's own checksums."""
+    remote, reason = record.remote(path.name) if path.name == file.name else None, ""
+    if remote is None and path.name == file.name and source.asks_hub:
+        try:
             remote = downloads.describe(file.repo, file.name, patience)
-    except StepError as error:
-        return f"{own_checksums(path)} (not compared with the hub: {error.message})"
+        except LightningDiTError as error:
+            reason = f" (not compared with the hub: {error.message})"
     if remote is None:
-        return own_checksums(path)
+        return own_checksums(path) + reason
     if not is_whole(path, remote):
         record.forget(path.name)
         where = f"{path} ({leads_to(path)})" if path.is_symlink() else f"{path}"
         fix = downloads.again(*(["--source", "hub"] * path.is_symlink()), without=["--verify", "--source"])
-        raise StepError(f"{where} is not the file that the hub has (size or hash differ)", fix)
+        raise LightningDiTError(f"{where} is not the file that the hub has (size or hash differ)", fix)
     record.note(path, remote)
     return f"{remote.hashed_by or 'size'} right"
 
 
 def own_checksums(path: Path) -> str:
-    """Read a torch archive through and compare each record with the checksum beside it.
+    """Read a torch archive through and compare each record with its checksum.
 
     Returns:
-        What was compared; that only opening is left where the file carries no checksums.
+        What was compared, or that a file without checksums can only be opened.
 
     Raises:
-        StepError: a record differs from its checksum.
+        LightningDiTError: a record differs from its checksum.
     """
     if path.suffix != ".pt" or not zipfile.is_zipfile(path):
-        return "carries no checksums, so that opening is all there is"
-    progress = Progress(f"checking {path.name}", path.stat().st_size)
-    done = 0
+        return "has no checksums and can only be opened"
     try:
-        with zipfile.ZipFile(path) as archive, contextlib.closing(progress):
+        with (
+            zipfile.ZipFile(path) as archive,
+            Progress(path.stat().st_size, "byte", label=f"checking {path.name}") as progress,
+        ):
             records = archive.infolist()
             if not any(info.CRC for info in records):
-                return "was written without checksums, so that opening is all there is"
+                return "was written without checksums and can only be opened"
             for info in records:
                 with archive.open(info) as record:
                     while chunk := record.read(downloads.CHUNK):
-                        done += len(chunk)
-                        progress.update(done)
+                        progress.update(len(chunk))
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:
-        raise StepError(f"{path} is damaged ({error})", downloads.again(without=["--verify"])) from error
+        raise LightningDiTError(f"{path} is damaged ({error})", downloads.again(without=["--verify"])) from error
     return f"{len(records)} checksums of the archive itself right"

@@ -1,4 +1,4 @@
-"""Step 1 as a whole: a profile's pins, what is found, what is done about it, and the report."""
+"""Step 1 as a whole: a profile's pins, the findings, the installation, and the report."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from setup_steps import console, install, machine, pip_calls, releases
-from setup_steps.files import replacing
+from LightningDiT.errors import LightningDiTError
+from LightningDiT.files import free_bytes, write_text
+from setup_steps import install, machine, pip_calls, project, releases
 from setup_steps.install import Pin, Row
 from setup_steps.machine import Machine
 from setup_steps.pip_calls import InstallError
 from setup_steps.releases import Asked, Decision, Release
 
-CONSTRAINTS = console.PROJECT / "environment_constraints.txt"
+CONSTRAINTS = project.PROJECT / "environment_constraints.txt"
 CURRENT = "requirements.txt"
-#: The pins of each profile, without and with what the tests need.
+#: The pins of each profile, without and with those of the tests.
 PROFILES = {
     "auto": (CURRENT, "requirements-dev.txt"),
     "current": (CURRENT, "requirements-dev.txt"),
@@ -29,14 +30,14 @@ PROFILES = {
 
 @dataclass(frozen=True)
 class Profile:
-    """What is asked for.
+    """What the person asked for.
 
     Args:
         name: a key of PROFILES.
         file: the requirements file.
         pins: its pins for this Python.
-        lines: the releases of torch that are chosen from.
-        asked: the torch that the profile names; None where the machine decides.
+        lines: the releases of torch to choose from.
+        asked: the torch that the profile names; None if the machine decides.
     """
 
     name: str
@@ -48,7 +49,7 @@ class Profile:
 
 @dataclass(frozen=True)
 class State:
-    """What is there, what is decided about torch, and each package beside its pin."""
+    """The machine, the decision about torch, and each package beside its pin."""
 
     machine: Machine
     decision: Decision
@@ -61,7 +62,7 @@ class State:
 
     @property
     def wrongly_built(self) -> list[Row]:
-        """Those of the right version, but not the build for this machine: pip would leave them as they are."""
+        """The packages of the right version but another machine's build: pip would leave them as they are."""
         return [row for row in self.lacking if row.as_wanted and row.fault == self.decision.reason]
 
     @property
@@ -79,25 +80,26 @@ class State:
 
 def read_profile(name: str, dev: bool) -> Profile:
     """Read the pins of a profile, with those of the tests if `dev`."""
-    current = console.PROJECT / CURRENT
+
+    def pins_of(path: Path) -> tuple[list[Pin], list[str]]:
+        pins = install.read_pins(path)
+        return pins, [install.pinned(pins, part, path) for part in ("torch", "torchvision")]
+
     file = PROFILES[name][dev]
-    pins = install.read_pins(console.PROJECT / file)
-    newest = install.read_pins(current)
-    lines = releases.release_lines(*(install.pinned(newest, part, current) for part in ("torch", "torchvision")))
-    asked = None
-    if name != "auto":
-        asked = Asked(name, *(install.pinned(pins, part, console.PROJECT / file) for part in ("torch", "torchvision")))
-    return Profile(name, file, pins, lines, asked)
+    pins, named = pins_of(project.PROJECT / file)
+    _, newest = pins_of(project.PROJECT / CURRENT)
+    asked = None if name == "auto" else Asked(name, *named)
+    return Profile(name, file, pins, releases.release_lines(*newest), asked)
 
 
 def find_out(profile: Profile, not_replaced: str = "") -> State:
-    """Compare the pins with what is installed, after importing what is there in one process.
+    """Compare the pins with the installed packages, which one process imports.
 
     Args:
-        not_replaced: why a torch that is to be replaced could not be; it is kept if it computes.
+        not_replaced: why a torch that should be replaced could not be; it is kept if it computes.
     """
     there = [pin.name for pin in profile.pins if machine.installed_version(pin.name)]
-    probe = machine.probe(there, with_torch="torch" in there)
+    probe = machine.probe(there)
     here = machine.look_around(probe.torch)
     decision = releases.decide(here, profile.lines, profile.asked)
     if not_replaced and decision.action == releases.REPLACE and releases.usable(here.torch):
@@ -106,11 +108,11 @@ def find_out(profile: Profile, not_replaced: str = "") -> State:
 
 
 def bring_right(profile: Profile, state: State, wheels: Path | None) -> State:
-    """Install what is lacking and look again; what then is there but does not import is put anew once.
-    A torch that computes on the processor stays where the one for the GPU cannot be had.
+    """Install what is lacking and look again; install once more what then does not import. A torch that computes on the
+    CPU stays if the one for the GPU is not available.
 
     Raises:
-        InstallError: what is needed could not be installed.
+        InstallError: a needed package could not be installed.
     """
     sources = pip_calls.find_sources(wheels)
     forced = state.wrongly_built
@@ -131,7 +133,7 @@ def bring_right(profile: Profile, state: State, wheels: Path | None) -> State:
 
 
 def announce(profile: Profile, state: State) -> None:
-    """Say what is decided and why."""
+    """Print the decision and its reason."""
     print(f"Step 1: profile {profile.name} ({profile.file}) for {sys.executable}")
     print(f"Decision: {state.summary}")
     print(f"Reason: {state.decision.reason}")
@@ -141,12 +143,12 @@ def show(state: State) -> None:
     """Print the packages and the machine, one line per fact."""
     for row in state.rows:
         print(f"  {row.name:16} {row.installed or 'absent':16} {row.state}")
-    for name, value in machine.describe_machine(state.machine, console.PROJECT):
+    for name, value in machine.describe_machine(state.machine, project.PROJECT):
         print(f"  {name:16} {value}")
 
 
 def report(profile: Profile, first: State, last: State) -> dict[str, object]:
-    """The contents of environment_report.json: what was decided (`first`) and what is there now (`last`)."""
+    """Return the content of environment_report.json: the decision (`first`) and the present state (`last`)."""
     here = last.machine
     return {
         "written": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -158,34 +160,27 @@ def report(profile: Profile, first: State, last: State) -> dict[str, object]:
         "constraints": CONSTRAINTS.name,
         "python": platform.python_version(),
         "executable": sys.executable,
-        "places": list(here.places),
+        "environments": list(here.environments),
         "platform": platform.platform(),
         "cores": os.cpu_count(),
         "memory_bytes": machine.memory_bytes(),
-        "free_disk_bytes": machine.free_bytes(console.PROJECT),
+        "free_disk_bytes": free_bytes(project.PROJECT),
         "gpus": [{**asdict(gpu), "native_bf16": gpu.native_bf16} for gpu in here.gpus],
         "torch": asdict(here.torch),
         "packages": {
-            row.name: {
-                "pinned": row.pinned,
-                "wanted": row.wanted,
-                "installed": row.installed,
-                "fault": row.fault,
-            }
+            row.name: {field: getattr(row, field) for field in ("pinned", "wanted", "installed", "fault")}
             for row in last.rows
         },
     }
 
 
 def write_outputs(profile: Profile, first: State, last: State) -> None:
-    """Write the constraints and the report; a read-only project costs a line, not the step."""
-    text = json.dumps(report(profile, first, last), indent=2) + "\n"
+    """Write the constraints and the report; in a read-only project a note says that they are missing."""
     try:
-        for path, content in ((CONSTRAINTS, install.constraint_text(last.rows)), (console.REPORT, text)):
-            with replacing(path) as fresh:
-                fresh.write_text(content, encoding="utf-8")
-    except OSError as error:
-        print(f"note: {error.filename} could not be written ({error.strerror})")
+        write_text(CONSTRAINTS, install.constraint_text(last.rows))
+        write_text(project.REPORT, json.dumps(report(profile, first, last), indent=2) + "\n")
+    except LightningDiTError as error:
+        print(f"note: {error.message}")
         return
-    print(f"Report: {console.REPORT}")
+    print(f"Report: {project.REPORT}")
     print(f"To add packages without changing these: python -m pip install -c {CONSTRAINTS.name} NAME")

@@ -1,4 +1,4 @@
-"""What step 1 compares and installs: pins, what is there, the constraints, and who may install where."""
+"""What step 1 compares and installs: pins, installed versions, constraints, and permission to install."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from LightningDiT.console import format_bytes
+from LightningDiT.errors import LightningDiTError
+from LightningDiT.files import free_bytes
 from setup_steps import pip_calls
-from setup_steps.console import StepError, format_bytes
-from setup_steps.machine import free_bytes, installed_version, lacks_record
+from setup_steps.machine import installed_version, lacks_record
 from setup_steps.pip_calls import InstallError, Source, again, in_own_venv
 from setup_steps.releases import REPLACE, Decision, public, version_pair
 
-#: Bytes that an installation takes where the packages lie and, meanwhile, in the folder for temporary files.
+#: Bytes that an installation takes in the folder of the packages and, meanwhile, in that for temporary files.
 TORCH_DISK = (6_000_000_000, 3_000_000_000)  # torch with its GPU libraries
 OTHER_DISK = (700_000_000, 300_000_000)
-UNPACKED = 3  # at most this many times a wheel's own size is taken by what it holds
+UNPACKED = 3  # most bytes of a wheel's content per byte of the wheel
 HELD = ("torch", "torchvision", "numpy")  # compiled modules that must not change under a process
 _PIN = re.compile(
     r"(?P<name>[A-Za-z0-9_.-]+)==(?P<version>[A-Za-z0-9_.+!-]+)"
@@ -30,7 +32,7 @@ _PIN = re.compile(
 
 @dataclass(frozen=True)
 class Pin:
-    """One requirement: a distribution and the version that is wanted."""
+    """One requirement: a distribution and its version."""
 
     name: str
     version: str
@@ -38,13 +40,13 @@ class Pin:
 
 @dataclass(frozen=True)
 class Row:
-    """One distribution: the version that is wanted on this machine, and the one that is there.
+    """One distribution: the version that this machine needs, and the installed one.
 
     Args:
         pinned: the version in the requirements file.
-        wanted: a version, "0.29.*" or "<2"; another than the pinned one where the torch here asks for it.
-        installed: None where it is absent.
-        fault: why it will not do although the version does; empty where it will.
+        wanted: a version, "0.29.*" or "<2"; it differs from the pinned one if the torch here needs that.
+        installed: None if it is absent.
+        fault: why it will not do although the version does; empty if it will.
     """
 
     name: str
@@ -55,7 +57,7 @@ class Row:
 
     @property
     def as_wanted(self) -> bool:
-        """True where the version will do."""
+        """Whether the version will do."""
         return self.installed is not None and satisfies(self.installed, self.wanted)
 
     @property
@@ -64,12 +66,12 @@ class Row:
 
     @property
     def requirement(self) -> str:
-        """What pip is asked for."""
+        """The requirement for pip."""
         return self.name + ("" if self.wanted.startswith("<") else "==") + self.wanted
 
     @property
     def state(self) -> str:
-        """What a person is told about it."""
+        """The state in words for a person."""
         if self.fault:
             return f"not usable: {self.fault}"
         if not self.met:
@@ -79,12 +81,12 @@ class Row:
 
     @property
     def constraint(self) -> str:
-        """The line that holds it where it is, or where it is to be."""
+        """The line that holds it at its version, or at the wanted one."""
         return f"{self.name}=={self.installed}" if self.met else self.requirement
 
 
 def satisfies(version: str, wanted: str) -> bool:
-    """Whether a version is the wanted release, a build of it, or within "0.29.*" or "<2"."""
+    """Return whether a version is the wanted release, a build of it, or within "0.29.*" or "<2"."""
     if wanted.startswith("<"):
         return version_pair(version) < (int(wanted[1:]), 0)
     if wanted.endswith(".*"):
@@ -97,14 +99,14 @@ def read_pins(path: Path, python: tuple[int, int] | None = None) -> list[Pin]:
 
     Args:
         path: a requirements file of this project.
-        python: (major, minor) that the markers are judged by; this interpreter's by default.
+        python: (major, minor) for the markers; this interpreter's by default.
 
     Raises:
-        StepError: the file is absent or a line has another form.
+        LightningDiTError: the file is absent or a line has another form.
     """
     here = python or sys.version_info[:2]
     if not path.is_file():
-        raise StepError(f"{path} is not there", "fetch the project again (git clone)")
+        raise LightningDiTError(f"{path} is not there", "fetch the project again (git clone)")
     pins: list[Pin] = []
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         line = text.split(" #")[0].strip()
@@ -115,7 +117,7 @@ def read_pins(path: Path, python: tuple[int, int] | None = None) -> list[Pin]:
             continue
         match = _PIN.fullmatch(line)
         if not match:
-            raise StepError(
+            raise LightningDiTError(
                 f"{path}:{number}: {line!r} is no pin, NAME==VERSION was expected",
                 f"put the line right, then {again()}",
             )
@@ -128,22 +130,18 @@ def read_pins(path: Path, python: tuple[int, int] | None = None) -> list[Pin]:
 
 
 def pinned(pins: list[Pin], name: str, source: Path) -> str:
-    """The version that a pin names.
-
-    Raises:
-        StepError: no pin has this name.
-    """
+    """Return the version of a pin; raise LightningDiTError if no pin has this name."""
     for pin in pins:
         if pin.name == name:
             return pin.version
-    raise StepError(f"{source} pins no {name}", "fetch the project again (git clone)")
+    raise LightningDiTError(f"{source} pins no {name}", "fetch the project again (git clone)")
 
 
 def make_rows(pins: list[Pin], decision: Decision, faults: dict[str, str]) -> list[Row]:
-    """Compare pins with what is installed; torch and what goes with it are as decided.
+    """Compare pins with what is installed; torch and the packages that go with it are as decided.
 
     Args:
-        faults: why an installed distribution does not import, by name; empty where it does.
+        faults: why an installed distribution does not import, by name; empty if it does.
     """
     decided = {"torch": decision.torch, "torchvision": decision.torchvision, "numpy": decision.numpy}
     rows = []
@@ -157,43 +155,33 @@ def make_rows(pins: list[Pin], decision: Decision, faults: dict[str, str]) -> li
 
 
 def constraint_text(rows: list[Row]) -> str:
-    """The whole set of versions, what is kept included, so that no dependency drags another torch in."""
+    """Return constraints for all versions, kept ones included, so that no dependency brings another torch."""
     head = "# The versions that this environment is held to: python -m pip install -c THIS_FILE NAME\n"
     return head + "".join(f"{row.constraint}\n" for row in rows)
 
 
 def refuse_unfit_process(rows: list[Row]) -> None:
-    """Raise StepError where packages must not be installed from this process or for its interpreter."""
-    refuse_managed_interpreter()
-    refuse_imported_torch(rows)
-
-
-def refuse_managed_interpreter() -> None:
-    """Raise StepError where the system's package manager owns this interpreter (PEP 668)."""
-    in_venv = sys.prefix != sys.base_prefix
-    marker = Path(sysconfig.get_path("stdlib")) / "EXTERNALLY-MANAGED"
-    if in_venv or not marker.is_file() or os.environ.get("PIP_BREAK_SYSTEM_PACKAGES") == "1":
-        return
-    raise StepError(
-        f"{sys.executable} belongs to the operating system, packages must not be installed into it",
-        f"{in_own_venv()}, or python quickstart.py",
-    )
-
-
-def refuse_imported_torch(rows: list[Row]) -> None:
-    """Raise StepError where torch or what it computes with would be replaced under this very process,
-    as with `%run` in a notebook that has imported it.
+    """Raise LightningDiTError if packages must not be installed by this process: the system's package manager owns the
+    interpreter (PEP 668), or a compiled package that this process has imported would be replaced, as with `%run` in a
+    notebook.
     """
+    marker = Path(sysconfig.get_path("stdlib")) / "EXTERNALLY-MANAGED"
+    in_venv, overruled = sys.prefix != sys.base_prefix, os.environ.get("PIP_BREAK_SYSTEM_PACKAGES") == "1"
+    if marker.is_file() and not in_venv and not overruled:
+        raise LightningDiTError(
+            f"{sys.executable} belongs to the operating system, packages must not be installed into it",
+            f"{in_own_venv()}, or python quickstart.py",
+        )
     held = [row.name for row in rows if not row.met and row.name in sys.modules and row.name in HELD]
     if held:
-        raise StepError(
+        raise LightningDiTError(
             f"{', '.join(held)} is imported in this process and cannot be replaced under it",
             f"restart the notebook's kernel, then !{again()} (with an exclamation mark, before any import)",
         )
 
 
 def require_disk(rows: list[Row], source: Source) -> None:
-    """Raise InstallError where the disks of the packages and of temporary files lack the room."""
+    """Raise InstallError if the disks of the packages and of temporary files lack the space."""
     gpu_libraries = platform.system() == "Linux" and any(row.name == "torch" and not row.met for row in rows)
     amounts = TORCH_DISK if gpu_libraries else OTHER_DISK
     if source.wheel_bytes is not None:
@@ -211,14 +199,14 @@ def require_disk(rows: list[Row], source: Source) -> None:
 
 
 def _site() -> Path:
-    """The folder that packages go to, or the nearest above it that is there."""
+    """Return the folder of the packages, or the nearest parent that exists."""
     site = Path(sysconfig.get_path("purelib"))
     return next(folder for folder in (site, *site.parents) if folder.is_dir())
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of pip: the rows that it installs and its options besides source and constraint."""
+    """One call of pip: the rows that it installs, and options other than source and constraint."""
 
     wanted: list[Row]
     options: tuple[str, ...] = ()
@@ -229,11 +217,11 @@ class Call:
 
 
 def calls(rows: list[Row], forced: list[Row]) -> list[Call]:
-    """What pip is called for, in turn, so that every row is met.
+    """Return the calls of pip, in turn, that meet every row.
 
     Args:
-        forced: of these the files are first put anew, whatever pip thinks is there; so are those that
-            pip cannot uninstall, over what is there.
+        forced: rows whose files are first installed again, whatever pip finds there; so are, over the old files, those
+            that pip cannot uninstall.
     """
     lacking = [row for row in rows if not row.met]
     unrecorded = [row for row in lacking if lacks_record(row.name)]
@@ -246,7 +234,7 @@ def calls(rows: list[Row], forced: list[Row]) -> list[Call]:
 
 
 def put_right(rows: list[Row], forced: list[Row], sources: tuple[Source, ...]) -> None:
-    """Install what `rows` lack; together, requirements and constraint hold every version of the profile.
+    """Install what is lacking; requirements and constraints together hold every version of the profile.
 
     Args:
         forced: see `calls`.
@@ -259,13 +247,13 @@ def put_right(rows: list[Row], forced: list[Row], sources: tuple[Source, ...]) -
         require_disk(rows, source)
         if all(_install(call, rows, source) for call in calls(rows, forced)):
             return
-        print("The attached wheels do not suffice: the package index is asked, too")
+        print("The attached wheels do not suffice; asking the package index too")
 
 
 def _install(call: Call, rows: list[Row], source: Source) -> bool:
-    """One call with all other rows held; False where the source does not suffice."""
+    """Make one call with all other rows held; return False if the source does not suffice."""
     with tempfile.TemporaryDirectory() as folder:
         constraints = Path(folder) / "constraints.txt"
-        # pip tells a version that is nowhere to be had from a conflict only if it is not constrained, too.
+        # pip tells an unavailable version from a conflict only if it is not constrained as well
         constraints.write_text(constraint_text([row for row in rows if row not in call.wanted]), encoding="utf-8")
         return pip_calls.pip_install(call.requirements, source, "--constraint", str(constraints), *call.options)

@@ -1,8 +1,7 @@
-"""What this machine is: Python, place, memory, disk, GPUs, and whether torch works here, on which device.
+"""This machine: Python, memory, disk, GPUs, and whether torch works here, on which device.
 
-`python -m setup_steps.machine NAME ...` imports the named distributions and prints what it found
-as JSON: step 1 runs that in a process of its own, so that a broken torch cannot take it along and
-nothing is replaced under an imported module.
+`python -m setup_steps.machine NAME ...` imports the named distributions and prints its findings as JSON. Step 1 runs
+it as a separate process: a broken torch cannot end step 1, and no imported module is replaced.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import warnings
@@ -22,21 +20,20 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from setup_steps.console import PROJECT, StepError, fix_packages, format_bytes, places
+from LightningDiT.console import format_bytes
+from LightningDiT.errors import LightningDiTError, first_line
+from LightningDiT.files import free_bytes
+from setup_steps.project import PROJECT, environments, fix_packages
 
 PROBE_SECONDS = 300
 MODULE_SUFFIXES = (".py", ".so", ".pyd")
 IMPORT_NAMES = {"pillow": "PIL", "torch-fidelity": "torch_fidelity"}  # distributions whose module has another name
-NATIVE_BF16 = (8, 0)  # torch's own is_bf16_supported() is true where bf16 is emulated, too
+NATIVE_BF16 = (8, 0)  # torch's own is_bf16_supported() is also true for emulated bf16
 SMI_SECONDS = 60
 SMI_FIELDS = ("name", "compute_cap", "memory.total", "driver_version")
-MIB = 1024 * 1024
-#: Compute capability by a word of the name, for drivers that do not tell it.
-CAPABILITIES = {"K80": (3, 7), "M40": (5, 2), "M60": (5, 2), "P4": (6, 1), "P40": (6, 1), "P100": (6, 0)} | {
-    "V100": (7, 0),
-    "T4": (7, 5),
-    "A100": (8, 0),
-}
+#: Compute capability by a word of the name, for drivers that do not report it.
+CAPABILITIES = {"K80": (3, 7), "M40": (5, 2), "M60": (5, 2), "P100": (6, 0), "P4": (6, 1), "P40": (6, 1)}
+CAPABILITIES.update({"V100": (7, 0), "T4": (7, 5), "A100": (8, 0)})
 
 
 @dataclass(frozen=True)
@@ -44,11 +41,10 @@ class Gpu:
     """One accelerator.
 
     Args:
-        capability: compute capability; (0, 0) where it is not known.
-        memory: bytes; 0 where it is not known.
-        driver: version of the NVIDIA driver; empty where it is not known.
-        fault: why no kernel ran on it; empty where one ran and came out right, None where torch,
-            if there is one, does not see the device.
+        capability: compute capability; (0, 0) if unknown.
+        memory: bytes; 0 if unknown.
+        driver: version of the NVIDIA driver; empty if unknown.
+        fault: why no kernel ran on it; empty if one ran correctly, None if torch does not see the device.
     """
 
     name: str
@@ -59,30 +55,30 @@ class Gpu:
 
     @property
     def native_bf16(self) -> bool:
-        """Whether bfloat16 is computed and not emulated."""
+        """Whether bfloat16 is native and not emulated."""
         return self.capability >= NATIVE_BF16
 
     @property
     def title(self) -> str:
-        """'Tesla T4 (7.5)'."""
+        """Name and capability: `Tesla T4 (7.5)`."""
         return f"{self.name} ({'.'.join(map(str, self.capability))})" if self.capability > (0, 0) else self.name
 
 
 @dataclass(frozen=True)
 class TorchFacts:
-    """torch by evidence: `works` is true when a product was really computed.
+    """torch by evidence: one product is really computed on each device.
 
     Args:
-        version: torch's version; empty where it does not import.
-        works: the product on the CPU came out right.
-        device: "cuda" where the product came out right there too, else "cpu".
-        device_name: the accelerator's name, or the processor's.
-        device_memory: bytes of the accelerator's memory; 0 on the CPU.
-        note: why torch, or the accelerator, is not usable; empty where all is well.
-        cuda: CUDA version that torch is built with; empty for a build without.
-        hip: ROCm version that torch is built with (AMD devices); empty for a build without.
-        archs: kernels that this build holds, as torch lists them ("sm_75", "compute_120").
-        gpus: every accelerator that torch sees, each with the outcome of one real product.
+        version: torch's version; empty if it does not import.
+        works: the product on the CPU is right.
+        device: "cuda" if the product is right there too, else "cpu".
+        device_name: name of the GPU, or of the CPU.
+        device_memory: bytes of the GPU's memory; 0 on the CPU.
+        note: why torch or the GPU is not usable; empty if both are.
+        cuda: CUDA version of this build; empty for one without.
+        hip: ROCm version of this build (AMD devices); empty for one without.
+        archs: kernels of this build, as torch lists them ("sm_75", "compute_120").
+        gpus: every GPU that torch sees, with the outcome of its product.
     """
 
     version: str = ""
@@ -98,43 +94,37 @@ class TorchFacts:
 
     @classmethod
     def from_json(cls, facts: dict[str, Any]) -> TorchFacts:
-        """The facts that `asdict` and JSON made lists of."""
+        """Return the facts from what `asdict` and JSON made of them."""
         gpus = tuple(Gpu(**{**gpu, "capability": tuple(gpu["capability"])}) for gpu in facts["gpus"])
         return cls(**{**facts, "archs": tuple(facts["archs"]), "gpus": gpus})
 
 
 def torch_facts() -> TorchFacts:
-    """Import torch here and try it on the CPU and on every accelerator it names."""
+    """Import torch here and try it on the CPU and on every GPU that it sees."""
     try:
         import torch
-    except Exception as error:  # a package that is cut short raises whatever its rest leads to
-        return TorchFacts(note=f"torch does not import: {one_line(error)}")
+    except Exception as error:  # a truncated package raises anything
+        return TorchFacts(note=f"torch does not import: {first_line(error)}")
 
-    name = platform.processor() or platform.machine()
-    built = getattr(torch, "version", None)
-    facts = TorchFacts(
-        str(torch.__version__),
-        device_name=name,
-        cuda=str(getattr(built, "cuda", None) or ""),
-        hip=str(getattr(built, "hip", None) or ""),
-    )
-    try:
-        works = product_is_right(torch, "cpu")
-    except Exception as error:
-        return replace(facts, note=f"torch does not compute: {one_line(error)}")
-    return gpu_facts(torch, replace(facts, works=works))
+    cuda, hip = (str(getattr(getattr(torch, "version", None), name, None) or "") for name in ("cuda", "hip"))
+    cpu = platform.processor() or platform.machine()
+    facts = TorchFacts(str(torch.__version__), device_name=cpu, cuda=cuda, hip=hip)
+    fault = product_fault(torch, "cpu")
+    if fault:
+        return replace(facts, note=f"torch does not compute: {fault}")
+    return gpu_facts(torch, replace(facts, works=True))
 
 
 def gpu_facts(torch: ModuleType, facts: TorchFacts) -> TorchFacts:
-    """`facts` with what torch sees and can do on its accelerators."""
+    """Return `facts` completed by what torch sees and computes on GPUs."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
             count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         except Exception as error:
-            return replace(facts, note=f"the GPU is not usable: {one_line(error)}")
-    if not count:  # a driver that is too old is a mere warning of torch's
-        return replace(facts, note=one_line(said[0].message) if said else "")
+            return replace(facts, note=f"the GPU is not usable: {first_line(error)}")
+    if not count:  # torch only warns about a driver that is too old
+        return replace(facts, note=first_line(said[0].message) if said else "")
     archs = tuple(torch.cuda.get_arch_list())
     gpus = tuple(try_gpu(torch, index) for index in range(count))
     first = gpus[0]
@@ -145,29 +135,29 @@ def gpu_facts(torch: ModuleType, facts: TorchFacts) -> TorchFacts:
 
 
 def try_gpu(torch: ModuleType, index: int) -> Gpu:
-    """One accelerator that torch sees, and whether a product on it comes out right."""
+    """Return a GPU that torch sees, with the outcome of a product on it."""
     try:
         found = torch.cuda.get_device_properties(index)
-        gpu = Gpu(found.name, (found.major, found.minor), found.total_memory)
-    except Exception as error:  # a device that torch has no kernels for raises classes of torch's own
-        return Gpu(f"GPU {index}", fault=one_line(error))
-    try:
-        right = product_is_right(torch, f"cuda:{index}")
     except Exception as error:
-        return replace(gpu, fault=one_line(error))
-    return replace(gpu, fault="" if right else "computes wrongly")
+        return Gpu(f"GPU {index}", fault=first_line(error))
+    fault = product_fault(torch, f"cuda:{index}")
+    return Gpu(found.name, (found.major, found.minor), found.total_memory, fault=fault)
 
 
-def product_is_right(torch: ModuleType, device: str) -> bool:
-    """Multiply two matrices of ones (64, 64) on the device: every entry must be 64."""
-    ones = torch.ones(64, 64, device=device)
-    return bool(((ones @ ones) == 64).all().item())
+def product_fault(torch: ModuleType, device: str) -> str:
+    """Return why two matrices of ones (64, 64) do not give 64 in every entry on the device; empty if they do."""
+    try:
+        ones = torch.ones(64, 64, device=device)
+        return "" if bool(((ones @ ones) == 64).all().item()) else "computes wrongly"
+    except Exception as error:  # torch raises classes of its own for a device without kernels
+        return first_line(error)
 
 
 def has_kernels(archs: tuple[str, ...], capability: tuple[int, int]) -> bool:
-    """Whether a build with these kernels runs on a device of this capability: machine code ("sm_XY")
-    runs on the same major number from its minor number on, PTX ("compute_XY") on all that is newer;
-    a letter behind the number binds both to that one kind (a) or its family (f).
+    """Return whether a build with these kernels runs on a device of this capability.
+
+    Machine code ("sm_XY") runs on the same major number from its minor number on, PTX ("compute_XY") on all newer
+    devices. A letter behind the number limits both to that one kind (a) or to its family (f).
     """
     for arch in archs:
         match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", arch)
@@ -181,8 +171,8 @@ def has_kernels(archs: tuple[str, ...], capability: tuple[int, int]) -> bool:
 
 
 def ask_nvidia_smi() -> tuple[Gpu, ...]:
-    """The GPUs that the NVIDIA driver names and this process may use; none where there is no driver."""
-    # Drivers before 510 refuse the whole question for the sake of compute_cap.
+    """Return the GPUs that the NVIDIA driver reports and this process may use; none without a driver."""
+    # drivers before 510 refuse the whole query because of compute_cap
     for fields in (SMI_FIELDS, tuple(field for field in SMI_FIELDS if field != "compute_cap")):
         command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
         try:
@@ -197,7 +187,7 @@ def ask_nvidia_smi() -> tuple[Gpu, ...]:
 
 
 def _gpu_of(answer: dict[str, str]) -> Gpu:
-    """One line of nvidia-smi; what it does not know is written in brackets there."""
+    """Return the GPU of one line of nvidia-smi, which puts what it does not know in brackets."""
     match = re.fullmatch(r"(\d+)\.(\d+)", answer.get("compute_cap", "").strip())
     words = re.split(r"[\s-]", answer["name"])
     known = next((CAPABILITIES[word] for word in words if word in CAPABILITIES), (0, 0))
@@ -205,38 +195,31 @@ def _gpu_of(answer: dict[str, str]) -> Gpu:
     return Gpu(
         answer["name"].strip(),
         (int(match[1]), int(match[2])) if match else known,
-        int(memory) * MIB if memory.isdigit() else 0,
+        int(memory) * 2**20 if memory.isdigit() else 0,
         driver if driver[:1].isdigit() else "",
     )
 
 
 def visible(gpus: tuple[Gpu, ...]) -> tuple[Gpu, ...]:
-    """Those of all GPUs that CUDA_VISIBLE_DEVICES leaves to this process; nvidia-smi ignores it."""
+    """Return the GPUs that CUDA_VISIBLE_DEVICES, which nvidia-smi ignores, leaves to this process."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is None or "GPU-" in chosen or "MIG-" in chosen:  # by name: which ones is not told here
+    if chosen is None or "GPU-" in chosen or "MIG-" in chosen:  # names, which nothing here relates to an index
         return gpus
     indices = [int(word) for word in chosen.split(",") if word.strip().isdigit()]
     return tuple(gpus[index] for index in indices if index < len(gpus))
 
 
 def require_torch(purpose: str) -> None:
-    """Raise StepError where torch does not import here, which `purpose` needs."""
+    """Raise LightningDiTError if torch, which `purpose` needs, does not import here."""
     try:
         import torch  # noqa: F401
     except Exception as error:
-        raise StepError(
-            f"{purpose} needs torch, which does not import ({one_line(error)})",
-            fix_packages(),
-        ) from error
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error's text, or its class where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        message = f"{purpose} needs torch, which does not import ({first_line(error)})"
+        raise LightningDiTError(message, fix_packages()) from error
 
 
 def memory_bytes() -> int | None:
-    """Memory of this machine or of the container it is limited to; None where that is unknown."""
+    """Return the memory of this machine, or the limit of its container; None if unknown."""
     try:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
@@ -249,49 +232,43 @@ def memory_bytes() -> int | None:
     return total
 
 
-def free_bytes(folder: Path) -> int:
-    """Free space on the disk of `folder`."""
-    return shutil.disk_usage(folder).free
-
-
 def try_imports(names: list[str]) -> dict[str, str]:
-    """Import each distribution's module; map its name to "" or to why it does not import."""
+    """Import each distribution's module; return by name why it does not import, or ""."""
     faults = {}
     for name in names:
         try:
             importlib.import_module(IMPORT_NAMES.get(name, name))
             faults[name] = emptied_file(name)
         except Exception as error:
-            faults[name] = one_line(error)
+            faults[name] = first_line(error)
     return faults
 
 
 def emptied_file(name: str) -> str:
-    """Name a module of a distribution that holds nothing although it was installed with something, as
-    a full disk or a killed installation leaves it; empty where there is none.
-    """
-    try:
-        files = metadata.files(name) or ()
-    except metadata.PackageNotFoundError:
-        return ""
-    for file in files:
+    """Return that a module of a distribution lost its content, as by a full disk or a killed installation, or ""."""
+    for file in _files_of(name) or ():
         if file.size and file.suffix in MODULE_SUFFIXES:
-            place = Path(str(file.locate()))
-            if place.is_file() and not place.stat().st_size:
-                return f"{place} is empty"
+            path = Path(str(file.locate()))
+            if path.is_file() and not path.stat().st_size:
+                return f"{path} is empty"
     return ""
 
 
 def lacks_record(name: str) -> bool:
-    """True for an installed distribution that pip cannot uninstall: its list of files is not there."""
+    """Return whether pip cannot uninstall an installed distribution, because its list of files is missing."""
+    return _files_of(name) is None
+
+
+def _files_of(name: str) -> list[metadata.PackagePath] | None:
+    """Return the files of a distribution, none if it is absent; None if their list is missing."""
     try:
-        return metadata.files(name) is None
+        return metadata.files(name)
     except metadata.PackageNotFoundError:
-        return False
+        return []
 
 
 def installed_version(name: str) -> str | None:
-    """Version of an installed distribution, from its metadata alone (no import)."""
+    """Return the version of an installed distribution by its metadata, without an import; None if absent."""
     importlib.invalidate_caches()
     try:
         return metadata.version(name)
@@ -301,17 +278,17 @@ def installed_version(name: str) -> str | None:
 
 @dataclass(frozen=True)
 class Probe:
-    """Answer of the probing process: torch's facts and, by distribution, why it does not import."""
+    """Findings of the probing process: torch's facts and, by distribution, why it does not import."""
 
     torch: TorchFacts
     faults: dict[str, str]
 
 
-def probe(names: list[str], with_torch: bool) -> Probe:
-    """Import `names`, and try torch if `with_torch`, in a process of its own; where that process
-    dies, each in its own, so that one broken package is not blamed on all.
+def probe(names: list[str]) -> Probe:
+    """Import `names`, and try torch if it is among them, in a separate process. If it dies, probe each alone: one
+    broken package is not blamed on all.
     """
-    command = [sys.executable, "-m", "setup_steps.machine", *(["--torch"] * with_torch), *names]
+    command = [sys.executable, "-m", "setup_steps.machine", *names]
     try:
         done = subprocess.run(command, check=False, cwd=PROJECT, capture_output=True, text=True, timeout=PROBE_SECONDS)
         answer = json.loads(done.stdout.splitlines()[-1])
@@ -322,68 +299,64 @@ def probe(names: list[str], with_torch: bool) -> Probe:
         tail = done.stderr.strip().splitlines()
         reason = tail[-1] if tail else f"the process ended with code {done.returncode}"
     if len(names) > 1:
-        parts = [probe([name], with_torch and name == "torch") for name in names]
+        parts = [probe([name]) for name in names]
         facts = next((part.torch for part in parts if part.torch != TorchFacts()), TorchFacts())
         return Probe(facts, {name: fault for part in parts for name, fault in part.faults.items()})
-    note = f"torch: {reason}" if with_torch else ""
+    note = f"torch: {reason}" if "torch" in names else ""
     return Probe(TorchFacts(note=note), dict.fromkeys(names, reason))
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a decision is made from.
+    """The basis of the decision about torch.
 
     Args:
         python: (major, minor) of this interpreter.
         system: as "Linux x86_64".
-        places: what keeps this interpreter, as "Kaggle"; "plain" where nothing does.
-        torch: what is installed, by evidence.
-        gpus: every GPU of this process, by torch where it sees them, else by the driver.
+        environments: what keeps this interpreter's packages apart, as "Kaggle"; "plain" if nothing does.
+        torch: the installed torch, by evidence.
+        gpus: every GPU of this process: those that torch sees, or else those of the driver.
     """
 
     python: tuple[int, int]
     system: str
-    places: tuple[str, ...]
+    environments: tuple[str, ...]
     torch: TorchFacts
     gpus: tuple[Gpu, ...] = ()
 
 
 def look_around(torch: TorchFacts) -> Machine:
-    """This machine, given what the probe found out about torch."""
+    """Return this machine, given the probe's findings about torch."""
     by_driver = ask_nvidia_smi()
     driver = by_driver[0].driver if by_driver else ""
     return Machine(
         sys.version_info[:2],
         f"{platform.system()} {platform.machine()}",
-        places() or ("plain",),
+        environments() or ("plain",),
         torch,
         tuple(replace(gpu, driver=driver) for gpu in torch.gpus) or by_driver,
     )
 
 
 def describe_machine(machine: Machine, folder: Path) -> list[tuple[str, str]]:
-    """Rows for a person: what is looked at and what it is."""
+    """Return rows for a person: what was examined and the finding."""
     memory, torch = memory_bytes(), machine.torch
     build = f" (CUDA {torch.cuda})" if torch.cuda else f" (ROCm {torch.hip})" if torch.hip else ""
     rows = [
-        ("Python", f"{platform.python_version()} ({sys.executable}, {', '.join(machine.places)})"),
+        ("Python", f"{platform.python_version()} ({sys.executable}, {', '.join(machine.environments)})"),
         ("System", f"{machine.system}, {os.cpu_count()} cores"),
         ("Memory", format_bytes(memory) if memory else "unknown"),
         ("Disk", f"{format_bytes(free_bytes(folder))} free at {folder}"),
         ("torch", f"{torch.version}{build}" if torch.version else "absent or broken"),
     ]
-    if torch.archs:
-        rows.append(("Kernels", " ".join(torch.archs)))
+    rows.append(("Kernels", " ".join(torch.archs)))
     rows += [(f"GPU {index}", describe_gpu(gpu)) for index, gpu in enumerate(machine.gpus)]
-    if torch.version:
-        rows.append(("Device", f"{torch.device} ({torch.device_name or 'processor'})"))
-    if torch.note:
-        rows.append(("note", torch.note))
-    return rows
+    rows.append(("Device", f"{torch.device} ({torch.device_name or 'CPU'})" if torch.version else ""))
+    return [(name, value) for name, value in [*rows, ("Note", torch.note)] if value]
 
 
 def describe_gpu(gpu: Gpu) -> str:
-    """One line: 'Tesla T4 (7.5), 15.8 GB, driver 580.1, bf16 emulated, a kernel ran'."""
+    """Return one line: `Tesla T4 (7.5), 15.8 GB, driver 580.1, bf16 emulated, a kernel ran`."""
     parts = [gpu.title, format_bytes(gpu.memory) if gpu.memory else "memory unknown"]
     if gpu.driver:
         parts.append(f"driver {gpu.driver}")
@@ -393,12 +366,10 @@ def describe_gpu(gpu: Gpu) -> str:
     return ", ".join([*parts, "a kernel ran" if gpu.fault == "" else kernel])
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Print the probe's answer as one line of JSON."""
-    names = list(sys.argv[1:] if argv is None else argv)
-    with_torch = "--torch" in names
-    names = [name for name in names if name != "--torch"]
-    facts = torch_facts() if with_torch else TorchFacts()
+def main() -> int:
+    """Print the probe's findings as one line of JSON."""
+    names = sys.argv[1:]
+    facts = torch_facts() if "torch" in names else TorchFacts()
     print(json.dumps({"torch": asdict(facts), "faults": try_imports(names)}))
     return 0
 

@@ -1,20 +1,20 @@
-"""How much memory sampling takes, from the shapes of what is computed.
+"""How much memory sampling takes, from the shapes of its tensors.
 
     peak(batch) = framework + weights + loading + max(batch x step, min(batch, chunk) x decode)
 
-framework   what a process holds before any weight is read: the interpreter, torch and its libraries;
-            on a GPU the driver's context.
-weights     transformer: parameters x bytes per value of the chosen precision, twice where a guide of the
-            same shape is beside it; tokenizer: parameters x 4 (it stays in float32).
-loading     what is converted is read from the file in portions, one of which is in memory at a time;
-            what allocators keep of the freed ones is about as much.
-step        of one image: a step with guidance computes 2 rows. With half precision the tokens, the
-            norms and the sums are in float32 nevertheless, what matrix products take is not.
-decode      of one image; the tokenizer decodes at most `chunk` images at once, whatever the batch.
+framework   memory of a process before any weight is read: the interpreter, torch and its libraries; on a GPU the
+            driver's context
+weights     transformer: parameters x bytes per value of the chosen precision, twice with a guide of the same shape;
+            tokenizer: parameters x 4 (it stays in float32)
+loading     converted weights are read from the file in portions, one at a time; allocators keep about as much of the
+            freed ones
+step        of one image: guidance computes 2 rows; in half precision the inputs of matrix products are half, the
+            tokens, norms and sums float32
+decode      of one image; the tokenizer decodes at most `chunk` images at once, whatever the batch size
 
-What is computed is bounded by every tensor that the largest block makes, as if none were freed before
-the block ends: allocators (glibc's heap, torch's cache) keep freed blocks of that size. Measured by
-`python -m studies.measure_memory`; the table is in docs/memory.md.
+Step and decode are bounded by all tensors that the largest block makes, as if none were freed before the block ends:
+allocators (glibc's heap, torch's cache) keep freed blocks of that size. Measured by `python -m studies.measure_memory`;
+the table is in docs/memory.md.
 """
 
 from __future__ import annotations
@@ -27,29 +27,23 @@ if TYPE_CHECKING:
     from LightningDiT.models.lightningdit import LightningDiTSettings
     from LightningDiT.tokenizer.autoencoder import AutoencoderSettings
 
-FLOAT32, HALF = 4, 2
-"""Bytes of a value, which is what a precision comes to here."""
-MIXED = 3  # bytes of a value of a step in half precision, on average
-ROWS_PER_IMAGE = 2  # guidance computes each state with its class and with none
-# Tensors of tokens x width that one transformer block makes: norm, modulated, q, k, v, for q and k
-# each the cosine product, the turned copy and the rotated result, the attention's output, its joined
-# heads, their projection, the sum with x; again norm, modulated, the MLP's output and the sum.
+FLOAT32, HALF = 4, 2  # bytes of a value
+MIXED = 3  # average bytes of a value of a step in half precision
+ROWS_PER_IMAGE = 2  # guidance computes each state with its class and without one
+# Tensors of tokens x width that one transformer block makes: norm, modulated, q, k, v, for q and k each the cosine
+# product, the turned copy and the rotated result, the attention's output, its joined heads, their projection, the sum
+# with x; again norm, modulated, the MLP's output and the sum.
 BLOCK_TENSORS = 19
-# Of tokens x hidden width: w12 makes two, silu of the gate one, its product with the value one.
-SWIGLU_TENSORS = 4
+SWIGLU_TENSORS = 4  # of tokens x hidden width: two of w12, silu of the gate, its product with the value
 PLAIN_MLP_TENSORS = 2  # fc1 and GELU
-# Maps that one residual block of the decoder makes: its input, and twice norm, SiLU and convolution,
-# then the sum.
-RESIDUAL_MAPS = 8
-# docs/memory.md, row "framework" (about 600 MB), with what the first computation loads on top.
-FRAMEWORK_BYTES = 700_000_000
-# An allowance, not a measurement: what driver, cuBLAS and cuDNN take on a GPU beside torch's tensors.
-GPU_CONTEXT_BYTES = 1_000_000_000
+RESIDUAL_MAPS = 8  # of a residual block of the decoder: the input, twice norm, SiLU and convolution, the sum
+FRAMEWORK_BYTES = 700_000_000  # docs/memory.md, row "framework" (about 600 MB), and libraries of the first computation
+GPU_CONTEXT_BYTES = 1_000_000_000  # an allowance, not measured: driver, cuBLAS and cuDNN beside torch's tensors
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that sampling takes, by what takes them; see the module's formula."""
+    """Bytes that sampling takes, by the terms of the module's formula."""
 
     framework: int
     weights: int
@@ -59,12 +53,12 @@ class Need:
     chunk: int
 
     def peak(self, batch: int) -> int:
-        """Resident bytes at the worst moment of sampling `batch` images at a time."""
+        """Return the resident bytes at the worst moment of sampling with this batch size."""
         working = max(batch * self.step, min(batch, self.chunk) * self.decode)
         return self.framework + self.weights + self.loading + working
 
     def largest_batch(self, memory: float, at_most: int) -> int:
-        """The largest batch that `memory` (bytes) holds, from 1 to `at_most`; 1 where none is."""
+        """Return the largest batch size that fits `memory` (bytes), from 1 to `at_most`; 1 if none does."""
         room = int(memory) - self.framework - self.weights - self.loading
         batch = min(at_most, room // self.step)
         if room < min(batch, self.chunk) * self.decode:
@@ -73,22 +67,22 @@ class Need:
 
 
 def block_bytes(settings: LightningDiTSettings, rows: int, value_bytes: int) -> int:
-    """Bytes of the tensors that one transformer block makes of `rows` latents."""
+    """Return the bytes of the tensors that one transformer block makes of `rows` latents."""
     hidden = int(settings.hidden_size * settings.mlp_ratio)
     inner = SWIGLU_TENSORS * int(2 / 3 * hidden) if settings.use_swiglu else PLAIN_MLP_TENSORS * hidden
     return rows * settings.side**2 * (BLOCK_TENSORS * settings.hidden_size + inner) * value_bytes
 
 
 def decode_bytes(settings: AutoencoderSettings, images: int, side: int) -> int:
-    """Bytes of the maps that the decoder's largest residual block makes for images of `side` pixels."""
+    """Return the bytes of the maps that the decoder's largest residual block makes for images of `side` pixels."""
     maps = [settings.level_channels(0) * side**2]
-    # An upsampling level hands its channels to the next larger resolution.
+    # an upsampling level passes its channels to the next larger resolution
     maps += [settings.level_channels(level) * (side >> level - 1) ** 2 for level in range(1, len(settings.ch_mult))]
     return images * RESIDUAL_MAPS * max(maps) * FLOAT32
 
 
 def parameters_of(config: Config) -> tuple[int, int]:
-    """Numbers of parameters of a configuration's transformer and tokenizer; no weight is read."""
+    """Return the numbers of parameters of a configuration's transformer and tokenizer, without reading weights."""
     from LightningDiT.checkpoint import without_values
     from LightningDiT.loading import model_settings
     from LightningDiT.models.lightningdit import LightningDiT
@@ -106,11 +100,11 @@ def parameters_of(config: Config) -> tuple[int, int]:
 
 
 def sampling_need(config: Config, on_gpu: bool, value_bytes: int) -> Need:
-    """What sampling with guidance by a configuration takes.
+    """Return the need of sampling with guidance by a configuration.
 
     Args:
-        on_gpu: in the device's memory; else in the machine's.
-        value_bytes: FLOAT32 or HALF, of the precision that the transformer computes in.
+        on_gpu: in the GPU's memory; else in the machine's.
+        value_bytes: FLOAT32 or HALF, of the transformer's precision.
     """
     from LightningDiT.checkpoint import PORTION_BYTES
     from LightningDiT.loading import model_settings

@@ -1,4 +1,4 @@
-"""pip in a process of its own: where it looks for wheels, and what its errors mean in one line."""
+"""pip as a separate process: where it looks for wheels, and its errors in one line."""
 
 from __future__ import annotations
 
@@ -9,43 +9,42 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from setup_steps import console
-from setup_steps.console import VENV, StepError, venv_python
+from LightningDiT.errors import LightningDiTError
+from setup_steps import project
+from setup_steps.project import STEP1, VENV, venv_python
 from setup_steps.weights import attached_folder, walk
 
-STEP = "step1_install_environment.py"
 RETRIES = "2"  # pip's own five make an offline machine wait for minutes
+
+#: The running command, or step 1, with other options.
+again = partial(project.again, STEP1)
 
 
 def in_own_venv(system: str = os.name) -> str:
-    """The command that makes the project's virtual environment and runs step 1 in it; `system` is "nt"
-    for Windows.
+    """Return the command that makes the project's virtual environment and runs step 1 in it; `system` is "nt" for
+    Windows.
     """
     made = shlex.join([sys.executable, "-m", "venv", VENV.name])
-    return f"{made} && {venv_python(Path(VENV.name), system)} {STEP}"
+    return f"{made} && {venv_python(Path(VENV.name), system)} {STEP1}"
 
 
-def again(*added: str) -> str:
-    """The command that is running, or step 1, with more options."""
-    return console.again(STEP, *added)
-
-
-class InstallError(StepError):
-    """Packages could not be installed; what was there before still is."""
+class InstallError(LightningDiTError):
+    """Packages could not be installed; what was there before remains."""
 
 
 @dataclass(frozen=True)
 class Complaint:
-    """What pip says, and how that is told and fixed; `{what}` is the pattern's group of that name."""
+    """A pattern of what pip says, with message and fix; `{what}` is the pattern's group of that name."""
 
     pattern: str
     message: str
     fix: str
 
 
-#: The first row that fits pip's stderr is the reason: a full disk shows up as broken downloads, too.
+#: The first row that fits pip's stderr is the reason: a full disk shows up as broken downloads too.
 COMPLAINTS = (
     Complaint(
         r"No space left on device|Errno 28|not enough space on the disk",
@@ -54,7 +53,7 @@ COMPLAINTS = (
     ),
     Complaint(
         r"Permission denied|Errno 13|WinError 5",
-        "packages must not be written there",
+        "packages cannot be written there",
         f"{in_own_venv()}, or python quickstart.py",
     ),
     Complaint(
@@ -70,12 +69,12 @@ COMPLAINTS = (
     ),
     Complaint(
         r"No matching distribution found for (?P<what>[^\s;]+)",
-        "{what} is not to be had for this Python {python}",
+        "{what} is not available for this Python {python}",
         "another Python (3.11 or 3.12 have every wheel), or {again} --wheels FOLDER with that wheel in it",
     ),
     Complaint(
         r"ResolutionImpossible|conflicting dependencies",
-        "packages that are wanted exclude one another (pip names them above)",
+        "the wanted packages exclude one another (pip names them above)",
         in_own_venv(),
     ),
 )
@@ -84,12 +83,12 @@ UNKNOWN = Complaint("", "pip says why above", "check the internet connection, th
 
 @dataclass(frozen=True)
 class Source:
-    """Where pip looks.
+    """Where pip looks for packages.
 
     Args:
         folders: folders with wheels.
-        index: whether the package index is asked, too.
-        last: whether what fails here is an error; else the next source is tried.
+        index: ask the package index too.
+        last: a failure here is an error; otherwise the next source is tried.
     """
 
     folders: tuple[Path, ...] = ()
@@ -98,62 +97,62 @@ class Source:
 
     @property
     def options(self) -> list[str]:
-        """pip's options for it."""
+        """pip's options for this source."""
         links = [part for folder in self.folders for part in ("--find-links", str(folder))]
         return links if self.index else ["--no-index", *links]
 
     @property
     def wheel_bytes(self) -> int | None:
-        """Bytes of all wheels where these alone can be installed; None with an index."""
+        """Bytes of all wheels if these alone can be installed; None with an index."""
         if self.index:
             return None
         return sum(wheel.stat().st_size for folder in self.folders for wheel in folder.glob("*.whl"))
 
 
 def find_sources(wheels: Path | None) -> tuple[Source, ...]:
-    """Where to look, in turn: in `wheels` alone if it is given; else in the wheels among the attached
-    inputs, then at the index with these at hand.
+    """Return the sources to try in turn: `wheels` alone if it is given; else the wheels among the attached inputs, then
+    these and the index.
 
     Raises:
-        StepError: `wheels` is no folder with wheels.
+        LightningDiTError: `wheels` is not a folder with wheels.
     """
     if wheels is not None:
         if not any(wheels.glob("*.whl")):
             found = "holds no .whl file" if wheels.is_dir() else "is no folder"
-            raise StepError(
+            raise LightningDiTError(
                 f"--wheels {wheels} {found}, a folder with wheels was expected",
                 f"python -m pip download -r requirements.txt -d {shlex.quote(str(wheels))} on a machine with internet",
             )
         return (Source((wheels,), index=False),)
     attached = attached_folder()
-    places = walk(attached) if attached is not None else ()
-    folders = tuple(sorted(place for place, _, files in places if any(name.endswith(".whl") for name in files)))
+    walked = walk(attached) if attached is not None else ()
+    folders = tuple(sorted(folder for folder, _, files in walked if any(name.endswith(".whl") for name in files)))
     with_index = Source(folders)
     return (Source(folders, index=False, last=False), with_index) if folders else (with_index,)
 
 
 def pip_command(requirements: Sequence[str], *options: str) -> list[str]:
-    """The pip call that installs `requirements` into this interpreter."""
+    """Return the pip call that installs `requirements` for this interpreter."""
     command = [sys.executable, "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
     return [*command, *options, *requirements]
 
 
 def require_pip() -> None:
-    """Raise StepError where this interpreter has no pip."""
+    """Raise LightningDiTError if this interpreter has no pip."""
     have_pip = subprocess.run([sys.executable, "-m", "pip", "--version"], check=False, capture_output=True)
     if have_pip.returncode:
-        raise StepError(f"{sys.executable} has no pip", f"{shlex.quote(sys.executable)} -m ensurepip --upgrade")
+        raise LightningDiTError(f"{sys.executable} has no pip", f"{shlex.quote(sys.executable)} -m ensurepip --upgrade")
 
 
 def pip_install(requirements: Sequence[str], source: Source, *options: str) -> bool:
-    """Install from one source; False where it does not suffice and another is to be tried.
+    """Install from one source; return False if it does not suffice and another is to be tried.
 
     Raises:
         InstallError: pip failed at the last source.
     """
     code, said = _run(pip_command(requirements, *source.options, *options), quiet=not source.last)
     if code and source.last:
-        raise judge(said, requirements, code)
+        raise explain(said, requirements, code)
     return code == 0
 
 
@@ -170,13 +169,13 @@ def _run(command: list[str], quiet: bool) -> tuple[int, str]:
                     sys.stderr.write(line)
                     sys.stderr.flush()
         except KeyboardInterrupt:
-            pip.wait()  # it has the Ctrl-C too, and tidies up; a rerun must not meet it
+            pip.wait()  # it got the Ctrl-C too and tidies up; a rerun must not meet it
             raise
     return pip.returncode, "".join(said)
 
 
-def judge(said: str, requirements: Sequence[str], code: int) -> InstallError:
-    """The error for what pip said on stderr."""
+def explain(said: str, requirements: Sequence[str], code: int) -> InstallError:
+    """Return the error for what pip said on stderr."""
     matches = ((row, re.search(row.pattern, said)) for row in COMPLAINTS)
     row, match = next(((row, match) for row, match in matches if match), (UNKNOWN, None))
     named = match.groupdict() if match else {}

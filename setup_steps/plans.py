@@ -1,17 +1,18 @@
-"""What step 2 does with one file: it stays, or a link or a download takes its place."""
+"""What step 2 does with one file: keep it, or replace it by a link or a download."""
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from LightningDiT.console import duration, format_bytes
+from LightningDiT.errors import LightningDiTError
+from LightningDiT.files import free_name, rename_command
 from setup_steps import convert, downloads
 from setup_steps.checks import Record, fault_of, is_whole, open_check
-from setup_steps.console import StepError, format_bytes, format_seconds, library_error, rename_command
-from setup_steps.files import free_name
+from setup_steps.project import REPAIR, step_command
 from setup_steps.sources import Source, at_hand, dangling_links, leads_to, link
-from setup_steps.weights import WeightFile, converted_name, usable_names
+from setup_steps.weights import WeightFile, bytes_left, converted_name, usable_names
 
 
 @dataclass(frozen=True)
@@ -19,11 +20,10 @@ class Plan:
     """What has to be done for one file.
 
     Args:
-        target: the file that models/ will hold: the published one, or of a transformer perhaps a
-            converted copy of it.
-        said: what is known of the file that is there and stays; empty where it is to be had first.
-        remote: what to fetch; None where nothing is.
-        found: what to link to; None where nothing is.
+        target: the file that models/ will hold: the published one, or a converted copy of a transformer.
+        said: what is known of the file if it is there and stays, else empty.
+        remote: the file to fetch, if any.
+        found: the file to link to, if any.
         bad: files in models/ that go aside for it.
     """
 
@@ -36,100 +36,100 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A file in models/ and what was found out about it.
+class Examined:
+    """A file in models/ and the findings about it.
 
     Args:
         path: the file.
-        said: how good it is; empty for a file that cannot stay.
+        said: how good it is; empty if it cannot stay.
         fault: why it cannot.
-        remote: what the hub has in its place, where the hub was asked and answered.
-        unreachable: the hub was asked and did not answer.
+        remote: the hub's file of that name, if the hub answered.
+        unreachable: the error of a hub that did not answer.
     """
 
     path: Path
     said: str = ""
     fault: str = ""
     remote: downloads.RemoteFile | None = None
-    unreachable: StepError | None = None
+    unreachable: LightningDiTError | None = None
 
 
 def make_plan(
     file: WeightFile, folder: Path, record: Record, source: Source, patience: downloads.Patience = downloads.PATIENCE
 ) -> Plan:
-    """Decide whether a file stays, is linked or is fetched. What is good in `folder` stays; else
-    what the source's folder holds; else what the hub has.
+    """Decide whether a file stays (if it is good), is linked (if the source's folder holds it) or is fetched.
 
     Raises:
-        StepError: a folder carries its name, or none of the places that may be asked has it.
+        LightningDiTError: a folder has its name, or no source has it.
     """
     target = folder / file.name
     if target.is_dir():
-        raise StepError(
+        raise LightningDiTError(
             f"{target} is a folder, the file {file.name} belongs there",
             f"{rename_command(target, '.folder')} && {downloads.again()}",
         )
     for path in dangling_links(file, folder):
         print(f"  {path.name}: the link to {path.readlink()} leads nowhere (a data set that is no longer attached?)")
-    here = [judge(file, path, record, source, patience) for path in at_hand(file, folder)]
-    for judged in here:
-        if judged.said:
-            return Plan(file, judged.path, judged.said + _better_names_aside(file, judged.path))
-        print(f"  {judged.path.name}: the one that is there {judged.fault}")
-    bad = tuple(judged.path for judged in here)
+    here = [examine(file, path, record, source, patience) for path in at_hand(file, folder)]
+    for examined in here:
+        if examined.said:
+            return Plan(file, examined.path, examined.said + _better_names_aside(file, examined.path))
+        print(f"  {examined.path.name}: the one that is there {examined.fault}")
+    bad = tuple(examined.path for examined in here)
     found = source.find(file, folder, fault_of)
     if found:
         return Plan(file, folder / found.name, found=found, bad=bad)
     if not source.asks_hub:
         raise source.explain_absence(file)
-    for judged in here:
-        if judged.unreachable:
-            raise StepError(f"{judged.path} {judged.fault}; {judged.unreachable.message}", judged.unreachable.fix)
+    for examined in here:
+        if error := examined.unreachable:
+            raise LightningDiTError(f"{examined.path} {examined.fault}; {error.message}", error.fix)
     remote = here[0].remote if here else None
     return Plan(file, target, remote=remote or downloads.describe(file.repo, file.name, patience), bad=bad)
 
 
 def _better_names_aside(file: WeightFile, good: Path) -> str:
-    """Rename copies that are damaged and that step 3 would take before the good one; say so."""
+    """Rename damaged copies that step 3 would take before the good one, and say so."""
     names = usable_names(file)
     before = [good.with_name(name) for name in names[: names.index(good.name)]]
     return _set_aside(tuple(path for path in before if path.is_file() and fault_of(file, path)), good)
 
 
-def judge(
+def examine(
     file: WeightFile, path: Path, record: Record, source: Source, patience: downloads.Patience = downloads.PATIENCE
-) -> Judged:
-    """Find out whether a file in models/ can stay. The hub is asked only about a file of its own
-    that the record does not know, and only where the source may be the hub.
+) -> Examined:
+    """Return whether a file in models/ can stay. The hub is asked only about one of its own files that the record does
+    not know, and only if the source may be the hub.
     """
     if path.name != file.name:
-        return _judge_by_opening(file, path, f"already there, {leads_to(path) or 'converted from the original'}")
-    if record.knows(path) and (record.remote(path.name) or source.kind != "hub"):
-        known = "verified" if record.remote(path.name) else "checked before"
-        return Judged(path, f"already there and {leads_to(path) or known}")
+        return _examine_by_opening(file, path, leads_to(path) or "converted from the original")
+    verified = record.remote(path.name)
+    if record.knows(path) and (verified or source.kind != "hub"):
+        known = leads_to(path) or ("verified" if verified else "checked before")
+        return Examined(path, f"already there and {known}")
     if not source.asks_hub or (path.is_symlink() and source.kind != "hub"):
-        return _judge_by_opening(file, path, f"already there, {leads_to(path) or 'not compared with the hub'}")
+        return _examine_by_opening(file, path, leads_to(path) or "not compared with the hub")
     try:
         remote = downloads.describe(file.repo, file.name, patience)
-    except StepError as error:
-        judged = _judge_by_opening(file, path, f"already there, not compared with the hub ({error.message})")
-        return replace(judged, unreachable=error)
+    except LightningDiTError as error:
+        examined = _examine_by_opening(file, path, f"not compared with the hub ({error.message})")
+        return replace(examined, unreachable=error)
     if is_whole(path, remote):
         record.note(path, remote)
-        return Judged(path, "already there and verified")
-    return Judged(path, fault="is not the hub's", remote=remote)
+        return Examined(path, "already there and verified")
+    return Examined(path, fault="is not the hub's", remote=remote)
 
 
-def _judge_by_opening(file: WeightFile, path: Path, said: str) -> Judged:
+def _examine_by_opening(file: WeightFile, path: Path, known: str) -> Examined:
     fault = fault_of(file, path)
-    return Judged(path, fault=f"is not usable ({fault})") if fault else Judged(path, said)
+    return Examined(path, fault=f"is not usable ({fault})") if fault else Examined(path, f"already there, {known}")
 
 
 def bytes_to_write(plan: Plan, precision: str | None) -> int:
-    """Bytes that a plan adds to the disk: the download, and the converted copy where one is asked
-    for that is not there yet; a link adds none.
+    """Return the bytes that a plan adds to the disk: those of the download and of a converted copy that is asked for
+    and not there yet; a link adds none.
     """
-    fetched = downloads.bytes_to_fetch(plan.remote, plan.target) if plan.remote else 0
+    fetched = bytes_left(plan.target, plan.remote.size) if plan.remote else 0
     if precision is None or plan.file.role != "dit":
         return fetched
     copy = plan.target.with_name(converted_name(plan.file.name, precision))
@@ -138,74 +138,52 @@ def bytes_to_write(plan: Plan, precision: str | None) -> int:
 
 
 def carry_out(plan: Plan, record: Record, patience: downloads.Patience = downloads.PATIENCE) -> str:
-    """Link or fetch if the plan says so, open the file, and return the line that reports it.
+    """Link or fetch the file as planned, open it, and return the line that reports it.
 
     Raises:
-        StepError: the download failed, or the file is not what its name promises; one that was fetched
-            is then set aside.
+        LightningDiTError: the download failed, or the file is not what its name promises; a fetched one goes aside.
     """
     file, target = plan.file, plan.target
-    if plan.remote:
-        line = _fetch(plan, plan.remote, record, patience)
-    elif plan.found:
-        line = _link(plan, plan.found)
-        record.note(target, None)
-    else:
-        line = plan.said
+    line = plan.said
+    if plan.remote or plan.found:
+        # both are made beside what is there, which goes aside only when the new file is whole
+        aside = free_name(target, "bad") if target.exists() else None
+        line = _fetch(plan.remote, target, aside, patience) if plan.remote else link(plan.found, target, aside)
+        record.note(target, plan.remote)
+        line += f", the earlier one is kept as {aside.name}" if aside else ""
+        line += _set_aside(plan.bad, target)
     for path in dangling_links(file, target.parent):
         path.unlink()
     try:
-        opened = open_check(file, target)
+        return f"{target.name}: {line}; {open_check(file, target)}"
     except Exception as error:
         record.forget(target.name)  # the next run compares it with the hub again
-        if plan.remote and isinstance(error, (StepError, library_error())):
+        if plan.remote and isinstance(error, LightningDiTError):
             raise _refuse_fetched(plan, error) from error
         raise
-    return f"{target.name}: {line}; {opened}"
 
 
-def _fetch(plan: Plan, remote: downloads.RemoteFile, record: Record, patience: downloads.Patience) -> str:
-    """Download beside what is there, which is set aside only when the new file is whole."""
-    target = plan.target
-    aside = _name_aside(target)
+def _fetch(remote: downloads.RemoteFile, target: Path, aside: Path | None, patience: downloads.Patience) -> str:
     result = downloads.download(remote, target, downloads.hub_token(), patience, aside)
-    record.note(target, remote)
-    kept = _kept(aside) + _set_aside(plan.bad, target)
     speed = f"{format_bytes(result.fetched / max(result.seconds, 1e-6))}/s"
     checked = "hash right" if remote.hashed_by else "size right, the hub gives no hash"
-    return f"{format_bytes(result.fetched)} in {format_seconds(result.seconds)} ({speed}), {checked}{kept}"
+    return f"{format_bytes(result.fetched)} in {duration(result.seconds)} ({speed}), {checked}"
 
 
-def _link(plan: Plan, found: Path) -> str:
-    """Link beside what is there, which is set aside only when the link, or the copy, is there."""
-    aside = _name_aside(plan.target)
-    done = link(found, plan.target, aside)
-    return done + _kept(aside) + _set_aside(plan.bad, plan.target)
-
-
-def _refuse_fetched(plan: Plan, error: StepError) -> StepError:
-    """Set a file aside that the hub really has but that is not what its name promises, so that no later
-    step takes it; returns what to say.
+def _refuse_fetched(plan: Plan, error: LightningDiTError) -> LightningDiTError:
+    """Set a file aside that is the hub's but not what its name promises, so that no later step takes it; return the
+    error to raise.
     """
     aside = free_name(plan.target, "bad")
     plan.target.replace(aside)
     fix = f"another --endpoint, or --source folder --folder FOLDER: {downloads.again()}"
     if plan.file.role == "stats":
-        fix = f"python fix_latents_stats.py --stats {shlex.quote(str(plan.target))}"
-    return StepError(f"{error.message}; it came so from the hub and is kept as {aside.name}", fix)
-
-
-def _name_aside(target: Path) -> Path | None:
-    """The name under which what is there is kept; None where nothing is."""
-    return free_name(target, "bad") if target.exists() else None
-
-
-def _kept(aside: Path | None) -> str:
-    return f", the earlier one is kept as {aside.name}" if aside else ""
+        fix = step_command(REPAIR, "--stats", str(plan.target))
+    return LightningDiTError(f"{error.message}; it came so from the hub and is kept as {aside.name}", fix)
 
 
 def _set_aside(paths: tuple[Path, ...], target: Path) -> str:
-    """Rename the files but for `target` that cannot stay, and return what to say of it."""
+    """Rename the files that cannot stay, except `target`, and say so."""
     said = ""
     for path in paths:
         if path != target:
@@ -216,7 +194,7 @@ def _set_aside(paths: tuple[Path, ...], target: Path) -> str:
 
 
 def foresee(file: WeightFile, folder: Path, source: Source) -> str:
-    """What a run would do for one file, judged by names alone: nothing is opened, nobody is asked."""
+    """Return what a run would do for one file, by names alone: nothing is opened, nobody is asked."""
     for path in at_hand(file, folder):
         return f"{path.name}: is there ({format_bytes(path.stat().st_size)}), would be checked"
     for path in source.candidates(file, folder):

@@ -1,4 +1,4 @@
-"""The registry of weights: what each file is called, where it lies and what it is for."""
+"""The registry of weights: name, source and purpose of each file, and the search for them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from setup_steps.console import PROJECT, StepError, absolute, rename_command, step_command
+from LightningDiT.errors import LightningDiTError
+from LightningDiT.files import rename_command
+from setup_steps.project import PROJECT, STEP2, absolute, step_command
 
 MODELS = PROJECT / "models"
 BUNDLED = MODELS / "fashion-mnist"
 KAGGLE_INPUT = Path("/kaggle/input")
 ATTACHED_VARIABLE = "LIGHTNINGDIT_ATTACHED"
 SAY_EVERY = 5.0  # seconds between two lines of a long walk
-PRECISIONS = ("fp32", "bf16", "fp16")
-"""What a transformer's weights can be converted to, the ones with the same numbers first."""
+PRECISIONS = ("fp32", "bf16", "fp16")  # of converted transformers, the one with the same numbers first
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,9 @@ class WeightFile:
     Args:
         name: file name on the hub and in models/.
         repo: repository on the hub.
-        approx_bytes: size for plans and dry runs; the exact one comes from the hub.
+        approx_bytes: size for dry runs; the exact one comes from the hub.
         role: "vavae" (tokenizer), "stats" (latent statistics) or "dit" (diffusion transformer).
-        table: section of LightningDiT/checkpoint_keys.json that its tensors are compared with.
+        table: section of LightningDiT/checkpoint_keys.json with its tensors' names and shapes.
     """
 
     name: str
@@ -71,24 +72,25 @@ BUNDLED_FILES = (
 
 
 def files_of(model: str, only: str | None = None) -> tuple[WeightFile, ...]:
-    """The published files of a model set, or those of one role among them."""
+    """Return the published files of a model, or those of one role among them."""
     return tuple(file for file in SETS[model] if only in (None, file.role))
 
 
 def published_in(folder: Path) -> list[str]:
-    """Names of the published files that `folder` holds, whole or damaged."""
+    """Return the names of the published files in `folder`, whole or damaged."""
     return [file.name for file in SETS["all"] if (folder / file.name).exists()]
 
 
-def missing_bundled() -> list[str]:
-    """Names of the bundled model's files that are absent or empty."""
-    return [name for name in BUNDLED_FILES if not (BUNDLED / name).is_file() or not (BUNDLED / name).stat().st_size]
+def require_bundled() -> None:
+    """Raise LightningDiTError if files of the bundled model are absent or empty."""
+    paths = [BUNDLED / name for name in BUNDLED_FILES]
+    missing = [path.name for path in paths if not path.is_file() or not path.stat().st_size]
+    if missing:
+        raise LightningDiTError(f"{BUNDLED} lacks {', '.join(missing)}", RESTORE_BUNDLED)
 
 
 def attached_folder() -> Path | None:
-    """Where data sets are attached: what LIGHTNINGDIT_ATTACHED names, or /kaggle/input on Kaggle;
-    None elsewhere.
-    """
+    """Return the folder of attached data sets: that in LIGHTNINGDIT_ATTACHED, or /kaggle/input on Kaggle; else None."""
     named = os.environ.get(ATTACHED_VARIABLE)
     if named:
         return absolute(Path(named))
@@ -96,13 +98,13 @@ def attached_folder() -> Path | None:
 
 
 def converted_name(name: str, precision: str) -> str:
-    """'a.pt', 'fp16' -> 'a.fp16.safetensors'."""
+    """Return the name of a converted copy: `a.fp16.safetensors` for `a.pt`."""
     return f"{Path(name).stem}.{precision}.safetensors"
 
 
 def usable_names(file: WeightFile) -> tuple[str, ...]:
-    """Names that the file may have, the best first: of a transformer also the converted copies, the
-    one in fp32 (same numbers, mapped faster) before the original and the others after it.
+    """Return the names that the file may have, the best first: of a transformer also those of converted copies, fp32
+    (same numbers, mapped faster) before the original and the others after it.
     """
     if file.role != "dit":
         return (file.name,)
@@ -111,13 +113,14 @@ def usable_names(file: WeightFile) -> tuple[str, ...]:
 
 
 def walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """Every folder from `folder` down, with the names of the folders and of the files in it. Links to
-    folders are followed, each folder is read once, and a walk that takes long says that it goes on.
+    """Yield every folder from `folder` down with the names of its folders and files.
+
+    Links to folders are followed, each folder is read once, and a long walk reports its progress.
     """
     seen = set()
     said = time.monotonic()
-    for place, folders, files in os.walk(folder, followlinks=True):
-        stat = Path(place).stat()
+    for name, folders, files in os.walk(folder, followlinks=True):
+        stat = Path(name).stat()
         if (stat.st_dev, stat.st_ino) in seen:
             folders.clear()
             continue
@@ -125,24 +128,21 @@ def walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
         if time.monotonic() - said >= SAY_EVERY:
             said = time.monotonic()
             print(f"  searching {folder}: {len(seen)} folders so far", flush=True)
-        yield Path(place), folders, files
+        yield Path(name), folders, files
 
 
 def search(folder: Path, names: Collection[str]) -> dict[str, list[Path]]:
-    """What carries one of `names` at any depth below `folder`, files and folders, by name and in order."""
+    """Return the files and folders with one of `names` at any depth below `folder`, sorted, by name."""
     found: dict[str, list[Path]] = {name: [] for name in names}
-    for place, folders, files in walk(folder):
+    for path, folders, files in walk(folder):
         for name in found.keys() & {*folders, *files}:
-            found[name].append(place / name)
+            found[name].append(path / name)
     return {name: sorted(paths) for name, paths in found.items()}
 
 
 class Tree:
-    """The published files and their converted copies below a folder. It is read in one walk for all of
-    them, and not before it is asked: with a million files attached a walk takes minutes.
-
-    Args:
-        folder: None where nothing is attached.
+    """The published files and their converted copies below a folder, found by one walk at the first question: with a
+    million files attached it takes minutes. The folder is None if nothing is attached.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -150,43 +150,38 @@ class Tree:
         self._found: dict[str, list[Path]] | None = None
 
     def paths(self, file: WeightFile) -> list[Path]:
-        """What carries one of the file's names, files and folders, the best name first."""
+        """Return the files and folders with one of the file's names, the best name first."""
         if self._found is None:
             names = [name for published in SETS["all"] for name in usable_names(published)]
             self._found = search(self.folder, names) if self.folder else {}
         return [path for name in usable_names(file) for path in self._found.get(name, [])]
 
 
-def find_file(file: WeightFile, models: Path, attached: Path | Tree | None) -> Path | None:
-    """Look for a file, or a converted copy of it, in `models`, then at any depth below `attached`, which
-    is a Tree where one walk serves several files.
+def find_file(file: WeightFile, models: Path, attached: Tree | None) -> Path | None:
+    """Return the path of a file, or of a converted copy of it, in `models` or at any depth of `attached`.
 
     Raises:
-        StepError: what carries the name is a folder.
+        LightningDiTError: a folder has the name.
     """
-    tree = attached if isinstance(attached, Tree) else Tree(attached)
     here = [models / name for name in usable_names(file)]
-    for path in here:
-        if path.is_file():
-            return path
-    there = tree.paths(file)
-    for path in there:
-        if path.is_file():
-            return path
-    for path in (*here, *there):
-        if path.is_dir():
-            raise StepError(
-                f"{path} is a folder, the file {path.name} was expected there",
-                f"{rename_command(path, '.folder')} && {step_command('step2_download_models.py')}",
-            )
-    return None
+    found = next(filter(Path.is_file, here), None)
+    there = attached.paths(file) if attached and not found else []
+    found = found or next(filter(Path.is_file, there), None)
+    folder = next(filter(Path.is_dir, (*here, *there)), None)
+    if folder and not found:
+        raise LightningDiTError(
+            f"{folder} is a folder, the file {folder.name} was expected there",
+            f"{rename_command(folder, '.folder')} && {step_command(STEP2)}",
+        )
+    return found
 
 
 def bytes_to_come(file: WeightFile, models: Path, attached: Tree) -> int:
-    """About how many bytes a download of a file will still write: none where it is at hand, else all but
-    what an interrupted one has left in NAME.part.
-    """
-    if find_file(file, models, attached):
-        return 0
-    part = models / (file.name + ".part")
-    return max(0, file.approx_bytes - (part.stat().st_size if part.is_file() else 0))
+    """Return about how many bytes a download of a file will still write; none for one that is here."""
+    return 0 if find_file(file, models, attached) else bytes_left(models / file.name, file.approx_bytes)
+
+
+def bytes_left(target: Path, size: int) -> int:
+    """Return how many of `size` bytes are not yet in NAME.part, the file of an interrupted download."""
+    part = target.with_name(f"{target.name}.part")
+    return max(0, size - (part.stat().st_size if part.is_file() else 0))

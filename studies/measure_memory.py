@@ -1,10 +1,9 @@
-"""Measure what sampling takes of memory on the CPU: `python -m studies.measure_memory`.
+"""Measure how much memory sampling takes on the CPU: `python -m studies.measure_memory`, in the project's folder.
 
-Every case is a process of its own that loads seeded weights from a file, computes once and reports the largest
-resident size that it had (VmHWM of /proc/self/status, so on Linux only). Beside it stands what
-setup_steps/memory_model.py says, and the ratio. The published model's weights take 2.7 GB of disk meanwhile, and 8 GB
-more in the form of the official file, where the model and the optimizer's state stand beside the EMA.
-It is run from the project's folder.
+Every case is a separate process that loads seeded weights from a file, computes once and reports its largest resident
+size (VmHWM of /proc/self/status, so on Linux only). The table also has the value of setup_steps/memory_model.py and the
+ratio. The published model's weights take 2.7 GB of disk meanwhile, and 8 GB more in the form of the official file with
+the model and the optimizer's state beside the EMA.
 """
 
 from __future__ import annotations
@@ -20,8 +19,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from setup_steps import console, memory_model
-from setup_steps.console import PROJECT, StepError
+from LightningDiT.console import OK
+from LightningDiT.errors import LightningDiTError
+from setup_steps import memory_model, project
+from setup_steps.project import PROJECT
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,8 +32,7 @@ if TYPE_CHECKING:
 STATUS = Path("/proc/self/status")
 MODELS = ("LightningDiT-XL/1", "LightningDiT-B/1")
 BATCHES = (1, 2, 4)
-PRECISIONS = {"fp32": memory_model.FLOAT32, "bf16": memory_model.HALF}
-"""Bytes of a value by the name of what the transformer computes in."""
+PRECISIONS = {"fp32": memory_model.FLOAT32, "bf16": memory_model.HALF}  # bytes of a value
 WEIGHT_STD = 0.02
 OFFICIAL = "official"  # the case, and the name of its file
 GUIDANCE_SCALE = 9.0
@@ -51,15 +51,15 @@ class Row:
 
 
 def largest_resident_bytes() -> int:
-    """Return the largest resident size that this process had so far.
+    """Return the largest resident size of this process so far.
 
     Raises:
-        StepError: the system does not say.
+        LightningDiTError: the system does not report it.
     """
     try:
         return int(re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())[1]) * 1024
     except (OSError, TypeError) as error:
-        raise StepError(f"{STATUS} gives no VmHWM, which Linux writes there", "measure on Linux") from error
+        raise LightningDiTError(f"{STATUS} gives no VmHWM, which Linux writes there", "measure on Linux") from error
 
 
 def write_model(folder: Path, model_type: str) -> Path:
@@ -92,9 +92,9 @@ def write_model(folder: Path, model_type: str) -> Path:
 
 
 def write_official(path: Path) -> None:
-    """Write the weights of the configuration at `path` beside it once more, as training's `ema`, `model` and `opt`.
+    """Write the weights of the configuration at `path` beside it again, as training's `ema`, `model` and `opt`.
 
-    The other two are zeros, which take no memory to write.
+    The latter two are zeros, which take no memory to write.
     """
     import torch
 
@@ -123,7 +123,7 @@ def _tokenizer(config: Config) -> nn.Module:
 
 
 def run_framework(config: Config, batch: int) -> None:
-    """What every case begins with: the library, and the modules without weights."""
+    """Load the library and make the modules without weights, as every case begins."""
     from LightningDiT.checkpoint import without_values
 
     with without_values():
@@ -132,7 +132,7 @@ def run_framework(config: Config, batch: int) -> None:
 
 
 def run_step(config: Config, batch: int) -> None:
-    """One guided evaluation of the transformer, as the pipeline makes it."""
+    """Evaluate the transformer once with guidance, as the pipeline does."""
     import torch
 
     from LightningDiT.device import resolve_precision
@@ -146,11 +146,11 @@ def run_step(config: Config, batch: int) -> None:
     labels = torch.zeros(batch, dtype=torch.long)
     null = torch.full_like(labels, model.null_class)
     with torch.inference_mode():
-        GuidedVelocity(model, labels, null, GuidanceSettings(scale=GUIDANCE_SCALE))(state, torch.zeros(batch))
+        GuidedVelocity(model, labels, null, GuidanceSettings(GUIDANCE_SCALE))(state, torch.zeros(batch))
 
 
 def run_decode(config: Config, batch: int) -> None:
-    """Latents to images."""
+    """Decode latents to images."""
     import torch
 
     from LightningDiT.tokenizer.config import tokenizer_config_path
@@ -163,7 +163,7 @@ def run_decode(config: Config, batch: int) -> None:
 
 
 def run_sampling(config: Config, batch: int) -> None:
-    """The pipeline as step 4 uses it, with one evaluation."""
+    """Run the pipeline as step 4 does, with one evaluation."""
     from LightningDiT.sampling.pipeline import LightningDiTPipeline
 
     pipeline = LightningDiTPipeline.from_config(config, "cpu")
@@ -180,7 +180,7 @@ CASES: dict[str, Callable[[Config, int], None]] = {
 
 
 def modelled(config: Config, case: str, batch: int) -> int:
-    """Return the bytes that the memory model gives for a case."""
+    """Return the memory model's bytes for a case."""
     value_bytes = PRECISIONS[config.sample.precision]
     need = memory_model.sampling_need(config, False, value_bytes)
     transformer, tokenizer = memory_model.parameters_of(config)
@@ -204,13 +204,13 @@ def config_of(path: Path, precision: str, case: str) -> Config:
 
 
 def measure(path: Path, precision: str, case: str, batch: int) -> Row:
-    """Run one case of the configuration at `path` in a process of its own."""
+    """Run one case of the configuration at `path` in a separate process."""
     command = [sys.executable, "-m", "studies.measure_memory", "--case", case, "--config", str(path)]
     command += ["--precisions", precision, "--batches", str(batch)]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-        raise StepError(f"case {case} with {batch} images failed: {reason}", "free memory, or fewer --batches")
+        raise LightningDiTError(f"case {case} with {batch} images failed: {reason}", "free memory, or fewer --batches")
     config = config_of(path, precision, case)
     measured = int(done.stdout.split()[-1])
     return Row(config.model.model_type, precision, case, batch, measured, modelled(config, case, batch))
@@ -231,11 +231,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(prog="python -m studies.measure_memory", description=__doc__)
     parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME", help=f"default: {' '.join(MODELS)}")
-    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES, metavar="N", help="images at a time")
+    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES, metavar="N", help="batch sizes")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), metavar="NAME")
-    parser.add_argument("--folder", help="where the weights are written; a temporary folder where left out")
-    parser.add_argument("--case", choices=CASES, help="run this case here, and print bytes alone")
-    parser.add_argument("--config", help="of --case")
+    parser.add_argument("--folder", help="for the weights; by default a temporary folder")
+    parser.add_argument("--case", choices=CASES, help="run this case here and print only bytes")
+    parser.add_argument("--config", help="for --case")
     args = parser.parse_args(argv)
     if bool(args.case) != bool(args.config):
         parser.error("--case and --config go together")
@@ -268,14 +268,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_framework(config, 0)
         CASES[args.case](config, args.batches[0])
         print(largest_resident_bytes())
-        return console.OK
+        return OK
     largest_resident_bytes()
     rows = [row for model_type in args.models for row in measure_all(args, model_type)]
     import torch
 
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n\n{table(rows)}")
-    return console.OK
+    return OK
 
 
 if __name__ == "__main__":
-    console.run(main)
+    project.run(main)

@@ -1,8 +1,8 @@
-"""How fast the set-up moves bytes, as ratios in one run: the downloader beside curl, a download that
-goes on, and the conversion of a checkpoint beside a copy of it.
+"""How fast the set-up moves bytes, as ratios in one run: the downloader beside curl, a download that goes on, and the
+conversion of a checkpoint beside a copy of it.
 
-`python -m studies.setup_benchmark` needs curl and about 9 GB of disk in --folder. The server on
-127.0.0.1 is a process of its own that sends by the kernel, so that it is no part of what is measured.
+`python -m studies.setup_benchmark` needs curl and about 9 GB of disk in --folder. The server on 127.0.0.1 is a separate
+process that sends by the kernel, so that the measurement does not include it.
 """
 
 from __future__ import annotations
@@ -23,16 +23,18 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from setup_steps import checks, console, convert, downloads, weights
-from setup_steps.console import PROJECT, StepError, format_bytes
-from setup_steps.files import bring_to_disk
+from LightningDiT.console import OK, format_bytes
+from LightningDiT.errors import LightningDiTError
+from LightningDiT.files import bring_to_disk
+from setup_steps import checks, convert, downloads, project, weights
+from setup_steps.project import PROJECT
 
 BLOCK = 1 << 24
 REQUEST_LINE = "asked from byte "
 
 
 class _Sender(BaseHTTPRequestHandler):
-    """Sends one file, from the asked byte on; says on stdout where each request began."""
+    """Sends one file from the requested byte on; prints the first byte of each request."""
 
     file: Path
 
@@ -51,11 +53,11 @@ class _Sender(BaseHTTPRequestHandler):
                 start += sent
 
     def log_message(self, *_: Any) -> None:
-        """Only the lines above are wanted."""
+        """Print nothing else."""
 
 
 def serve(file: Path) -> None:
-    """Serve `file` until killed; the first line on stdout is the port."""
+    """Serve `file` until killed; print the port first."""
     server = HTTPServer(("127.0.0.1", 0), type("Sender", (_Sender,), {"file": file}))
     print(server.server_address[1], flush=True)
     server.serve_forever()
@@ -63,7 +65,7 @@ def serve(file: Path) -> None:
 
 @contextmanager
 def serving(file: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """The address of `file` on a server process that ends with the block."""
+    """Give the address of `file` on a server process that ends with the block."""
     command = [sys.executable, "-m", "studies.setup_benchmark", "--serve", str(file)]
     with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
@@ -85,7 +87,7 @@ def make_file(path: Path, size: int) -> str:
 
 
 def seconds_of(call: Callable[[], object]) -> float:
-    """Wall-clock seconds of one call, its output kept off the terminal."""
+    """Return the wall-clock seconds of one call, whose output is discarded."""
     began = time.perf_counter()
     with redirect_stdout(StringIO()):
         call()
@@ -93,7 +95,7 @@ def seconds_of(call: Callable[[], object]) -> float:
 
 
 def paired(calls: dict[str, Callable[[], object]], rounds: int, clean: Callable[[], object]) -> dict[str, list[float]]:
-    """Seconds of each call in every round, the calls in turn within a round."""
+    """Return the seconds of each call in every round; the calls alternate within a round."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
@@ -111,7 +113,7 @@ def report(times: dict[str, list[float]], size: int, base: str) -> None:
 
 
 def measure_download(folder: Path, size: int, rounds: int) -> None:
-    """The downloader, hashing included, beside curl from the same server to the same disk."""
+    """Measure the downloader, with hashing, beside curl from the same server to the same disk."""
     source, target = folder / "source.bin", folder / "target.bin"
     digest = make_file(source, size)
     print(f"Download of {format_bytes(size)} from 127.0.0.1")
@@ -131,7 +133,7 @@ def measure_download(folder: Path, size: int, rounds: int) -> None:
 
 
 def measure_resumption(source: Path, target: Path, remote: downloads.RemoteFile, server: subprocess.Popen[str]) -> None:
-    """A download of which the half is there: what is read again and what is asked for."""
+    """Measure a half-finished download: what it reads again and what it requests."""
     target.unlink(missing_ok=True)
     part, half = downloads.PartFile(target, remote), remote.size // 2
     part.note(None)
@@ -149,7 +151,7 @@ def measure_resumption(source: Path, target: Path, remote: downloads.RemoteFile,
 
 
 def bytes_read() -> int:
-    """Bytes that this process has read from files so far (Linux; those of sockets do not count)."""
+    """Return the bytes that this process has read from files so far (Linux; sockets do not count)."""
     rows = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
     return int(dict(row.split(": ") for row in rows)["rchar"])
 
@@ -165,7 +167,7 @@ def make_checkpoint(path: Path, file: weights.WeightFile) -> int:
 
 
 def measure_conversion(folder: Path, rounds: int) -> None:
-    """Conversion with its comparison beside a copy, both brought to the disk."""
+    """Measure the conversion with its comparison beside a copy, both brought to the disk."""
     file = weights.DIT["800ep"]
     source, copy = folder / file.name, folder / "copy.pt"
     size = make_checkpoint(source, file)
@@ -207,16 +209,16 @@ def main(argv: list[str] | None = None) -> int:
     if options.serve:
         serve(options.serve)
     if not Path("/proc/self/io").exists():
-        raise StepError("what is read from the disk is counted by /proc, which is not here", "run it on Linux")
+        raise LightningDiTError("/proc, which counts the bytes read, is not here", "run it on Linux")
     if options.only != "conversion" and not shutil.which("curl"):
-        raise StepError("curl is not on this machine", "install curl, or add --only conversion")
+        raise LightningDiTError("curl is not on this machine", "install curl, or add --only conversion")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         if options.only != "conversion":
             measure_download(Path(folder), options.size, options.rounds)
         if options.only != "download":
             measure_conversion(Path(folder), options.rounds)
-    return console.OK
+    return OK
 
 
 if __name__ == "__main__":
-    console.run(main)
+    project.run(main)

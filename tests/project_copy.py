@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from setup_steps.console import PROJECT, interpreter
 from setup_steps.install import read_pins
 from setup_steps.machine import installed_version
+from setup_steps.project import PROJECT, interpreter
 
-#: How the steps' messages name the interpreter of the tests: `.venv/bin/python` where they run in that.
+#: The name of the tests' interpreter in the steps' messages: `.venv/bin/python` if it is that one.
 PYTHON = interpreter()
 NOT_AS_PINNED = [
     pin.name
@@ -26,12 +26,12 @@ needs_the_pins = pytest.mark.skipif(bool(NOT_AS_PINNED), reason=f"not as in requ
 
 
 def copy_project(target: Path, *names: str) -> Path:
-    """Copy the step scripts, setup_steps and the named files or folders, without any output."""
+    """Copy the step scripts, setup_steps, the library and the named files or folders, without any output."""
     target.mkdir(parents=True, exist_ok=True)
     scripts = [path.name for path in PROJECT.glob("*.py")]
     skipped = shutil.ignore_patterns("__pycache__", "demo_images", "demo_output")
     pins = [path.name for path in PROJECT.glob("requirements*.txt")]
-    for name in (*scripts, *pins, "setup_steps", *names):
+    for name in (*scripts, *pins, "setup_steps", "LightningDiT", *names):
         source = PROJECT / name
         if source.is_dir():
             shutil.copytree(source, target / name, ignore=skipped)

@@ -25,9 +25,11 @@ compile_forward(network)
 assert list(network.state_dict()) == names
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
-    made = [network(given) for _ in range(2)]
-said = [str(one.message) for one in said if "torch.compile does not work here" in str(one.message)]
-assert len(said) == 1 and "\\n" not in said[0] and said[0].endswith("going on uncompiled"), said
+    made, line = [network(given) for _ in range(2)], sys._getframe().f_lineno
+said = [one for one in said if "torch.compile does not work here" in str(one.message)]
+assert [(one.filename, one.lineno) for one in said] == [("<string>", line)], said
+text = str(said[0].message)
+assert "\\n" not in text and text.endswith("going on uncompiled"), text
 assert all(torch.equal(one, expected) for one in made)
 assert "forward" not in vars(network)
 print("as before")

@@ -44,7 +44,7 @@ def test_every_key_has_a_comment_and_comes_back(kind: str, published_files: dict
     text = configs.render(config)
     assert yaml.safe_load(text) == config
     keys = [line for line in text.splitlines() if line and not line.startswith("#") and not line.endswith(":")]
-    assert len(keys) == len(configs._flat(config))
+    assert len(keys) == sum(len(value) if isinstance(value, dict) else 1 for value in config.values())
     for line in keys:
         assert len(line.partition("  # ")[2]) > 4, line
     path = tmp_path / "config.yaml"
@@ -74,10 +74,10 @@ def test_solvers_that_are_offered_exist() -> None:
 
 
 # bytes of sampling in half precision: 1 GB of context, 675,256,736 x 2 and 69,836,067 x 4 of weights; a decode of one
-# picture at a time takes 8 maps of 128 x 256 x 256 float32, a step 2 rows of 256 tokens for each
+# image at a time takes 8 maps of 128 x 256 x 256 float32, a step 2 rows of 256 tokens for each
 FIXED = 1_000_000_000 + 675_256_736 * 2 + 69_836_067 * 4
 STEP = 2 * 256 * (19 * 1152 + 4 * 3072) * 3
-PICTURE = 8 * 128 * 256 * 256 * 4
+IMAGE = 8 * 128 * 256 * 256 * 4
 
 
 @pytest.mark.parametrize("memory", [80 * GB, 16 * GB, 8 * GB, 6 * GB, 4 * GB])
@@ -86,7 +86,7 @@ def test_the_batch_is_the_largest_that_fits_the_gpu(memory: int, published_files
     reason = configs.fit_to_machine(config, "published", gpu(memory))
     batch = config["sample"]["per_proc_batch_size"]
     assert batch == min(16, int((GPU_SHARE * memory - FIXED) // STEP))
-    assert f"{batch} picture" in reason
+    assert f"batch size {batch} takes at most " in reason
     assert "WARNING" not in reason
     assert "\n" not in reason
 
@@ -95,19 +95,19 @@ def test_a_device_that_is_too_small_is_said(published_files: dict[str, Path]) ->
     config = settings("published", published_files)
     reason = configs.fit_to_machine(config, "published", gpu(2 * GB))
     assert config["sample"]["per_proc_batch_size"] == 1
-    assert "WARNING: even 1 picture may take 2.9 GB, more than the 1.7 GB usable (85% of the GPU's memory)" in reason
+    assert "WARNING: even batch size 1 may take 2.9 GB, more than the 1.7 GB usable (85% of the GPU's memory)" in reason
 
 
-# On a processor, of half the machine's memory: 0.7 GB of framework, a portion of 64 MiB, 4 or 2 bytes a parameter.
+# On a CPU, of half the machine's memory: 0.7 GB of framework, a portion of 64 MiB, 4 or 2 bytes a parameter.
 FP32, BF16 = (700_000_000 + 2**26 + 675_256_736 * size + 69_836_067 * 4 for size in (4, 2))
 SHARE = "usable (50% of the machine's memory)"
-TOO_MUCH = "precision bf16: on the processor fp32 takes 4.0 GB for 1 picture, which does not fit; "
+TOO_MUCH = "precision bf16: on the CPU one image in fp32 takes 4.0 GB, which does not fit; "
 NEITHER = (
-    "precision auto: fp32 on the processor, since bf16 does not fit either; WARNING: even 1 picture may take 4.0 GB, "
+    "precision auto: fp32 on the CPU, since bf16 does not fit either; WARNING: even batch size 1 may take 4.0 GB, "
 )
 
 
-def fit_to_processor(kind: str, files: dict[str, Path], memory: int | None, patch: pytest.MonkeyPatch) -> tuple:
+def fit_to_cpu(kind: str, files: dict[str, Path], memory: int | None, patch: pytest.MonkeyPatch) -> tuple:
     """Precision, batch and the line that says why, on a machine with so much memory and no GPU."""
     patch.setattr(configs, "memory_bytes", lambda: memory)
     config = settings(kind, files)
@@ -123,38 +123,38 @@ def fit_to_processor(kind: str, files: dict[str, Path], memory: int | None, patc
             64 * GB,
             "auto",
             16,
-            f"precision auto: fp32 on the processor; 16 pictures at a time take at most 4.9 GB, of 32.0 GB {SHARE}",
+            f"precision auto: fp32 on the CPU; batch size 16 takes at most 4.9 GB of the 32.0 GB {SHARE}",
         ),
         (
             9 * GB,
             "auto",
             10,
-            f"precision auto: fp32 on the processor; 10 pictures at a time take at most 4.4 GB, of 4.5 GB {SHARE}",
+            f"precision auto: fp32 on the CPU; batch size 10 takes at most 4.4 GB of the 4.5 GB {SHARE}",
         ),
         (
-            2 * (FP32 + PICTURE),
+            2 * (FP32 + IMAGE),
             "auto",
             3,
-            f"precision auto: fp32 on the processor; 3 pictures at a time take at most 4.0 GB, of 4.0 GB {SHARE}",
+            f"precision auto: fp32 on the CPU; batch size 3 takes at most 4.0 GB of the 4.0 GB {SHARE}",
         ),
         (
-            2 * (FP32 + PICTURE) - 2,
+            2 * (FP32 + IMAGE) - 2,
             "bf16",
             16,
-            f"{TOO_MUCH}16 pictures at a time take at most 3.2 GB, of 4.0 GB {SHARE}",
+            f"{TOO_MUCH}batch size 16 takes at most 3.2 GB of the 4.0 GB {SHARE}",
         ),
-        (6 * GB, "bf16", 11, f"{TOO_MUCH}11 pictures at a time take at most 3.0 GB, of 3.0 GB {SHARE}"),
-        (2 * (BF16 + PICTURE), "bf16", 5, f"{TOO_MUCH}5 pictures at a time take at most 2.7 GB, of 2.7 GB {SHARE}"),
-        (2 * (BF16 + PICTURE) - 2, "auto", 1, f"{NEITHER}more than the 2.7 GB {SHARE}"),
+        (6 * GB, "bf16", 11, f"{TOO_MUCH}batch size 11 takes at most 3.0 GB of the 3.0 GB {SHARE}"),
+        (2 * (BF16 + IMAGE), "bf16", 5, f"{TOO_MUCH}batch size 5 takes at most 2.7 GB of the 2.7 GB {SHARE}"),
+        (2 * (BF16 + IMAGE) - 2, "auto", 1, f"{NEITHER}more than the 2.7 GB {SHARE}"),
         (
             None,
             "auto",
             1,
-            "precision auto: fp32 on the processor; 1 picture at a time: memory unknown, 4.0 GB are needed",
+            "precision auto: fp32 on the CPU; batch size 1 needs 4.0 GB, the memory is unknown",
         ),
     ],
 )
-def test_precision_and_batch_on_a_processor(
+def test_precision_and_batch_size_on_a_cpu(
     memory: int | None,
     precision: str,
     batch: int,
@@ -162,18 +162,18 @@ def test_precision_and_batch_on_a_processor(
     published_files: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Up to the byte: float32 as long as one picture fits, else bf16 where that fits; no number that nobody knows."""
-    assert fit_to_processor("published", published_files, memory, monkeypatch) == (precision, batch, words)
+    """Up to the byte: float32 as long as one image fits, else bf16 where that fits; no number that nobody knows."""
+    assert fit_to_cpu("published", published_files, memory, monkeypatch) == (precision, batch, words)
 
 
-def test_the_bundled_model_on_a_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    precision, batch, reason = fit_to_processor("bundled", {}, 8 * GB, monkeypatch)
+def test_the_bundled_model_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    precision, batch, reason = fit_to_cpu("bundled", {}, 8 * GB, monkeypatch)
     assert (precision, batch) == ("auto", LARGEST_BATCH["bundled"])
-    assert reason.endswith(f"of {CPU_SHARE * 8:.1f} GB {SHARE}")
+    assert reason.endswith(f"of the {CPU_SHARE * 8:.1f} GB {SHARE}")
 
 
-def test_bf16_that_is_chosen_samples_on_the_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bundled model on a machine that holds it in bf16 alone: the same pictures but for the rounding."""
+def test_bf16_that_is_chosen_samples_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bundled model on a machine that holds it in bf16 alone: the same images but for the rounding."""
     images = {}
     for size in (memory_model.FLOAT32, memory_model.HALF):
         config = configs.bundled_config()
@@ -193,7 +193,7 @@ def test_bf16_that_is_chosen_samples_on_the_processor(tmp_path: Path, monkeypatc
     [
         ((7, 5), "precision auto: fp16, since Tesla (7.5) only emulates bf16; "),
         ((8, 0), "precision auto: bf16, which Tesla (8.0) computes; "),
-        (None, "precision auto: bf16 where the GPU computes it natively, else fp16; "),
+        (None, "precision auto: bf16 if the GPU computes it natively, else fp16; "),
     ],
 )
 def test_the_precision_is_explained(
@@ -204,7 +204,7 @@ def test_the_precision_is_explained(
 
 
 def test_bundled_settings_with_absolute_paths() -> None:
-    assert not weights.missing_bundled()
+    weights.require_bundled()
     config = configs.bundled_config()
     for path in (config["ckpt_path"], config["vae"]["ckpt_path"], config["vae"]["model_name"]):
         assert Path(path).is_absolute()

@@ -15,15 +15,16 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
+from LightningDiT import console
+from LightningDiT.errors import LightningDiTError
 from setup_steps import downloads
-from setup_steps.console import PROJECT, Progress, StepError
 from setup_steps.downloads import BackgroundHash, Patience, RemoteFile
+from setup_steps.project import PROJECT
 from tests.hub_server import COMMIT, Fault, Hub, running_hub
 
 REPO, NAME = "someone/weights", "weights.pt"
@@ -61,7 +62,7 @@ def begin(target: Path, hub: Hub, count: int) -> None:
     """Leave a part of `count` bytes, as a run that was cut off does."""
     hub.faults[:] = [Fault(drop_after=count)]
     hub.always = Fault(status=503)
-    with pytest.raises(StepError):
+    with pytest.raises(LightningDiTError):
         fetch(target)
     hub.always = None
     hub.log.clear()
@@ -102,7 +103,7 @@ def test_small_file_is_checked_by_its_git_hash(hub: Hub, tmp_path: Path) -> None
     assert (tmp_path / NAME).read_bytes() == b"statistics"
     hub.always = Fault(wrong_bytes=True)
     (tmp_path / NAME).unlink()
-    with pytest.raises(StepError, match="wrong bytes"):
+    with pytest.raises(LightningDiTError, match="wrong bytes"):
         fetch(tmp_path / NAME)
     assert not (tmp_path / NAME).exists()
 
@@ -191,8 +192,8 @@ WRONG = [
         for status in (429, 500, 503)
     ),
     Case("the hub down", "answered 503", asked=(Fault(status=503),) * 3),
-    Case("an hour to wait", "asks to wait 1 h 00 min", always=Fault(status=429, headers=AN_HOUR)),
-    Case("the hub wants an hour", "asks to wait 1 h 00 min", asked=(Fault(status=429, headers=AN_HOUR),)),
+    Case("an hour to wait", "asks to wait 1 h 0 min", always=Fault(status=429, headers=AN_HOUR)),
+    Case("the hub wants an hour", "asks to wait 1 h 0 min", asked=(Fault(status=429, headers=AN_HOUR),)),
     Case("a date to wait for", r"asks to wait 8\d{4} h", always=Fault(status=503, headers=TEN_YEARS)),
     Case(
         "a drop each time", "the connection ended after 1.0 MB; 1.0 MB of 3.0 MB are kept", always=Fault(drop_after=0)
@@ -253,7 +254,7 @@ def test_faults_that_stay_end_in_one_line_and_the_next_run_goes_on(hub: Hub, tmp
     """No file under the final name; the part stays where it is good and goes where it is not."""
     target = tmp_path / NAME
     meet(case, hub, target)
-    with pytest.raises(StepError, match=f"{case.says}.*; fix: .*step2") as caught:
+    with pytest.raises(LightningDiTError, match=f"{case.says}.*; fix: .*step2") as caught:
         fetch(target, patience=case.patience)
     assert "\n" not in str(caught.value)
     if case.ranges:
@@ -303,7 +304,7 @@ def test_whatever_comes_the_final_name_holds_the_right_file_or_nothing(hub: Hub,
         hub.faults = [draw.choice(MISCHIEF)(draw) for _ in range(draw.randrange(6))]
         try:
             fetch(target, patience=replace(QUICK, backoff=0.001))
-        except StepError:
+        except LightningDiTError:
             assert not target.exists()
         else:
             assert_nothing_left(target, content)
@@ -337,7 +338,7 @@ def test_a_file_that_changes_between_two_answers(hub: Hub, tmp_path: Path, secon
     """The old beginning is not joined to the new end, and the new file waits for a run that was told of it."""
     target = tmp_path / NAME
     hub.faults = [Fault(drop_after=1_000_000, becomes=OTHER), second]
-    with pytest.raises(StepError, match=r"the file changed on the server \(hash .*nothing was kept"):
+    with pytest.raises(LightningDiTError, match=r"the file changed on the server \(hash .*nothing was kept"):
         fetch(target)
     assert list(tmp_path.glob("weights*")) == []
     fetch(target)
@@ -346,7 +347,9 @@ def test_a_file_that_changes_between_two_answers(hub: Hub, tmp_path: Path, secon
 
 def test_a_file_that_grows_between_two_answers(hub: Hub, tmp_path: Path) -> None:
     hub.faults = [Fault(drop_after=1_000_000, becomes=DATA + b"more")]
-    with pytest.raises(StepError, match="offers 3000004 bytes, the hub says 3000000; 1.0 MB of 3.0 MB are kept"):
+    with pytest.raises(
+        LightningDiTError, match="offers 3000004 bytes, the hub says 3000000; 1.0 MB of 3.0 MB are kept"
+    ):
         fetch(tmp_path / NAME)
     fetch(tmp_path / NAME)
     assert_nothing_left(tmp_path / NAME, DATA + b"more")
@@ -415,7 +418,7 @@ def test_a_complete_part_needs_no_bytes_unless_it_is_damaged(
 def test_a_good_file_outlives_a_failed_download(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / NAME).write_bytes(b"mine")
     hub.always = Fault(wrong_bytes=True)
-    with pytest.raises(StepError):
+    with pytest.raises(LightningDiTError):
         fetch(tmp_path / NAME)
     assert (tmp_path / NAME).read_bytes() == b"mine"
 
@@ -441,7 +444,7 @@ def test_retry_after_is_waited_for(hub: Hub, tmp_path: Path, form: str) -> None:
 def test_failures_in_a_row_end_the_download_and_new_bytes_begin_the_row_again(hub: Hub, tmp_path: Path) -> None:
     hub.faults = [Fault(status=503), Fault(status=503), Fault(drop_after=1_000_000)]
     hub.always = Fault(status=503)
-    with pytest.raises(StepError, match=r"answered 503; 1.0 MB of 3.0 MB are kept"):
+    with pytest.raises(LightningDiTError, match=r"answered 503; 1.0 MB of 3.0 MB are kept"):
         fetch(tmp_path / NAME)
     # Two failures, one with new bytes, and as many as are allowed from there on.
     assert len(hub.ranges()) == 2 + QUICK.attempts
@@ -485,14 +488,14 @@ def test_the_token_does_not_come_back_along_a_chain_of_redirects(hub: Hub, tmp_p
 def test_no_network_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     began = time.monotonic()
-    with pytest.raises(StepError, match=r"127.0.0.1:9 cannot be reached .*--model bundled"):
+    with pytest.raises(LightningDiTError, match=r"127.0.0.1:9 cannot be reached .*--model bundled"):
         downloads.describe(REPO, NAME)
     assert time.monotonic() - began < 10
 
 
 def test_too_little_disk(tmp_path: Path) -> None:
     downloads.require_disk(tmp_path / "not" / "there", 1000)
-    with pytest.raises(StepError, match="are needed on the disk of"):
+    with pytest.raises(LightningDiTError, match=r"the files may take .*, and .* has .* free"):
         downloads.require_disk(tmp_path, 10**18)
 
 
@@ -500,7 +503,7 @@ def test_two_processes_do_not_write_one_part(hub: Hub, tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
     remote = downloads.describe(REPO, NAME)
     first = downloads.PartFile(tmp_path / NAME, remote)
-    with pytest.raises(StepError, match="written by another process"):
+    with pytest.raises(LightningDiTError, match="written by another process"):
         downloads.PartFile(tmp_path / NAME, remote)
     first.close()
     fetch(tmp_path / NAME)
@@ -523,7 +526,7 @@ def test_a_part_that_was_finished_meanwhile_is_not_emptied(
         claim(second)
 
     monkeypatch.setattr(downloads.PartFile, "_claim", claim_late)
-    with pytest.raises(StepError, match="written by another process"):
+    with pytest.raises(LightningDiTError, match="written by another process"):
         downloads.PartFile(tmp_path / NAME, remote)
     first.close()
     assert_nothing_left(tmp_path / NAME)
@@ -531,7 +534,7 @@ def test_a_part_that_was_finished_meanwhile_is_not_emptied(
 
 def test_a_login_in_the_address_is_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://user:secret@127.0.0.1:9")
-    with pytest.raises(StepError, match=r"127\.0\.0\.1:9 cannot be reached") as caught:
+    with pytest.raises(LightningDiTError, match=r"127\.0\.0\.1:9 cannot be reached") as caught:
         downloads.describe(REPO, NAME, QUICK)
     assert "secret" not in str(caught.value)
 
@@ -544,19 +547,19 @@ def test_endpoint_must_be_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
     downloads.use_endpoint("https://mirror.example/")
     assert os.environ["HF_ENDPOINT"] == "https://mirror.example"
     for address in ("mirror", "http://host:port", "http://[bad", "http://exa mple", "ftp://host"):
-        with pytest.raises(StepError, match=re.escape(f"{address!r} is no address")):
+        with pytest.raises(LightningDiTError, match=re.escape(f"{address!r} is no address")):
             downloads.use_endpoint(address)
 
 
 def test_a_token_that_is_none_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "我的")
-    with pytest.raises(StepError, match="HF_TOKEN holds characters that no token of the hub has"):
+    with pytest.raises(LightningDiTError, match="HF_TOKEN holds characters that no token of the hub has"):
         downloads.describe(REPO, NAME, QUICK)
 
 
 def test_a_proxy_that_needs_another_package_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a process of its own: the client reads the proxy once."""
-    program = "from setup_steps import console, downloads\nconsole.run(lambda: downloads.describe('a/b', 'c.pt'))\n"
+    program = "from setup_steps import downloads, project\nproject.run(lambda: downloads.describe('a/b', 'c.pt'))\n"
     proxies = dict.fromkeys(("https_proxy", "http_proxy", "all_proxy"), "socks5://127.0.0.1:1")
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -594,7 +597,7 @@ def test_no_thread_is_left_behind(hub: Hub, tmp_path: Path) -> None:
         return [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")]
 
     hub.faults = [Fault(drop_after=1_000_000), Fault(status=404)]
-    with pytest.raises(StepError):
+    with pytest.raises(LightningDiTError):
         fetch(tmp_path / NAME)
     assert hashing() == []
     fetch(tmp_path / NAME)
@@ -604,16 +607,16 @@ def test_no_thread_is_left_behind(hub: Hub, tmp_path: Path) -> None:
 def test_a_pipe_gets_plain_lines_with_speed_and_time_left(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(downloads, "Progress", partial(Progress, period=0.05))
+    monkeypatch.setattr(console, "PLAIN_INTERVAL", 0.05)
     begin(tmp_path / NAME, hub, 2_000_000)
     capsys.readouterr()
     hub.faults = [Fault(pace=3_000_000)]
     fetch(tmp_path / NAME)
     said = capsys.readouterr().out
-    lines = re.findall(r"^  weights\.pt: (\d+) %, (.*) of 3\.0 MB, (.*)/s, .* s left$", said, re.MULTILINE)
+    lines = re.findall(r"^  weights\.pt: (.*) of 3\.0 MB, (\d+) %, (.*)/s, about .* s left$", said, re.MULTILINE)
     assert "goes on after 2.0 MB of 3.0 MB" in said
     assert len(lines) >= 2
-    shares = [int(share) for share, _, _ in lines]
+    shares = [int(share) for _, share, _ in lines]
     assert shares == sorted(shares)
     assert shares[0] >= 66
     assert "\r" not in said
@@ -623,10 +626,10 @@ def test_reading_a_part_again_shows_progress(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     begin(tmp_path / NAME, hub, 2_000_000)
-    monkeypatch.setattr(downloads, "Progress", partial(Progress, period=0.0))
+    monkeypatch.setattr(console, "PLAIN_INTERVAL", 0.0)
     fetch(tmp_path / NAME)
     said = capsys.readouterr().out
-    assert "  reading weights.pt.part again: 100 %, 2.0 MB of 2.0 MB" in said
+    assert "  reading weights.pt.part again: 2.0 MB of 2.0 MB, 100 %, " in said
     assert hub.ranges() == ["bytes=2000000-"]
 
 
@@ -634,10 +637,10 @@ FULL_DISK = """
 import json, resource, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from setup_steps import console, downloads
+from setup_steps import downloads, project
 resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, 1_500_000))
 remote = downloads.RemoteFile(**json.loads(sys.argv[2]))
-console.run(lambda: bool(downloads.download(remote, Path(sys.argv[3]))))
+project.run(lambda: bool(downloads.download(remote, Path(sys.argv[3]))))
 """
 
 

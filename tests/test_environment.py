@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 import step1_install_environment as step1
+from LightningDiT.errors import LightningDiTError
 from setup_steps import environment, install, machine, pip_calls, releases
-from setup_steps.console import StepError
 from setup_steps.environment import Profile, State
 from setup_steps.install import Pin, Row
 from setup_steps.machine import Gpu, Machine, Probe, TorchFacts
@@ -133,7 +133,7 @@ def test_step1_installs_checks_and_repairs_in_a_fresh_environment(place: Place) 
     (place.folder / "requirements.txt").write_text(PINS.replace("=2.0", "=3.0"))
     failed = place.step(*wheels)
     assert failed.returncode == 1
-    assert "tinyprobe==3.0: tinyprobe==3.0 is not to be had" in failed.stderr.splitlines()[-1]
+    assert "tinyprobe==3.0: tinyprobe==3.0 is not available" in failed.stderr.splitlines()[-1]
 
 
 @pytest.mark.skipif(
@@ -148,7 +148,7 @@ def test_a_torch_without_kernels_for_the_gpu_is_replaced(place: Place) -> None:
     place.pip("install", "--find-links", str(place.wheels / "torch"), "torch==2.14.1", "torchvision==0.29.1")
     place.pip("install", "--find-links", str(place.wheels), "tinyprobe==2.0")
 
-    # No wheels, no connection: torch still computes on the processor, which is said.
+    # No wheels, no connection: torch still computes on the CPU, which is said.
     alone = place.step()
     assert alone.returncode == 0, alone.stderr
     last = alone.stdout.splitlines()[-1]
@@ -170,7 +170,11 @@ def test_a_torch_without_kernels_for_the_gpu_is_replaced(place: Place) -> None:
     assert report["decision"] == f"torch 2.14.1 is replaced by 2.7.1; to install: {wanted}"
     assert f"Decision: {report['decision']}\nReason: {report['reason']}\n" in done.stdout
     assert report["outcome"] == "torch 2.7.1 works here, on Tesla P100-PCIE-16GB (6.0)"
-    assert (report["warning"], report["torch"]["device"], report["places"]) == ("", "cuda", ["virtual environment"])
+    assert (report["warning"], report["torch"]["device"], report["environments"]) == (
+        "",
+        "cuda",
+        ["virtual environment"],
+    )
     (gpu,) = report["gpus"]
     assert (gpu["capability"], gpu["driver"], gpu["fault"], gpu["native_bf16"]) == ([6, 0], "580.65.06", "", False)
     assert place.constraints == [*wanted.split(), "tinyprobe==2.0"]
@@ -180,7 +184,7 @@ def test_a_torch_without_kernels_for_the_gpu_is_replaced(place: Place) -> None:
     current = place.step("--profile", "current", "--wheels", str(attached))
     assert current.returncode == 0, current.stderr
     assert place.report["reason"] == "the profile current names torch 2.14.1"
-    assert "(warning: the processor is used: torch 2.14.1 has no kernels for" in current.stdout.splitlines()[-1]
+    assert "(warning: the CPU is used: torch 2.14.1 has no kernels for" in current.stdout.splitlines()[-1]
     assert place.constraints == PINS.split()
 
 
@@ -191,8 +195,8 @@ def test_a_system_interpreter_is_refused_by_the_dry_run_too(monkeypatch: pytest.
     (tmp_path / "EXTERNALLY-MANAGED").touch()
     pins = [Pin("torch", "2.14.1"), Pin("torchvision", "0.29.1"), Pin("no-such-package-here", "1.0")]
     monkeypatch.setattr(install, "read_pins", lambda path: pins)
-    monkeypatch.setattr(machine, "probe", lambda names, with_torch: WORKING)
-    with pytest.raises(StepError, match=r"fix: .*-m venv .venv && .venv/bin/python step1"):
+    monkeypatch.setattr(machine, "probe", lambda names: WORKING)
+    with pytest.raises(LightningDiTError, match=r"fix: .*-m venv .venv && .venv/bin/python step1"):
         step1.main(["--dry-run"])
 
 
@@ -213,13 +217,13 @@ def test_a_read_only_project_costs_a_line(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setattr(environment, "CONSTRAINTS", tmp_path / "file" / "environment_constraints.txt")
-    monkeypatch.setattr(machine, "probe", lambda names, with_torch: WORKING)
+    monkeypatch.setattr(machine, "probe", lambda names: WORKING)
     profile = environment.read_profile("auto", dev=False)
     state = environment.find_out(profile)
     environment.write_outputs(profile, state, state)
     said = capsys.readouterr().out
     assert said.startswith("note: ")
-    assert (said.count("\n"), "could not be written (Not a directory)" in said) == (1, True)
+    assert (said.count("\n"), "cannot be written (Not a directory)" in said) == (1, True)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="quotes of a POSIX shell")
@@ -260,7 +264,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[TorchFacts, str], tu
     """A machine with a P100, the stock torch and no byte free; gives what step 1 finds out there."""
 
     def found(facts: TorchFacts, place: str) -> tuple[Profile, State]:
-        monkeypatch.setattr(machine, "probe", lambda names, with_torch: Probe(facts, {}))
+        monkeypatch.setattr(machine, "probe", lambda names: Probe(facts, {}))
         here = Machine((3, 11), "Linux x86_64", (place,), facts, facts.gpus)
         monkeypatch.setattr(machine, "look_around", lambda torch: here)
         pins = [Pin("torch", "2.14.1"), Pin("torchvision", "0.29.1")]
@@ -280,7 +284,7 @@ def test_too_little_disk_keeps_a_torch_that_computes(full_disk: Callable, place:
     assert state.decision.action == REPLACE
     last = environment.bring_right(profile, state, None)
     assert (last.decision.action, last.decision.torch, last.lacking) == (KEEP, "2.14.1", [])
-    assert last.decision.reason == "torch 2.14.1 computes on the processor and could not be replaced"
+    assert last.decision.reason == "torch 2.14.1 computes on the CPU and could not be replaced"
     assert "has no kernels for Tesla P100" in last.decision.warning
     assert re.search(r", but the packages need up to .* at .*, 0 B are free; fix: free space", last.decision.warning)
 

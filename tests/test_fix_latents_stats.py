@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import io
 import itertools
 import os
@@ -21,17 +20,19 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import fix_latents_stats
+from LightningDiT import console
 from LightningDiT.checkpoint import save_weights
 from LightningDiT.config import load_config
-from LightningDiT.data.images import pad_to_32
+from LightningDiT.data.fashion_mnist import pad_to_32
 from LightningDiT.data.shards import shard_path, write_shard
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import centre_crop
 from LightningDiT.loading import load_stats
 from LightningDiT.tokenizer.latents import LatentStats, diagnose
 from LightningDiT.tokenizer.vavae import VA_VAE
-from setup_steps import console, downloads, stats_repair, weights
-from setup_steps.console import PROJECT, StepError
+from setup_steps import downloads, stats_repair, weights
+from setup_steps.project import PROJECT
+from tests.conftest import write_idx
 from tests.hub_server import Hub, running_hub
 from tests.project_copy import PYTHON, copy_project, run_script
 from tests.published import good_stats
@@ -188,7 +189,7 @@ def test_a_bad_source_changes_nothing(bundled: Path, capsys: pytest.CaptureFixtu
     path = bundled / "latents_stats.pt"
     path.write_bytes(b"mine")
     save_file({"w": torch.zeros(1)}, bundled / "tokenizer.safetensors")
-    with pytest.raises(StepError, match=f"no source has good statistics for {path}; fix: .* --images FOLDER"):
+    with pytest.raises(LightningDiTError, match=f"no source has good statistics for {path}; fix: .* --images FOLDER"):
         stats_repair.repair(
             stats_repair.Target(path, "bundled", CHANNELS, ""), stats_repair.Request(), stats_repair.ORDER["bundled"]
         )
@@ -225,7 +226,9 @@ def test_statistics_of_shards_are_exact(tmp_path: Path, capsys: pytest.CaptureFi
 def test_shards_of_another_tokenizer_are_refused(bundled: Path, tmp_path: Path) -> None:
     write_shards(tmp_path)
     path = bundled / "latents_stats.pt"
-    with pytest.raises(StepError, match=r"either: .* \[1, 8, 1, 1\] is expected; fix: .* --images FOLDER") as caught:
+    with pytest.raises(
+        LightningDiTError, match=r"either: .* \[1, 8, 1, 1\] is expected; fix: .* --images FOLDER"
+    ) as caught:
         repair(path, "--latents", str(tmp_path))
     assert f"--stats {path} " in (caught.value.fix or "")
     assert not path.exists()
@@ -256,16 +259,18 @@ def test_without_a_hub_the_bad_file_stays(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     path = tmp_path / "latents_stats.pt"
     path.touch()
-    with pytest.raises(StepError, match=r"cannot be reached .*; fix: "):
+    with pytest.raises(LightningDiTError, match=r"cannot be reached .*; fix: "):
         repair(path, "--source", "hub")
     assert [item.name for item in tmp_path.iterdir()] == ["latents_stats.pt"]
 
 
 def test_nothing_is_invented_unless_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "latents_stats.pt"
-    with pytest.raises(StepError, match=r"no source has good .*; fix: .* --stats \S+ --images FOLDER \(or --latents"):
+    with pytest.raises(
+        LightningDiTError, match=r"no source has good .*; fix: .* --stats \S+ --images FOLDER \(or --latents"
+    ):
         repair(path)
-    with pytest.raises(StepError, match=r"is not known; fix: add --channels N"):
+    with pytest.raises(LightningDiTError, match=r"is not known; fix: add --channels N"):
         repair(path, "--identity")
     assert not path.exists()
     assert repair(path, "--identity", "--channels", "4") == 0
@@ -339,7 +344,7 @@ def test_without_a_configuration_it_is_that_of_the_model_that_is_here(
 
 def test_the_bare_command_repairs_the_bundled_model_and_says_why(tmp_path: Path) -> None:
     """In a fresh clone, whose path has a space."""
-    project = copy_project(tmp_path / "my project", "LightningDiT")
+    project = copy_project(tmp_path / "my project")
     folder = project / "models" / "fashion-mnist"
     folder.mkdir(parents=True)
     save_file({"w": torch.zeros(1)}, folder / "tokenizer.safetensors", metadata=GOOD.as_metadata())
@@ -377,13 +382,6 @@ def test_statistics_beside_published_weights_are_the_published_ones(tmp_path: Pa
     assert stats_repair.locate(path) == stats_repair.Target(path, "published", 32, "named by --stats")
 
 
-def write_idx(path: Path, values: torch.Tensor) -> None:
-    """A gzipped IDX file of bytes, as Fashion-MNIST comes."""
-    header = bytes([0, 0, 8, values.dim()])
-    header += b"".join(size.to_bytes(4, "big") for size in values.shape)
-    path.write_bytes(gzip.compress(header + bytes(values.flatten().tolist())))
-
-
 def posterior_stats(tokenizer: Path, images: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and deviation of the latents, from the tokenizer's definition and torch's own formulas."""
     encoder, generator = VA_VAE(tokenizer), torch.Generator().manual_seed(0)
@@ -412,8 +410,8 @@ def test_statistics_from_fashion_mnist_through_the_bundled_tokenizer(
     save_weights(model.state_dict(), tmp_path / "tokenizer.safetensors", stats.as_metadata())
     monkeypatch.setattr(weights, "BUNDLED", tmp_path)
     images = torch.randint(0, 256, (12, 28, 28), dtype=torch.uint8)
-    write_idx(tmp_path / "train-images-idx3-ubyte.gz", images)
-    write_idx(tmp_path / "train-labels-idx1-ubyte.gz", torch.zeros(12, dtype=torch.uint8))
+    write_idx(tmp_path / "train-images-idx3-ubyte.gz", images.numpy())
+    write_idx(tmp_path / "train-labels-idx1-ubyte.gz", np.zeros(12))
     monkeypatch.setattr(stats_repair, "ENCODED_PIXELS", 5 * 32 * 32)
 
     options = ["--max-images", str(at_most)] if at_most else []
@@ -480,7 +478,7 @@ def test_the_tokenizer_of_the_images_is_the_one_that_the_configuration_names(tin
     request = stats_repair.Request(images=tmp_path / "images", config=tiny_folder / "config.yaml")
     assert stats_repair.from_images(target, request).latents == 7
     elsewhere = stats_repair.Target(tmp_path / "latents_stats.pt", "other", None, "")
-    with pytest.raises(StepError, match=r"nothing tells which tokenizer .*; fix: add --tokenizer YAML"):
+    with pytest.raises(LightningDiTError, match=r"nothing tells which tokenizer .*; fix: add --tokenizer YAML"):
         stats_repair.from_images(elsewhere, request)
 
 
@@ -496,7 +494,7 @@ def test_a_configuration_of_another_name_says_which_file_is_meant(
     assert capsys.readouterr().out.splitlines()[0] == f"Repair of {path} (config.yaml uses it)"
     mean, _ = posterior_stats(tiny_folder / "tokenizer.yaml", cropped(files), 7)
     torch.testing.assert_close(LatentStats.load(path, 4).mean.flatten(), mean, atol=1e-5, rtol=1e-5)
-    with pytest.raises(StepError, match=rf"--config .*no.yaml is no file, .*; fix: {PYTHON} step3_.* no.yaml"):
+    with pytest.raises(LightningDiTError, match=rf"--config .*no.yaml is no file, .*; fix: {PYTHON} step3_.* no.yaml"):
         fix_latents_stats.main(["--config", "no.yaml"])
 
 
@@ -514,17 +512,13 @@ def test_a_failure_ends_the_moving_line(
     """The second shard does not fit, or Ctrl-C comes at the second image: the line is wiped for what is said next."""
     terminal, calls = Terminal(), itertools.count()
 
-    class Shown(console.Progress):
-        def __init__(self, *args: object, **options: object) -> None:
-            super().__init__(*args, stream=terminal, **options)
-            self.period = 0.0
-
     def encode_images(self: VA_VAE, images: torch.Tensor, **_: object) -> torch.Tensor:
         if next(calls):
             raise KeyboardInterrupt
         return torch.zeros(len(images), 4, 2, 2)
 
-    monkeypatch.setattr(stats_repair, "Progress", Shown)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(console, "MOVING_INTERVAL", 0.0)
     monkeypatch.setattr(stats_repair, "ENCODED_PIXELS", 1)
     monkeypatch.setattr(VA_VAE, "encode_images", encode_images)
     folder = tmp_path / source
@@ -556,7 +550,9 @@ def test_images_for_the_published_file_need_the_published_tokenizer(
     def request(checkpoint: Path | None = None) -> stats_repair.Request:
         return stats_repair.Request(attached=tmp_path / "input", config=config, checkpoint=checkpoint)
 
-    with pytest.raises(StepError, match=f"{name}, which encodes .*; fix: python step2_download_models.py --only vavae"):
+    with pytest.raises(
+        LightningDiTError, match=f"{name}, which encodes .*; fix: {PYTHON} step2_download_models.py --only vavae"
+    ):
         stats_repair._tokenizer_for(target, request())
     config.write_text(f"vae: {{ckpt_path: '{wanted['config']}'}}\n")
     opened: list[Path] = []
@@ -610,7 +606,7 @@ def test_ctrl_c_while_images_are_encoded_changes_nothing(tiny_folder: Path, tmp_
                 break
         rest = running.stdout.read()
     assert running.returncode == 130, rest
-    assert "stopped by Ctrl-C" in rest
+    assert "stopped;" in rest
     assert path.read_bytes() == b"mine"
     assert [item.name for item in tmp_path.glob("*latents*")] == ["latents_stats.pt"]
 
@@ -647,7 +643,9 @@ def test_attached_statistics_are_found_checked_and_preferred_beside_weights(
         assert path.read_bytes() == found.read_bytes()
         found.write_bytes(b"")
     path.write_bytes(b"")
-    with pytest.raises(StepError, match=r"no good latents_stats.pt below .*is empty.*\[1, 32, 1, 1\] is expected"):
+    with pytest.raises(
+        LightningDiTError, match=r"no good latents_stats.pt below .*is empty.*\[1, 32, 1, 1\] is expected"
+    ):
         repair(path, "--source", "attached", "--attached", str(attached))
 
 
@@ -729,13 +727,15 @@ def test_a_place_that_takes_no_file_is_explained(tmp_path: Path, monkeypatch: py
     (tmp_path / "input").touch()
     target = stats_repair.Target(tmp_path / "input" / "set" / "latents_stats.pt", "published", 32, "")
     own = weights.MODELS / "latents_stats.pt"
-    with pytest.raises(StepError, match=f"fix: .*--stats {own}, then .*step3.* --stats {own}"):
-        stats_repair.require_place(target)
+    with pytest.raises(LightningDiTError, match=f"fix: .*--stats {own}, then .*step3.* --stats {own}"):
+        stats_repair.require_writable_target(target)
 
 
 def test_another_part_of_a_model_is_not_taken_for_statistics(tmp_path: Path) -> None:
     path = tmp_path / weights.VAVAE.name
     path.write_bytes(b"a tokenizer of 800 MB")
-    with pytest.raises(StepError, match=r"is another part of a model, latent statistics were expected; fix: name a"):
+    with pytest.raises(
+        LightningDiTError, match=r"is another part of a model, latent statistics were expected; fix: name a"
+    ):
         repair(path)
     assert path.read_bytes() == b"a tokenizer of 800 MB"

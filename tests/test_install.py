@@ -12,10 +12,11 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from LightningDiT.errors import LightningDiTError
 from setup_steps import install
-from setup_steps.console import PROJECT, StepError
 from setup_steps.install import Pin, Row
 from setup_steps.pip_calls import InstallError, Source
+from setup_steps.project import PROJECT
 from setup_steps.releases import INSTALL, KEEP, REPLACE, Decision
 from tests.project_copy import PYTHON
 from tests.wheels import make_wheel
@@ -44,9 +45,9 @@ def test_development_pins_include_the_others() -> None:
 
 def test_a_line_that_is_no_pin_is_named(tmp_path: Path) -> None:
     (tmp_path / "r.txt").write_text("# note\na==1.0\nb>=2\n")
-    with pytest.raises(StepError, match=r"r.txt:3: 'b>=2' is no pin"):
+    with pytest.raises(LightningDiTError, match=r"r.txt:3: 'b>=2' is no pin"):
         install.read_pins(tmp_path / "r.txt")
-    with pytest.raises(StepError, match=r"r.txt pins no torch"):
+    with pytest.raises(LightningDiTError, match=r"r.txt pins no torch"):
         install.pinned([Pin("a", "1.0")], "torch", tmp_path / "r.txt")
 
 
@@ -141,19 +142,22 @@ def test_an_interpreter_of_the_system_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("PIP_BREAK_SYSTEM_PACKAGES", raising=False)
     install.refuse_unfit_process([])
     (tmp_path / "EXTERNALLY-MANAGED").touch()
-    with pytest.raises(StepError, match=r"fix: .*-m venv .venv && .venv/bin/python step1"):
+    with pytest.raises(LightningDiTError, match=r"fix: .*-m venv .venv && .venv/bin/python step1"):
         install.refuse_unfit_process([])
 
 
 def test_an_imported_torch_is_never_replaced_under_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = Row("torch", "2.14.1", "2.7.1", "2.14.1")
     right = Row("torch", "2.14.1", "2.14.1", "2.14.1")
+    monkeypatch.setenv("PIP_BREAK_SYSTEM_PACKAGES", "1")
     monkeypatch.setitem(sys.modules, "torch", sys)
-    install.refuse_imported_torch([right])
-    with pytest.raises(StepError, match=rf"torch is imported in this process.*; fix: restart .* !{PYTHON} step1"):
-        install.refuse_imported_torch([wrong])
+    install.refuse_unfit_process([right])
+    with pytest.raises(
+        LightningDiTError, match=rf"torch is imported in this process.*; fix: restart .* !{PYTHON} step1"
+    ):
+        install.refuse_unfit_process([wrong])
     monkeypatch.delitem(sys.modules, "torch")
-    install.refuse_imported_torch([wrong])
+    install.refuse_unfit_process([wrong])
 
 
 TORCH, OTHER = Row("torch", "2", "2", None), Row("tqdm", "4", "4", None)

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from setup_steps import machine
-from setup_steps.console import PROJECT
 from setup_steps.install import read_pins
 from setup_steps.machine import Gpu, TorchFacts, installed_version, try_imports
+from setup_steps.project import PROJECT
 from tests.project_copy import copy_project, run_script
 from tests.wheels import FAKE_TORCH, make_nvidia_smi
 
@@ -33,13 +33,13 @@ def test_torch_facts_are_true_here() -> None:
 
 
 def test_the_probe_blames_only_what_is_broken(tmp_path: Path) -> None:
-    probe = machine.probe(["json", "no_such_module_at_all"], with_torch=False)
+    probe = machine.probe(["json", "no_such_module_at_all"])
     assert probe.faults["json"] == ""
     assert "No module named" in probe.faults["no_such_module_at_all"]
     # `this_kills` ends the probing process: the others are then probed one by one.
     folder = copy_project(tmp_path / "copy")
     (folder / "this_kills.py").write_text("import os\nos._exit(3)\n")
-    program = "from setup_steps import machine\nprint(machine.probe(['json', 'this_kills'], with_torch=False).faults)\n"
+    program = "from setup_steps import machine\nprint(machine.probe(['json', 'this_kills']).faults)\n"
     done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str({"json": "", "this_kills": "the process ended with code 3"})
 
@@ -67,7 +67,7 @@ def test_a_package_that_is_cut_short_is_a_fault_whatever_it_raises(
 )
 @pytest.mark.parametrize("body", ["def f(:\n", "f()\n"])
 def test_a_torch_that_is_cut_short_is_one_line(tmp_path: Path, command: tuple[str, ...], body: str) -> None:
-    folder = copy_project(tmp_path / "copy", "LightningDiT")
+    folder = copy_project(tmp_path / "copy")
     (folder / "torch.py").write_text(body)
     done = run_script(folder / command[0], *command[1:], cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
@@ -80,7 +80,7 @@ def test_the_probe_brings_a_gpu_and_what_its_kernel_said(tmp_path: Path, archs: 
     (folder / "torch.py").write_text(FAKE_TORCH.format(version="2.9.0", cuda="12.8", archs=archs))
     program = (
         "import dataclasses, json\nfrom setup_steps import machine\n"
-        "print(json.dumps(dataclasses.asdict(machine.probe(['torch'], with_torch=True).torch)))\n"
+        "print(json.dumps(dataclasses.asdict(machine.probe(['torch']).torch)))\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=True)
     facts = TorchFacts.from_json(json.loads(done.stdout))
@@ -171,32 +171,32 @@ def test_what_torch_sees_comes_before_what_the_driver_names(tmp_path: Path, monk
 
 
 @pytest.mark.parametrize(
-    ("variables", "place"),
+    ("variables", "environment"),
     [
         ({"KAGGLE_KERNEL_RUN_TYPE": "Interactive"}, "Kaggle"),
         ({"COLAB_RELEASE_TAG": "release-colab"}, "Colab"),
         ({}, "plain"),
     ],
 )
-def test_the_place_is_named(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], place: str) -> None:
+def test_the_environment_is_named(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], environment: str) -> None:
     for name in ("KAGGLE_KERNEL_RUN_TYPE", "COLAB_RELEASE_TAG", "COLAB_GPU"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "prefix", sys.base_prefix)
     conda = ("conda",) if (Path(sys.prefix) / "conda-meta").is_dir() else ()
-    expected = (*((place,) if place != "plain" else ()), *conda) or ("plain",)
-    assert machine.look_around(TorchFacts()).places == expected
+    expected = (*((environment,) if environment != "plain" else ()), *conda) or ("plain",)
+    assert machine.look_around(TorchFacts()).environments == expected
 
 
-def test_conda_and_virtual_environments_are_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conda_and_virtual_environments_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("KAGGLE_KERNEL_RUN_TYPE", "COLAB_RELEASE_TAG", "COLAB_GPU"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
-    assert machine.look_around(TorchFacts()).places == ("virtual environment",)
+    assert machine.look_around(TorchFacts()).environments == ("virtual environment",)
     (tmp_path / "conda-meta").mkdir()
     monkeypatch.setattr(sys, "base_prefix", str(tmp_path))
-    assert machine.look_around(TorchFacts()).places == ("conda",)
+    assert machine.look_around(TorchFacts()).environments == ("conda",)
 
 
 def test_the_machine_is_described_for_a_person(tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_the_machine_is_described_for_a_person(tmp_path: Path) -> None:
     )
     assert rows["GPU 1"] == "Tesla T4 (7.5), 15.8 GB, driver 535.1, bf16 emulated, a kernel ran"
     assert rows["GPU 2"] == "A100 (8.0), 42.0 GB, bf16 native, torch does not see it"
-    assert (rows["torch"], rows["Kernels"], rows["note"]) == ("2.14.1 (CUDA 13.0)", "sm_75", "a note")
+    assert (rows["torch"], rows["Kernels"], rows["Note"]) == ("2.14.1 (CUDA 13.0)", "sm_75", "a note")
     assert rows["Python"].endswith("Kaggle)")
 
 

@@ -12,10 +12,10 @@ import torch
 
 from LightningDiT.checkpoint import PORTION_BYTES
 from LightningDiT.config import load_config
+from LightningDiT.errors import LightningDiTError
 from LightningDiT.models.lightningdit import LightningDiTSettings
 from LightningDiT.tokenizer.autoencoder import AutoencoderSettings
 from setup_steps import memory_model
-from setup_steps.console import StepError
 from setup_steps.memory_model import FLOAT32, HALF, Need
 from studies import measure_memory
 
@@ -127,7 +127,7 @@ def test_what_grows_with_the_batch_is_bounded_too(small_model: Path) -> None:
 
 
 def test_a_case_that_fails_is_said(tmp_path: Path) -> None:
-    with pytest.raises(StepError, match=r"case step with 1 images failed: error: .*x.pt does not exist"):
+    with pytest.raises(LightningDiTError, match=r"case step with 1 images failed: error: .*x.pt does not exist"):
         measure_memory.measure(config_of(tmp_path, "LightningDiT-S/1"), "fp32", "step", 1)
 
 

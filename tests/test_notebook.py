@@ -106,7 +106,7 @@ def kaggle(tmp_path: Path) -> Kaggle:
 
 def place_project(folder: Path) -> Path:
     """A clone of the project without any output, in `folder`."""
-    return copy_project(folder, "LightningDiT", "models/fashion-mnist")
+    return copy_project(folder, "models/fashion-mnist")
 
 
 def cell(book: nbformat.NotebookNode, ident: str) -> nbformat.NotebookNode:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from LightningDiT.errors import LightningDiTError
 from setup_steps import pip_calls
-from setup_steps.console import StepError
 from setup_steps.pip_calls import InstallError, Source
 from tests.project_copy import PYTHON
 from tests.wheels import make_wheel
@@ -48,7 +48,7 @@ def test_no_connection_is_said_soon(offline: None, tmp_path: Path) -> None:
 def test_a_wheel_that_is_not_there_is_named_with_the_python(offline: None, tmp_path: Path) -> None:
     make_wheel(tmp_path / "wheels", "tinyprobe", "1.0", "")
     said = complaint(Source((tmp_path / "wheels",), index=False), "tinyprobe==2.0", tmp_path / "target")
-    assert f"tinyprobe==2.0 is not to be had for this Python {sys.version_info[0]}.{sys.version_info[1]}; fix:" in said
+    assert f"tinyprobe==2.0 is not available for this Python {sys.version_info[0]}.{sys.version_info[1]}; fix:" in said
 
 
 def test_a_damaged_wheel_is_called_that(offline: None, tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_a_dependency_on_another_torch_is_refused_and_not_obeyed(offline: None, 
     make_wheel(tmp_path, "greedy", "1.0", "", "torch>=2.8")
     (tmp_path / "held.txt").write_text("torch==2.7.1\n")
     source = Source((tmp_path,), index=False)
-    with pytest.raises(InstallError, match="packages that are wanted exclude one another"):
+    with pytest.raises(InstallError, match="the wanted packages exclude one another"):
         pip_calls.pip_install(
             ["greedy==1.0"], source, "--target", str(tmp_path / "t"), "-c", str(tmp_path / "held.txt")
         )
@@ -86,7 +86,7 @@ def test_a_dependency_on_another_torch_is_refused_and_not_obeyed(offline: None, 
     ],
 )
 def test_complaints_that_cannot_be_caused_here(said: str, words: str) -> None:
-    assert words in str(pip_calls.judge(said, ["a==1"], 1))
+    assert words in str(pip_calls.explain(said, ["a==1"], 1))
 
 
 def test_a_first_source_fails_quietly(offline: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -107,7 +107,7 @@ def test_sources_by_what_is_given_and_attached(monkeypatch: pytest.MonkeyPatch, 
     assert pip_calls.find_sources(None) == (Source(folders, index=False, last=False), Source(folders))
     assert pip_calls.find_sources(deep) == (Source((deep,), index=False),)
     for wrong, words in ((tmp_path / "input", "holds no .whl file"), (tmp_path / "nowhere", "is no folder")):
-        with pytest.raises(StepError, match=words):
+        with pytest.raises(LightningDiTError, match=words):
             pip_calls.find_sources(wrong)
 
 
@@ -132,6 +132,6 @@ def test_the_command_of_an_own_environment_on_both_systems() -> None:
 
 def test_a_folder_without_wheels_is_quoted_in_the_fix(tmp_path: Path) -> None:
     folder = tmp_path / "Li's wheels"
-    with pytest.raises(StepError) as refusal:
+    with pytest.raises(LightningDiTError) as refusal:
         pip_calls.find_sources(folder)
     assert str(folder) in shlex.split(refusal.value.fix)

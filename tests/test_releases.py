@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from LightningDiT.errors import LightningDiTError
 from setup_steps import install, releases
-from setup_steps.console import PROJECT, StepError
 from setup_steps.machine import Gpu, Machine, TorchFacts
+from setup_steps.project import PROJECT
 from setup_steps.releases import INSTALL, KEEP, REPLACE, Asked
 
 LINES = releases.release_lines("2.14.1", "0.29.1")
@@ -32,7 +33,7 @@ def tried(gpu: Gpu, fault: str | None, driver: str = "") -> Gpu:
 
 
 def built(version: str, cuda: str, archs: tuple[str, ...] = (), note: str = "") -> TorchFacts:
-    """A torch that computes on the processor."""
+    """A torch that computes on the CPU."""
     return TorchFacts(version, True, cuda=cuda, archs=archs, note=note)
 
 
@@ -49,7 +50,7 @@ OLD_DRIVER = "driver on your system is too old"
 #: machine, action, torch, torchvision, words of the reason, words of the warning (empty: there is none)
 TABLE = {
     # nothing there: the newest release that serves the device, its driver and the Python
-    "absent, no GPU": (machine(ABSENT), INSTALL, "2.14.1", "0.29.1", "computes on the processor", ""),
+    "absent, no GPU": (machine(ABSENT), INSTALL, "2.14.1", "0.29.1", "computes on the CPU", ""),
     "absent, P100": (machine(ABSENT, P100), INSTALL, "2.7.1", "0.22.1", "newest that serves Tesla P100", ""),
     "absent, V100": (machine(ABSENT, V100), INSTALL, "2.10.0", "0.25.0", "newest that serves Tesla V100", ""),
     "absent, T4 x2": (machine(ABSENT, T4, T4), INSTALL, "2.14.1", "0.29.1", "serves 2 x Tesla T4 (7.5)", ""),
@@ -67,8 +68,8 @@ TABLE = {
             INSTALL,
             "2.14.1",
             "0.29.1",
-            "processor",
-            "processor is used: Tesla K80 (3.7) is not used (no torch from 2.2.0",
+            "CPU",
+            "CPU is used: Tesla K80 (3.7) is not used (no torch from 2.2.0",
         ),
     ),
     "absent, K80 and T4": (machine(ABSENT, K80, T4), INSTALL, "2.14.1", "0.29.1", "serves Tesla T4", "Tesla K80 (3.7)"),
@@ -82,16 +83,16 @@ TABLE = {
     ),
     "absent, T4, driver 470": (
         machine(ABSENT, replace(T4, driver="470.82.01")),
-        *(INSTALL, "2.14.1", "0.29.1", "processor", "its driver 470.82.01 is too old, install 525 or newer"),
+        *(INSTALL, "2.14.1", "0.29.1", "CPU", "its driver 470.82.01 is too old, install 525 or newer"),
     ),
     "absent, P100, Python 3.14": (
         machine(ABSENT, P100, python=(3, 14)),
-        *(INSTALL, "2.14.1", "0.29.1", "processor", "torch 2.7.1 serves it on Python 3.13: python3.13 -m venv"),
+        *(INSTALL, "2.14.1", "0.29.1", "CPU", "torch 2.7.1 serves it on Python 3.13: python3.13 -m venv"),
     ),
     "absent, V100, Python 3.14": (machine(ABSENT, V100, python=(3, 14)), INSTALL, "2.10.0", "0.25.0", "V100", ""),
     "absent, Windows, P100": (
         machine(ABSENT, P100, system="Windows AMD64"),
-        *(INSTALL, "2.14.1", "0.29.1", "processor", "install a torch with CUDA for Windows AMD64 by hand"),
+        *(INSTALL, "2.14.1", "0.29.1", "CPU", "install a torch with CUDA for Windows AMD64 by hand"),
     ),
     # not usable at all
     "broken, no GPU": (machine(BROKEN), REPLACE, "2.14.1", "0.29.1", "does not import: libcudart", ""),
@@ -103,7 +104,7 @@ TABLE = {
         KEEP,
         "2.9.0",
         "0.24.*",
-        "on the processor (there is no GPU)",
+        "on the CPU (there is no GPU)",
         "",
     ),
     "works, newest": (machine(NEWEST), KEEP, "2.14.1", "0.29.1", "torch 2.14.1 works here", ""),
@@ -129,9 +130,9 @@ TABLE = {
         machine(
             replace(built("2.9.0", ""), hip="6.4"), tried(Gpu("Radeon", (10, 3)), "HIP error: invalid device function")
         ),
-        *(KEEP, "2.9.0", "0.24.*", "on the processor", "cannot use Radeon (10.3): HIP error"),
+        *(KEEP, "2.9.0", "0.24.*", "on the CPU", "cannot use Radeon (10.3): HIP error"),
     ),
-    "Apple": (machine(built("2.14.1", ""), system="Darwin arm64"), KEEP, "2.14.1", "0.29.1", "on the processor", ""),
+    "Apple": (machine(built("2.14.1", ""), system="Darwin arm64"), KEEP, "2.14.1", "0.29.1", "on the CPU", ""),
     # what does not run a kernel is replaced
     "stock on P100": (
         machine(STOCK, tried(P100, NO_KERNEL)),
@@ -157,18 +158,18 @@ TABLE = {
         machine(replace(NEWEST, archs=(), note=OLD_DRIVER), tried(T4, None, "550.90.07")),
         *(REPLACE, "2.10.0", "0.25.0", "(CUDA 13.0) needs the NVIDIA driver 580 or newer, 550.90.07 is here", ""),
     ),
-    "processor build, T4": (
+    "CPU build, T4": (
         machine(built("2.14.1+cpu", ""), tried(T4, None)),
-        *(REPLACE, "2.14.1", "0.29.1", "is built for the processor alone and cannot use Tesla T4", ""),
+        *(REPLACE, "2.14.1", "0.29.1", "is built for the CPU alone and cannot use Tesla T4", ""),
     ),
-    # where no other torch helps, the one that computes is kept and the processor used
+    # where no other torch helps, the one that computes is kept and the CPU used
     "stock on K80": (
         machine(STOCK, tried(K80, NO_KERNEL)),
         *(
             KEEP,
             "2.10.0",
             "0.25.*",
-            "on the processor",
+            "on the CPU",
             "no torch from 2.2.0 on has kernels for it, another GPU is needed",
         ),
     ),
@@ -178,37 +179,37 @@ TABLE = {
     ),
     "stock on K80 and T4": (
         machine(STOCK, tried(K80, NO_KERNEL), tried(T4, "")),
-        *(KEEP, "2.10.0", "0.25.*", "on Tesla T4", "processor is used unless CUDA_VISIBLE_DEVICES=1 names"),
+        *(KEEP, "2.10.0", "0.25.*", "on Tesla T4", "CPU is used unless CUDA_VISIBLE_DEVICES=1 names"),
     ),
     "newest, driver 470": (
         machine(replace(NEWEST, archs=(), note=OLD_DRIVER), tried(T4, None, "470.82.01")),
-        *(KEEP, "2.14.1", "0.29.1", "on the processor", "its driver 470.82.01 is too old, install 525 or newer"),
+        *(KEEP, "2.14.1", "0.29.1", "on the CPU", "its driver 470.82.01 is too old, install 525 or newer"),
     ),
     "full T4": (
         machine(STOCK, tried(T4, "CUDA out of memory. Tried to allocate 20.00 MiB")),
-        *(KEEP, "2.10.0", "0.25.*", "on the processor", "cannot use Tesla T4 (7.5) now: CUDA out of memory"),
+        *(KEEP, "2.10.0", "0.25.*", "on the CPU", "cannot use Tesla T4 (7.5) now: CUDA out of memory"),
     ),
     "2.7.1 on P100 that fails": (
         machine(built("2.7.1+cu126", "12.6", CU126), tried(P100, "unspecified launch failure")),
-        *(KEEP, "2.7.1", "0.22.*", "on the processor", "unspecified launch failure (nvidia-smi shows its state"),
+        *(KEEP, "2.7.1", "0.22.*", "on the CPU", "unspecified launch failure (nvidia-smi shows its state"),
     ),
     "unseen without a reason": (
         machine(replace(STOCK, archs=()), tried(T4, None)),
-        *(KEEP, "2.10.0", "0.25.*", "on the processor", "does not see Tesla T4 (7.5) (nvidia-smi"),
+        *(KEEP, "2.10.0", "0.25.*", "on the CPU", "does not see Tesla T4 (7.5) (nvidia-smi"),
     ),
-    "processor build, Windows": (
+    "CPU build, Windows": (
         machine(built("2.14.1+cpu", ""), tried(T4, None), system="Windows AMD64"),
-        *(KEEP, "2.14.1", "0.29.1", "on the processor", "install a torch with CUDA for Windows AMD64 by hand"),
+        *(KEEP, "2.14.1", "0.29.1", "on the CPU", "install a torch with CUDA for Windows AMD64 by hand"),
     ),
 }
 
 
-@pytest.mark.parametrize("place", ["Kaggle", "Colab", "conda", "virtual environment", "plain"])
+@pytest.mark.parametrize("environment", ["Kaggle", "Colab", "conda", "virtual environment", "plain"])
 @pytest.mark.parametrize("name", TABLE)
-def test_the_decision(name: str, place: str) -> None:
-    """By evidence alone, whatever the place is called."""
+def test_the_decision(name: str, environment: str) -> None:
+    """By evidence alone, in any environment."""
     here, action, torch, torchvision, reason, warning = TABLE[name]
-    decision = releases.decide(replace(here, places=(place,)), LINES)
+    decision = releases.decide(replace(here, environments=(environment,)), LINES)
     assert (decision.action, decision.torch, decision.torchvision) == (action, torch, torchvision)
     assert reason in decision.reason
     assert warning in decision.warning
@@ -252,7 +253,9 @@ def test_a_named_profile_keeps_its_own_torch_and_says_what_that_does_not_serve()
 def test_the_official_profile_wants_python_up_to_3_12(python: tuple[int, int]) -> None:
     asked = Asked("official", "2.2.0", "0.17.0")
     assert releases.decide(machine(ABSENT, python=(3, 12)), LINES, asked).torch == "2.2.0"
-    with pytest.raises(StepError, match=r"torch 2.2.0 has no wheels for Python 3.1[34], 3.12 is the newest") as refusal:
+    with pytest.raises(
+        LightningDiTError, match=r"torch 2.2.0 has no wheels for Python 3.1[34], 3.12 is the newest"
+    ) as refusal:
         releases.decide(machine(ABSENT, python=python), LINES, asked)
     assert refusal.value.fix == (
         "python3.12 -m venv official && official/bin/python step1_install_environment.py --profile official"

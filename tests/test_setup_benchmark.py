@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from LightningDiT.errors import LightningDiTError
 from setup_steps import checks
-from setup_steps.console import StepError
 from studies import setup_benchmark
 
 
@@ -43,5 +43,5 @@ def test_a_conversion_is_measured_beside_a_copy(
 
 def test_without_curl_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(StepError, match="curl is not on this machine"):
+    with pytest.raises(LightningDiTError, match="curl is not on this machine"):
         setup_benchmark.main(["--folder", str(tmp_path)])

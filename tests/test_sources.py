@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from setup_steps import console, downloads, sources, weights
-from setup_steps.console import StepError
+from LightningDiT.console import Progress
+from LightningDiT.errors import LightningDiTError
+from setup_steps import downloads, sources, weights
 from setup_steps.sources import Source, link
 from tests.project_copy import PYTHON
 
@@ -72,9 +73,9 @@ def test_absence_names_where_what_and_the_fix(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("kind", "option"), [("folder", "--folder FOLDER"), ("attached", "--attached FOLDER")])
 def test_the_folder_must_be_one(tmp_path: Path, kind: str, option: str) -> None:
     Source(kind, tmp_path).require_folder()
-    with pytest.raises(StepError, match=f"x is not there, the folder to search was expected; fix: .*{option}"):
+    with pytest.raises(LightningDiTError, match=f"x is not there, the folder to search was expected; fix: .*{option}"):
         Source(kind, tmp_path / "x").require_folder()
-    with pytest.raises(StepError, match=f"y is a file, the folder to search was expected; fix: .*{option}"):
+    with pytest.raises(LightningDiTError, match=f"y is a file, the folder to search was expected; fix: .*{option}"):
         Source(kind, put(tmp_path / "y")).require_folder()
 
 
@@ -89,7 +90,7 @@ def test_a_link_is_absolute_and_replaces_at_once(tmp_path: Path, monkeypatch: py
     target = tmp_path / "models" / "weights.pt"
     target.parent.mkdir()
     target.symlink_to(tmp_path / "detached" / "weights.pt")
-    put(target.with_name(".new.weights.pt"), b"left by a run that was killed")
+    put(target.with_name(".weights.pt.x1y2.tmp"), b"left by a run that was killed")
     monkeypatch.chdir(tmp_path)
     assert link(Path("set/weights.pt"), target) == f"linked to {source}"
     assert target.readlink() == source
@@ -121,7 +122,7 @@ def test_a_copy_that_finds_no_room_leaves_what_was_there(tmp_path: Path, monkeyp
     monkeypatch.setattr(Path, "symlink_to", refuse)
     monkeypatch.setattr(downloads, "SPARE_BYTES", 10**18)
     source, target = put(tmp_path / "new.pt", b"new"), put(tmp_path / "models" / "weights.pt", b"old")
-    with pytest.raises(StepError, match="are needed on the disk of"):
+    with pytest.raises(LightningDiTError, match=r"the files may take .*, and .* has .* free"):
         link(source, target)
     assert target.read_bytes() == b"old"
     assert list(target.parent.iterdir()) == [target]
@@ -135,7 +136,7 @@ def test_what_was_there_is_kept_when_the_link_is_there_and_not_before(
     with monkeypatch.context() as no_links:
         no_links.setattr(Path, "symlink_to", lambda *_, **__: (_ for _ in ()).throw(OSError(1, "not permitted")))
         no_links.setattr(downloads, "SPARE_BYTES", 10**18)
-        with pytest.raises(StepError, match="are needed on the disk of"):
+        with pytest.raises(LightningDiTError, match=r"the files may take .*, and .* has .* free"):
             link(source, target, aside)
     assert (target.read_bytes(), aside.exists()) == (b"old", False)
     link(source, target, aside)
@@ -145,10 +146,14 @@ def test_what_was_there_is_kept_when_the_link_is_there_and_not_before(
 def test_a_copy_that_is_stopped_ends_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended = []
 
-    class Stopped(console.Progress):
+    class Stopped(Progress):
         """Ctrl-C in the middle of a copy."""
 
-        def update(self, done: int) -> None:
+        def __init__(self, total: int, unit: str, *, label: str) -> None:
+            super().__init__(total, unit, label=label)
+            self.label = label
+
+        def update(self, count: float = 1) -> None:
             raise KeyboardInterrupt
 
         def close(self) -> None:

@@ -19,8 +19,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import step2_download_models as step2
-from setup_steps import checks, console, downloads, weights
-from setup_steps.console import PROJECT, StepError
+from LightningDiT.console import INTERRUPTED, format_bytes
+from LightningDiT.errors import LightningDiTError
+from setup_steps import checks, downloads, weights
+from setup_steps.project import PROJECT
 from tests.hub_server import Fault, Hub, running_hub
 from tests.project_copy import PYTHON, copy_project, run_script
 from tests.published import good_stats
@@ -100,7 +102,7 @@ def test_step2_fetches_checks_and_then_needs_no_hub(
 
 def test_step2_as_a_person_runs_it(hub: Hub, tmp_path: Path) -> None:
     """A process of its own in another working directory, with the mirror as an option."""
-    folder = copy_project(tmp_path / "copy", "LightningDiT")
+    folder = copy_project(tmp_path / "copy")
     done = run_script(
         folder / "step2_download_models.py",
         *("--only", "stats", "--endpoint", hub.endpoint),
@@ -127,17 +129,19 @@ def test_step2_a_right_hash_of_a_wrong_file_is_an_error(hub: Hub, tmp_path: Path
     page = b"<html>please log in</html>"
     hub.put(weights.VAVAE.repo, weights.VAVAE.name, page)
     kept = f"{weights.VAVAE.name}.bad-1"
-    with pytest.raises(StepError, match=f"is a web page, not weights.*; it came so from the hub and is kept as {kept}"):
+    with pytest.raises(
+        LightningDiTError, match=f"is a web page, not weights.*; it came so from the hub and is kept as {kept}"
+    ):
         fetch_models(tmp_path, "--only", "vavae")
     assert (tmp_path / kept).read_bytes() == page
     assert not (tmp_path / weights.VAVAE.name).exists()  # no later step may take it
     torch.save({"state_dict": {"encoder.conv_in.weight": torch.zeros(3)}}, tmp_path / "other")
     hub.put(weights.VAVAE.repo, weights.VAVAE.name, (tmp_path / "other").read_bytes())
-    with pytest.raises(StepError, match=r"lacks encoder\..* and 338 more: it is no vavae-f16d32"):
+    with pytest.raises(LightningDiTError, match=r"lacks encoder\..* and 338 more: it is no vavae-f16d32"):
         fetch_models(tmp_path, "--only", "vavae")
     torch.save({"mean": torch.zeros(1, 32, 1, 1), "std": torch.ones(1, 32, 1, 1)}, tmp_path / "o")
     hub.put(weights.STATS.repo, weights.STATS.name, (tmp_path / "o").read_bytes())
-    with pytest.raises(StepError, match=r"placeholder.*; fix: python fix_latents_stats.py"):
+    with pytest.raises(LightningDiTError, match=rf"placeholder.*; fix: {PYTHON} fix_latents_stats.py"):
         fetch_models(tmp_path, "--only", "stats")
     names = {f"{weights.VAVAE.name}.bad-1", f"{weights.VAVAE.name}.bad-2", "latents_stats.pt.bad-1", checks.RECORD}
     assert {path.name for path in tmp_path.iterdir()} - {"other", "o"} == names
@@ -156,11 +160,11 @@ def test_step2_verify_finds_a_byte_that_changed(hub: Hub, tmp_path: Path) -> Non
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(StepError, match="is not the file that the hub has"):
+    with pytest.raises(LightningDiTError, match="is not the file that the hub has"):
         fetch_models(tmp_path, "--only", "dit", "--verify")
     assert fetch_models(tmp_path, "--only", "dit") == 0
     assert fetch_models(tmp_path, "--only", "dit", "--verify") == 0
-    with pytest.raises(StepError, match="is not there"):
+    with pytest.raises(LightningDiTError, match="is not there"):
         fetch_models(tmp_path / "empty", "--only", "dit", "--verify")
 
 
@@ -207,7 +211,7 @@ def test_step2_disk_is_checked_before_the_first_byte(
     monkeypatch.setattr(downloads, "SPARE_BYTES", 0)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, len(content) + 40 - short))
     if short:
-        with pytest.raises(StepError, match="are needed on the disk of"):
+        with pytest.raises(LightningDiTError, match=r"the files may take .*, and .* has .* free"):
             fetch_models(tmp_path, "--only", "dit", "--convert", "fp16")
         assert hub.ranges() == []
     else:
@@ -226,12 +230,12 @@ def test_step2_explains_folders_and_files_in_each_others_place(hub: Hub, tmp_pat
     tmp_path = tmp_path / "Li's models"
     tmp_path.mkdir()
     (tmp_path / "latents_stats.pt").mkdir()
-    with pytest.raises(StepError, match=r"is a folder, the file latents_stats.pt belongs there") as refusal:
+    with pytest.raises(LightningDiTError, match=r"is a folder, the file latents_stats.pt belongs there") as refusal:
         fetch_models(tmp_path, "--only", "stats")
     path = f"{tmp_path / 'latents_stats.pt'}"
     assert shlex.split(refusal.value.fix)[:4] == ["mv", path, f"{path}.folder", "&&"]
     (tmp_path / "file").touch()
-    with pytest.raises(StepError, match="is a file, a folder was expected"):
+    with pytest.raises(LightningDiTError, match="is a file, a folder was expected"):
         fetch_models(tmp_path / "file")
 
 
@@ -252,13 +256,13 @@ def test_step2_bundled_model_needs_no_download(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(weights, "BUNDLED", tmp_path)
-    with pytest.raises(StepError, match=r"lacks config.yaml, .*; fix: git restore"):
+    with pytest.raises(LightningDiTError, match=r"lacks config.yaml, .*; fix: git restore"):
         step2.main(["--model", "bundled"])
     link_bundled(tmp_path)
     assert step2.main(["--model", "bundled"]) == 0
     said = capsys.readouterr().out
     size = sum((tmp_path / name).stat().st_size for name in weights.BUNDLED_FILES)
-    assert f"({console.format_bytes(size)})" in said
+    assert f"({format_bytes(size)})" in said
     assert "Nothing to download" in said
 
 
@@ -277,7 +281,9 @@ def test_step2_opens_the_bundled_model(
     (tmp_path / name).unlink()
     (tmp_path / name).write_bytes(whole[: len(whole) // 4] if content is None else content)
     monkeypatch.setattr(weights, "BUNDLED", tmp_path)
-    with pytest.raises(StepError, match=rf"{Path(name).stem}\..*; fix: git restore models/fashion-mnist") as caught:
+    with pytest.raises(
+        LightningDiTError, match=rf"{Path(name).stem}\..*; fix: git restore models/fashion-mnist"
+    ) as caught:
         step2.main(["--model", "bundled"])
     assert "\n" not in str(caught.value)
     assert "Nothing to download" not in capsys.readouterr().out
@@ -317,7 +323,7 @@ def test_step2_wrong_options_are_usage_errors(options: list[str], monkeypatch: p
 
 def test_step2_a_refusal_of_the_hub_is_one_line(hub: Hub, tmp_path: Path) -> None:
     hub.hub_faults = [Fault(status=401)]
-    with pytest.raises(StepError, match="not open to this login") as caught:
+    with pytest.raises(LightningDiTError, match="not open to this login") as caught:
         fetch_models(tmp_path)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.glob("*.pt")) == []
@@ -374,7 +380,7 @@ def test_step2_a_second_candidate_is_tried(tmp_path: Path, attached: Path, hub: 
 def test_step2_says_where_it_searched_for_what(hub: Hub, tmp_path: Path, attached: Path) -> None:
     options = ("--source", "attached", "--attached", str(attached), "--model", "64ep", "--only", "dit")
     with pytest.raises(
-        StepError, match=r"input holds no usable lightningdit-xl-imagenet256-64ep.pt .*; fix: "
+        LightningDiTError, match=r"input holds no usable lightningdit-xl-imagenet256-64ep.pt .*; fix: "
     ) as caught:
         fetch_models(tmp_path / "models", *options)
     assert "\n" not in str(caught.value)
@@ -415,7 +421,7 @@ def test_step2_a_bad_file_stays_where_neither_link_nor_copy_is_to_be_had(
     (tmp_path / "latents_stats.pt").write_bytes(b"bad")
     monkeypatch.setattr(Path, "symlink_to", refuse)
     monkeypatch.setattr(downloads, "SPARE_BYTES", 10**18)
-    with pytest.raises(StepError, match="are needed on the disk of"):
+    with pytest.raises(LightningDiTError, match=r"the files may take .*, and .* has .* free"):
         fetch_offline(tmp_path, "--only", "stats", "--attached", str(attached))
     assert [path.name for path in tmp_path.glob("latents*")] == ["latents_stats.pt"]
 
@@ -434,7 +440,7 @@ def test_step2_a_link_replaces_nothing_without_keeping_it(tmp_path: Path, tiny_t
 
 
 def test_step2_without_torch_fetches_nothing(hub: Hub, tmp_path: Path) -> None:
-    folder = copy_project(tmp_path / "copy", "LightningDiT")
+    folder = copy_project(tmp_path / "copy")
     (folder / "torch.py").write_text("raise ImportError('no torch here')\n")
     script, options = folder / "step2_download_models.py", ("--endpoint", hub.endpoint)
     for more in ((), ("--verify",)):
@@ -447,7 +453,9 @@ def test_step2_without_torch_fetches_nothing(hub: Hub, tmp_path: Path) -> None:
 
 def test_step2_a_bad_file_and_no_other_names_both_troubles(tmp_path: Path) -> None:
     (tmp_path / "latents_stats.pt").write_bytes(b"bad")
-    with pytest.raises(StepError, match=r"latents_stats.pt is not usable \(.*\); .* 127.0.0.1:9 cannot be reached"):
+    with pytest.raises(
+        LightningDiTError, match=r"latents_stats.pt is not usable \(.*\); .* 127.0.0.1:9 cannot be reached"
+    ):
         fetch_offline(tmp_path, "--only", "stats")
     assert (tmp_path / "latents_stats.pt").read_bytes() == b"bad"
 
@@ -580,7 +588,7 @@ def test_step2_verify_without_a_hub_takes_the_checksums_of_the_archive(
     content = bytearray(path.read_bytes())
     content[content.index(stats["std"].numpy().tobytes()) + 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(StepError, match=r"latents_stats.pt is damaged \(Bad CRC-32 .*\); fix: "):
+    with pytest.raises(LightningDiTError, match=r"latents_stats.pt is damaged \(Bad CRC-32 .*\); fix: "):
         fetch_offline(tmp_path, "--only", "stats", "--verify")
 
 
@@ -591,10 +599,10 @@ def test_step2_verify_says_where_there_are_no_checksums(
 ) -> None:
     save_copy(tmp_path / FP16, tiny_table)
     assert fetch_offline(tmp_path, "--only", "dit", "--verify") == 0
-    assert f"  {FP16}: carries no checksums, so that opening is all there is; opens" in capsys.readouterr().out
+    assert f"  {FP16}: has no checksums and can only be opened; opens" in capsys.readouterr().out
     torch.save(good_stats(), tmp_path / "latents_stats.pt", _use_new_zipfile_serialization=False)
     assert fetch_offline(tmp_path, "--only", "stats", "--verify") == 0
-    assert "latents_stats.pt: carries no checksums" in capsys.readouterr().out
+    assert "latents_stats.pt: has no checksums" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not hasattr(torch.serialization, "set_crc32_options"), reason="this torch always writes them")
@@ -617,7 +625,9 @@ def test_step2_verify_names_every_fault(hub: Hub, tmp_path: Path, attached: Path
     words = (
         r"vavae.* \(linked to .*\) is not the file that the hub has .*; .*latents_stats.pt is a link to .*, which is "
     )
-    with pytest.raises(StepError, match=words + rf"not there; fix: {PYTHON} step2_download_models.py --source hub$"):
+    with pytest.raises(
+        LightningDiTError, match=words + rf"not there; fix: {PYTHON} step2_download_models.py --source hub$"
+    ):
         fetch_models(tmp_path / "models", "--verify")
     assert (tmp_path / "models" / "latents_stats.pt").is_symlink()
 
@@ -645,10 +655,9 @@ def test_step2_ctrl_c_in_the_middle(hub: Hub, tmp_path: Path, published: dict[st
     while not (part.exists() and part.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.01)
     child.send_signal(signal.SIGINT)
-    said, errors = child.communicate(timeout=60)
-    assert child.returncode == console.INTERRUPTED
-    assert said.splitlines()[-1] == "stopped by Ctrl-C; what is whole was kept, run the same command to go on."
-    assert errors == ""
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == INTERRUPTED
+    assert errors == "stopped; finished work is kept, and the same command goes on from there\n"
     held = part.read_bytes()
     assert 0 < len(held) < len(published["vavae"])
     assert published["vavae"].startswith(held)

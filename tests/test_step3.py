@@ -16,12 +16,13 @@ import step3_setup_configs as step3
 from LightningDiT.checkpoint import load_weights, save_weights
 from LightningDiT.config import load_config
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.loading import load_transformer, verify_config
+from LightningDiT.loading import load_transformer
+from LightningDiT.sampling.dry_run import verify_config
 from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from setup_steps import configs, machine, weights
 from setup_steps.checks import published_table
-from setup_steps.console import PROJECT, StepError
 from setup_steps.machine import TorchFacts
+from setup_steps.project import PROJECT
 from tests.project_copy import PYTHON, run_script
 
 
@@ -66,8 +67,8 @@ def test_step3_again_and_after_an_edit(models: Path, tmp_path: Path, capsys: pyt
         output.write_text(edited)
         write_config(models, output)
         said = capsys.readouterr().out
-        assert f"sample.cfg_scale: {number} -> 9.0" in said
-        assert said.count("->") == 1
+        assert f"  sample.cfg_scale: {number} there, 9.0 now\n" in said
+        assert said.count(" there, ") == 1
         assert (tmp_path / name).read_text() == edited
         assert output.read_text() == first
 
@@ -77,14 +78,14 @@ def test_step3_keeps_the_good_file_when_the_new_one_is_refused(models: Path, tmp
     write_config(models, output)
     before = output.read_text()
     (models / "latents_stats.pt").write_bytes(b"")
-    with pytest.raises(StepError, match=r"is empty \(0 bytes\); fix: python fix_latents_stats.py"):
+    with pytest.raises(LightningDiTError, match=r"is empty \(0 bytes\); fix: python fix_latents_stats.py"):
         write_config(models, output)
     assert output.read_text() == before
     assert [path.name for path in tmp_path.iterdir() if path.suffix] == ["config.yaml"]
 
 
 def test_step3_names_every_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(StepError, match=r"vavae.*latents_stats.*800ep.*--model 800ep"):
+    with pytest.raises(LightningDiTError, match=r"vavae.*latents_stats.*800ep.*--model 800ep"):
         write_config(tmp_path, tmp_path / "config.yaml")
 
 
@@ -121,7 +122,7 @@ def test_step3_explains_folders_and_files_in_each_others_place(models: Path, tmp
             (option, link, detached),
         ]
     for option, path, words in cases:
-        with pytest.raises(StepError, match=words) as caught:
+        with pytest.raises(LightningDiTError, match=words) as caught:
             write_config(models, output, option, str(path))
         assert "\n" not in str(caught.value)
     assert not output.exists()
@@ -134,12 +135,14 @@ def test_step3_explains_what_lies_in_a_weights_files_place(
     path, output = models / file.name, tmp_path / "config.yaml"
     path.rename(tmp_path / "moved")
     path.mkdir()
-    with pytest.raises(StepError, match=f"is a folder, the file {file.name} was expected"):
+    with pytest.raises(LightningDiTError, match=f"is a folder, the file {file.name} was expected"):
         write_config(models, output)
     path.rmdir()
     for name in weights.usable_names(file):
         (models / name).symlink_to("/detached/" + name)
-        with pytest.raises(StepError, match=f"{name} is a link to /detached/{name}, which is not there: the data set"):
+        with pytest.raises(
+            LightningDiTError, match=f"{name} is a link to /detached/{name}, which is not there: the data set"
+        ):
             write_config(models, output)
         (models / name).unlink()
     path.symlink_to(tmp_path / "moved")  # as step 2 links what is attached
@@ -158,7 +161,7 @@ def test_step3_mends_a_data_path_that_names_the_file(
         verify_config(output)
     capsys.readouterr()
     assert write_config(models, output) == 0
-    assert f"data.data_path: {stats} -> {models}" in capsys.readouterr().out
+    assert f"data.data_path: {stats} there, {models} now" in capsys.readouterr().out
     assert output.read_text() == first
 
 
@@ -225,7 +228,7 @@ def test_step3_says_in_one_line_why_it_chose_precision_and_batch(
     sample = load_config(output).sample
     assert (sample.precision, sample.per_proc_batch_size) == ("auto", 16)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "precision auto" in line]
-    assert "16 pictures at a time take at most " in line
+    assert "batch size 16 takes at most " in line
     assert line.endswith("13.6 GB usable (85% of the GPU's memory)")
 
 
@@ -238,10 +241,10 @@ def test_step3_dry_run_checks_all_and_writes_nothing(
     assert f"configuration {output}: LightningDiT-XL/1, 1000 classes" in said
     assert f"would write the configuration of the model '800ep' to {output}" in said
     assert sorted(tmp_path.rglob("*")) == before
-    with pytest.raises(StepError, match="is a folder, a YAML file was expected"):
+    with pytest.raises(LightningDiTError, match="is a folder, a YAML file was expected"):
         write_config(models, models, "--dry-run")
     (models / "latents_stats.pt").write_bytes(b"")
-    with pytest.raises(StepError, match=r"is empty \(0 bytes\); fix: python fix_latents_stats.py"):
+    with pytest.raises(LightningDiTError, match=r"is empty \(0 bytes\); fix: python fix_latents_stats.py"):
         write_config(models, output, "--dry-run")
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -272,7 +275,7 @@ def test_step3_auto_passes_a_damaged_model_over(
     dit = models / weights.DIT["800ep"].name
     content = dit.read_bytes()
     dit.write_bytes(content[: len(content) // 2])
-    with pytest.raises(StepError, match="cut short"):
+    with pytest.raises(LightningDiTError, match="cut short"):
         step3.main(["--models-dir", str(models), "--output", str(tmp_path / "config.yaml")])
     assert tried == ["800ep", "64ep", "bundled"]
     said = capsys.readouterr().out
@@ -286,7 +289,7 @@ def test_step3_statistics_of_another_name_go_to_a_folder_of_their_own(models: Pa
     other = models / "my stats.pt"
     shutil.copy2(good, other)
     before = good.stat().st_mtime_ns
-    with pytest.raises(StepError, match="is not called latents_stats.pt") as caught:
+    with pytest.raises(LightningDiTError, match="is not called latents_stats.pt") as caught:
         write_config(models, tmp_path / "config.yaml", "--stats", str(other))
     fix = str(caught.value.fix).rpartition(" && ")[0]
     subprocess.run(fix, shell=True, check=True)
@@ -308,6 +311,6 @@ def test_step3_passes_a_damaged_attached_file_over(models: Path, tmp_path: Path)
 
 def test_step3_writes_over_nothing_but_yaml(models: Path, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("mine")
-    with pytest.raises(StepError, match=r"README.md is named like no YAML file, .yaml or .yml was expected"):
+    with pytest.raises(LightningDiTError, match=r"README.md is named like no YAML file, .yaml or .yml was expected"):
         write_config(models, tmp_path / "README.md")
     assert (tmp_path / "README.md").read_text() == "mine"

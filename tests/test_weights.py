@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import step3_setup_configs as step3
+from LightningDiT.errors import LightningDiTError
 from setup_steps import weights
-from setup_steps.console import StepError
 
 DIT = weights.DIT["800ep"]
 COPIES = [weights.converted_name(DIT.name, precision) for precision in weights.PRECISIONS]
@@ -60,25 +60,25 @@ def test_search_follows_links_once(tmp_path: Path) -> None:
 
 def test_find_file_takes_models_first_and_the_best_name_first(tmp_path: Path) -> None:
     models, attached = tmp_path / "models", tmp_path / "attached"
-    assert weights.find_file(DIT, models, attached) is None
+    assert weights.find_file(DIT, models, weights.Tree(attached)) is None
     assert weights.find_file(DIT, models, None) is None
     rounded = put(attached / "x" / COPIES[2])
-    assert weights.find_file(DIT, models, attached) == rounded
+    assert weights.find_file(DIT, models, weights.Tree(attached)) == rounded
     original = put(attached / "y" / "z" / DIT.name)
-    assert weights.find_file(DIT, models, attached) == original
+    assert weights.find_file(DIT, models, weights.Tree(attached)) == original
     exact = put(attached / "z" / COPIES[0])
-    assert weights.find_file(DIT, models, attached) == exact
+    assert weights.find_file(DIT, models, weights.Tree(attached)) == exact
     in_models = put(models / COPIES[1])
-    assert weights.find_file(DIT, models, attached) == in_models
+    assert weights.find_file(DIT, models, weights.Tree(attached)) == in_models
 
 
 def test_find_file_explains_a_folder_unless_the_file_is_inside(tmp_path: Path) -> None:
     """Some uploads put a file into a folder of its own name."""
     (tmp_path / "latents_stats.pt").mkdir()
-    with pytest.raises(StepError, match=r"is a folder, the file latents_stats.pt was expected there; fix: mv "):
-        weights.find_file(weights.STATS, tmp_path / "models", tmp_path)
+    with pytest.raises(LightningDiTError, match=r"is a folder, the file latents_stats.pt was expected there; fix: mv "):
+        weights.find_file(weights.STATS, tmp_path / "models", weights.Tree(tmp_path))
     inside = put(tmp_path / "latents_stats.pt" / "latents_stats.pt")
-    assert weights.find_file(weights.STATS, tmp_path / "models", tmp_path) == inside
+    assert weights.find_file(weights.STATS, tmp_path / "models", weights.Tree(tmp_path)) == inside
 
 
 def test_attached_folder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +109,7 @@ def test_what_is_in_models_needs_no_walk_and_all_files_one(tmp_path: Path, walke
     models, attached = tmp_path / "models", tmp_path / "attached"
     put(models / DIT.name)
     stats = put(attached / "x" / weights.STATS.name)
-    assert weights.find_file(DIT, models, attached) == models / DIT.name
+    assert weights.find_file(DIT, models, weights.Tree(attached)) == models / DIT.name
     assert walked == []
     tree = weights.Tree(attached)
     found = [weights.find_file(file, models, tree) for file in weights.files_of("all")]
@@ -122,7 +122,7 @@ def test_step3_walks_once_for_all_files_and_models(tmp_path: Path, walked: list[
     put(attached / "a" / weights.STATS.name)
     options = step3.parse(["--models-dir", str(tmp_path / "models"), "--attached", str(attached)])
     for model in ("800ep", "64ep"):
-        with pytest.raises(StepError, match=f"vavae.*, lightningdit-xl-imagenet256-{model}.pt; fix: "):
+        with pytest.raises(LightningDiTError, match=f"vavae.*, lightningdit-xl-imagenet256-{model}.pt; fix: "):
             step3.find_files(model, options)
     assert walked == [attached]
 
