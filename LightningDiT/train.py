@@ -105,12 +105,22 @@ class Trainer:
         self._set_rate(step)
         self.optimizer.zero_grad(set_to_none=True)
         losses = self.processes.mean(self._backward_within_memory(batch))
-        require_finite("loss", losses, step)
+        self._require_finite_loss(losses, batch, step)
         norm = self._clip_gradient(step)
         self.optimizer.step()
         self.ema.update(self.model)
         row = dict(zip(self.terms, losses, strict=True)) | {"gradient_norm": norm, "data_seconds": waited}
         return row | ({"loss_scale": self.scaler.scale} if self.scaler.enabled else {})
+
+    def _require_finite_loss(self, losses: Tensor, batch: LatentBatch, step: int) -> None:
+        """Raise NotFiniteError, which names the latents of the step that are not finite themselves."""
+        try:
+            require_finite("loss", losses, step)
+        except NotFiniteError as error:
+            found = [name for names in self.processes.share(lambda: self.data.not_finite(batch)) for name in names]
+            if found:
+                error.message += f", nor are the latents in {', '.join(found)}"
+            raise
 
     def _set_rate(self, step: int) -> None:
         train, base = self.config.train, self.config.optimizer.lr

@@ -409,6 +409,20 @@ def test_trouble_without_end_is_one_line(small: Path) -> None:
     assert not (small / "runs" / "hopeless" / "transformer.safetensors").exists()
 
 
+@pytest.mark.parametrize(("steps", "every"), [(200, 20), (200, 10), (8, 100)])
+def test_a_training_without_a_finite_step_fails(
+    steps: int, every: int, small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Checkpoints at steps that are left out, or an end before the run goes back, do not make it a success."""
+    write_latents(small / "latents", count=4, spoilt={2: float("nan")})
+    config = configured(small, "hopeless", steps, f"ckpt_every: {every}")
+    with pytest.raises(LightningDiTError, match="does not get beyond step|none of the 8 steps had a finite loss and g"):
+        run(config)
+    assert not (small / "runs" / "hopeless" / "transformer.safetensors").exists()
+    shard = shard_path(small / "latents", 0, 0)
+    assert f"the loss of step 0 is not finite, nor are the latents in row 2 of {shard}" in capsys.readouterr().out
+
+
 def test_a_resumed_run_keeps_the_lowered_rate(small: Path, nursery: subprocess.Popen[str]) -> None:
     spike_at(small, 33)
     whole, config = configured(small, "whole", 60, "ckpt_every: 4"), configured(small, "parts", 60, "ckpt_every: 4")
@@ -504,6 +518,25 @@ def test_validation_is_the_mean_over_fixed_draws(small: Path) -> None:
     trainer.step(0)
     trainer.step(1)  # the first step from zero moves only the last layer
     assert validation.observe(3) != first  # the weights are the average's own
+
+
+def test_validation_leaves_out_what_is_not_finite(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = configured(small, "valid", more="valid_every: 10")
+    path.write_text(path.read_text().replace("image_size", "valid_path: held, image_size"))
+    config = load_config(path)
+    for spoilt in ([1], range(6)):
+        write_latents(small / "held", count=6, spoilt=dict.fromkeys(spoilt, math.nan))
+        trainer = train.Trainer(config)
+        if len(spoilt) == 6:
+            with pytest.raises(
+                LightningDiTError, match=r"no latent for the validation loss is finite .row 0 of .*held"
+            ):
+                Validation(config, trainer.data, trainer.averaged_model(), ALONE)
+        else:
+            assert math.isfinite(
+                Validation(config, trainer.data, trainer.averaged_model(), ALONE).observe(1)["valid_loss"]
+            )
+            assert "note: 1 latents that are not finite are not validated on (row 1 of " in capsys.readouterr().out
 
 
 def test_what_is_held_out_is_never_trained_on(small: Path) -> None:

@@ -198,17 +198,19 @@ def test_the_guard_knows_spikes_and_runs_of_bad_steps() -> None:
     assert guard.finite_step(21, 4.1)
     guard.go_back(state)
     assert (guard.rate_scale, guard.returns, guard.skips(21), guard.skips(20)) == (0.25, 1, True, False)
-    guard.passed(20)
-    assert guard.returns == 1  # not beyond it yet
-    guard.passed(22)
+    assert not guard.finite_step(20, 3.9)
+    guard.passed()
+    assert guard.returns == 1  # not beyond it yet: step 21 is left out
+    assert not guard.finite_step(22, 1.0)
+    guard.passed()
     assert guard.returns == 0
-    assert [guard.non_finite_step(step) for step in (22, 23)] == [False, False]
-    assert not guard.finite_step(24, 1.0)  # which ends the run of bad ones
-    assert [guard.non_finite_step(step) for step in (25, 26, 27)] == [False, False, True]
+    assert [guard.non_finite_step(step) for step in (23, 24)] == [False, False]
+    assert not guard.finite_step(25, 1.0)  # which ends the run of bad ones
+    assert [guard.non_finite_step(step) for step in (26, 27, 28)] == [False, False, True]
     again = Guard(GuardSettings(max_skips=3, spike_factor=2.0))
     again.load_state_dict(guard.state_dict())
     assert again.state_dict() == guard.state_dict()
-    assert guard.skipped == 5
+    assert (guard.skipped, guard.last_finite) == (5, 25)
 
 
 def test_spikes_are_not_looked_for_before_the_median_is_known_nor_when_off() -> None:

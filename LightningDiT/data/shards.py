@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from LightningDiT.checkpoint import save_weights
+from LightningDiT.data.labels import natural_key
 from LightningDiT.errors import LightningDiTError
 
 KEPT_BATCHES = 2  # whose memory is reused
@@ -40,12 +40,7 @@ def write_shard(
 
 def shard_files(folder: str | Path) -> list[Path]:
     """Return the shards in `folder` in the order of the numbers in their names, whatever their digits."""
-    return sorted(Path(folder).glob("*.safetensors"), key=_order)
-
-
-def _order(path: Path) -> list[tuple[int, str]]:
-    """Return the texts and numbers in a name as pairs that can be compared."""
-    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", path.name)]
+    return sorted(Path(folder).glob("*.safetensors"), key=lambda path: natural_key(path.name))
 
 
 def iterate_shards(folder: str | Path) -> Iterator[dict[str, Tensor]]:
@@ -109,7 +104,8 @@ class LatentShards:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        shards = [shard for shard in iterate_shards(folder) if len(shard["labels"])]
+        found = list(zip(iterate_shards(folder), shard_files(folder), strict=True))
+        shards = [shard for shard, _ in found if len(shard["labels"])]
         if not shards:
             raise LightningDiTError(f"the latent shards in {folder} hold no latents", FIX)
         shapes = sorted({tuple(shard["latents"].shape[1:]) for shard in shards})
@@ -121,12 +117,18 @@ class LatentShards:
         self.labels = torch.cat([shard["labels"].long() for shard in shards])
         self.has_flips = all("latents_flip" in shard for shard in shards)
         self._starts = np.cumsum([0, *(len(shard["labels"]) for shard in shards)])
+        self._files = [path for shard, path in found if len(shard["labels"])]
         names = ("latents", "latents_flip") if self.has_flips else ("latents",)
         self._memory = _Memory()
         self._rows = [[_as_array(shard[name]) for name in names] for shard in shards]
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def origin(self, number: int) -> str:
+        """Return the row, counted from 0, and the file of a sample, for messages."""
+        shard = int(np.searchsorted(self._starts, number, side="right")) - 1
+        return f"row {number - self._starts[shard]} of {self._files[shard]}"
 
     def batch(self, indices: Tensor, flips: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return latents (B, C, h, w) float32 and labels (B,) of the samples `indices`.

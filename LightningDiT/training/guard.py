@@ -65,6 +65,7 @@ class Guard:
         skipped: steps so far that were not finite.
         returns: how often the run went back since it last got beyond its trouble.
         trouble: the bad steps in a row up to now.
+        last_finite: the newest step whose loss was finite and no spike; -1: there was none.
     """
 
     def __init__(self, settings: GuardSettings) -> None:
@@ -73,6 +74,7 @@ class Guard:
         self.skipped = 0
         self.returns = 0
         self.trouble: list[int] = []
+        self.last_finite = -1
         self._left_out: set[int] = set()
         self._recent: deque[float] = deque(maxlen=MEDIAN_OF)
 
@@ -88,6 +90,7 @@ class Guard:
             return True
         self._recent.append(loss)
         self.trouble = []
+        self.last_finite = step
         return False
 
     def non_finite_step(self, step: int) -> bool:
@@ -104,9 +107,9 @@ class Guard:
         self.rate_scale, self.skipped, self.returns, self.trouble = scale, skipped, returns, []
         self._left_out = left_out
 
-    def passed(self, step: int) -> None:
-        """Note that the run is well after `step` steps; beyond all trouble, its returns are forgotten."""
-        if all(step > left for left in self._left_out):
+    def passed(self) -> None:
+        """Note that the run is well; its returns are forgotten after a finite step beyond all trouble."""
+        if all(self.last_finite > left for left in self._left_out):
             self.returns = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -117,6 +120,7 @@ class Guard:
             "returns": self.returns,
             "trouble": list(self.trouble),
             "left_out": sorted(self._left_out),
+            "last_finite": self.last_finite,
             "recent": list(self._recent),
         }
 
@@ -126,3 +130,4 @@ class Guard:
         self.trouble = list(state["trouble"])
         self._left_out = set(state["left_out"])
         self._recent = deque(state["recent"], maxlen=MEDIAN_OF)
+        self.last_finite = state.get("last_finite", 0 if self._recent else -1)  # older checkpoints do not hold it

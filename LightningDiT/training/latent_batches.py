@@ -35,6 +35,7 @@ class LatentBatch:
         labels: (B,) int64, some of them the null class.
         times: (B,).
         noise: (B, C, h, w).
+        samples: (B,) int64, their numbers in the shards.
         transport: the one of this step.
     """
 
@@ -42,6 +43,7 @@ class LatentBatch:
     labels: Tensor
     times: Tensor
     noise: Tensor
+    samples: Tensor
     transport: Transport
 
     def __len__(self) -> int:
@@ -57,7 +59,7 @@ class LatentBatch:
         return self._each(lambda x: x.to(device, non_blocking=True))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> LatentBatch:
-        tensors = (self.latents, self.labels, self.times, self.noise)
+        tensors = (self.latents, self.labels, self.times, self.noise, self.samples)
         return LatentBatch(*map(change, tensors), self.transport)
 
 
@@ -127,7 +129,12 @@ class LatentBatches:
         latents, labels = self.shards.batch(samples, draws[:, 0] < MIRRORED_SHARE)
         dropped = draws[:, 1] < self.config.train.label_dropout
         labels = torch.where(dropped, self.config.data.num_classes, labels)
-        return LatentBatch(self.stats.normalise(latents), labels, times, noise, transport)
+        return LatentBatch(self.stats.normalise(latents), labels, times, noise, samples, transport)
+
+    def not_finite(self, batch: LatentBatch) -> list[str]:
+        """Return shard and row of each latent of a batch that is not finite."""
+        bad = ~batch.latents.isfinite().flatten(1).all(1)  # (B,)
+        return [self.shards.origin(number) for number in batch.samples[bad].tolist()]
 
 
 def has_cosine_loss(config: Config) -> bool:

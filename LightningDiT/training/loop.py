@@ -135,6 +135,7 @@ class _Loop:
         self.done = 0
 
     def run_to_end(self) -> None:
+        """Take all steps that are left; raise LightningDiTError if none of the run was finite."""
         self._start()
         # looked at between steps, so that no half step is ever saved
         with StopRequest(signals=STOP_SIGNALS, grace=GRACE, message=STOPPING, quiet=not self.processes.is_main) as stop:
@@ -147,11 +148,16 @@ class _Loop:
                 self._log(last)
                 regular = self.done % self.settings.ckpt_every == 0 and not self.guard.trouble
                 if regular:
-                    self.guard.passed(self.done)
+                    self.guard.passed()
                 if last or regular:
                     self._save()
                 if stopping:
                     self.processes.end_by_interrupt()
+        if self.guard.last_finite < 0:
+            raise LightningDiTError(
+                f"none of the {self.done} steps had a finite loss and gradient, so nothing was trained",
+                "look at the latents or images, lower optimizer.lr, and choose another --output",
+            )
 
     def _start(self) -> None:
         """Go on from the newest undamaged checkpoint, or write the first one, to which a run may have to go back."""

@@ -26,6 +26,8 @@ from LightningDiT.training.latent_batches import LatentBatches, has_cosine_loss,
 from LightningDiT.training.loop import Monitor
 
 TIME_BINS = 10
+LISTED = 4  # latents that are not finite
+EXTRACT = "python -m LightningDiT.extract_features --help"
 VALIDATION_STREAM = 3  # a second seed, beside those of latent_batches
 
 
@@ -61,7 +63,7 @@ class Validation:
         self.model, self.processes = model, processes
         self.transport, self.has_cosine_loss = build_transport(config), has_cosine_loss(config)
         self.chunk = config.train.micro_batch_size or len(data.rows)
-        latents, self.labels = _validation_samples(config, data)
+        latents, self.labels = _validation_samples(config, data, processes)
         self.latents = data.stats.normalise(latents)
         self.times = (torch.arange(len(latents)) + 0.5) / len(latents)
         self.seed = config.train.global_seed
@@ -102,8 +104,11 @@ class Validation:
         return torch.randn(self.latents.shape[1:], generator=generator_for(self.seed, VALIDATION_STREAM, row))
 
 
-def _validation_samples(config: Config, data: LatentBatches) -> tuple[Tensor, Tensor]:
-    """Return latents (N, C, h, w) and labels (N,), spread evenly over those for validation."""
+def _validation_samples(config: Config, data: LatentBatches, processes: Processes) -> tuple[Tensor, Tensor]:
+    """Return latents (N, C, h, w) and labels (N,), spread evenly over those for validation.
+
+    Latents that are not finite are left out, and a line names them.
+    """
     if config.data.valid_path:
         shards = open_shards(config, config.data.valid_path)
         numbers = torch.arange(len(shards))
@@ -115,7 +120,16 @@ def _validation_samples(config: Config, data: LatentBatches) -> tuple[Tensor, Te
             "set data.valid_path, or train.valid_share: 0.01",
         )
     count = min(len(numbers), config.train.valid_samples)
-    return shards.batch(numbers[torch.arange(count) * len(numbers) // count])
+    numbers = numbers[torch.arange(count) * len(numbers) // count]
+    latents, labels = shards.batch(numbers)
+    finite = latents.isfinite().flatten(1).all(1)  # (N,)
+    if bool(finite.all()):
+        return latents, labels
+    names = ", ".join(shards.origin(number) for number in numbers[~finite].tolist()[:LISTED])
+    if not bool(finite.any()):
+        raise LightningDiTError(f"no latent for the validation loss is finite ({names})", EXTRACT)
+    processes.say(f"note: {int((~finite).sum())} latents that are not finite are not validated on ({names})")
+    return latents[finite], labels[finite]
 
 
 class LatentView:
