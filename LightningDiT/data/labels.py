@@ -1,13 +1,14 @@
-"""Classes by number and by name."""
+"""Classes: which number, name and folder belong together, and how two sides that meet are compared."""
 
 from __future__ import annotations
 
 import difflib
 import importlib.util
+import itertools
 import json
 import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import SupportsIndex
@@ -17,8 +18,18 @@ from LightningDiT.errors import LightningDiTError
 
 IMAGENET_CLASSES = 1000
 LATENTS_MANIFEST = "manifest.json"  # beside latent shards: their origin, with the names of the classes
+CLASS_NAMES = "class_names"  # key in every manifest and in the metadata of a transformer: names in order of number
+MOST_DIGITS = 9  # of a class number
 LISTED_CLASSES = 20  # names that fit one line of an error
 NEAREST_NAMES = 3
+
+Names = Sequence[str]
+
+
+def natural_key(name: str) -> tuple[list[tuple[int, str]], str]:
+    """Return a sort key that orders runs of digits by value: ID_1, ID_2, ..., ID_10; ties by the text itself."""
+    parts = re.split(r"([0-9]+)", name)
+    return [(int(part), "") if index % 2 else (0, part) for index, part in enumerate(parts)], name
 
 
 @dataclass(frozen=True)
@@ -27,40 +38,64 @@ class Labels:
 
     Attributes:
         count: number of classes.
-        names: one per class, synonyms separated by commas; None if the classes have no names.
+        names: what people call them, one per class, synonyms separated by commas; None if they have no names.
+        folders: what manifests call them, where that is another word: WordNet's number of each.
     """
 
     count: int
     names: tuple[str, ...] | None = None
+    folders: tuple[str, ...] | None = None
 
     @classmethod
     def of(cls, config: Config) -> Labels:
-        """Return the classes of a configuration: its own names, those of its latents, or ImageNet's for 1000."""
-        names = config.data.class_names or _names_of_latents(config)
-        if names is None and config.data.num_classes == IMAGENET_CLASSES:
-            names = _imagenet_names()
-        return cls(config.data.num_classes, names)
+        """Return the classes of a configuration.
 
-    def number(self, name: SupportsIndex | str) -> int:
-        """Return the number of a class given by number or name (one of its synonyms, in any case).
+        The names are those of the configuration, of its latents' manifest, of its model, or for 1000 ImageNet's, in
+        this order. Those of two of these must agree, see `check_agreement`.
 
         Raises:
-            LightningDiTError: the number is out of range, or the name unknown; known names are listed.
+            LightningDiTError: they contradict one another, or a manifest is damaged.
         """
-        if not isinstance(name, str) or name.strip().lstrip("-").isdecimal():
-            number = int(name) if isinstance(name, str) else operator.index(name)  # tensors and NumPy's integers too
-            if not 0 <= number < self.count:
-                raise LightningDiTError(
-                    f"class {number} is out of range; 0 to {self.count - 1} are expected", "choose one of these"
-                )
-            return number
-        synonyms = self._synonyms()
-        wanted = name.strip().lower()
-        if wanted not in synonyms:
+        count, source = config.data.num_classes, config.source
+        known = [(names, where) for names, where in _carried(config) if names]
+        if config.data.class_names:
+            known.insert(0, (config.data.class_names, f"data.class_names in {source}"))
+        for (ours, where), (theirs, there) in itertools.pairwise(known):
+            check_agreement(ours, theirs, where, there)
+        if not known:
+            return cls(count, *_imagenet()) if count == IMAGENET_CLASSES else cls(count)
+        names, where = known[0]
+        if len(names) > count:
             raise LightningDiTError(
-                f"class {name!r} is unknown; {self._hint(wanted, synonyms)}", "choose a known name or a number"
+                f"{where} has {len(names)} classes, data.num_classes is {count}",
+                f"set data.num_classes: {len(names)} in {source}",
             )
-        return synonyms[wanted]
+        folders = _padded(known[-1][0] if len(known) > 1 else names, count)
+        return cls(count, _words(_padded(names, count)), folders)
+
+    @property
+    def identity(self) -> tuple[str, ...] | None:
+        """The names that a manifest carries, by which two sides are compared; None without names."""
+        return self.folders or self.names
+
+    def number(self, name: SupportsIndex | str) -> int:
+        """Return the number of a class given by number or name.
+
+        A whole name counts before one of its synonyms, and the same case before another one. Where all names are
+        decimal numbers, a text is a name.
+
+        Raises:
+            LightningDiTError: the number is out of range, or the name unknown or that of several classes; known names
+                are listed.
+        """
+        if not isinstance(name, str):
+            return self._checked(operator.index(name))  # tensors and NumPy's integers too
+        wanted = name.strip()
+        if (found := self._find(wanted)) is not None:
+            return found
+        if is_number(wanted.removeprefix("-")) and not all_decimal(self.names):
+            return self._checked(int(wanted))
+        raise LightningDiTError(f"class {name!r} is unknown; {self._hint(wanted)}", "choose a known name or a number")
 
     def numbers(self, names: Iterable[SupportsIndex | str]) -> list[int]:
         """Return the numbers of several classes."""
@@ -70,53 +105,224 @@ class Labels:
         """Return the first synonym of a class, or `class` and its number."""
         return self.names[label].split(",")[0] if self.names else f"class {label}"
 
-    def _synonyms(self) -> dict[str, int]:
-        table: dict[str, int] = {}
-        for number, names in enumerate(self.names or ()):
-            for synonym in (names, *names.split(",")):
-                table.setdefault(synonym.strip().lower(), number)
-        return table
+    def listing(self, numbers: Iterable[int]) -> str:
+        """Return numbers with their full names in one line, each class once."""
+        chosen = list(dict.fromkeys(numbers))
+        shown = [f"{number} {self.names[number]}" if self.names else str(number) for number in chosen[:LISTED_CLASSES]]
+        more = f" and {len(chosen) - LISTED_CLASSES} more" if len(chosen) > LISTED_CLASSES else ""
+        return "; ".join(shown) + more
 
-    def _hint(self, wanted: str, synonyms: dict[str, int]) -> str:
-        near = difflib.get_close_matches(wanted, synonyms, NEAREST_NAMES, 0.5)
-        near += [known for known in synonyms if wanted in known][: NEAREST_NAMES - len(near)]
+    def _checked(self, number: int) -> int:
+        if not 0 <= number < self.count:
+            raise LightningDiTError(
+                f"class {number} is out of range; 0 to {self.count - 1} are expected", "choose one of these"
+            )
+        return number
+
+    def _find(self, wanted: str) -> int | None:
+        """Return the class of a name, or None; raises LightningDiTError for a name of several classes."""
+        spellings: tuple[Callable[[str], str], ...] = (str, str.casefold)
+        for spelt in spellings:
+            for split in (lambda names: [names], _synonyms):
+                found = [
+                    number
+                    for number, names in enumerate(self.names or ())
+                    if spelt(wanted) in [spelt(one.strip()) for one in split(names)]
+                ]
+                if len(found) > 1:
+                    raise LightningDiTError(
+                        f"{wanted!r} names {len(found)} classes: {self.listing(found)}", "choose one by its number"
+                    )
+                if found:
+                    return found[0]
+        return None
+
+    def _hint(self, wanted: str) -> str:
+        names = dict.fromkeys(one for names in self.names or () for one in (names, *_synonyms(names)))
+        by_case = {one.casefold(): one for one in names}
+        near = difflib.get_close_matches(wanted.casefold(), by_case, NEAREST_NAMES, 0.5)
+        near += [known for known in by_case if wanted.casefold() in known][: NEAREST_NAMES - len(near)]
         if near:
-            return f"near to it: {', '.join(dict.fromkeys(near))}"
+            return f"near to it: {', '.join(dict.fromkeys(by_case[one] for one in near))}"
         if self.names and self.count <= LISTED_CLASSES:
             return f"known: {', '.join(self.names)}"
+        if all_decimal(self.names):
+            return f"the names are numbers, from {self.names[0]} to {self.names[-1]}" if self.names else ""
         return f"numbers 0 to {self.count - 1} always work"
 
 
-def _names_of_latents(config: Config) -> tuple[str, ...] | None:
-    """Return the class names in the manifest of `data.data_path`, or None unless it has one for each class.
+# ---- two sides that meet
 
-    WordNet's synset numbers, the names of ImageNet's folders, are replaced by words.
+
+@dataclass(frozen=True)
+class Match:
+    """The common numbering of two sides.
+
+    Attributes:
+        names: of the classes; None: neither side has names.
+        ours, theirs: the common number of each class of one side; None: its numbers stay.
+        note: one line that says how names and numbers were brought together; empty if there was nothing to say.
+    """
+
+    names: tuple[str, ...] | None
+    ours: tuple[int, ...] | None = None
+    theirs: tuple[int, ...] | None = None
+    note: str = ""
+
+
+def match(ours: Names | None, theirs: Names | None, where_ours: str, where_theirs: str) -> Match:
+    """Return the common numbering of two sides, of which each has class names in the order of its numbers, or none.
+
+    Names on both sides are compared: those of `theirs` that `ours` lacks come after the others. Names that are decimal
+    numbers meet numbers, or names of the other kind, by their value.
+
+    Raises:
+        LightningDiTError: the numbers of one side reach beyond the names of the other.
+    """
+    if ours and theirs and all_decimal(ours) == all_decimal(theirs):
+        numbers, names = {key: number for number, key in enumerate(_keys(ours, theirs))}, list(ours)
+        their_keys = _keys(theirs, ours)
+        for name, key in zip(theirs, their_keys, strict=True):
+            if key not in numbers:
+                numbers[key] = len(names)
+                names.append(name)
+        return Match(tuple(names), None, tuple(numbers[key] for key in their_keys))
+    if ours and all_decimal(ours):
+        numbers, note = _by_value(ours, theirs, where_ours, where_theirs)
+        return Match(tuple(theirs) if theirs else None, numbers, None, note)
+    if theirs and all_decimal(theirs):
+        numbers, note = _by_value(theirs, ours, where_theirs, where_ours)
+        return Match(tuple(ours) if ours else None, None, numbers, note)
+    if not ours and not theirs:
+        return Match(None)
+    named, plain = (where_ours, where_theirs) if ours else (where_theirs, where_ours)
+    note = f"{plain} has class numbers without names; they count the classes of {named} in its order, from 0"
+    return Match(tuple(ours or theirs or ()), None, None, note)
+
+
+def check_agreement(ours: Names, theirs: Names, where_ours: str, where_theirs: str) -> None:
+    """Check that two sides give every number the same class; synonyms, separated by commas, count as one name.
+
+    Raises:
+        LightningDiTError: they do not; the first contradiction is named.
+    """
+    fix = f"remove {where_ours}" if where_ours.startswith("data.class_names") else "choose what belongs together"
+    if len(ours) != len(theirs):
+        raise LightningDiTError(f"{where_ours} has {len(ours)} classes, {where_theirs} has {len(theirs)}", fix)
+    words = _words(tuple(theirs))
+    for number, (our, their, shown) in enumerate(zip(ours, theirs, words, strict=True)):
+        if not {our, *_synonyms(our)} & {their, shown, *_synonyms(their), *_synonyms(shown)}:
+            raise LightningDiTError(f"class {number} is {our!r} in {where_ours} and {their!r} in {where_theirs}", fix)
+
+
+def is_number(text: str) -> bool:
+    """Whether a text is a class number: ASCII digits, not too many."""
+    return text.isascii() and text.isdecimal() and len(text) <= MOST_DIGITS
+
+
+def all_decimal(names: Names | None) -> bool:
+    """Whether there are names, and each is a decimal number with a value of its own."""
+    return bool(names) and all(map(is_number, names or ())) and len(set(map(int, names or ()))) == len(names or ())
+
+
+def _keys(names: Names, others: Names) -> list[int | str]:
+    """Return what names are compared by: values where both sides are decimal (01 is 1), else texts."""
+    return [int(name) for name in names] if all_decimal(names) and all_decimal(others) else list(names)
+
+
+def _by_value(names: Names, others: Names | None, where: str, there: str) -> tuple[tuple[int, ...], str]:
+    numbers = tuple(map(int, names))
+    if others and max(numbers) >= len(others):
+        raise LightningDiTError(
+            f"{where} has the class {names[numbers.index(max(numbers))]!r}, and {there} has {len(others)} classes,"
+            f" 0 to {len(others) - 1}",
+            "give the folders of both sides the same names",
+        )
+    return numbers, f"the class names of {where} are numbers, and count as the class numbers of {there}"
+
+
+# ---- where names come from
+
+
+def _carried(config: Config) -> list[tuple[tuple[str, ...] | None, str]]:
+    """Return the names that the latents of a configuration, and its model, carry, with where each is."""
+    found: list[tuple[tuple[str, ...] | None, str]] = []
+    if folder := config.data.data_path:
+        found.append((names_of_latents(folder), f"the latents' manifest {Path(folder) / LATENTS_MANIFEST}"))
+    if file := config.ckpt_path:
+        found.append((names_of_model(file), f"the model {file}"))
+    return found
+
+
+def names_of_model(path: str | Path) -> tuple[str, ...] | None:
+    """Return the class names in the metadata of a transformer's weights, None where there are none.
+
+    Raises:
+        LightningDiTError: they are no list of texts.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    file = Path(path)
+    if file.suffix != ".safetensors" or not file.is_file():
+        return None
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            text = (opened.metadata() or {}).get(CLASS_NAMES)
+    except (SafetensorError, OSError):
+        return None  # whoever loads the weights says what is wrong with them
+    try:
+        return checked_names(json.loads(text)) if text else None
+    except (ValueError, RecursionError) as error:
+        raise LightningDiTError(f"{file}: its class names cannot be read ({error})", "train it again") from error
+
+
+def names_of_latents(folder: str | Path) -> tuple[str, ...] | None:
+    """Return the class names in the manifest of latents, None where it has none or there is no manifest.
 
     Raises:
         LightningDiTError: the manifest is damaged.
     """
-    file = Path(config.data.data_path or "") / LATENTS_MANIFEST
-    if not config.data.data_path or not file.is_file():
+    file = Path(folder) / LATENTS_MANIFEST
+    if not file.is_file():
         return None
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return checked_names(content.get(CLASS_NAMES)) if isinstance(content, dict) else None
+    except (OSError, ValueError, RecursionError) as error:
         raise LightningDiTError(
-            f"the manifest {file} cannot be read ({error})", "set data.class_names, or move it away"
+            f"the manifest {file} cannot be read ({error})", "extract the latents again, or move it away"
         ) from error
-    names = content.get("class_names") if isinstance(content, dict) else None
-    if not isinstance(names, list) or len(names) != config.data.num_classes:
+
+
+def checked_names(names: object) -> tuple[str, ...] | None:
+    """Return the class names that a manifest holds, None for none; raises ValueError for what are no class names."""
+    if names is None or names == []:
         return None
-    if all(re.fullmatch(r"n\d{8}", str(name)) for name in names):
-        words, _ = _imagenet_tables()
-        return tuple(words.get(name, name) for name in names)
-    return tuple(map(str, names))
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{CLASS_NAMES} is no list of texts")
+    return tuple(names)
 
 
-def _imagenet_names() -> tuple[str, ...]:
-    """Return the names of ImageNet's 1000 classes."""
+def _synonyms(names: str) -> list[str]:
+    return [one.strip() for one in names.split(",")]
+
+
+def _padded(names: Names, count: int) -> tuple[str, ...]:
+    return (*names, *(f"class {number}" for number in range(len(names), count)))
+
+
+def _words(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return words for WordNet's synset numbers, the names of ImageNet's folders; other names as they are."""
+    if not all(re.fullmatch(r"n\d{8}", name) for name in names):
+        return names
+    words, _ = _imagenet_tables()
+    return tuple(words.get(name, name) for name in names)
+
+
+def _imagenet() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return words and synset numbers of ImageNet's 1000 classes."""
     words, synsets = _imagenet_tables()
-    return tuple(words[synset] for synset in synsets)
+    return tuple(words[synset] for synset in synsets), tuple(synsets)
 
 
 def _imagenet_tables() -> tuple[dict[str, str], list[str]]:

@@ -44,6 +44,7 @@ def verify(config: Config) -> list[str]:
         LightningDiTError: something is missing, damaged, or does not fit the rest.
     """
     check_solver(config.sample, config.transport.path_type)
+    Labels.of(config)
     tokenizer = load_tokenizer_config(tokenizer_config_path(config))
     lines = [f"configuration {config.source}: {config.model.model_type}, {config.data.num_classes} classes"]
     lines += config.notes
