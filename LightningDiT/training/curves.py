@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.files import atomic_path, disk_errors
+from LightningDiT.files import atomic_path
 
 HIDDEN = ("step", "seconds_left")
 PANEL_INCHES = (6.0, 2.6)
@@ -60,7 +60,7 @@ def save_curves(runs: Mapping[str, list[Row]], path: str | Path) -> None:
         LightningDiTError: matplotlib is missing, or the file cannot be written.
     """
     figure = draw(runs)
-    with disk_errors(path), atomic_path(path) as temporary:
+    with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
 
