@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from LightningDiT.data.image_files import as_rgb, find_images, read_image, shown
+from LightningDiT.errors import LightningDiTError
 
 
 def test_an_image_like_a_thread_is_refused(tmp_path: Path) -> None:
@@ -53,4 +54,23 @@ def test_image_files_are_found_by_their_endings_at_any_depth(tmp_path: Path) -> 
     (tmp_path / "folder.png").mkdir()
     for name in ("a/b/x.JPG", "a/y.webp", "z.tiff", "notes.txt", "model.pt"):
         (tmp_path / name).touch()
-    assert [str(path.relative_to(tmp_path)) for path in find_images(tmp_path)] == ["a/b/x.JPG", "a/y.webp", "z.tiff"]
+    assert [str(path.relative_to(tmp_path)) for path in find_images(tmp_path).files] == [
+        "a/b/x.JPG",
+        "a/y.webp",
+        "z.tiff",
+    ]
+
+
+def test_what_systems_and_tools_leave_is_passed_over_with_a_count(tmp_path: Path) -> None:
+    for name in (".ipynb_checkpoints/x.png", "__MACOSX/ant/._a.png", "ant/a.png", "ant/._a.png", "ant/a.npy", "b.npy"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "ant" / "self.png").symlink_to("self.png")
+    found = find_images(tmp_path)
+    assert [path.name for path in found.files] == ["a.png", "self.png"]
+    assert found.notes[0].startswith("passed over 3 hidden files and folders of systems and tools: ")
+    assert found.notes[1:] == ("passed over 2 files that are no images: .npy 2",)
+    with pytest.raises(LightningDiTError, match=r"no file there is called like an image \(.npy 1 are\)"):
+        (tmp_path / "only").mkdir()
+        (tmp_path / "only" / "x.npy").touch()
+        find_images(tmp_path / "only")

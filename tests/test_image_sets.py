@@ -51,9 +51,44 @@ def test_folders_that_are_numbers_are_classes_in_that_order(tmp_path: Path) -> N
 def test_folders_without_images_or_classes_are_named(tmp_path: Path) -> None:
     with pytest.raises(LightningDiTError, match="no images in"):
         open_folder(tmp_path / "absent")
-    Image.new("RGB", (16, 16)).save(tmp_path / "flat.png")
+    folder = save_images(tmp_path / "images", 3)
+    (folder / "empty").mkdir()
+    (folder / ".ipynb_checkpoints").mkdir()
+    Image.new("RGB", (16, 16)).save(folder / ".ipynb_checkpoints" / "000-checkpoint.png")
+    opened = open_folder(folder)
+    assert opened.class_names == CLASSES
+    assert opened.notes == (
+        "passed over 1 hidden files and folders of systems and tools: .ipynb_checkpoints 1",
+        "subfolders without images, which are no classes: empty",
+    )
+    assert opened.class_list() == "0 cats (1), 1 dogs (1), 2 sea lions (1)"
+    Image.new("RGB", (16, 16)).save(folder / "flat.png")
     with pytest.raises(LightningDiTError, match=r"flat.png lies in no subfolder"):
-        open_folder(tmp_path)
+        open_folder(folder)
+
+
+def test_a_flat_folder_is_one_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_images(tmp_path / "frogs", 2, (".",))
+    opened = open_folder(folder)
+    assert opened.labels is not None
+    assert (opened.labels.tolist(), opened.class_names) == ([0, 0], ("frogs",))
+    assert opened.notes == (f"{folder} has no subfolders of images: all of them are one class, frogs",)
+    monkeypatch.chdir(folder)
+    assert open_folder(".").class_names == ("frogs",)
+
+
+def test_folders_are_numbered_as_people_count(tmp_path: Path) -> None:
+    names = tuple(f"ID_{number}" for number in range(1, 12))
+    opened = open_folder(save_images(tmp_path, 11, names))
+    assert opened.class_names == names
+    assert opened.labels is not None
+    labels = {Path(opened.name(n)).parent.name: label for n, label in enumerate(opened.labels.tolist())}
+    assert labels == {name: number for number, name in enumerate(names)}
+    reversed_order = opened.in_order(names[::-1])
+    assert reversed_order.labels is not None
+    assert (reversed_order.labels + opened.labels).tolist() == [10] * 11
+    assert reversed_order.class_names == names[::-1]
+    assert opened.in_order(names[:3]) is opened
 
 
 def test_linked_classes_are_read_and_dead_links_listed(tmp_path: Path) -> None:
@@ -79,7 +114,7 @@ def test_classes_of_samples_come_from_subfolders_numbers_and_manifests(tmp_path:
     named, numbered = (open_samples(tmp_path / name) for name in ("names", "numbers"))
     assert named.labels is not None and numbered.labels is not None
     assert (named.labels.tolist(), named.class_names) == ([0, 0, 1, 1], ("ant", "dog"))
-    assert (numbered.labels.tolist(), numbered.class_names) == ([3, 3, 7, 7], None)
+    assert (numbered.labels.tolist(), numbered.class_names) == ([0, 0, 1, 1], ("03", "7"))
     folder = save_images(tmp_path / "run", 3, (".",))
     assert open_samples(folder).labels is None
     (folder / "000.png").unlink()
@@ -87,8 +122,13 @@ def test_classes_of_samples_come_from_subfolders_numbers_and_manifests(tmp_path:
     opened = open_samples(folder)
     assert opened.labels is not None
     assert opened.labels.tolist() == [5, 6]
-    (folder / "manifest.json").write_text("{}")
-    assert open_samples(folder).labels is None
+    (folder / "manifest.json").write_text(json.dumps({"labels": [1, 0, 1], "class_names": ["b", "a"]}))
+    opened = open_samples(folder)
+    assert opened.labels is not None
+    assert (opened.labels.tolist(), opened.class_names) == ([0, 1], ("b", "a"))
+    for content in ("{}", "[]", '{"labels": [1, 2, 1], "class_names": ["b", "a"]}', '{"labels": [1, -1, 1]}'):
+        (folder / "manifest.json").write_text(content)
+        assert open_samples(folder).labels is None
 
 
 def test_a_flat_folder_has_no_classes_where_it_is_the_working_folder(
@@ -100,20 +140,16 @@ def test_a_flat_folder_has_no_classes_where_it_is_the_working_folder(
 
 
 @pytest.mark.parametrize(
-    ("given", "keep_numbers", "labels", "names"),
+    ("given", "labels", "names"),
     [
-        (["b", "a", "b"], False, [1, 0, 1], ("a", "b")),
-        (["b", "a", "b"], True, [1, 0, 1], ("a", "b")),
-        (["10", "2", "10"], False, [1, 0, 1], ("2", "10")),
-        (["10", "2", "10"], True, [10, 2, 10], None),
-        (["10", "a", "2"], True, [0, 2, 1], ("10", "2", "a")),
-        (["1234567890", "2"], True, [1, 0], ("2", "1234567890")),  # too large for a class number
+        (["b", "a", "b"], [1, 0, 1], ("a", "b")),
+        (["10", "2", "10"], [1, 0, 1], ("2", "10")),
+        (["10", "a", "2"], [1, 2, 0], ("2", "10", "a")),
+        (["1234567890123", "2"], [1, 0], ("2", "1234567890123")),
     ],
 )
-def test_the_numbers_of_classes(
-    given: list[str], keep_numbers: bool, labels: list[int], names: tuple[str, ...] | None
-) -> None:
-    classes = number_classes(given, keep_numbers)
+def test_the_numbers_of_classes(given: list[str], labels: list[int], names: tuple[str, ...]) -> None:
+    classes = number_classes(given)
     assert classes.labels is not None
     assert (classes.labels.tolist(), classes.names) == (labels, names)
 

@@ -26,6 +26,11 @@ def images(tmp_path: Path) -> Path:
         ("list.csv", 'path,label\ncats/000.png, "lion, sea"\ndogs/001.png,dog\n', [1, 0], ("dog", "lion, sea")),
         ("list.csv", "\ufeffcats/000.png,2\n", [2], None),
         ("list.txt", "cats/000.png,7\n", [7], None),
+        ("list.csv", "image_id,label\ncats/000.png,10\ndogs/001.png,9\n", [10, 9], None),
+        ("list.csv", "image_id,label\ncats/000.png,ID_10\ndogs/001.png,ID_9\n", [1, 0], ("ID_9", "ID_10")),
+        ("list.txt", "image_id label\ncats/000.png 10\ndogs/001.png 9\n", [10, 9], None),
+        ("list.csv", "file,class,split\ncats/000.png,3,train\n", [3], None),
+        ("list.txt", "cats\\000.png 1\ndogs\\001.png 0\n", [1, 0], None),
     ],
 )
 def test_list_files(
@@ -52,6 +57,14 @@ def test_list_files(
         ("a.png 1234567890\n", "a.png has the class 1234567890; fix: number classes from 0"),
         ("x" * 140_000 + ",1\n", r"line 1 is no CSV \(field larger"),
         ("\n# nothing\n", "lists no images"),
+        ("path label\n", "lists no images"),
+        ("a.png 1\nb.png 0\nc.png cat\n", r"line 3: the class is 'cat', in line 1 '1'; numbers and names are mixed"),
+        ("a.png cat\nb.png 0\n", r"line 2: the class is '0', in line 1 'cat'; numbers and names are mixed"),
+        (",image,label\n0,a.png,1\n1,b.png,0\n", r"line 2: the first column counts the rows, as pandas writes it"),
+        ("0,a.png,1\n1,b.png,0\n", r"line 1: the first column counts the rows, .*index=False"),
+        ("label,image\n1,a.png\n", r"line 2: the class '1' stands before the path 'a.png'; fix: swap"),
+        ("cat a.png\ndog b.png\n", r"line 1: the class 'cat' stands before the path 'a.png'"),
+        ("image,width,height,label\na.png,640,480,1\n", r"line 2 has 4 columns; a path and its class are expected"),
     ],
 )
 def test_list_files_with_errors_are_one_line(text: str, message: str, tmp_path: Path) -> None:
@@ -68,3 +81,10 @@ def test_listed_names_that_no_file_can_have(name: str, tmp_path: Path) -> None:
     opened = open_list(tmp_path / "list.txt")
     with pytest.raises((OSError, ValueError)):
         opened.read(0)
+
+
+def test_a_header_that_is_passed_over_is_said(images: Path) -> None:
+    (images / "list.csv").write_text("image_id,label\ncats/000.png,0\n")
+    assert open_list(images / "list.csv").notes == (
+        f"{images / 'list.csv'}: the first line is taken as a header: image_id, label",
+    )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,11 @@ WHITE_16_BIT = 65535
 #: Limit of width over height, or the reverse. The square crop of a longer image shows next to nothing of it, and
 #: enlarges it to gigabytes first.
 LONGEST = 256
+#: Names, beside those that begin with a dot, under which systems and tools leave things among people's files.
+LITTER = frozenset(
+    ("__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+)
+LISTED = 5  # kinds of files in a note
 
 
 def read_image(file: str | Path) -> Image.Image:
@@ -53,10 +60,24 @@ def shown(path: str | Path) -> str:
     return str(path).encode("utf-8", "replace").decode("utf-8")
 
 
-def find_images(folder: str | Path) -> list[Path]:
-    """Return every file below `folder` whose name ends like that of an image that Pillow reads, sorted.
+@dataclass(frozen=True)
+class FoundImages:
+    """The image files below a folder.
 
-    Links are followed. Links that lead nowhere are included, so that a reader reports them.
+    Attributes:
+        files: sorted.
+        notes: a line for each kind of file and folder that is passed over, with its count.
+    """
+
+    files: list[Path]
+    notes: tuple[str, ...] = ()
+
+
+def find_images(folder: str | Path) -> FoundImages:
+    """Return every file below `folder` whose name ends like that of an image that Pillow reads.
+
+    Links are followed. Links that lead nowhere are included, so that a reader reports them. Names that begin with a
+    dot, and the litter of systems and tools, are passed over.
 
     Raises:
         LightningDiTError: the folder does not exist, may not be read, or holds no such file.
@@ -66,15 +87,35 @@ def find_images(folder: str | Path) -> list[Path]:
         raise LightningDiTError(f"{root} is a file, a folder of images was expected", f"name {root.parent}")
     Image.init()
     endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    files = sorted(path for path in _files_below(root) if path.suffix.lower() in endings) if root.is_dir() else []
+    litter: list[Path] = []
+    below = sorted(_files_below(root, litter)) if root.is_dir() else []
+    files = [path for path in below if path.suffix.lower() in endings]
+    others = Counter(path.suffix.lower() or path.name for path in below if path.suffix.lower() not in endings)
     if not files:
-        reason = "no file there is called like an image" if root.is_dir() else "it is not there"
+        named = f" ({_counted(others)} are)" if others else ""
+        reason = f"no file there is called like an image{named}" if root.is_dir() else "it is not there"
         raise LightningDiTError(f"no images in {root}: {reason}", "name a folder with images (.jpg, .png, ...)")
-    return files
+    notes = []
+    if litter:
+        names = ", ".join(
+            f"{name} {count}" for name, count in Counter(path.name for path in litter).most_common(LISTED)
+        )
+        notes.append(f"passed over {len(litter)} hidden files and folders of systems and tools: {names}")
+    if others:
+        notes.append(f"passed over {sum(others.values())} files that are no images: {_counted(others)}")
+    return FoundImages(files, tuple(notes))
 
 
-def _files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """Yield files and dead links at any depth; a link to one of the folders `above` is passed over."""
+def _counted(endings: Counter[str]) -> str:
+    return ", ".join(f"{shown(ending)} {count}" for ending, count in endings.most_common(LISTED))
+
+
+def _files_below(folder: Path, litter: list[Path], above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Yield files and dead links at any depth; a link to one of the folders `above` is passed over.
+
+    Args:
+        litter: takes what is passed over by its name.
+    """
     real = folder.resolve()
     if real in above:
         return
@@ -83,7 +124,17 @@ def _files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
     except OSError as error:
         raise LightningDiTError(f"{folder} cannot be read ({error.strerror})", "give yourself the right to") from error
     for entry in entries:
-        if entry.is_dir():
-            yield from _files_below(Path(entry.path), (*above, real))
-        elif entry.is_file() or (entry.is_symlink() and not Path(entry.path).exists()):
-            yield Path(entry.path)
+        path = Path(entry.path)
+        if entry.name.startswith(".") or entry.name in LITTER:
+            litter.append(path)
+        elif _is_folder(entry):
+            yield from _files_below(path, litter, (*above, real))
+        elif path.is_file() or (entry.is_symlink() and not path.exists()):
+            yield path
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False

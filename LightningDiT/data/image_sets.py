@@ -1,6 +1,6 @@
 """Image sets: which images there are, what each is called, its class and its pixels.
 
-This module alone decides which number, name and folder belong to a class (`number_classes` and its callers).
+`number_classes` numbers classes that have names; `labels.match` compares those of two sets.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from PIL import Image
 from torch import Tensor
 
 from LightningDiT.data.fashion_mnist import FASHION_MNIST_CLASSES, fashion_mnist, padded
-from LightningDiT.data.image_files import find_images, read_image, shown
+from LightningDiT.data.image_files import LITTER, find_images, read_image, shown
+from LightningDiT.data.labels import CLASS_NAMES, checked_names, natural_key
 from LightningDiT.data.prefetching import prefetched
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import centre_crop
@@ -31,7 +32,7 @@ from LightningDiT.images import centre_crop
 FASHION_MNIST = "FashionMNIST"
 MANIFEST = "manifest.json"  # of a sampling run, beside its images
 AGAIN = "delete it, and run the command again"  # the fix for a damaged image that a program has made
-MOST_DIGITS = 9  # of a class number
+LISTED = 5  # folders in a note
 MOST_READERS = 16  # threads that read images by default, at most
 
 T = TypeVar("T")
@@ -53,16 +54,18 @@ class ImageBatch(NamedTuple):
         labels: (N,) int64; 0 where the class is unknown.
         read: (N,) bool; false where a black image stands for one that cannot be read.
         unreadable: name and reason of each image that cannot be read.
+        cut: (N,) float32, share of the longer side that the square crop leaves out.
     """
 
     pixels: Tensor
     labels: Tensor
     read: Tensor
     unreadable: list[tuple[str, str]]
+    cut: Tensor
 
 
-#: Of one image: number, pixels (H, W, 3), class (None for a black image), and `ImageBatch.unreadable`.
-_Row = tuple[int, np.ndarray, int | None, list[tuple[str, str]]]
+#: Of one image: number, pixels (H, W, 3), class (None for a black image), `ImageBatch.unreadable` and `cut`.
+_Row = tuple[int, np.ndarray, int | None, list[tuple[str, str]], float]
 
 
 @dataclass(frozen=True)
@@ -78,19 +81,9 @@ class Classes:
     names: tuple[str, ...] | None = None
 
 
-def number_classes(given: Sequence[str], keep_numbers: bool) -> Classes:
-    """Return the classes of images whose class is a text: the name of a folder, or a word in a list.
-
-    Names are numbered in alphabetical order, and in the order of their values where all are decimal numbers.
-
-    Args:
-        keep_numbers: decimal numbers are class numbers already, and there are no names.
-    """
-    names = sorted(set(given))
-    if all(name.isdecimal() for name in names):
-        if keep_numbers and max(map(len, names)) <= MOST_DIGITS:
-            return Classes(torch.tensor([int(name) for name in given]))
-        names.sort(key=int)
+def number_classes(given: Sequence[str]) -> Classes:
+    """Return the classes of images whose class is a name: of a folder, or in a list; see `natural_key`."""
+    names = sorted(set(given), key=natural_key)
     numbers = {name: number for number, name in enumerate(names)}
     return Classes(torch.tensor([numbers[name] for name in given]), tuple(names))
 
@@ -103,6 +96,7 @@ class ImageSet:
         count: number of images.
         labels, class_names: see `Classes`.
         size: side in pixels of the centre crop; None: images stay as they are.
+        notes: lines about what was passed over or assumed when the set was opened.
         sequential: whether images are read best in rising order by one thread.
     """
 
@@ -112,6 +106,7 @@ class ImageSet:
         self.source, self.count = source, count
         self.labels, self.class_names = classes.labels, classes.names
         self.size: int | None = None
+        self.notes: tuple[str, ...] = ()
 
     def read(self, number: int) -> tuple[Image.Image, int]:
         """Return an image (8-bit RGB, not cropped) and its class, 0 where unknown.
@@ -140,6 +135,29 @@ class ImageSet:
         images = copy.copy(self)
         images.size = size
         return images
+
+    def numbered(self, classes: Classes) -> ImageSet:
+        """Return the same images with other class numbers and names."""
+        images = copy.copy(self)
+        images.labels, images.class_names = classes.labels, classes.names
+        return images
+
+    def in_order(self, names: Sequence[str] | None) -> ImageSet:
+        """Return the same images with their classes numbered in the order of `names`, if these are the set's own."""
+        if self.labels is None or not names or sorted(names) != sorted(self.class_names or ()):
+            return self
+        order = {name: number for number, name in enumerate(names)}
+        numbers = torch.tensor([order[name] for name in self.class_names or ()])
+        return self.numbered(Classes(numbers[self.labels], tuple(names)))
+
+    def class_list(self) -> str:
+        """Return number, name and count of images of every class in one line; empty where they are not known."""
+        if self.labels is None:
+            return ", ".join(f"{number} {name}" for number, name in enumerate(self.class_names or ()))
+        counts = torch.bincount(self.labels, minlength=len(self.class_names or ())).tolist()
+        names = self.class_names or ("",) * len(counts)
+        rows = enumerate(zip(names, counts, strict=True))
+        return ", ".join(f"{number} {name} ({count})".replace("  ", " ") for number, (name, count) in rows)
 
     def batch(self, numbers: Iterable[int], unreadable: Unreadable = Unreadable.RAISE) -> ImageBatch:
         """Return the images `numbers`.
@@ -175,14 +193,14 @@ class ImageSet:
             try:
                 image, label = self.read(candidate)
                 pixels = np.asarray(centre_crop(image, self.size) if self.size else image)
-                return candidate, pixels, label, failed
+                return candidate, pixels, label, failed, 1 - min(image.size) / max(image.size) if self.size else 0.0
             except (MemoryError, LightningDiTError):
                 raise
             except Exception as error:  # see `read`
                 failed.append((self.name(candidate), " ".join(str(error).split())[:160]))
         name, reason = failed[0]
         if unreadable is Unreadable.BLACK and self.size:
-            return number, np.zeros((self.size, self.size, 3), np.uint8), None, failed
+            return number, np.zeros((self.size, self.size, 3), np.uint8), None, failed, 0.0
         if unreadable is Unreadable.NEXT:
             raise LightningDiTError(
                 f"none of the {self.count} images of {self.source} can be read ({name}: {reason})",
@@ -191,7 +209,7 @@ class ImageSet:
         raise LightningDiTError(f"{name} is no whole image ({reason})", AGAIN)
 
     def _batch(self, rows: Sequence[_Row]) -> ImageBatch:
-        numbers, pixels, labels, unreadable = zip(*rows, strict=True)
+        numbers, pixels, labels, unreadable, cut = zip(*rows, strict=True)
         for number, image in zip(numbers, pixels, strict=True):
             if image.shape != pixels[0].shape:
                 (height, width, _), (first_height, first_width, _) = image.shape, pixels[0].shape
@@ -205,6 +223,7 @@ class ImageSet:
             torch.tensor([label or 0 for label in labels]),
             torch.tensor([label is not None for label in labels]),
             [pair for pairs in unreadable for pair in pairs],
+            torch.tensor(cut),
         )
 
     def _label(self, number: int) -> int:
@@ -229,12 +248,19 @@ class FileImages(ImageSet):
 
     Args:
         names: of the files, as `key` has them; by default their paths.
+        notes: see `ImageSet`.
     """
 
     def __init__(
-        self, source: str, files: Sequence[Path], classes: Classes | None = None, names: Sequence[str] | None = None
+        self,
+        source: str,
+        files: Sequence[Path],
+        classes: Classes | None = None,
+        names: Sequence[str] | None = None,
+        notes: tuple[str, ...] = (),
     ) -> None:
         super().__init__(source, len(files), classes or Classes())
+        self.notes = notes
         self.files, self._names = files, names or [path.as_posix() for path in files]
 
     def read(self, number: int) -> tuple[Image.Image, int]:
@@ -287,7 +313,7 @@ class ArrayImages(ImageSet):
             return super().batch(chosen.tolist(), unreadable)
         labels = torch.tensor([self._label(number) for number in chosen])
         pixels = torch.from_numpy(np.ascontiguousarray(self.pixels[chosen].transpose(0, 3, 1, 2)))
-        return ImageBatch(pixels, labels, torch.ones(len(chosen), dtype=torch.bool), [])
+        return ImageBatch(pixels, labels, torch.ones(len(chosen), dtype=torch.bool), [], torch.zeros(len(chosen)))
 
     def batches(
         self, numbers: Iterable[int], batch_size: int, unreadable: Unreadable = Unreadable.RAISE, threads: Any = None
@@ -305,55 +331,70 @@ def open_files(folder: str | Path) -> FileImages:
     Raises:
         LightningDiTError: see `find_images`.
     """
-    return FileImages(str(folder), find_images(folder))
+    found = find_images(folder)
+    return FileImages(str(folder), found.files, notes=found.notes)
 
 
 def open_folder(folder: str | Path) -> FileImages:
     """Return the images below a folder whose subfolders are the classes, each with its name; see `number_classes`.
 
+    A folder without subfolders of images is one class.
+
     Raises:
-        LightningDiTError: there is no image, or one that lies in no subfolder.
+        LightningDiTError: there is no image, or some lie in subfolders and others do not.
     """
     root = Path(folder)
-    files = find_images(root)
-    flat = [path for path in files if path.parent == root]
-    if flat:
+    found = find_images(root)
+    names = [path.relative_to(root) for path in found.files]
+    flat = [path for path in found.files if path.parent == root]
+    if flat and len(flat) < len(names):
         raise LightningDiTError(
-            f"{flat[0]} lies in no subfolder, which would name its class", "put images into one subfolder a class"
+            f"{shown(flat[0])} lies in no subfolder, which would name its class, and other images do",
+            "put images into one subfolder a class",
         )
-    names = [path.relative_to(root) for path in files]
-    classes = number_classes([name.parts[0] for name in names], keep_numbers=False)
-    return FileImages(str(root), files, classes, [name.as_posix() for name in names])
+    one = root.resolve().name or "images"
+    folders = [one if flat else name.parts[0] for name in names]
+    notes = [f"{root} has no subfolders of images: all of them are one class, {shown(one)}"] if flat else []
+    if empty := sorted(_folders_in(root) - set(folders), key=natural_key):
+        more = f" and {len(empty) - LISTED} more" if len(empty) > LISTED else ""
+        notes.append(f"subfolders without images, which are no classes: {', '.join(map(shown, empty[:LISTED]))}{more}")
+    texts = [name.as_posix() for name in names]
+    return FileImages(str(root), found.files, number_classes(folders), texts, (*found.notes, *notes))
+
+
+def _folders_in(root: Path) -> set[str]:
+    return {path.name for path in root.iterdir() if path.is_dir() and path.name[0] != "." and path.name not in LITTER}
 
 
 def open_samples(folder: str | Path) -> FileImages:
     """Return the images below a folder that are to be evaluated, with their classes as far as they are known.
 
-    These come from the manifest of a sampling run, or from one subfolder a class: decimal numbers are class numbers,
-    other names are numbered by `number_classes`.
+    These come from the manifest of a sampling run, or from one subfolder a class; see `number_classes`.
 
     Raises:
         LightningDiTError: see `find_images`.
     """
     root = Path(folder)
-    files = find_images(root)
-    names = [path.relative_to(root) for path in files]
+    found = find_images(root)
+    names = [path.relative_to(root) for path in found.files]
     classes = Classes()
     if (root / MANIFEST).is_file():
-        classes = Classes(_labels_of_run(root / MANIFEST, files))
+        classes = _classes_of_run(root / MANIFEST, found.files)
     elif all(len(name.parts) == 2 for name in names):
-        classes = number_classes([name.parts[0] for name in names], keep_numbers=True)
-    return FileImages(str(folder), files, classes, [str(name) for name in names])
+        classes = number_classes([name.parts[0] for name in names])
+    return FileImages(str(folder), found.files, classes, [str(name) for name in names], found.notes)
 
 
-def _labels_of_run(manifest: Path, files: Sequence[Path]) -> Tensor | None:
-    """Return the class of each `000000.png`, ... by the run's manifest; None where it does not tell."""
+def _classes_of_run(manifest: Path, files: Sequence[Path]) -> Classes:
+    """Return the class of each `000000.png`, ... by the run's manifest; none where it does not tell."""
     try:
-        labels = json.loads(manifest.read_text(encoding="utf-8"))["labels"]
-        found = torch.tensor([int(labels[int(file.stem)]) for file in files])
-    except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError, RuntimeError):
-        return None  # another program's manifest, or other images beside the run's
-    return found if bool((found >= 0).all()) else None
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+        found = torch.tensor([int(content["labels"][int(file.stem)]) for file in files])
+        names = checked_names(content.get(CLASS_NAMES))
+    except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError, RuntimeError, AttributeError):
+        return Classes()  # another program's manifest, or other images beside the run's
+    is_good = int(found.min()) >= 0 and (names is None or int(found.max()) < len(names))
+    return Classes(found, names) if is_good else Classes()
 
 
 def open_fashion_mnist(root: str | Path, split: str) -> ArrayImages:

@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from LightningDiT.data.image_sets import AGAIN, MOST_DIGITS, Classes, ImageSet
+from LightningDiT.data.image_sets import AGAIN, Classes, ImageSet
+from LightningDiT.data.labels import MOST_DIGITS
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.files import atomic_path, fingerprint
 
