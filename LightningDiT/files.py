@@ -1,50 +1,169 @@
-"""Files that are whole or absent: writing, locks, fingerprints and free space, by the standard library alone."""
+"""The one gate to the disk, by the standard library alone: reading, writing, locks, fingerprints and free space.
+
+Reading takes regular files only and never waits for a pipe or a device. Writing makes a new file beside the target and
+renames it over the target; the last component of a path is never followed, links among its parents are. A test walks
+the code for other ways to open and write (tests/test_files.py); docs/trust.md says what is promised.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import glob
+import errno
 import hashlib
+import json
 import os
 import shlex
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING, Any
 
 from LightningDiT.console import format_bytes
 from LightningDiT.errors import OS_FIXES, LightningDiTError
 
+# Flags that not every system has: without them a pipe or a link is found by its kind alone.
+_READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+KINDS = (
+    (stat.S_ISREG, "file"),
+    (stat.S_ISLNK, "link"),
+    (stat.S_ISDIR, "folder"),
+    (stat.S_ISFIFO, "pipe"),
+    (stat.S_ISSOCK, "socket"),
+    (lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode), "device"),
+)
+
+
+def kind_of(path: str | Path) -> str | None:
+    """Return "file", "link", "folder", "pipe", "socket" or "device"; None if nothing has the name."""
+    try:
+        return _kind(os.lstat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _kind(mode: int) -> str:
+    return next((name for test, name in KINDS if test(mode)), "special file")
+
+
+# ---- reading
+
+MOST_TEXT = 2**26  # bytes of a text, JSON or YAML file
+
+
+def open_regular(path: str | Path) -> IO[bytes]:
+    """Open a regular file, or a link to one, for reading, without waiting for the other end of a pipe.
+
+    Raises:
+        OSError: it cannot be opened; its `strerror` says so if it is a folder, pipe, socket or device.
+    """
+    handle = os.open(path, _READ)
+    mode = os.fstat(handle).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(handle, "rb")
+    os.close(handle)
+    number = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+    raise OSError(number, f"a {_kind(mode)}, a file was expected", str(path))
+
+
+def require_regular(path: str | Path) -> None:
+    """Raise OSError unless `path` is a regular file, or a link to one, that can be opened: for readers that open a path
+    themselves.
+    """
+    open_regular(path).close()
+
+
+def read_bytes(path: str | Path, at_most: int = MOST_TEXT) -> bytes:
+    """Return the content of a regular file.
+
+    Raises:
+        OSError: see `open_regular`; or the file has more than `at_most` bytes.
+    """
+    with open_regular(path) as file:
+        content = file.read(at_most + 1)
+    if len(content) > at_most:
+        raise OSError(errno.EINVAL, f"larger than {format_bytes(at_most)}", str(path))
+    return content
+
+
+def read_text(path: str | Path, at_most: int = MOST_TEXT, encoding: str = "utf-8", errors: str = "strict") -> str:
+    """Return a text with the line ends of Python; raises as `read_bytes`, or UnicodeDecodeError."""
+    text = read_bytes(path, at_most).decode(encoding, errors)
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_json(path: str | Path, at_most: int = MOST_TEXT) -> Any:
+    """Return the content of a JSON file; raises as `read_text`, or ValueError, also for nesting without end."""
+    try:
+        return json.loads(read_text(path, at_most))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 # ---- writing
+
+#: Ending of the names of files that are being written: `.NAME.RANDOM.lightningdit.tmp`.
+UNFINISHED = ".lightningdit.tmp"
+WITHOUT_LOCKS = 3600.0  # seconds without a change after which a leftover on a disk without locks is one
+if TYPE_CHECKING:
+    #: Whether a file that is there was written by this program and may be replaced.
+    Ours = Callable[[Path], bool]
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | Path, aside: Path | None = None) -> Iterator[Path]:
+def atomic_path(path: str | Path, aside: Path | None = None, ours: Ours | None = None) -> Iterator[Path]:
     """Give an empty file beside `path`, which takes its place if the block ends without an error.
 
     Args:
-        aside: new name of the file that was there.
+        aside: new name of the file, link or folder that was there.
+        ours: refuse to replace a file for which it is false; an empty file holds nothing and may go.
 
     Raises:
-        LightningDiTError: the system refuses to write.
+        LightningDiTError: the system refuses to write; or a link, folder, pipe, socket or device has the name.
     """
     target = Path(path)
     with disk_errors(target):
         with contextlib.suppress(FileExistsError):  # of a file; the next line says what is wrong
             target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-        os.close(handle)
+        require_replaceable(target, aside is not None, ours)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=UNFINISHED, dir=target.parent)
         temporary = Path(name)
         try:
+            _lock(handle)  # until the end, so that `remove_leftovers` knows the file for one in use
             yield temporary
             if not temporary.is_symlink():  # the mode of the file that it leads to is not ours
                 temporary.chmod(0o666 & ~_umask())
+            require_replaceable(target, aside is not None)
+            if os.name == "nt":  # where open files have no new names
+                os.close(handle)
+                handle = -1
             if aside is not None:
                 target.replace(aside)
             temporary.replace(target)
         finally:
+            if handle >= 0:
+                os.close(handle)
             temporary.unlink(missing_ok=True)
+
+
+def require_replaceable(target: Path, aside: bool = False, ours: Ours | None = None) -> None:
+    """Raise LightningDiTError unless a new file may take the name `target`.
+
+    Args:
+        aside: what is there gets another name; links and folders can have one too.
+        ours: see `atomic_path`.
+    """
+    kind = kind_of(target)
+    if kind is None or (kind == "file" and (ours is None or not os.lstat(target).st_size or ours(target))):
+        return
+    if aside and kind in ("file", "link", "folder"):
+        return
+    what = "this program did not write the one that is there" if kind == "file" else f"it is a {kind}"
+    other = f"name another file, or {rename_command(target, '.old')}" if kind != "device" else "name another file"
+    raise LightningDiTError(f"{target} cannot be written ({what})", other)
 
 
 def _umask() -> int:
@@ -53,16 +172,64 @@ def _umask() -> int:
     return mask
 
 
-def write_text(path: str | Path, text: str) -> None:
+def write_text(path: str | Path, text: str, ours: Ours | None = None) -> None:
     """Write a text file in UTF-8, by `atomic_path`."""
-    with atomic_path(path) as temporary:
+    with atomic_path(path, ours=ours) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def remove_leftovers(path: Path) -> None:
-    """Remove what killed processes left of `atomic_path(path)`."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        left.unlink(missing_ok=True)
+def open_own(path: Path, shared: bool = False) -> IO[bytes]:
+    """Open a file that grows where it is (a log, a part of a download), or make it: read, append and cut, unbuffered.
+
+    Args:
+        shared: a second name (hard link) does no harm, because nothing is written.
+
+    Raises:
+        LightningDiTError: it cannot be written, or it is a link, has a second name, or is no regular file.
+    """
+    with disk_errors(path):
+        if kind_of(path) not in (None, "file"):  # says what it is; the flags below hold if it changes meanwhile
+            require_replaceable(path)
+        handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | _NO_FOLLOW, 0o666)
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode) or (found.st_nlink > 1 and not shared):
+        os.close(handle)
+        fix = " && ".join(
+            shlex.join(row) for row in (["cp", f"{path}", f"{path}.copy"], ["mv", f"{path}.copy", f"{path}"])
+        )
+        raise LightningDiTError(f"{path} cannot be written (the same file has another name elsewhere)", fix)
+    return os.fdopen(handle, "ab+", buffering=0)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left of `atomic_path` in `folder`; files in use are locked and stay."""
+    for left in folder.glob(f".*.????????{UNFINISHED}"):
+        with contextlib.suppress(OSError):
+            if _is_left(left):
+                left.unlink()
+
+
+def _is_left(path: Path) -> bool:
+    if path.is_symlink():
+        return True
+    with os.fdopen(os.open(path, os.O_RDWR | _NO_FOLLOW), "rb+", buffering=0) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            return False
+        locked = _lock(file.fileno())
+        return time.time() - os.fstat(file.fileno()).st_mtime > WITHOUT_LOCKS if locked is None else locked
+
+
+def set_aside(path: Path, tag: str) -> Path:
+    """Rename a file, link or folder to the first free NAME.tag-N, and return that.
+
+    Raises:
+        LightningDiTError: it is a device, pipe or socket, or the system refuses.
+    """
+    require_replaceable(path, aside=True)
+    aside = free_name(path, tag)
+    with disk_errors(path):
+        path.replace(aside)
+    return aside
 
 
 @contextlib.contextmanager
@@ -90,7 +257,9 @@ def free_name(path: Path, tag: str) -> Path:
 
 
 def rename_command(path: Path, ending: str) -> str:
-    """Return the command that moves a file or folder out of the way."""
+    """Return the command that moves a file or folder out of the way, or shows what nobody should move."""
+    if kind_of(path) in ("device", "pipe", "socket"):
+        return shlex.join(["ls", "-l", str(path)])
     return shlex.join(["mv", str(path), f"{path}{ending}"])
 
 
@@ -98,14 +267,15 @@ def require_writable(folder: Path) -> None:
     """Raise LightningDiTError if `folder` (or the nearest parent that exists) takes no new file."""
     parent = _existing(folder)
     if not parent.is_dir():
-        raise LightningDiTError(f"{parent} is a file, a folder was expected", rename_command(parent, ".old"))
+        kind = _kind(parent.stat().st_mode)
+        raise LightningDiTError(f"{parent} is a {kind}, a folder was expected", rename_command(parent, ".old"))
     # os.access alone says yes to root on a read-only file system and to some network disks
     with disk_errors(parent), tempfile.TemporaryFile(dir=parent):
         pass
 
 
-def check_target(file: Path) -> None:
-    """Raise LightningDiTError if `file` cannot be written because it, or its folder, is of the other kind."""
+def check_target(file: Path, ours: Ours | None = None) -> None:
+    """Raise LightningDiTError if `file` cannot be written because of what it, or its folder, is; see `atomic_path`."""
     if file.is_dir():
         raise LightningDiTError(
             f"{file} is a folder; a file to write is expected", f"name a file, such as {file}/samples.npz"
@@ -113,6 +283,7 @@ def check_target(file: Path) -> None:
     parent = _existing(file.absolute().parent)
     if not parent.is_dir():
         raise LightningDiTError(f"{file} cannot be written ({parent} is a file)", "name a file in a folder")
+    require_replaceable(file, ours=ours)
 
 
 def _existing(folder: Path) -> Path:
@@ -127,7 +298,7 @@ LOCK = ".lock"  # stays, empty: a lock that is removed is one that two runs can 
 
 @contextlib.contextmanager
 def held_folder(folder: Path, what: str) -> Iterator[None]:
-    """Make `folder` and keep other processes out of it until the block or this process ends.
+    """Make `folder`, keep other processes out of it until the block or this process ends, and remove leftovers.
 
     Args:
         what: the work that others would do there, for the message.
@@ -137,26 +308,33 @@ def held_folder(folder: Path, what: str) -> Iterator[None]:
     """
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        # a file of its own: a lock on the manifest would go when a new one replaces it
-        opened = (folder / LOCK).open("a+b")
-    with opened:
+    # a file of its own: a lock on the manifest would go when a new one replaces it
+    with open_own(folder / LOCK, shared=True) as opened:
         if not try_lock(opened):
             raise LightningDiTError(
                 f"another {what} writes into {folder}", "wait for its end, or choose another --output"
             )
+        remove_leftovers(folder)
         yield
 
 
 def try_lock(file: IO[bytes]) -> bool:
     """Lock an open file until it is closed or this process ends; return False if another process holds it."""
+    return _lock(file.fileno()) is not False
+
+
+def _lock(handle: int) -> bool | None:
+    """Return whether the lock is ours; None without locks (Windows, some network disks), where two runs do double
+    work.
+    """
     try:
         import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except (ImportError, OSError):  # Windows, and network disks without locks: two runs there do double work
-        return True
+    except (ImportError, OSError):
+        return None
     return True
 
 
@@ -170,14 +348,24 @@ def fingerprint(path: str | Path) -> str:
 
     A file of up to 4 MiB is read whole; one of 6 GB is answered at once.
     """
-    file = Path(path)
-    size = file.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with file.open("rb") as stream:
+    with open_regular(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        found = hashlib.sha256(str(size).encode())
         for index in range(FINGERPRINT_SAMPLES):
             stream.seek(index * max(0, size - FINGERPRINT_BYTES) // (FINGERPRINT_SAMPLES - 1))
-            digest.update(stream.read(FINGERPRINT_BYTES))
-    return digest.hexdigest()[:16]
+            found.update(stream.read(FINGERPRINT_BYTES))
+    return found.hexdigest()[:16]
+
+
+def digest(path: str | Path) -> str:
+    """Return the sha256 of a whole file, in hexadecimal."""
+    found = hashlib.sha256()
+    with open_regular(path) as stream:
+        while True:
+            chunk = stream.read(2**20)
+            if not chunk:
+                return found.hexdigest()
+            found.update(chunk)
 
 
 # ---- free space

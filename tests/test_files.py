@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import pytest
 
 from LightningDiT import files
 from LightningDiT.errors import LightningDiTError
-from tests.conftest import largest_file
+from tests.conftest import PROJECT, largest_file
 
 
 def test_a_new_file_takes_its_place_when_all_is_written(tmp_path: Path) -> None:
@@ -51,12 +53,168 @@ def test_the_mode_is_that_of_a_plain_file_and_of_a_linked_one_its_own(tmp_path: 
     assert (path.readlink(), stat.S_IMODE(other.stat().st_mode)) == (other, 0o400)
 
 
+KILLED = """
+import sys, time
+from LightningDiT.files import atomic_path
+with atomic_path(sys.argv[1]) as fresh:
+    fresh.write_bytes(b"x" * 1000)
+    print("written", flush=True)
+    time.sleep(60)
+"""
+
+
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
-    path = tmp_path / "a[1].txt"
-    (tmp_path / ".a[1].txt.x1y2.tmp").touch()
-    (tmp_path / ".a1.txt.x1y2.tmp").touch()
-    files.remove_leftovers(path)
-    assert [path.name for path in tmp_path.iterdir()] == [".a1.txt.x1y2.tmp"]
+    """And nothing else: neither what another process writes at the moment, nor files of other names."""
+    pytest.importorskip("fcntl")
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "a[1].npz")]
+    with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout
+        assert writer.stdout.readline() == "written\n"
+        for other in (".a[1].npz.x1y2z3w4.tmp", "a.npz"):
+            (tmp_path / other).touch()
+        before = set(tmp_path.iterdir())
+        files.remove_leftovers(tmp_path)
+        assert set(tmp_path.iterdir()) == before
+        writer.send_signal(signal.SIGKILL)
+    with files.held_folder(tmp_path, "run"):
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".a[1].npz.x1y2z3w4.tmp", files.LOCK, "a.npz"]
+
+
+def test_a_leftover_on_a_disk_without_locks_is_an_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_lock", lambda handle: None)
+    young, old = (tmp_path / f".a.{name}{files.UNFINISHED}" for name in ("youngone", "oldoldol"))
+    for path in (young, old):
+        path.touch()
+    os.utime(old, (0, 0))
+    files.remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == [young]
+
+
+def make(kind: str, path: Path) -> None:
+    """Put something that is no regular file at `path`."""
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "device":
+        try:
+            os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+        except PermissionError:
+            pytest.skip("makes a device")
+    elif kind == "socket":
+        import socket
+
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(os.path.relpath(path))
+    else:
+        path.symlink_to(path.with_name("precious.txt"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kinds of a POSIX file system")
+@pytest.mark.parametrize("kind", ["link", "folder", "pipe", "socket", "device"])
+def test_a_name_that_is_no_file_is_not_written(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last component of a path is never followed and never replaced; it may get another name if it can have one."""
+    monkeypatch.chdir(tmp_path)
+    precious, path = tmp_path / "precious.txt", tmp_path / "a"
+    precious.write_text("mine")
+    make(kind, path)
+    assert files.kind_of(path) == kind
+    for write in (
+        lambda: files.write_text(path, "new"),
+        lambda: files.check_target(path),
+        lambda: files.open_own(path).close(),
+    ):
+        with pytest.raises(LightningDiTError, match=rf"a (cannot be written \(it is a {kind}\)|is a folder)"):
+            write()
+    assert (files.kind_of(path), precious.read_text()) == (kind, "mine")
+    if kind in ("link", "folder"):
+        assert files.rename_command(path, ".old").startswith("mv ")
+        assert files.set_aside(path, "old") == tmp_path / "a.old-1"
+        assert files.kind_of(tmp_path / "a.old-1") == kind
+    else:
+        assert files.rename_command(path, ".old") == f"ls -l {path}"
+        with pytest.raises(LightningDiTError, match=f"it is a {kind}"):
+            files.set_aside(path, "old")
+        assert files.kind_of(path) == kind
+    assert precious.read_text() == "mine"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kinds of a POSIX file system")
+@pytest.mark.parametrize("kind", ["folder", "pipe", "socket", "device"])
+def test_only_files_are_read_and_nothing_is_waited_for(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path, link = tmp_path / "a", tmp_path / "link"
+    make(kind, path)
+    link.symlink_to(path)
+    for read in (files.open_regular, files.require_regular, files.read_json, files.digest, files.fingerprint):
+        for name in (path, link):
+            with pytest.raises(OSError):
+                read(name)
+    (tmp_path / "file").write_bytes('{"a": "图"}\r\n'.encode())
+    path.rename(tmp_path / "other")
+    path.symlink_to(tmp_path / "file")
+    assert files.read_json(link) == {"a": "图"}
+    assert files.read_text(link).endswith("}\n")
+
+
+def test_what_is_read_at_once_is_bounded(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("[1, 2]")
+    assert files.read_bytes(path, at_most=6) == b"[1, 2]"
+    with pytest.raises(OSError, match="larger than 5 B"):
+        files.read_bytes(path, at_most=5)
+    for text in ("[" * 200_000, "{", '"\ud800'):
+        path.write_bytes(text.encode("utf-8", "surrogatepass"))
+        with pytest.raises(ValueError):
+            files.read_json(path)
+
+
+def test_a_file_of_someone_else_is_not_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text("precious")
+
+    def ours(file: Path) -> bool:
+        return file.read_text().startswith("{")
+
+    with pytest.raises(
+        LightningDiTError,
+        match=r"report.json cannot be written \(this program did not write .*; fix: name another file",
+    ):
+        files.write_text(path, "{1}", ours)
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["precious"]
+    path.write_text("")
+    for text in ("{1}", "{2}"):  # in place of an empty file, and of an own one
+        files.write_text(path, text, ours)
+    assert path.read_text() == "{2}"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links of a POSIX file system")
+def test_a_file_that_grows_has_one_name(tmp_path: Path) -> None:
+    """A log or a part of a download is written where it is: a hard link would carry it to another file."""
+    precious, path = tmp_path / "precious.txt", tmp_path / "log.jsonl"
+    precious.write_text("mine")
+    os.link(precious, path)
+    with pytest.raises(LightningDiTError, match="has another name elsewhere.*fix: cp ") as refusal:
+        files.open_own(path)
+    subprocess.run(refusal.value.fix, shell=True, check=True)
+    with files.open_own(path) as log:
+        log.write(b" and more")
+    assert (precious.read_text(), path.read_text()) == ("mine", "mine and more")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links of a POSIX file system")
+def test_the_lock_of_a_folder_is_no_link(tmp_path: Path) -> None:
+    (tmp_path / files.LOCK).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(LightningDiTError, match="it is a link"), files.held_folder(tmp_path, "run"):
+        pass
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_the_digest_is_that_of_the_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    assert files.digest(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
 def test_a_refusal_of_the_system_is_one_line_with_its_fix(tmp_path: Path) -> None:
