@@ -30,25 +30,25 @@ GROUND: dict[str, set[str]] = {
 PARTS: dict[str, set[str]] = {
     "models": set(),
     "transport": set(),
-    "tokenizer": {"checkpoint", "config", "device", "errors", "files", "images", "pretrained", "seeds"},
-    "data": {"checkpoint", "config", "device", "errors", "files", "images", "seeds"},
+    "tokenizer": {"checkpoint", "config", "device", "errors", "files", "images", "pretrained"},
+    "data": {"checkpoint", "config", "errors", "files", "images"},
 }
 BELOW = {*GROUND, *PARTS, "loading"}
 ROWS: dict[str, set[str]] = {
     **GROUND,
     **PARTS,
-    "loading": {"checkpoint", "compiling", "config", "device", "errors", "models", "tokenizer", "transport"},
+    "loading": {"checkpoint", "compiling", "config", "errors", "models", "tokenizer", "transport"},
     "metrics": {*GROUND, "data", "tokenizer"},
     "sampling": BELOW,
     "training": {*BELOW, "sampling"},  # a run shows samples of its average
     "__init__": {"config", "sampling"},
     "pipeline": {"sampling"},
-    "inference": {*GROUND, "data", "sampling"},
-    "train": {*BELOW, "training"},
+    "inference": {*GROUND, "sampling"},
+    "train": {*GROUND, "loading", "models", "training"},
     "train_tokenizer": {*GROUND, "data", "tokenizer", "training"},
     "extract_features": {*GROUND, "data", "tokenizer", "training"},
-    "evaluate": {*GROUND, "data", "metrics"},
-    "evaluate_tokenizer": {*GROUND, "data", "metrics", "tokenizer"},
+    "evaluate": {*GROUND, "metrics"},
+    "evaluate_tokenizer": {*GROUND, "metrics", "tokenizer"},
     "tools": {*BELOW, "sampling", "training", "train"},  # the benchmark times the trainer's steps
 }
 SET_UP_MAY_USE = {f"{LIBRARY}.{name}" for name in ("errors", "console", "files")}
