@@ -74,6 +74,15 @@ def open_images(args: argparse.Namespace) -> ImageSet:
     return open_torchvision(args.dataset or FASHION_MNIST, args.data_root, args.split)
 
 
+def description(images: ImageSet) -> list[str]:
+    """Return lines about an opened set: what was passed over, the number of images, and its classes with counts."""
+    classes = f" of {len(images.class_names)} classes" if images.class_names else ""
+    lines = [*(f"note: {note}" for note in images.notes), f"{images.count} images{classes}"]
+    if listed := images.class_list():
+        lines.append(f"classes: {listed}")
+    return lines
+
+
 def check_ratio(config: Config, factor: int) -> None:
     """Raise LightningDiTError if the configuration expects latents of another size than the tokenizer makes."""
     if config.vae.downsample_ratio != factor:
@@ -91,6 +100,11 @@ def summary(result: ExtractionResult, manifest: dict[str, Any], output: Path) ->
         count = manifest["settings"]["images"]
         lines = [f"passed over {len(broken)} of {count} images that cannot be read; the manifest names all:"]
         lines += [f"  {name}: {reason}" for name, reason in broken[:LISTED_FILES]]
+    if (cut := manifest["cut"])["images"]:
+        lines.append(
+            f"{cut['images']} of {manifest['settings']['images']} images are not square: the crop leaves out both ends"
+            f" of their longer side, up to {cut['most']:.0%} of it"
+        )
     if result.made:
         shares = ", ".join(f"{name} {share:.1%}" for name, share in result.shares.items())
         lines.append(f"encoded {result.made} images in {duration(result.seconds)}, all processes together: {shares}")
@@ -105,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from LightningDiT.device import best_device
     from LightningDiT.distributed import launched_processes
     from LightningDiT.tokenizer.vavae import VA_VAE
-    from LightningDiT.training.extraction import ExtractionSettings, extract
+    from LightningDiT.training.extraction import ExtractionSettings, extract, in_kept_order
 
     with launched_processes() as processes:
         config = processes.agree(lambda: load_config(args.config, TRAINING_FIX))
@@ -124,7 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         processes.agree(lambda: check_ratio(config, tokenizer.downsample_factor))
         processes.from_main(lambda: open_images(args).count)  # first and alone, since it may download
         images, output = processes.agree(lambda: open_images(args)), Path(args.output)
-        processes.say(f"{images.count} images{f' of {len(images.class_names)} classes' if images.class_names else ''}")
+        images = in_kept_order(images, output)
+        processes.say("\n".join(description(images)))
         size, sample = config.data.image_size, args.posterior == "sample"
         settings = ExtractionSettings(
             size, args.shard_size, sample, args.flip, args.seed, args.batch_size, args.read_threads

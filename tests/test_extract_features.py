@@ -436,9 +436,15 @@ def test_the_pipeline_shows_the_class_names_of_the_manifest(tiny_folder: Path, i
     assert [pipe.labels.caption(label) for label in range(3)] == list(CLASSES)
     assert pipe.labels.number("Sea Lions") == 2
     file.write_text(named.replace("data_path: .", "data_path: latents"))
-    assert Labels.of(load_config(file)).names == ("cat, house cat", "dog", "sea lion")  # the YAML's own come first
+    with pytest.raises(LightningDiTError, match="class 0 is 'cat, house cat' in data.class_names .* and 'cats' in the"):
+        Labels.of(load_config(file))
+    own = named.replace('["cat, house cat", dog, "sea lion"]', '["pets, cats", dogs, "sea lions"]')
+    file.write_text(own.replace("data_path: .", "data_path: latents"))
+    labels = Labels.of(load_config(file))
+    assert labels.names == ("pets, cats", "dogs", "sea lions")  # the YAML's own are shown
+    assert labels.identity == CLASSES
     file.write_text(unnamed.replace("num_classes: 3", "num_classes: 4"))
-    assert Labels.of(load_config(file)).names is None  # names of other classes
+    assert Labels.of(load_config(file)).names == (*CLASSES, "class 3")
     file.write_text(unnamed)
     manifest = tiny_folder / "latents" / LATENTS_MANIFEST
     content = json.loads(manifest.read_text())
@@ -451,6 +457,45 @@ def test_the_pipeline_shows_the_class_names_of_the_manifest(tiny_folder: Path, i
     manifest.write_text("{")
     with pytest.raises(LightningDiTError, match="the manifest .* cannot be read"):
         Labels.of(load_config(file))
+
+
+def test_an_extraction_says_its_classes_what_it_passes_over_and_what_the_crop_loses(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_images(tmp_path / "images", 4, ("ID_1", "ID_2", "ID_10"))
+    Image.new("RGB", (128, 200)).save(folder / "ID_2" / "tall.png")
+    Image.new("RGB", (64, 64)).save(folder / "ID_2" / "square.png")
+    (folder / "ID_2" / "x.npy").touch()
+    output = tmp_path / "latents"
+    assert main(command(tiny_folder, "--images", folder, "--output", output)) == 0
+    printed = capsys.readouterr().out
+    assert "note: passed over 1 files that are no images: .npy 1\n6 images of 3 classes\n" in printed
+    assert "classes: 0 ID_1 (2), 1 ID_2 (3), 2 ID_10 (1)\n" in printed
+    assert (
+        "5 of 6 images are not square: the crop leaves out both ends of their longer side, up to 36% of it" in printed
+    )
+    manifest = json.loads((output / LATENTS_MANIFEST).read_text())
+    assert manifest["cut"] == {"images": 5, "most": 0.36}
+    assert manifest["class_names"] == ["ID_1", "ID_2", "ID_10"]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_an_extraction_keeps_the_order_of_its_manifest(tiny_folder: Path, tmp_path: Path, named: bool) -> None:
+    """As of one that began when folders were in alphabetical order, with and without names in its manifest."""
+    alphabetical = ["ID_1", "ID_10", "ID_2"]
+    images = open_folder(save_images(tmp_path / "images", 6, tuple(alphabetical)))
+    tokenizer, weights = VA_VAE(tiny_folder / "tokenizer.yaml", 16), tiny_folder / "tokenizer.safetensors"
+    settings = extraction.ExtractionSettings(image_size=16)
+    described = extraction.settings_of(images.in_order(alphabetical), tokenizer, weights, settings)
+    output = tmp_path / "latents"
+    output.mkdir()
+    content = {"settings": described} | ({"class_names": alphabetical} if named else {})
+    (output / LATENTS_MANIFEST).write_text(json.dumps(content))
+    result = extraction.extract(images, tokenizer, weights, output, settings)
+    assert result.manifest is not None
+    assert result.manifest["class_names"] == tuple(alphabetical)
+    labels = {Path(images.files[n]).parent.name: label for n, label in enumerate(LatentShards(output).labels.tolist())}
+    assert labels == {"ID_1": 0, "ID_10": 1, "ID_2": 2}
 
 
 @pytest.mark.parametrize(

@@ -185,3 +185,23 @@ def test_a_dry_run_prints_the_list(
     said = capsys.readouterr().out
     assert f"weights of {source[1]}: " in said
     assert "  resized: y_embedder.embedding_table.weight: 7 classes in place of 5; the rows are new" in said
+
+
+@torch.no_grad()
+def test_rows_of_the_class_table_are_taken_by_name(source: tuple[LightningDiT, Path], tmp_path: Path) -> None:
+    """The same number of classes in another order, and a subset with a new class."""
+    file, key = tmp_path / "named.safetensors", "y_embedder.embedding_table.weight"
+    save_weights(source[0].state_dict(), file, {"class_names": '["a", "b", "c", "d", "e"]'})
+    old = source[0].state_dict()[key]
+    for names, rows in ((("a", "b", "c", "d", "e"), [0, 1, 2, 3, 4]), (("e", "b", "x"), [4, 1, None])):
+        torch.manual_seed(1)
+        model = LightningDiT(replace(SETTINGS, num_classes=len(names)))
+        new = model.state_dict()[key].clone()
+        made = initialise(model, file, names)
+        table = model.state_dict()[key]
+        assert torch.equal(table[-1], old[-1])
+        for index, row in enumerate(rows):
+            assert torch.equal(table[index], new[index] if row is None else old[row])
+    assert "the rows of 2 classes and the null class are taken by name, those of 1 are new" in made.text()
+    assert kinds(plan(LightningDiT(SETTINGS), inspect(file), ["b", "a", "c", "d", "e"])) == {key: "resized"}
+    assert kinds(plan(LightningDiT(SETTINGS), inspect(file), ["a", "b", "c", "d", "e"])) == {}

@@ -9,7 +9,7 @@ import json
 import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import SupportsIndex
 
@@ -47,23 +47,27 @@ class Labels:
     folders: tuple[str, ...] | None = None
 
     @classmethod
-    def of(cls, config: Config) -> Labels:
+    def of(cls, config: Config, trained: bool = True) -> Labels:
         """Return the classes of a configuration.
 
         The names are those of the configuration, of its latents' manifest, of its model, or for 1000 ImageNet's, in
         this order. Those of two of these must agree, see `check_agreement`.
 
+        Args:
+            trained: false for a model that is yet to be trained, which has the names of its latents alone.
+
         Raises:
             LightningDiTError: they contradict one another, or a manifest is damaged.
         """
         count, source = config.data.num_classes, config.source
-        known = [(names, where) for names, where in _carried(config) if names]
+        carried = _carried(config if trained else replace(config, ckpt_path=None))
+        known = [(names, where) for names, where in carried if names]
         if config.data.class_names:
             known.insert(0, (config.data.class_names, f"data.class_names in {source}"))
         for (ours, where), (theirs, there) in itertools.pairwise(known):
             check_agreement(ours, theirs, where, there)
         if not known:
-            return cls(count, *_imagenet()) if count == IMAGENET_CLASSES else cls(count)
+            return cls(count, *_imagenet()) if trained and count == IMAGENET_CLASSES else cls(count)
         names, where = known[0]
         if len(names) > count:
             raise LightningDiTError(

@@ -24,7 +24,7 @@ from LightningDiT.checkpoint import save_weights
 from LightningDiT.config import setting_differences
 from LightningDiT.console import Progress, StopRequest
 from LightningDiT.data.image_sets import ImageBatch, ImageSet, Unreadable
-from LightningDiT.data.labels import LATENTS_MANIFEST
+from LightningDiT.data.labels import CLASS_NAMES, LATENTS_MANIFEST
 from LightningDiT.data.shards import FIX, shard_files, shard_path, write_shard
 from LightningDiT.distributed import ALONE, Processes
 from LightningDiT.errors import LightningDiTError
@@ -101,6 +101,23 @@ def settings_of(
     }
 
 
+def in_kept_order(images: ImageSet, output: Path) -> ImageSet:
+    """Return the images with the class numbers of an extraction that has begun in `output`.
+
+    Manifests of unfinished extractions had no names once, and folders were numbered in alphabetical order.
+    """
+    file = output / LATENTS_MANIFEST
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        names, key = content.get(CLASS_NAMES), content["settings"]["image_list"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return images  # none has begun, or `_check_settings` refuses the manifest
+    if images.key == key:
+        return images
+    kept = images.in_order(names if isinstance(names, list) else sorted(images.class_names or ()))
+    return kept if kept.key == key else images
+
+
 def extract(
     images: ImageSet,
     tokenizer: VA_VAE,
@@ -121,6 +138,7 @@ def extract(
         LightningDiTError: the folder holds other latents (differing settings are named) or statistics, another
             extraction writes there, the disk is too small, or no image can be read.
     """
+    images = in_kept_order(images, output)
     described = settings_of(images, tokenizer, weights, settings)
     keys = processes.share(lambda: described["image_list"])
     processes.agree(lambda: _check_agreement(keys))
@@ -242,6 +260,7 @@ class _ShardRows:
         self.path, self.size = path, size
         self.done, self.unreadable = 0, list[list[str]]()
         self.rows = {"labels": torch.zeros(size, dtype=torch.long), "read": torch.ones(size, dtype=torch.bool)}
+        self.rows["cut"] = torch.zeros(size)
         self.latents = [f"latents{number}" for number in range(1 + flips)]  # names of rows
         self.rows |= {name: torch.empty(size, *shape) for name in self.latents}
         self._part = path.with_suffix(PART)
@@ -249,7 +268,8 @@ class _ShardRows:
 
     def put(self, encoded: list[Tensor], batch: ImageBatch) -> None:
         """Add a batch."""
-        added = {"labels": batch.labels, "read": batch.read, **dict(zip(self.latents, encoded, strict=True))}
+        added = {name: getattr(batch, name) for name in ("labels", "read", "cut")}
+        added |= dict(zip(self.latents, encoded, strict=True))
         for name, rows in added.items():
             self.rows[name][self.done : self.done + len(rows)] = rows
         self.unreadable += map(list, batch.unreadable)
@@ -286,6 +306,7 @@ class _ShardRows:
             "images": self.size,
             "moments": moments.as_dict(),
             "largest_label": int(labels.max()) if len(labels) else -1,
+            "cut": {"images": int((self.rows["cut"] > 0).sum()), "most": round(float(self.rows["cut"].max()), 4)},
             "unreadable": self.unreadable,  # name and reason of each image that is left out
         }
         write_shard(self.path, latents[0], labels, *latents[1:], metadata={RECORD: json.dumps(record)})
@@ -305,7 +326,7 @@ def _planned(maker: _ShardMaker, described: dict[str, Any]) -> Iterator[list[int
                 "choose another --output, or move it away",
             )
         else:
-            _write_manifest(output, {"settings": described})
+            _write_manifest(output, {"settings": described, CLASS_NAMES: maker.images.class_names})
         missing = [shard for shard in maker.shards if _record(maker.path(shard)) is None]
         left = [maker.path(shard).with_suffix(PART) for shard in maker.shards if shard not in missing]
         for path in (*left, *(path for pattern in LEFTOVERS for path in output.glob(pattern))):
@@ -361,7 +382,11 @@ def _finish(maker: _ShardMaker, described: dict[str, Any]) -> dict[str, Any]:
         "settings": described,
         "source": images.source,
         "classes": len(images.class_names or ()) or max(record["largest_label"] for record in records) + 1,
-        "class_names": images.class_names,
+        CLASS_NAMES: images.class_names,
+        "cut": {
+            "images": sum(record.get("cut", {}).get("images", 0) for record in records),
+            "most": max(record.get("cut", {}).get("most", 0.0) for record in records),
+        },
         "latents": moments.latents,
         "values_per_channel": moments.values,
         "mean": stats.mean.flatten().tolist(),

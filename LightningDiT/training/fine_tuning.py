@@ -4,7 +4,7 @@ A file of the same shapes is loaded strictly. Otherwise each tensor is taken, re
 
 | part | with another … | becomes |
 |---|---|---|
-| class table | number of classes | new rows; the null class is taken |
+| class table | number or order of classes | rows of the same name are taken if the file has names, others are new; the null class is taken |
 | patch embedding, final layer | number of channels | the shared channels' weights; further channels start at zero |
 | position table, rotary tables | latent size | computed for the new size; a learnt table is interpolated |
 | norms of queries and keys | `use_qknorm` | new, or left out |
@@ -15,7 +15,7 @@ So the model's first prediction of the shared channels is the old model's, whate
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from LightningDiT.checkpoint import CheckpointInfo, inspect, load_into, load_weights
+from LightningDiT.data.labels import Names, names_of_model
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.loading import model_differences
 from LightningDiT.models.lightningdit import LightningDiT, LightningDiTSettings, settings_from_shapes
@@ -68,36 +69,56 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(model: LightningDiT, info: CheckpointInfo) -> Plan:
+def class_rows(names: Names | None, info: CheckpointInfo) -> list[int | None] | None:
+    """Return the file's row of the class table for each class of the model, None for a class that the file lacks.
+
+    The whole is None where the classes are the same, or either side does not name them.
+    """
+    there = names_of_model(info.path)
+    if not names or not there or tuple(names) == there:
+        return None
+    rows = {name: row for row, name in enumerate(there)}
+    return [rows.get(name) for name in names]
+
+
+def plan(model: LightningDiT, info: CheckpointInfo, names: Names | None = None) -> Plan:
     """Return what becomes of the tensors in a weights file; the model may be on the meta device.
+
+    Args:
+        names: of the model's classes; rows of the class table are taken by name where the file names its own.
 
     Raises:
         LightningDiTError: the file is of another kind, depth, width or structure.
     """
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if wanted == info.shapes:
+    rows = class_rows(names, info)
+    if wanted == info.shapes and rows is None:
         return Plan(info.path, tuple(Change(name, TAKEN) for name in wanted))
     found = _source_settings(model.settings, info)
     changes = [_change(name, shape, info.shapes, model.settings, found) for name, shape in wanted.items()]
+    if rows is not None:
+        known = sum(row is not None for row in rows)
+        how = f"the rows of {known} classes and the null class are taken by name, those of {len(rows) - known} are new"
+        changes = [Change(CLASS_TABLE, RESIZED, how) if change.name == CLASS_TABLE else change for change in changes]
     changes += [Change(name, LEFT_OUT, "the model has no such tensor") for name in info.shapes if name not in wanted]
     return Plan(info.path, tuple(changes))
 
 
-def initialise(model: LightningDiT, path: str | Path) -> Plan:
+def initialise(model: LightningDiT, path: str | Path, names: Names | None = None) -> Plan:
     """Load what fits of the weights file at `path` into `model`, in float32, and return what became of each tensor.
 
     Raises:
         LightningDiTError: the file is missing, damaged, or of another structure.
     """
     info = inspect(path)
-    made = plan(model, info)
+    made, rows = plan(model, info, names), class_rows(names, info)
     weights = {name: tensor.float() for name, tensor in load_weights(path).items()}
     result = dict(model.state_dict())
     for change in made.changes:
         if change.kind == TAKEN:
             result[change.name] = weights[change.name]
         elif change.kind == RESIZED:
-            result[change.name] = _resized(change.name, weights, result[change.name], model.settings)
+            result[change.name] = _resized(change.name, weights, result[change.name], model.settings, rows)
     load_into(model, result, path)
     return made
 
@@ -148,11 +169,18 @@ def _change(
     )
 
 
-def _resized(name: str, weights: Mapping[str, Tensor], new: Tensor, settings: LightningDiTSettings) -> Tensor:
+def _resized(
+    name: str,
+    weights: Mapping[str, Tensor],
+    new: Tensor,
+    settings: LightningDiTSettings,
+    rows: Sequence[int | None] | None,
+) -> Tensor:
     """Return the tensor `name` of the file for the model of `settings`, whose own initial one is `new`."""
     old = weights[name]
     if name == CLASS_TABLE:
-        return torch.cat([new[:-1], old[-1:]])
+        own = [new[index] if row is None else old[row] for index, row in enumerate(rows or [None] * (len(new) - 1))]
+        return torch.stack([*own, old[-1]])
     if name == PATCHES:
         return _with_channels(old, new.shape[1], 1)
     if name == POSITIONS:

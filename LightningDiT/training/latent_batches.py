@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from LightningDiT.config import Config
+from LightningDiT.data.labels import Labels, Names, match, names_of_latents
 from LightningDiT.data.prefetching import StepPrefetcher, prefetched
 from LightningDiT.data.shards import LatentShards
 from LightningDiT.errors import LightningDiTError
@@ -23,6 +24,7 @@ from LightningDiT.training.schedule import BatchOrder, process_rows
 from LightningDiT.transport import Transport
 
 ROW_STREAM, HELD_OUT_STREAM = 1, 2  # second seeds; BatchOrder has 0
+LISTED = 5  # classes in a message
 MIRRORED_SHARE = 0.5  # of the latents of a step, as published
 
 
@@ -163,3 +165,52 @@ def open_shards(config: Config, folder: str) -> LatentShards:
             f"set data.num_classes: {largest + 1} in {config.source}",
         )
     return shards
+
+
+def class_names_of(config: Config, shards: LatentShards, starts: bool, say: Callable[[str], None]) -> Names | None:
+    """Return the names of the classes that a model learns from `shards`, None where they have none.
+
+    Args:
+        starts: the run has no checkpoint yet.
+        say: takes a line for classes of which there are no latents.
+
+    Raises:
+        LightningDiTError: the configuration contradicts the latents' manifest, or has more classes and the run starts.
+    """
+    labels, count = Labels.of(config, trained=False), config.data.num_classes
+    there = names_of_latents(config.data.data_path or "")
+    found = len(there) if there else int(shards.labels.max()) + 1
+    if found < count:
+        text = f"latents in {config.data.data_path} have {found} classes; data.num_classes is {count}"
+        if there and starts:
+            raise LightningDiTError(text, f"set data.num_classes: {found} in {config.source}")
+        say(f"note: {text}, so that the last {count - found} are never trained")
+    return labels.identity
+
+
+def training_labels(config: Config, labels: Tensor, say: Callable[[str], None]) -> Tensor:
+    """Return the training's classes of labels (N,) of `data.valid_path`, whose classes may have another order.
+
+    Args:
+        say: takes a line if names of one side meet numbers of the other.
+
+    Raises:
+        LightningDiTError: those latents have a class that the training's lack.
+    """
+    folder, valid = str(config.data.data_path), str(config.data.valid_path)
+    ours, theirs = Labels.of(config, trained=False).identity, names_of_latents(valid)
+    found = match(ours, theirs, f"latents in {folder}", f"latents in {valid}")
+    if found.note:
+        say(f"note: {found.note}")
+    missing = found.names[len(ours) :] if ours and theirs and found.names else ()
+    numbers = dict(enumerate(found.theirs)) if found.theirs else {number: number for number in labels.tolist()}
+    if found.ours:  # the labels are numbers that meet our numeric names
+        numbers = {value: number for number, value in enumerate(found.ours)}
+        missing = [str(label) for label in labels.unique().tolist() if label not in numbers]
+    if missing:
+        raise LightningDiTError(
+            f"latents in {valid} have the class {missing[0]!r}, which latents in {folder} lack"
+            f" ({', '.join((ours or ())[:LISTED])}, ...)",
+            "set data.valid_path to latents of the same classes",
+        )
+    return torch.tensor([numbers[label] for label in labels.tolist()])

@@ -22,7 +22,7 @@ from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from LightningDiT.seeds import generator_for
 from LightningDiT.tokenizer.config import load_tokenizer_config, tokenizer_config_path
 from LightningDiT.tokenizer.vavae import VA_VAE
-from LightningDiT.training.latent_batches import LatentBatches, has_cosine_loss, open_shards
+from LightningDiT.training.latent_batches import LatentBatches, has_cosine_loss, open_shards, training_labels
 from LightningDiT.training.loop import Monitor
 
 TIME_BINS = 10
@@ -122,6 +122,8 @@ def _validation_samples(config: Config, data: LatentBatches, processes: Processe
     count = min(len(numbers), config.train.valid_samples)
     numbers = numbers[torch.arange(count) * len(numbers) // count]
     latents, labels = shards.batch(numbers)
+    if config.data.valid_path:
+        labels = training_labels(config, labels, processes.say)
     finite = latents.isfinite().flatten(1).all(1)  # (N,)
     if bool(finite.all()):
         return latents, labels
@@ -152,7 +154,8 @@ class SampleGrids:
         count = config.train.sample_count
         self.classes = [index * config.data.num_classes // count for index in range(count)]
         sample = replace(config.sample, mode="ODE", sampling_method="fast", solver_file=None, guide_ckpt=None)
-        settings = replace(config, sample=replace(sample, reverse=False))
+        # a model in `ckpt_path` is that of an earlier run, whose classes may be others
+        settings = replace(config, sample=replace(sample, reverse=False), ckpt_path=None)
         self.pipe = LightningDiTPipeline(
             model, open_tokenizer(config, data), build_transport(config), settings, best_device(), torch.float32
         )
