@@ -325,7 +325,7 @@ def load_config(path: str | Path, fix: str = STEP3) -> Config:
 
 
 def read_yaml(path: str | Path, fix: str = STEP3) -> dict[str, Any]:
-    """Return the mapping in a YAML file, interpolations resolved.
+    """Return the mapping in a YAML file. Its text is data: `${...}` stays as it is.
 
     Args:
         fix: command that makes such a file, for the message if it is missing.
@@ -333,9 +333,9 @@ def read_yaml(path: str | Path, fix: str = STEP3) -> dict[str, Any]:
     Raises:
         LightningDiTError: it is missing, a folder, no YAML, or holds no mapping.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
+
+    from LightningDiT.yaml_data import read
 
     file = Path(path)
     if not file.exists():
@@ -343,8 +343,8 @@ def read_yaml(path: str | Path, fix: str = STEP3) -> dict[str, Any]:
     if file.is_dir():
         raise LightningDiTError(f"configuration {path} is a folder, a YAML file was expected", "name the file")
     try:
-        loaded = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
-    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException, OSError) as error:
+        loaded = read(file)
+    except (YAMLError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())
         raise LightningDiTError(
             f"configuration {path} is no valid YAML ({reason[:200]})",

@@ -22,8 +22,9 @@ GROUND: dict[str, set[str]] = {
     "device": {"errors"},
     "compiling": {"device", "errors"},
     "distributed": {"console", "errors"},
-    "config": {"errors"},
-    "checkpoint": {"errors", "files"},
+    "config": {"errors", "yaml_data"},
+    "yaml_data": {"files"},
+    "checkpoint": {"device", "errors", "files"},
     "images": {"errors", "files"},
     "pretrained": {"checkpoint", "errors"},
 }

@@ -28,7 +28,7 @@ from LightningDiT.device import (
     usable_device,
 )
 from LightningDiT.errors import LightningDiTError, warn_user
-from LightningDiT.files import atomic_path
+from LightningDiT.files import write_text
 from LightningDiT.images import to_pil, to_uint8
 from LightningDiT.loading import (
     STATS_NAME,
@@ -146,7 +146,7 @@ class LightningDiTPipeline:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write configuration, weights (as they are in memory) and statistics into `folder`."""
-        from omegaconf import OmegaConf
+        from LightningDiT.yaml_data import dump
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -172,8 +172,7 @@ class LightningDiTPipeline:
         )
         tokenizer = read_yaml(self.tokenizer.config.source) | {"ckpt_path": "tokenizer.safetensors"}
         for name, values in (("tokenizer.yaml", tokenizer), (CONFIG_NAME, as_dict(config))):
-            with atomic_path(folder / name) as temporary:
-                OmegaConf.save(OmegaConf.create(values), temporary)
+            write_text(folder / name, dump(values))
 
     def with_sample(self, sample: SampleConfig) -> LightningDiTPipeline:
         """Return a pipeline of the same networks with other sampling settings; another guide is loaded."""
