@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from LightningDiT import evaluate
 from LightningDiT.checkpoint import save_weights
 from LightningDiT.data.fashion_mnist import FASHION_MNIST_CLASSES
-from LightningDiT.data.image_sets import ArrayImages
+from LightningDiT.data.image_sets import ArrayImages, ImageSet, open_samples
+from LightningDiT.data.npz import NpzImages
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import save_png
-from LightningDiT.metrics import cache, neighbours
+from LightningDiT.metrics import cache, evaluation, neighbours
 from LightningDiT.metrics.by_class import accuracy, class_table
 from LightningDiT.metrics.extractors import (
     JUDGE_FILE,
@@ -47,7 +48,7 @@ from LightningDiT.metrics.scores import (
     proportion,
     scores_of,
 )
-from LightningDiT.metrics.sources import open_images, open_source
+from LightningDiT.metrics.sources import Source, open_images, open_source
 from LightningDiT.seeds import generator_for
 from tests.conftest import write_idx
 from tests.test_metrics import distance_by_scipy
@@ -399,6 +400,96 @@ def test_the_whole_on_images_by_class(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "warning: 16 generated images: below 10000" in said.err
     with mock.patch.object(JudgeExtractor, "activations", side_effect=AssertionError("computed again")):
         assert run(tmp_path / "out", tmp_path / "made", tmp_path / "real", *options) == report
+
+
+class Shades(Extractor):
+    """A network that knows an image's class: its grey value over eight."""
+
+    name, key, layer, numbered = "shades", "shades 1", "mean", True
+
+    def __init__(self, classes: tuple[str, ...] | None = None, width: int = 40) -> None:
+        super().__init__()
+        self.classes, self.width = classes, width
+
+    def activations(self, pixels: Tensor) -> dict[str, Tensor]:
+        grey = pixels.float().mean((1, 2, 3))
+        logits = torch.nn.functional.one_hot((grey / 8).round().long(), self.width).float()
+        return {"features": pixels.float().mean((2, 3)), "logits": logits}
+
+
+def shaded(folder: Path, outputs: dict[str, int]) -> Path:
+    """Write two images for each class (its folder), which `Shades` recognises as the given output."""
+    for name, output in outputs.items():
+        save_folder(folder / name, np.full((2, 8, 8, 3), 8 * output, np.uint8))
+    return folder
+
+
+def judged(made: ImageSet, real: ImageSet, extractor: Extractor) -> tuple[dict[str, Any], list[str]]:
+    """Return accuracies and all lines about classes."""
+    samples, reference, notes = evaluation.with_common_classes(made, Source(real, {}))
+    assert reference.images is not None
+    activations = [extractor(one.batch(range(one.count)).pixels) for one in (samples, reference.images)]
+    report, reasons = evaluation.accuracies(samples, activations[0], reference.images, activations[1], extractor)
+    return report, notes + reasons
+
+
+def test_classes_of_both_sides_are_compared_by_name(tmp_path: Path) -> None:
+    """Of {ant, cat} and {ant, bee, cat}, cat is beside the cats, and a network that names its classes knows them."""
+    made = open_samples(shaded(tmp_path / "made", {"ant": 2, "cat": 0}))
+    real = open_samples(shaded(tmp_path / "real", {"ant": 2, "bee": 1, "cat": 0}))
+    report, notes = judged(made, real, Shades(("cat", "bee", "ant"), 3))
+    rows = [(row["name"], row["count_real"], row["accuracy"], row["accuracy_real"]) for row in report["classes"]]
+    assert rows == [("ant", 2, 1.0, 1.0), ("cat", 2, 1.0, 1.0)]
+    assert (report["accuracy"]["value"], report["accuracy_real"]["value"], notes) == (1.0, 1.0, [])
+    report, notes = judged(real, made, Shades(("cat", "ant"), 3))
+    assert "accuracy" not in report
+    assert notes == [
+        f"{made.source} has no images of 1 classes of {real.source}: bee",
+        "no accuracy over all images: shades does not know 1 classes: bee",
+    ]
+
+
+def test_a_part_of_the_people_keeps_their_numbers(tmp_path: Path) -> None:
+    people = {str(number): number for number in range(1, 32)}
+    made = open_samples(shaded(tmp_path / "made", people))
+    some = open_samples(shaded(tmp_path / "real", {name: people[name] for name in ("2", "10", "31")}))
+    report, notes = judged(made, some, Shades())
+    rows = {row["name"]: (row["count_real"], row["accuracy"]) for row in report["classes"]}
+    assert rows == {name: (2 if name in ("2", "10", "31") else 0, 1.0) for name in people}
+    assert notes[0] == f"{some.source} has no images of 28 classes of {made.source}: 1, 3, 4, 5, 6"
+    assert notes[1] == f"the class names of {made.source} are numbers, and count as the class numbers of shades"
+    assert report["accuracy"]["value"] == 1.0
+
+
+def test_class_numbers_meet_numeric_folders_by_value_and_the_line_says_so(tmp_path: Path) -> None:
+    made = open_samples(shaded(tmp_path / "made", {"1": 1, "10": 10}))
+    np.savez(tmp_path / "real.npz", np.full((4, 8, 8, 3), 80, np.uint8), np.array([10, 10, 1, 5]))
+    report, notes = judged(made, NpzImages(tmp_path / "real.npz"), Shades())
+    assert [(row["name"], row["count_real"], row["accuracy"]) for row in report["classes"]] == [
+        ("1", 1, 1.0),
+        ("10", 2, 1.0),
+    ]
+    assert notes == [
+        f"the class names of {made.source} are numbers, and count as the class numbers of {tmp_path / 'real.npz'}"
+    ]
+
+
+def test_an_accuracy_that_is_missing_is_explained(tmp_path: Path) -> None:
+    """Folders 1 to 3 and a network of three outputs: which of them is which cannot be told."""
+    made = open_samples(shaded(tmp_path / "made", {"1": 0, "2": 1, "3": 2}))
+    report, notes = judged(made, made, Shades(("a", "b", "c"), 3))
+    assert "accuracy" not in report
+    assert notes == [f"no accuracy: {made.source} has the class '3', and shades has 3 classes, 0 to 2"]
+    report, notes = judged(made, made, Shades(None, 3))
+    assert "accuracy" not in report
+    assert notes[-1] == f"no accuracy: {made.source} has the class 3, shades 3 outputs, 0 to 2"
+
+
+@pytest.mark.parametrize("name", ["stats.pkl", "photo.png"])
+def test_a_file_that_is_no_set_is_named_as_such(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(LightningDiTError, match=rf"{name} is a {name[-4:]} file; a folder of images or an .npz file"):
+        open_images(str(tmp_path / name))
 
 
 def test_statistics_stand_in_for_images(tmp_path: Path) -> None:

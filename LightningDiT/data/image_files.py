@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,11 +73,14 @@ class FoundImages:
     notes: tuple[str, ...] = ()
 
 
-def find_images(folder: str | Path) -> FoundImages:
+def find_images(folder: str | Path, known: Collection[str] = ()) -> FoundImages:
     """Return every file below `folder` whose name ends like that of an image that Pillow reads.
 
     Links are followed. Links that lead nowhere are included, so that a reader reports them. Names that begin with a
     dot, and the litter of systems and tools, are passed over.
+
+    Args:
+        known: names of other files that belong there, which the notes do not mention.
 
     Raises:
         LightningDiTError: the folder does not exist, may not be read, or holds no such file.
@@ -90,7 +93,8 @@ def find_images(folder: str | Path) -> FoundImages:
     litter: list[Path] = []
     below = sorted(_files_below(root, litter)) if root.is_dir() else []
     files = [path for path in below if path.suffix.lower() in endings]
-    others = Counter(path.suffix.lower() or path.name for path in below if path.suffix.lower() not in endings)
+    rest = [path for path in below if path.suffix.lower() not in endings and path.name not in known]
+    others = Counter(path.suffix.lower() or path.name for path in rest)
     if not files:
         named = f" ({_counted(others)} are)" if others else ""
         reason = f"no file there is called like an image{named}" if root.is_dir() else "it is not there"

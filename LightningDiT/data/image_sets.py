@@ -375,7 +375,7 @@ def open_samples(folder: str | Path) -> FileImages:
         LightningDiTError: see `find_images`.
     """
     root = Path(folder)
-    found = find_images(root)
+    found = find_images(root, known=(MANIFEST,))
     names = [path.relative_to(root) for path in found.files]
     classes = Classes()
     if (root / MANIFEST).is_file():

@@ -67,7 +67,8 @@ class Labels:
         for (ours, where), (theirs, there) in itertools.pairwise(known):
             check_agreement(ours, theirs, where, there)
         if not known:
-            return cls(count, *_imagenet()) if trained and count == IMAGENET_CLASSES else cls(count)
+            synsets = imagenet_synsets() if trained and count == IMAGENET_CLASSES else ()
+            return cls(count, _words(synsets), synsets) if synsets else cls(count)
         names, where = known[0]
         if len(names) > count:
             raise LightningDiTError(
@@ -323,10 +324,9 @@ def _words(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(words.get(name, name) for name in names)
 
 
-def _imagenet() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return words and synset numbers of ImageNet's 1000 classes."""
-    words, synsets = _imagenet_tables()
-    return tuple(words[synset] for synset in synsets), tuple(synsets)
+def imagenet_synsets() -> tuple[str, ...]:
+    """Return WordNet's synset numbers of ImageNet's 1000 classes, the names of its folders."""
+    return tuple(_imagenet_tables()[1])
 
 
 def _imagenet_tables() -> tuple[dict[str, str], list[str]]:

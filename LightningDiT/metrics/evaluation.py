@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from LightningDiT.console import Progress
-from LightningDiT.data.image_sets import ImageSet
+from LightningDiT.data.image_sets import LISTED, Classes, ImageSet
+from LightningDiT.data.labels import CLASS_NAMES, match
 from LightningDiT.data.npz import write_npz
 from LightningDiT.errors import LightningDiTError, import_package
 from LightningDiT.files import disk_errors, write_text
@@ -124,6 +126,7 @@ def evaluate(settings: EvaluationSettings) -> Evaluation:
     import_package("torch_fidelity", "FID, Inception Score, precision and recall", FIDELITY_PIN)
     samples, reference = open_images(settings.samples, settings.size), open_source(settings.reference, settings.size)
     training = open_images(settings.training, settings.size) if settings.training else None
+    samples, reference, notes = with_common_classes(samples, reference)
     for images in (samples, reference.images):
         if images is not None and images.count < 2:
             raise LightningDiTError(f"{images.source} has one image; a distance needs two", "name a larger set")
@@ -139,6 +142,7 @@ def evaluate(settings: EvaluationSettings) -> Evaluation:
     key = digest(samples.state, reference.images.state if reference.images else "", sums, extractor.key)
     comparison = Comparison(extractor.name, made, real, reference.moments, key)
     scores = scores_of(comparison, Bootstrap(settings.resamples, settings.seed, folder))
+    shares, reasons = accuracies(samples, made, reference.images, real, extractor)
     report: Report = {
         "samples": {"from": settings.samples, "count": samples.count},
         "reference": {"from": settings.reference, "count": reference.images.count if reference.images else None},
@@ -148,8 +152,14 @@ def evaluate(settings: EvaluationSettings) -> Evaluation:
             **{"neighbourhood": NEIGHBOURHOOD, "splits": SPLITS, "torch": torch.__version__},
         },
         "scores": {name: dataclasses.asdict(score) for name, score in scores.items()},
-        "warnings": bias_warnings(samples, reference, made, scores) + size_warnings(samples, reference.images),
-        **accuracies(samples, made, reference.images, real, extractor),
+        "warnings": [
+            *bias_warnings(samples, reference, made, scores),
+            *size_warnings(samples, reference.images),
+            *notes,
+            *reasons,
+        ],
+        CLASS_NAMES: samples.class_names,
+        **shares,
     }
     if training is None:
         return Evaluation(report, scores, None)
@@ -181,20 +191,93 @@ def check_statistics(name: str, reference: Source, activations: Activations) -> 
         raise LightningDiTError(f"{name} has no mean and covariance of features", "name a file with mu and sigma")
 
 
+def with_common_classes(samples: ImageSet, reference: Source) -> tuple[ImageSet, Source, list[str]]:
+    """Return both sides with one numbering of their classes, see `match`, and lines about it.
+
+    Raises:
+        LightningDiTError: see `match`.
+    """
+    real = reference.images
+    notes = [f"{one.source}: {note}" for one in (samples, real) if one is not None for note in one.notes]
+    if samples.labels is None or real is None or real.labels is None:
+        return samples, reference, notes
+    found = match(samples.class_names, real.class_names, samples.source, real.source)
+    ours, theirs = (
+        labels if numbers is None else torch.tensor(numbers)[labels]
+        for labels, numbers in ((samples.labels, found.ours), (real.labels, found.theirs))
+    )
+    notes += [found.note] if found.note else []
+    if lacking := sorted(set(ours.tolist()) - set(theirs.tolist())):
+        names = ", ".join(found.names[label] if found.names else str(label) for label in lacking[:LISTED])
+        notes.append(f"{real.source} has no images of {len(lacking)} classes of {samples.source}: {names}")
+    common = replace(reference, images=real.numbered(Classes(theirs, found.names)))
+    return samples.numbered(Classes(ours, found.names)), common, notes
+
+
+def network_outputs(images: ImageSet, extractor: Extractor) -> tuple[Tensor | None, list[str]]:
+    """Return the network's output for each class of `images`, see `accuracy`, and lines about it.
+
+    A network without an output for some class gives no accuracy over all images; a line says so.
+    """
+    assert images.labels is not None
+    try:
+        found = match(extractor.classes, images.class_names, extractor.name, images.source)
+    except LightningDiTError as error:
+        return torch.full((int(images.labels.max()) + 1,), -1), [f"no accuracy: {error.message}"]
+    notes = [found.note] if found.note and extractor.classes is None else []
+    numbers: Sequence[int] = range(int(images.labels.max()) + 1) if found.theirs is None else found.theirs
+    if found.ours is not None:  # class numbers meet outputs whose names are numbers
+        by_number = {number: output for output, number in enumerate(found.ours)}
+        numbers = [by_number.get(number, len(found.ours)) for number in numbers]
+    width = len(extractor.classes) if extractor.classes else None
+    outputs = torch.tensor([-1 if width is not None and number >= width else number for number in numbers])
+    missing = [label for label in images.labels.unique().tolist() if int(outputs[label]) < 0]
+    if missing:
+        names = ", ".join(images.class_names[label] if images.class_names else str(label) for label in missing[:LISTED])
+        notes.append(f"no accuracy over all images: {extractor.name} does not know {len(missing)} classes: {names}")
+    return outputs, notes
+
+
 def accuracies(
     samples: ImageSet, made: Activations, references: ImageSet | None, real: Activations | None, extractor: Extractor
-) -> Report:
-    """Return accuracies and the table by class, as far as the classes of the images are known."""
+) -> tuple[Report, list[str]]:
+    """Return accuracies and the table by class, as far as the classes of the images are known, and lines about them."""
     if samples.labels is None:
-        return {"classes": []}
+        return {"classes": []}, []
     generated: Labelled = (made, samples.labels)
     known = (real, references.labels) if references and real and references.labels is not None else None
     names: Sequence[str] = samples.class_names or (references and references.class_names) or ()
-    found = {"accuracy": accuracy(generated, extractor), "accuracy_real": known and accuracy(known, extractor)}
+    outputs, notes = network_outputs(samples, extractor) if extractor.numbered and "logits" in made else (None, [])
+    judged = known and _of_classes(known, outputs)
+    found = {
+        "accuracy": accuracy(generated, extractor, outputs),
+        "accuracy_real": judged and accuracy(judged, extractor, outputs),
+    }
+    if (
+        extractor.numbered
+        and "logits" in made
+        and not found["accuracy"]
+        and not any("no acc" in note for note in notes)
+    ):
+        width, label = made["logits"].shape[1], int(samples.labels.max())
+        largest = names[label] if label < len(names) else label
+        notes.append(
+            f"no accuracy: {samples.source} has the class {largest}, {extractor.name} {width} outputs, 0 to {width - 1}"
+        )
     shares = {
         name: {"value": score.value, "low": score.low, "high": score.high} for name, score in found.items() if score
     }
-    return {**shares, "classes": class_table(generated, known, extractor, names)}
+    return {**shares, "classes": class_table(generated, known, extractor, names, outputs)}, notes
+
+
+def _of_classes(labelled: Labelled, outputs: Tensor | None) -> Labelled | None:
+    """Return the images whose classes have an output; None if there are none."""
+    activations, labels = labelled
+    if outputs is None:
+        return labelled
+    known = (labels < len(outputs)) & (outputs[labels.clamp(max=len(outputs) - 1)] >= 0)
+    chosen = torch.nonzero(known).flatten()
+    return ({kind: rows[chosen] for kind, rows in activations.items()}, labels[chosen]) if len(chosen) else None
 
 
 def bias_warnings(

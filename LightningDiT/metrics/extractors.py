@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from LightningDiT.checkpoint import BUNDLED_FOLDER, load_weights
+from LightningDiT.data.fashion_mnist import FASHION_MNIST_CLASSES
+from LightningDiT.data.labels import IMAGENET_CLASSES, imagenet_synsets, names_of_model
 from LightningDiT.device import best_device
 from LightningDiT.errors import LightningDiTError, fixed_by
 from LightningDiT.files import fingerprint
@@ -40,12 +42,14 @@ class Extractor(ABC):
         key: text that changes with the network and its weights.
         layer: layer of `features`.
         numbered: whether the logits have the order of the labels, so that an accuracy follows.
+        classes: names of the outputs, as far as known.
     """
 
     name: str
     key: str
     layer: str
     numbered: bool = False
+    classes: tuple[str, ...] | None = None
 
     def __init__(self) -> None:
         self.device = best_device()
@@ -103,7 +107,7 @@ class InceptionExtractor(Extractor):
 class JudgeExtractor(Extractor):
     """The bundled classifier of Fashion-MNIST, for images of 32x32 pixels."""
 
-    layer, numbered = "penultimate layer", True
+    layer, numbered, classes = "penultimate layer", True, FASHION_MNIST_CLASSES
 
     def __init__(self, weights: Path) -> None:
         super().__init__()
@@ -139,6 +143,9 @@ class TimmExtractor(Extractor):
         from timm.data import resolve_model_data_config
 
         self.name = f"timm:{name}"
+        self.classes = names_of_model(weights) if weights else None
+        if self.classes is None and self._model.num_classes == IMAGENET_CLASSES:
+            self.classes = imagenet_synsets()
         source = fingerprint(weights) if weights else self._model.pretrained_cfg.get("hf_hub_id") or "hub"
         self.key = f"timm {name} {source}"
         data = resolve_model_data_config(self._model)

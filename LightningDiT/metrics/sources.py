@@ -48,6 +48,12 @@ def open_source(name: str, size: int | None = None) -> Source:
         return Source(open_fashion_mnist(folder, part).cropped(size), {})
     if path.suffix == ".npz":
         return _archive(path, size)
+    if path.is_file():
+        kind = path.suffix or "plain"
+        raise LightningDiTError(
+            f"{name} is a {kind} file; a folder of images or an .npz file (images, or mu and sigma) is expected",
+            "write mean and covariance by numpy.savez(FILE, mu=..., sigma=...), or name the folder of the images",
+        )
     if holds_fashion_mnist(path):
         raise LightningDiTError(f"{name} holds Fashion-MNIST, and not which part of it", f"name {name}:test")
     return Source(open_samples(name).cropped(size), {})

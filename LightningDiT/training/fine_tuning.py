@@ -4,7 +4,7 @@ A file of the same shapes is loaded strictly. Otherwise each tensor is taken, re
 
 | part | with another … | becomes |
 |---|---|---|
-| class table | number or order of classes | rows of the same name are taken if the file has names, others are new; the null class is taken |
+| class table | classes | new rows, or those of the same name if the file has names; the null class is taken |
 | patch embedding, final layer | number of channels | the shared channels' weights; further channels start at zero |
 | position table, rotary tables | latent size | computed for the new size; a learnt table is interpolated |
 | norms of queries and keys | `use_qknorm` | new, or left out |
