@@ -8,22 +8,62 @@ import json
 import pickle
 import re
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from LightningDiT.errors import OS_FIXES, LightningDiTError, first_line
+from LightningDiT.device import is_out_of_memory
+from LightningDiT.errors import OS_FIXES, LightningDiTError, first_line, warn_user
 from LightningDiT.files import atomic_path
 
 #: Entries in which training scripts keep weights, the best first.
-WEIGHT_KEYS = ("ema", "model", "state_dict")
-#: Prefixes of every name by wrappers (data parallel, torch.compile).
-WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+WEIGHT_KEYS = ("ema", "model_ema", "ema_model", "model", "module", "state_dict")
+#: Parts of names by wrappers: data parallel (in front alone), torch.compile, FSDP, activation checkpoints.
+WRAPPER = re.compile(r"^module\.|(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+AVERAGE_PREFIX = "model_ema."  # of LDM's LitEma, whose further names have no dots
+FIRST_STAGE_PREFIX = "first_stage_model."  # of the tokenizer in a file of LDM
+DIFFUSERS_NAMES = re.compile(r"(?:^|\.)(?:(?:down|up)_blocks\.\d+\.resnets|mid_block\.resnets|transformer_blocks\.\d)")
+SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|bin)")
+INDEX_ENDING = ".index.json"
+#: Types that people's training scripts save beside weights. Each is read as an empty placeholder, never as itself.
+HARMLESS = {
+    "argparse": ("Namespace",),
+    "builtins": ("bool", "dict", "float", "int", "list", "str", "tuple"),  # default_factory of a defaultdict
+    "collections": ("defaultdict",),
+    "datetime": ("date", "datetime", "timedelta", "timezone"),
+    "easydict": ("EasyDict",),
+    "lightning_fabric.utilities.data": ("AttributeDict",),
+    "ml_collections.config_dict.config_dict": ("ConfigDict", "FrozenConfigDict"),
+    "numpy": ("bool_", "dtype", "float32", "float64", "int32", "int64", "ndarray"),
+    "numpy._core.multiarray": ("_reconstruct", "scalar"),
+    "numpy.core.multiarray": ("_reconstruct", "scalar"),
+    "omegaconf.base": ("ContainerMetadata", "Metadata"),
+    "omegaconf.dictconfig": ("DictConfig",),
+    "omegaconf.listconfig": ("ListConfig",),
+    "omegaconf.nodes": ("AnyNode", "BooleanNode", "FloatNode", "IntegerNode", "PathNode", "StringNode"),
+    "pathlib": ("Path", "PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath"),
+    "pathlib._local": ("Path", "PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath"),  # Python 3.13
+    "pytorch_lightning.callbacks.model_checkpoint": ("ModelCheckpoint",),
+    "pytorch_lightning.utilities.parsing": ("AttributeDict",),
+    "types": ("SimpleNamespace",),
+    "typing": ("Any",),
+}
+DICTIONARIES = ("AttributeDict", "EasyDict", "defaultdict")  # of these, whose entries may be the weights
+UNPACKED_RATIO, UNPACKED_BYTES = 20, 2**26  # a compressed file may grow to this many times its size and these bytes
+#: Bytes of a number in torch's kinds of storages.
+STORED_BYTES = {
+    **dict.fromkeys(("Untyped", "Bool", "Byte", "Char", "QInt8", "QUInt8", "QUInt4x2", "QUInt2x4"), 1),
+    **dict.fromkeys(("BFloat16", "Half", "Short"), 2),
+    **dict.fromkeys(("Float", "Int", "QInt32"), 4),
+    **dict.fromkeys(("ComplexFloat", "Double", "Long"), 8),
+    "ComplexDouble": 16,
+}
 LISTED_NAMES = 5
 PORTION_BYTES = 64 * 2**20  # of a file, converted through one mapping
 BUNDLED_FOLDER = "fashion-mnist"  # the model in git
@@ -37,15 +77,19 @@ class CheckpointInfo:
         path: the file.
         weights_key: the entry that holds the weights (`ema`, ...), or "" for a bare dictionary.
         shapes: tensor name -> shape, wrapper prefixes removed.
+        kinds: tensor name -> kind of its numbers, as `kind_of` says.
         extras: the file's other entries.
         metadata: the text metadata of a safetensors file.
+        notes: what was chosen or passed over in reading, a text each.
     """
 
     path: Path
     weights_key: str
     shapes: dict[str, tuple[int, ...]]
+    kinds: dict[str, str]
     extras: tuple[str, ...]
     metadata: dict[str, str]
+    notes: tuple[str, ...]
 
     @property
     def parameters(self) -> int:
@@ -83,16 +127,21 @@ def inspect(path: str | Path) -> CheckpointInfo:
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
-    """Return the tensors of a `.safetensors` or `torch.save` file, mapped rather than read.
+    """Return the tensors of a `.safetensors` or `torch.save` file, mapped rather than read, or of an index of shards.
 
-    Of a dictionary with `ema`, `model` or `state_dict` these are the tensors of the first entry that it has. Prefixes
-    of wrappers are removed.
+    Of a dictionary of dictionaries these are the tensors of its first entry in `WEIGHT_KEYS`. Names lose the parts of
+    wrappers. An average by LDM goes before the weights themselves, and of a whole LDM the first stage is taken. Types
+    in `HARMLESS` are passed over, from torch 2.5 on. A warning says what was chosen or passed over.
 
     Raises:
-        LightningDiTError: the file is missing, a folder, empty, cut short, no weights file, or holds more than tensors
-            and plain values.
+        LightningDiTError: the file is missing, a folder, empty, cut short, no weights file, one shard of several, or
+            holds more than tensors and plain values.
+        MemoryError: it cannot be mapped or read for lack of memory.
     """
-    return _open(path)[1]
+    info, weights = _open(path)
+    for note in info.notes:
+        warn_user(f"{path}: {note}")
+    return weights
 
 
 def load_file(
@@ -121,6 +170,7 @@ def load_file(
     """
     weights = load_weights(path)
     check_shapes(module, {name: tuple(tensor.shape) for name, tensor in weights.items()}, path, ignored)
+    check_kinds(module, {name: kind_of(tensor) for name, tensor in weights.items()}, path)
     wanted = module.state_dict().keys()
     others = [name for name in weights if name not in wanted]
     weights = {name: weights[name] for name in weights if name in wanted}
@@ -141,26 +191,27 @@ def load_into(
         The names in the file that the module does not have, all of them below `ignored`.
 
     Raises:
-        LightningDiTError: tensors are missing, have another shape, are unknown, or are not finite.
+        LightningDiTError: tensors are missing, have another shape or kind, are unknown, or are not finite.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    check_shapes(module, shapes, path, ignored)
+    check_shapes(module, {name: tuple(tensor.shape) for name, tensor in weights.items()}, path, ignored)
+    check_kinds(module, {name: kind_of(tensor) for name, tensor in weights.items()}, path)
     wanted = module.state_dict().keys()
     for name in wanted:
         tensor = weights[name]
         if not _is_finite(tensor):
             raise LightningDiTError(
                 f"{path}: tensor {name} holds NaN or infinite values; the file is damaged",
-                _fix_of(Path(path)),
+                _fix_of_damage(Path(path)),
             )
     trained = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
-    module.load_state_dict({name: weights[name] for name in wanted}, strict=True, assign=True)
+    module.load_state_dict({name: weights[name].detach() for name in wanted}, strict=True, assign=True)
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(trained[name])  # torch 2.2 switches gradients on with assign
     return [name for name in weights if name not in wanted]
 
 
 def _is_finite(tensor: Tensor) -> bool:
+    tensor = tensor.float() if tensor.itemsize == 1 else tensor  # torch has no such test for float8
     return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
 
 
@@ -182,7 +233,7 @@ def _changed(
     result = {name: tensor for name, tensor in weights.items() if is_wanted(tensor)}
     portions = _portions({name: tensor.nbytes for name, tensor in weights.items() if name not in result})
     for portion in portions:
-        opened = load_weights(file) if _can_be_mapped(file) else weights
+        opened = _open(file)[1] if _can_be_mapped(file) else weights
         for name in portion:
             tensor = opened.pop(name)
             result[name] = tensor.to(type_of(tensor), memory_format=layout_of(tensor))
@@ -241,6 +292,40 @@ def check_shapes(
         )
 
 
+def kind_of(tensor: Tensor) -> str:
+    """Return the kind of a tensor's numbers: real, whole, bool or complex; or how it is stored, if not as usual."""
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        return "sparse or nested"
+    if tensor.is_meta:
+        return "without values"
+    return _kind_of_type(tensor.dtype)
+
+
+def _kind_of_type(dtype: torch.dtype) -> str:
+    if dtype.is_complex:
+        return "complex"
+    if dtype.is_floating_point:
+        return "real"
+    return "bool" if dtype == torch.bool else "whole"
+
+
+def check_kinds(module: nn.Module, kinds: Mapping[str, str], path: str | Path) -> None:
+    """Raise LightningDiTError if a tensor in a file has numbers of another kind than that of the same name in `module`.
+
+    Args:
+        kinds: tensor name -> kind, as `kind_of` says.
+    """
+    wanted = {name: _kind_of_type(tensor.dtype) for name, tensor in module.state_dict().items()}
+    differing = [name for name, kind in wanted.items() if kinds.get(name, kind) != kind]
+    if differing:
+        name = differing[0]
+        more = f", and {len(differing) - 1} more tensors are of another kind too" if len(differing) > 1 else ""
+        raise LightningDiTError(
+            f"{path}: tensor {name} is {kinds[name]}; {wanted[name]} numbers are expected{more}",
+            "save the weights as plain floating-point tensors",
+        )
+
+
 def save_weights(weights: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors as safetensors, atomically."""
     from safetensors.torch import save_file
@@ -270,103 +355,319 @@ def _saved(path: str | Path) -> Iterator[Path]:
 
 def load_training_state(path: str | Path) -> dict[str, Any]:
     """Return what `save_training_state` wrote; raise LightningDiTError for any other file."""
-    return _load_pickle(_existing_file(path))
+    return _load_pickle(_existing_file(path))[0]
 
 
 def _open(path: str | Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:
     file = _existing_file(path)
-    metadata: dict[str, str] = {}
-    if file.suffix == ".safetensors":
-        content, metadata = _load_safetensors(file)
-    else:
-        content = _load_pickle(file)
-    key = next((key for key in WEIGHT_KEYS if isinstance(content.get(key), Mapping)), "")
+    _refuse_one_shard(file)
+    content, metadata, notes = _load_index(file) if file.name.endswith(INDEX_ENDING) else _load_one(file)
+    key = next((key for key in WEIGHT_KEYS if _has_tensors(content.get(key))), "")
     weights = content[key] if key else content
-    tensors = {_bare(name): value for name, value in weights.items() if isinstance(value, Tensor)}
+    tensors = _without_wrappers(weights, file)
     if not tensors:
-        raise LightningDiTError(
-            f"{file} holds no tensors (entries: {', '.join(map(str, list(content)[:LISTED_NAMES])) or 'none'})",
-            "name a weights file",
-        )
+        listed = ", ".join(map(str, list(content)[:LISTED_NAMES])) or "none"
+        raise LightningDiTError(f"{file} holds no tensors (entries: {listed})", "name a weights file")
+    _refuse_diffusers_names(tensors, file)
+    tensors = _with_average(_part_of_ldm(tensors, notes), notes)
     others = [name for name, value in content.items() if name != key and (key or not isinstance(value, Tensor))]
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    return CheckpointInfo(file, key, shapes, tuple(map(str, others)), metadata), tensors
+    kinds = {name: kind_of(tensor) for name, tensor in tensors.items()}
+    return CheckpointInfo(file, key, shapes, kinds, tuple(map(str, others)), metadata, tuple(notes)), tensors
 
 
-def _bare(name: str) -> str:
-    for prefix in WRAPPER_PREFIXES:
-        name = name.removeprefix(prefix)
-    return name
+def _has_tensors(entry: object) -> bool:
+    return isinstance(entry, Mapping) and any(isinstance(value, Tensor) for value in entry.values())
+
+
+def _without_wrappers(weights: Mapping[Any, Any], file: Path) -> dict[str, Tensor]:
+    """Return the tensors that have names, without the parts that wrappers add in any order and depth."""
+    tensors: dict[str, Tensor] = {}
+    for full, value in weights.items():
+        if not isinstance(value, Tensor) or not isinstance(full, str):
+            continue
+        name, count = full, 1
+        while count:
+            name, count = WRAPPER.subn("", name)
+        if name in tensors:
+            raise LightningDiTError(f"{file} holds {name} twice, once as {full}", "save the weights of one model alone")
+        tensors[name] = value.detach()
+    return tensors
+
+
+def _with_average(tensors: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
+    """Return the tensors with those of LDM's LitEma in the places of their own, which have dots in their names."""
+    average = {name.removeprefix(AVERAGE_PREFIX): x for name, x in tensors.items() if name.startswith(AVERAGE_PREFIX)}
+    own = {name: tensor for name, tensor in tensors.items() if not name.startswith(AVERAGE_PREFIX)}
+    if not average or not own:
+        return tensors
+    taken = [name for name in own if name.replace(".", "") in average]
+    if taken:
+        notes.append(f"took the averages of {AVERAGE_PREFIX} for {len(taken)} of {len(own)} tensors")
+    else:
+        notes.append(f"passed over {len(average)} tensors of {AVERAGE_PREFIX}, an average of other tensors")
+    return own | {name: average[name.replace(".", "")] for name in taken}
+
+
+def _part_of_ldm(tensors: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
+    """Return the tokenizer's tensors if a file holds a whole LDM, else all."""
+    prefix = FIRST_STAGE_PREFIX
+    part = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    if part and len(part) < len(tensors):
+        notes.append(f"took {len(part)} tensors of {prefix} and passed over the other {len(tensors) - len(part)}")
+    return part or tensors
+
+
+def _refuse_diffusers_names(tensors: Mapping[str, Tensor], file: Path) -> None:
+    found = next((name for name in tensors if DIFFUSERS_NAMES.search(name)), None)
+    if found:
+        raise LightningDiTError(
+            f"{file} has the tensor names of diffusers ({found}); those of the original code are expected",
+            "take the file in the original format, such as LDM's for an AutoencoderKL, or rename its tensors",
+        )
 
 
 def _existing_file(path: str | Path) -> Path:
     file = Path(path)
-    fix = _fix_of(file)
     if file.is_dir():
         raise LightningDiTError(f"{file} is a folder, a weights file was expected", "name the file inside it")
     if not file.exists():
-        raise LightningDiTError(f"weights file {file} does not exist", fix)
+        raise LightningDiTError(f"weights file {file} does not exist", _fix_of_absence(file))
+    if not file.is_file():
+        raise LightningDiTError(f"{file} is a pipe or a device, a weights file was expected", "name a regular file")
     if file.stat().st_size == 0:
-        raise LightningDiTError(f"weights file {file} is empty (0 bytes)", fix)
+        raise LightningDiTError(f"weights file {file} is empty (0 bytes)", _fix_of_damage(file))
     _refuse_foreign_content(file)
     return file
 
 
-def _fix_of(file: Path) -> str:
-    """Return the command that restores a missing or damaged weights file."""
+def _fix_of_absence(file: Path) -> str:
+    """Return the command that brings a missing weights file."""
     if BUNDLED_FOLDER in file.parts:
         return f"git restore models/{BUNDLED_FOLDER}"
-    return "delete it if it is damaged, then python step2_download_models.py"
+    return "name a file that exists, or python step2_download_models.py"
+
+
+def _fix_of_damage(file: Path) -> str:
+    """Return the command that restores a damaged weights file."""
+    if BUNDLED_FOLDER in file.parts:
+        return f"git restore models/{BUNDLED_FOLDER}"
+    return "delete it, then fetch or write it again (python step2_download_models.py for published weights)"
 
 
 def _refuse_foreign_content(file: Path) -> None:
     """Raise LightningDiTError for what people find instead of weights: a web page, or a pointer of git LFS."""
     with file.open("rb") as stream:
         start = stream.read(64).lstrip()
-    fix = _fix_of(file)
+    fix = _fix_of_damage(file)
     if start[:1] == b"<":
         raise LightningDiTError(f"{file} is a web page, not weights: the download was answered with HTML", fix)
     if start.startswith(b"version https://git-lfs"):
         raise LightningDiTError(f"{file} is a git LFS pointer, not the weights themselves", fix)
 
 
+def _refuse_one_shard(file: Path) -> None:
+    match = SHARD.fullmatch(file.name)
+    if match and int(match[3]) > 1:
+        index = file.with_name(f"{match[1]}.{match[4]}{INDEX_ENDING}")
+        raise LightningDiTError(
+            f"{file} is shard {int(match[2])} of {int(match[3])}, a part of the weights", f"name {index}"
+        )
+
+
+def _load_index(file: Path) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+    """Return tensors, metadata and notes of all shards that an index lists."""
+    try:
+        listed = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(listed.values()))
+        plain = all(isinstance(name, str) and name == Path(name).name for name in names)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise LightningDiTError(f"{file} is no index of shards ({first_line(error)})", _fix_of_damage(file)) from error
+    if not names or not plain:
+        raise LightningDiTError(f"{file} names no shards in its own folder", _fix_of_damage(file))
+    tensors: dict[str, Any] = {}
+    notes: list[str] = []
+    for name in names:
+        content, _, found = _load_one(_existing_file(file.with_name(name)))
+        tensors |= content
+        notes += found
+    if missing := [name for name in listed if name not in tensors]:
+        raise LightningDiTError(
+            f"{file} lists {missing[0]} in {listed[missing[0]]}, which does not hold it", _fix_of_damage(file)
+        )
+    return tensors, {}, notes
+
+
+def _load_one(file: Path) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+    """Return content, metadata and notes of a file."""
+    if file.suffix == ".safetensors":
+        return (*_load_safetensors(file), [])
+    content, passed_over = _load_pickle(file)
+    notes = [f"passed over {', '.join(sorted(passed_over))}: tensors and plain values alone are read"]
+    return content, {}, notes if passed_over else []
+
+
 def _load_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     try:
         with safe_open(file, framework="pt") as opened:
             names = opened.keys()  # the opened file is no mapping and cannot be iterated
             return {name: opened.get_tensor(name) for name in names}, opened.metadata() or {}
-    except (SafetensorError, OSError, ValueError, json.JSONDecodeError) as error:
-        raise LightningDiTError(f"{file} is cut short or no safetensors file ({error})", _fix_of(file)) from error
+    except Exception as error:  # safetensors' own, the system's, and torch's for numbers that it does not know
+        _raise_what_is_no_damage(error, file)
+        raise LightningDiTError(
+            f"{file} is cut short or no safetensors file ({first_line(error)})", _fix_of_damage(file)
+        ) from error
+
+
+def _raise_what_is_no_damage(error: Exception, file: Path) -> None:
+    """Raise MemoryError or the error itself if memory or permission is missing, and not a part of the file."""
+    if is_out_of_memory(error):
+        raise MemoryError(f"{file} cannot be opened ({first_line(error)})") from error
+    if isinstance(error, PermissionError):
+        raise error
 
 
 def _can_be_mapped(file: Path) -> bool:
     """Return whether tensors of a weights file are read from the disk only when they are used."""
-    return file.suffix == ".safetensors" or zipfile.is_zipfile(file)
+    if file.suffix == ".safetensors" or file.name.endswith(INDEX_ENDING):
+        return True
+    return zipfile.is_zipfile(file) and not _is_compressed(file)
 
 
-def _load_pickle(file: Path) -> dict[str, Any]:
-    mapped = _can_be_mapped(file)
+def _is_compressed(file: Path) -> bool:
+    """Return whether a zip file has compressed records, which a mapping would take for numbers.
+
+    Raises:
+        zipfile.BadZipFile: it is damaged, or a name is there twice.
+        LightningDiTError: it would grow beyond `UNPACKED_RATIO`.
+    """
+    with zipfile.ZipFile(file) as archive:
+        records = archive.infolist()
+    if len({record.filename for record in records}) < len(records):
+        raise zipfile.BadZipFile("a record is there twice")
+    unpacked = sum(record.file_size for record in records)
+    if unpacked > UNPACKED_RATIO * file.stat().st_size + UNPACKED_BYTES:
+        raise LightningDiTError(
+            f"{file} is compressed and would grow to {unpacked:,} bytes, more than {UNPACKED_RATIO} times its size",
+            "unpack it, and pack it again without compression",
+        )
+    return any(
+        record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size for record in records
+    )
+
+
+class _Inert:
+    """Stands for any object of a pickle; does nothing."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+    def __setitem__(self, _: object, __: object) -> None:
+        pass
+
+    def append(self, _: object) -> None:
+        """Ignore an entry."""
+
+    add = append
+
+
+class _Storages(pickle.Unpickler):
+    """Reads the bytes that each storage needs from the pickle of a zip file; nothing of it comes to life."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        super().__init__(stream)
+        self.sizes: dict[str, int] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return the name of a type of storages, and `_Inert` for all else."""
+        return name if module.startswith("torch") and name.endswith("Storage") else _Inert
+
+    def persistent_load(self, pid: Any) -> _Inert:
+        """Note the size of a storage."""
+        _, kind, key, _, count = pid
+        self.sizes[key] = max(count * STORED_BYTES[kind.removesuffix("Storage")], self.sizes.get(key, 0))
+        return _Inert()
+
+
+def _refuse_short_records(file: Path) -> None:
+    """Raise zipfile.BadZipFile if a record has fewer or more bytes than its storage; a mapping would read on."""
+    with zipfile.ZipFile(file) as archive:
+        folder = archive.namelist()[0].partition("/")[0]
+        with archive.open(f"{folder}/data.pkl") as stream:
+            scan = _Storages(stream)
+            scan.load()
+        for key, needed in scan.sizes.items():
+            held = archive.getinfo(f"{folder}/data/{key}").file_size
+            if held != needed:
+                raise zipfile.BadZipFile(f"its record {key} has {held} bytes, {needed} expected")
+
+
+def _load_pickle(file: Path) -> tuple[dict[str, Any], set[str]]:
+    """Return the dictionary in a file of `torch.save`, and the names of the types that were passed over."""
+    passed_over: set[str] = set()
     try:
-        content = torch.load(str(file), map_location="cpu", weights_only=True, mmap=mapped or None)
+        zipped = zipfile.is_zipfile(file)
+        mapped = zipped and not _is_compressed(file)
+        with _placeholders(passed_over):
+            content = torch.load(str(file), map_location="cpu", weights_only=True, mmap=mapped or None)
+        if zipped:
+            _refuse_short_records(file)
+    except LightningDiTError:
+        raise
     except pickle.UnpicklingError as error:
-        raise LightningDiTError(_refusal(file, error), "use a file from a source you trust, as safetensors") from error
+        raise LightningDiTError(*_refusal(file, error)) from error
     except Exception as error:  # arbitrary bytes make the unpickler fail in arbitrary ways
+        _raise_what_is_no_damage(error, file)
         reason = first_line(error)
-        raise LightningDiTError(f"{file} is cut short or no weights file ({reason})", _fix_of(file)) from error
+        raise LightningDiTError(f"{file} is cut short or no weights file ({reason})", _fix_of_damage(file)) from error
     if not isinstance(content, dict):
         raise LightningDiTError(
             f"{file} holds a {type(content).__name__}; a dictionary of tensors is expected",
             "name a weights file",
         )
-    return content
+    return content, passed_over
 
 
-def _refusal(file: Path, error: pickle.UnpicklingError) -> str:
-    """Return why a pickle was not opened: it holds more than tensors and plain values, or it is damaged."""
+def _placeholders(met: set[str]) -> contextlib.AbstractContextManager[object]:
+    """Return a context in which torch reads the types in `HARMLESS` as placeholders, and adds their names to `met`.
+
+    Nothing before torch 2.5, which has no such list.
+    """
+    if not hasattr(torch.serialization, "safe_globals"):
+        return contextlib.nullcontext()
+    stubs = [_placeholder(module, name, met) for module, names in HARMLESS.items() for name in names]
+    return torch.serialization.safe_globals(stubs)
+
+
+def _placeholder(module: str, name: str, met: set[str]) -> type:
+    """Return a class under another's name whose instances are `_Inert`, or an OrderedDict for a dictionary."""
+
+    def create(cls: type, *_: object, **__: object) -> object:
+        if name in DICTIONARIES:
+            return OrderedDict()  # torch fills no other kind
+        met.add(f"{module}.{name}")
+        return object.__new__(cls)
+
+    content = {"__module__": module, "__qualname__": name, "__new__": create}
+    return type(name, (_Inert,), content)
+
+
+def _refusal(file: Path, error: pickle.UnpicklingError) -> tuple[str, str]:
+    """Return message and fix for a pickle that was not opened: it holds foreign types, or it is damaged."""
+    fix = "use a file from a source you trust, as safetensors"
     reason = " ".join(str(error).split("WeightsUnpickler error:")[-1].split())
     foreign = re.search(r"(?:GLOBAL|Unsupported class) (\S+)", reason)  # torch 2.4 and newer, or older
-    if foreign:
-        return f"{file} is refused: opening it would run code ({foreign[1]}), and weights are data"
-    return f"{file} is cut short or no weights file ({reason[:160]})"
+    if not foreign:
+        return f"{file} is cut short or no weights file ({reason[:160]})", fix
+    module, _, name = foreign[1].rpartition(".")
+    if name in HARMLESS.get(module, ()):
+        return (
+            f"{file} holds {foreign[1]} beside its tensors, which torch {torch.__version__} cannot pass over",
+            "install torch 2.5 or newer, or save the tensors alone",
+        )
+    return f"{file} is refused: opening it would run code ({foreign[1]}), and weights are data", fix

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 
 import torch
 
@@ -12,8 +14,17 @@ from LightningDiT.errors import LightningDiTError, first_line
 #: Precisions by their names in settings and on command lines.
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HALF_PRECISIONS = (torch.bfloat16, torch.float16)
-#: Words of torch's errors for an allocation that failed, apart from its own type for GPUs.
-OUT_OF_MEMORY = ("DefaultCPUAllocator", "not enough memory", "out of memory", "ALLOC_FAILED")
+#: Words of torch's, oneDNN's and the system's errors for an allocation that failed, apart from torch's type for GPUs.
+OUT_OF_MEMORY = (
+    "DefaultCPUAllocator",
+    "not enough memory",
+    "out of memory",
+    "ALLOC_FAILED",
+    "Cannot allocate memory",  # the system, of a mapping too
+    "bad_alloc",
+    "bad allocation",
+)
+ONEDNN_OUT_OF_MEMORY = re.compile(r"could not create a (primitive|memory( object)?)$", re.MULTILINE)
 NATIVE_BF16 = (8, 0)  # compute capability from which bfloat16 is native and not emulated
 
 
@@ -49,7 +60,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error means that memory ran out, on a GPU or on the CPU."""
     if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno == errno.ENOMEM
+    if not isinstance(error, RuntimeError | OSError) and type(error).__name__ != "SafetensorError":
+        return False
+    text = str(error)
+    return any(words in text for words in OUT_OF_MEMORY) or bool(ONEDNN_OUT_OF_MEMORY.search(text))
 
 
 def release_memory() -> None:

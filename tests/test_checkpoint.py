@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
+import collections
+import datetime
+import errno
 import json
 import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -34,12 +39,34 @@ def weights() -> dict[str, torch.Tensor]:
     return {"weight": torch.arange(6.0).view(2, 3), "bias": torch.tensor([1.0, 2.0])}
 
 
+FORMS = (
+    *("bare", "module", "compiled", "both wrappers", "three wrappers", "sharded parallel"),
+    *("ema", "model_ema", "empty ema", "model", "state_dict", "parameters", "whole numbers as names"),
+    *("first stage", "whole LDM", "average of LDM"),
+)
+
+
 def wrapped(form: str) -> dict[str, object]:
     """The weights as one of the dictionaries that people save."""
     prefixed = {f"module.{name}": value for name, value in weights().items()}
     wrong = {name: value + 100 for name, value in weights().items()}
     return {
         "bare": weights(),
+        "both wrappers": {f"_orig_mod.module.{name}": value for name, value in weights().items()},
+        "three wrappers": {f"module._orig_mod.module.{name}": value for name, value in weights().items()},
+        "sharded parallel": {f"_fsdp_wrapped_module.{name}": value for name, value in weights().items()},
+        "model_ema": {"model": wrong, "model_ema": weights(), "epoch": 1},
+        "empty ema": {"ema": {"decay": 0.999}, "model": weights()},
+        "parameters": {name: nn.Parameter(value) for name, value in weights().items()},
+        "whole numbers as names": weights() | {0: torch.zeros(1)},
+        "first stage": {"state_dict": {f"first_stage_model.{name}": value for name, value in weights().items()}},
+        "whole LDM": {
+            "state_dict": {"model.x": torch.zeros(1), "model_ema.x": torch.zeros(1)}
+            | {f"first_stage_model.{name}": value for name, value in weights().items()}
+        },
+        "average of LDM": wrong
+        | {f"model_ema.{name.replace('.', '')}": value for name, value in weights().items()}
+        | {"model_ema.decay": torch.tensor(0.999), "model_ema.num_updates": torch.tensor(5)},
         "module": prefixed,
         "compiled": {f"_orig_mod.{name}": value for name, value in weights().items()},
         "ema": {"model": wrong, "ema": weights(), "opt": {"state": {}}, "config": {"seed": 1}},
@@ -48,7 +75,7 @@ def wrapped(form: str) -> dict[str, object]:
     }[form]
 
 
-@pytest.mark.parametrize("form", ["bare", "module", "compiled", "ema", "model", "state_dict"])
+@pytest.mark.parametrize("form", FORMS)
 def test_every_published_form_loads(form: str, tmp_path: Path) -> None:
     torch.save(wrapped(form), tmp_path / "weights.pt")
     loaded = load_weights(tmp_path / "weights.pt")
@@ -97,6 +124,243 @@ def test_a_hostile_pickle_is_refused_and_not_run(tmp_path: Path, capfd: pytest.C
     assert "code ran" not in capfd.readouterr().out
 
 
+HAS_SAFE_GLOBALS = hasattr(torch.serialization, "safe_globals")  # torch 2.5 and newer
+
+
+def neighbours_checkpoint() -> dict[str, object]:
+    """What the training scripts of DiT, SiT and their kin save."""
+    arguments = argparse.Namespace(lr=1e-4, data=Path("data"), classes=np.int64(1000), betas=np.ones(2))
+    more = {"state": collections.defaultdict(list, {0: [torch.zeros(1)]}), "at": datetime.datetime(2024, 1, 1)}
+    return {"model": weights(), "ema": weights(), "args": arguments, "train_steps": np.int64(7), "opt": more}
+
+
+@pytest.mark.skipif(not HAS_SAFE_GLOBALS, reason="torch 2.5 has the list")
+@pytest.mark.parametrize("zipped", [True, False])
+def test_harmless_types_are_passed_over_and_named(zipped: bool, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save(neighbours_checkpoint(), path, _use_new_zipfile_serialization=zipped)
+    before = torch.serialization.get_safe_globals()
+    with pytest.warns(UserWarning, match=r"weights\.pt: passed over argparse\.Namespace, .*numpy.* alone are read$"):
+        loaded = load_weights(path)
+    torch.testing.assert_close(loaded, weights(), atol=0, rtol=0)
+    info = inspect(path)
+    assert (info.weights_key, info.extras) == ("ema", ("model", "args", "train_steps", "opt"))
+    assert "pathlib" in info.notes[0]
+    assert "datetime.datetime" in info.notes[0]
+    assert torch.serialization.get_safe_globals() == before  # a program's own list stays as it was
+
+
+@pytest.mark.skipif(HAS_SAFE_GLOBALS, reason="torch before 2.5")
+def test_harmless_types_need_torch_2_5(tmp_path: Path) -> None:
+    torch.save(neighbours_checkpoint(), tmp_path / "weights.pt")
+    with pytest.raises(LightningDiTError, match=r"which torch 2\.\d.* cannot pass over; fix: install torch 2\.5"):
+        load_weights(tmp_path / "weights.pt")
+
+
+def test_one_name_from_two_models_is_refused(tmp_path: Path) -> None:
+    torch.save(weights() | {"module.bias": torch.zeros(2)}, tmp_path / "weights.pt")
+    with pytest.raises(LightningDiTError, match=r"holds bias twice, once as module\.bias"):
+        load_weights(tmp_path / "weights.pt")
+
+
+def test_the_average_of_ldm_is_named(tmp_path: Path) -> None:
+    torch.save(wrapped("average of LDM"), tmp_path / "weights.pt")
+    assert inspect(tmp_path / "weights.pt").notes == ("took the averages of model_ema. for 2 of 2 tensors",)
+    torch.save(wrapped("whole LDM"), tmp_path / "weights.pt")
+    assert inspect(tmp_path / "weights.pt").notes == (
+        "took 2 tensors of first_stage_model. and passed over the other 2",
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "encoder.down_blocks.0.resnets.0.conv1.weight",
+        "decoder.mid_block.resnets.1.norm1.bias",
+        "transformer_blocks.0.attn1.to_q.weight",
+    ],
+)
+def test_names_of_diffusers_are_named(name: str, tmp_path: Path) -> None:
+    save_weights({name: torch.zeros(1)}, tmp_path / "weights.safetensors")
+    with pytest.raises(LightningDiTError, match=rf"has the tensor names of diffusers \({name}\)"):
+        load_weights(tmp_path / "weights.safetensors")
+
+
+def sharded(folder: Path, ending: str = "safetensors") -> Path:
+    """Weights in two files, as hubs hold large ones, and their index."""
+    files = {}
+    for number, (name, value) in enumerate(weights().items(), 1):
+        files[name] = f"model-{number:05d}-of-00002.{ending}"
+        (save_file if ending == "safetensors" else torch.save)({name: value}, folder / files[name])
+    index = folder / f"model.{ending}.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 32}, "weight_map": files}))
+    return index
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_an_index_gives_the_tensors_of_all_its_shards(ending: str, tmp_path: Path) -> None:
+    index = sharded(tmp_path, ending)
+    torch.testing.assert_close(load_weights(index), weights(), atol=0, rtol=0)
+    load_file(module := nn.Linear(3, 2), index, torch.bfloat16)
+    assert torch.equal(module.bias, weights()["bias"].bfloat16())
+    shard = tmp_path / f"model-00002-of-00002.{ending}"
+    with pytest.raises(LightningDiTError, match=rf"is shard 2 of 2, a part of the weights; fix: name {index}"):
+        load_weights(shard)
+    shard.unlink()
+    with pytest.raises(LightningDiTError, match="model-00002-of-00002.* does not exist"):
+        load_weights(index)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "is no index"),
+        ("{}", "is no index"),
+        ("{", "is no index"),
+        ("[" * 100_000, "is no index"),
+        ('{"weight_map": []}', "is no index"),
+        ('{"weight_map": {}}', "names no shards"),
+        ('{"weight_map": {"bias": 7}}', "names no shards"),
+        ('{"weight_map": {"bias": ["a"]}}', "is no index"),
+        ('{"weight_map": {"bias": "../model-00001-of-00002.safetensors"}}', "names no shards in its own folder"),
+        ('{"weight_map": {"bias": "model-00001-of-00002.safetensors"}}', "lists bias in .*, which does not hold it"),
+    ],
+)
+def test_a_bad_index_is_named(text: str, message: str, tmp_path: Path) -> None:
+    index = sharded(tmp_path)
+    index.write_text(text)
+    with pytest.raises(LightningDiTError, match=message):
+        load_weights(index)
+
+
+ODD_TENSORS = {
+    "whole": torch.tensor([1, 2]),
+    "bool": torch.tensor([True, False]),
+    "complex": torch.tensor([1j, 2]),
+    "without values": torch.empty(2, device="meta"),
+    "sparse or nested": torch.eye(2).to_sparse()[0],
+}
+
+
+@pytest.mark.parametrize("kind", ODD_TENSORS)
+def test_tensors_of_another_kind_are_named(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save(weights() | {"bias": ODD_TENSORS[kind]}, path)
+    assert inspect(path).kinds == {"weight": "real", "bias": kind}
+    message = rf"tensor bias is {kind}; real numbers are expected; fix: save the weights as plain"
+    for dtype in (None, torch.bfloat16):
+        with pytest.raises(LightningDiTError, match=message):
+            load_file(nn.Linear(3, 2), path, dtype)
+    with pytest.raises(LightningDiTError, match=message):
+        load_into(nn.Linear(3, 2), load_weights(path), path)
+
+
+def test_a_parameter_comes_as_a_plain_tensor(tmp_path: Path) -> None:
+    torch.save(wrapped("parameters"), tmp_path / "weights.pt")
+    load_file(module := nn.Linear(3, 2).requires_grad_(False), tmp_path / "weights.pt")
+    assert not module.weight.requires_grad
+    load_file(module := nn.Linear(3, 2), tmp_path / "weights.pt", torch.float64)
+    assert module.weight.requires_grad
+    assert module.weight.is_leaf
+
+
+def test_float8_weights_load(tmp_path: Path) -> None:
+    save_weights({name: value.to(torch.float8_e4m3fn) for name, value in weights().items()}, tmp_path / "w.safetensors")
+    load_file(module := nn.Linear(3, 2), tmp_path / "w.safetensors", torch.float32)
+    torch.testing.assert_close(dict(module.state_dict()), weights(), atol=0, rtol=0)
+    load_file(module, tmp_path / "w.safetensors")
+
+
+def zipped_again(path: Path, method: int, content: Mapping[str, bytes] | None = None) -> None:
+    """Write the records of a zip file again, some with other content, as any zip tool does."""
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, value in records.items():
+            archive.writestr(name, (content or {}).get(name.partition("/")[2], value))
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_file_zipped_again_is_read_rightly(method: int, tmp_path: Path) -> None:
+    given = {"weight": torch.randn(2, 3), "bias": torch.zeros(2)}
+    torch.save(given, path := tmp_path / "weights.pt")
+    zipped_again(path, method)
+    torch.testing.assert_close(load_weights(path), given, atol=0, rtol=0)
+    load_file(module := nn.Linear(3, 2), path, torch.float64)
+    assert torch.equal(module.weight, given["weight"].double())
+
+
+def test_the_bytes_of_every_kind_of_numbers_are_known(tmp_path: Path) -> None:
+    names = "bool uint8 int8 int16 int32 int64 float16 bfloat16 float32 float64 complex64 complex128 float8_e5m2"
+    given = {name: torch.zeros(3, dtype=getattr(torch, name)) for name in names.split()}
+    torch.save(given | {"part": torch.zeros(9)[2:4]}, tmp_path / "weights.pt")
+    assert {name: tensor.dtype for name, tensor in load_weights(tmp_path / "weights.pt").items()} == {
+        name: tensor.dtype for name, tensor in given.items()
+    } | {"part": torch.float32}
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("size", [0, 4, 28])
+def test_a_record_of_another_length_is_named(method: int, size: int, tmp_path: Path) -> None:
+    torch.save(weights(), path := tmp_path / "weights.pt")
+    zipped_again(path, method, {"data/0": b"\0" * size})
+    with pytest.raises(LightningDiTError, match="cut short"):
+        load_weights(path)
+
+
+@pytest.mark.skipif(not hasattr(zipfile, "ZIP_BZIP2"), reason="no bzip2")
+def test_what_torch_cannot_unpack_is_named(tmp_path: Path) -> None:
+    torch.save({"weight": torch.randn(2000)}, path := tmp_path / "weights.pt")
+    zipped_again(path, zipfile.ZIP_BZIP2)
+    with pytest.raises(LightningDiTError, match="cut short or no weights file"):
+        load_weights(path)
+
+
+def test_a_file_that_grows_without_bound_is_refused(tmp_path: Path) -> None:
+    torch.save(weights(), path := tmp_path / "weights.pt")
+    zipped_again(path, zipfile.ZIP_DEFLATED, {"data/0": bytes(2**27)})
+    with pytest.raises(LightningDiTError, match="is compressed and would grow to 134,2"):
+        load_weights(path)
+
+
+def test_a_record_that_is_there_twice_is_named(tmp_path: Path) -> None:
+    torch.save(weights(), path := tmp_path / "weights.pt")
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr(next(name for name in archive.namelist() if name.endswith("data/0")), b"\0" * 24)
+    with pytest.raises(LightningDiTError, match="a record is there twice"):
+        load_weights(path)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("unable to mmap 96 bytes from file </w.pt>: Cannot allocate memory (12)"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        MemoryError(),
+    ],
+)
+@pytest.mark.parametrize("form", ["pt", "safetensors"])
+def test_a_lack_of_memory_is_no_damage(
+    form: str, error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    path = stored(form, tmp_path, weights())
+    monkeypatch.setattr(torch, "load", fail)
+    monkeypatch.setattr("safetensors.safe_open", fail)
+    with pytest.raises(MemoryError, match="cannot be opened"):
+        load_weights(path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pipes with names")
+def test_a_pipe_is_no_weights_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "weights.pt")
+    for path in (tmp_path / "weights.pt", Path(os.devnull)):
+        with pytest.raises(LightningDiTError, match="is a pipe or a device"):
+            load_weights(path)
+
+
 def test_what_is_no_weights_file_is_named(tmp_path: Path) -> None:
     cases = {
         "empty.pt": (b"", r"empty \(0 bytes\)"),
@@ -109,7 +373,7 @@ def test_what_is_no_weights_file_is_named(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(LightningDiTError, match=message):
             load_weights(tmp_path / name)
-    with pytest.raises(LightningDiTError, match="does not exist; fix: .*python step2"):
+    with pytest.raises(LightningDiTError, match="does not exist; fix: name a file that exists, or python step2"):
         load_weights(tmp_path / "absent.pt")
     with pytest.raises(LightningDiTError, match="is a folder"):
         load_weights(tmp_path)
