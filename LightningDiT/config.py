@@ -51,6 +51,14 @@ def is_share(value: float) -> bool:
     return 0 <= value <= 1
 
 
+def is_length(value: int | float) -> bool:
+    """Whether a value is a number of steps, 0 for none, or a share of all steps."""
+    return (isinstance(value, int) and value >= 0) or 0 < value < 1
+
+
+LENGTH = "0 (off), a number of steps, or a share of max_steps below 1"
+
+
 #: Settings that hold a path, which is relative to the folder of the configuration.
 PATHS = (
     "ckpt_path",
@@ -85,8 +93,8 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("train.sample_every", is_not_negative, "0 (off) or a number of steps"),
     ("train.sample_count", is_positive, "a positive number"),
     ("train.lognorm_until_step", lambda value: value is None or value >= 0, "a number of steps"),
-    ("train.warmup_steps", is_not_negative, "0 (off) or a number of steps"),
-    ("train.decay_steps", is_not_negative, "0 (off) or a number of steps"),
+    ("train.warmup_steps", is_length, LENGTH),
+    ("train.decay_steps", is_length, LENGTH),
     ("train.max_skips", is_positive, "1 or more"),
     ("train.spike_factor", lambda value: value == 0 or value > 1, "0 (off) or a factor above 1"),
     ("train.rate_cut", lambda value: 0 < value <= 1, "a factor above 0 and up to 1"),
@@ -167,8 +175,8 @@ class TrainConfig:
     use_checkpoint: bool = False  # another published spelling of model.use_checkpoint
     label_dropout: float = 0.1  # share of labels replaced by the null class; at 0 guidance cannot be learnt
     ema_decay: float = 0.9999
-    warmup_steps: int = 0  # linear rise of the learning rate
-    decay_steps: int = 0  # cosine fall to zero over the last steps
+    warmup_steps: int | float = 0  # linear rise of the learning rate; below 1: a share of max_steps
+    decay_steps: int | float = 0  # cosine fall to zero over the last steps; below 1: a share of max_steps
     precision: str = "auto"  # of matrix products: auto (bf16 where it is native, else fp32) | fp32 | bf16 | fp16
     micro_batch_size: int | None = None  # samples of one forward pass in each process; fewer take less memory
     compile: bool = False  # torch.compile of the transformer

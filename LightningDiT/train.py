@@ -11,7 +11,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import json
 import math
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -24,7 +26,8 @@ from torch import Tensor, nn
 from LightningDiT.checkpoint import inspect, without_values
 from LightningDiT.compiling import compile_forward
 from LightningDiT.config import TRAINING_FIX, Config, as_dict, load_config
-from LightningDiT.console import run_main
+from LightningDiT.console import positive, run_main
+from LightningDiT.data.labels import CLASS_NAMES, Labels, Names
 from LightningDiT.device import PRECISIONS, autocast, best_device, is_out_of_memory, training_dtype
 from LightningDiT.distributed import ALONE, Processes, launched_processes
 from LightningDiT.errors import LightningDiTError
@@ -33,13 +36,13 @@ from LightningDiT.models.lightningdit import LightningDiT
 from LightningDiT.training.ema import Ema
 from LightningDiT.training.fine_tuning import initialise, plan
 from LightningDiT.training.guard import GuardSettings, NotFiniteError, require_finite
-from LightningDiT.training.latent_batches import LatentBatch, LatentBatches, has_cosine_loss
+from LightningDiT.training.latent_batches import LatentBatch, LatentBatches, class_names_of, has_cosine_loss
 from LightningDiT.training.loop import LoopSettings
 from LightningDiT.training.loop import train as run_loop
 from LightningDiT.training.monitors import configured_monitors
 from LightningDiT.training.run_dir import RunDir
 from LightningDiT.training.scaler import LossScaler
-from LightningDiT.training.schedule import learning_rate
+from LightningDiT.training.schedule import learning_rate, schedule_lengths
 
 TERMS = ("loss", "cos_loss")
 SCALING = ("latent_norm", "latent_multiplier")  # how latents become the model's; a run keeps it
@@ -54,14 +57,17 @@ class Trainer:
 
     def __init__(self, config: Config, processes: Processes = ALONE, starts: bool = True) -> None:
         self.config, self.processes = config, processes
+        self.lengths = schedule_of(config)
         self.device = best_device()
         self.dtype = PRECISIONS.get(config.train.precision) or training_dtype(self.device)
         self.terms = TERMS if has_cosine_loss(config) else TERMS[:1]
         self.data = LatentBatches(config, build_transport(config), processes.rank, processes.count)
-        self.model = self._initial_model(starts).float().to(self.device)
+        names = class_names_of(config, self.data.shards, starts, processes.say)
+        self.metadata = {CLASS_NAMES: json.dumps(names)} if names else {}
+        self.model = self._initial_model(starts, names).float().to(self.device)
         self.ema = Ema(self.model, config.train.ema_decay)
         self.scaler = LossScaler(self.dtype == torch.float16)
-        self.rate_scale = 1.0
+        self.rate_scale, self.learning_rate = 1.0, 0.0
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=config.optimizer.lr,
@@ -80,13 +86,13 @@ class Trainer:
             "data": {name: value for name, value in as_dict(config.data).items() if name in SCALING},
         }
 
-    def _initial_model(self, starts: bool) -> LightningDiT:
+    def _initial_model(self, starts: bool, names: Names | None) -> LightningDiT:
         """Return the model with random weights, or with those of `train.weight_init`."""
         torch.manual_seed(self.config.train.global_seed)
         # LatentBatches drops labels, by a generator of each row; the model's own dropout stays off
         model = LightningDiT(model_settings(self.config), class_dropout_prob=0.0)
         if starts and (path := self.config.train.weight_init):
-            self.processes.say(initialise(model, path).text())
+            self.processes.say(initialise(model, path, names).text())
         return model
 
     def _network(self) -> nn.Module:
@@ -123,10 +129,10 @@ class Trainer:
             raise
 
     def _set_rate(self, step: int) -> None:
-        train, base = self.config.train, self.config.optimizer.lr
-        rate = learning_rate(step, base, train.warmup_steps, train.decay_steps, train.max_steps)
+        rate = learning_rate(step, self.config.optimizer.lr, *self.lengths, self.config.train.max_steps)
+        self.learning_rate = rate * self.rate_scale
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * self.rate_scale
+            group["lr"] = self.learning_rate
 
     @property
     def micro_batch_size(self) -> int:
@@ -215,6 +221,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="YAML of the published schema")
     parser.add_argument("--data-path", help="folder of shards and statistics, in place of data.data_path")
     parser.add_argument("--output", help="folder of the run, in place of train.output_dir/exp_name")
+    parser.add_argument("--max-steps", type=positive, help="end earlier than train.max_steps; the schedule stays")
     parser.add_argument(
         "--dry-run", action="store_true", help="print the settings and the plan of train.weight_init, and end"
     )
@@ -227,23 +234,39 @@ def read_config(args: argparse.Namespace) -> Config:
     return replace(config, data=replace(config.data, data_path=args.data_path)) if args.data_path else config
 
 
-def loop_settings(config: Config) -> LoopSettings:
-    """Return the loop's settings."""
+def loop_settings(config: Config, max_steps: int | None = None) -> LoopSettings:
+    """Return the loop's settings; `max_steps` ends the run earlier than the configuration does."""
     train = config.train
     guard = GuardSettings(train.max_skips, train.spike_factor, train.rate_cut)
     return LoopSettings(
-        train.max_steps, train.global_batch_size, train.log_every, train.ckpt_every, train.resume, guard
+        min(max_steps or train.max_steps, train.max_steps),
+        train.global_batch_size,
+        train.log_every,
+        train.ckpt_every,
+        train.resume,
+        guard,
     )
+
+
+def schedule_of(config: Config) -> tuple[int, int]:
+    """Return the steps of the learning rate's rise and fall; see `schedule_lengths`."""
+    train = config.train
+    return schedule_lengths(train.warmup_steps, train.decay_steps, train.max_steps, f"{config.source}: train")
 
 
 def settings_text(config: Config, dry_run: bool) -> str:
     """Return the settings as text, for a dry run with the plan of `train.weight_init`."""
+    rise, fall = schedule_of(config)
     lines = [f"settings: {model_settings(config)}", f"          {config.train}", f"          {config.optimizer}"]
+    lines.append(
+        f"learning rate: {config.optimizer.lr:g}, after a rise over {rise} steps, and a fall over the last {fall}"
+    )
     lines += [f"note: {note}" for note in config.notes]
     if dry_run and config.train.weight_init:
         with without_values():
             model = LightningDiT(model_settings(config))
-        lines.append(plan(model, inspect(config.train.weight_init)).text())
+        names = Labels.of(config, trained=False).identity
+        lines.append(plan(model, inspect(config.train.weight_init), names).text())
     return "\n".join(lines)
 
 
@@ -252,22 +275,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     with launched_processes(on_gpus=best_device().type != "cpu") as processes:
         config = processes.agree(lambda: read_config(args))
-        processes.say(processes.from_main(lambda: settings_text(config, args.dry_run)))
         if args.dry_run:
+            processes.say(processes.from_main(lambda: settings_text(config, True)))
             return 0
         train = config.train
         path = args.output or Path(train.output_dir) / train.exp_name
         run = RunDir(path, train.keep_checkpoints, train.keep_every, regular=train.ckpt_every)
         starts = processes.from_main(lambda: run.newest() is None)
         trainer = processes.agree(lambda: Trainer(config, processes, starts))
-        processes.say(trainer.summary())
         monitors = processes.agree(
             lambda: configured_monitors(config, trainer.data, trainer.averaged_model, run.path, processes)
         )
-        weights = run_loop(trainer, run, loop_settings(config), "transformer.safetensors", processes, monitors)
+        processes.say(settings_text(config, False) + "\n" + trainer.summary())
+        weights = run_loop(
+            trainer, run, loop_settings(config, args.max_steps), "transformer.safetensors", processes, monitors
+        )
         processes.say(
             f"wrote {weights}\n"
-            f"Next: set ckpt_path: {weights} in {args.config}, and python -m LightningDiT.inference --config C --demo"
+            f"Next: set ckpt_path: {weights} in {args.config}, and"
+            f" python -m LightningDiT.inference --config {shlex.quote(args.config)} --demo"
         )
     return 0
 

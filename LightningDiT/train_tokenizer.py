@@ -63,6 +63,11 @@ def make_stage(tokenizer: TokenizerConfig, args: argparse.Namespace, folder: Pat
     return Stage(tokenizer, config, images, folder, args.max_steps)
 
 
+def settings_text(tokenizer: TokenizerConfig) -> str:
+    """Return the settings of the autoencoder and of its training as text."""
+    return f"settings: {autoencoder_settings(tokenizer)}\n          {tokenizer_training(tokenizer)}"
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(prog="python -m LightningDiT.train_tokenizer", description=__doc__)
@@ -90,9 +95,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     with launched_processes(on_gpus=best_device().type != "cpu") as processes:
         tokenizers = processes.agree(lambda: [load_tokenizer_config(path) for path in args.config])
-        for tokenizer in tokenizers:
-            processes.say(f"settings: {autoencoder_settings(tokenizer)}\n          {tokenizer_training(tokenizer)}")
         if args.dry_run:
+            if args.images:
+                processes.from_main(lambda: [make_stage(one, args, Path(args.output), None) for one in tokenizers])
+            processes.say("\n".join(map(settings_text, tokenizers)))
             return 0
         before: Path | None = None
         for number, tokenizer in enumerate(tokenizers, 1):
@@ -100,6 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if len(tokenizers) > 1:
                 processes.say(f"stage {number} of {len(tokenizers)}: {tokenizer.source}")
             stage = processes.agree(partial(make_stage, tokenizer, args, folder, before))
+            processes.say(settings_text(tokenizer))
             if number < len(tokenizers) and processes.from_main(stage.is_finished):
                 processes.say(f"it is finished: {folder / TRAINED}")
                 before = folder / TRAINED

@@ -193,6 +193,43 @@ def test_processes_and_micro_batches_change_nothing_but_rounding(small: Path, nu
     assert [row["step"] for row in rows_of(configs[1])] == [5, 10, 15, 20]
 
 
+def test_the_learning_rate_stands_in_line_and_log(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = configured(small, "rates", 20, "warmup_steps: 0.5, decay_steps: 5, ckpt_every: 20")
+    config.write_text(config.read_text().replace("lr: 1.0e-3", "lr: 3.0e-7"))
+    run(config)
+    expected = [1.5e-7, 3e-7, 3e-7, 3e-7 * (0.5 - 0.5 * math.cos(math.pi / 5))]
+    assert [row["learning_rate"] for row in rows_of(config)] == pytest.approx(expected, rel=1e-5)
+    assert "learning_rate 1.5e-07" in capsys.readouterr().out
+
+
+def test_a_training_may_end_earlier_than_its_schedule(small: Path) -> None:
+    """`--max-steps` changes nothing but the end: a later run goes on as if it had not ended."""
+    whole = run(configured(small, "whole", 20, "decay_steps: 0.5, ckpt_every: 5"))
+    config = configured(small, "parts", 20, "decay_steps: 0.5, ckpt_every: 5")
+    assert train.main(["--config", str(config), "--max-steps", "10"]) == 0
+    assert [row["step"] for row in rows_of(config)] == [5, 10]
+    assert train.main(["--config", str(config), "--max-steps", "100"]) == 0
+    assert all(torch.equal(value, weights_of(config)[name]) for name, value in whole.items())
+
+
+@pytest.mark.parametrize("mistake", ["data_path: none", "global_batch_size: 400"])
+def test_an_error_at_the_start_is_said_alone(mistake: str, small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = configured(small, "wrong")
+    config.write_text(re.sub(rf"{mistake.split(':')[0]}: \w+", mistake, config.read_text()))
+    with pytest.raises(LightningDiTError):
+        train.main(["--config", str(config)])
+    assert capsys.readouterr().out == ""
+
+
+def test_the_next_command_is_whole(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = configured(small, "a run", 5)
+    run(config)
+    said = capsys.readouterr().out
+    assert said.index("settings: ") < said.index("step 5: ")
+    assert f"Next: set ckpt_path: {small}/runs/a run/transformer.safetensors in {config}, and python -m" in said
+    assert said.rstrip().endswith(f"LightningDiT.inference --config '{config}' --demo")
+
+
 def test_draws_depend_on_seed_step_and_row_alone(small: Path) -> None:
     config = load_config(configured(small, "draws", more="lognorm_until_step: 2"))
     transport = build_transport(config)
@@ -470,9 +507,15 @@ def test_the_cosine_loss_is_of_velocities_alone(small: Path) -> None:
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
-        ("max_steps: 40", "max_steps: 40, warmup_steps: -1", r"train.warmup_steps is -1; 0 \(off\) or a number"),
-        ("max_steps: 40", "max_steps: 40, decay_steps: -1", r"train.decay_steps is -1; 0 \(off\) or a number"),
+        ("max_steps: 40", "max_steps: 40, warmup_steps: -1", r"train.warmup_steps is -1; 0 \(off\), a number of steps"),
+        ("max_steps: 40", "max_steps: 40, decay_steps: -1", r"train.decay_steps is -1; 0 \(off\), a number of steps"),
         ("max_grad_norm: 1.0", "max_grad_norm: -1.0", "optimizer.max_grad_norm is -1.0; a positive norm"),
+        ("max_steps: 40", "max_steps: 40, decay_steps: 1.5", "decay_steps is 1.5; .* a share of max_steps below 1"),
+        (
+            "max_steps: 40",
+            "max_steps: 40, decay_steps: 4500",
+            "train: warmup_steps 0 and decay_steps 4500 are more than the 40 steps of the training; fix: set shares of",
+        ),
         (
             "global_batch_size: 4",
             "global_batch_size: 40",

@@ -17,7 +17,9 @@ from torch import nn
 
 from LightningDiT import console, train
 from LightningDiT.checkpoint import load_training_state, load_weights, save_weights
+from LightningDiT.data.labels import names_of_model
 from LightningDiT.data.shards import shard_path, write_shard
+from LightningDiT.distributed import ALONE
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.files import held_folder
 from LightningDiT.tokenizer.latents import LatentStats
@@ -25,9 +27,10 @@ from LightningDiT.training import log_rows, loop
 from LightningDiT.training.curves import read_log
 from LightningDiT.training.ema import Ema
 from LightningDiT.training.guard import Guard, GuardSettings
+from LightningDiT.training.monitors import Validation
 from LightningDiT.training.run_dir import RunDir, random_state, set_random_state
 from LightningDiT.training.scaler import LossScaler
-from LightningDiT.training.schedule import BatchOrder, learning_rate, process_rows
+from LightningDiT.training.schedule import BatchOrder, learning_rate, process_rows, schedule_lengths
 from tests.conftest import largest_file
 
 
@@ -64,6 +67,17 @@ def test_the_learning_rate_rises_stays_and_falls() -> None:
     assert math.isclose(rates[70], 0.5 + 0.5 * math.sqrt(0.5))  # a cosine and no line
     assert learning_rate(200, 1.0, warmup=10, decay=40, total=100) == 0.0  # it never rises again
     assert learning_rate(5, 2.0, 0, 0, 10) == 2.0
+
+
+def test_lengths_of_the_schedule_are_steps_or_shares() -> None:
+    assert schedule_lengths(0, 0, 400, "here") == (0, 0)
+    assert schedule_lengths(0.05, 0.5, 400, "here") == (20, 200)
+    assert schedule_lengths(100, 300, 400, "here") == (100, 300)
+    for warmup, decay in ((0, 4500), (401, 0), (101, 300), (0.6, 0.5)):
+        with pytest.raises(
+            LightningDiTError, match=r"^here: warmup_steps \d+ and decay_steps \d+ are more than the 400"
+        ):
+            schedule_lengths(warmup, decay, 400, "here")
 
 
 def saved(folder: Path, steps: tuple[int, ...], **rule: int) -> RunDir:
@@ -425,3 +439,69 @@ def test_a_folder_has_one_training_at_a_time(training_config: Path) -> None:
 def test_a_missing_configuration_names_those_of_trainings(tmp_path: Path) -> None:
     with pytest.raises(LightningDiTError, match=r"none.yaml does not exist; fix: copy one of those in .*configs$"):
         train.main(["--config", str(tmp_path / "none.yaml")])
+
+
+def name_classes(folder: Path, names: list[str]) -> None:
+    """Give the latents in `folder` a manifest."""
+    (folder / "manifest.json").write_text(json.dumps({"class_names": names}))
+
+
+def unnamed_config(training_config: Path, more: str = "", count: int = 3) -> list[str]:
+    """Take the class names out of the YAML, and return the arguments of a run."""
+    names = 'num_classes: 3, class_names: ["cat, house cat", dog, "sea lion"]'
+    text = training_config.read_text().replace(names, f"num_classes: {count}")
+    training_config.write_text(text.replace("max_steps: 6", f"max_steps: 6{more}"))
+    return ["--config", str(training_config), "--output", str(training_config.parent / "run")]
+
+
+def test_the_model_carries_the_class_names_of_its_latents(training_config: Path) -> None:
+    name_classes(training_config.parent / "latents", ["ant", "bee", "cat"])
+    assert train.main(unnamed_config(training_config)) == 0
+    assert names_of_model(training_config.parent / "run" / "transformer.safetensors") == ("ant", "bee", "cat")
+
+
+def test_class_names_that_contradict_the_latents_are_refused(training_config: Path) -> None:
+    name_classes(training_config.parent / "latents", ["cat", "sea lion", "dog"])
+    with pytest.raises(LightningDiTError, match="class 1 is 'dog' in data.class_names .* and 'sea lion' in the"):
+        train.main(["--config", str(training_config), "--output", str(training_config.parent / "run")])
+
+
+def test_more_classes_than_the_latents_have_are_refused_or_said(
+    training_config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused with names and for a new run; said where there are numbers alone."""
+    arguments = unnamed_config(training_config, count=40)
+    assert train.main(arguments) == 0
+    assert "latents have 3 classes; data.num_classes is 40, so that the last 37 are never" in capsys.readouterr().out
+    name_classes(training_config.parent / "latents", ["ant", "bee", "cat"])
+    assert train.main(arguments) == 0  # a run that has begun goes on
+    arguments[-1] += "2"
+    with pytest.raises(LightningDiTError, match="have 3 classes; data.num_classes is 40; fix: set data.num_classes: 3"):
+        train.main(arguments)
+
+
+def test_validation_latents_are_matched_by_name(training_config: Path) -> None:
+    """Of {ant, cat}, cat is 1 there and 2 here."""
+    folder = training_config.parent
+    write_shard(shard_path(folder / "valid", 0, 0), torch.randn(4, 4, 8, 8), torch.tensor([0, 1, 1, 0]))
+    unnamed_config(training_config)
+    text = training_config.read_text().replace("data: {", "data: {valid_path: valid, ")
+    training_config.write_text(text.replace("train: {", "train: {valid_every: 2, "))
+    config = train.load_config(training_config)
+    trainer = train.Trainer(config)
+
+    def labels() -> list[int]:
+        return Validation(config, trainer.data, trainer.averaged_model(), ALONE).labels.tolist()
+
+    name_classes(folder / "latents", ["ant", "bee", "cat"])
+    name_classes(folder / "valid", ["ant", "cat"])
+    assert labels() == [0, 2, 2, 0]
+    name_classes(folder / "valid", ["ant", "dog"])
+    with pytest.raises(LightningDiTError, match="valid have the class 'dog', which latents in .* lack .ant, bee, cat"):
+        labels()
+    name_classes(folder / "latents", ["1", "0", "7"])
+    (folder / "valid" / "manifest.json").unlink()
+    assert labels() == [1, 0, 0, 1]
+    name_classes(folder / "latents", ["1", "2", "7"])
+    with pytest.raises(LightningDiTError, match="valid have the class '0', which latents in .* lack"):
+        labels()

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from LightningDiT.config import (
+    LENGTH,
     Config,
     absolute_path,
     as_mapping,
     coerce,
+    is_length,
     is_not_negative,
     is_positive,
     is_seed,
@@ -42,8 +44,8 @@ class TokenizerTrainConfig:
     lr: float = 1e-3
     beta1: float = 0.9
     beta2: float = 0.99
-    warmup_steps: int = 200
-    decay_steps: int | None = None  # cosine fall to zero over the last steps; default: all after the warm-up
+    warmup_steps: int | float = 0.01  # linear rise of the learning rate; below 1: a share of all steps
+    decay_steps: int | float | None = None  # cosine fall to zero, a length like that; default: all after the warm-up
     max_grad_norm: float | None = 1.0
     precision: str = "auto"  # of matrix products: auto (bf16 if it is native, else fp32) | fp32 | bf16
     ema_decay: float = 0.999
@@ -122,13 +124,14 @@ TOKENIZER_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         for name in ("l1_weight", "l2_weight", "kl_weight", "lpips_weight", "disc_weight", "vf_weight")
     ),
     *((name, lambda value: 0 <= value < math.inf, "0 or more") for name in ("cos_weight", "distmat_weight")),
-    *((name, is_not_negative, "0 or more") for name in ("disc_start", "warmup_steps")),
+    ("disc_start", is_not_negative, "0 or more"),
+    ("warmup_steps", is_length, LENGTH),
     *((name, lambda value: 0 <= value < 1, "a decay from 0 to below 1") for name in ("beta1", "beta2")),
     ("seed", is_seed, "a whole number from 0 to below 2^63"),
     ("lr", lambda value: 0 < value < 1, "a rate between 0 and 1"),
     ("ema_decay", is_share, "a share between 0 and 1"),
     ("max_grad_norm", lambda value: value is None or value > 0, "a positive norm, or none"),
-    ("decay_steps", lambda value: value is None or value >= 0, "0 (off) or a number of steps"),
+    ("decay_steps", lambda value: value is None or is_length(value), LENGTH),
     ("logvar_init", lambda value: -30 <= value <= 30, "a logarithm from -30 to 30"),
     *((name, lambda value: 0 <= value <= 2, "a margin from 0 to 2") for name in ("cos_margin", "distmat_margin")),
     ("epochs", lambda value: value is None or value > 0, "a positive number"),

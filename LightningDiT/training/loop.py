@@ -37,13 +37,17 @@ class Trainable(Protocol):
 
     Attributes:
         ema: the averaged weights, which the run ends with.
+        metadata: of the file of these weights.
         settings: what a resumed run must have in common with its checkpoint, apart from `CHANGEABLE`.
         rate_scale: factor on the learning rate of every optimizer, which the loop lowers after trouble.
+        learning_rate: of the newest step, with that factor.
     """
 
     ema: Ema
+    metadata: dict[str, str]
     settings: dict[str, Any]
     rate_scale: float
+    learning_rate: float
 
     def step(self, step: int) -> Mapping[str, Tensor | float]:
         """Take one optimizer step and return its detached scalar terms; `loss` is checked for spikes.
@@ -102,18 +106,18 @@ def train(
         processes.from_main(lambda: held.enter_context(held_folder(run.path, "training")))
         with LiveCurves(run.path) as curves:
             _Loop(trainer, run, settings, processes, monitors, curves).run_to_end()
-        processes.from_main(lambda: _save_average(trainer.ema, path))
+        processes.from_main(lambda: _save_average(trainer.ema, path, trainer.metadata))
     return path
 
 
-def _save_average(ema: Ema, path: Path) -> None:
+def _save_average(ema: Ema, path: Path, metadata: Mapping[str, str]) -> None:
     damaged = [name for name, value in ema.weights.items() if not torch.isfinite(value).all()]
     if damaged:
         raise LightningDiTError(
             f"{len(damaged)} tensors of the averaged weights are not finite ({damaged[0]}); {path} is not written",
             "delete the newest checkpoints of the run, lower optimizer.lr, and run the command again",
         )
-    save_weights(ema.weights, path)
+    save_weights(ema.weights, path, metadata)
 
 
 class _Loop:
@@ -268,6 +272,7 @@ class _Loop:
         row: dict[str, float] = {}
         if self.done % self.settings.log_every == 0 or last:
             row |= self.meter.row(self.done)
+            row["learning_rate"] = self.trainer.learning_rate
             row |= {"skipped_steps": self.guard.skipped, "rate_scale": self.guard.rate_scale}
         for monitor in self.monitors:
             if self.done % monitor.every == 0:

@@ -98,7 +98,7 @@ class RunDir:
         Raises:
             LightningDiTError: the folder cannot be written, or the disk is full.
         """
-        line = json.dumps({key: round(value, 6) for key, value in row.items()}) + "\n"
+        line = json.dumps({key: _shortened(value) for key, value in row.items()}) + "\n"
         with disk_errors(self._log):
             self.path.mkdir(parents=True, exist_ok=True)
             with self._log.open("a", encoding="utf-8") as stream:
@@ -107,6 +107,11 @@ class RunDir:
     @property
     def _log(self) -> Path:
         return self.path / "log.jsonl"
+
+
+def _shortened(value: float) -> float:
+    """Return a number with six digits behind the point; a small one, such as a learning rate, with six digits."""
+    return float(f"{value:.6g}") if abs(value) < 1 else round(value, 6)
 
 
 def step_of(path: Path) -> int:

@@ -55,6 +55,24 @@ def process_rows(batch_size: int, rank: int, count: int) -> range:
     return range(rank * rows, (rank + 1) * rows)
 
 
+def schedule_lengths(warmup: float, decay: float, total: int, where: str) -> tuple[int, int]:
+    """Return the steps of the learning rate's rise and fall, which may be given as shares of all steps.
+
+    Args:
+        where: the file and section of the settings, for the message.
+
+    Raises:
+        LightningDiTError: rise and fall take more steps than there are, so the rate never reaches its height.
+    """
+    rise, fall = (round(value * total) if 0 < value < 1 else int(value) for value in (warmup, decay))
+    if rise + fall > total:
+        raise LightningDiTError(
+            f"{where}: warmup_steps {rise} and decay_steps {fall} are more than the {total} steps of the training",
+            "set shares of max_steps, such as warmup_steps: 0.05 and decay_steps: 0.5",
+        )
+    return rise, fall
+
+
 def learning_rate(step: int, base: float, warmup: int, decay: int, total: int) -> float:
     """Return the rate of `step`: a linear rise over `warmup` steps, `base`, a cosine fall over the last `decay`."""
     rise = min(1.0, (step + 1) / warmup) if warmup else 1.0

@@ -37,7 +37,7 @@ from LightningDiT.training.guard import require_finite
 from LightningDiT.training.loop import LoopSettings, Monitor
 from LightningDiT.training.loop import train as run_loop
 from LightningDiT.training.run_dir import RunDir, step_of
-from LightningDiT.training.schedule import BatchOrder, learning_rate, process_rows
+from LightningDiT.training.schedule import BatchOrder, learning_rate, process_rows, schedule_lengths
 
 AVERAGE, TRAINED = "tokenizer.safetensors", "training.safetensors"
 STEPS, SETTINGS = "steps", "settings"  # in the metadata of TRAINED
@@ -151,10 +151,12 @@ class TokenizerTrainer:
         self.settings = run_settings(self.model.settings, config, images)
         self.order = BatchOrder(images.count, config.batch_size, config.seed)
         self.total_steps = total_steps(config, images)
+        warmup, decay = schedule_lengths(config.warmup_steps, config.decay_steps or 0, self.total_steps, "train")
+        self.lengths = (warmup, self.total_steps - warmup if config.decay_steps is None else decay)
         self.unreadable: set[str] = set()
         self._batches = StepPrefetcher(self._batches_from)
-        self.ema = Ema(self.model, config.ema_decay)
-        self.rate_scale = 1.0
+        self.ema, self.metadata = Ema(self.model, config.ema_decay), dict[str, str]()
+        self.rate_scale, self.learning_rate = 1.0, 0.0
         self.trained = [*self.model.parameters(), *self.criterion.own_parameters()]
         self.optimizer = self._optimizer(self.trained)
         discriminator = self.criterion.discriminator
@@ -208,12 +210,10 @@ class TokenizerTrainer:
         return self.images.batches(numbers, len(self.rows), Unreadable.NEXT)
 
     def _set_rates(self, step: int) -> None:
-        config, total = self.config, self.total_steps
-        decay = total - config.warmup_steps if config.decay_steps is None else config.decay_steps
-        rate = learning_rate(step, config.lr, config.warmup_steps, decay, total) * self.rate_scale
+        self.learning_rate = learning_rate(step, self.config.lr, *self.lengths, self.total_steps) * self.rate_scale
         for optimizer in (self.optimizer, self.disc_optimizer):
             for group in optimizer.param_groups if optimizer else ():
-                group["lr"] = rate
+                group["lr"] = self.learning_rate
 
     def _train_discriminator(self, trains: bool) -> None:
         for parameter in self.disc_parameters:

@@ -91,7 +91,7 @@ class Plan:
 def tokenizer_values(name: str, plan: Plan) -> dict[str, Any]:
     """Return the YAML of a tokenizer; the two differ in the alignment alone."""
     ddconfig = {"z_channels": CHANNELS, "resolution": 32, "ch": 32, "ch_mult": [1, 1, 2, 4], "num_res_blocks": 1}
-    train: dict[str, Any] = {"max_steps": plan.tokenizer_steps, "kl_weight": 1e-8}
+    train: dict[str, Any] = {"max_steps": plan.tokenizer_steps, "kl_weight": 1e-8, "warmup_steps": 0.04}
     if name == ALIGNED:
         train |= {"vf_weight": 0.5, "vision_model": VISION_MODEL, "vision_weights": VISION_FILE}
     return {
