@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,11 +65,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def configuration(named: Path | None) -> Path:
-    """Return the configuration with the statistics, shards and tokenizer in question.
-
-    Raises:
-        LightningDiTError: the named one is no file; step 3's own may be absent.
-    """
+    """Return the configuration in question, which must exist if it was named; step 3's own may be absent."""
     path = project.absolute(named) if named else project.CONFIG
     if named and not path.is_file():
         raise LightningDiTError(f"--config {path} is no file, a YAML that step 3 wrote was expected", step3(named))
@@ -107,14 +104,19 @@ def request_of(options: argparse.Namespace, sources: tuple[str, ...]) -> stats_r
 
 
 def write_identity(target: stats_repair.Target, channels: int | None) -> str | None:
-    """Write the invented numbers that were asked for, and say so."""
+    """Write mean 0 and std 1 as asked, and say that they are invented."""
+    from LightningDiT.checkpoint import save_training_state
+    from LightningDiT.tokenizer.latents import LatentStats
+
     count = channels or target.channels
     if count is None:
         raise LightningDiTError(f"how many channels {target.path} must have is not known", "add --channels N")
     print(f"  WARNING: mean 0 and std 1 are INVENTED numbers for {count} channels.")
     print("  WARNING: every image decoded with them is wrong, unless the model was trained without normalisation.")
     print("  WARNING: The library refuses them while data.latent_norm is true.")
-    return stats_repair.put_in_place(target, lambda path: stats_repair.save_identity(path, count), check=False)
+    stats = LatentStats.identity(count)  # its own `save` refuses them
+    save = partial(save_training_state, {"mean": stats.mean, "std": stats.std})
+    return stats_repair.put_in_place(target, save, check=False)
 
 
 def repair(options: argparse.Namespace, target: stats_repair.Target) -> None:
@@ -133,7 +135,9 @@ def repair(options: argparse.Namespace, target: stats_repair.Target) -> None:
 
 def show(stats: LatentStats, latents: int | None = None, doubt: str = "") -> None:
     """Print the range of the numbers, what is hard to believe about them and a doubt about their source."""
-    print(f"  {stats_repair.plausibility(stats)}")
+    mean, std = stats.mean, stats.std
+    print(f"  {mean.shape[1]} channels, means {mean.min():.3f} to {mean.max():.3f}, ", end="")
+    print(f"standard deviations {std.min():.3f} to {std.max():.3f}")
     for line in (*stats_repair.doubts(stats, latents), *([doubt] if doubt else [])):
         print(f"  WARNING: {line}")
 

@@ -80,10 +80,8 @@ def refuse_others(folder: Path, version: tuple[int, ...]) -> None:
 
 
 def ensure_venv(folder: Path) -> None:
-    """Make the virtual environment, or fix a half-made one; a working one stays as it is.
-
-    Raises:
-        LightningDiTError: something else has the name, the folder takes no file, or venv failed.
+    """Make the virtual environment, or fix a half-made one; a working one stays as it is. Raise LightningDiTError if
+    something else has the name, the folder takes no file, or venv failed.
     """
     version, whole = examine_venv(folder)
     if whole:

@@ -98,11 +98,7 @@ def show_plan(files: tuple[weights.WeightFile, ...], source: sources.Source, opt
 
 
 def verify_all(files: tuple[weights.WeightFile, ...], source: sources.Source, options: argparse.Namespace) -> None:
-    """Compare every file that is there, one line each.
-
-    Raises:
-        LightningDiTError: some are absent or damaged; all of them are named.
-    """
+    """Compare every file, one line each; raise one LightningDiTError for all that are absent or damaged."""
     record = checks.Record(options.models_dir)
     faults = []
     for file in files:

@@ -102,11 +102,7 @@ def refuse_broken_link(path: Path, fix: str) -> None:
 
 
 def find_files(model: str, options: argparse.Namespace) -> dict[str, Path]:
-    """Return the files of a published model by role.
-
-    Raises:
-        LightningDiTError: some are absent; all of them are named.
-    """
+    """Return the files of a published model by role; raise one LightningDiTError for all that are absent."""
     folder = named_folder(options.models_dir, "models-dir", "the weights")
     attached = options.attached or weights.attached_folder()
     if attached:

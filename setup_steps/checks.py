@@ -76,11 +76,8 @@ def is_whole(path: Path, remote: downloads.RemoteFile) -> bool:
 
 
 def open_check(file: WeightFile, path: Path) -> str:
-    """Open a file safely, compare it with what its role promises, and return the finding: a right hash of a wrong file
-    is an error too.
-
-    Raises:
-        LightningDiTError: torch is absent, the file does not open or holds something else.
+    """Open a file safely and return the finding. Raise LightningDiTError if torch is absent, or the file does not open
+    or is not what its role promises: a right hash of a wrong file is an error too.
     """
     require_torch(f"opening {file.name}")
     if file.role == "stats":
@@ -89,11 +86,7 @@ def open_check(file: WeightFile, path: Path) -> str:
 
 
 def fault_of(file: WeightFile, path: Path) -> str | None:
-    """Return why a file is not what its role promises; None if it is.
-
-    Raises:
-        LightningDiTError: torch is absent.
-    """
+    """Return why a file is not what its role promises, None if it is; raise LightningDiTError if torch is absent."""
     require_torch(f"opening {file.name}")
     try:
         open_check(file, path)
@@ -176,13 +169,8 @@ def verify_present(
     file: WeightFile, folder: Path, record: Record, source: Source, patience: downloads.Patience = downloads.PATIENCE
 ) -> list[str]:
     """Compare a file that is there, and the converted copies of a transformer, byte by byte with the best reference
-    at hand, and open it; fetch nothing (step 2's --verify).
-
-    Returns:
-        One line per file that says what was compared.
-
-    Raises:
-        LightningDiTError: absent or damaged.
+    at hand, and open it; fetch nothing (step 2's --verify). Return one line per file; raise LightningDiTError if it is
+    absent or damaged.
     """
     paths = present(file, folder)
     if not paths:
@@ -214,13 +202,8 @@ def _compare(file: WeightFile, path: Path, record: Record, source: Source, patie
 
 
 def own_checksums(path: Path) -> str:
-    """Read a torch archive through and compare each record with its checksum.
-
-    Returns:
-        What was compared, or that a file without checksums can only be opened.
-
-    Raises:
-        LightningDiTError: a record differs from its checksum.
+    """Read a torch archive through, compare each record with its checksum, and return what was compared; raise
+    LightningDiTError if one differs.
     """
     if path.suffix != ".pt" or not zipfile.is_zipfile(path):
         return "has no checksums and can only be opened"

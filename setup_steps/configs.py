@@ -7,6 +7,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,39 +31,17 @@ Config = dict[str, Any]
 #: The running command, or step 3, with other options.
 again = partial(project.again, STEP3)
 
-PUBLISHED: Config = {
-    "ckpt_path": None,
-    "data": {
-        "data_path": None,
-        "image_size": 256,
-        "num_classes": 1000,
-        "latent_norm": True,
-        "latent_multiplier": 1.0,
-    },
-    "vae": {"model_name": "vavae_f16d32", "downsample_ratio": 16, "ckpt_path": None},
-    "model": {
-        "model_type": "LightningDiT-XL/1",
-        "use_qknorm": False,
-        "use_swiglu": True,
-        "use_rope": True,
-        "use_rmsnorm": True,
-        "wo_shift": False,
-        "in_chans": 32,
-    },
-    "transport": {"path_type": "Linear", "prediction": "velocity"},
-    # the published demo: strong guidance at all times, no shift
-    "sample": {
-        "mode": "ODE",
-        "sampling_method": "fast",
-        "num_sampling_steps": STEPS,
-        "cfg_scale": 9.0,
-        "cfg_interval_start": 0.0,
-        "timestep_shift": 0.0,
-        "per_proc_batch_size": 1,
-        "precision": "auto",
-    },
+#: Keys of the YAML for the published weights, with the library's defaults; `fit_to_machine` adds two.
+PUBLISHED_KEYS = {
+    "data": ("data_path", "image_size", "num_classes", "latent_norm", "latent_multiplier"),
+    "vae": ("model_name", "downsample_ratio", "ckpt_path"),
+    "model": ("model_type", "use_qknorm", "use_swiglu", "use_rope", "use_rmsnorm", "wo_shift", "in_chans"),
+    "transport": ("path_type", "prediction"),
+    "sample": ("mode", "sampling_method", "num_sampling_steps", "cfg_scale", "cfg_interval_start", "timestep_shift"),
 }
-SECTIONS = tuple(PUBLISHED)
+#: What differs: the published demo has strong guidance, at all times and without a shift.
+DEMO = {"sampling_method": "fast", "num_sampling_steps": STEPS, "cfg_scale": 9.0}
+SECTIONS = ("ckpt_path", *PUBLISHED_KEYS)
 TRAINING_KEYS = ("valid_path", "fid_reference_file", "num_workers")  # of `data`, not for sampling
 
 COMMENTS = {
@@ -180,8 +159,12 @@ def _gpu_words(torch: TorchFacts) -> str:
 
 def published_config(files: dict[str, Path]) -> Config:
     """Return the settings of the published demo with these files (by role)."""
-    config = json.loads(json.dumps(PUBLISHED))
-    config["ckpt_path"] = str(files["dit"])
+    from LightningDiT.config import Config as Settings
+
+    defaults = asdict(Settings())
+    config: Config = {"ckpt_path": str(files["dit"])}
+    config |= {section: {key: defaults[section][key] for key in keys} for section, keys in PUBLISHED_KEYS.items()}
+    config["sample"] |= DEMO
     config["data"]["data_path"] = str(files["stats"].parent)
     config["vae"]["ckpt_path"] = str(files["vavae"])
     return config
@@ -245,11 +228,7 @@ def was_edited(text: str) -> bool:
 
 
 def output_file(path: Path) -> Path:
-    """Return the path of the YAML to write, made absolute.
-
-    Raises:
-        LightningDiTError: it is a folder, or its folder is a file.
-    """
+    """Return the path of the YAML to write, made absolute; raise LightningDiTError if nothing can be written there."""
     target, fix = absolute(path), again("--output", "FILE.yaml", without=["--output"])
     if target.is_dir():
         raise LightningDiTError(f"{target} is a folder, a YAML file was expected", fix)
@@ -262,11 +241,7 @@ def output_file(path: Path) -> Path:
 
 
 def check(config: Config, target: Path, verify: Callable[[Path], list[str]]) -> list[str]:
-    """Return the lines of `verify` about the YAML that `write` would put at `target`.
-
-    Raises:
-        LightningDiTError: `verify` refused it.
-    """
+    """Return the lines of `verify`, or raise its LightningDiTError, about the YAML that `write` would write."""
     with tempfile.TemporaryDirectory() as folder:
         fresh = Path(folder).resolve() / target.name
         fresh.write_text(render(config), encoding="utf-8")

@@ -105,8 +105,7 @@ def convert(source: Path, file: WeightFile, precision: str, replace: bool) -> st
     _refuse_lost_digits(job)
     line = f"{len(job.weights)} tensors, each read back and equal to the source's"
     with _alone_with(source):
-        for other in FORMATS:
-            remove_leftovers(source.with_name(converted_name(file.name, other)))
+        remove_leftovers(source.parent)
         if _is_copy(job, origin):
             line = f"was converted before, {line}"
         else:
@@ -242,11 +241,7 @@ def _require_in_range(job: Job, name: str) -> None:
 
 
 def _compare(job: Job, path: Path) -> None:
-    """Read the copy back and compare it with the source, tensor by tensor.
-
-    Raises:
-        LightningDiTError: a tensor differs.
-    """
+    """Read the copy back; raise LightningDiTError if a tensor differs from the source's."""
     import torch
     from safetensors import safe_open
 

@@ -180,11 +180,7 @@ def use_endpoint(endpoint: str | None) -> None:
 
 
 def hub_token() -> str | None:
-    """Return the person's token: HF_TOKEN or that of a hub login.
-
-    Raises:
-        LightningDiTError: it holds characters that no token has.
-    """
+    """Return the token of HF_TOKEN or of a hub login; raise LightningDiTError if no token looks like it."""
     from huggingface_hub import get_token
 
     token = get_token()
@@ -379,11 +375,7 @@ class PartFile:
         write_text(self.state_path, json.dumps({**asdict(self.remote), "validator": validator}, indent=1))
 
     def write(self, chunk: bytes) -> None:
-        """Append bytes and hash them; they count once they are in the file.
-
-        Raises:
-            LightningDiTError: the disk takes no more.
-        """
+        """Append bytes and hash them; they count once they are in the file. A full disk is a LightningDiTError."""
         view = memoryview(chunk)
         with disk_errors(self.path):
             while view:
@@ -556,7 +548,9 @@ def _accept(response: http.client.HTTPResponse, part: PartFile) -> int:
         total = span[2]
     if total.isdigit() and int(total) != remote.size:
         raise _TryAgainError(f"the server offers {total} bytes, the hub says {remote.size}")
-    if part.offset and not part.changed and _is_another(validator, part):
+    # without an ETag nothing is known, and a hash decides at the end if there is one
+    known = part.validator is not None and (validator is not None or not remote.hashed_by)
+    if part.offset and not part.changed and known and validator != part.validator:
         part.changed = True
         part.start_again()
         if resumed:
@@ -565,16 +559,6 @@ def _accept(response: http.client.HTTPResponse, part: PartFile) -> int:
         part.note(validator)
     part.joined = part.offset > 0
     return 0 if resumed else part.offset
-
-
-def _is_another(validator: str | None, part: PartFile) -> bool:
-    """Return whether an answer's ETag says that its file is not the one that the part begins.
-
-    Without an ETag nothing is known, and a hash decides at the end if there is one.
-    """
-    if part.validator is None or (validator is None and part.remote.hashed_by):
-        return False
-    return validator != part.validator
 
 
 def _refused(error: urllib.error.HTTPError, part: PartFile) -> _TryAgainError:

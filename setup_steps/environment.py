@@ -109,10 +109,7 @@ def find_out(profile: Profile, not_replaced: str = "") -> State:
 
 def bring_right(profile: Profile, state: State, wheels: Path | None) -> State:
     """Install what is lacking and look again; install once more what then does not import. A torch that computes on the
-    CPU stays if the one for the GPU is not available.
-
-    Raises:
-        InstallError: a needed package could not be installed.
+    CPU stays if the one for the GPU is not available; any other failure is an InstallError.
     """
     sources = pip_calls.find_sources(wheels)
     forced = state.wrongly_built

@@ -234,13 +234,8 @@ def calls(rows: list[Row], forced: list[Row]) -> list[Call]:
 
 
 def put_right(rows: list[Row], forced: list[Row], sources: tuple[Source, ...]) -> None:
-    """Install what is lacking; requirements and constraints together hold every version of the profile.
-
-    Args:
-        forced: see `calls`.
-
-    Raises:
-        InstallError: too little disk, or pip failed.
+    """Install what is lacking; requirements and constraints together hold every version of the profile. Raise
+    InstallError if the disk is too small or pip failed. For `forced` see `calls`.
     """
     pip_calls.require_pip()
     for source in sources:

@@ -35,50 +35,42 @@ class InstallError(LightningDiTError):
     """Packages could not be installed; what was there before remains."""
 
 
-@dataclass(frozen=True)
-class Complaint:
-    """A pattern of what pip says, with message and fix; `{what}` is the pattern's group of that name."""
-
-    pattern: str
-    message: str
-    fix: str
-
-
-#: The first row that fits pip's stderr is the reason: a full disk shows up as broken downloads too.
+#: A pattern of pip's stderr, message and fix; `{what}` is the pattern's group of that name. The first row that fits is
+#: the reason: a full disk shows up as broken downloads too.
 COMPLAINTS = (
-    Complaint(
+    (
         r"No space left on device|Errno 28|not enough space on the disk",
         "the disk is full",
         "free space (python -m pip cache purge helps), then {again}",
     ),
-    Complaint(
+    (
         r"Permission denied|Errno 13|WinError 5",
         "packages cannot be written there",
         f"{in_own_venv()}, or python quickstart.py",
     ),
-    Complaint(
+    (
         r"DO NOT MATCH THE HASHES|BadZipFile|is not a zip file|Wheel '[^']+' .*is invalid",
         "a downloaded file is damaged",
         "python -m pip cache purge, then {again}",
     ),
-    Complaint(
+    (
         r"NewConnectionError|ConnectTimeout|ReadTimeout|NameResolution|[Nn]ame resolution|Failed to establish"
         r"|Connection refused|[Cc]onnection broken|[Cc]onnection reset|unreachable|ProxyError|SSLError|Max retries",
         "no connection to a package index",
         "switch the internet on (Kaggle: Settings, Internet), or {again} --wheels FOLDER with the wheels in it",
     ),
-    Complaint(
+    (
         r"No matching distribution found for (?P<what>[^\s;]+)",
         "{what} is not available for this Python {python}",
         "another Python (3.11 or 3.12 have every wheel), or {again} --wheels FOLDER with that wheel in it",
     ),
-    Complaint(
+    (
         r"ResolutionImpossible|conflicting dependencies",
         "the wanted packages exclude one another (pip names them above)",
         in_own_venv(),
     ),
 )
-UNKNOWN = Complaint("", "pip says why above", "check the internet connection, then {again}")
+UNKNOWN = ("pip says why above", "check the internet connection, then {again}")
 
 
 @dataclass(frozen=True)
@@ -110,11 +102,8 @@ class Source:
 
 
 def find_sources(wheels: Path | None) -> tuple[Source, ...]:
-    """Return the sources to try in turn: `wheels` alone if it is given; else the wheels among the attached inputs, then
-    these and the index.
-
-    Raises:
-        LightningDiTError: `wheels` is not a folder with wheels.
+    """Return the sources to try in turn: `wheels` alone if it is given (LightningDiTError: it holds none), else wheels
+    among the attached inputs, then these and the index.
     """
     if wheels is not None:
         if not any(wheels.glob("*.whl")):
@@ -145,11 +134,7 @@ def require_pip() -> None:
 
 
 def pip_install(requirements: Sequence[str], source: Source, *options: str) -> bool:
-    """Install from one source; return False if it does not suffice and another is to be tried.
-
-    Raises:
-        InstallError: pip failed at the last source.
-    """
+    """Install from one source; return False if pip failed and another is left, raise InstallError at the last."""
     code, said = _run(pip_command(requirements, *source.options, *options), quiet=not source.last)
     if code and source.last:
         raise explain(said, requirements, code)
@@ -176,12 +161,11 @@ def _run(command: list[str], quiet: bool) -> tuple[int, str]:
 
 def explain(said: str, requirements: Sequence[str], code: int) -> InstallError:
     """Return the error for what pip said on stderr."""
-    matches = ((row, re.search(row.pattern, said)) for row in COMPLAINTS)
-    row, match = next(((row, match) for row, match in matches if match), (UNKNOWN, None))
-    named = match.groupdict() if match else {}
-    python = ".".join(map(str, sys.version_info[:2]))
-    return InstallError(
-        f"pip ended with code {code} while it installed {shlex.join(requirements)}: "
-        + row.message.format(python=python, **named),
-        row.fix.format(again=again()),
-    )
+    (message, fix), named = UNKNOWN, {}
+    for pattern, *row in COMPLAINTS:
+        if match := re.search(pattern, said):
+            (message, fix), named = row, match.groupdict()
+            break
+    reason = message.format(python=".".join(map(str, sys.version_info[:2])), **named)
+    head = f"pip ended with code {code} while it installed {shlex.join(requirements)}"
+    return InstallError(f"{head}: {reason}", fix.format(again=again()))

@@ -57,10 +57,8 @@ class Examined:
 def make_plan(
     file: WeightFile, folder: Path, record: Record, source: Source, patience: downloads.Patience = downloads.PATIENCE
 ) -> Plan:
-    """Decide whether a file stays (if it is good), is linked (if the source's folder holds it) or is fetched.
-
-    Raises:
-        LightningDiTError: a folder has its name, or no source has it.
+    """Decide whether a file stays (if it is good), is linked (if the source's folder holds it) or is fetched. Raise
+    LightningDiTError if a folder has its name or no source has it.
     """
     target = folder / file.name
     if target.is_dir():
@@ -138,10 +136,8 @@ def bytes_to_write(plan: Plan, precision: str | None) -> int:
 
 
 def carry_out(plan: Plan, record: Record, patience: downloads.Patience = downloads.PATIENCE) -> str:
-    """Link or fetch the file as planned, open it, and return the line that reports it.
-
-    Raises:
-        LightningDiTError: the download failed, or the file is not what its name promises; a fetched one goes aside.
+    """Link or fetch the file as planned, open it, and return the line that reports it. Raise LightningDiTError if that
+    failed or the file is not what its name promises; a fetched one then goes aside.
     """
     file, target = plan.file, plan.target
     line = plan.said

@@ -67,10 +67,8 @@ def step_command(script: str, *options: str) -> str:
 
 
 def absolute(path: Path) -> Path:
-    """Return the full path of what a person named, `~` and links resolved.
-
-    Raises:
-        LightningDiTError: there is no such user's home, or a link leads to itself.
+    """Return the full path of what a person named, `~` and links resolved; raise LightningDiTError if there is no such
+    user's home or a link leads to itself.
     """
     try:
         return path.expanduser().resolve()

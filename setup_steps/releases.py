@@ -121,10 +121,8 @@ class Decision:
 
 def decide(machine: Machine, lines: tuple[Release, ...], asked: Asked | None = None) -> Decision:
     """Choose by evidence: keep any torch that works on this machine; else take the newest release that serves most of
-    its GPUs (so the weakest counts), its driver and its Python.
-
-    Raises:
-        LightningDiTError: the profile's torch has no wheels for this Python.
+    its GPUs (so the weakest counts), its driver and its Python. Raise LightningDiTError if the profile's torch has no
+    wheels for this Python.
     """
     if asked is not None:
         return _as_asked(machine, lines, asked)

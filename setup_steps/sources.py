@@ -120,7 +120,7 @@ def link(source: Path, target: Path, aside: Path | None = None) -> str:
         LightningDiTError: the disk has no room for the copy.
     """
     source = source.resolve()
-    remove_leftovers(target)  # a copy takes 6 GB
+    remove_leftovers(target.parent)  # a copy takes 6 GB
     with atomic_path(target, aside) as fresh:
         fresh.unlink()
         try:
@@ -132,11 +132,7 @@ def link(source: Path, target: Path, aside: Path | None = None) -> str:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy with progress and bring the copy to the disk.
-
-    Raises:
-        LightningDiTError: too little disk, or fewer bytes than `source` has.
-    """
+    """Copy with progress to the disk; raise LightningDiTError if it is too small or `source` gives too few bytes."""
     size = source.stat().st_size
     require_disk(target.parent, size)
     with (

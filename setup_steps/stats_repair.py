@@ -293,10 +293,7 @@ def _encoded(
 
 def _tokenizer_for(target: Target, request: Request) -> VA_VAE:
     """Return the tokenizer that is asked for, else the one whose latents the file describes: the bundled one, that of
-    the configuration, or the published one.
-
-    Raises:
-        LightningDiTError: nothing tells which, or the published weights are absent.
+    the configuration, or the published one. Raise LightningDiTError if nothing tells which, or its weights are absent.
     """
     from LightningDiT.tokenizer.config import TOKENIZER_CONFIGS, tokenizer_config_path
     from LightningDiT.tokenizer.vavae import VA_VAE
@@ -358,13 +355,8 @@ ORDER = {
 
 
 def repair(target: Target, request: Request, sources: Sequence[str]) -> tuple[Repair, str | None]:
-    """Write the statistics of the first source that has good ones; say why each source before it is passed over.
-
-    Returns:
-        The good statistics, and the new name of the bad file (None if there was none).
-
-    Raises:
-        LightningDiTError: no source has any; for a single source its own error.
+    """Write the statistics of the first source that has good ones; say why each source before it is passed over. Return
+    them and the new name of the bad file (None if there was none); raise LightningDiTError if no source has any.
     """
     for name in sources:
         try:
@@ -421,15 +413,6 @@ def put_in_place(target: Target, save: Callable[[Path], None], check: bool = Tru
     return aside.name if aside else None
 
 
-def plausibility(stats: LatentStats) -> str:
-    """Return the range of the numbers for a person to look at."""
-    mean, std = stats.mean, stats.std
-    return (
-        f"{mean.shape[1]} channels, means {mean.min():.3f} to {mean.max():.3f}, "
-        f"standard deviations {std.min():.3f} to {std.max():.3f}"
-    )
-
-
 def doubts(stats: LatentStats, latents: int | None = None) -> list[str]:
     """Return what is valid and yet hard to believe.
 
@@ -445,12 +428,3 @@ def doubts(stats: LatentStats, latents: int | None = None) -> list[str]:
     if latents is not None and latents < FEW:
         said.append(f"computed from {latents} latents only; {FEW} or more give numbers to rely on")
     return said
-
-
-def save_identity(path: Path, channels: int) -> None:
-    """Write mean 0 and std 1, which the library accepts only for latents without normalisation."""
-    from LightningDiT.checkpoint import save_training_state
-    from LightningDiT.tokenizer.latents import LatentStats
-
-    stats = LatentStats.identity(channels)
-    save_training_state({"mean": stats.mean, "std": stats.std}, path)

@@ -158,10 +158,8 @@ class Tree:
 
 
 def find_file(file: WeightFile, models: Path, attached: Tree | None) -> Path | None:
-    """Return the path of a file, or of a converted copy of it, in `models` or at any depth of `attached`.
-
-    Raises:
-        LightningDiTError: a folder has the name.
+    """Return the path of a file, or of a converted copy of it, in `models` or at any depth of `attached`; raise
+    LightningDiTError if a folder has the name.
     """
     here = [models / name for name in usable_names(file)]
     found = next(filter(Path.is_file, here), None)
