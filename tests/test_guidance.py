@@ -74,7 +74,8 @@ def test_defaults_are_the_published_ones_without_guidance():
 
 def test_an_interval_may_be_one_time_and_a_batch_empty():
     settings = GuidanceSettings(4.0, 0.5, 0.5)
-    assert [settings.acts_at(at(time)) for time in (0.4, 0.5, 0.6)] == [False, True, False]
+    for n in (1, 2):
+        assert [settings.acts_at(at(time, n)) for time in (0.4, 0.5, 0.6)] == [False, True, False]
     assert not settings.acts_at(torch.empty(0))
 
 
@@ -92,6 +93,13 @@ def test_an_interval_may_be_one_time_and_a_batch_empty():
 )
 def test_the_velocity_jumps_where_guidance_sets_in_and_ends(settings, jumps):
     assert jumps_of(GuidanceSettings(*settings)) == jumps
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_any_number_of_states_is_guided(n):
+    y, null_y = torch.arange(n), torch.full((n,), 10)
+    v = GuidedVelocity(Linear(), y, null_y, GuidanceSettings(4.0))(torch.ones(n, 3, 1, 1), at(0.5, n))
+    torch.testing.assert_close(v[:, 0, 0, 0], 2 + 4 * (1 + 0.1 * y - 2))  # null + 4 (cond - null)
 
 
 def test_settings_are_shown_in_one_line():

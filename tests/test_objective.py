@@ -141,7 +141,7 @@ def test_cosine_loss_is_over_channels():
 
 def test_noise_and_times_come_from_the_generator():
     transport = create_transport()
-    x1 = torch.zeros(4, 3, 4, 4)
+    x1 = torch.zeros(5, 3, 4, 4)
     seen = []
 
     def model(x, t, y):
