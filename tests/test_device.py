@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from LightningDiT.device import HALF_PRECISIONS, resolve_precision
-from LightningDiT.errors import LightningDiTError
+from LightningDiT.errors import LightningDiTError, is_out_of_memory
 from tests.conftest import PROJECT
 
 CARDS = {
@@ -42,3 +45,36 @@ def test_a_name_gives_its_precision_everywhere() -> None:
     assert named == [torch.float32, torch.bfloat16, torch.float16]
     with pytest.raises(LightningDiTError, match="precision 'fp8' is unknown; auto, fp32, bf16, fp16 are"):
         resolve_precision("fp8", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("could not create a primitive"),
+        RuntimeError("could not create a memory object"),
+        RuntimeError("unable to mmap 96 bytes from file <w.pt>: Cannot allocate memory (12)"),
+        RuntimeError("std::bad_alloc"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        SafetensorError("Error while deserializing: Cannot allocate memory (os error 12)"),
+    ],
+)
+def test_every_lack_of_memory_is_known(error: Exception) -> None:
+    assert is_out_of_memory(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("could not create a primitive descriptor for a matmul primitive"),
+        RuntimeError("shape '[2]' is invalid for input of size 3"),
+        OSError(errno.ENOSPC, "No space left on device"),
+        ValueError("a text about not enough memory"),
+        LightningDiTError("the batch is out of memory"),
+    ],
+)
+def test_other_errors_are_no_lack_of_memory(error: Exception) -> None:
+    assert not is_out_of_memory(error)

@@ -50,6 +50,40 @@ def test_saved_statistics_come_back(tmp_path: Path) -> None:
     assert diagnose(tmp_path / "latents_stats.pt", CHANNELS) == []
 
 
+@pytest.mark.parametrize("shape", [(CHANNELS,), (CHANNELS, 1, 1), (1, CHANNELS, 1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_every_plain_shape_of_statistics_is_taken(shape: tuple[int, ...], dtype: torch.dtype, tmp_path: Path) -> None:
+    mean, std = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([0.5, 1.0, 2.0, 4.0])
+    path = write(tmp_path / "stats.pt", mean.to(dtype).view(shape), torch.nn.Parameter(std.to(dtype).view(shape)))
+    stats = LatentStats.load(path, CHANNELS)
+    torch.testing.assert_close(stats.mean, mean.view(1, -1, 1, 1), atol=0, rtol=0)
+    torch.testing.assert_close(stats.std, std.view(1, -1, 1, 1), atol=0, rtol=0)
+    assert not stats.std.requires_grad
+    assert diagnose(path) == []
+
+
+@pytest.mark.parametrize(
+    ("mean", "message"),
+    [
+        ("[", "carries no"),
+        ("[" * 100_000, "carries no"),
+        ('{"a": 1}', "carries no"),
+        ("[[1.0], [1.0, 2.0]]", "carries no"),
+        ('["a"]', "carries no"),
+        ("[1" + "0" * 400 + "]", "carries no|not finite"),
+        ("null", "carries no"),
+        ("[]", "shape"),
+        ("7.5", "shape"),
+        ("[true, false]", "mean is bool; real"),
+        ("[NaN, 1.0]", "mean is not finite in 1 of 2"),
+        ("[1e999, 1.0]", "mean is not finite in 1 of 2"),
+    ],
+)
+def test_odd_statistics_of_a_tokenizer_file_are_named(mean: str, message: str) -> None:
+    with pytest.raises(LightningDiTError, match=message):
+        LatentStats.from_metadata({"latents_mean": mean, "latents_std": "[1.0, 2.0]"}, "file")
+
+
 def test_a_tokenizer_file_carries_its_statistics(tmp_path: Path) -> None:
     stats = LatentStats(torch.randn(1, CHANNELS, 1, 1), torch.rand(1, CHANNELS, 1, 1) + 0.5)
     copied = LatentStats.from_metadata(stats.as_metadata(), "file")
@@ -84,8 +118,28 @@ def damage(path: Path, kind: str) -> Path:
         path.write_bytes(pickle.dumps({"mean": Hostile()}, protocol=2))
     elif kind == "keys":
         torch.save({"average": good}, path)
-    elif kind == "flat":
-        write(path, torch.zeros(CHANNELS), torch.ones(CHANNELS))
+    elif kind == "transposed":
+        write(path, good.reshape(CHANNELS, 1), good)
+    elif kind == "arrays":
+        write(path, good.numpy(), good.numpy())
+    elif kind == "lists":
+        write(path, [1.5] * CHANNELS, [1.5] * CHANNELS)
+    elif kind == "too many":
+        write(path, torch.ones(1).expand(10**12), good)
+    elif kind == "none":
+        write(path, torch.zeros(0), good)
+    elif kind == "scalar":
+        write(path, torch.tensor(1.5), good)
+    elif kind == "large":
+        write(path, good.double() * 1e300, good)
+    elif kind == "whole":
+        write(path, good, one.long())
+    elif kind == "sparse":
+        write(path, good.to_sparse(), good)
+    elif kind == "meta":
+        write(path, good.to("meta"), good)
+    elif kind == "complex":
+        write(path, good * 1j, good)
     elif kind == "channels":
         write(path, tensors(1.5, 3), tensors(1.5, 3))
     elif kind == "nan":
@@ -107,8 +161,18 @@ def damage(path: Path, kind: str) -> Path:
         ("page", "is a web page, not weights"),
         ("cut", "cut short or no weights file"),
         ("hostile", "is refused: opening it would run code"),
-        ("keys", "entries average"),
-        ("flat", r"shape \[4\]"),
+        ("keys", r"entries average \(Tensor\)"),
+        ("transposed", r"mean has the shape \[4, 1\]; \[1, 4, 1, 1\] is expected"),
+        ("arrays", r"entries mean .*tensors `mean` and `std` are expected|which torch 2\.\d"),
+        ("lists", r"entries mean \(list\), std \(list\); tensors `mean` and `std` are expected"),
+        ("too many", r"mean has the shape \[1000000000000\]"),
+        ("none", r"mean has the shape \[0\]"),
+        ("scalar", r"mean has the shape \[\]"),
+        ("large", "mean is not finite in 4 of 4"),
+        ("whole", "std is whole; real numbers are expected"),
+        ("sparse", "mean is sparse or nested; real numbers are expected"),
+        ("meta", "mean is without values; real numbers are expected"),
+        ("complex", "mean is complex; real numbers are expected"),
         ("channels", r"shape \[1, 3, 1, 1\]; \[1, 4, 1, 1\] is expected"),
         ("nan", "mean is not finite in 4 of 4"),
         ("std", "std is not positive in 4 of 4"),

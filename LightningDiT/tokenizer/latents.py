@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from LightningDiT.checkpoint import load_training_state
+from LightningDiT.checkpoint import kind_of, load_training_state
 from LightningDiT.errors import LightningDiTError, fixed_by
 from LightningDiT.files import atomic_path
 
 METADATA_KEYS = ("latents_mean", "latents_std")
+MOST_CHANNELS = 2**16  # far beyond any tokenizer
+LISTED_ENTRIES = 5
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class LatentStats:
 
     @classmethod
     def load(cls, path: str | Path, channels: int | None = None, multiplier: float = 1.0) -> LatentStats:
-        """Return the statistics in `path`, a dictionary of `mean` and `std`.
+        """Return the statistics in `path`, a dictionary of `mean` and `std`: (C,), (C, 1, 1) or (1, C, 1, 1).
 
         Args:
             channels: expected number of channels; None: any.
@@ -58,14 +60,14 @@ class LatentStats:
         """
         mean, std = _read(path)
         _refuse(_problems(mean, std, channels), f"latent statistics {path}", path)
-        return cls(mean.float(), std.float(), multiplier)
+        return cls(mean, std, multiplier)
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str], path: str | Path) -> LatentStats:
         """Return the statistics in the metadata of a safetensors file, written by `as_metadata`."""
         try:
-            values = [torch.tensor(json.loads(metadata[key])).view(1, -1, 1, 1) for key in METADATA_KEYS]
-        except (KeyError, ValueError, TypeError) as error:
+            values = [_by_channel(torch.tensor(json.loads(metadata[key]))) for key in METADATA_KEYS]
+        except (KeyError, ValueError, TypeError, OverflowError, RecursionError, RuntimeError) as error:
             raise LightningDiTError(f"{path} carries no latent statistics in its metadata", fix_of(path)) from error
         _refuse(_problems(*values), f"latent statistics in {path}", path)
         return cls(*values)
@@ -161,12 +163,21 @@ def _read(path: str | Path) -> tuple[Tensor, Tensor]:
         content = load_training_state(path)
     found = [content.get(key) for key in ("mean", "std")]
     if not all(isinstance(value, Tensor) for value in found):
+        listed = ", ".join(f"{key} ({type(value).__name__})" for key, value in list(content.items())[:LISTED_ENTRIES])
         raise LightningDiTError(
-            f"latent statistics {path} has the entries {', '.join(map(str, content)) or 'none'};"
-            " tensors `mean` and `std` are expected",
+            f"latent statistics {path} has the entries {listed or 'none'}; tensors `mean` and `std` are expected",
             fix_of(path),
         )
-    return found[0], found[1]
+    return _by_channel(found[0]), _by_channel(found[1])
+
+
+def _by_channel(values: Tensor) -> Tensor:
+    """Return (1, C, 1, 1) float32 for real numbers (C,), (C, 1, 1) or (1, C, 1, 1), all else as it is."""
+    shape = tuple(values.shape)
+    flat = len(shape) == 1 or (len(shape) == 3 and shape[1:] == (1, 1))
+    if kind_of(values) != "real" or values.numel() > MOST_CHANNELS:
+        return values
+    return (values.reshape(1, -1, 1, 1) if flat and values.numel() else values).detach().float()
 
 
 def _refuse(problems: list[str], title: str, path: str | Path) -> None:
@@ -177,9 +188,11 @@ def _refuse(problems: list[str], title: str, path: str | Path) -> None:
 def _problems(mean: Tensor, std: Tensor, channels: int | None = None) -> list[str]:
     """Return what is wrong with the numbers."""
     for name, value in (("mean", mean), ("std", std)):
+        if (kind := kind_of(value)) != "real":
+            return [f"{name} is {kind}; real numbers are expected"]
         shape = tuple(value.shape)
-        wanted = channels if channels is not None else (shape[1] if len(shape) == 4 else "C")
-        if shape != (1, wanted, 1, 1):
+        wanted = channels if channels is not None else (shape[1] if len(shape) == 4 and value.numel() else "C")
+        if shape != (1, wanted, 1, 1) or value.numel() > MOST_CHANNELS:
             return [f"{name} has the shape {list(shape)}; [1, {wanted}, 1, 1] is expected"]
     if mean.shape != std.shape:
         return [f"mean has {mean.shape[1]} channels and std {std.shape[1]}"]
