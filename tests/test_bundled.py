@@ -140,7 +140,7 @@ def test_bad_input_is_one_line(project: Path, elsewhere: Path) -> None:
     cases = {
         "does not exist; fix: python step3_setup_configs.py": ["--config", str(elsewhere / "absent.yaml")],
         "class 10 is out of range; 0 to 9 are expected": ["--config", str(BUNDLED / "config.yaml"), "--classes", "10"],
-        "near to it: sneaker": ["--config", str(BUNDLED / "config.yaml"), "--classes", "sneeker"],
+        "near to it: Sneaker": ["--config", str(BUNDLED / "config.yaml"), "--classes", "sneeker"],
     }
     for message, options in cases.items():
         done = run_script(project / "step4_run_inference.py", *options, cwd=elsewhere)
