@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from LightningDiT.device import is_out_of_memory
-from LightningDiT.errors import OS_FIXES, LightningDiTError, first_line, warn_user
+from LightningDiT.errors import OS_FIXES, LightningDiTError, first_line, is_out_of_memory, warn_user
 from LightningDiT.files import atomic_path
 
 #: Entries in which training scripts keep weights, the best first.

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from LightningDiT.device import is_out_of_memory
-from LightningDiT.errors import first_line, warn_user
+from LightningDiT.errors import first_line, is_out_of_memory, warn_user
 
 
 def compile_forward(module: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import signal
@@ -14,10 +15,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from LightningDiT.errors import OS_FIXES, LightningDiTError
+from LightningDiT.errors import OS_FIXES, LightningDiTError, first_line, is_out_of_memory
 
 OK, FAILED, INTERRUPTED = 0, 1, 130  # exit codes
 OWN_PACKAGES = frozenset({"LightningDiT", "setup_steps", "studies"})
+#: Control characters but for the line feed, the carriage return of moving lines and the tab, as str.translate takes them.
+CONTROLS = {code: "?" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\r\t"}
 INSTALL = "python step1_install_environment.py"
 PLAIN_INTERVAL, MOVING_INTERVAL = 10.0, 0.2  # seconds between two lines of a log, and of a terminal's moving line
 
@@ -25,8 +28,9 @@ PLAIN_INTERVAL, MOVING_INTERVAL = 10.0, 0.2  # seconds between two lines of a lo
 def run_main(main: Callable[[], int], install: Callable[[], str] = lambda: INSTALL) -> int:
     """Return the exit code of `main`: its own, 1 for an error that a person can fix, 130 for Ctrl-C.
 
-    Such an error (LightningDiTError, OSError, an absent package) becomes one line on stderr; any other keeps its
-    traceback. Warnings become one line each, without the position in the code.
+    Such an error (LightningDiTError, OSError, an absent package, text that has no encoding, memory that ran out, data
+    nested without end) becomes one line on stderr; a reader of stdout that left (`| head`) ends the command without a
+    line. Any other error keeps its traceback. Warnings become one line each, without the position in the code.
 
     Args:
         install: gives the command that installs an absent package.
@@ -34,23 +38,48 @@ def run_main(main: Callable[[], int], install: Callable[[], str] = lambda: INSTA
     _prepare_streams()
     warnings.formatwarning = lambda message, *position, **more: f"warning: {message}\n"
     try:
-        return main()
-    except LightningDiTError as error:
-        _complain(str(error))
-    except OSError as error:
-        _complain(describe_os_error(error))
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if not package or package in OWN_PACKAGES or package in sys.stdlib_module_names:
-            raise
-        _complain(f"package '{package}' is not installed for this Python ({sys.executable}); fix: {install()}")
+        code = main()
+        sys.stdout.flush()  # here, since a full disk or a reader that left is an exception at the interpreter's end
+        return code
+    except BrokenPipeError:
+        _give_up_stdout()
     except KeyboardInterrupt:
         _say_on_stderr("stopped; finished work is kept, and the same command goes on from there")
         return INTERRUPTED
+    except Exception as error:
+        line = _in_one_line(error, install)
+        if line is None:
+            raise
+        _say_on_stderr(f"error: {line}")
     return FAILED
 
 
+def _in_one_line(error: Exception, install: Callable[[], str]) -> str | None:
+    """Return an error that a person can fix in one line, None for any other."""
+    if isinstance(error, LightningDiTError):
+        return str(error)
+    if is_out_of_memory(error):
+        return f"memory ran out ({first_line(error)}); fix: close other programs, or choose a smaller batch or model"
+    if isinstance(error, OSError):
+        return describe_os_error(error)
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        if package and package not in OWN_PACKAGES and package not in sys.stdlib_module_names:
+            return f"package '{package}' is not installed for this Python ({sys.executable}); fix: {install()}"
+    if isinstance(error, UnicodeError):
+        return f"a text has characters that its encoding lacks ({first_line(error)}); fix: rename that file or class"
+    if isinstance(error, RecursionError):
+        return "a file is nested without end; fix: name another file"
+    return None
+
+
+def printable(text: str) -> str:
+    """Return a text without control characters, which a terminal would obey: each becomes a question mark."""
+    return text.translate(CONTROLS)
+
+
 def _prepare_streams() -> None:
+    """Make both streams take any text: closed ones nothing, characters without an encoding escaped, no controls."""
     # a closed stream (`>&-`) is None
     sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
     sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
@@ -59,16 +88,27 @@ def _prepare_streams() -> None:
         # terminal's encoding lacks. Under %run the stream is the notebook's own.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
+            # names from servers, archives and manifests are printed in many places, so the stream itself filters
+            write = type(stream).write
+            stream.write = lambda text, write=write, stream=stream: write(stream, printable(text))
 
 
-def _complain(text: str) -> None:
-    _say_on_stderr(f"error: {text}")
+def _give_up_stdout() -> None:
+    """Let stdout's rest go nowhere; nobody reads it, or its disk is full."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def _say_on_stderr(text: str) -> None:
     """Print one line on stderr after all that stdout holds so far."""
-    sys.stdout.flush()
-    print(text, file=sys.stderr, flush=True)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _give_up_stdout()
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def describe_os_error(error: OSError) -> str:

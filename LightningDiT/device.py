@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import re
 
 import torch
 
@@ -14,17 +12,6 @@ from LightningDiT.errors import LightningDiTError, first_line
 #: Precisions by their names in settings and on command lines.
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HALF_PRECISIONS = (torch.bfloat16, torch.float16)
-#: Words of torch's, oneDNN's and the system's errors for an allocation that failed, apart from torch's type for GPUs.
-OUT_OF_MEMORY = (
-    "DefaultCPUAllocator",
-    "not enough memory",
-    "out of memory",
-    "ALLOC_FAILED",
-    "Cannot allocate memory",  # the system, of a mapping too
-    "bad_alloc",
-    "bad allocation",
-)
-ONEDNN_OUT_OF_MEMORY = re.compile(r"could not create a (primitive|memory( object)?)$", re.MULTILINE)
 NATIVE_BF16 = (8, 0)  # compute capability from which bfloat16 is native and not emulated
 
 
@@ -54,18 +41,6 @@ def usable_device(name: torch.device | str) -> torch.device:
         reason = first_line(error)
         raise LightningDiTError(f"device {str(name)!r} cannot be used ({reason})", "give 'cpu', or none") from error
     return device
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means that memory ran out, on a GPU or on the CPU."""
-    if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
-        return True
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno == errno.ENOMEM
-    if not isinstance(error, RuntimeError | OSError) and type(error).__name__ != "SafetensorError":
-        return False
-    text = str(error)
-    return any(words in text for words in OUT_OF_MEMORY) or bool(ONEDNN_OUT_OF_MEMORY.search(text))
 
 
 def release_memory() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -17,6 +18,12 @@ OS_FIXES = {
     ),
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free space on that disk, then run the command again"),
 }
+#: Words of torch's, oneDNN's and the system's errors for an allocation or a mapping that failed.
+OUT_OF_MEMORY = re.compile(
+    r"DefaultCPUAllocator|not enough memory|out of memory|ALLOC_FAILED|Cannot allocate memory|bad_alloc|bad allocation"
+    r"|could not create a (primitive|memory( object)?)$",
+    re.MULTILINE,
+)
 
 
 class LightningDiTError(Exception):
@@ -39,6 +46,16 @@ def warn_user(message: str) -> None:
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("LightningDiT", "torch"):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error means that memory ran out, on the CPU or on a GPU, by its type or its words."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's for GPUs
+        return True
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno == errno.ENOMEM
+    has_words = isinstance(error, (RuntimeError, OSError)) or type(error).__name__ == "SafetensorError"
+    return has_words and bool(OUT_OF_MEMORY.search(str(error)))
 
 
 def first_line(error: object) -> str:

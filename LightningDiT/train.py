@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import json
 import math
 import shlex
@@ -28,9 +27,9 @@ from LightningDiT.compiling import compile_forward
 from LightningDiT.config import TRAINING_FIX, Config, as_dict, load_config
 from LightningDiT.console import positive, run_main
 from LightningDiT.data.labels import CLASS_NAMES, Labels, Names
-from LightningDiT.device import PRECISIONS, autocast, best_device, is_out_of_memory, training_dtype
+from LightningDiT.device import PRECISIONS, autocast, best_device, training_dtype
 from LightningDiT.distributed import ALONE, Processes, launched_processes
-from LightningDiT.errors import LightningDiTError
+from LightningDiT.errors import LightningDiTError, is_out_of_memory
 from LightningDiT.loading import build_transport, model_settings
 from LightningDiT.models.lightningdit import LightningDiT
 from LightningDiT.training.ema import Ema
@@ -40,7 +39,7 @@ from LightningDiT.training.latent_batches import LatentBatch, LatentBatches, cla
 from LightningDiT.training.loop import LoopSettings
 from LightningDiT.training.loop import train as run_loop
 from LightningDiT.training.monitors import configured_monitors
-from LightningDiT.training.run_dir import RunDir
+from LightningDiT.training.run_dir import RunDir, load_optimizer
 from LightningDiT.training.scaler import LossScaler
 from LightningDiT.training.schedule import learning_rate, schedule_lengths
 
@@ -211,7 +210,7 @@ class Trainer:
         """Restore what `state_dict` returned."""
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict({"weights": state["ema"], "steps": state["ema_steps"]})
-        self.optimizer.load_state_dict(copy.deepcopy(state["opt"]))  # else it would go on reading the file
+        load_optimizer(self.optimizer, state["opt"])
         self.scaler.load_state_dict(state["scaler"])
 
 

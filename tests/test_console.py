@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shlex
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from LightningDiT import console
-from LightningDiT.console import Progress, StopRequest, describe_os_error, duration, format_bytes, run_main
+from LightningDiT.console import Progress, StopRequest, describe_os_error, duration, format_bytes, printable, run_main
 from setup_steps.project import PROJECT
 
 #: A program as the library's commands and as the steps end; both have one set of rules.
@@ -68,6 +69,11 @@ def test_seconds_in_words(seconds: float, text: str) -> None:
             1,
             f"error: package 'no_such_package' is not installed for this Python ({sys.exec_prefix}",
         ),
+        ("raise MemoryError", 1, "error: memory ran out (MemoryError); fix: close other programs, or choose a smaller"),
+        ("raise RuntimeError('DefaultCPUAllocator: not enough memory: you tried to')", 1, "error: memory ran out (Def"),
+        ("return main()", 1, "error: a file is nested without end; fix: name another file"),
+        ("'\\udc80'.encode('utf-8')", 1, "error: a text has characters that its encoding lacks ('utf-8' codec"),
+        ("raise LightningDiTError('name \\x1b[31mred\\x9b5m')", 1, "error: name ?[31mred?5m\n"),
         ("import warnings\n    warnings.warn('careful')\n    return 0", 0, "warning: careful\n"),
     ],
 )
@@ -228,3 +234,46 @@ def test_a_thread_takes_no_signals() -> None:
     thread.join()
     assert ended == [False]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+#: Streams that do not take every text: what is done to the command by a shell, its exit code, and its stderr.
+STREAMS = [
+    ("| head -1", "", 1, ""),
+    ("> /dev/full", "", 1, "error: No space left on device; fix: free space on that disk"),
+    (">&-", "", 0, ""),
+    ("2>&-", "", 0, ""),
+    ("", "ascii", 0, ""),
+    ("", "cp1252", 0, ""),
+]
+
+
+@pytest.mark.parametrize("kind", ENDS)
+@pytest.mark.parametrize(("shell", "encoding", "code", "words"), STREAMS)
+def test_streams_that_take_no_text_or_not_every_one(
+    kind: str, shell: str, encoding: str, code: int, words: str, tmp_path: Path
+) -> None:
+    lines = r"for _ in range(9999): print('\u8d70\u8def \udc80 \x1b]0;title\x07')"
+    body = f"    {lines}\n    print('warned', file=sys.stderr)\n    return 0"
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"import sys\nsys.path.insert(0, {str(PROJECT)!r})\n{ENDS[kind]}def main():\n{body}\nend(main)\n", "utf-8"
+    )
+    command = f"{shlex.quote(sys.executable)} {shlex.quote(str(program))} {shell}; exit ${{PIPESTATUS[0]}}"
+    environment = {**os.environ, "PYTHONIOENCODING": encoding or "utf-8"}
+    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, check=False)
+    assert done.returncode == code
+    assert done.stderr.decode().removesuffix("warned\n").startswith(words)
+    assert done.stderr.count(b"\n") <= 1
+    assert b"\x1b" not in done.stdout and b"\x07" not in done.stdout
+    if encoding:
+        assert done.stdout.startswith(b"\\u8d70\\u8def \\udc80 ?]0;title?")
+
+
+def test_lines_and_tabs_stay_and_controls_go() -> None:
+    assert printable("a\tb\nc\rd \u8d70\u00e9") == "a\tb\nc\rd \u8d70\u00e9"
+    assert printable("\x00\x07\x1b[2J\x7f\x9b") == "???[2J??"
+
+
+def test_streams_are_prepared_once_and_again(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [run_main(lambda: print("\x1b[1mbold") or 0) for _ in range(3)] == [0, 0, 0]
+    assert capsys.readouterr().out == "?[1mbold\n" * 3

@@ -11,8 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from LightningDiT.device import is_out_of_memory
-from LightningDiT.errors import LightningDiTError
+from LightningDiT.errors import LightningDiTError, is_out_of_memory
 from LightningDiT.sampling.memory_limit import GOOD_BATCHES, BatchLimit
 from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from LightningDiT.sampling.resumable_run import sample_run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,16 +19,15 @@ from torch import Tensor
 
 from LightningDiT.checkpoint import save_weights
 from LightningDiT.config import Config, SampleConfig, as_dict, load_config, read_yaml, with_overrides
-from LightningDiT.data.labels import Labels
+from LightningDiT.data.labels import CLASS_NAMES, Labels
 from LightningDiT.device import (
     HALF_PRECISIONS,
     best_device,
-    is_out_of_memory,
     release_memory,
     resolve_precision,
     usable_device,
 )
-from LightningDiT.errors import LightningDiTError, warn_user
+from LightningDiT.errors import LightningDiTError, is_out_of_memory, warn_user
 from LightningDiT.files import write_text
 from LightningDiT.images import to_pil, to_uint8
 from LightningDiT.loading import (
@@ -140,6 +140,11 @@ class LightningDiTPipeline:
     def from_pretrained(cls, folder: str | Path, device: torch.device | str | None = None) -> LightningDiTPipeline:
         """Return the pipeline that `save_pretrained` wrote into `folder`."""
         config = Path(folder) / CONFIG_NAME
+        if Path(folder).is_file():
+            raise LightningDiTError(
+                f"{folder} is a file; the folder that save_pretrained wrote is expected",
+                f"LightningDiTPipeline.from_config({str(folder)!r}) for a configuration",
+            )
         if not config.is_file():
             raise LightningDiTError(f"{folder} holds no {CONFIG_NAME}", "name a folder that save_pretrained wrote")
         return cls.from_config(config, device)
@@ -151,7 +156,9 @@ class LightningDiTPipeline:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         stats, sample = self.tokenizer.stats, self.config.sample
-        save_weights(self.transformer.state_dict(), folder / "transformer.safetensors")
+        names = self.labels.identity
+        named = {CLASS_NAMES: json.dumps(names)} if names else {}
+        save_weights(self.transformer.state_dict(), folder / "transformer.safetensors", named)
         metadata = stats.as_metadata() if stats else {}
         save_weights(self.tokenizer.model.state_dict(), folder / "tokenizer.safetensors", metadata)
         if self.guide is not None:

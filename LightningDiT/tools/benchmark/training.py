@@ -28,11 +28,11 @@ from LightningDiT.data.shards import shard_path, write_shard
 from LightningDiT.device import (
     PRECISIONS,
     gpu_free_bytes,
-    is_out_of_memory,
     release_memory,
     synchronise,
     training_dtype,
 )
+from LightningDiT.errors import is_out_of_memory
 from LightningDiT.loading import model_settings
 from LightningDiT.seeds import generator_for
 from LightningDiT.tokenizer.autoencoder import AutoencoderKL
