@@ -11,11 +11,15 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from LightningDiT.console import Progress, positive, run_main
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.files import disk_errors, write_text
 from LightningDiT.metrics.options import FEATURES, add_evaluation_options
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 REPORT, PICTURE, PICTURE_IMAGES = "evaluation.json", "reconstructions.png", 8
 
@@ -28,7 +32,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--images", metavar="SET", help="folder of images or .npz file of ADM")
     source.add_argument("--data-root", help="folder of Fashion-MNIST, for its test photographs")
-    parser.add_argument("--count", type=positive, help="take only the first COUNT images")
+    parser.add_argument("--count", type=positive, help="take only COUNT images, evenly spaced")
     parser.add_argument(
         "--features", help=f"of the Frechet distance: {FEATURES}; default: judge with --data-root, else inception"
     )
@@ -40,6 +44,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, build, run."""
     args = parse(argv)
+    import torch
+
+    from LightningDiT.data.image_sets import evenly_spaced
     from LightningDiT.images import save_reconstructions
     from LightningDiT.metrics.reconstruction import ReconstructionScores, make_measures, report_lines
     from LightningDiT.metrics.sources import open_images
@@ -59,14 +66,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     required = bool(args.features or args.inception_weights)
     files = (features, args.inception_weights, args.lpips_weights)
     measures = make_measures(tokenizer.img_size, count, *files, distance_required=required)
-    scores, shown = ReconstructionScores(tokenizer, measures), None
+    scores, shown, done = ReconstructionScores(tokenizer, measures), list["tuple[Tensor, Tensor]"](), 0
+    pictured = set(evenly_spaced(count, PICTURE_IMAGES))
     with Progress(count, "image") as progress:
-        for batch in images.batches(range(count), args.batch_size):
+        for batch in images.batches(evenly_spaced(images.count, count), args.batch_size):
             copies = scores.add(batch.pixels)
-            shown = shown or (batch.pixels, copies)
+            shown += [(batch.pixels[row], copies[row]) for row in range(len(copies)) if done + row in pictured]
+            done += len(copies)
             progress.update(len(copies))
     report = scores.report()
-    save_reconstructions(*(pixels[:PICTURE_IMAGES].permute(0, 2, 3, 1) for pixels in shown), folder / PICTURE)
+    pairs = (torch.stack(pixels).permute(0, 2, 3, 1) for pixels in zip(*shown, strict=True))
+    save_reconstructions(*pairs, folder / PICTURE)
     origin = {"tokenizer": config.source, "weights": str(weights), "source": images.source}
     write_text(folder / REPORT, json.dumps({**origin, **report, "notes": measures.notes}, indent=2) + "\n")
     print("\n".join([*report_lines(report), *(f"note: {note}" for note in measures.notes)]))

@@ -58,7 +58,7 @@ def image_grid(
     width, height = images[0].size
     factor = max(1, 128 // width)
     width, height = width * factor, height * factor
-    columns = columns or min(len(images), math.ceil(math.sqrt(2 * len(images))))
+    columns = columns or grid_columns(len(images))
     rows = math.ceil(len(images) / columns)
     font = ImageFont.load_default(size=max(10, width // 10))
     strip = int(font.size * 1.6) if captions else 0
@@ -74,6 +74,13 @@ def image_grid(
             text = fit_text(captions[index], font, width)
             draw.text((left + width / 2, top + height + strip / 2), text, CAPTION_COLOUR, font, anchor="mm")
     return grid
+
+
+def grid_columns(count: int) -> int:
+    """Return the columns of a grid about twice as wide as high, with full rows if a number near to it gives them."""
+    about = math.ceil(math.sqrt(2 * count))
+    near = (about + shift for shift in (0, -1, 1, -2, 2))
+    return next((columns for columns in near if 0 < columns <= count and count % columns == 0), min(count, about))
 
 
 def fit_text(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:

@@ -47,6 +47,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--demo", action="store_true", help="one grid of a few classes")
     parser.add_argument("--num-samples", type=positive, help="images without --demo; default: sample.fid_num")
     parser.add_argument("--output", help="folder of the images")
+    parser.add_argument("--by-class", action="store_true", help="a subfolder for each class, named after it")
     parser.add_argument(
         "--npz",
         nargs="?",
@@ -65,6 +66,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.demo and args.npz is not None:
         parser.error("--npz goes with a folder of images, not with --demo")
+    if args.demo and args.by_class:
+        parser.error("--by-class goes with a folder of images, not with --demo")
     if args.demo and args.num_samples:
         parser.error("--num-samples goes with a folder of images; --demo takes --count")
     if args.num_samples and args.count:
@@ -129,7 +132,9 @@ def run_folder(config: Config, args: argparse.Namespace, processes: Processes) -
     pipe = processes.agree(lambda: LightningDiTPipeline.from_config(config))
     labels = processes.agree(lambda: labels_of(pipe, args, count))
     preview = Preview(args.preview, _beside(output, "_preview.png")) if args.preview else None
-    result = sample_run(pipe, labels, args.seed, output, args.time_budget, processes, preview)
+    if args.classes:
+        processes.say(f"classes        {pipe.labels.listing(labels)}")
+    result = sample_run(pipe, labels, args.seed, output, args.time_budget, processes, preview, args.by_class)
     done = sum(path is not None for path in result.paths)
     processes.say(
         f"{done} of {count} images in {output}, {result.made} of them made now in {duration(result.seconds)}"

@@ -14,6 +14,7 @@ from LightningDiT.images import (
     as_images,
     centre_crop,
     fit_text,
+    grid_columns,
     image_grid,
     save_png,
     save_reconstructions,
@@ -91,3 +92,10 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(LightningDiTError, match="cannot be written"):
         save_png(Image.new("RGB", (2, 2)), tmp_path / "file" / "grid.png")
+
+
+@pytest.mark.parametrize(
+    ("count", "columns"), [(1, 1), (2, 2), (5, 5), (6, 3), (7, 4), (8, 4), (10, 5), (12, 4), (13, 6), (20, 5), (31, 8)]
+)
+def test_rows_of_a_grid_are_full_where_they_can_be(count: int, columns: int) -> None:
+    assert grid_columns(count) == columns

@@ -25,6 +25,8 @@ from PIL import Image
 from LightningDiT import console, files
 from LightningDiT.config import load_config, setting_differences
 from LightningDiT.console import run_main
+from LightningDiT.data.image_sets import open_samples
+from LightningDiT.data.labels import Labels
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.files import LOCK
 from LightningDiT.images import to_uint8
@@ -32,7 +34,7 @@ from LightningDiT.inference import main
 from LightningDiT.sampling import resumable_run
 from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from LightningDiT.sampling.preview import Preview
-from LightningDiT.sampling.resumable_run import MANIFEST, manifest_of, opened_run, sample_run
+from LightningDiT.sampling.resumable_run import MANIFEST, class_folders, manifest_of, opened_run, sample_run
 from LightningDiT.seeds import generator_for
 from tests.conftest import PROJECT
 
@@ -170,6 +172,42 @@ def test_ctrl_c_ends_after_the_batch_with_everything_written(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert main(arguments(tiny_folder, "out", *options)) == 0
     assert contents(tiny_folder / "out") == contents(tiny_folder / "whole")
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_a_folder_that_is_removed_meanwhile_is_an_error(
+    batch: int, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the end of a time budget, nor images in a folder of no run."""
+    plain, count = LightningDiTPipeline._solve, itertools.count(1)
+
+    def sample(*inputs: Any) -> Any:
+        if next(count) == batch:
+            shutil.rmtree(tiny_folder / "out")
+        return plain(*inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LightningDiTPipeline, "_solve", sample)
+        with pytest.raises(
+            LightningDiTError, match=r"out or files in it were removed while .* fix: run the same comma"
+        ):
+            main(arguments(tiny_folder, "out", "--num-samples", "6"))
+    assert main(arguments(tiny_folder, "out", "--num-samples", "6")) == 0
+
+
+def test_an_image_that_is_removed_meanwhile_is_an_error(
+    pipe: LightningDiTPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, count = LightningDiTPipeline._solve, itertools.count(1)
+
+    def sample(*inputs: Any) -> Any:
+        if next(count) == 2:
+            (tmp_path / "run" / "000000.png").unlink()
+        return plain(*inputs)
+
+    monkeypatch.setattr(LightningDiTPipeline, "_solve", sample)
+    with pytest.raises(LightningDiTError, match="or files in it were removed"):
+        sample_run(pipe, [0, 1, 2, 0], 0, tmp_path / "run", None)
 
 
 def test_ctrl_c_twice_ends_at_once(pipe: LightningDiTPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,3 +376,60 @@ def test_progress_says_rate_evaluations_and_time_left(
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].startswith("  4 of 4 images, ")
     assert "3 evaluations each, about 0 s left" in lines[-1]
+
+
+def test_a_folder_for_each_class_and_a_manifest_with_names(
+    tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same pictures as in one folder; each layout stays what it was, and an evaluation reads both."""
+    more = ("--classes", "dog", "house cat", "--count", "5")
+    assert main(arguments(tiny_folder, "flat", *more)) == 0
+    assert main(arguments(tiny_folder, "tree", *more, "--by-class")) == 0
+    assert "classes        1 dog; 0 cat, house cat\n" in capsys.readouterr().out
+    flat, tree = tiny_folder / "flat", tiny_folder / "tree"
+    found = {path.relative_to(tree).as_posix(): path.read_bytes() for path in tree.rglob("*.png")}
+    assert sorted(found) == [
+        "cat, house cat/000001.png",
+        "cat, house cat/000003.png",
+        "dog/000000.png",
+        "dog/000002.png",
+        "dog/000004.png",
+    ]
+    assert {Path(name).name: content for name, content in found.items()} == {
+        path.name: path.read_bytes() for path in flat.glob("*.png")
+    }
+    for folder in (flat, tree):
+        opened = open_samples(folder)
+        assert opened.labels is not None
+        names = [(Path(opened.name(n)).stem, int(opened.labels[n])) for n in range(5)]
+        assert sorted(names) == [("000000", 1), ("000001", 0), ("000002", 1), ("000003", 0), ("000004", 1)]
+        assert opened.class_names == ("cat, house cat", "dog", "sea lion")
+    (tree / "dog" / "000002.png").unlink()
+    assert main(arguments(tiny_folder, "tree", *more)) == 0
+    assert main(arguments(tiny_folder, "flat", *more, "--by-class")) == 0
+    assert {path.relative_to(tree).as_posix(): path.read_bytes() for path in tree.rglob("*.png")} == found
+    assert not [path for path in flat.iterdir() if path.is_dir()]
+    said = capsys.readouterr().out
+    assert f"the run in {tree} keeps its layout, one folder a class" in said
+    assert f"the run in {flat} keeps its layout, one folder\n" in said
+
+
+def test_a_run_whose_manifest_has_no_names_goes_on(tiny_folder: Path) -> None:
+    options = arguments(tiny_folder, "run", "--num-samples", "4")
+    assert main(options) == 0
+    file = tiny_folder / "run" / "manifest.json"
+    content = json.loads(file.read_text())
+    assert content.pop("class_names") == ["cat, house cat", "dog", "sea lion"]
+    file.write_text(json.dumps(content))
+    (tiny_folder / "run" / "000002.png").unlink()
+    assert main(options) == 0
+    file.write_text(json.dumps({**content, "class_names": ["dog", "cat, house cat", "sea lion"]}))
+    with pytest.raises(LightningDiTError, match=r"class_names\[0\]: dog there, cat, house cat now"):
+        main(options)
+
+
+def test_names_that_no_folder_can_have_are_changed_and_stay_apart() -> None:
+    names = ("a/b", "a_b", "A_B", "..", ".x", "", "n" * 100, "n" * 200, "CON: 1\n2")
+    folders = class_folders(Labels(len(names), names))
+    assert folders == ["a_b", "a_b_1", "A_B_2", "__", "_x", "_", "n" * 60, "n" * 60 + "_7", "CON_ 1_2"]
+    assert class_folders(Labels(3)) == ["0", "1", "2"]

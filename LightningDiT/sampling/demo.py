@@ -27,6 +27,7 @@ REPORT_STYLE = (
     "figure img{width:128px;image-rendering:pixelated;border-radius:4px}figcaption{font-size:.85rem}"
     "pre{background:#f4f4f4;padding:1rem;white-space:pre-wrap}"
 )
+MOST_COLUMNS = 12  # of a grid with a class in each column
 GAP_COLOUR = (200, 200, 200)
 
 
@@ -84,6 +85,7 @@ def sample_demo(
     started = time.perf_counter()
     pipe = processes.agree(lambda: LightningDiTPipeline.from_config(config))
     labels = pipe.labels.numbers(classes)
+    processes.say(f"classes        {pipe.labels.listing(labels)}")
     captions = [pipe.labels.caption(label) for label in labels]
     run_folder = folder / run_name(manifest_of(config, labels, seed, pipe.dtype))
     load_seconds = time.perf_counter() - started
@@ -127,4 +129,11 @@ def _grid(paths: Sequence[Path | None], captions: Sequence[str], side: int) -> I
             continue
         with Image.open(path) as image:  # closed at once: a contact sheet has a thousand files
             images.append(image.convert("RGB"))
-    return image_grid(images, captions)
+    return image_grid(images, captions, _columns(captions))
+
+
+def _columns(captions: Sequence[str]) -> int | None:
+    """Return the number of classes where they take turns, so that a column is one class; None: as it comes."""
+    kinds = len(set(captions))
+    turns = kinds <= MOST_COLUMNS and all(caption == captions[index % kinds] for index, caption in enumerate(captions))
+    return kinds if turns and 1 < kinds < len(captions) else None

@@ -27,7 +27,8 @@ def check_run(config: Config, classes: Sequence[int | str]) -> int:
     Raises:
         LightningDiTError: a class is unknown, or a file is missing, damaged or does not fit.
     """
-    Labels.of(config).numbers(classes)
+    labels = Labels.of(config)
+    print(f"classes        {labels.listing(labels.numbers(classes))}")
     print("\n".join(verify(config)))
     return 0
 

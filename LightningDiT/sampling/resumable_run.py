@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import Tensor
 from LightningDiT.config import Config, as_dict, resolved_solver, setting_differences
 from LightningDiT.console import Progress, StopRequest
 from LightningDiT.data.image_sets import Classes, FileImages
+from LightningDiT.data.labels import CLASS_NAMES, Labels
 from LightningDiT.data.npz import write_npz
 from LightningDiT.distributed import ALONE, Processes
 from LightningDiT.errors import LightningDiTError
@@ -28,6 +30,8 @@ from LightningDiT.sampling.preview import Preview
 from LightningDiT.tokenizer.config import load_tokenizer_config, tokenizer_config_path
 
 MANIFEST = "manifest.json"
+LAYOUT, BY_CLASS = "layout", "by class"  # key and value in the manifest of a run with a folder for each class
+MOST_LETTERS = 60  # of a class's name in that of its folder: 240 bytes at most
 UNFINISHED = "The time budget is over; run the same command again to continue."
 #: Settings that change how a run is computed but not its images, or that the manifest holds in another form.
 WITHOUT_EFFECT = ("per_proc_batch_size", "fid_num", "precision", "solver_file", "guide_ckpt")
@@ -102,7 +106,8 @@ def opened_run(folder: Path, manifest: dict[str, Any]) -> Iterator[None]:
     """
     file = folder / MANIFEST
     # asked in this order: a run that starts meanwhile has its manifest before its first image
-    if any(image.stem.isdigit() for image in folder.glob("[0-9]*.png")) and not file.exists():
+    images = (image for pattern in ("[0-9]*.png", "*/[0-9]*.png") for image in folder.glob(pattern))
+    if any(image.stem.isdigit() for image in images) and not file.exists():
         raise LightningDiTError(f"{folder} holds images of no known run", "choose another --output")
     with held_folder(folder, "run"):
         if file.exists():
@@ -110,9 +115,37 @@ def opened_run(folder: Path, manifest: dict[str, Any]) -> Iterator[None]:
         else:
             with atomic_path(file) as temporary:
                 temporary.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for leftover in (file for pattern in LEFTOVERS for file in folder.glob(pattern)):
+        for leftover in (
+            file for pattern in LEFTOVERS for file in (*folder.glob(pattern), *folder.glob(f"*/{pattern}"))
+        ):
             leftover.unlink(missing_ok=True)
         yield
+
+
+def kept_layout(folder: Path, by_class: bool) -> bool:
+    """Return whether the run in `folder` has a subfolder for each class; `by_class` if none has begun."""
+    try:
+        kept = json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get(LAYOUT) == BY_CLASS
+    except (OSError, ValueError, AttributeError):
+        return by_class  # none has begun, or `opened_run` refuses the manifest
+    if kept != by_class:
+        print(
+            f"note: the run in {folder} keeps its layout, {'one folder a class' if kept else 'one folder'}", flush=True
+        )
+    return kept
+
+
+def class_folders(labels: Labels) -> list[str]:
+    """Return a folder name for each class: its own name, without characters that some system refuses."""
+    folders, taken = list[str](), set[str]()
+    for number in range(labels.count):
+        name = labels.identity[number] if labels.identity else str(number)
+        name = re.sub(r'[\x00-\x1f\x7f/\\:*?"<>|]|^\.|[. ]$', "_", name[:MOST_LETTERS].strip()) or "_"
+        while name.casefold() in taken:
+            name += f"_{number}"
+        taken.add(name.casefold())
+        folders.append(name)
+    return folders
 
 
 def sample_run(
@@ -123,6 +156,7 @@ def sample_run(
     minutes: float | None,
     processes: Processes = ALONE,
     preview: Preview | None = None,
+    by_class: bool = False,
 ) -> RunResult:
     """Sample the image of every label into `folder` as `000000.png`, ..., except those that are there.
 
@@ -134,22 +168,27 @@ def sample_run(
         minutes: time budget. When it is over, or after Ctrl-C, the current batches are finished and the rest is
             left to a rerun; every call samples at least one batch.
         preview: shows the first images that this call samples.
+        by_class: a subfolder for each class, named after it; a run that has begun keeps its layout.
 
     Raises:
         LightningDiTError: the folder cannot be written, holds another run, or the disk is too small.
     """
     started = time.monotonic()
     deadline = started + 60 * minutes if minutes is not None else float("inf")
-    paths = [folder / f"{index:06d}.png" for index in range(len(labels))]
+    by_class = processes.from_main(lambda: kept_layout(folder, by_class))
+    folders = class_folders(pipe.labels) if by_class else None
+    paths = [
+        (folder / folders[label] if folders else folder) / f"{index:06d}.png" for index, label in enumerate(labels)
+    ]
     made, nfe, interrupted = 0, 0, False
     with contextlib.ExitStack() as stack:
-        batches = processes.from_main(lambda: stack.enter_context(_missing_batches(pipe, labels, seed, paths)))
+        batches = processes.from_main(lambda: stack.enter_context(_missing_batches(pipe, labels, seed, folder, paths)))
         stop = stack.enter_context(StopRequest(quiet=not processes.is_main))
         progress = stack.enter_context(Progress(sum(map(len, batches)), "image", quiet=not processes.is_main))
         shown = preview if batches and processes.is_main else None
         if shown:
             shown.start(pipe, seed, batches[0])
-        sampler = _BatchSampler(pipe, labels, seed, paths, progress, shown)
+        sampler = _BatchSampler(pipe, labels, seed, folder, paths, progress, shown)
         for first in range(0, len(batches), processes.count):
             turn = batches[first : first + processes.count]
 
@@ -164,6 +203,8 @@ def sample_run(
                 shown.save()
             if interrupted or any(over):
                 break
+        else:
+            _require_all(folder, paths)
     there = [path if _is_there(path) else None for path in paths]
     return RunResult(there, made, nfe, time.monotonic() - started, interrupted)
 
@@ -189,11 +230,13 @@ class _BatchSampler:
         pipe: LightningDiTPipeline,
         labels: Sequence[int],
         seed: int,
+        folder: Path,
         paths: Sequence[Path],
         progress: Progress,
         preview: Preview | None,
     ) -> None:
-        self.pipe, self.labels, self.seed, self.paths = pipe, labels, seed, paths
+        self.pipe, self.labels, self.seed = pipe, labels, seed
+        self.folder, self.paths = folder, paths
         self.progress, self.preview = progress, preview
         self._done, self._note = 0, ""
         self._steps = pipe.solver(pipe.config.sample).steps  # of a batch, until the first one has shown it
@@ -225,20 +268,38 @@ class _BatchSampler:
         labels = [self.labels[index] for index in indices]
         out = self.pipe(labels, seed=self.seed, indices=indices, batch_size=len(indices), callback=watch)
         self._steps = last + 1
+        if not (self.folder / MANIFEST).is_file():  # else the images would come to lie in a folder of no run
+            raise _removed(self.folder)
         missing = [position for position, index in enumerate(indices) if not _is_there(self.paths[index])]
         for position in missing:
             save_png(out.images[position], self.paths[indices[position]])
         return len(missing), out.nfe
 
 
+def _require_all(folder: Path, paths: Sequence[Path]) -> None:
+    """Raise LightningDiTError if an image is missing after all batches were sampled."""
+    if not all(map(_is_there, paths)):
+        raise _removed(folder)
+
+
+def _removed(folder: Path) -> LightningDiTError:
+    return LightningDiTError(
+        f"{folder} or files in it were removed while the run was sampling", "run the same command again"
+    )
+
+
 @contextlib.contextmanager
 def _missing_batches(
-    pipe: LightningDiTPipeline, labels: Sequence[int], seed: int, paths: Sequence[Path]
+    pipe: LightningDiTPipeline, labels: Sequence[int], seed: int, folder: Path, paths: Sequence[Path]
 ) -> Iterator[list[list[int]]]:
     """Hold the run's folder and yield the batches, as indices, in which an image is missing."""
-    folder = paths[0].parent
     size = pipe.config.sample.per_proc_batch_size
-    with opened_run(folder, manifest_of(pipe.config, labels, seed, pipe.dtype)):
+    described = manifest_of(pipe.config, labels, seed, pipe.dtype)
+    if names := pipe.labels.identity:
+        described[CLASS_NAMES] = list(names)
+    if paths[0].parent != folder:
+        described[LAYOUT] = BY_CLASS
+    with opened_run(folder, described):
         missing = [index for index, path in enumerate(paths) if not _is_there(path)]
         check_space(folder, len(missing), pipe.config.data.image_size)
         numbers = sorted({index // size for index in missing})
@@ -260,7 +321,9 @@ def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
             raise ValueError("a mapping was expected")
     except (ValueError, OSError) as error:
         raise LightningDiTError(f"{file} cannot be read ({error})", "choose another --output") from error
-    if changed := setting_differences(known, json.loads(json.dumps(manifest))):
+    # manifests of earlier releases have no names, and those of models without names have none
+    ignored = () if CLASS_NAMES in known and CLASS_NAMES in manifest else (CLASS_NAMES,)
+    if changed := setting_differences(known, json.loads(json.dumps(manifest)), ignored):
         raise LightningDiTError(
             f"{file.parent} holds a run of other settings ({'; '.join(changed)})", "choose another --output"
         )
