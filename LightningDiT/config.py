@@ -483,7 +483,7 @@ def refuse_unknown(values: dict[str, Any], known: typing.Iterable[str], where: s
 def coerce(value: Any, hint: Any, where: str) -> Any:
     """Return `value` as the type `hint`, which is a scalar, a tuple of scalars, or a union of these."""
     options = typing.get_args(hint) if _is_union(hint) else (hint,)
-    if type(None) in options and (value is None or value == "none"):
+    if type(None) in options and (value is None or value in ("none", "None")):
         return None
     for option in options:
         if option is type(None):
@@ -500,7 +500,9 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
         if option is str and isinstance(value, str):
             return value
     names = " or ".join("nothing" if o is type(None) else getattr(o, "__name__", str(o)) for o in options)
-    raise LightningDiTError(f"{where} is {value!r}; {names} is expected", "edit that value")
+    is_unquoted = str in options and isinstance(value, bool | int | float)
+    fix = "put it in quotes: without them YAML reads a number, or Yes and No as true and false"
+    raise LightningDiTError(f"{where} is {value!r}; {names} is expected", fix if is_unquoted else "edit that value")
 
 
 def _is_union(hint: Any) -> bool:

@@ -76,7 +76,14 @@ def check_transformer_file(config: Config, path: str | Path) -> str:
         found = settings_from_shapes(info.shapes)
     except (ValueError, KeyError, IndexError) as error:
         raise LightningDiTError(f"{path}: {error}", "name the transformer's weights in ckpt_path") from error
-    if wrong := model_differences(wanted, found):
+    wrong = model_differences(wanted, found)
+    if wrong and found.num_classes == wanted.num_classes - 1:
+        raise LightningDiTError(
+            f"{path}: its class table has {wanted.num_classes} rows for the {wanted.num_classes} classes of"
+            f" {config.source}; it has no row for unlabelled images (no null class), guidance cannot be used",
+            "name weights that were trained with label dropout: their table has a row more",
+        )
+    if wrong:
         actual = preset_name(found) or f"{found.depth} layers of {found.hidden_size}"
         raise LightningDiTError(
             f"{path} holds {actual} and does not fit {config.source}: {'; '.join(wrong)}",

@@ -257,6 +257,17 @@ def test_fast_falls_back_with_a_warning_and_published_is_euler_with_250_points(c
     torch.testing.assert_close(without.images, published.images, rtol=0, atol=0.1)
 
 
+def test_a_solver_file_of_other_weights_gives_no_warning_and_is_said(calibrated, recwarn):
+    """As `solver_file: solvers.yaml` in a copy of the bundled configuration, for a model of one's own."""
+    file = calibrated / "solvers.yaml"
+    file.write_text(re.sub("weights: .*", "weights: 'fff'", file.read_text()))
+    pipe = LightningDiTPipeline.from_pretrained(calibrated)
+    sample = dataclasses.replace(pipe.config.sample, sampling_method="fast")
+    assert pipe.with_sample(sample)([1], output_type="latent").nfe == 25
+    assert not [warning for warning in recwarn if "solver" in str(warning.message)]
+    assert pipe.solver(sample).describe() == "ab3, 26 points, graded grid; solvers.yaml belongs to other weights"
+
+
 def test_points_asked_for_leave_a_named_solver_for_its_method_and_grid(calibrated):
     pipe = LightningDiTPipeline.from_pretrained(calibrated)
 

@@ -119,6 +119,13 @@ def test_as_dict_holds_what_differs_and_loads_again(tmp_path: Path) -> None:
     assert values["sample"] == {"cfg_scale": 3.0}
 
 
+@pytest.mark.parametrize("nothing", ["none", "None", "null", "~"])
+def test_nothing_has_several_spellings(nothing: str, tmp_path: Path) -> None:
+    text = f"sample: {{mode: SDE, last_step: {nothing}}}\ntransport: {{loss_weight: {nothing}}}"
+    config = load_config(write(tmp_path, text))
+    assert (config.sample.last_step, config.transport.loss_weight) == (None, None)
+
+
 def test_overrides_are_held_to_the_rules_and_named_as_the_caller_does() -> None:
     sample = SampleConfig(sampling_method="fast", timestep_shift=0.3)
     assert with_overrides(sample, cfg_scale=None) == sample

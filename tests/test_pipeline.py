@@ -215,6 +215,24 @@ def test_files_that_do_not_fit_are_named(old: str, new: str, message: str, tiny_
             open_it(path)
 
 
+def test_a_model_without_a_null_class_is_named_as_such(tiny_folder: Path) -> None:
+    file, name = tiny_folder / "transformer.safetensors", "y_embedder.embedding_table.weight"
+    weights = load_weights(file)
+    save_weights(weights | {name: weights[name][:-1]}, tiny_folder / "bare.safetensors")
+    path = edit(tiny_folder, "transformer.safetensors", "bare.safetensors")
+    for open_it in (verify_config, LightningDiTPipeline.from_config):
+        with pytest.raises(
+            LightningDiTError, match=r"has 3 rows for the 3 classes of .*no null class.*cannot be"
+        ) as caught:
+            open_it(path)
+        assert "num_classes" not in str(caught.value) and "2" not in str(caught.value.fix)
+
+
+def test_a_configuration_is_no_folder_of_save_pretrained(tiny_folder: Path) -> None:
+    with pytest.raises(LightningDiTError, match=r"config.yaml is a file; .*; fix: LightningDiTPipeline.from_config\("):
+        LightningDiTPipeline.from_pretrained(tiny_folder / "config.yaml")
+
+
 def test_nan_in_the_weights_is_found(tiny_folder: Path) -> None:
     file = tiny_folder / "transformer.safetensors"
     weights = {name: value.clone() for name, value in load_weights(file).items()}

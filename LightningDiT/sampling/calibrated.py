@@ -26,6 +26,10 @@ DIGITS = 9  # of the numbers in the file: a float32 exactly
 CALIBRATE = "python -m LightningDiT.tools.calibrate_solver --config FILE"
 
 
+class OtherWeightsError(LightningDiTError):
+    """A solver file belongs to other weights."""
+
+
 @dataclass(frozen=True)
 class CalibratedSolver:
     """One solver of n evaluations.
@@ -186,6 +190,7 @@ def find_solver(
         evaluations: the most that are allowed; by default any number.
 
     Raises:
+        OtherWeightsError: the file belongs to other weights.
         LightningDiTError: there is none; says what the file has.
     """
     fix = f"{CALIBRATE}, or another sampling_method"
@@ -193,7 +198,7 @@ def find_solver(
         raise LightningDiTError("sampling_method calibrated needs sample.solver_file", fix)
     file = load_solvers(sample.solver_file)
     if file.weights != (found := fingerprint()):
-        raise LightningDiTError(f"{sample.solver_file} belongs to weights {file.weights}, and these are {found}", fix)
+        raise OtherWeightsError(f"{sample.solver_file} belongs to weights {file.weights}, and these are {found}", fix)
     solver = file.best(sample, path_type, evaluations)
     if solver is None or sample.reverse:
         fitting = file.fitting(sample, path_type)

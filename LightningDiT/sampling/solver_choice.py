@@ -13,7 +13,7 @@ from torch import Tensor
 from LightningDiT.config import NAMED_SOLVERS, Config, SampleConfig, describe_solver, resolved_solver
 from LightningDiT.errors import LightningDiTError, warn_user
 from LightningDiT.loading import as_user_error, build_transport, guidance_of, required
-from LightningDiT.sampling.calibrated import CalibratedSolver, find_solver, weights_fingerprint
+from LightningDiT.sampling.calibrated import CalibratedSolver, OtherWeightsError, find_solver, weights_fingerprint
 from LightningDiT.transport import (
     ADAPTIVE_METHODS,
     ODE_METHODS,
@@ -44,18 +44,21 @@ class Solver:
         sample: the settings, a named solver spelt out.
         transport: of the model.
         calibrated: the calibrated solver that replaces the method, if any.
+        note: why `fast` has none, if the solver file belongs to other weights; `describe` says it.
     """
 
     sample: SampleConfig
     transport: Transport
     calibrated: CalibratedSolver | None = None
+    note: str = ""
 
     @classmethod
     def of(cls, sample: SampleConfig, transport: Transport, fingerprint: Callable[[], str]) -> Solver:
         """Return the solver of sampling settings; a solver file is read here and not again.
 
         `calibrated` is the solver with the most evaluations that `num_sampling_steps` points allow. `fast` is the one
-        with the most that the file has; if none fits, a warning says so and the named method is used.
+        with the most that the file has. If none fits the guidance, a warning says so and the named method is used. A
+        file of other weights, such as that of a copied configuration, gives no warning.
 
         Args:
             fingerprint: returns the `weights_fingerprint` of the transformer; called if a solver file is read.
@@ -72,6 +75,8 @@ class Solver:
         if sample.mode == "ODE" and name == FAST and sample.solver_file:
             try:
                 return replace(solver, calibrated=find_solver(sample, transport.path_type, fingerprint))
+            except OtherWeightsError:
+                solver = replace(solver, note=f"; {Path(sample.solver_file).name} belongs to other weights")
             except LightningDiTError as error:
                 reason = error.message.partition(";")[0].replace(sample.solver_file, Path(sample.solver_file).name)
                 method, points, _ = NAMED_SOLVERS[FAST]
@@ -98,7 +103,7 @@ class Solver:
             return f"calibrated, {self.calibrated.evaluations} evaluations"
         if self.is_adaptive:
             return f"{self.sample.sampling_method}, atol {self.sample.atol:g}, rtol {self.sample.rtol:g}"
-        return describe_solver(self.sample)
+        return describe_solver(self.sample) + self.note
 
     def times(self) -> Tensor:
         """Return the grid of times, from noise to data unless in reverse."""
