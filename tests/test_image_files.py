@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image, UnidentifiedImageError
 
 from LightningDiT.data.image_files import as_rgb, find_images, read_image, shown
 from LightningDiT.errors import LightningDiTError
@@ -74,3 +76,39 @@ def test_what_systems_and_tools_leave_is_passed_over_with_a_count(tmp_path: Path
         (tmp_path / "only").mkdir()
         (tmp_path / "only" / "x.npy").touch()
         find_images(tmp_path / "only")
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a program of a POSIX shell")
+def test_no_image_starts_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow hands PostScript to Ghostscript, whatever the file is called."""
+    programs, picture = tmp_path / "programs", tmp_path / "cat.png"
+    programs.mkdir()
+    (programs / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    (programs / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    picture.write_bytes(EPS)
+    with pytest.raises(UnidentifiedImageError):
+        read_image(picture)
+    assert not (tmp_path / "started").exists()
+    with contextlib.suppress(OSError), Image.open(picture) as opened:
+        opened.load()
+    assert (tmp_path / "started").exists()  # the program would have been found
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes of a POSIX file system")
+def test_a_pipe_among_images_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(OSError, match="a pipe, a file was expected"):
+        read_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000"])
+def test_the_usual_formats_are_read(kind: str, tmp_path: Path) -> None:
+    """From a file of any name."""
+    Image.new("RGB", (16, 8), (255, 255, 255)).save(tmp_path / "a.image", format=kind)
+    image = read_image(tmp_path / "a.image")
+    assert (image.size, image.mode, image.getpixel((3, 3))) == ((16, 8), "RGB", (255, 255, 255))

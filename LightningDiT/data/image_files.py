@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -12,16 +13,32 @@ import numpy as np
 from PIL import Image
 
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.files import open_regular
 
 WHITE_16_BIT = 65535
 #: Limit of width over height, or the reverse. The square crop of a longer image shows next to nothing of it, and
 #: enlarges it to gigabytes first.
 LONGEST = 256
+#: Formats that are read, whatever Pillow has more of: for some others (EPS) it starts an external program.
+FORMATS = ("PNG", "JPEG", "WEBP", "MPO", "JPEG2000", "AVIF", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA", "QOI", "ICO")
 #: Names, beside those that begin with a dot, under which systems and tools leave things among people's files.
 LITTER = frozenset(
     ("__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 )
 LISTED = 5  # kinds of files in a note
+
+
+@contextlib.contextmanager
+def open_image(file: str | Path) -> Iterator[Image.Image]:
+    """Open a regular file of one of `FORMATS`, whatever its name; raises as `read_image`."""
+    with open_regular(file) as stream, Image.open(stream, formats=_formats()) as opened:
+        yield opened
+
+
+def _formats() -> list[str]:
+    """Return those of `FORMATS` that this Pillow reads."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def read_image(file: str | Path) -> Image.Image:
@@ -31,7 +48,7 @@ def read_image(file: str | Path) -> Image.Image:
         Exception: arbitrary bytes make Pillow's readers fail in arbitrary ways; ValueError for an image beyond
             `LONGEST`.
     """
-    with Image.open(file) as opened:
+    with open_image(file) as opened:
         if max(opened.size) > LONGEST * min(opened.size):
             raise ValueError(f"it has {opened.width}x{opened.height} pixels, which make no square")
         return as_rgb(opened)
@@ -88,8 +105,8 @@ def find_images(folder: str | Path, known: Collection[str] = ()) -> FoundImages:
     root = Path(folder)
     if root.is_file():
         raise LightningDiTError(f"{root} is a file, a folder of images was expected", f"name {root.parent}")
-    Image.init()
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    formats = _formats()
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in formats}
     litter: list[Path] = []
     below = sorted(_files_below(root, litter)) if root.is_dir() else []
     files = [path for path in below if path.suffix.lower() in endings]

@@ -13,8 +13,9 @@ from PIL import Image
 
 from LightningDiT.config import Config
 from LightningDiT.console import duration
+from LightningDiT.data.image_files import open_image
 from LightningDiT.distributed import ALONE, Processes
-from LightningDiT.files import atomic_path
+from LightningDiT.files import read_bytes, write_text
 from LightningDiT.images import image_grid, save_png
 from LightningDiT.sampling.options import describe_settings
 from LightningDiT.sampling.pipeline import LightningDiTPipeline
@@ -105,7 +106,7 @@ def write_report(demo: Demo, path: Path) -> Path:
     figures = []
     for file, caption in zip(demo.run.paths, demo.captions, strict=True):
         if file is not None:
-            data = base64.b64encode(file.read_bytes()).decode()
+            data = base64.b64encode(read_bytes(file)).decode()
             label = html.escape(caption)
             image = f'<img alt="{label}" src="data:image/png;base64,{data}">'
             figures.append(f"<figure>{image}<figcaption>{label}</figcaption></figure>")
@@ -115,8 +116,7 @@ def write_report(demo: Demo, path: Path) -> Path:
         f"<style>{REPORT_STYLE}</style><h1>LightningDiT samples</h1><div>{''.join(figures)}</div>"
         f"<h2>Settings</h2><pre>{settings}</pre><h2>Timings</h2><pre>{html.escape(demo.summary())}</pre></html>\n"
     )
-    with atomic_path(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return path
 
 
@@ -127,7 +127,7 @@ def _grid(paths: Sequence[Path | None], captions: Sequence[str], side: int) -> I
         if path is None:
             images.append(Image.new("RGB", (side, side), GAP_COLOUR))
             continue
-        with Image.open(path) as image:  # closed at once: a contact sheet has a thousand files
+        with open_image(path) as image:  # closed at once: a contact sheet has a thousand files
             images.append(image.convert("RGB"))
     return image_grid(images, captions, _columns(captions))
 
