@@ -43,6 +43,7 @@ from LightningDiT.training.run_dir import RunDir, load_optimizer
 from LightningDiT.training.scaler import LossScaler
 from LightningDiT.training.schedule import learning_rate, schedule_lengths
 
+WEIGHTS_NAME = "transformer.safetensors"
 TERMS = ("loss", "cos_loss")
 SCALING = ("latent_norm", "latent_multiplier")  # how latents become the model's; a run keeps it
 
@@ -279,16 +280,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         train = config.train
         path = args.output or Path(train.output_dir) / train.exp_name
-        run = RunDir(path, train.keep_checkpoints, train.keep_every, regular=train.ckpt_every)
+        run = RunDir(path, train.keep_checkpoints, train.keep_every, train.ckpt_every, [WEIGHTS_NAME])
         starts = processes.from_main(lambda: run.newest() is None)
         trainer = processes.agree(lambda: Trainer(config, processes, starts))
         monitors = processes.agree(
             lambda: configured_monitors(config, trainer.data, trainer.averaged_model, run.path, processes)
         )
         processes.say(settings_text(config, False) + "\n" + trainer.summary())
-        weights = run_loop(
-            trainer, run, loop_settings(config, args.max_steps), "transformer.safetensors", processes, monitors
-        )
+        weights = run_loop(trainer, run, loop_settings(config, args.max_steps), WEIGHTS_NAME, processes, monitors)
         processes.say(
             f"wrote {weights}\n"
             f"Next: set ckpt_path: {weights} in {args.config}, and"

@@ -21,7 +21,7 @@ from LightningDiT.data.labels import names_of_model
 from LightningDiT.data.shards import shard_path, write_shard
 from LightningDiT.distributed import ALONE
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.files import held_folder
+from LightningDiT.files import LOCK, held_folder
 from LightningDiT.tokenizer.latents import LatentStats
 from LightningDiT.training import log_rows, loop
 from LightningDiT.training.curves import read_log
@@ -425,6 +425,16 @@ def test_latents_of_another_shape_or_class_are_named(training_config: Path) -> N
     training_config.write_text(text.replace("data_path: latents", "data_path: none"))
     with pytest.raises(LightningDiTError, match=r"names no data.data_path; fix: python -m LightningDiT.extract_feat"):
         train.main(["--config", str(training_config)])
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "transformer.safetensors", "curves.png"])
+def test_foreign_files_in_the_folder_are_refused(name: str, training_config: Path) -> None:
+    folder = training_config.parent / "run"
+    folder.mkdir()
+    (folder / name).write_text("precious")  # without the end of a line, which a run would remove
+    with pytest.raises(LightningDiTError, match=f"run holds {name} and no checkpoint.*; fix: choose another --output"):
+        train.main(["--config", str(training_config), "--output", str(folder)])
+    assert {path.name: path.read_text() for path in folder.iterdir() if path.name != LOCK} == {name: "precious"}
 
 
 def test_a_folder_has_one_training_at_a_time(training_config: Path) -> None:

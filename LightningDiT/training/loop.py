@@ -22,7 +22,7 @@ from LightningDiT.training.curves import LiveCurves
 from LightningDiT.training.ema import Ema
 from LightningDiT.training.guard import MAX_RETURNS, Guard, GuardSettings, NotFiniteError
 from LightningDiT.training.log_rows import AverageMeter, row_text
-from LightningDiT.training.run_dir import RunDir, random_state, set_random_state, step_of
+from LightningDiT.training.run_dir import RunDir, random_state, require_form, restoring, set_random_state, step_of
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and the end of a job's time
 GRACE = 5.0  # seconds: a launcher passes on a Ctrl-C that the terminal has sent to all of its processes already
@@ -99,11 +99,12 @@ def train(
     Ctrl-C ends after the current step and saves; running the same command again goes on from there.
 
     Raises:
-        LightningDiTError: the folder holds a run of other settings, or trouble comes again and again.
+        LightningDiTError: the folder holds a run of other settings or foreign files, or trouble comes again and again.
     """
     path = run.path / weights_name
     with contextlib.ExitStack() as held:
         processes.from_main(lambda: held.enter_context(held_folder(run.path, "training")))
+        processes.from_main(run.refuse_foreign)
         with LiveCurves(run.path) as curves:
             _Loop(trainer, run, settings, processes, monitors, curves).run_to_end()
         processes.from_main(lambda: _save_average(trainer.ema, path, trainer.metadata))
@@ -192,7 +193,9 @@ class _Loop:
             )
         state = load_training_state(path)
         now = self.trainer.settings | _shapes(self.trainer.state_dict())
-        if changed := setting_differences(state.get("settings", {}) | _shapes(state), now, ignored=CHANGEABLE):
+        with restoring(path):
+            changed = setting_differences(state.get("settings", {}) | _shapes(state), now, ignored=CHANGEABLE)
+        if changed:
             more = [f"and {len(changed) - LISTED} more"] if len(changed) > LISTED else []
             raise LightningDiTError(
                 f"{self.run.path} holds a run of other settings ({'; '.join(changed[:LISTED] + more)})",
@@ -205,9 +208,11 @@ class _Loop:
     def _load(self, path: Path) -> dict[str, Any]:
         """Give the trainer the state in `path` and return it."""
         state = self.processes.agree(lambda: load_training_state(path))
-        self.trainer.load_state_dict(state)
-        set_random_state(state["random"])
-        self.done = int(state["step"])
+        with restoring(path):
+            require_form(state, {"guard": self.guard.state_dict(), "random": {}} | self.trainer.state_dict())
+            self.trainer.load_state_dict(state)
+            set_random_state(state["random"])
+        self.done = step_of(path)
         return state
 
     def _save(self) -> None:

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
+import math
+import os
 import random
 import re
 import zipfile
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from LightningDiT.checkpoint import load_training_state, save_training_state
+from LightningDiT.checkpoint import kind_of, load_training_state, save_training_state
 from LightningDiT.device import gpu_random_states, set_gpu_random_states
-from LightningDiT.errors import LightningDiTError
+from LightningDiT.errors import LightningDiTError, first_line, is_out_of_memory
 from LightningDiT.files import disk_errors
 
 STEP_DIGITS = 7  # at least
+CURVES = "curves.png"
+OPTIONAL = ("last_finite",)  # entries that older checkpoints do not hold
+OPTIMIZERS = ("opt", "optimizer", "judges")  # entries for `load_optimizer`
+ADAM_STATE = {"step", "exp_avg", "exp_avg_sq"}
 CHECKPOINT = re.compile(rf"checkpoint-(\d{{{STEP_DIGITS},}})\.pt")
 #: Temporary files of `atomic_path` that a killed process leaves behind.
 LEFTOVERS = (".checkpoint-*.pt.*.tmp", ".*.safetensors.*.tmp", ".curves.png.*.tmp", "samples/.step-*.png.*.tmp")
@@ -35,10 +45,13 @@ class RunDir:
         keep_every: checkpoints at multiples of this step are kept too; 0 is off.
         regular: steps between two regular checkpoints. A run in trouble goes back to the newest one of these, so it
             is kept whatever Ctrl-C saves after it.
+        results: names of the files that the run writes at its end.
     """
 
-    def __init__(self, path: str | Path, keep: int = 2, keep_every: int = 0, regular: int = 1) -> None:
-        self.path = Path(path)
+    def __init__(
+        self, path: str | Path, keep: int = 2, keep_every: int = 0, regular: int = 1, results: Sequence[str] = ()
+    ) -> None:
+        self.path, self.results = Path(path), results
         self.keep, self.keep_every, self.regular = keep, keep_every, regular
         self._damage: dict[Path, str | None] = {}  # of the checkpoints that were read so far
 
@@ -63,6 +76,18 @@ class RunDir:
         for path in found:
             if path not in kept:
                 path.unlink(missing_ok=True)
+
+    def refuse_foreign(self) -> None:
+        """Raise LightningDiTError if a file that the run would write lies in a folder without its checkpoints.
+
+        A run writes its first checkpoint before anything else.
+        """
+        there = [name for name in (self._log.name, CURVES, *self.results) if os.path.lexists(self.path / name)]
+        if there and not self.checkpoints():
+            raise LightningDiTError(
+                f"{self.path} holds {there[0]} and no checkpoint, so it is of another origin",
+                "choose another --output, or move it away",
+            )
 
     def sweep(self) -> None:
         """Delete the temporary files and the torn last line of the log that a killed process left behind."""
@@ -125,12 +150,82 @@ def damage_of(path: Path) -> str | None:
         with zipfile.ZipFile(path) as archive:
             if part := archive.testzip():
                 return f"its part {part} is damaged"
-        load_training_state(path)
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
+        step = load_training_state(path).get("step")
+    except PermissionError as error:
+        return f"it cannot be read ({error.strerror})"
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, ValueError, OSError, EOFError) as error:
         return f"it is cut short ({error})"
     except LightningDiTError as error:
         return error.message
-    return None
+    return None if step == step_of(path) else f"its name says step {step_of(path)}, its content {step!r:.40}"
+
+
+@contextlib.contextmanager
+def restoring(path: Path) -> Iterator[None]:
+    """Turn what odd entries of the checkpoint `path` raise while a run restores them into one line."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = f"entry {error} is missing" if isinstance(error, KeyError) else first_line(error)
+        raise LightningDiTError(
+            f"{path} does not fit this run ({reason})",
+            "delete it to go on from the checkpoint before it, or choose another --output",
+        ) from error
+
+
+def require_form(found: object, own: object, name: str = "the checkpoint") -> None:
+    """Raise ValueError unless the entries of a checkpoint have the forms of a run's own ones.
+
+    Dictionaries have the same names, tensors the same shapes and kinds, numbers are finite. Optimizers, for which there
+    is `load_optimizer`, and values of other types are not looked at.
+
+    Args:
+        name: of the entry, for the message.
+    """
+    if isinstance(own, Mapping):
+        if not isinstance(found, Mapping):
+            raise ValueError(f"{name} is {type(found).__name__}, a dictionary is expected")
+        for key in own:
+            if key in found and key not in OPTIMIZERS:
+                require_form(found[key], own[key], f"entry {key}")
+            elif key not in found and key not in OPTIONAL:
+                raise ValueError(f"entry {key} is missing")
+    elif isinstance(own, Tensor):
+        if not isinstance(found, Tensor) or (found.shape, kind_of(found)) != (own.shape, kind_of(own)):
+            given = f"{kind_of(found)} {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(f"{name} is {given}, {kind_of(own)} {list(own.shape)} is expected")
+    elif isinstance(own, list | tuple):
+        if not isinstance(found, list | tuple) or not all(_is_number(value) for value in found):
+            raise ValueError(f"{name} is no list of finite numbers")
+    elif isinstance(own, int | float) and not _is_number(found):
+        raise ValueError(f"{name} is {found!r:.40}, a finite number is expected")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Restore what the `state_dict` of an Adam or AdamW returned.
+
+    Raises:
+        ValueError: an entry has another form.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    for found, own in zip(state["param_groups"], groups, strict=True):
+        require_form(found, own, "a group of the optimizer")
+    for values in state["state"].values():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and kind_of(value) != "real":  # torch would convert it
+                raise ValueError(f"{name} of the optimizer is {kind_of(value)}, real numbers are expected")
+    optimizer.load_state_dict(copy.deepcopy(dict(state)))  # else it would go on reading the file
+    for parameter, values in optimizer.state.items():
+        if missing := ADAM_STATE - set(values):
+            raise ValueError(f"entry {min(missing)} of the optimizer is missing")
+        for name, value in values.items():
+            require_form(value, torch.zeros(()) if name == "step" else parameter.detach(), f"{name} of the optimizer")
 
 
 def random_state() -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import json
 import math
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from LightningDiT.checkpoint import inspect, save_weights, without_values
 from LightningDiT.config import setting_differences
-from LightningDiT.data.image_sets import ImageBatch, ImageSet, Unreadable
+from LightningDiT.data.image_sets import ImageBatch, ImageSet, Unreadable, evenly_spaced
 from LightningDiT.data.prefetching import StepPrefetcher
 from LightningDiT.device import PRECISIONS, autocast, best_device, training_dtype
 from LightningDiT.distributed import ALONE, Processes
@@ -36,7 +35,7 @@ from LightningDiT.training.ema import Ema
 from LightningDiT.training.guard import require_finite
 from LightningDiT.training.loop import LoopSettings, Monitor
 from LightningDiT.training.loop import train as run_loop
-from LightningDiT.training.run_dir import RunDir, step_of
+from LightningDiT.training.run_dir import RunDir, load_optimizer, step_of
 from LightningDiT.training.schedule import BatchOrder, learning_rate, process_rows, schedule_lengths
 
 AVERAGE, TRAINED = "tokenizer.safetensors", "training.safetensors"
@@ -254,11 +253,11 @@ class TokenizerTrainer:
 
     @torch.no_grad()
     def save_picture(self, path: Path) -> None:
-        """Draw the first images above their reconstructions (of the posterior's mode) by the averaged weights."""
+        """Draw evenly spaced images above their reconstructions (of the posterior's mode) by the averaged weights."""
         with without_values():
             model = AutoencoderKL(self.model.settings)
         model.load_state_dict(self.ema.weights, assign=True)
-        pixels = self.images.batch(range(min(PICTURE_IMAGES, self.images.count)), Unreadable.NEXT).pixels
+        pixels = self.images.batch(evenly_spaced(self.images.count, PICTURE_IMAGES), Unreadable.NEXT).pixels
         copies = model.eval().decode(model.encode(to_float(pixels.to(self.device))).mode())
         save_reconstructions(pixels.permute(0, 2, 3, 1), to_uint8(copies).cpu(), path)
 
@@ -276,9 +275,9 @@ class TokenizerTrainer:
         """Restore what `state_dict` returned."""
         self.model.load_state_dict(state["model"])
         self.criterion.load_state_dict(state["criterion"])
-        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # else it would go on reading the file
+        load_optimizer(self.optimizer, state["optimizer"])
         if self.disc_optimizer:
-            self.disc_optimizer.load_state_dict(copy.deepcopy(state["judges"]))
+            load_optimizer(self.disc_optimizer, state["judges"])
         self.ema.load_state_dict(state["average"])
 
 
@@ -350,7 +349,7 @@ def train_stage(stage: Stage, processes: Processes = ALONE) -> Path:
         LightningDiTError: see `build_networks` and `training.loop.train`.
     """
     config, folder = stage.config, stage.folder
-    run, finished = RunDir(folder, regular=config.ckpt_every), folder / TRAINED
+    run, finished = RunDir(folder, regular=config.ckpt_every, results=(AVERAGE, TRAINED, PICTURE)), folder / TRAINED
     starts = processes.from_main(lambda: run.newest() is None)
     if config.weight_init and not starts:
         processes.say(f"note: {folder} has checkpoints to go on from; {config.weight_init} is not read")
