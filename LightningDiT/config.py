@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping
@@ -18,7 +19,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.files import read_text
 
+MOST_YAML, MOST_BRACKETS = 2**20, 100  # bytes of a file, brackets within brackets
 #: How to get a configuration that does not exist, for the pipeline and for a training.
 STEP3 = "python step3_setup_configs.py"
 TRAINING_FIX = f"copy one of those in {Path(__file__).parent / 'configs'}"
@@ -341,9 +344,9 @@ def read_yaml(path: str | Path, fix: str = STEP3) -> dict[str, Any]:
     Raises:
         LightningDiTError: it is missing, a folder, no YAML, or holds no mapping.
     """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
-
-    from LightningDiT.yaml_data import read
 
     file = Path(path)
     if not file.exists():
@@ -351,14 +354,32 @@ def read_yaml(path: str | Path, fix: str = STEP3) -> dict[str, Any]:
     if file.is_dir():
         raise LightningDiTError(f"configuration {path} is a folder, a YAML file was expected", "name the file")
     try:
-        loaded = read(file)
-    except (YAMLError, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())
+        text = read_text(file, MOST_YAML, "utf-8-sig")
+        _refuse_deep_brackets(text)
+        loaded = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except (YAMLError, OmegaConfBaseException, ValueError, OSError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
         raise LightningDiTError(
             f"configuration {path} is no valid YAML ({reason[:200]})",
             f"correct it, or {fix}",
         ) from error
     return as_mapping(loaded, str(path))
+
+
+def _refuse_deep_brackets(text: str) -> None:
+    """Raise ValueError for brackets within brackets that keep YAML's reader busy for minutes."""
+    depth = 0
+    for bracket in re.findall(r"[\[\]{}]", text):
+        depth = max(0, depth + (1 if bracket in "[{" else -1))
+        if depth > MOST_BRACKETS:
+            raise ValueError("nested too deeply")
+
+
+def as_yaml(values: Mapping[str, Any]) -> str:
+    """Return plain values as YAML text that `read_yaml` gives back, the keys in their order."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(dict(values)))
 
 
 def typed(cls: type[T], values: dict[str, Any], where: str, hidden: tuple[str, ...] = ()) -> T:
@@ -438,7 +459,8 @@ def _check_values(config: Config) -> None:
     names, classes = config.data.class_names, config.data.num_classes
     if names is not None and len(names) != classes:
         raise LightningDiTError(
-            f"{config.source}: data.class_names has {len(names)} names for {classes} classes", "name every class once"
+            f"{config.source}: data.class_names has {len(names)} names for {classes} classes",
+            "remove data.class_names (latents carry the names of theirs), or name every class once",
         )
     size, ratio = config.data.image_size, config.vae.downsample_ratio
     if size % ratio:

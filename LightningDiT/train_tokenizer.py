@@ -16,7 +16,8 @@ from functools import partial
 from pathlib import Path
 
 from LightningDiT.console import positive, run_main
-from LightningDiT.data.image_sets import ImageSet, open_fashion_mnist, open_files
+from LightningDiT.data.fashion_mnist import holds_fashion_mnist
+from LightningDiT.data.image_sets import ImageSet, Unreadable, evenly_spaced, open_fashion_mnist, open_files
 from LightningDiT.device import best_device
 from LightningDiT.distributed import launched_processes
 from LightningDiT.errors import LightningDiTError
@@ -32,6 +33,7 @@ from LightningDiT.training.tokenizer_training import AVERAGE, TRAINED, Stage, tr
 STAGES = tuple(TOKENIZER_CONFIGS / f"vavae_f16d32_stage{number}.yaml" for number in (1, 2, 3))
 #: Fields that the command line sets for all stages.
 OPTIONS = ("batch_size", "lpips_weights", "vision_weights")
+LOOKED_AT = 64  # images whose shape is looked at before the training
 FASHION_MNIST_SIDE = 32  # pixels, with the border
 
 
@@ -49,6 +51,29 @@ def open_images(args: argparse.Namespace, side: int) -> ImageSet:
             "name a folder of images by --images, or set ddconfig.resolution: 32",
         )
     return open_fashion_mnist(args.data_root, "train")
+
+
+def check_images(args: argparse.Namespace, tokenizers: Sequence[TokenizerConfig]) -> list[str]:
+    """Open the training images of every stage, read one, and return lines about them; nothing is downloaded.
+
+    Raises:
+        LightningDiTError: see `open_images`; or none can be read.
+    """
+    if not args.images and not holds_fashion_mnist(Path(args.data_root)):
+        return [f"{args.data_root} has no photographs of Fashion-MNIST yet; training downloads them"]
+    lines: dict[str, None] = {}
+    for tokenizer in tokenizers:
+        images = open_images(args, autoencoder_settings(tokenizer).resolution)
+        looked_at = images.batch(evenly_spaced(images.count, LOOKED_AT), Unreadable.NEXT)
+        lines |= dict.fromkeys(
+            (*(f"note: {note}" for note in images.notes), f"{images.count} images of {images.source}")
+        )
+        if cut := int((looked_at.cut > 0).sum()):
+            lines[
+                f"note: {cut} of {len(looked_at.cut)} images looked at are not square: the crop leaves out both ends of"
+                f" their longer side, up to {float(looked_at.cut.max()):.0%} of it"
+            ] = None
+    return list(lines)
 
 
 def make_stage(tokenizer: TokenizerConfig, args: argparse.Namespace, folder: Path, before: Path | None) -> Stage:
@@ -86,7 +111,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--vision-weights", metavar="FILE", help="in place of train.vision_weights")
     parser.add_argument("--max-steps", type=positive, help="end each stage earlier than the YAML says")
     parser.add_argument("--without-lpips", action="store_true", help="leave LPIPS out, whatever its weight")
-    parser.add_argument("--dry-run", action="store_true", help="print the settings and end")
+    parser.add_argument("--dry-run", action="store_true", help="print the settings, look at the images and end")
     return parser.parse_args(argv)
 
 
@@ -96,10 +121,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     with launched_processes(on_gpus=best_device().type != "cpu") as processes:
         tokenizers = processes.agree(lambda: [load_tokenizer_config(path) for path in args.config])
         if args.dry_run:
-            if args.images:
-                processes.from_main(lambda: [make_stage(one, args, Path(args.output), None) for one in tokenizers])
             processes.say("\n".join(map(settings_text, tokenizers)))
+            processes.say(processes.from_main(lambda: "\n".join(check_images(args, tokenizers))))
             return 0
+        if args.images:
+            processes.say(processes.from_main(lambda: "\n".join(check_images(args, tokenizers))))
         before: Path | None = None
         for number, tokenizer in enumerate(tokenizers, 1):
             folder = Path(args.output) / f"stage{number}" if len(tokenizers) > 1 else Path(args.output)

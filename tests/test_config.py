@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
-from LightningDiT.config import Config, SampleConfig, as_dict, load_config, with_overrides
+import LightningDiT.config as settings
+from LightningDiT.config import Config, SampleConfig, as_dict, as_yaml, load_config, with_overrides
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.loading import guidance_of
 from LightningDiT.tokenizer.config import load_tokenizer_config, tokenizer_config_path, tokenizer_training
@@ -66,7 +68,12 @@ def test_what_is_left_out_has_its_default(tmp_path: Path) -> None:
         ("data: {latent_norm: 1}", "latent_norm is 1; bool is expected"),
         ("data: [1, 2]", "is .1, 2.; a mapping"),
         ("data: {num_classes: 0}", "data.num_classes is 0; a positive number"),
-        ("data: {num_classes: 2, class_names: [one]}", "1 names for 2 classes"),
+        ("data: {num_classes: 2, class_names: [one]}", "1 names for 2 classes; fix: remove data.class_names"),
+        (
+            "data: {num_classes: 2, class_names: [a, No]}",
+            "class_names is False; str is expected; fix: put it in quotes",
+        ),
+        ("data: {num_classes: 2, class_names: [1, 2]}", "class_names is 1; str is expected; fix: put it in quotes"),
         ("data: {image_size: 250}", "image_size 250 is no multiple of vae.downsample_ratio 16"),
         ("sample: {num_sampling_steps: 1}", "num_sampling_steps is 1; 2 or more"),
         ("sample: {time_grid: curved}", "time_grid is 'curved'; shifted or graded"),
@@ -168,3 +175,61 @@ def test_a_tokenizer_file_refuses_unknown_keys(tmp_path: Path) -> None:
     text = "model: {params: {embed_dim: 4, ddconfig: {ch: 32}}}\ntrain: {max_stepz: 5}"
     with pytest.raises(LightningDiTError, match="'max_stepz'; did you mean 'max_steps'"):
         load_tokenizer_config(write(tmp_path, text))
+
+
+def test_text_is_literal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stranger's configuration reads neither the environment nor another key."""
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    path = tmp_path / "config.yaml"
+    names = ["${oc.env:HF_TOKEN}", "${ckpt_path}", "${unknown:1}", "???", "2024-01-01"]
+    path.write_text(as_yaml({"ckpt_path": "a.pt", "data": {"num_classes": len(names), "class_names": names}}))
+    assert list(settings.load_config(path).data.class_names) == names
+    assert settings.read_yaml(path)["data"]["class_names"] == names
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "!!python/object/apply:os.system ['true']",
+        "a: !!python/name:os.system",
+        "a: 1\na: 2",
+        "a: &a [*a]",
+        "\n".join(["a0: &a0 [x, x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12))]),
+        "[" * 100_000,
+        "\n".join(" " * level + "a:" for level in range(1300)),
+        "a: " + "9" * 5000,
+        "a: '" + "x" * (settings.MOST_YAML + 1) + "'",
+        "a: [",
+        "a: '${'",
+        "[1, 2]",
+    ],
+    ids=lambda text: text[:20],
+)
+def test_what_runs_or_grows_or_is_no_mapping_is_one_line(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(LightningDiTError) as refusal:
+        settings.read_yaml(path)
+    assert len(str(refusal.value)) < 1000
+    assert "\n" not in str(refusal.value)
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    values = {
+        "texts": ["1e-4", "1.5e3", "No", "null", "12", "${a}", " x ", "图", "a: b", "", "2024-01-01"],
+        "numbers": [1e-4, 1.5e3, 12, -1.0, float("inf"), 1e-30],
+        "others": [None, True, {"a": [], "b": {}}],
+        "same": [shared := [1, 2], shared],
+    }
+    path.write_text(as_yaml(values), encoding="utf-8")
+    assert settings.read_yaml(path) == values
+    path.write_text("")
+    assert settings.read_yaml(path) == {}
+
+
+def test_numbers_with_exponents_and_merged_keys(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("a: &a {lr: 2e-4, x: 1.5e3}\nb: {<<: *a, x: 1}\n")
+    assert settings.read_yaml(path)["b"] == {"lr": 2e-4, "x": 1}
+    assert yaml.safe_load(path.read_text())["b"]["lr"] == "2e-4"  # as YAML 1.1 has it

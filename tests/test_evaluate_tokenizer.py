@@ -166,6 +166,20 @@ def test_what_cannot_be_had_is_left_out_and_said(
     assert "the Frechet distance is left out: one image has no covariance" in one["notes"]
 
 
+def test_a_part_of_the_images_is_spread_over_all_of_them(tmp_path: Path) -> None:
+    """Of 40 images in the order of their shades, and of 20 of these, eight in equal steps are shown."""
+    for shade in range(40):
+        Image.new("RGB", (32, 32), (6 * shade,) * 3).save(tmp_path / f"{shade:02d}.png")
+    output = tmp_path / "out"
+    options = ["--config", str(BUNDLED / "tokenizer.yaml"), "--images", str(tmp_path), "--features", "judge"]
+    for more, shades in ((("--count", "20"), [0, 4, 10, 14, 20, 24, 30, 34]), ((), [0, 5, 10, 15, 20, 25, 30, 35])):
+        assert main([*options, "--batch-size", "3", "--output", str(output), *more]) == 0
+        with Image.open(output / "reconstructions.png") as picture:
+            step = (picture.width - 4) // 8
+            found = [picture.getpixel((4 + index * step + step // 2, 64)) for index in range(8)]
+        assert found == [(6 * shade,) * 3 for shade in shades]
+
+
 def test_images_that_are_too_small_for_a_network_are_noted() -> None:
     pytest.importorskip("torchmetrics")
     measures = make_measures(side=15, count=1, features="judge")

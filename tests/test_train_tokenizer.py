@@ -247,3 +247,28 @@ def test_two_processes_train_as_one_with_the_same_batch(fashion_folder: Path, tm
     for name, value in one.items():
         # a shift before a norm of its own channel has no gradient, and Adam turns rounding into steps of its rate
         torch.testing.assert_close(two[name], value, atol=1e-5 if value.dim() > 1 else 4 * 1e-4, rtol=0)
+
+
+def test_a_dry_run_looks_at_the_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--config", str(BUNDLED / "tokenizer.yaml"), "--dry-run", "--output", str(tmp_path / "out")]
+    images = tmp_path / "images"
+    with pytest.raises(LightningDiTError, match="no images in .*images: it is not there"):
+        train_tokenizer.main([*options, "--images", str(images)])
+    images.mkdir()
+    (images / "x.npy").touch()
+    for number, size in enumerate(((64, 100), (32, 32), (40, 30))):
+        Image.new("RGB", size).save(images / f"{number}.png")
+    assert train_tokenizer.main([*options, "--images", str(images)]) == 0
+    said = capsys.readouterr().out
+    assert f"note: passed over 1 files that are no images: .npy 1\n3 images of {images}\n" in said
+    assert (
+        "note: 2 of 3 images looked at are not square: the crop leaves out both ends of their longer side, up" in said
+    )
+    (images / "1.png").write_bytes(b"")
+    (images / "0.png").write_bytes(b"")
+    (images / "2.png").write_bytes(b"")
+    with pytest.raises(LightningDiTError, match="none of the 3 images"):
+        train_tokenizer.main([*options, "--images", str(images)])
+    assert train_tokenizer.main([*options, "--data-root", str(tmp_path)]) == 0
+    assert "has no photographs of Fashion-MNIST yet" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
