@@ -76,6 +76,15 @@ def require_regular(path: str | Path) -> None:
     open_regular(path).close()
 
 
+def require_unicode(path: str | Path) -> None:
+    """Raise LightningDiTError for a path that is no UTF-8, which the readers of tensors do not open."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        text = str(path).encode("utf-8", "backslashreplace").decode()
+        raise LightningDiTError(f"the path {text} is no UTF-8, which files of tensors need", "rename that") from None
+
+
 def read_bytes(path: str | Path, at_most: int = MOST_TEXT) -> bytes:
     """Return the content of a regular file.
 
@@ -114,12 +123,15 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | Path, aside: Path | None = None, ours: Ours | None = None) -> Iterator[Path]:
+def atomic_path(
+    path: str | Path, aside: Path | None = None, ours: Ours | None = None, over_link: bool = False
+) -> Iterator[Path]:
     """Give an empty file beside `path`, which takes its place if the block ends without an error.
 
     Args:
         aside: new name of the file, link or folder that was there.
         ours: refuse to replace a file for which it is false; an empty file holds nothing and may go.
+        over_link: replace a link, as one that this program made; what it leads to stays.
 
     Raises:
         LightningDiTError: the system refuses to write; or a link, folder, pipe, socket or device has the name.
@@ -128,7 +140,7 @@ def atomic_path(path: str | Path, aside: Path | None = None, ours: Ours | None =
     with disk_errors(target):
         with contextlib.suppress(FileExistsError):  # of a file; the next line says what is wrong
             target.parent.mkdir(parents=True, exist_ok=True)
-        require_replaceable(target, aside is not None, ours)
+        require_replaceable(target, aside is not None, ours, over_link)
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=UNFINISHED, dir=target.parent)
         temporary = Path(name)
         try:
@@ -136,7 +148,7 @@ def atomic_path(path: str | Path, aside: Path | None = None, ours: Ours | None =
             yield temporary
             if not temporary.is_symlink():  # the mode of the file that it leads to is not ours
                 temporary.chmod(0o666 & ~_umask())
-            require_replaceable(target, aside is not None)
+            require_replaceable(target, aside is not None, None, over_link)
             if os.name == "nt":  # where open files have no new names
                 os.close(handle)
                 handle = -1
@@ -149,17 +161,17 @@ def atomic_path(path: str | Path, aside: Path | None = None, ours: Ours | None =
             temporary.unlink(missing_ok=True)
 
 
-def require_replaceable(target: Path, aside: bool = False, ours: Ours | None = None) -> None:
+def require_replaceable(target: Path, aside: bool = False, ours: Ours | None = None, over_link: bool = False) -> None:
     """Raise LightningDiTError unless a new file may take the name `target`.
 
     Args:
         aside: what is there gets another name; links and folders can have one too.
-        ours: see `atomic_path`.
+        ours, over_link: see `atomic_path`.
     """
     kind = kind_of(target)
     if kind is None or (kind == "file" and (ours is None or not os.lstat(target).st_size or ours(target))):
         return
-    if aside and kind in ("file", "link", "folder"):
+    if (aside and kind in ("file", "link", "folder")) or (over_link and kind == "link"):
         return
     what = "this program did not write the one that is there" if kind == "file" else f"it is a {kind}"
     other = f"name another file, or {rename_command(target, '.old')}" if kind != "device" else "name another file"
@@ -175,7 +187,7 @@ def _umask() -> int:
 def write_text(path: str | Path, text: str, ours: Ours | None = None) -> None:
     """Write a text file in UTF-8, by `atomic_path`."""
     with atomic_path(path, ours=ours) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names in folders may be no Unicode
 
 
 def open_own(path: Path, shared: bool = False) -> IO[bytes]:

@@ -20,7 +20,7 @@ if __package__ in (None, ""):
 
 from LightningDiT.config import Config, load_config  # noqa: E402
 from LightningDiT.console import duration, positive, run_main  # noqa: E402
-from LightningDiT.files import check_space, check_target  # noqa: E402
+from LightningDiT.files import check_space  # noqa: E402
 from LightningDiT.sampling.options import (  # noqa: E402
     add_class_options,
     add_sampling_options,
@@ -126,7 +126,7 @@ def run_folder(config: Config, args: argparse.Namespace, processes: Processes) -
     processes.say(describe_settings(config, count, output))
     processes.from_main(lambda: check_space(output, count, config.data.image_size))
     if file is not None:
-        processes.from_main(lambda: check_target(file))
+        processes.from_main(lambda: _check_npz(file))
     if args.dry_run:
         return processes.from_main(lambda: check_run(config, classes_of(args, config.data.num_classes)))
     pipe = processes.agree(lambda: LightningDiTPipeline.from_config(config))
@@ -157,6 +157,12 @@ def labels_of(pipe: LightningDiTPipeline, args: argparse.Namespace, count: int) 
         return random_labels(count, classes, args.seed)
     chosen = pipe.labels.numbers(classes_of(args, classes))
     return [chosen[index % len(chosen)] for index in range(count)]
+
+
+def _check_npz(file: Path) -> None:
+    from LightningDiT.data.npz import check_npz_target
+
+    check_npz_target(file)
 
 
 def _beside(folder: Path, ending: str) -> Path:

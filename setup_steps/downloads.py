@@ -13,14 +13,17 @@ import hashlib
 import http.client
 import json
 import os
+import queue
 import re
+import socket
 import ssl
+import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -28,12 +31,25 @@ from pathlib import Path
 from typing import IO, Any
 
 from LightningDiT.console import Progress, duration, format_bytes
-from LightningDiT.errors import LightningDiTError
-from LightningDiT.files import disk_errors, require_space, try_lock, write_text
+from LightningDiT.errors import LightningDiTError, first_line
+from LightningDiT.files import (
+    disk_errors,
+    kind_of,
+    open_own,
+    open_regular,
+    read_json,
+    require_replaceable,
+    require_space,
+    set_aside,
+    try_lock,
+    write_text,
+)
 from setup_steps import project
 from setup_steps.project import STEP2, STEP3, fix_packages, step_command
 
 CHUNK = 1 << 20
+ENOUGH = 1 << 16  # bytes of one answer after which failures are counted from the start: a byte a time is no progress
+LARGEST = 10**15  # bytes of any file; a size beyond it is no answer of a hub
 HASH_BEHIND = 4  # most chunks that wait for the hash
 RENAMES_OPEN_FILES = os.name != "nt"
 SPARE_BYTES = 64_000_000  # disk left free beside the downloads
@@ -57,7 +73,7 @@ class Patience:
 
     Args:
         timeout: seconds without a byte after which a connection is given up.
-        attempts: failures in a row, without a new byte between them, that end the download.
+        attempts: failures in a row, each with less than ENOUGH new bytes, that end the download.
         backoff: seconds before the second attempt; doubles with each failure in a row.
         longest_wait: bound of one wait; a longer Retry-After ends the download.
     """
@@ -66,6 +82,8 @@ class Patience:
     attempts: int = 6
     backoff: float = 1.0
     longest_wait: float = 120.0
+    window: float = 60.0  # seconds, over which at least `floor` bytes each have to come on average
+    floor: float = 1000.0
 
 
 PATIENCE = Patience()
@@ -144,7 +162,7 @@ class BackgroundHash:
 
 def read_through(path: Path, digest: Any, label: str) -> None:
     """Feed a file to a hash (of hashlib, or a BackgroundHash), with progress."""
-    with path.open("rb") as file, Progress(path.stat().st_size, "byte", label=label) as progress:
+    with open_regular(path) as file, Progress(path.stat().st_size, "byte", label=label) as progress:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
             progress.update(len(chunk))
@@ -209,7 +227,8 @@ def describe(repo: str, name: str, patience: Patience = PATIENCE) -> RemoteFile:
     url = hf_hub_url(repo, name, endpoint=endpoint)
     for attempt in range(1, patience.attempts + 1):
         try:
-            data = get_hf_file_metadata(url, timeout=patience.timeout)
+            limit = max(patience.window, 4 * patience.timeout)
+            data = _within(limit, partial(get_hf_file_metadata, url, timeout=patience.timeout))
             break
         except ImportError as error:  # a kind of proxy that the HTTP library has no package for
             raise LightningDiTError(
@@ -222,7 +241,10 @@ def describe(repo: str, name: str, patience: Patience = PATIENCE) -> RemoteFile:
             if attempt >= (patience.attempts if trouble.wait is not None else min(2, patience.attempts)):
                 raise LightningDiTError(f"{name}: {trouble}", no_network()) from error
             _wait(name, trouble, attempt, patience)
-    if data.commit_hash is None or data.size is None or data.etag is None:
+        except Exception as error:  # a server that lies makes the hub's client fail in arbitrary ways
+            reason = f"{_host(url)} does not answer like a hub ({first_line(error)})"
+            raise LightningDiTError(f"{name}: {reason}", no_network()) from error
+    if data.commit_hash is None or data.size is None or data.etag is None or not 0 <= data.size <= LARGEST:
         raise LightningDiTError(
             f"{_host(url)} does not answer like a hub (no commit or size for {name}); "
             "a mirror or a login page of the network may stand between",
@@ -262,10 +284,10 @@ def _retry_after(headers: Any) -> float:
     """Return the seconds of a Retry-After header (a number or a date); 0 without one."""
     value = (headers.get("Retry-After") or "").strip()
     if value.isdecimal():
-        return float(value)
+        return min(float(value), 1e9)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return 0.0
 
 
@@ -280,8 +302,8 @@ def _wait(name: str, trouble: _TryAgainError, failures: int, patience: Patience)
 
 
 def _host(url: str) -> str:
-    """Return host and port, without a login that may stand before them."""
-    return urllib.parse.urlsplit(url).netloc.rpartition("@")[2]
+    """Return host and port, without a login that may stand before them; the beginning if there is no end of them."""
+    return urllib.parse.urlsplit(url).netloc.rpartition("@")[2][:100]
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:
@@ -290,7 +312,7 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follow redirects; send the token only while scheme, host and port stay the same.
+    """Follow redirects to http and https; send the token only while scheme, host and port stay the same.
 
     The standard handler copies every header to any host, and knows no 308 on Python 3.10.
     """
@@ -298,12 +320,71 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str
     ) -> urllib.request.Request:
+        if urllib.parse.urlsplit(newurl).scheme not in ("http", "https"):
+            raise _TryAgainError(f"{_host(req.full_url)} leads to another kind of server ({newurl[:40]!r})")
         kept = dict(req.headers)
         if _origin(newurl) != _origin(req.full_url):
             kept = {key: value for key, value in kept.items() if key.lower() != "authorization"}
         return urllib.request.Request(newurl.replace(" ", "%20"), headers=kept, origin_req_host=req.origin_req_host)
 
     http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302
+
+
+class _Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    """Connections that a timer can end: the lines before a file can drip too, and no timeout of a byte notices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        urllib.request.HTTPSHandler.__init__(self)
+        self._made: list[http.client.HTTPConnection] = []
+
+    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(partial(self._note, http.client.HTTPConnection), req)
+
+    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(partial(self._note, http.client.HTTPSConnection), req, context=self._context)
+
+    def _note(self, kind: Callable[..., http.client.HTTPConnection], *given: Any, **named: Any) -> Any:
+        self._made.append(kind(*given, **named))
+        return self._made[-1]
+
+    def end(self) -> None:
+        """Wake the thread that waits for an answer; it meets the end of the connection."""
+        for connection in self._made:
+            with contextlib.suppress(OSError, AttributeError):  # already closed
+                connection.sock.shutdown(socket.SHUT_RDWR)
+
+
+def _open(request: urllib.request.Request, patience: Patience) -> http.client.HTTPResponse:
+    """Return an answer whose header came within the patience's window and timeout."""
+    connections = _Connections()
+    timer = threading.Timer(max(patience.window, patience.timeout), connections.end)
+    timer.daemon = True
+    timer.start()
+    try:
+        return urllib.request.build_opener(connections, _Redirects).open(request, timeout=patience.timeout)
+    finally:
+        timer.cancel()
+
+
+def _within(seconds: float, call: Callable[[], Any]) -> Any:
+    """Return what `call` returns or raise what it raises; OSError if that takes too long."""
+    results: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
+
+    def run() -> None:
+        try:
+            results.put((call(), None))
+        except Exception as error:
+            results.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        result, error = results.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no whole answer came in {duration(seconds)}") from None
+    if error is not None:
+        raise error
+    return result
 
 
 class PartFile:
@@ -319,7 +400,8 @@ class PartFile:
         joined: the part holds bytes of more than one answer.
         changed: another ETag came with a later answer. From then on the hash alone decides: if a host's ETags differ
             from answer to answer, every answer would start again.
-        ask_range: ask for the rest; otherwise for the whole file, whose beginning is skipped.
+        ask_range: ask for the rest; otherwise, with a server that sends no rests, for the whole file, whose beginning
+            is skipped.
     """
 
     def __init__(self, target: Path, remote: RemoteFile) -> None:
@@ -331,7 +413,13 @@ class PartFile:
         self.validator: str | None = None
         self.joined = self.changed = False
         self.ask_range = True
-        self._file: IO[bytes] = self.path.open("ab", buffering=0)
+        require_replaceable(target, aside=True)
+        for path in (self.path, self.state_path):
+            _forget_links(path)
+        if kind_of(self.path) == "file" and self.path.stat().st_size and kind_of(self.state_path) is None:
+            aside = set_aside(self.path, "old")  # the state is written before the first byte
+            print(f"  {self.path.name}: is no beginning of a download; it is kept as {aside.name}")
+        self._file: IO[bytes] = open_own(self.path)
         self._claim()
 
     def take_up(self) -> None:
@@ -358,7 +446,7 @@ class PartFile:
     def _fits(self) -> bool:
         """Return whether the part begins the file that the hub has now."""
         try:
-            state = json.loads(self.state_path.read_text(encoding="utf-8"))
+            state = read_json(self.state_path)
             size = self.path.stat().st_size
         except (OSError, ValueError):
             return False
@@ -433,6 +521,13 @@ class PartFile:
             self._file.close()
 
 
+def _forget_links(path: Path) -> None:
+    """Remove a name that leads to a file of someone else: a link, or a second name of one file."""
+    if path.is_symlink() or (kind_of(path) == "file" and path.stat().st_nlink > 1):
+        print(f"  {path.name}: led to another file, which stays as it is; the download starts anew")
+        path.unlink()
+
+
 def require_disk(folder: Path, needed: int) -> None:
     """Raise LightningDiTError if the disk of `folder` lacks `needed` bytes and some spare."""
     fix = f"free space there, then {again()}; step 2 takes another folder by --models-dir"
@@ -481,23 +576,40 @@ def download(
 
 
 def _receive_all(part: PartFile, token: str | None, patience: Patience) -> None:
-    """Repeat requests until the part is full; give up after too many without a new byte."""
+    """Repeat requests until the part is full; give up after too many without progress."""
     failures, remote = 0, part.remote
     with Progress(remote.size, "byte", label=remote.name, start=part.offset) as progress:
         while part.offset < remote.size:
             before = part.offset
             try:
-                _receive(part, token, patience.timeout, progress)
+                _receive(part, token, patience, progress)
             except _TryAgainError as trouble:
                 progress.close()
-                failures = 1 if part.offset > before else failures + 1
+                failures = 1 if part.offset - before >= ENOUGH else failures + 1
                 if failures >= patience.attempts:
                     kept = f"{format_bytes(part.offset)} of {format_bytes(remote.size)} are kept"
                     raise LightningDiTError(f"{remote.name}: {trouble}; {kept}", no_network()) from trouble
                 _wait(remote.name, trouble, failures, patience)
 
 
-def _receive(part: PartFile, token: str | None, timeout: float, progress: Progress) -> None:
+class _Floor:
+    """The least speed of one answer: a byte a minute would keep a connection for ever."""
+
+    def __init__(self, patience: Patience) -> None:
+        self.patience = patience
+        self._began, self._bytes = time.monotonic(), 0
+
+    def count(self, amount: int) -> None:
+        """Count bytes that came; raise _TryAgainError if too few came since the window began."""
+        self._bytes += amount
+        now, window = time.monotonic(), self.patience.window
+        if now - self._began >= window:
+            if self._bytes < self.patience.floor * window:
+                raise _TryAgainError(f"only {format_bytes(self._bytes)} came in {duration(window)}")
+            self._began, self._bytes = now, 0
+
+
+def _receive(part: PartFile, token: str | None, patience: Patience, progress: Progress) -> None:
     """Make one request: from the part's end to the file's end, or until the connection fails."""
     remote = part.remote
     headers = {"User-Agent": "lightningdit-setup", "Accept-Encoding": "identity"}
@@ -509,12 +621,13 @@ def _receive(part: PartFile, token: str | None, timeout: float, progress: Progre
             headers["If-Range"] = part.validator
     request = urllib.request.Request(remote.url, headers=headers)
     try:
-        with urllib.request.build_opener(_Redirects).open(request, timeout=timeout) as response:
-            to_skip = _accept(response, part)
+        with _open(request, patience) as response:
+            to_skip, floor = _accept(response, part), _Floor(patience)
             while part.offset < remote.size:
                 chunk = response.read1(min(CHUNK, remote.size - part.offset + to_skip))
                 if not chunk:
                     raise _TryAgainError(f"the connection ended after {format_bytes(part.offset)}")
+                floor.count(len(chunk))
                 fresh = chunk[to_skip:]
                 to_skip -= len(chunk) - len(fresh)
                 if fresh:
@@ -525,6 +638,8 @@ def _receive(part: PartFile, token: str | None, timeout: float, progress: Progre
             raise _refused(error, part) from error
     except (OSError, http.client.HTTPException) as error:
         raise _explain_network(error, remote) from error
+    except (ValueError, OverflowError) as error:  # addresses and numbers that are none
+        raise _TryAgainError(f"the server's answer makes no sense ({first_line(error)})") from error
 
 
 def _accept(response: http.client.HTTPResponse, part: PartFile) -> int:
@@ -542,12 +657,13 @@ def _accept(response: http.client.HTTPResponse, part: PartFile) -> int:
     resumed = response.status == 206
     total = headers.get("Content-Length") or ""
     if resumed:
-        span = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", headers.get("Content-Range", "").strip())
-        if not span or int(span[1]) != part.offset:
+        span = re.fullmatch(r"bytes (\d{1,19})-\d+/(\d+|\*)", headers.get("Content-Range", "").strip(), re.ASCII)
+        if not span or int(span[1]) != (part.offset if part.ask_range else 0):
+            part.ask_range = False  # some servers send the beginning whatever is asked for
             raise _TryAgainError("the server sent another range than the one asked for")
-        total = span[2]
-    if total.isdigit() and int(total) != remote.size:
-        raise _TryAgainError(f"the server offers {total} bytes, the hub says {remote.size}")
+        resumed, total = part.ask_range, span[2]
+    if re.fullmatch("[0-9]+", total) and total.lstrip("0") != str(remote.size or ""):
+        raise _TryAgainError(f"the server offers {total[:20]} bytes, the hub says {remote.size}")
     # without an ETag nothing is known, and a hash decides at the end if there is one
     known = part.validator is not None and (validator is not None or not remote.hashed_by)
     if part.offset and not part.changed and known and validator != part.validator:
@@ -568,7 +684,8 @@ def _refused(error: urllib.error.HTTPError, part: PartFile) -> _TryAgainError:
         part.ask_range = False
         return _TryAgainError(f"no bytes behind {format_bytes(part.offset)} are served; asking for the whole file")
     repo = "/".join(urllib.parse.urlsplit(part.remote.url).path.split("/resolve/")[0].split("/")[-2:])
-    return _explain_status(error.code, error.headers, repo, part.remote.name, error.url)
+    url = error.url if _host(error.url) else part.remote.url  # of a redirect to no server
+    return _explain_status(error.code, error.headers, repo, part.remote.name, url)
 
 
 def _explain_network(error: Exception, remote: RemoteFile) -> _TryAgainError:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from LightningDiT.console import Progress, format_bytes
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.files import atomic_path, bring_to_disk, remove_leftovers
+from LightningDiT.files import atomic_path, bring_to_disk, open_regular, remove_leftovers
 from setup_steps.downloads import CHUNK, again, require_disk
 from setup_steps.weights import Tree, WeightFile, usable_names
 
@@ -121,7 +121,7 @@ def link(source: Path, target: Path, aside: Path | None = None) -> str:
     """
     source = source.resolve()
     remove_leftovers(target.parent)  # a copy takes 6 GB
-    with atomic_path(target, aside) as fresh:
+    with atomic_path(target, aside, over_link=True) as fresh:
         fresh.unlink()
         try:
             fresh.symlink_to(source)
@@ -136,7 +136,7 @@ def _copy(source: Path, target: Path) -> None:
     size = source.stat().st_size
     require_disk(target.parent, size)
     with (
-        source.open("rb") as reader,
+        open_regular(source) as reader,
         target.open("wb") as writer,
         Progress(size, "byte", label=f"copying {source.name}") as progress,
     ):

@@ -42,6 +42,8 @@ class Fault:
             whatever header says one.
         short: the body and its Content-Length lack so many bytes at the end, the other sizes do not.
         becomes: the file's content from the next request on.
+        from_start: answer a range with the bytes from the first one on, and say so.
+        drip: seconds between two bytes of the body (above 0) or of the header (below 0).
     """
 
     status: int | None = None
@@ -57,6 +59,8 @@ class Fault:
     lie: int = 0
     short: int = 0
     becomes: bytes | None = None
+    from_start: bool = False
+    drip: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -169,7 +173,9 @@ class _Handler(BaseHTTPRequestHandler):
         time.sleep(fault.late)
         if stored and place and fault.becomes is not None:
             self.hub.put(place[1], place[2], fault.becomes, stored.large)
-        if fault.status:
+        if fault.drip < 0:
+            self._drip(b"HTTP/1.1 200 OK\r\nX: " + b"x" * 60_000, -fault.drip)
+        elif fault.status:
             self._reply(fault.status, fault.headers, b"refused")
         elif stored is None:
             self._reply(404, {"X-Error-Code": "EntryNotFound"}, b"no such file")
@@ -178,7 +184,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.host == "cdn" or not stored.large:
             self._send_file(stored, fault)
         else:
-            headers = {**self._names(stored, fault), "Location": self.hub.cdn + self.path}
+            headers = {**self._names(stored, fault), "Location": self.hub.cdn + self.path, **fault.headers}
             self._reply(302, headers, b"")
 
     def _names(self, stored: Stored, fault: Fault) -> dict[str, str]:
@@ -206,7 +212,7 @@ class _Handler(BaseHTTPRequestHandler):
         same = fault.ignore_if_range or self.headers.get("If-Range", etag) == etag
         if fault.ignore_range or not same:
             asked = None
-        start, size = int(asked[1]) if asked else 0, len(data) + fault.lie
+        start, size = int(asked[1]) if asked and not fault.from_start else 0, len(data) + fault.lie
         if asked and start >= len(data):
             self._reply(416, {"Content-Range": f"bytes */{len(data)}"}, b"")
             return
@@ -224,12 +230,25 @@ class _Handler(BaseHTTPRequestHandler):
             return
         body = data[start : size - fault.short]
         cut = len(body) if fault.drop_after is None else fault.drop_after
+        if fault.drip:
+            self._drip(body[:cut], fault.drip)
         self._write(body[:cut], fault.pace)
         if fault.stall:
             time.sleep(fault.stall)
         if cut < len(body) or fault.lie:
             self.close_connection = True
             self.connection.close()
+
+    def _drip(self, content: bytes, pause: float) -> None:
+        """Send a byte at a time until the client goes away."""
+        self.close_connection = True
+        for number in range(len(content)):
+            try:
+                self.wfile.write(content[number : number + 1])
+                self.wfile.flush()
+            except OSError:
+                return
+            time.sleep(pause)
 
     def _write(self, body: bytes, pace: int | None) -> None:
         """Send `body`, all at once or in pieces of 1/100 second."""

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -32,6 +32,7 @@ DATA = random.Random(0).randbytes(3_000_000)
 OTHER = DATA[::-1]
 QUICK = Patience(timeout=5, attempts=3, backoff=0.01, longest_wait=2)
 HASTY = replace(QUICK, timeout=0.5)  # for servers that stall
+IMPATIENT = replace(QUICK, timeout=0.2, window=0.3)  # for those that drip
 
 
 @pytest.fixture
@@ -119,7 +120,7 @@ class Case:
         always: what they get after that.
         asked: what the hub's metadata requests get, in turn.
         held: bytes of the part that an earlier run left.
-        kept: bytes of the part that the failed run leaves; 0 for no part at all.
+        kept: bytes of the part that the failed run leaves; 0 for no part at all, None for a few more than before.
         ranges: the Range headers of the run, where they are settled.
     """
 
@@ -129,7 +130,7 @@ class Case:
     always: Fault | None = None
     asked: tuple[Fault, ...] = ()
     held: int = 1_000_000
-    kept: int = 1_000_000
+    kept: int | None = 1_000_000
     ranges: tuple[str | None, ...] | None = None
     patience: Patience = QUICK
 
@@ -137,7 +138,26 @@ class Case:
 FROM_THE_PART = "bytes=1000000-"
 AN_HOUR = {"Retry-After": "3600"}
 TEN_YEARS = {"Retry-After": email.utils.formatdate(time.time() + 315_000_000, usegmt=True)}
+AGES, ENDLESS = {"Retry-After": "9" * 5000}, {"Content-Length": "9" * 5000}
+LIES = {
+    "a size without end": {"X-Linked-Size": "9" * 5000},
+    "a size of a planet": {"X-Linked-Size": "9" * 30},
+    "a size below nothing": {"X-Linked-Size": "-5"},
+    "a size in words": {"X-Linked-Size": "many"},
+    "a redirect that is none": {"Location": "http://[::1/x"},
+}
 AS_BYTES = {"Content-Type": "application/octet-stream"}
+NO_ADDRESSES = {
+    "an address without its bracket": "http://[::1/x",
+    "a port of thousands of digits": f"http://127.0.0.1:{'9' * 5000}/x",
+    "a port that is too large": "http://127.0.0.1:99999/x",
+    "a port that is a word": "http://127.0.0.1:\x1b[31m/x",
+    "a host of thousands of letters": f"http://{'a' * 5000}/x",
+    "a host of no letters": "http://\x80..\x80/x",
+    "another kind of server": "ftp://127.0.0.1:9/x",
+    "a file of this machine": "file:///etc/passwd",
+    "no address": "data:,x",
+}
 RIGHT = [
     Case("nothing wrong", ranges=(FROM_THE_PART,)),
     *(
@@ -164,6 +184,15 @@ RIGHT = [
     Case("lie once, fresh", faults=(Fault(lie=-100),), held=0, ranges=(None, None)),
     Case("no length at all", faults=(Fault(headers={"Content-Length": ""}),), held=0),
     Case("another range", faults=(Fault(headers={"Content-Range": "bytes 5-2999999/3000000"}),)),
+    Case("the beginning whatever is asked for", always=Fault(from_start=True), ranges=(FROM_THE_PART, None)),
+    Case("Retry-After without end", faults=(Fault(status=429, headers={"Retry-After": "soon, 99999 Jan 9 9:9:9"}),)),
+    Case("bytes that drip once", faults=(Fault(drip=0.05),), patience=IMPATIENT),
+    Case("a header that drips once", faults=(Fault(drip=-0.05),), patience=IMPATIENT),
+    *(
+        Case(f"{name} once", faults=(Fault(status=302, headers={"Location": address}),))
+        for name, address in NO_ADDRESSES.items()
+        if "//" in address and "file" not in address  # which the standard library refuses at once
+    ),
     Case("web page as bytes once", faults=(Fault(html=True, headers=AS_BYTES),)),
     Case("wrong bytes behind the part", faults=(Fault(wrong_bytes=True),), ranges=(FROM_THE_PART, None)),
     Case(
@@ -222,6 +251,23 @@ WRONG = [
     Case("web page as bytes", "offers 26 bytes", always=Fault(html=True, headers=AS_BYTES)),
     Case("web page from the hub", "does not answer like a hub", asked=(Fault(html=True),)),
     Case("web page as bytes from the hub", "does not answer like a hub", asked=(Fault(html=True, headers=AS_BYTES),)),
+    Case("bytes that drip", r"only \d+ B came in 0 s; 1.0 MB", always=Fault(drip=0.05), patience=IMPATIENT, kept=None),
+    Case("a header that drips", "; 1.0 MB of 3.0 MB are kept", always=Fault(drip=-0.05), patience=IMPATIENT),
+    Case("the hub's header drips", "no whole answer came", asked=(Fault(drip=-0.05),) * 3, patience=IMPATIENT),
+    Case("a byte with each answer", "the connection ended after 1.0 MB", always=Fault(drop_after=1), kept=None),
+    Case(
+        "a length without end",
+        "offers 99999999999999999999 bytes, the hub",
+        always=Fault(headers=ENDLESS),
+        held=0,
+        kept=0,
+    ),
+    Case("ages to wait", "asks to wait 277777 h", always=Fault(status=503, headers=AGES)),
+    *(
+        Case(name, "are kept|answered 302", always=Fault(status=302, headers={"Location": address}))
+        for name, address in NO_ADDRESSES.items()
+    ),
+    *(Case(f"{name} from the hub", "127", asked=(Fault(headers=lie),) * 3) for name, lie in LIES.items()),
     Case(
         "redirect to itself",
         "answered 302",
@@ -259,14 +305,16 @@ def test_faults_that_stay_end_in_one_line_and_the_next_run_goes_on(hub: Hub, tmp
     assert "\n" not in str(caught.value)
     if case.ranges:
         assert hub.ranges() == list(case.ranges)
-    state = [NAME + ".part", NAME + ".part.json"] if case.kept else []
+    kept = part_of(target).stat().st_size if case.kept is None else case.kept
+    assert case.kept is not None or case.held < kept < case.held + downloads.ENOUGH
+    state = [NAME + ".part", NAME + ".part.json"] if kept else []
     assert sorted(path.name for path in tmp_path.glob("weights*")) == state
-    if case.kept:
-        assert part_of(target).read_bytes() == DATA[: case.kept]
+    if kept:
+        assert part_of(target).read_bytes() == DATA[:kept]
     hub.faults[:], hub.always, hub.hub_faults[:] = [], None, []
     hub.log.clear()
-    assert fetch(target).resumed_from == case.kept
-    assert hub.ranges() == [f"bytes={case.kept}-" if case.kept else None]
+    assert fetch(target).resumed_from == kept
+    assert hub.ranges() == [f"bytes={kept}-" if kept else None]
     assert_nothing_left(target)
 
 
@@ -279,7 +327,7 @@ def test_drops_at_any_byte(hub: Hub, tmp_path: Path, seed: int) -> None:
     points = sorted({0, 1, len(DATA) - 1, *(draw.randrange(len(DATA)) for _ in range(20))})
     cuts = [end - start for start, end in zip([0, *points], points, strict=False)]
     hub.faults = [Fault(drop_after=cut) for cut in cuts]
-    fetch(tmp_path / NAME)
+    fetch(tmp_path / NAME, patience=replace(QUICK, attempts=len(cuts)))
     assert hub.ranges() == [None, *(f"bytes={point}-" if point else None for point in points)]
     assert hub.sent == len(DATA)
     assert_nothing_left(tmp_path / NAME)
@@ -415,6 +463,44 @@ def test_a_complete_part_needs_no_bytes_unless_it_is_damaged(
     assert_nothing_left(target)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="links of a POSIX file system")
+@pytest.mark.parametrize("ending", [".part", ".part.json"])
+@pytest.mark.parametrize("join", [os.symlink, os.link])
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_link_at_the_name_of_a_part_leads_nowhere(
+    hub: Hub, tmp_path: Path, ending: str, join: Callable[[Path, Path], None], wrong: bool
+) -> None:
+    """Neither the bytes nor the emptying of wrong ones reach a file of another name."""
+    precious, target = tmp_path / "precious.txt", tmp_path / NAME
+    precious.write_text("mine")
+    join(precious, target.with_name(NAME + ending))
+    if wrong:
+        hub.always = Fault(wrong_bytes=True)
+        with pytest.raises(LightningDiTError, match="wrong bytes"):
+            fetch(target)
+        assert list(tmp_path.glob("weights*")) == []
+    else:
+        fetch(target)
+        assert_nothing_left(target)
+    assert precious.read_text() == "mine"
+
+
+def test_a_file_that_is_no_part_keeps_its_bytes(hub: Hub, tmp_path: Path) -> None:
+    part_of(tmp_path / NAME).write_bytes(b"mine")
+    fetch(tmp_path / NAME)
+    assert (tmp_path / f"{NAME}.part.old-1").read_bytes() == b"mine"
+    assert (tmp_path / NAME).read_bytes() == DATA
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes of a POSIX file system")
+@pytest.mark.parametrize("name", [NAME, f"{NAME}.part"])
+def test_a_pipe_at_a_name_is_one_line(hub: Hub, tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(LightningDiTError, match=f"{name} cannot be written .it is a pipe"):
+        fetch(tmp_path / NAME)
+    assert (tmp_path / name).is_fifo()
+
+
 def test_a_good_file_outlives_a_failed_download(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / NAME).write_bytes(b"mine")
     hub.always = Fault(wrong_bytes=True)
@@ -518,6 +604,7 @@ def test_a_part_that_was_finished_meanwhile_is_not_emptied(
     remote = downloads.describe(REPO, NAME)
     first = downloads.PartFile(tmp_path / NAME, remote)
     first.take_up()
+    first.note(None)
     first.write(DATA)
     claim = downloads.PartFile._claim
 

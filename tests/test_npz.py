@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from LightningDiT import files
 from LightningDiT.data.image_sets import Classes, FileImages
 from LightningDiT.data.npz import NpzImages, write_npz
 from LightningDiT.errors import LightningDiTError
@@ -59,9 +61,36 @@ def test_memory_holds_a_few_images_at_a_time(tmp_path: Path) -> None:
     assert np.load(tmp_path / "all.npz")["arr_0"].shape == (count, side, side, 3)
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "000000.png", "config.yaml", "samples.npz", "zipped.npz"])
+def test_a_file_of_someone_else_is_not_replaced(name: str, tmp_path: Path) -> None:
+    """The run's own manifest, an image of it and a configuration are no target; nor is a foreign archive."""
+    images = save_images(tmp_path / "run", np.zeros((1, 8, 8, 3), np.uint8), [0])
+    target = tmp_path / "run" / name
+    if name == "zipped.npz":
+        np.savez(target, np.zeros(3))
+    elif not target.exists():
+        target.write_text("precious")
+    before = target.read_bytes()
+    with pytest.raises(LightningDiTError, match=rf"{name} (is to be an .npz file|cannot be written .this program did)"):
+        write_npz(images, 8, target, nothing)
+    assert target.read_bytes() == before
+    write_npz(images, 8, tmp_path / "new.npz", nothing)
+    write_npz(images, 8, tmp_path / "new.npz", nothing)  # an own one
+    target.write_bytes(b"")
+    if target.suffix == ".npz":
+        write_npz(images, 8, target, nothing)  # an empty one
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / f".all.npz.12345678{files.UNFINISHED}").touch()
+    os.utime(tmp_path / f".all.npz.12345678{files.UNFINISHED}", (0, 0))
+    write_npz(save_images(tmp_path / "run", np.zeros((1, 8, 8, 3), np.uint8), [0]), 8, tmp_path / "all.npz", nothing)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["all.npz", "run"]
+
+
 def test_a_target_that_is_a_folder_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "all.npz").mkdir()
-    with pytest.raises(LightningDiTError, match=r"all.npz cannot be written"):
+    with pytest.raises(LightningDiTError, match=r"all.npz is a folder"):
         write_npz(save_images(tmp_path, np.zeros((1, 8, 8, 3), np.uint8), [0]), 8, tmp_path / "all.npz", nothing)
     assert not list(tmp_path.glob(".all.npz*"))
 

@@ -11,7 +11,7 @@ import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -21,9 +21,11 @@ from torch import Tensor
 from LightningDiT.data.image_sets import AGAIN, Classes, ImageSet
 from LightningDiT.data.labels import MOST_DIGITS
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.files import atomic_path, fingerprint
+from LightningDiT.files import atomic_path, check_target, fingerprint, open_regular, remove_leftovers
 
 PIXELS, LABELS = "arr_0", "arr_1"
+MARK = b"images of LightningDiT"  # the archive's comment, by which a file is known for this program's
+MOST_BYTES = 2**31  # of an array that is read at once
 UNREADABLE = (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile)  # what a damaged file raises
 
 
@@ -39,7 +41,11 @@ def write_npz(images: ImageSet, side: int, target: str | Path, each: Callable[[]
         LightningDiTError: an image is damaged or of another size, or the file cannot be written.
     """
     header = {"descr": "|u1", "fortran_order": False, "shape": (images.count, side, side, 3)}
-    with atomic_path(target) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+    path = Path(target)
+    check_npz_target(path)
+    remove_leftovers(path.absolute().parent)  # 9.8 GB for 50,000 images of 256 x 256
+    with atomic_path(path, ours=_is_ours) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        archive.comment = MARK
         with archive.open(zipfile.ZipInfo(f"{PIXELS}.npy"), "w", force_zip64=True) as member:
             np.lib.format.write_array_header_1_0(member, header)
             for number, batch in enumerate(images.batches(range(images.count), 1)):
@@ -53,6 +59,33 @@ def write_npz(images: ImageSet, side: int, target: str | Path, each: Callable[[]
         if images.labels is not None:
             with archive.open(zipfile.ZipInfo(f"{LABELS}.npy"), "w") as member:
                 np.lib.format.write_array(member, images.labels.numpy())
+
+
+def check_npz_target(target: Path) -> None:
+    """Raise LightningDiTError unless `write_npz` may write `target`: a new .npz file, or one that it wrote before."""
+    if target.suffix != ".npz":
+        raise LightningDiTError(f"{target} is to be an .npz file and is not called so", f"name it {target.name}.npz")
+    check_target(target, _is_ours)
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        with open_regular(path) as stream, zipfile.ZipFile(stream) as archive:
+            return archive.comment == MARK
+    except UNREADABLE:
+        return False
+
+
+@contextlib.contextmanager
+def open_npz(path: Path) -> Iterator[Any]:
+    """Open the arrays of a regular file, each of at most `MOST_BYTES` when it is unpacked; see `reading`."""
+    with reading(path), open_regular(path) as stream, np.load(stream) as archive:
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("it is a single array")
+        for member in archive.zip.infolist():
+            if member.file_size > MOST_BYTES and member.filename != f"{PIXELS}.npy":
+                raise ValueError(f"{member.filename} has {member.file_size} bytes")
+        yield archive
 
 
 @contextlib.contextmanager
@@ -84,7 +117,7 @@ class NpzImages(ImageSet):
         self._path, self._lock = path, threading.Lock()
         with reading(path):
             self._open()
-            with np.load(path) as archive:
+            with open_npz(path) as archive:
                 labels = _class_numbers(archive[LABELS]) if LABELS in archive.files else None
         count = self._shape[0] if self._shape else 0
         if self._shape[3:] != (3,) or self._dtype != np.uint8 or not count or self._by_columns:
@@ -99,7 +132,7 @@ class NpzImages(ImageSet):
         super().__init__(str(path), count, Classes(labels))
 
     def _open(self) -> None:
-        self._stream: IO[bytes] = zipfile.ZipFile(self._path).open(f"{PIXELS}.npy")  # noqa: SIM115 - `read` goes on
+        self._stream: IO[bytes] = zipfile.ZipFile(open_regular(self._path)).open(f"{PIXELS}.npy")  # noqa: SIM115 - `read` goes on
         version = np.lib.format.read_magic(self._stream)
         header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         self._shape, self._by_columns, self._dtype = header(self._stream)

@@ -17,7 +17,7 @@ from torch import Tensor
 from LightningDiT.console import Progress
 from LightningDiT.data.image_sets import LISTED, Classes, ImageSet
 from LightningDiT.data.labels import CLASS_NAMES, match
-from LightningDiT.data.npz import write_npz
+from LightningDiT.data.npz import check_npz_target, write_npz
 from LightningDiT.errors import LightningDiTError, import_package
 from LightningDiT.files import disk_errors, write_text
 from LightningDiT.metrics.by_class import Labelled, accuracy, class_table
@@ -325,6 +325,7 @@ def write_for_adm(images: ImageSet, target: Path) -> None:
         raise LightningDiTError(f"--npz: {target} is a folder, a file was expected", "name a file that ends in .npz")
     if target.resolve() == Path(images.source).resolve():
         raise LightningDiTError(f"--npz: {target} holds the samples themselves", "name another file")
+    check_npz_target(target)
     side = images.batch([0]).pixels.shape[3]
     with Progress(images.count, "image") as progress:
         write_npz(images, side, target, progress.update, "give --size N, which crops every image to N x N")

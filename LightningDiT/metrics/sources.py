@@ -11,7 +11,7 @@ from torch import Tensor
 
 from LightningDiT.data.fashion_mnist import holds_fashion_mnist
 from LightningDiT.data.image_sets import ImageSet, open_fashion_mnist, open_samples
-from LightningDiT.data.npz import PIXELS, NpzImages, reading, real_numbers
+from LightningDiT.data.npz import PIXELS, NpzImages, open_npz, real_numbers
 from LightningDiT.errors import LightningDiTError
 
 PARTS = ("train", "test")  # FOLDER:train and FOLDER:test of Fashion-MNIST
@@ -75,7 +75,7 @@ def open_images(name: str, size: int | None = None) -> ImageSet:
 
 def _archive(path: Path, size: int | None) -> Source:
     """Return images and statistics of an .npz file."""
-    with reading(path), np.load(path) as archive:
+    with open_npz(path) as archive:
         names = set(archive.files)
         moments = {
             kind: (real_numbers(archive[mean]), real_numbers(archive[covariance]))
