@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from LightningDiT.checkpoint import load_training_state
+from LightningDiT.checkpoint import load_training_state, load_weights
 from LightningDiT.config import load_config
 from LightningDiT.console import run_main
 from LightningDiT.data.image_sets import open_folder
@@ -32,6 +32,7 @@ from LightningDiT.files import LOCK
 from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from LightningDiT.seeds import generator_for
 from LightningDiT.tokenizer import vavae
+from LightningDiT.tokenizer.latent_space import KEY, encoder_values
 from LightningDiT.tokenizer.latents import LatentStats
 from LightningDiT.tokenizer.vavae import VA_VAE
 from LightningDiT.training import extraction
@@ -110,6 +111,7 @@ def test_the_manifest_says_what_the_latents_are(tiny_folder: Path, images: Path,
     assert main(command(tiny_folder, "--images", images, "--output", output, "--shard-size", "8")) == 0
     manifest = json.loads((output / LATENTS_MANIFEST).read_text())
     assert manifest["class_names"] == list(CLASSES)
+    assert manifest[KEY] == encoder_values(load_weights(tiny_folder / "tokenizer.safetensors"))
     assert (manifest["classes"], manifest["latents"], manifest["values_per_channel"]) == (3, 11, 11 * 64)
     assert [(shard["images"], shard["latents"]) for shard in manifest["shards"]] == [(8, 8), (3, 3)]
     settings = manifest["settings"]

@@ -18,6 +18,7 @@ from LightningDiT.loading import (
 )
 from LightningDiT.sampling.solver_choice import check_solver, solver_of
 from LightningDiT.tokenizer.config import load_tokenizer_config, tokenizer_config_path
+from LightningDiT.tokenizer.latent_space import check_tokenizer_of_latents
 from LightningDiT.tokenizer.vavae import check_tokenizer_file
 
 
@@ -57,6 +58,7 @@ def verify(config: Config) -> list[str]:
         raise LightningDiTError(f"{config.source} names no vae.ckpt_path", "python step3_setup_configs.py")
     lines.append(check_tokenizer_file(tokenizer, weights))
     check_latent_shape(config, tokenizer)
+    check_tokenizer_of_latents(config)
     load_stats(config)
     channels, guided = config.model.in_chans, guidance_of(config.sample).guided_channels
     if guided != "all" and guided > channels:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from LightningDiT.checkpoint import save_weights
-from LightningDiT.config import Config, SampleConfig, as_dict, load_config, read_yaml, with_overrides
+from LightningDiT.config import Config, SampleConfig, as_dict, as_yaml, load_config, read_yaml, with_overrides
 from LightningDiT.data.labels import CLASS_NAMES, Labels
 from LightningDiT.device import (
     HALF_PRECISIONS,
@@ -48,6 +48,7 @@ from LightningDiT.sampling.non_finite import all_finite, first_not_finite
 from LightningDiT.sampling.solver_choice import Solver, check_solver
 from LightningDiT.seeds import generator_for
 from LightningDiT.tokenizer.config import tokenizer_config_path
+from LightningDiT.tokenizer.latent_space import check_tokenizer_of_latents
 from LightningDiT.tokenizer.vavae import VA_VAE
 from LightningDiT.transport import GuidedVelocity, StepCallback, Transport, draw_noise
 
@@ -128,6 +129,7 @@ class LightningDiTPipeline:
         check_solver(settings.sample, settings.transport.path_type)
         device = usable_device(device) if device else best_device()
         dtype = resolve_precision(settings.sample.precision, device)
+        check_tokenizer_of_latents(settings)
         stats = load_stats(settings)
         tokenizer = VA_VAE(
             tokenizer_config_path(settings), settings.data.image_size, settings.vae.ckpt_path, stats, device
@@ -151,8 +153,6 @@ class LightningDiTPipeline:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write configuration, weights (as they are in memory) and statistics into `folder`."""
-        from LightningDiT.yaml_data import dump
-
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         stats, sample = self.tokenizer.stats, self.config.sample
@@ -179,7 +179,7 @@ class LightningDiTPipeline:
         )
         tokenizer = read_yaml(self.tokenizer.config.source) | {"ckpt_path": "tokenizer.safetensors"}
         for name, values in (("tokenizer.yaml", tokenizer), (CONFIG_NAME, as_dict(config))):
-            write_text(folder / name, dump(values))
+            write_text(folder / name, as_yaml(values))
 
     def with_sample(self, sample: SampleConfig) -> LightningDiTPipeline:
         """Return a pipeline of the same networks with other sampling settings; another guide is loaded."""

@@ -28,10 +28,11 @@ from LightningDiT.data.labels import CLASS_NAMES, LATENTS_MANIFEST
 from LightningDiT.data.shards import FIX, shard_files, shard_path, write_shard
 from LightningDiT.distributed import ALONE, Processes
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.files import fingerprint, held_folder, require_space, write_text
+from LightningDiT.files import fingerprint, held_folder, require_space, require_unicode, write_text
 from LightningDiT.images import to_float
 from LightningDiT.seeds import generator_for
 from LightningDiT.tokenizer.autoencoder import DiagonalGaussian
+from LightningDiT.tokenizer.latent_space import KEY, encoder_values
 from LightningDiT.tokenizer.latents import Moments
 from LightningDiT.tokenizer.vavae import VA_VAE, images_at_once
 
@@ -317,6 +318,7 @@ class _ShardRows:
 def _planned(maker: _ShardMaker, described: dict[str, Any]) -> Iterator[list[int]]:
     """Hold the folder and give the numbers of the missing shards."""
     output, file = maker.output, maker.output / LATENTS_MANIFEST
+    require_unicode(output)
     with held_folder(output, "extraction"):
         if file.exists():
             _check_settings(file, described)
@@ -387,6 +389,7 @@ def _finish(maker: _ShardMaker, described: dict[str, Any]) -> dict[str, Any]:
             "images": sum(record.get("cut", {}).get("images", 0) for record in records),
             "most": max(record.get("cut", {}).get("most", 0.0) for record in records),
         },
+        KEY: encoder_values(maker.tokenizer.model.state_dict()),
         "latents": moments.latents,
         "values_per_channel": moments.values,
         "mean": stats.mean.flatten().tolist(),

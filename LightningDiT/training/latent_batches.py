@@ -20,6 +20,7 @@ from LightningDiT.data.shards import LatentShards
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.loading import load_stats
 from LightningDiT.seeds import generator_for
+from LightningDiT.tokenizer.latent_space import check_tokenizer_of_latents
 from LightningDiT.training.schedule import BatchOrder, process_rows
 from LightningDiT.transport import Transport
 
@@ -82,6 +83,7 @@ class LatentBatches:
             raise LightningDiTError(
                 f"{config.source} names no data.data_path", "python -m LightningDiT.extract_features"
             )
+        check_tokenizer_of_latents(config)
         self.config = config
         self.shards, self.stats = open_shards(config, data.data_path), load_stats(config)
         self.seed = train.global_seed
