@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import io
 import json
 import re
 import types
@@ -356,7 +357,7 @@ def read_yaml(path: str | Path, fix: str = STEP3) -> dict[str, Any]:
     try:
         text = read_text(file, MOST_YAML, "utf-8-sig")
         _refuse_deep_brackets(text)
-        loaded = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+        loaded = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
     except (YAMLError, OmegaConfBaseException, ValueError, OSError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
         raise LightningDiTError(

@@ -19,7 +19,7 @@ from LightningDiT.errors import OS_FIXES, LightningDiTError, first_line, is_out_
 
 OK, FAILED, INTERRUPTED = 0, 1, 130  # exit codes
 OWN_PACKAGES = frozenset({"LightningDiT", "setup_steps", "studies"})
-#: Control characters but for the line feed, the carriage return of moving lines and the tab, as str.translate takes them.
+#: Control characters but for line feed, carriage return (of moving lines) and tab, as str.translate takes them.
 CONTROLS = {code: "?" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\r\t"}
 INSTALL = "python step1_install_environment.py"
 PLAIN_INTERVAL, MOVING_INTERVAL = 10.0, 0.2  # seconds between two lines of a log, and of a terminal's moving line

@@ -86,7 +86,7 @@ def test_what_is_left_out_has_its_default(tmp_path: Path) -> None:
         ("sample: {guided_channels: some}", "sample.guided_channels is 'some'"),
         ("sample: {cfg_scale: .nan}", "sample.cfg_scale is nan"),
         ("a: [1", "no valid YAML"),
-        ("just words", "config.yaml is 'just words'; a mapping of keys to values is expected"),
+        ("just words", "unknown key 'just words'; known keys"),
     ],
 )
 def test_mistakes_are_named(text: str, message: str, tmp_path: Path) -> None:

@@ -22,16 +22,15 @@ GROUND: dict[str, set[str]] = {
     "device": {"errors"},
     "compiling": {"device", "errors"},
     "distributed": {"console", "errors"},
-    "config": {"errors", "yaml_data"},
-    "yaml_data": {"files"},
+    "config": {"errors", "files"},
+    "idle_settings": {"config"},
     "checkpoint": {"device", "errors", "files"},
     "images": {"errors", "files"},
-    "pretrained": {"checkpoint", "errors"},
 }
 PARTS: dict[str, set[str]] = {
     "models": set(),
     "transport": set(),
-    "tokenizer": {"checkpoint", "config", "device", "errors", "files", "images", "pretrained"},
+    "tokenizer": {"checkpoint", "config", "device", "errors", "files", "images"},
     "data": {"checkpoint", "config", "errors", "files", "images"},
 }
 BELOW = {*GROUND, *PARTS, "loading"}

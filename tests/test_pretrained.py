@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.pretrained import cached_download
+from LightningDiT.tokenizer.pretrained import cached_download
 
 CONTENT = b"weights"
 NAME = f"net-{hashlib.sha256(CONTENT).hexdigest()[:8]}.pth"

@@ -19,7 +19,7 @@ from LightningDiT.errors import LightningDiTError, fixed_by
 from LightningDiT.files import fingerprint
 from LightningDiT.images import to_float
 from LightningDiT.metrics.judge import load_judge
-from LightningDiT.pretrained import cached_download, timm_model
+from LightningDiT.tokenizer.pretrained import cached_download, timm_model
 
 #: The weights that FID is defined by (TensorFlow's Inception of 2015-12-05), as torch-fidelity converted them.
 INCEPTION_URL = (

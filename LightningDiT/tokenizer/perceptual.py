@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from LightningDiT.checkpoint import load_into, load_weights, without_values
 from LightningDiT.errors import fixed_by, import_package
-from LightningDiT.pretrained import cached_download
+from LightningDiT.tokenizer.pretrained import cached_download
 
 LPIPS_PIN = "lpips==0.1.4"
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"

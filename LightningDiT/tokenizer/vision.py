@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.pretrained import timm_model
+from LightningDiT.tokenizer.pretrained import timm_model
 
 #: The published vision models by their names in `use_vf`: DINOv2 ViT-L/14 and MAE ViT-L/16.
 PUBLISHED_MODELS = {"dinov2": "vit_large_patch14_dinov2.lvd142m", "mae": "vit_large_patch16_224.mae"}
