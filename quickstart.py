@@ -8,7 +8,6 @@ model that this machine can run.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -22,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from LightningDiT.console import INTERRUPTED, OK, duration, format_bytes
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.files import free_bytes, rename_command, require_writable
+from LightningDiT.files import free_bytes, read_json, rename_command, require_writable
 from setup_steps import OLDEST_PYTHON, project, weights
 
 VENV_PARTS = {"bin", "include", "lib", "lib64", "Scripts", "Include", "Lib", "share", "pyvenv.cfg"}
@@ -107,7 +106,7 @@ def ensure_venv(folder: Path) -> None:
 def choose_model() -> tuple[str, str]:
     """Return the best model for this machine, by step 1's report, and the reason."""
     try:
-        torch = json.loads(project.REPORT.read_text(encoding="utf-8"))["torch"]
+        torch = read_json(project.REPORT)["torch"]
         memory = int(torch["device_memory"])
     except (OSError, ValueError, KeyError, TypeError):
         return "bundled", "no report of step 1"

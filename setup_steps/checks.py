@@ -13,7 +13,7 @@ from typing import Any
 
 from LightningDiT.console import Progress
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.files import rename_command, write_text
+from LightningDiT.files import read_json, rename_command, write_text
 from setup_steps import downloads
 from setup_steps.machine import require_torch
 from setup_steps.project import PROJECT, REPAIR, step_command
@@ -31,7 +31,7 @@ class Record:
     def __init__(self, folder: Path) -> None:
         self.path = folder / RECORD
         try:
-            rows = json.loads(self.path.read_text(encoding="utf-8"))
+            rows = read_json(self.path)
         except (OSError, ValueError):
             rows = {}
         self.rows: dict[str, Any] = rows if isinstance(rows, dict) else {}

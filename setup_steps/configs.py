@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Any
 
 from LightningDiT.console import format_bytes
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.files import free_name, write_text
+from LightningDiT.files import atomic_path, free_name, read_text, require_replaceable, write_text
 from setup_steps import memory_model, project, weights
 from setup_steps.machine import TorchFacts, memory_bytes
 from setup_steps.project import STEP3, absolute
@@ -229,7 +230,8 @@ def was_edited(text: str) -> bool:
 
 def output_file(path: Path) -> Path:
     """Return the path of the YAML to write, made absolute; raise LightningDiTError if nothing can be written there."""
-    target, fix = absolute(path), again("--output", "FILE.yaml", without=["--output"])
+    # the name itself, whatever it may lead to
+    target, fix = absolute(path.parent) / path.name, again("--output", "FILE.yaml", without=["--output"])
     if target.is_dir():
         raise LightningDiTError(f"{target} is a folder, a YAML file was expected", fix)
     if target.suffix not in YAML_ENDINGS:
@@ -237,6 +239,7 @@ def output_file(path: Path) -> Path:
     for folder in target.parents:
         if folder.is_file():
             raise LightningDiTError(f"{folder} is a file, the folder of {target.name} was expected", fix)
+    require_replaceable(target)
     return target
 
 
@@ -258,7 +261,7 @@ def write(config: Config, target: Path, verify: Callable[[Path], list[str]]) -> 
         LightningDiTError: `verify` refused it; the earlier file stays.
     """
     lines, text = check(config, target, verify), render(config)
-    old = target.read_text(encoding="utf-8", errors="replace") if target.exists() else None
+    old = read_text(target, errors="replace") if target.exists() else None
     if old == text:
         return [*lines, f"{target} was right already"]
     if old is not None and was_edited(old):
@@ -272,9 +275,10 @@ def _keep_edited(target: Path, config: Config) -> list[str]:
     from LightningDiT.config import read_yaml, setting_differences
 
     backup = target.with_name(target.name + ".bak")
-    if backup.exists():
+    if os.path.lexists(backup):
         backup = free_name(target, "bak")
-    shutil.copy2(target, backup)
+    with atomic_path(backup) as fresh:
+        shutil.copy2(target, fresh)
     try:
         rows = setting_differences(read_yaml(target), config)
     except LightningDiTError as error:

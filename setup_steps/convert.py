@@ -25,9 +25,10 @@ from LightningDiT.files import (
     atomic_path,
     bring_to_disk,
     fingerprint,
-    free_name,
+    open_regular,
     remove_leftovers,
     rename_command,
+    set_aside,
     try_lock,
 )
 from setup_steps import checks
@@ -126,7 +127,7 @@ def convert(source: Path, file: WeightFile, precision: str, replace: bool) -> st
 @contextmanager
 def _alone_with(source: Path) -> Iterator[None]:
     """Raise LightningDiTError if another process converts `source`: two would write one file."""
-    with source.open("rb") as file:
+    with open_regular(source) as file:
         if not try_lock(file):
             fix = f"wait for it or stop it, then {again()}"
             raise LightningDiTError(f"{source} is being converted by another process", fix)
@@ -159,9 +160,7 @@ def _set_foreign_aside(target: Path) -> str:
     """Rename a file that has the copy's name and is none, and say so."""
     if not os.path.lexists(target) or _origin_of(target):
         return ""
-    aside = free_name(target, "other")
-    target.replace(aside)
-    return f"; the file that had this name is kept as {aside.name}"
+    return f"; the file that had this name is kept as {set_aside(target, 'other').name}"
 
 
 def _refuse_lost_digits(job: Job) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from LightningDiT.console import duration, format_bytes
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.files import free_name, rename_command
+from LightningDiT.files import free_name, rename_command, set_aside
 from setup_steps import convert, downloads
 from setup_steps.checks import Record, fault_of, is_whole, open_check
 from setup_steps.project import REPAIR, step_command
@@ -170,8 +170,7 @@ def _refuse_fetched(plan: Plan, error: LightningDiTError) -> LightningDiTError:
     """Set a file aside that is the hub's but not what its name promises, so that no later step takes it; return the
     error to raise.
     """
-    aside = free_name(plan.target, "bad")
-    plan.target.replace(aside)
+    aside = set_aside(plan.target, "bad")
     fix = f"another --endpoint, or --source folder --folder FOLDER: {downloads.again()}"
     if plan.file.role == "stats":
         fix = step_command(REPAIR, "--stats", str(plan.target))
@@ -183,9 +182,7 @@ def _set_aside(paths: tuple[Path, ...], target: Path) -> str:
     said = ""
     for path in paths:
         if path != target:
-            aside = free_name(path, "bad")
-            path.replace(aside)
-            said += f", the damaged {path.name} is kept as {aside.name}"
+            said += f", the damaged {path.name} is kept as {set_aside(path, 'bad').name}"
     return said
 
 

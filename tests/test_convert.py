@@ -15,6 +15,7 @@ from torch import Tensor
 
 from LightningDiT.checkpoint import inspect, load_weights
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.files import UNFINISHED
 from setup_steps import checks, convert
 from setup_steps.project import PROJECT
 from setup_steps.weights import WeightFile, converted_name
@@ -184,7 +185,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, ema: dict[str,
 def test_what_a_killed_run_left_is_removed(tmp_path: Path, ema: dict[str, Tensor]) -> None:
     source = save(tmp_path, ema)
     for precision in ("fp16", "fp32"):
-        (tmp_path / f".small.{precision}.safetensors.x1y2.tmp").write_bytes(b"half a file" * 1000)
+        (tmp_path / f".small.{precision}.safetensors.abcdefgh{UNFINISHED}").write_bytes(b"half a file" * 1000)
     convert.convert(source, FILE, "fp16", replace=False)
     assert inspect(tmp_path / "small.fp16.safetensors").shapes == SHAPES
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small.fp16.safetensors", "small.pt"]
@@ -250,8 +251,8 @@ def in_a_process(source: Path, precision: str, largest_file: int = 0) -> subproc
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RssAnon is read from /proc")
 @pytest.mark.parametrize("precision", DTYPES)
 def test_memory_stays_below_the_largest_tensor(tmp_path: Path, precision: str) -> None:
-    """200 MB of tensors of 20 MB: anonymous memory (pages of mapped files are the system's) grows by at most one of them
-    and some small change.
+    """200 MB of tensors of 20 MB: anonymous memory (pages of mapped files are the system's) grows by at most one of
+    them and some small change.
     """
     largest = 20_000_000
     path = tmp_path / "large.pt"

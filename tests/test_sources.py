@@ -9,6 +9,7 @@ import pytest
 
 from LightningDiT.console import Progress
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.files import UNFINISHED
 from setup_steps import downloads, sources, weights
 from setup_steps.sources import Source, link
 from tests.project_copy import PYTHON
@@ -90,7 +91,7 @@ def test_a_link_is_absolute_and_replaces_at_once(tmp_path: Path, monkeypatch: py
     target = tmp_path / "models" / "weights.pt"
     target.parent.mkdir()
     target.symlink_to(tmp_path / "detached" / "weights.pt")
-    put(target.with_name(".weights.pt.x1y2.tmp"), b"left by a run that was killed")
+    put(target.with_name(f".weights.pt.abcdefgh{UNFINISHED}"), b"left by a run that was killed")
     monkeypatch.chdir(tmp_path)
     assert link(Path("set/weights.pt"), target) == f"linked to {source}"
     assert target.readlink() == source
