@@ -43,12 +43,12 @@ ROWS: dict[str, set[str]] = {
     "training": {*BELOW, "sampling"},  # a run shows samples of its average
     "__init__": {"config", "sampling"},
     "pipeline": {"sampling"},
-    "inference": {*GROUND, "sampling"},
-    "train": {*GROUND, "loading", "models", "training"},
+    "inference": {*GROUND, "data", "sampling"},
+    "train": {*GROUND, "data", "loading", "models", "training"},
     "train_tokenizer": {*GROUND, "data", "tokenizer", "training"},
     "extract_features": {*GROUND, "data", "tokenizer", "training"},
     "evaluate": {*GROUND, "metrics"},
-    "evaluate_tokenizer": {*GROUND, "metrics", "tokenizer"},
+    "evaluate_tokenizer": {*GROUND, "data", "metrics", "tokenizer"},
     "tools": {*BELOW, "sampling", "training", "train"},  # the benchmark times the trainer's steps
 }
 SET_UP_MAY_USE = {f"{LIBRARY}.{name}" for name in ("errors", "console", "files")}

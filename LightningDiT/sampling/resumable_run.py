@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import re
 import time
@@ -22,7 +23,7 @@ from LightningDiT.data.labels import CLASS_NAMES, Labels
 from LightningDiT.data.npz import write_npz
 from LightningDiT.distributed import ALONE, Processes
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.files import atomic_path, check_space, fingerprint, held_folder
+from LightningDiT.files import atomic_path, check_space, fingerprint, held_folder, read_json
 from LightningDiT.images import save_png
 from LightningDiT.loading import STATS_NAME
 from LightningDiT.sampling.pipeline import LightningDiTPipeline
@@ -106,7 +107,8 @@ def opened_run(folder: Path, manifest: dict[str, Any]) -> Iterator[None]:
     """
     file = folder / MANIFEST
     # asked in this order: a run that starts meanwhile has its manifest before its first image
-    images = (image for pattern in ("[0-9]*.png", "*/[0-9]*.png") for image in folder.glob(pattern))
+    by_class = (image for image in folder.glob("*/[0-9]*.png") if not (image.parent / MANIFEST).exists())
+    images = itertools.chain(folder.glob("[0-9]*.png"), by_class)
     if any(image.stem.isdigit() for image in images) and not file.exists():
         raise LightningDiTError(f"{folder} holds images of no known run", "choose another --output")
     with held_folder(folder, "run"):
@@ -115,9 +117,9 @@ def opened_run(folder: Path, manifest: dict[str, Any]) -> Iterator[None]:
         else:
             with atomic_path(file) as temporary:
                 temporary.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for leftover in (
-            file for pattern in LEFTOVERS for file in (*folder.glob(pattern), *folder.glob(f"*/{pattern}"))
-        ):
+        # only a run by class owns its subfolders: those of a demonstration are runs of their own
+        folders = [folder, *(path for path in folder.glob("*/") if manifest.get(LAYOUT) == BY_CLASS)]
+        for leftover in (file for one in folders for pattern in LEFTOVERS for file in one.glob(pattern)):
             leftover.unlink(missing_ok=True)
         yield
 
@@ -125,7 +127,7 @@ def opened_run(folder: Path, manifest: dict[str, Any]) -> Iterator[None]:
 def kept_layout(folder: Path, by_class: bool) -> bool:
     """Return whether the run in `folder` has a subfolder for each class; `by_class` if none has begun."""
     try:
-        kept = json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get(LAYOUT) == BY_CLASS
+        kept = read_json(folder / MANIFEST).get(LAYOUT) == BY_CLASS
     except (OSError, ValueError, AttributeError):
         return by_class  # none has begun, or `opened_run` refuses the manifest
     if kept != by_class:
@@ -316,7 +318,7 @@ def _is_there(path: Path) -> bool:
 
 def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
     try:
-        known = json.loads(file.read_text(encoding="utf-8"))
+        known = read_json(file)
         if not isinstance(known, dict):
             raise ValueError("a mapping was expected")
     except (ValueError, OSError) as error:
