@@ -30,6 +30,7 @@ from LightningDiT.data.labels import CLASS_NAMES, Labels, Names
 from LightningDiT.device import PRECISIONS, autocast, best_device, training_dtype
 from LightningDiT.distributed import ALONE, Processes, launched_processes
 from LightningDiT.errors import LightningDiTError, is_out_of_memory
+from LightningDiT.idle_settings import training_notes
 from LightningDiT.loading import build_transport, model_settings
 from LightningDiT.models.lightningdit import LightningDiT
 from LightningDiT.training.ema import Ema
@@ -223,7 +224,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", help="folder of the run, in place of train.output_dir/exp_name")
     parser.add_argument("--max-steps", type=positive, help="end earlier than train.max_steps; the schedule stays")
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the settings and the plan of train.weight_init, and end"
+        "--dry-run",
+        action="store_true",
+        help="print the settings and the plan of train.weight_init, check the latents, and end",
     )
     return parser.parse_args(argv)
 
@@ -261,7 +264,7 @@ def settings_text(config: Config, dry_run: bool) -> str:
     lines.append(
         f"learning rate: {config.optimizer.lr:g}, after a rise over {rise} steps, and a fall over the last {fall}"
     )
-    lines += [f"note: {note}" for note in config.notes]
+    lines += [f"note: {note}" for note in training_notes(config)]
     if dry_run and config.train.weight_init:
         with without_values():
             model = LightningDiT(model_settings(config))
@@ -270,17 +273,28 @@ def settings_text(config: Config, dry_run: bool) -> str:
     return "\n".join(lines)
 
 
+def check_data(config: Config, run: RunDir) -> None:
+    """Raise what the run would of its folder, its latents and its classes."""
+    run.refuse_foreign()
+    if not config.data.data_path:
+        print("note: data.data_path is not set yet; a training needs it")
+        return
+    data = LatentBatches(config, build_transport(config))
+    class_names_of(config, data.shards, not run.checkpoints(), print)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, build, run."""
     args = parse(argv)
     with launched_processes(on_gpus=best_device().type != "cpu") as processes:
         config = processes.agree(lambda: read_config(args))
-        if args.dry_run:
-            processes.say(processes.from_main(lambda: settings_text(config, True)))
-            return 0
         train = config.train
         path = args.output or Path(train.output_dir) / train.exp_name
         run = RunDir(path, train.keep_checkpoints, train.keep_every, train.ckpt_every, [WEIGHTS_NAME])
+        if args.dry_run:
+            processes.say(processes.from_main(lambda: settings_text(config, True)))
+            processes.from_main(lambda: check_data(config, run))
+            return 0
         starts = processes.from_main(lambda: run.newest() is None)
         trainer = processes.agree(lambda: Trainer(config, processes, starts))
         monitors = processes.agree(

@@ -24,6 +24,7 @@ from LightningDiT.errors import LightningDiTError
 from LightningDiT.tokenizer.config import (
     TOKENIZER_CONFIGS,
     TokenizerConfig,
+    idle_tokenizer_settings,
     load_tokenizer_config,
     tokenizer_training,
 )
@@ -89,8 +90,9 @@ def make_stage(tokenizer: TokenizerConfig, args: argparse.Namespace, folder: Pat
 
 
 def settings_text(tokenizer: TokenizerConfig) -> str:
-    """Return the settings of the autoencoder and of its training as text."""
-    return f"settings: {autoencoder_settings(tokenizer)}\n          {tokenizer_training(tokenizer)}"
+    """Return the settings of the autoencoder and of its training as text, and those without effect."""
+    lines = [f"settings: {autoencoder_settings(tokenizer)}", f"          {tokenizer_training(tokenizer)}"]
+    return "\n".join([*lines, *(f"note: {note}" for note in idle_tokenizer_settings(tokenizer))])
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -205,6 +205,7 @@ def test_the_interval_of_a_share_is_scipys(hits: int, count: int) -> None:
     score = proportion(hits / count, count)
     interval = binomtest(hits, count).proportion_ci(0.95, method="wilson")
     assert (score.low, score.high) == pytest.approx((interval.low, interval.high), abs=1e-12)
+    assert (score.low == 0, score.high == 1) == (hits == 0, hits == count)  # no 2.8e-17 is printed
 
 
 def test_the_score_of_a_classifier_that_is_sure_is_the_number_of_classes(tmp_path: Path) -> None:

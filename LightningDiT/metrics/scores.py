@@ -135,7 +135,8 @@ def proportion(share: float, count: int) -> Score:
     square = NORMAL_QUANTILE**2
     centre = (share + square / (2 * count)) / (1 + square / count)
     half = NORMAL_QUANTILE * math.sqrt(share * (1 - share) / count + square / (4 * count**2)) / (1 + square / count)
-    return Score(share, max(0.0, centre - half), min(1.0, centre + half))
+    # at 0 and 1 an end is exact, and rounding would print it as 2.8e-17
+    return Score(share, centre - half if share > 0 else 0.0, centre + half if share < 1 else 1.0)
 
 
 def distance_of(features: Tensor, distance: FrechetDistance) -> Resampled:

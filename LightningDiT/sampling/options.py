@@ -11,6 +11,7 @@ from pathlib import Path
 
 from LightningDiT.config import Config, describe_guidance, describe_solver, with_overrides
 from LightningDiT.console import natural, positive
+from LightningDiT.idle_settings import sampling_notes
 
 #: Classes that the published demo shows.
 IMAGENET_DEMO_CLASSES = (975, 3, 207, 387, 388, 88, 979, 279)
@@ -101,7 +102,7 @@ def describe_settings(config: Config, images: int, output: Path) -> str:
             f"precision      {sample.precision}{', compiled' if sample.compile else ''},"
             f" {sample.per_proc_batch_size} images at once",
             f"images         {images} -> {output}",
-            *(f"note           {note}" for note in config.notes),
+            *(f"note           {note}" for note in sampling_notes(config)),
         )
     )
 

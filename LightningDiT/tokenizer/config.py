@@ -166,6 +166,35 @@ def tokenizer_training(config: TokenizerConfig) -> TokenizerTrainConfig:
     return train
 
 
+#: Keys of a tokenizer's training that act only while another one is not 0.
+NEEDS = {
+    "disc_weight": ("disc_start", "disc_layers"),
+    "lpips_weight": ("lpips_weights",),
+    "vf_weight": (
+        *("adaptive_vf", "cos_weight", "distmat_weight", "cos_margin", "distmat_margin"),
+        *("vision_model", "vision_weights", "vision_size", "vision_input"),
+    ),
+    "cos_weight": ("cos_margin",),
+    "distmat_weight": ("distmat_margin",),
+}
+
+
+def idle_tokenizer_settings(config: TokenizerConfig) -> list[str]:
+    """Return a line for each key of `train` that the file sets and that has no effect."""
+    train = tokenizer_training(config)
+    lines = [
+        f"train.{key}: no effect with train.{needed} 0"
+        for needed, keys in NEEDS.items()
+        for key in keys
+        if key in config.train_keys and not getattr(train, needed)
+    ]
+    if train.epochs and "max_steps" in config.train_keys:
+        lines.append("train.max_steps: no effect with train.epochs")
+    if train.disc_weight and not train.epochs and train.disc_start > train.max_steps:
+        lines.append(f"train.disc_weight: no effect, since disc_start {train.disc_start} is beyond max_steps")
+    return lines
+
+
 def _published_loss(config: TokenizerConfig) -> dict[str, Any]:
     """Return the fields of `TokenizerTrainConfig` that the published `lossconfig` sets."""
     where = f"{config.source}: model.params.lossconfig"
