@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from LightningDiT.checkpoint import check_shapes, inspect, load_file, without_values
+from LightningDiT.checkpoint import check_kinds, check_shapes, inspect, load_file, without_values
 from LightningDiT.compiling import compile_forward
 from LightningDiT.config import Config, SampleConfig, setting_differences
 from LightningDiT.errors import LightningDiTError, warn_user
@@ -90,10 +90,12 @@ def check_transformer_file(config: Config, path: str | Path) -> str:
             "choose the model_type and sizes that belong to the file, or python step3_setup_configs.py",
         )
     with without_values():
-        check_shapes(LightningDiT(wanted), info.shapes, path)
+        model = LightningDiT(wanted)
+    check_shapes(model, info.shapes, path)
+    check_kinds(model, info.kinds, path)
     held = f"entry {info.weights_key}" if info.weights_key else "bare weights"
     others = f"; also holds {', '.join(info.extras)}" if info.extras else ""
-    return f"transformer {path}: {info.parameters:,} values, {held}{others}"
+    return "; ".join([f"transformer {path}: {info.parameters:,} values, {held}{others}", *info.notes])
 
 
 def check_guide_file(config: Config, path: str | Path) -> str:

@@ -205,3 +205,11 @@ def test_rows_of_the_class_table_are_taken_by_name(source: tuple[LightningDiT, P
     assert "the rows of 2 classes and the null class are taken by name, those of 1 are new" in made.text()
     assert kinds(plan(LightningDiT(SETTINGS), inspect(file), ["b", "a", "c", "d", "e"])) == {key: "resized"}
     assert kinds(plan(LightningDiT(SETTINGS), inspect(file), ["a", "b", "c", "d", "e"])) == {}
+
+
+def test_tensors_of_another_kind_are_named_by_the_plan(source: tuple[LightningDiT, Path], tmp_path: Path) -> None:
+    name = "blocks.0.mlp.w3.bias"
+    odd = source[0].state_dict() | {name: source[0].state_dict()[name].long()}
+    torch.save(odd, tmp_path / "odd.pt")
+    with pytest.raises(LightningDiTError, match=rf"odd\.pt: tensor {name} is whole; real numbers are expected"):
+        plan(LightningDiT(SETTINGS), inspect(tmp_path / "odd.pt"))

@@ -169,6 +169,21 @@ def test_the_weights_lie_channels_last_and_are_saved_as_published(tiny_tokenizer
     torch.testing.assert_close(again, before, atol=0, rtol=0)
 
 
+def test_the_first_stage_of_a_whole_ldm_is_the_tokenizer(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    config, weights = load_tokenizer_config(tiny_tokenizer), load_file(tiny_tokenizer.parent / FILE)
+    whole = {f"first_stage_model.{name}": tensor for name, tensor in weights.items()}
+    torch.save({"state_dict": whole | {"model.diffusion_model.x": torch.zeros(1)}}, tmp_path / "ldm.ckpt")
+    said = vavae.check_tokenizer_file(config, tmp_path / "ldm.ckpt")
+    assert said.endswith(f"; took {len(weights)} tensors of first_stage_model. and passed over the other 1")
+    with pytest.warns(UserWarning, match="passed over the other 1"):
+        model = vavae.load_autoencoder(config, tmp_path / "ldm.ckpt")
+    torch.testing.assert_close(dict(model.state_dict()), weights, atol=0, rtol=0)
+    odd = weights | {"quant_conv.bias": weights["quant_conv.bias"].long()}
+    torch.save(odd, tmp_path / "odd.pt")
+    with pytest.raises(LightningDiTError, match=r"tensor quant_conv\.bias is whole; real numbers are expected"):
+        vavae.check_tokenizer_file(config, tmp_path / "odd.pt")
+
+
 def test_encode_without_statistics_says_what_to_pass(tiny_tokenizer: Path) -> None:
     with pytest.raises(LightningDiTError, match="has no latent statistics; encode and decode need them"):
         VA_VAE(tiny_tokenizer).encode(torch.zeros(1, 3, 16, 16))

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from LightningDiT.checkpoint import load_into, load_weights
+from LightningDiT.checkpoint import check_kinds, kind_of, load_into, load_weights
 from LightningDiT.errors import LightningDiTError, fixed_by
 
 from .autoencoder import AutoencoderKL
@@ -90,6 +90,7 @@ def start_from(
     Raises:
         LightningDiTError: the autoencoder's tensors do not fit the settings.
     """
+    check_kinds(model, {name: kind_of(tensor) for name, tensor in start.autoencoder.items()}, start.path)
     load_into(model, {name: tensor.float().clone() for name, tensor in start.autoencoder.items()}, start.path)
     lines = [f"autoencoder: {len(start.autoencoder)} tensors taken"]
     for prefix, tensors in start.parts.items():
@@ -116,6 +117,8 @@ def _take(criterion: Criterion, tensors: Mapping[str, Tensor]) -> str:
     for name, tensor in tensors.items():
         if own[name].shape != tensor.shape:
             return f"{name} is {list(tensor.shape)}; {list(own[name].shape)} is expected"
+        if kind_of(tensor) != kind_of(own[name]):
+            return f"{name} is {kind_of(tensor)}; {kind_of(own[name])} numbers are expected"
         if not bool(torch.isfinite(tensor.float()).all()):
             raise LightningDiTError(f"tensor {name} of the starting weights is not finite", "name an undamaged file")
     with torch.no_grad():

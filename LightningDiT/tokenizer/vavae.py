@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from LightningDiT.checkpoint import check_shapes, inspect, load_file, without_values
+from LightningDiT.checkpoint import check_kinds, check_shapes, inspect, load_file, without_values
 from LightningDiT.config import typed
 from LightningDiT.device import best_device
 from LightningDiT.errors import LightningDiTError
@@ -41,7 +41,8 @@ def check_tokenizer_file(config: TokenizerConfig, path: str | Path) -> str:
         model = AutoencoderKL(autoencoder_settings(config))
     info = inspect(path)
     check_shapes(model, info.shapes, path, TRAINING_PREFIXES)
-    return f"tokenizer {path}: {len(info.shapes)} tensors fit {Path(config.source).name}"
+    check_kinds(model, info.kinds, path)
+    return "; ".join([f"tokenizer {path}: {len(info.shapes)} tensors fit {Path(config.source).name}", *info.notes])
 
 
 def images_at_once(pixels: int) -> int:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from LightningDiT.checkpoint import CheckpointInfo, inspect, load_into, load_weights
+from LightningDiT.checkpoint import CheckpointInfo, check_kinds, inspect, load_into, load_weights
 from LightningDiT.data.labels import Names, names_of_model
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.loading import model_differences
@@ -91,6 +91,7 @@ def plan(model: LightningDiT, info: CheckpointInfo, names: Names | None = None) 
         LightningDiTError: the file is of another kind, depth, width or structure.
     """
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    check_kinds(model, info.kinds, info.path)
     rows = class_rows(names, info)
     if wanted == info.shapes and rows is None:
         return Plan(info.path, tuple(Change(name, TAKEN) for name in wanted))
