@@ -73,9 +73,7 @@ def test_the_clock_times_each_solver_with_its_evaluations(tiny_folder, tmp_path,
     assert rows[0]["seconds"] > rows[1]["seconds"] > rows[2]["seconds"] > 0
 
 
-@pytest.mark.parametrize(
-    "option", [["--noises", "0"], ["--part", "all"]]
-)
+@pytest.mark.parametrize("option", [["--noises", "0"], ["--part", "all"]])
 def test_bad_options_are_refused(option, capsys):
     with pytest.raises(SystemExit) as caught:
         study.main(option)
