@@ -7,21 +7,12 @@ note says so. docs/tokenizer.md explains the scores.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from LightningDiT.console import Progress, positive, run_main
-from LightningDiT.errors import LightningDiTError
-from LightningDiT.files import disk_errors, write_text
+from LightningDiT.console import positive, run_main
 from LightningDiT.metrics.options import FEATURES, add_evaluation_options
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-REPORT, PICTURE, PICTURE_IMAGES = "evaluation.json", "reconstructions.png", 8
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -44,43 +35,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, build, run."""
     args = parse(argv)
-    import torch
+    from LightningDiT.metrics.reconstruction import ReconstructionSettings, evaluate_reconstructions
 
-    from LightningDiT.data.image_sets import evenly_spaced
-    from LightningDiT.images import save_reconstructions
-    from LightningDiT.metrics.reconstruction import ReconstructionScores, make_measures, report_lines
-    from LightningDiT.metrics.sources import open_images
-    from LightningDiT.tokenizer.config import load_tokenizer_config
-    from LightningDiT.tokenizer.vavae import VA_VAE
-
-    config, folder = load_tokenizer_config(args.config), Path(args.output)
-    weights = args.weights or config.ckpt_path
-    if not weights:
-        raise LightningDiTError(f"{config.source} names no ckpt_path", "give --weights FILE")
-    tokenizer = VA_VAE(config, ckpt_path=weights)
-    images = open_images(args.images or f"{args.data_root}:test", args.images and tokenizer.img_size)
-    with disk_errors(folder):  # before anything long begins
-        folder.mkdir(parents=True, exist_ok=True)
-    count = min(args.count or images.count, images.count)
-    features = args.features or ("judge" if args.data_root else "inception")
-    required = bool(args.features or args.inception_weights)
-    files = (features, args.inception_weights, args.lpips_weights)
-    measures = make_measures(tokenizer.img_size, count, *files, distance_required=required)
-    scores, shown, done = ReconstructionScores(tokenizer, measures), list["tuple[Tensor, Tensor]"](), 0
-    pictured = set(evenly_spaced(count, PICTURE_IMAGES))
-    with Progress(count, "image") as progress:
-        for batch in images.batches(evenly_spaced(images.count, count), args.batch_size):
-            copies = scores.add(batch.pixels)
-            shown += [(batch.pixels[row], copies[row]) for row in range(len(copies)) if done + row in pictured]
-            done += len(copies)
-            progress.update(len(copies))
-    report = scores.report()
-    pairs = (torch.stack(pixels).permute(0, 2, 3, 1) for pixels in zip(*shown, strict=True))
-    save_reconstructions(*pairs, folder / PICTURE)
-    origin = {"tokenizer": config.source, "weights": str(weights), "source": images.source}
-    write_text(folder / REPORT, json.dumps({**origin, **report, "notes": measures.notes}, indent=2) + "\n")
-    print("\n".join([*report_lines(report), *(f"note: {note}" for note in measures.notes)]))
-    print(f"wrote {folder / REPORT} and {folder / PICTURE}")
+    settings = ReconstructionSettings(**{**vars(args), "output": Path(args.output)})
+    print("\n".join(evaluate_reconstructions(settings)))
     return 0
 
 

@@ -5,24 +5,32 @@ Pixels have 8 bits, as in an image file, and latents are the posterior's mode.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from LightningDiT.console import Progress
+from LightningDiT.data.image_sets import ImageSet, evenly_spaced
 from LightningDiT.errors import LightningDiTError, import_package
-from LightningDiT.images import to_float, to_uint8
+from LightningDiT.files import disk_errors, write_text
+from LightningDiT.images import save_reconstructions, to_float, to_uint8
 from LightningDiT.metrics.extractors import INCEPTION, Extractor, make_extractor
 from LightningDiT.metrics.formulas import frechet_distance, psnr, squared_error, uniformity
 from LightningDiT.metrics.scores import FEW
+from LightningDiT.metrics.sources import open_images
 from LightningDiT.seeds import generator_for
+from LightningDiT.tokenizer.config import load_tokenizer_config
 from LightningDiT.tokenizer.latents import LatentStats, Moments
 from LightningDiT.tokenizer.perceptual import SMALLEST_SIDE, PerceptualDistance, load_perceptual
 from LightningDiT.tokenizer.vavae import VA_VAE
 
+REPORT, PICTURE, PICTURE_IMAGES = "evaluation.json", "reconstructions.png", 8
 TORCHMETRICS_PIN = "torchmetrics==1.9.0"
 POSITIONS = 4096  # latent vectors behind the uniformity
 SMALLEST_SSIM_SIDE = 11  # pixels of the window (Wang et al., 2004)
@@ -196,3 +204,62 @@ def report_lines(report: dict[str, Any]) -> list[str]:
             shown = "left out" if value is None else f"{value:.4g}" if isinstance(value, float) else value
             lines.append(f"  {name.replace('_', ' '):<32}{shown}")
     return lines
+
+
+@dataclass(frozen=True)
+class ReconstructionSettings:
+    """Which tokenizer is evaluated, on which images, and how."""
+
+    config: str  # tokenizer YAML
+    weights: str | None  # in place of its ckpt_path
+    images: str | None  # see `open_images`; None: the test photographs of Fashion-MNIST in `data_root`
+    data_root: str | None
+    count: int | None  # images to take, evenly spaced; None: all
+    features: str | None  # see `make_extractor`; None: the judge for Fashion-MNIST, else Inception
+    lpips_weights: str | None
+    inception_weights: str | None
+    batch_size: int
+    output: Path  # folder of the results
+
+
+def evaluate_reconstructions(settings: ReconstructionSettings) -> list[str]:
+    """Write evaluation.json and reconstructions.png, and return the report as lines for the screen.
+
+    Raises:
+        LightningDiTError: no weights are named, the images cannot be opened, or a required measure cannot be had.
+    """
+    config, folder = load_tokenizer_config(settings.config), settings.output
+    weights = settings.weights or config.ckpt_path
+    if not weights:
+        raise LightningDiTError(f"{config.source} names no ckpt_path", "give --weights FILE")
+    tokenizer = VA_VAE(config, ckpt_path=weights)
+    images = open_images(settings.images or f"{settings.data_root}:test", settings.images and tokenizer.img_size)
+    with disk_errors(folder):  # before anything long begins
+        folder.mkdir(parents=True, exist_ok=True)
+    numbers = evenly_spaced(images.count, min(settings.count or images.count, images.count))
+    features = settings.features or ("judge" if settings.data_root else "inception")
+    files = (features, settings.inception_weights, settings.lpips_weights)
+    required = bool(settings.features or settings.inception_weights)
+    measures = make_measures(tokenizer.img_size, len(numbers), *files, distance_required=required)
+    report, pairs = _measured(tokenizer, measures, images, numbers, settings.batch_size)
+    save_reconstructions(*pairs, folder / PICTURE)
+    origin = {"tokenizer": config.source, "weights": str(weights), "source": images.source}
+    write_text(folder / REPORT, json.dumps({**origin, **report, "notes": measures.notes}, indent=2) + "\n")
+    notes = [f"note: {note}" for note in measures.notes]
+    return [*report_lines(report), *notes, f"wrote {folder / REPORT} and {folder / PICTURE}"]
+
+
+def _measured(
+    tokenizer: VA_VAE, measures: Measures, images: ImageSet, numbers: Sequence[int], batch_size: int
+) -> tuple[dict[str, Any], list[Tensor]]:
+    """Return the report of the images `numbers`, and pixels and reconstructions (8, H, W, 3) of a few of them."""
+    scores, shown, done = ReconstructionScores(tokenizer, measures), list[tuple[Tensor, Tensor]](), 0
+    pictured = set(evenly_spaced(len(numbers), PICTURE_IMAGES))
+    with Progress(len(numbers), "image") as progress:
+        for batch in images.batches(numbers, batch_size):
+            copies = scores.add(batch.pixels)
+            shown += [(batch.pixels[row], copies[row]) for row in range(len(copies)) if done + row in pictured]
+            done += len(copies)
+            progress.update(len(copies))
+    pairs = [torch.stack(pixels).permute(0, 2, 3, 1) for pixels in zip(*shown, strict=True)]
+    return scores.report(), pairs
