@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import pickle
 import re
 import zipfile
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from LightningDiT.errors import OS_FIXES, LightningDiTError, first_line, is_out_of_memory, warn_user
-from LightningDiT.files import atomic_path
+from LightningDiT.files import atomic_path, open_regular, read_json, require_unicode
 
 #: Entries in which training scripts keep weights, the best first.
 WEIGHT_KEYS = ("ema", "model_ema", "ema_model", "model", "module", "state_dict")
@@ -436,6 +435,7 @@ def _existing_file(path: str | Path) -> Path:
         raise LightningDiTError(f"{file} is a pipe or a device, a weights file was expected", "name a regular file")
     if file.stat().st_size == 0:
         raise LightningDiTError(f"weights file {file} is empty (0 bytes)", _fix_of_damage(file))
+    require_unicode(file)
     _refuse_foreign_content(file)
     return file
 
@@ -456,7 +456,7 @@ def _fix_of_damage(file: Path) -> str:
 
 def _refuse_foreign_content(file: Path) -> None:
     """Raise LightningDiTError for what people find instead of weights: a web page, or a pointer of git LFS."""
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
         start = stream.read(64).lstrip()
     fix = _fix_of_damage(file)
     if start[:1] == b"<":
@@ -477,7 +477,7 @@ def _refuse_one_shard(file: Path) -> None:
 def _load_index(file: Path) -> tuple[dict[str, Any], dict[str, str], list[str]]:
     """Return tensors, metadata and notes of all shards that an index lists."""
     try:
-        listed = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+        listed = read_json(file)["weight_map"]
         names = sorted(set(listed.values()))
         plain = all(isinstance(name, str) and name == Path(name).name for name in names)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -597,7 +597,10 @@ def _refuse_short_records(file: Path) -> None:
     """Raise zipfile.BadZipFile if a record has fewer or more bytes than its storage; a mapping would read on."""
     with zipfile.ZipFile(file) as archive:
         folder = archive.namelist()[0].partition("/")[0]
-        with archive.open(f"{folder}/data.pkl") as stream:
+        pickled = archive.getinfo(f"{folder}/data.pkl")
+        if not any(record.CRC for record in archive.infolist()):
+            del pickled.CRC  # the archive was written without checksums, and zipfile would miss it
+        with archive.open(pickled) as stream:
             scan = _Storages(stream)
             scan.load()
         for key, needed in scan.sizes.items():

@@ -12,6 +12,7 @@ After Ctrl-C or a kill, the same command goes on. Several processes share the wo
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from LightningDiT.config import TRAINING_FIX, Config, load_config
 from LightningDiT.console import duration, positive, run_main
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.tokenizer.config import load_tokenizer_config, tokenizer_config_path
+from LightningDiT.tokenizer.config import TokenizerConfig, load_tokenizer_config, tokenizer_config_path
 
 if TYPE_CHECKING:
     from LightningDiT.data.image_sets import ImageSet
@@ -50,7 +51,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--batch-size", type=positive, default=64, help="images encoded at once; changes no latent")
     parser.add_argument("--read-threads", type=positive, help="that read images; default: one a core, at most 16")
-    parser.add_argument("--dry-run", action="store_true", help="print the settings and end")
+    parser.add_argument("--dry-run", action="store_true", help="print the settings, check what they name, and end")
     args = parser.parse_args(argv)
     if not (args.images or args.list or args.data_root):
         parser.error("one of --images, --list and --data-root (with --dataset, or alone for Fashion-MNIST) is needed")
@@ -113,6 +114,32 @@ def summary(result: ExtractionResult, manifest: dict[str, Any], output: Path) ->
     return "\n".join(lines)
 
 
+def next_step(args: argparse.Namespace, classes: int) -> str:
+    """Return the line that says how a training uses the latents: those of a test split are validated on."""
+    settings = f"data.data_path: {args.output} and data.num_classes: {classes}"
+    if args.split != "train":
+        settings = f"data.valid_path: {args.output} and train.valid_every"
+    return (
+        f"Next: set {settings} in {args.config}, and python -m LightningDiT.train --config {shlex.quote(args.config)}"
+    )
+
+
+def checked(args: argparse.Namespace, config: Config, tokenizer: TokenizerConfig, weights: str | None) -> str:
+    """Check what a run needs, but for data sets that it may download, and return a few lines about it.
+
+    Raises:
+        LightningDiTError: as the run would.
+    """
+    from LightningDiT.files import require_unicode, require_writable
+    from LightningDiT.tokenizer.vavae import autoencoder_settings, check_tokenizer_file
+
+    require_unicode(args.output)
+    require_writable(Path(args.output))
+    lines = [check_tokenizer_file(tokenizer, weights)]
+    check_ratio(config, autoencoder_settings(tokenizer).downsample_factor)
+    return "\n".join(lines + (description(open_images(args)) if args.images or args.list else []))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, build, run."""
     args = parse(argv)
@@ -129,9 +156,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{source} -> {args.output} by {tokenizer_settings.source} ({config.data.image_size} pixels,"
             f" {args.posterior}, flips {'on' if args.flip else 'off'})"
         )
-        if args.dry_run:
-            return 0
         weights = config.vae.ckpt_path or tokenizer_settings.ckpt_path
+        if args.dry_run:
+            processes.say(processes.from_main(lambda: checked(args, config, tokenizer_settings, weights)))
+            return 0
         tokenizer = processes.agree(
             lambda: VA_VAE(tokenizer_settings, config.data.image_size, weights, device=best_device())
         )
@@ -148,10 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if result.manifest is None:
             processes.end_by_interrupt()
         processes.say(summary(result, result.manifest, output))
-        processes.say(
-            f"Next: set data.data_path: {output} and data.num_classes: {result.manifest['classes']} in {args.config},"
-            f" and python -m LightningDiT.train --config {args.config}"
-        )
+        processes.say(next_step(args, result.manifest["classes"]))
     return 0
 
 

@@ -190,6 +190,14 @@ def write_text(path: str | Path, text: str, ours: Ours | None = None) -> None:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names in folders may be no Unicode
 
 
+def append_text(path: Path, text: str) -> None:
+    """Add text in UTF-8 to a file that grows where it is; see `open_own`."""
+    with disk_errors(path), open_own(path) as file:
+        view = memoryview(text.encode())
+        while view:
+            view = view[file.write(view) :]
+
+
 def open_own(path: Path, shared: bool = False) -> IO[bytes]:
     """Open a file that grows where it is (a log, a part of a download), or make it: read, append and cut, unbuffered.
 

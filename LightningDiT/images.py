@@ -84,7 +84,8 @@ def grid_columns(count: int) -> int:
 
 
 def fit_text(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    """Return `text`, shortened by an ellipsis where it is wider than `width` pixels."""
+    """Return `text` as Unicode, shortened by an ellipsis where it is wider than `width` pixels."""
+    text = text.encode("utf-8", "backslashreplace").decode()  # a folder's name may be no Unicode, and is not drawn then
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:

@@ -14,6 +14,7 @@ from torch import Tensor
 from LightningDiT.checkpoint import save_weights
 from LightningDiT.data.labels import natural_key
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.files import require_regular, require_unicode
 
 KEPT_BATCHES = 2  # whose memory is reused
 FIX = "python -m LightningDiT.extract_features --help"
@@ -55,11 +56,13 @@ def iterate_shards(folder: str | Path) -> Iterator[dict[str, Tensor]]:
     root = Path(folder)
     if root.is_file():
         raise LightningDiTError(f"{root} is a file, the folder of latent shards was expected", f"name {root.parent}")
+    require_unicode(root)
     paths = shard_files(root)
     if not paths:
         raise LightningDiTError(f"no latent shards (*.safetensors) in {root}", FIX)
     for path in paths:
         try:
+            require_regular(path)
             tensors = load_file(path)
         except (SafetensorError, OSError) as error:
             raise LightningDiTError(f"latent shard {path} is cut short or damaged ({error})", FIX) from error

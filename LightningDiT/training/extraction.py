@@ -28,7 +28,15 @@ from LightningDiT.data.labels import CLASS_NAMES, LATENTS_MANIFEST
 from LightningDiT.data.shards import FIX, shard_files, shard_path, write_shard
 from LightningDiT.distributed import ALONE, Processes
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.files import fingerprint, held_folder, require_space, require_unicode, write_text
+from LightningDiT.files import (
+    fingerprint,
+    held_folder,
+    read_json,
+    require_regular,
+    require_space,
+    require_unicode,
+    write_text,
+)
 from LightningDiT.images import to_float
 from LightningDiT.seeds import generator_for
 from LightningDiT.tokenizer.autoencoder import DiagonalGaussian
@@ -109,7 +117,7 @@ def in_kept_order(images: ImageSet, output: Path) -> ImageSet:
     """
     file = output / LATENTS_MANIFEST
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         names, key = content.get(CLASS_NAMES), content["settings"]["image_list"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return images  # none has begun, or `_check_settings` refuses the manifest
@@ -286,6 +294,7 @@ class _ShardRows:
         from safetensors import SafetensorError, safe_open
 
         try:
+            require_regular(self._part)
             with safe_open(self._part, framework="pt") as opened:
                 unreadable = json.loads(opened.metadata()["unreadable"])
                 there = {name: opened.get_tensor(name) for name in self.rows}
@@ -341,7 +350,7 @@ def _planned(maker: _ShardMaker, described: dict[str, Any]) -> Iterator[list[int
 
 def _check_settings(file: Path, described: dict[str, Any]) -> None:
     try:
-        known = json.loads(file.read_text(encoding="utf-8"))["settings"]
+        known = read_json(file)["settings"]
         changed = setting_differences(known, json.loads(json.dumps(described)))
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise LightningDiTError(f"{file} is no manifest of latents ({error})", "choose another --output") from error
@@ -356,6 +365,7 @@ def _record(path: Path) -> dict[str, Any] | None:
     from safetensors import SafetensorError, safe_open
 
     try:
+        require_regular(path)
         with safe_open(path, framework="pt") as opened:
             return {"file": path.name, **json.loads((opened.metadata() or {})[RECORD])}
     except (SafetensorError, OSError, KeyError):

@@ -22,7 +22,7 @@ from torch import Tensor
 from LightningDiT.checkpoint import kind_of, load_training_state, save_training_state
 from LightningDiT.device import gpu_random_states, set_gpu_random_states
 from LightningDiT.errors import LightningDiTError, first_line, is_out_of_memory
-from LightningDiT.files import disk_errors
+from LightningDiT.files import append_text, disk_errors, open_own, open_regular, require_unicode
 
 STEP_DIGITS = 7  # at least
 CURVES = "curves.png"
@@ -51,6 +51,7 @@ class RunDir:
     def __init__(
         self, path: str | Path, keep: int = 2, keep_every: int = 0, regular: int = 1, results: Sequence[str] = ()
     ) -> None:
+        require_unicode(path)  # else its checkpoints could be written, and not read
         self.path, self.results = Path(path), results
         self.keep, self.keep_every, self.regular = keep, keep_every, regular
         self._damage: dict[Path, str | None] = {}  # of the checkpoints that were read so far
@@ -94,8 +95,10 @@ class RunDir:
         for pattern in LEFTOVERS:
             for path in self.path.glob(pattern):
                 path.unlink(missing_ok=True)
-        if self._log.is_file() and not (content := self._log.read_bytes()).endswith(b"\n"):
-            with self._log.open("r+b") as stream:
+        if self._log.is_file():
+            with open_own(self._log) as stream:
+                stream.seek(0)
+                content = stream.read()
                 stream.truncate(content.rfind(b"\n") + 1)
 
     def newest(self, up_to: int | None = None, regular: bool = False) -> Path | None:
@@ -126,8 +129,7 @@ class RunDir:
         line = json.dumps({key: _shortened(value) for key, value in row.items()}) + "\n"
         with disk_errors(self._log):
             self.path.mkdir(parents=True, exist_ok=True)
-            with self._log.open("a", encoding="utf-8") as stream:
-                stream.write(line)
+            append_text(self._log, line)
 
     @property
     def _log(self) -> Path:
@@ -147,7 +149,7 @@ def step_of(path: Path) -> int:
 def damage_of(path: Path) -> str | None:
     """Return what is wrong with a checkpoint, or None; every part is read and its checksum compared."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             if part := archive.testzip():
                 return f"its part {part} is damaged"
         step = load_training_state(path).get("step")
