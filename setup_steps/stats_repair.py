@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from LightningDiT.console import Progress, duration
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.files import atomic_path, free_name, require_writable
+from LightningDiT.files import atomic_path, free_name, read_bytes, require_replaceable, require_writable
 from setup_steps import downloads, weights
 from setup_steps.project import CONFIG, REPAIR, STEP2, STEP3, absolute, step_command
 
@@ -207,7 +207,7 @@ def from_attached(target: Target, request: Request) -> Repair:
         if not wrong:
             alone = weights.published_in(path.parent) == [name]
             doubt = f"nothing beside {path} shows which tokenizer it belongs to" if alone else ""
-            return Repair(LatentStats.load(path), f"the attached {path}", path.read_bytes(), doubt=doubt)
+            return Repair(LatentStats.load(path), f"the attached {path}", read_bytes(path), doubt=doubt)
         faults += wrong
     raise LightningDiTError(
         f"no good {name} below {folder}" + (f" ({'; '.join(faults)})" if faults else ""),
@@ -381,6 +381,7 @@ def require_writable_target(target: Target) -> None:
     """
     try:
         require_writable(target.path.parent)
+        require_replaceable(target.path, aside=True)
     except LightningDiTError as error:
         own = weights.MODELS / weights.STATS.name
         if target.kind != "published" or target.path == own:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import shlex
 import shutil
 import signal
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +19,7 @@ import pytest
 
 from LightningDiT import files
 from LightningDiT.errors import LightningDiTError
-from tests.conftest import PROJECT, largest_file
+from tests.conftest import PACKAGE, PROJECT, largest_file
 
 
 def test_a_new_file_takes_its_place_when_all_is_written(tmp_path: Path) -> None:
@@ -215,6 +218,92 @@ def test_the_lock_of_a_folder_is_no_link(tmp_path: Path) -> None:
 def test_the_digest_is_that_of_the_bytes(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     assert files.digest(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+#: Calls that open or write a file by its path; of `replace` those with one argument, which no text has.
+OPENERS = {
+    *("open", "read_text", "read_bytes", "write_text", "write_bytes", "touch", "rename", "replace"),
+    *("symlink_to", "hardlink_to", "link", "symlink", "safe_open", "load_file", "save_file", "ZipFile", "savez"),
+    *("memmap", "fromfile", "tofile", "savefig", "copy2", "copyfile", "copytree", "move", "mkstemp"),
+    *("NamedTemporaryFile", "TemporaryFile"),
+}
+#: The same by modules whose `load`, `save` and `open` take a path.
+MODULES = {"torch": {"load", "save"}, "np": {"load", "save"}, "OmegaConf": {"load", "save"}, "Image": {"open"}}
+#: What a function may do with a path after one of these.
+CHECKED = frozenset(("atomic_path", "_saved", "open_regular", "require_regular", "TemporaryDirectory"))
+#: Functions that open or write in another way, and why they may.
+MAY: dict[str, str] = {
+    "LightningDiT/checkpoint.py": "opens what `_existing_file` has found to be a regular file",
+    "LightningDiT/console.py _prepare_streams": "the null device in place of a closed stream",
+    "LightningDiT/config.py read_yaml": "text that the gate has read",
+    "LightningDiT/console.py _give_up_stdout": "the null device in place of a closed stream",
+    "LightningDiT/data/labels.py _imagenet_tables": "timm's own tables",
+    "LightningDiT/tools/benchmark/": "files of its own temporary folder, and of /proc",
+    "LightningDiT/loading.py": "`load_file` of LightningDiT/checkpoint.py",
+    "LightningDiT/tokenizer/vavae.py": "`load_file` of LightningDiT/checkpoint.py",
+    "LightningDiT/metrics/extractors.py": "writes to memory",
+    "setup_steps/checks.py published_table": "a file of the project",
+    "setup_steps/checks.py own_checksums": "opens what `present` has found to be a file",
+    "setup_steps/convert.py _write": "writes to the path that `atomic_path` gave",
+    "setup_steps/convert.py _compare": "opens what `_write` wrote, or `inspect` has opened",
+    "setup_steps/downloads.py _open": "an address, which is http or https",
+    "setup_steps/downloads.py PartFile": "renames its own open and locked part",
+    "setup_steps/install.py read_pins": "a file of the project",
+    "setup_steps/machine.py memory_bytes": "files of /sys",
+    "setup_steps/plans.py carry_out": "`link` of setup_steps/sources.py",
+    "setup_steps/stats_repair.py Repair": "writes to the path that `atomic_path` gave",
+}
+
+
+def passes_by(path: Path) -> Iterator[str]:
+    """Yield the calls of a module that open or write a file otherwise than through `LightningDiT.files`."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for outer in tree.body:
+        functions = [node for node in ast.walk(outer) if isinstance(node, ast.FunctionDef)] or [outer]
+        for function in functions:
+            calls = [node for node in ast.walk(function) if isinstance(node, ast.Call)]
+            names = {called(call)[1] for call in calls}
+            if names & CHECKED:
+                continue
+            for call in calls:
+                owner, name = called(call)
+                if name in ("read_text", "read_bytes", "write_text") and not owner:  # those of the gate
+                    continue
+                if name == "replace" and (len(call.args) != 1 or owner == "dataclasses" or not owner):
+                    continue
+                if (name in OPENERS) or name in MODULES.get(owner, ()):
+                    where = path.relative_to(PROJECT).as_posix()
+                    scope = outer.name if isinstance(outer, ast.FunctionDef | ast.ClassDef) else "module"
+                    yield f"{where} {scope}: {ast.unparse(call.func)}"
+
+
+def called(call: ast.Call) -> tuple[str, str]:
+    """Return owner and name of what is called."""
+    if isinstance(call.func, ast.Attribute):
+        return ast.unparse(call.func.value), call.func.attr
+    return "", call.func.id if isinstance(call.func, ast.Name) else ""
+
+
+def test_no_module_passes_the_gate_by() -> None:
+    """Every other way to open or write a file has its row and its reason."""
+    modules = [*PACKAGE.rglob("*.py"), *(PROJECT / "setup_steps").glob("*.py"), *PROJECT.glob("*.py")]
+    found = [line for path in sorted(modules) if path != PACKAGE / "files.py" for line in passes_by(path)]
+    assert [line for line in found if not line.startswith(tuple(MAY))] == []
+    assert [row for row in MAY if not any(line.startswith(row) for line in found)] == []
+
+
+def test_every_promise_names_a_test_that_is_there() -> None:
+    """`docs/trust.md` has a test in each row."""
+    page = (PROJECT / "docs" / "trust.md").read_text(encoding="utf-8")
+    rows = [row for row in page.splitlines() if row.startswith("|") and not row.startswith(("|---", "| what"))]
+    assert len(rows) >= 13
+    for row in rows:
+        named = re.findall(r"`(test_\w+\.py)?::(test_\w+)`", row.rpartition("| ")[0].rpartition("| ")[2] + row)
+        assert named, row
+        file = ""
+        for other, name in named:
+            file = other or file
+            assert f"def {name}(" in (PROJECT / "tests" / file).read_text(encoding="utf-8"), (row, file, name)
 
 
 def test_a_refusal_of_the_system_is_one_line_with_its_fix(tmp_path: Path) -> None:

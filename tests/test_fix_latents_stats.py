@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -739,3 +740,21 @@ def test_another_part_of_a_model_is_not_taken_for_statistics(tmp_path: Path) -> 
     ):
         repair(path)
     assert path.read_bytes() == b"a tokenizer of 800 MB"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes of a POSIX file system")
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_pipe_or_a_device_keeps_its_name(kind: str, tmp_path: Path) -> None:
+    """As root, who might rename /dev/null."""
+    path = tmp_path / "latents_stats.pt"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        try:
+            os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+        except PermissionError:
+            pytest.skip("makes a device")
+    with pytest.raises(LightningDiTError, match=f"latents_stats.pt cannot be written .it is a {kind}"):
+        fix_latents_stats.main(["--stats", str(path), "--identity", "--channels", "4"])
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    assert not path.is_file()

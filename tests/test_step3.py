@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -314,3 +315,19 @@ def test_step3_writes_over_nothing_but_yaml(models: Path, tmp_path: Path) -> Non
     with pytest.raises(LightningDiTError, match=r"README.md is named like no YAML file, .yaml or .yml was expected"):
         write_config(models, tmp_path / "README.md")
     assert (tmp_path / "README.md").read_text() == "mine"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links of a POSIX file system")
+def test_step3_writes_through_no_link(models: Path, tmp_path: Path) -> None:
+    """Neither under the name of the YAML nor under that of the copy of an edited one."""
+    precious, output = tmp_path / "precious.yaml", tmp_path / "config.yaml"
+    precious.write_text("mine")
+    output.symlink_to(precious)
+    with pytest.raises(LightningDiTError, match=r"config.yaml cannot be written .it is a link"):
+        write_config(models, output)
+    output.unlink()
+    output.write_text("edited: 1\n")
+    output.with_name("config.yaml.bak").symlink_to(tmp_path / "elsewhere")
+    assert write_config(models, output) == 0
+    assert (tmp_path / "config.yaml.bak-1").read_text() == "edited: 1\n"
+    assert (precious.read_text(), (tmp_path / "elsewhere").exists()) == ("mine", False)

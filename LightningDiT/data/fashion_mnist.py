@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.files import open_regular
 from LightningDiT.images import to_float
 
 FASHION_MNIST_CLASSES = (
@@ -23,6 +24,7 @@ TRAIN_IMAGES = "train-images-idx3-ubyte.gz"
 TORCHVISION_FOLDER = Path("FashionMNIST", "raw")  # where torchvision keeps the files
 SIDE = 28  # pixels of a photograph
 BORDER = 2  # black pixels on each side that make 32x32 pixels of it
+MOST_BYTES = 2**26  # 60,000 images are 47 MB
 IDX_UINT8 = 0x08  # type code of unsigned bytes in the IDX header
 FIX = "download Fashion-MNIST again"
 
@@ -34,7 +36,8 @@ def read_idx(path: Path) -> Tensor:
         LightningDiTError: the file is damaged, or of another format.
     """
     try:
-        content = gzip.decompress(path.read_bytes())
+        with open_regular(path) as file, gzip.open(file) as unpacked:
+            content = unpacked.read(MOST_BYTES)
         if content[:3] != bytes([0, 0, IDX_UINT8]):
             raise LightningDiTError(f"{path} is no IDX file of bytes", FIX)
         dimensions = content[3]

@@ -27,6 +27,7 @@ from LightningDiT.data.image_files import LITTER, find_images, read_image, shown
 from LightningDiT.data.labels import CLASS_NAMES, checked_names, natural_key
 from LightningDiT.data.prefetching import prefetched
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.files import read_json
 from LightningDiT.images import centre_crop
 
 FASHION_MNIST = "FashionMNIST"
@@ -388,7 +389,7 @@ def open_samples(folder: str | Path) -> FileImages:
 def _classes_of_run(manifest: Path, files: Sequence[Path]) -> Classes:
     """Return the class of each `000000.png`, ... by the run's manifest; none where it does not tell."""
     try:
-        content = json.loads(manifest.read_text(encoding="utf-8"))
+        content = read_json(manifest)
         found = torch.tensor([int(content["labels"][int(file.stem)]) for file in files])
         names = checked_names(content.get(CLASS_NAMES))
     except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError, RuntimeError, AttributeError):

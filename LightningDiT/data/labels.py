@@ -15,6 +15,7 @@ from typing import SupportsIndex
 
 from LightningDiT.config import Config
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.files import read_json, require_regular
 
 IMAGENET_CLASSES = 1000
 LATENTS_MANIFEST = "manifest.json"  # beside latent shards: their origin, with the names of the classes
@@ -271,6 +272,7 @@ def names_of_model(path: str | Path) -> tuple[str, ...] | None:
     if file.suffix != ".safetensors" or not file.is_file():
         return None
     try:
+        require_regular(file)
         with safe_open(file, framework="numpy") as opened:
             text = (opened.metadata() or {}).get(CLASS_NAMES)
     except (SafetensorError, OSError):
@@ -291,7 +293,7 @@ def names_of_latents(folder: str | Path) -> tuple[str, ...] | None:
     if not file.is_file():
         return None
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         return checked_names(content.get(CLASS_NAMES)) if isinstance(content, dict) else None
     except (OSError, ValueError, RecursionError) as error:
         raise LightningDiTError(

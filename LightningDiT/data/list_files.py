@@ -15,6 +15,7 @@ from PIL import Image
 from LightningDiT.data.image_sets import Classes, FileImages, number_classes
 from LightningDiT.data.labels import MOST_DIGITS
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.files import read_text
 
 FIX = "write `path class` in each line"
 CLASS_COLUMNS = ("label", "labels", "class", "class_name", "classname", "target", "category", "y", "id", "label_id")
@@ -133,7 +134,7 @@ def _own_path(name: str, folder: Path) -> str:
 def _lines(listing: Path) -> list[_Line]:
     """Return the lines of a list file that are not empty and no comments."""
     try:
-        texts = listing.read_text(encoding="utf-8-sig").splitlines()
+        texts = read_text(listing, encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise LightningDiTError(f"the list {listing} cannot be read ({error})", "name a text file in UTF-8") from error
     table, lines = listing.suffix.lower() == ".csv", list[_Line]()

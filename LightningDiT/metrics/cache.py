@@ -17,7 +17,7 @@ from LightningDiT.checkpoint import load_weights, save_weights
 from LightningDiT.console import Progress
 from LightningDiT.data.image_sets import ImageSet
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.files import write_text
+from LightningDiT.files import read_json, write_text
 from LightningDiT.metrics.extractors import Activations, Extractor
 
 PART = 1000  # images in a file
@@ -80,7 +80,7 @@ def cached_list(file: Path, count: int, compute: Callable[[int], float], progres
 def cached(file: Path, compute: Callable[[], Any], kind: type[list] | type[dict]) -> Any:
     """Return the list or dictionary of numbers in a JSON file, or that of `compute`, which is then written."""
     with contextlib.suppress(OSError, ValueError):  # not there yet, or damaged
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = read_json(file)
         numbers = value.values() if isinstance(value, dict) else value
         if isinstance(value, kind) and all(isinstance(number, int | float) for number in numbers):
             return value

@@ -18,7 +18,7 @@ from torch import Tensor
 from LightningDiT.checkpoint import load_weights
 from LightningDiT.config import SampleConfig, describe_guidance, read_yaml, typed
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.files import atomic_path
+from LightningDiT.files import write_text
 from LightningDiT.loading import guidance_of
 from LightningDiT.transport import GuidanceSettings
 
@@ -162,8 +162,7 @@ def save_solvers(file: SolverFile, path: str | Path) -> None:
             *(f"  - {_row(row)}" for row in solver.coefficients),
         ]
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def _row(values: Sequence[float]) -> str:

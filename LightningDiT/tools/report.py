@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.files import write_text
+from LightningDiT.files import read_text, write_text
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -25,7 +25,7 @@ def check_marks(page: Path, names: Iterable[str]) -> None:
     if not page.is_file():
         raise LightningDiTError(f"{page} is no file; a page with marks is expected", "name a page in docs")
     for name in names:
-        _around(page, page.read_text(encoding="utf-8"), name)
+        _around(page, read_text(page), name)
 
 
 def put_between_marks(page: Path, lines: Sequence[str], title: str, name: str = "measured") -> None:
@@ -39,7 +39,7 @@ def put_between_marks(page: Path, lines: Sequence[str], title: str, name: str = 
         LightningDiTError: one of the two marks is missing.
     """
     begin, end = marks_of(name)
-    text = page.read_text(encoding="utf-8") if page.exists() else f"# {title}\n"
+    text = read_text(page) if page.exists() else f"# {title}\n"
     if begin not in text and end not in text:
         text = f"{text.rstrip()}\n\n{begin}\n{end}\n"
     before, after = _around(page, text, name)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.files import atomic_path
+from LightningDiT.files import atomic_path, read_text
 
 HIDDEN = ("step", "seconds_left")
 PANEL_INCHES = (6.0, 2.6)
@@ -27,7 +27,7 @@ def read_log(path: str | Path) -> list[Row]:
         LightningDiTError: the file is missing, empty, or a line is no object with a step.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise LightningDiTError(f"log {path} cannot be read ({error})", "name the log.jsonl of a run") from error
     rows: dict[float, Row] = {}
