@@ -9,13 +9,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from LightningDiT.console import OK
-from LightningDiT.files import check_space, require_writable
-from setup_steps import project
+from setup_steps import project, samples
 
 OUTPUT = project.PROJECT / "LightningDiT" / "demo_images"
 GRID = "demo_samples.png"
-TIME_BUDGET = 30.0  # minutes
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -26,33 +23,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FOLDER")
     add_class_options(parser)
     add_sampling_options(parser)
-    parser.set_defaults(time_budget=TIME_BUDGET)
+    parser.set_defaults(time_budget=samples.TIME_BUDGET)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    from LightningDiT.config import load_config
-    from LightningDiT.sampling.options import apply_options, classes_of, describe_settings
+    from LightningDiT.sampling.options import classes_of
 
     print("Step 4: sampling")
-    config = apply_options(load_config(args.config), args)
-    folder = project.absolute(args.output)
-    check_space(folder, args.count or 0, config.data.image_size)
+    config = samples.configured(args.config, args)
     classes = classes_of(args, config.data.num_classes)
-    print(describe_settings(config, len(classes), folder / GRID))
-    from LightningDiT.sampling.demo import sample_demo
-    from LightningDiT.sampling.dry_run import check_run
-
-    if args.dry_run:
-        return check_run(config, classes)
-    require_writable(folder)
-    demo = sample_demo(config, classes, args.seed, folder, GRID, args.time_budget)
-    print(demo.summary())
-    print(
-        f"Next: look at the grid; --classes, --count, --seed and more: {project.step_command(project.STEP4, '--help')}"
-    )
-    return OK
+    demo = samples.sample(config, classes, args.seed, args.output, GRID, args.time_budget, args.dry_run)
+    if demo:
+        more = project.step_command(project.STEP4, "--help")
+        print(f"{demo.summary()}\nNext: look at the grid; --classes, --count, --seed and more: {more}")
+    return 0
 
 
 if __name__ == "__main__":
