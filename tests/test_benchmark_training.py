@@ -33,8 +33,8 @@ from LightningDiT.tools.benchmark.training import (
     write_latents,
 )
 from LightningDiT.tools.report import marks_of
-from LightningDiT.train import Trainer
 from LightningDiT.training.latent_batches import LatentBatch, LatentBatches
+from LightningDiT.training.transformer_training import Trainer
 
 CPU = torch.device("cpu")
 QUICK = Setting(CPU, torch.float32, quick=True)
@@ -57,7 +57,7 @@ def tiny(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def trainer(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trainer:
-    monkeypatch.setattr("LightningDiT.train.best_device", lambda: CPU)
+    monkeypatch.setattr("LightningDiT.training.transformer_training.best_device", lambda: CPU)
     return trainer_of(write_latents(load_config(tiny), tmp_path / "run", 4, "fp32"))
 
 

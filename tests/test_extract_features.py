@@ -27,7 +27,7 @@ from LightningDiT.data.image_sets import open_folder
 from LightningDiT.data.labels import LATENTS_MANIFEST, Labels
 from LightningDiT.data.shards import LatentShards, iterate_shards, shard_files, shard_path, write_shard
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.extract_features import main
+from LightningDiT.extract_features import main, next_step, parse
 from LightningDiT.files import LOCK
 from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from LightningDiT.seeds import generator_for
@@ -522,3 +522,14 @@ def test_the_shares_of_the_time_are_stated(tiny_folder: Path, images: Path, tmp_
     assert set(result.shares) == {"encoder", "waiting for images", "writing"}
     assert result.shares["encoder"] > 0
     assert sum(result.shares.values()) <= 1
+
+
+def test_latents_of_a_test_split_are_named_for_validation() -> None:
+    arguments = ["--config", "my config.yaml", "--output", "latents", "--data-root", "data"]
+    said = next_step(parse(arguments), 10)
+    assert said == (
+        "Next: set data.data_path: latents and data.num_classes: 10 in my config.yaml, and"
+        " python -m LightningDiT.train --config 'my config.yaml'"
+    )
+    said = next_step(parse([*arguments, "--split", "test"]), 10)
+    assert "data.valid_path: latents and train.valid_every in my" in said

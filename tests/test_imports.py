@@ -20,11 +20,11 @@ GROUND: dict[str, set[str]] = {
     "console": {"errors"},
     "files": {"console", "errors"},
     "device": {"errors"},
-    "compiling": {"device", "errors"},
+    "compiling": {"errors"},
     "distributed": {"console", "errors"},
     "config": {"errors", "files"},
     "idle_settings": {"config"},
-    "checkpoint": {"device", "errors", "files"},
+    "checkpoint": {"errors", "files"},
     "images": {"errors", "files"},
 }
 PARTS: dict[str, set[str]] = {
@@ -44,12 +44,12 @@ ROWS: dict[str, set[str]] = {
     "__init__": {"config", "sampling"},
     "pipeline": {"sampling"},
     "inference": {*GROUND, "data", "sampling"},
-    "train": {*GROUND, "data", "loading", "models", "training"},
+    "train": {*GROUND, "training"},
     "train_tokenizer": {*GROUND, "data", "tokenizer", "training"},
     "extract_features": {*GROUND, "data", "tokenizer", "training"},
     "evaluate": {*GROUND, "metrics"},
-    "evaluate_tokenizer": {*GROUND, "data", "metrics", "tokenizer"},
-    "tools": {*BELOW, "sampling", "training", "train"},  # the benchmark times the trainer's steps
+    "evaluate_tokenizer": {*GROUND, "metrics"},
+    "tools": {*BELOW, "sampling", "training"},  # the benchmark times the trainer's steps
 }
 SET_UP_MAY_USE = {f"{LIBRARY}.{name}" for name in ("errors", "console", "files")}
 STEPS = sorted(path.stem for path in PROJECT.glob("*.py"))

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from LightningDiT.device import autocast
 from LightningDiT.models.lightningdit import LightningDiTSettings
-from LightningDiT.train import Trainer
 from LightningDiT.training.latent_batches import LatentBatch
+from LightningDiT.training.transformer_training import Trainer
 
 EPS = 1e-6  # of the norms
 FREQUENCIES = 256

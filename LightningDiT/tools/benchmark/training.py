@@ -1,6 +1,6 @@
 """A training step beside the published one, the share of a run that waits for data, and the parts of an extraction.
 
-Our step is that of `LightningDiT.train.Trainer`, from shards on the disk. The step of `published_loop` is given each
+Our step is that of `Trainer`, from shards on the disk. The step of `published_loop` is given each
 batch ready-made: it reads and draws nothing.
 """
 
@@ -39,10 +39,10 @@ from LightningDiT.tokenizer.autoencoder import AutoencoderKL
 from LightningDiT.tokenizer.config import TokenizerConfig, load_tokenizer_config, tokenizer_config_path
 from LightningDiT.tokenizer.latents import Moments
 from LightningDiT.tokenizer.vavae import VA_VAE, autoencoder_settings
-from LightningDiT.train import Trainer
 from LightningDiT.training.extraction import STATS_NAME, ExtractionSettings, extract
 from LightningDiT.training.latent_batches import LatentBatch
 from LightningDiT.training.memory import training_need
+from LightningDiT.training.transformer_training import Trainer
 
 from .forward import WEIGHT_STD, random_weights
 from .machine import PROJECT, free_memory_bytes, lack_of

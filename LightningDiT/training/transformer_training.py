@@ -1,0 +1,248 @@
+"""The training of LightningDiT on latent shards: model, average, optimizer, data, and what the loop is told."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from LightningDiT.checkpoint import inspect, without_values
+from LightningDiT.compiling import compile_forward
+from LightningDiT.config import Config, as_dict
+from LightningDiT.data.labels import CLASS_NAMES, Labels, Names
+from LightningDiT.device import PRECISIONS, autocast, best_device, training_dtype
+from LightningDiT.distributed import ALONE, Processes
+from LightningDiT.errors import LightningDiTError, is_out_of_memory
+from LightningDiT.idle_settings import training_notes
+from LightningDiT.loading import build_transport, model_settings
+from LightningDiT.models.lightningdit import LightningDiT
+from LightningDiT.training.ema import Ema
+from LightningDiT.training.fine_tuning import initialise, plan
+from LightningDiT.training.guard import GuardSettings, NotFiniteError, require_finite
+from LightningDiT.training.latent_batches import LatentBatch, LatentBatches, class_names_of, has_cosine_loss
+from LightningDiT.training.loop import LoopSettings
+from LightningDiT.training.run_dir import RunDir, load_optimizer
+from LightningDiT.training.scaler import LossScaler
+from LightningDiT.training.schedule import learning_rate, schedule_lengths
+
+WEIGHTS_NAME = "transformer.safetensors"
+TERMS = ("loss", "cos_loss")
+SCALING = ("latent_norm", "latent_multiplier")  # how latents become the model's; a run keeps it
+
+
+class Trainer:
+    """Model, average, optimizer and data of one run; `step` is one optimizer step.
+
+    Args:
+        starts: the run has no checkpoint yet, so it begins with the weights of `train.weight_init`.
+    """
+
+    def __init__(self, config: Config, processes: Processes = ALONE, starts: bool = True) -> None:
+        self.config, self.processes = config, processes
+        self.lengths = schedule_of(config)
+        self.device = best_device()
+        self.dtype = PRECISIONS.get(config.train.precision) or training_dtype(self.device)
+        self.terms = TERMS if has_cosine_loss(config) else TERMS[:1]
+        self.data = LatentBatches(config, build_transport(config), processes.rank, processes.count)
+        names = class_names_of(config, self.data.shards, starts, processes.say)
+        self.metadata = {CLASS_NAMES: json.dumps(names)} if names else {}
+        self.model = self._initial_model(starts, names).float().to(self.device)
+        self.ema = Ema(self.model, config.train.ema_decay)
+        self.scaler = LossScaler(self.dtype == torch.float16)
+        self.rate_scale, self.learning_rate = 1.0, 0.0
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=config.optimizer.lr,
+            betas=(0.9, config.optimizer.beta2),
+            weight_decay=0.0,
+            fused=self.device.type != "cpu",
+        )
+        self.network = self._network()
+        self.settings = {
+            "model": as_dict(config.model),
+            "transport": as_dict(config.transport),
+            "lognorm_until_step": config.train.lognorm_until_step,
+            "batch": config.train.global_batch_size,
+            "seed": config.train.global_seed,
+            "latents": self.data.description,
+            "data": {name: value for name, value in as_dict(config.data).items() if name in SCALING},
+        }
+
+    def _initial_model(self, starts: bool, names: Names | None) -> LightningDiT:
+        """Return the model with random weights, or with those of `train.weight_init`."""
+        torch.manual_seed(self.config.train.global_seed)
+        # LatentBatches drops labels, by a generator of each row; the model's own dropout stays off
+        model = LightningDiT(model_settings(self.config), class_dropout_prob=0.0)
+        if starts and (path := self.config.train.weight_init):
+            self.processes.say(initialise(model, path, names).text())
+        return model
+
+    def _network(self) -> nn.Module:
+        """Return the module to differentiate: the model, compiled if asked, with gradients shared by all processes."""
+        if self.config.train.compile:
+            compile_forward(self.model)
+        if self.processes.count == 1:
+            return self.model
+        return nn.parallel.DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+
+    def step(self, step: int) -> Mapping[str, Tensor | float]:
+        """Take one optimizer step and return the loss terms, means over the global batch."""
+        started = time.monotonic()
+        batch = self.data.batch(step)
+        waited = time.monotonic() - started
+        self._set_rate(step)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = self.processes.mean(self._backward_within_memory(batch))
+        self._require_finite_loss(losses, batch, step)
+        norm = self._clip_gradient(step)
+        self.optimizer.step()
+        self.ema.update(self.model)
+        row = dict(zip(self.terms, losses, strict=True)) | {"gradient_norm": norm, "data_seconds": waited}
+        return row | ({"loss_scale": self.scaler.scale} if self.scaler.enabled else {})
+
+    def _require_finite_loss(self, losses: Tensor, batch: LatentBatch, step: int) -> None:
+        """Raise NotFiniteError, which names the latents of the step that are not finite themselves."""
+        try:
+            require_finite("loss", losses, step)
+        except NotFiniteError as error:
+            found = [name for names in self.processes.share(lambda: self.data.not_finite(batch)) for name in names]
+            if found:
+                error.message += f", nor are the latents in {', '.join(found)}"
+            raise
+
+    def _set_rate(self, step: int) -> None:
+        rate = learning_rate(step, self.config.optimizer.lr, *self.lengths, self.config.train.max_steps)
+        self.learning_rate = rate * self.rate_scale
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Samples of one forward pass in this process."""
+        return min(len(self.data.rows), self.config.train.micro_batch_size or len(self.data.rows))
+
+    def _backward_within_memory(self, batch: LatentBatch) -> Tensor:
+        """Return what `_backward` returns; raises LightningDiTError if memory runs out."""
+        try:
+            return self._backward(batch)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            size = self.micro_batch_size
+            raise LightningDiTError(
+                f"{self.config.source}: {size} samples at a time do not fit into the memory of {self.device}",
+                f"set train.micro_batch_size: {max(1, size // 2)} or model.use_checkpoint: true",
+            ) from error
+
+    def _backward(self, batch: LatentBatch) -> Tensor:
+        """Add the gradients of this process's rows, one micro-batch at a time, and return its mean terms (1 or 2,)."""
+        total = torch.zeros(len(self.terms), device=self.device)
+        parts = batch.micro_batches(self.config.train.micro_batch_size)
+        for number, part in enumerate(parts, start=1):
+            last = number == len(parts)
+            with contextlib.nullcontext() if last or self.network is self.model else self.network.no_sync():
+                losses = self._losses(part.to(self.device)) * (len(part) / len(batch))
+                self.scaler.scaled(losses.sum()).backward()
+            total += losses.detach()
+        return total
+
+    def _losses(self, part: LatentBatch) -> Tensor:
+        """Return the mean loss terms (1 or 2,) of a micro-batch."""
+        with autocast(self.device, self.dtype):
+            losses = part.transport.training_losses(
+                lambda x, t, y: self.network(x, t, y), part.latents, {"y": part.labels}, x0=part.noise, t=part.times
+            )
+        return torch.stack([losses[name].mean() for name in self.terms])
+
+    def _clip_gradient(self, step: int) -> Tensor:
+        """Clip the gradient and return the norm that it had; raises NotFiniteError."""
+        limit = self.config.optimizer.max_grad_norm
+        self.scaler.unscale(self.model.parameters())
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), math.inf if limit is None else limit)
+        if self.scaler.searches(bool(torch.isfinite(norm))):
+            raise NotFiniteError("gradient", step, counts=False)
+        require_finite("gradient", norm, step)
+        return norm
+
+    def summary(self) -> str:
+        """Return one line: processes, device, precision, and how the batch is divided."""
+        count, precision = self.processes.count, str(self.dtype).removeprefix("torch.")
+        return (
+            f"{'1 process' if count == 1 else f'{count} processes'} on {self.device.type}, {precision}:"
+            f" {len(self.data.rows)} samples of each step, {self.micro_batch_size} at a time"
+        )
+
+    def averaged_model(self) -> LightningDiT:
+        """Return a model in eval mode whose weights are the average's own tensors, so that it costs no memory."""
+        with without_values():
+            model = LightningDiT(self.model.settings)
+        model.load_state_dict(self.ema.weights, assign=True)
+        return model.eval().requires_grad_(False)
+
+    def state_dict(self) -> dict[str, object]:
+        """Return everything that a resumed run needs."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.weights,
+            "ema_steps": self.ema.steps,
+            "opt": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Restore what `state_dict` returned."""
+        self.model.load_state_dict(state["model"])
+        self.ema.load_state_dict({"weights": state["ema"], "steps": state["ema_steps"]})
+        load_optimizer(self.optimizer, state["opt"])
+        self.scaler.load_state_dict(state["scaler"])
+
+
+def loop_settings(config: Config, max_steps: int | None = None) -> LoopSettings:
+    """Return the loop's settings; `max_steps` ends the run earlier than the configuration does."""
+    train = config.train
+    guard = GuardSettings(train.max_skips, train.spike_factor, train.rate_cut)
+    return LoopSettings(
+        min(max_steps or train.max_steps, train.max_steps),
+        train.global_batch_size,
+        train.log_every,
+        train.ckpt_every,
+        train.resume,
+        guard,
+    )
+
+
+def schedule_of(config: Config) -> tuple[int, int]:
+    """Return the steps of the learning rate's rise and fall; see `schedule_lengths`."""
+    train = config.train
+    return schedule_lengths(train.warmup_steps, train.decay_steps, train.max_steps, f"{config.source}: train")
+
+
+def settings_text(config: Config, dry_run: bool) -> str:
+    """Return the settings as text, for a dry run with the plan of `train.weight_init`."""
+    rise, fall = schedule_of(config)
+    lines = [f"settings: {model_settings(config)}", f"          {config.train}", f"          {config.optimizer}"]
+    lines.append(
+        f"learning rate: {config.optimizer.lr:g}, after a rise over {rise} steps, and a fall over the last {fall}"
+    )
+    lines += [f"note: {note}" for note in training_notes(config)]
+    if dry_run and config.train.weight_init:
+        with without_values():
+            model = LightningDiT(model_settings(config))
+        names = Labels.of(config, trained=False).identity
+        lines.append(plan(model, inspect(config.train.weight_init), names).text())
+    return "\n".join(lines)
+
+
+def check_data(config: Config, run: RunDir) -> None:
+    """Raise what the run would of its folder, its latents and its classes."""
+    run.refuse_foreign()
+    if not config.data.data_path:
+        print("note: data.data_path is not set yet; a training needs it")
+        return
+    data = LatentBatches(config, build_transport(config))
+    class_names_of(config, data.shards, not run.checkpoints(), print)
