@@ -329,11 +329,14 @@ def test_the_draws_of_a_seed_are_these(small: Path) -> None:
     mirrored, dropped = drawn(config, steps=3)
     assert [row.nonzero().flatten().tolist() for row in dropped] == [[6], [], [1, 19]]
     assert mirrored[0].nonzero().flatten().tolist() == [1, 4, 5, 6, 7, 11, 15, 16, 17, 18, 23]
-    batch = LatentBatches(config, build_transport(config)).make(0)
-    torch.testing.assert_close(batch.times[:3], torch.tensor([0.769925, 0.886435, 0.858702]), rtol=0, atol=1e-6)
-    torch.testing.assert_close(
-        batch.noise[:3, 0, 0, 0], torch.tensor([0.223720, -1.699360, 0.076849]), rtol=0, atol=1e-6
-    )
+    uniform = with_training(config, lognorm_until_step=0)
+    for settings, times, noise in (
+        (config, [0.769925, 0.886435, 0.858702], [0.223720, -1.699360, 0.076849]),
+        (uniform, [0.356508, 0.262717, 0.115495], [0.985235, -0.314875, -1.574881]),
+    ):
+        batch = LatentBatches(settings, build_transport(settings)).make(0)
+        torch.testing.assert_close(batch.times[:3], torch.tensor(times), rtol=0, atol=1e-6)
+        torch.testing.assert_close(batch.noise[:3, 0, 0, 0], torch.tensor(noise), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
