@@ -33,7 +33,7 @@ def compile_forward(module: nn.Module) -> None:
             if is_out_of_memory(error):
                 raise
             _warn(error)
-            del module.forward  # uncovers the one of the class
+            del module.forward  # uncovers the class's own
         return plain(*arguments)
 
     module.forward = forward

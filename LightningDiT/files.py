@@ -295,7 +295,7 @@ def require_writable(folder: Path) -> None:
 
 
 def check_target(file: Path, ours: Ours | None = None) -> None:
-    """Raise LightningDiTError if `file` cannot be written because of what it, or its folder, is; see `atomic_path`."""
+    """Raise LightningDiTError if `file` or its folder is of a kind that cannot be written; see `atomic_path`."""
     if file.is_dir():
         raise LightningDiTError(
             f"{file} is a folder; a file to write is expected", f"name a file, such as {file}/samples.npz"

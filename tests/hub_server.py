@@ -29,18 +29,17 @@ class Fault:
 
     Args:
         status: answer this status (with `headers`) and no file.
-        headers: sent besides, in place of those of the same name.
+        headers: sent too, in place of those of the same name.
         late: seconds of silence before the answer.
-        drop_after: close the connection after so many bytes of the body.
-        stall: send nothing for so many seconds after `drop_after` bytes, then close.
+        drop_after: bytes of the body after which the connection is closed.
+        stall: seconds of silence after `drop_after` bytes, before the connection is closed.
         pace: bytes per second, in small pieces; as fast as it goes where it is None.
         ignore_range: answer 200 with the whole file, whatever range was asked for.
         ignore_if_range: answer a range even where the file is another than the one asked for.
         wrong_bytes: the right length, other bytes.
         html: a web page in place of the file.
-        lie: sizes that are larger (or, below 0, smaller) than the file's by so many bytes, in
-            whatever header says one.
-        short: the body and its Content-Length lack so many bytes at the end, the other sizes do not.
+        lie: bytes that each header's size is larger (or, below 0, smaller) than the file's.
+        short: bytes that the end of the body and its Content-Length lack; the other sizes are right.
         becomes: the file's content from the next request on.
         from_start: answer a range with the bytes from the first one on, and say so.
         drip: seconds between two bytes of the body (above 0) or of the header (below 0).

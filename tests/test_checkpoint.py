@@ -84,7 +84,7 @@ def test_every_published_form_loads(form: str, tmp_path: Path) -> None:
         torch.testing.assert_close(loaded[name], value, atol=0, rtol=0)
 
 
-def test_what_the_file_holds_besides_is_reported(tmp_path: Path) -> None:
+def test_other_entries_of_the_file_are_reported(tmp_path: Path) -> None:
     torch.save(wrapped("ema"), tmp_path / "weights.pt")
     info = inspect(tmp_path / "weights.pt")
     assert (info.weights_key, info.extras) == ("ema", ("model", "opt", "config"))
@@ -505,7 +505,7 @@ print(json.dumps([resident("VmHWM") - before, "torch._dynamo" in sys.modules]))
 
 @pytest.fixture(scope="module")
 def large_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
-    """Weights of 128 MiB in two formats, each with two times as much besides that a model has no place for."""
+    """Weights of 128 MiB in two formats, and two times as much in each that a model has no place for."""
     folder = tmp_path_factory.mktemp("large")
     own, model, loss = (
         {f"{prefix}{index}.weight": torch.full((WIDTH, WIDTH), 0.5) for index in range(LAYERS)}
@@ -522,7 +522,7 @@ def large_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="VmHWM is read from /proc")
 @pytest.mark.parametrize(("form", "dtype"), [("pt", "float32"), ("pt", "bfloat16"), ("safetensors", "bfloat16")])
 def test_loading_takes_the_weights_and_one_portion(form: str, dtype: str, large_files: dict[str, Path]) -> None:
-    """The peak of a process of its own. What stands besides, or the unconverted weights, would add 128 MiB or more."""
+    """The peak of a process of its own. Other entries, or the unconverted weights, would add 128 MiB or more."""
     command = [sys.executable, "-c", MEASURED_LOADING, str(LAYERS), str(WIDTH), str(large_files[form]), dtype]
     # large blocks go back to the system at once; otherwise holes between them count as well
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}

@@ -60,7 +60,7 @@ class Kaggle:
 
         Args:
             before: is called with each cell's id before the cell runs.
-            settings: environment variables besides.
+            settings: more environment variables.
         """
         book = nbformat.read(NOTEBOOK, as_version=4)
         client = nbclient.NotebookClient(

@@ -135,7 +135,7 @@ def test_the_sde_refuses_what_it_does_not_have(
         LightningDiTPipeline.from_config(dataclasses.replace(pipe.config, sample=sample), device="cpu")
 
 
-def test_a_graded_grid_is_not_shifted_besides(pipe: LightningDiTPipeline) -> None:
+def test_a_graded_grid_is_not_shifted_too(pipe: LightningDiTPipeline) -> None:
     sample = dataclasses.replace(pipe.config.sample, time_grid="graded", timestep_shift=0.3)
     with pytest.raises(LightningDiTError, match="timestep_shift goes with time_grid shifted"):
         LightningDiTPipeline.from_config(dataclasses.replace(pipe.config, sample=sample), device="cpu")

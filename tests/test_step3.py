@@ -209,7 +209,7 @@ def test_a_converted_copy_samples_as_its_rounded_weights_do(tiny_folder: Path, d
 
 
 def test_step3_prints_yaml_alone_on_a_pipe(tmp_path: Path) -> None:
-    """`step3 --print > FILE` gives a configuration; what is said besides goes to stderr."""
+    """`step3 --print > FILE` gives a configuration; all other lines go to stderr."""
     output, piped = tmp_path / "config.yaml", tmp_path / "piped.yaml"
     done = run_script(PROJECT / "step3_setup_configs.py", "--model", "bundled", "--print", "--output", str(output))
     assert done.returncode == 0, done.stderr

@@ -39,7 +39,7 @@ class LatentBatch:
         times: (B,).
         noise: (B, C, h, w).
         samples: (B,) int64, their numbers in the shards.
-        transport: the one of this step.
+        transport: with the times of this step.
     """
 
     latents: Tensor
