@@ -479,7 +479,7 @@ def _load_index(file: Path) -> tuple[dict[str, Any], dict[str, str], list[str]]:
     try:
         listed = read_json(file)["weight_map"]
         names = sorted(set(listed.values()))
-        plain = all(isinstance(name, str) and name == Path(name).name for name in names)
+        plain = all(isinstance(name, str) and name not in ("", "..") and name == Path(name).name for name in names)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise LightningDiTError(f"{file} is no index of shards ({first_line(error)})", _fix_of_damage(file)) from error
     if not names or not plain:

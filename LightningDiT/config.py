@@ -358,7 +358,8 @@ def read_yaml(path: str | Path, fix: str = STEP3) -> dict[str, Any]:
         text = read_text(file, MOST_YAML, "utf-8-sig")
         _refuse_deep_brackets(text)
         loaded = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
-    except (YAMLError, OmegaConfBaseException, ValueError, OSError, RecursionError) as error:
+    except (YAMLError, OmegaConfBaseException, AssertionError, ValueError, OSError, RecursionError) as error:
+        # an assertion of OmegaConf's: the text is no mapping, and not even YAML's `key: value`
         reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
         raise LightningDiTError(
             f"configuration {path} is no valid YAML ({reason[:200]})",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from PIL import EpsImagePlugin, Image, UnidentifiedImageError
 
 from LightningDiT.data.image_files import as_rgb, find_images, read_image, shown
 from LightningDiT.errors import LightningDiTError
+from tests.conftest import PROJECT
 
 
 def test_an_image_like_a_thread_is_refused(tmp_path: Path) -> None:
@@ -112,3 +114,23 @@ def test_the_usual_formats_are_read(kind: str, tmp_path: Path) -> None:
     Image.new("RGB", (16, 8), (255, 255, 255)).save(tmp_path / "a.image", format=kind)
     image = read_image(tmp_path / "a.image")
     assert (image.size, image.mode, image.getpixel((3, 3))) == ((16, 8), "RGB", (255, 255, 255))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of the memory as Linux counts it")
+def test_a_large_16_bit_image_takes_few_bytes_a_pixel(tmp_path: Path) -> None:
+    """6000 x 6000 grey pixels of 16 bits, 72 MB: less than twice that above the program itself."""
+    side = 6000
+    ramp = np.broadcast_to(np.arange(side, dtype=np.uint16)[:, None] * 7, (side, side))
+    Image.fromarray(np.ascontiguousarray(ramp)).save(tmp_path / "large.png", compress_level=1)
+    program = (
+        "import re, sys\nfrom pathlib import Path\nfrom LightningDiT.data.image_sets import open_files\n"
+        "def peak(): return int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) * 1024\n"
+        "images = open_files(sys.argv[1]).cropped(16)\nbefore = peak()\npixels = images.batch([0]).pixels\n"
+        "print(peak() - before, pixels[0, 0, 0, 0].item(), pixels[0, 2, 15, 15].item())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], cwd=PROJECT, capture_output=True, text=True, check=True
+    )
+    grown, first, last = map(int, done.stdout.split())
+    assert grown < 2 * 2 * side**2
+    assert (first, last) == pytest.approx((7 * side / 32 / 257, 7 * side * 31 / 32 / 257), abs=3)

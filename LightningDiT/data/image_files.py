@@ -16,6 +16,7 @@ from LightningDiT.errors import LightningDiTError
 from LightningDiT.files import open_regular
 
 WHITE_16_BIT = 65535
+BAND_PIXELS = 2**20  # of 16 bits that are converted at once
 #: Limit of width over height, or the reverse. The square crop of a longer image shows next to nothing of it, and
 #: enlarges it to gigabytes first.
 LONGEST = 256
@@ -42,7 +43,10 @@ def _formats() -> list[str]:
 
 
 def read_image(file: str | Path) -> Image.Image:
-    """Return the whole image in a file with 8 bits for each of red, green and blue, see `as_rgb`.
+    """Return the whole image in a file with 8 bits: grey ("L"), or red, green and blue; see `as_eight_bits`.
+
+    Memory holds at most 4 bytes for each pixel, and as many again while other kinds of pixels are converted; Pillow
+    refuses images of more than 179 million pixels.
 
     Raises:
         Exception: arbitrary bytes make Pillow's readers fail in arbitrary ways; ValueError for an image beyond
@@ -51,11 +55,16 @@ def read_image(file: str | Path) -> Image.Image:
     with open_image(file) as opened:
         if max(opened.size) > LONGEST * min(opened.size):
             raise ValueError(f"it has {opened.width}x{opened.height} pixels, which make no square")
-        return as_rgb(opened)
+        return as_eight_bits(opened)
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Return an opened image with 8 bits for each of red, green and blue; the first picture of an animation.
+    """Return an opened image with 8 bits for each of red, green and blue; see `as_eight_bits`."""
+    return as_eight_bits(image).convert("RGB")
+
+
+def as_eight_bits(image: Image.Image) -> Image.Image:
+    """Return an opened image with 8 bits, "L" or "RGB"; the first picture of an animation.
 
     Grey values of 16 bits are divided by 257, so that white stays white; Pillow's own conversion cuts them at 255.
 
@@ -64,12 +73,16 @@ def as_rgb(image: Image.Image) -> Image.Image:
     """
     if image.mode == "F":
         raise ValueError("its pixels are fractions, for which no range is fixed")
-    if not image.mode.startswith("I"):
-        return image.convert("RGB")
-    values = np.asarray(image).astype(np.int64)  # "I;16", or "I", as which older releases of Pillow open such files
-    if values.min() < 0 or values.max() > WHITE_16_BIT:
-        raise ValueError(f"its pixels reach from {values.min()} to {values.max()}, beyond 16 bits")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+    if not image.mode.startswith("I"):  # "I;16", or "I", as which older releases of Pillow open such files
+        return image.convert(image.mode if image.mode == "L" else "RGB")
+    grey, rows = Image.new("L", image.size), max(1, BAND_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(top + rows, image.height)))
+        values = np.asarray(band).astype(np.int64)
+        if values.min() < 0 or values.max() > WHITE_16_BIT:
+            raise ValueError(f"its pixels reach from {values.min()} to {values.max()}, beyond 16 bits")
+        grey.paste(Image.fromarray(((values + 128) // 257).astype(np.uint8)), (0, top))
+    return grey
 
 
 def shown(path: str | Path) -> str:

@@ -110,7 +110,7 @@ class ImageSet:
         self.notes: tuple[str, ...] = ()
 
     def read(self, number: int) -> tuple[Image.Image, int]:
-        """Return an image (8-bit RGB, not cropped) and its class, 0 where unknown.
+        """Return an image (8-bit grey or RGB, not cropped) and its class, 0 where unknown.
 
         Raises:
             Exception: arbitrary bytes make Pillow's readers fail in arbitrary ways.
@@ -193,7 +193,8 @@ class ImageSet:
             candidate %= self.count
             try:
                 image, label = self.read(candidate)
-                pixels = np.asarray(centre_crop(image, self.size) if self.size else image)
+                # colours after the crop: a large grey image takes a quarter of the memory
+                pixels = np.asarray((centre_crop(image, self.size) if self.size else image).convert("RGB"))
                 return candidate, pixels, label, failed, 1 - min(image.size) / max(image.size) if self.size else 0.0
             except (MemoryError, LightningDiTError):
                 raise

@@ -30,7 +30,9 @@ Names = Sequence[str]
 def natural_key(name: str) -> tuple[list[tuple[int, str]], str]:
     """Return a sort key that orders runs of digits by value: ID_1, ID_2, ..., ID_10; ties by the text itself."""
     parts = re.split(r"([0-9]+)", name)
-    return [(int(part), "") if index % 2 else (0, part) for index, part in enumerate(parts)], name
+    # a number by its length and its digits: Python makes no integers of thousands of digits
+    digits = [part.lstrip("0") for part in parts]
+    return [(len(digits[at]), digits[at]) if at % 2 else (0, part) for at, part in enumerate(parts)], name
 
 
 @dataclass(frozen=True)

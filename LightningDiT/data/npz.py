@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import tokenize
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +27,8 @@ from LightningDiT.files import atomic_path, check_target, fingerprint, open_regu
 PIXELS, LABELS = "arr_0", "arr_1"
 MARK = b"images of LightningDiT"  # the archive's comment, by which a file is known for this program's
 MOST_BYTES = 2**31  # of an array that is read at once
-UNREADABLE = (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile)  # what a damaged file raises
+#: What a damaged file raises; NumPy reads a header as if it were Python.
+UNREADABLE = (OSError, ValueError, TypeError, EOFError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile)
 
 
 def write_npz(images: ImageSet, side: int, target: str | Path, each: Callable[[], None], fix: str = AGAIN) -> None:
@@ -99,8 +101,9 @@ def reading(path: Path) -> Iterator[None]:
 
 def real_numbers(values: np.ndarray) -> Tensor:
     """Return numbers as float64; raises ValueError for texts and complex numbers."""
-    if values.dtype.kind not in "fiu":
-        raise ValueError(f"{values.dtype} where numbers are expected")
+    kind = getattr(values, "dtype", np.dtype("S"))  # NumPy gives the bytes of what is no array
+    if kind.kind not in "fiu":
+        raise ValueError(f"{kind} where numbers are expected")
     return torch.from_numpy(values.astype(np.float64))
 
 

@@ -238,7 +238,7 @@ def load_tokenizer_config(path: str | Path) -> TokenizerConfig:
     section = as_mapping(values.get("train") or {}, f"{path}: train")
     train = typed(TokenizerTrainConfig, section, f"{path}: train")
     files = {name: getattr(train, name) for name in ("weight_init", "lpips_weights", "vision_weights")}
-    ckpt_path = values.get("ckpt_path")
+    ckpt_path = coerce(values.get("ckpt_path"), str | None, f"{path}: ckpt_path")
     config = typed(TokenizerConfig, {name: params[name] for name in SCALAR_PARAMS if name in params}, where)
     return dataclasses.replace(
         config,

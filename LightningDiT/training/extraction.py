@@ -43,6 +43,7 @@ from LightningDiT.tokenizer.autoencoder import DiagonalGaussian
 from LightningDiT.tokenizer.latent_space import KEY, encoder_values
 from LightningDiT.tokenizer.latents import Moments
 from LightningDiT.tokenizer.vavae import VA_VAE, images_at_once
+from LightningDiT.training.run_dir import require_form
 
 STATS_NAME = "latents_stats.pt"
 RECORD = "extraction"  # key of what a shard says of itself, as JSON, in its metadata
@@ -51,6 +52,9 @@ PART_SECONDS = 300.0  # between two savings of an unfinished shard
 MOMENTS_ROWS = 256  # latents that are in memory as float64 at once
 #: What a kill leaves behind: files of `atomic_path`, and safetensors' own temporary files.
 LEFTOVERS = (".latents_rank*.tmp", f".{LATENTS_MANIFEST}.*.tmp", f".{STATS_NAME}.*.tmp", ".tmp??????")
+
+#: What JSON and tensors of another form raise.
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError, RuntimeError)
 
 T = TypeVar("T")
 
@@ -298,9 +302,15 @@ class _ShardRows:
             with safe_open(self._part, framework="pt") as opened:
                 unreadable = json.loads(opened.metadata()["unreadable"])
                 there = {name: opened.get_tensor(name) for name in self.rows}
-        except (SafetensorError, OSError):
+            if not all(isinstance(text, str) for name, reason in unreadable for text in (name, reason)):
+                raise ValueError("names are no texts")
+            done = len(there["labels"])
+            require_form(there, {name: whole[:done] for name, whole in self.rows.items()})
+            if not bool((there["labels"] >= 0).all()):
+                raise ValueError("a label is below 0")
+        except (SafetensorError, OSError, *MALFORMED):
             return
-        self.done, self.unreadable = len(there["labels"]), unreadable
+        self.done, self.unreadable = done, unreadable
         for name, rows in there.items():
             self.rows[name][: self.done] = rows
 
@@ -367,9 +377,26 @@ def _record(path: Path) -> dict[str, Any] | None:
     try:
         require_regular(path)
         with safe_open(path, framework="pt") as opened:
-            return {"file": path.name, **json.loads((opened.metadata() or {})[RECORD])}
-    except (SafetensorError, OSError, KeyError):
+            record = json.loads((opened.metadata() or {})[RECORD])
+            _check_record(record, opened.get_slice("latents").get_shape())
+        return {"file": path.name, **record}
+    except (SafetensorError, OSError, *MALFORMED):
         return None
+
+
+def _check_record(record: Any, shape: list[int]) -> None:
+    """Raise one of `MALFORMED` unless `record` is what `_ShardRows.write` says of latents of this shape."""
+    moments, cut = Moments(), record.get("cut", {"images": 0, "most": 0.0})
+    moments.merge(record["moments"])
+    counts = (record["images"], record["largest_label"], moments.latents, moments.values, cut["images"])
+    texts = [text for name, reason in record["unreadable"] for text in (name, reason)]
+    if not (all(type(count) is int for count in counts) and isinstance(cut["most"], float)):
+        raise ValueError("counts are no whole numbers")
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("names are no texts")
+    found, wanted = moments.as_dict(), (moments.latents and shape[1])
+    if moments.latents != shape[0] or any(np.size(found[name]) != (wanted or 1) for name in ("total", "squares")):
+        raise ValueError("the moments are of other latents")
 
 
 def _finish(maker: _ShardMaker, described: dict[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ STEP_DIGITS = 7  # at least
 CURVES = "curves.png"
 OPTIONAL = ("last_finite",)  # entries that older checkpoints do not hold
 OPTIMIZERS = ("opt", "optimizer", "judges")  # entries for `load_optimizer`
+FLAGS = ("amsgrad", "capturable", "differentiable", "maximize")  # of an optimizer, which change its step
 ADAM_STATE = {"step", "exp_avg", "exp_avg_sq"}
 CHECKPOINT = re.compile(rf"checkpoint-(\d{{{STEP_DIGITS},}})\.pt")
 #: Temporary files of `atomic_path` that a killed process leaves behind.
@@ -218,6 +219,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
     groups = optimizer.state_dict()["param_groups"]
     for found, own in zip(state["param_groups"], groups, strict=True):
         require_form(found, own, "a group of the optimizer")
+        if changed := [name for name in FLAGS if found.get(name, own.get(name)) != own.get(name)]:
+            raise ValueError(f"{changed[0]} of the optimizer is {found[changed[0]]!r:.40}")
     for values in state["state"].values():
         for name, value in values.items():
             if isinstance(value, Tensor) and kind_of(value) != "real":  # torch would convert it
