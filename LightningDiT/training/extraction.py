@@ -394,8 +394,8 @@ def _check_record(record: Any, shape: list[int]) -> None:
         raise ValueError("counts are no whole numbers")
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("names are no texts")
-    found, wanted = moments.as_dict(), (moments.latents and shape[1])
-    if moments.latents != shape[0] or any(np.size(found[name]) != (wanted or 1) for name in ("total", "squares")):
+    sums = moments.as_dict()
+    if moments.latents != shape[0] or any(np.shape(sums[name]) != (shape[1],) for name in ("total", "squares")):
         raise ValueError("the moments are of other latents")
 
 
