@@ -95,6 +95,16 @@ def test_a_perfect_model_has_no_loss_and_a_wrong_one_its_weight(name, weight, pr
     assert "cos_loss" not in terms
 
 
+@pytest.mark.filterwarnings("ignore:use_cosine_loss")
+@pytest.mark.parametrize("prediction", ["noise", "score"])
+def test_the_cosine_loss_is_of_velocities_alone(prediction):
+    x0, x1, t = draws()
+    terms = create_transport(prediction=prediction, use_cosine_loss=True).training_losses(
+        lambda x, t: x, x1, x0=x0, t=t
+    )
+    assert terms.keys() == {"pred", "loss"}
+
+
 @pytest.mark.parametrize("prediction", ["velocity", "noise", "score"])
 @pytest.mark.parametrize("name", PATHS)
 def test_a_perfect_model_has_the_velocity_and_the_score_of_the_path(name, prediction):
@@ -162,6 +172,13 @@ def test_uniform_times_fill_their_interval():
     assert t.min() >= 0 and t.max() <= 0.9
     # The mean of n uniform draws on [0, 0.9] has the standard error 0.9 / sqrt(12 n).
     assert abs(t.mean().item() - 0.45) < 4 * 0.9 / math.sqrt(12 * 20000)
+
+
+@pytest.mark.parametrize("use_lognorm", [False, True])
+def test_times_keep_their_distance_from_both_singular_ends(use_lognorm):
+    transport = create_transport(prediction="noise", train_eps=0.1, use_lognorm=use_lognorm)
+    t = transport.sample_times(20000, torch.Generator().manual_seed(0))
+    assert 0.1 <= t.min() < 0.12 and 0.88 < t.max() <= 0.9
 
 
 def test_lognormal_times_are_sigmoids_of_normals():
