@@ -64,7 +64,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a broken link": (lambda path: path.symlink_to("/detached/latents_stats.pt"), "does not exist"),
     "other bytes": (lambda path: path.write_bytes(b"second"), "no weights file"),
     "no mean": (lambda path: torch.save({"std": STD}, path), "tensors `mean` and `std` are expected"),
-    "wrong shape": (save(MEAN[0], STD[0]), "has the shape [8, 1, 1]"),
+    "wrong shape": (save(MEAN.view(2, 4, 1, 1), STD.view(2, 4, 1, 1)), "has the shape [2, 4, 1, 1]"),
     "wrong channels": (save(MEAN[:, :4], STD[:, :4]), "has the shape [1, 4, 1, 1]"),
     "not finite": (save(MEAN / 0, STD), "mean is not finite"),
     "std not positive": (save(MEAN, STD * 0), "std is not positive"),
