@@ -221,12 +221,30 @@ def open_own(path: Path, shared: bool = False) -> IO[bytes]:
     return os.fdopen(handle, "ab+", buffering=0)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes left of `atomic_path` in `folder`; files in use are locked and stay."""
+def remove_leftovers(folder: Path, alone: bool = False) -> None:
+    """Remove what killed processes left of `atomic_path` in `folder`; files in use are locked and stay.
+
+    Also remove the files without locks that safetensors (0.8) renames over those of `atomic_path`.
+
+    Args:
+        alone: no other process writes there; else they go an hour after their last change.
+    """
     for left in folder.glob(f".*.????????{UNFINISHED}"):
         with contextlib.suppress(OSError):
             if _is_left(left):
                 left.unlink()
+    for left in folder.glob(".tmp??????"):
+        with contextlib.suppress(OSError):
+            old = time.time() - os.lstat(left).st_mtime > WITHOUT_LOCKS
+            if (alone or old) and kind_of(left) == "file" and _begins_as_tensors(left):
+                left.unlink()
+
+
+def _begins_as_tensors(path: Path) -> bool:
+    """Tell whether a file is empty or begins as safetensors: a length in eight bytes, then JSON."""
+    with open_regular(path) as file:
+        head = file.read(10)
+    return not head.strip(b"\0") or head[8:] == b'{"'
 
 
 def _is_left(path: Path) -> bool:
@@ -334,7 +352,7 @@ def held_folder(folder: Path, what: str) -> Iterator[None]:
             raise LightningDiTError(
                 f"another {what} writes into {folder}", "wait for its end, or choose another --output"
             )
-        remove_leftovers(folder)
+        remove_leftovers(folder, alone=True)
         yield
 
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 from LightningDiT.checkpoint import load_training_state, load_weights
 from LightningDiT.config import load_config
@@ -28,7 +30,7 @@ from LightningDiT.data.labels import LATENTS_MANIFEST, Labels
 from LightningDiT.data.shards import LatentShards, iterate_shards, shard_files, shard_path, write_shard
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.extract_features import main, next_step, parse
-from LightningDiT.files import LOCK
+from LightningDiT.files import LOCK, UNFINISHED
 from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from LightningDiT.seeds import generator_for
 from LightningDiT.tokenizer import vavae
@@ -314,11 +316,89 @@ def test_damaged_and_torn_files_are_made_again_and_others_kept(tiny_folder: Path
     first = shard_path(tmp_path / "latents", 0, 0)
     first.write_bytes(first.read_bytes()[:-8])
     first.with_suffix(".part").write_bytes(b"half")
-    for torn in (".latents_rank00_shard001.safetensors.x1.tmp", ".manifest.json.x2.tmp", ".latents_stats.pt.x3.tmp"):
-        (tmp_path / "latents" / torn).write_bytes(b"half")
+    for torn in (".latents_rank00_shard001.safetensors", ".manifest.json", ".latents_stats.pt"):
+        (tmp_path / "latents" / f"{torn}.x1y2z3w4{UNFINISHED}").write_bytes(b"half")
+    (tmp_path / "latents" / ".tmpa1B2c3").write_bytes((64).to_bytes(8, "little") + b'{"latents":')  # of safetensors
     (tmp_path / "latents" / ".notes.tmp").write_text("mine")
     assert main(own) == 0
     assert contents(tmp_path / "latents") == {**whole, ".notes.tmp": b"mine"}
+
+
+def swap_rows(path: Path) -> None:
+    """Exchange two latents of a shard: whole, of the same size, with the same sums."""
+    tensors = dict(next(iter(iterate_shards(path.parent))))
+    with safe_open(path, framework="pt") as opened:
+        metadata = opened.metadata()
+    tensors["latents"] = tensors["latents"].flip(0)
+    write_shard(path, tensors["latents"], tensors["labels"], tensors.get("latents_flip"), metadata)
+
+
+def flip_bit(path: Path, back: int = 5) -> None:
+    content = bytearray(path.read_bytes())
+    content[-back] ^= 1
+    path.write_bytes(content)
+
+
+def change_record(path: Path) -> None:
+    content = path.read_bytes()
+    changed = content.replace(b'\\"largest_label\\": 0', b'\\"largest_label\\": 2', 1)
+    assert changed != content
+    path.write_bytes(changed)
+
+
+def replace_by_another(path: Path) -> None:
+    shutil.copy(shard_path(path.parent, 0, 1), path)
+
+
+@pytest.mark.parametrize("change", [swap_rows, flip_bit, change_record, replace_by_another])
+def test_a_shard_whose_bytes_changed_is_made_again(
+    change: Callable[[Path], None], tiny_folder: Path, images: Path, tmp_path: Path
+) -> None:
+    """It is whole and of the right size, so its header alone tells nothing."""
+    own = command(tiny_folder, "--images", images, "--shard-size", "4", "--flip", "--output", tmp_path / "latents")
+    assert main(own) == 0
+    whole = contents(tmp_path / "latents")
+    first = shard_path(tmp_path / "latents", 0, 0)
+    change(first)
+    assert first.read_bytes() != whole[first.name]
+    assert main(own) == 0
+    assert contents(tmp_path / "latents") == whole
+
+
+def test_a_shard_of_another_extraction_is_not_trained_on(tiny_folder: Path, images: Path, tmp_path: Path) -> None:
+    """Of the same images and sizes, by another seed: the digest in its header is not that of the manifest."""
+    for seed in ("0", "1"):
+        options = ("--images", images, "--shard-size", "4", "--seed", seed, "--output", tmp_path / seed)
+        assert main(command(tiny_folder, *options)) == 0
+    first, other = (shard_path(tmp_path / seed, 0, 0) for seed in ("0", "1"))
+    shutil.copy(other, first)
+    with pytest.raises(
+        LightningDiTError, match=r"000.safetensors is not the one that manifest.json .* fix: run the ex"
+    ):
+        LatentShards(tmp_path / "0")
+
+
+def test_shards_without_digests_are_kept(tiny_folder: Path, images: Path, tmp_path: Path) -> None:
+    """As earlier releases wrote them."""
+    own = command(tiny_folder, "--images", images, "--shard-size", "4", "--output", tmp_path / "latents")
+    assert main(own) == 0
+    first = shard_path(tmp_path / "latents", 0, 0)
+    with safe_open(first, framework="pt") as opened:
+        record = json.loads(opened.metadata()[extraction.RECORD])
+        latents, labels = opened.get_tensor("latents"), opened.get_tensor("labels")
+    assert len(record.pop("digest")) == 64
+    write_shard(first, latents, labels, metadata={extraction.RECORD: json.dumps(record)})
+    manifest = json.loads((tmp_path / "latents" / LATENTS_MANIFEST).read_text())
+    manifest["shards"] = [
+        {name: value for name, value in row.items() if name != "digest"} for row in manifest["shards"]
+    ]
+    (tmp_path / "latents" / LATENTS_MANIFEST).write_text(json.dumps(manifest))
+    kept = first.read_bytes()
+    assert main(own) == 0
+    assert first.read_bytes() == kept
+    rows = json.loads((tmp_path / "latents" / LATENTS_MANIFEST).read_text())["shards"]
+    assert ["digest" in row for row in rows] == [False, True, True]
+    assert len(LatentShards(tmp_path / "latents")) == 11
 
 
 @pytest.mark.parametrize(

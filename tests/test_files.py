@@ -93,6 +93,21 @@ def test_a_leftover_on_a_disk_without_locks_is_an_old_one(tmp_path: Path, monkey
     assert list(tmp_path.iterdir()) == [young]
 
 
+def test_what_safetensors_left_is_removed(tmp_path: Path) -> None:
+    """At once in a folder that is held, else after an hour without a change; files of others stay."""
+    torn = [tmp_path / f".tmp{name}" for name in ("Youngo", "oldold", "empty1")]
+    for path, content in zip(torn, (b"\x40" + b"\0" * 7 + b'{"a":', b"\x40" + b"\0" * 7 + b'{"b":', b""), strict=True):
+        path.write_bytes(content)
+    mine = tmp_path / ".tmpnotes1"
+    mine.write_text("a list of things")
+    os.utime(torn[1], (0, 0))
+    os.utime(mine, (0, 0))
+    files.remove_leftovers(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([torn[0], torn[2], mine])
+    with files.held_folder(tmp_path, "run"):
+        assert sorted(tmp_path.iterdir()) == sorted([tmp_path / files.LOCK, mine])
+
+
 def make(kind: str, path: Path) -> None:
     """Put something that is no regular file at `path`."""
     if kind == "pipe":

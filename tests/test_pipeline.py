@@ -21,6 +21,7 @@ from LightningDiT import inference
 from LightningDiT.checkpoint import load_weights, save_weights
 from LightningDiT.config import SampleConfig, load_config
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.files import UNFINISHED
 from LightningDiT.images import to_uint8
 from LightningDiT.loading import guidance_of, model_settings
 from LightningDiT.models.lightningdit import LightningDiT
@@ -226,6 +227,13 @@ def test_a_model_without_a_null_class_is_named_as_such(tiny_folder: Path) -> Non
         ) as caught:
             open_it(path)
         assert "num_classes" not in str(caught.value) and "2" not in str(caught.value.fix)
+
+
+def test_save_pretrained_removes_what_a_killed_one_left(pipe: LightningDiTPipeline, tmp_path: Path) -> None:
+    left = tmp_path / f".transformer.safetensors.x1y2z3w4{UNFINISHED}"
+    left.write_bytes(b"half")
+    pipe.save_pretrained(tmp_path)
+    assert not left.exists()
 
 
 def test_a_configuration_is_no_folder_of_save_pretrained(tiny_folder: Path) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from LightningDiT.checkpoint import load_training_state, save_training_state
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.files import UNFINISHED
 from LightningDiT.training.ema import Ema
 from LightningDiT.training.loop import LoopSettings, train
 from LightningDiT.training.run_dir import RunDir, load_optimizer
@@ -157,3 +158,12 @@ def test_a_checkpoint_under_another_name_is_passed_over(
     save_training_state(changed(whole, "step", step), tmp_path / NEWEST)
     assert RunDir(tmp_path).newest() == tmp_path / "checkpoint-0000002.pt"
     assert "is passed over: its name says step 4, its content" in capsys.readouterr().out
+
+
+def test_what_a_kill_left_of_the_weights_is_removed_by_the_next_run(tmp_path: Path) -> None:
+    """Also the file of safetensors itself, which has the full size."""
+    left = tmp_path / ".tmpa1B2c3"
+    left.write_bytes((64).to_bytes(8, "little") + b'{"weight":')
+    (tmp_path / f".transformer.safetensors.x1y2z3w4{UNFINISHED}").write_bytes(b"half")
+    RunDir(tmp_path).sweep()
+    assert not list(tmp_path.iterdir())

@@ -21,7 +21,7 @@ from LightningDiT.data.labels import names_of_model
 from LightningDiT.data.shards import shard_path, write_shard
 from LightningDiT.distributed import ALONE
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.files import LOCK, held_folder
+from LightningDiT.files import LOCK, UNFINISHED, held_folder
 from LightningDiT.tokenizer.latents import LatentStats
 from LightningDiT.training import log_rows, loop
 from LightningDiT.training.curves import read_log
@@ -121,7 +121,7 @@ def damage(path: Path, kind: str) -> None:
 def test_a_torn_checkpoint_is_passed_over(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = saved(tmp_path, (10, 20))
     damage(tmp_path / "checkpoint-0000020.pt", kind)
-    (tmp_path / ".checkpoint-0000030.pt.abc.tmp").write_bytes(b"half")
+    (tmp_path / f".checkpoint-0000030.pt.x1y2z3w4{UNFINISHED}").write_bytes(b"half")
     assert newest_state(run)["step"] == int(newest_state(run)["value"][0]) == 10
     said = capsys.readouterr().out
     assert said.count("checkpoint-0000020.pt is passed over: ") == 1
@@ -163,10 +163,9 @@ def test_a_line_of_the_log_that_was_cut_off_spoils_no_other(tmp_path: Path) -> N
 
 
 def test_what_a_killed_process_was_writing_is_swept(tmp_path: Path) -> None:
-    torn = [".checkpoint-0000030.pt.a.tmp", ".transformer.safetensors.b.tmp", ".curves.png.c.tmp"]
-    torn += ["samples/.step-0000010.png.d.tmp"]
+    torn = [".checkpoint-0000030.pt", ".transformer.safetensors", ".curves.png", "samples/.step-0000010.png"]
     (tmp_path / "samples").mkdir()
-    for name in (*torn, ".mine.tmp", "notes.tmp"):
+    for name in (*(f"{name}.x1y2z3w4{UNFINISHED}" for name in torn), ".mine.tmp", "notes.tmp"):
         (tmp_path / name).write_bytes(b"half")
     RunDir(tmp_path).sweep()
     assert sorted(path.name for path in tmp_path.rglob("*.tmp")) == [".mine.tmp", "notes.tmp"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.files import open_regular
@@ -32,8 +32,13 @@ LISTED = 5  # kinds of files in a note
 @contextlib.contextmanager
 def open_image(file: str | Path) -> Iterator[Image.Image]:
     """Open a regular file of one of `FORMATS`, whatever its name; raises as `read_image`."""
-    with open_regular(file) as stream, Image.open(stream, formats=_formats()) as opened:
-        yield opened
+    with open_regular(file) as stream:
+        try:
+            image = Image.open(stream, formats=_formats())
+        except UnidentifiedImageError:  # whose text has the number of the open file, which differs from run to run
+            raise UnidentifiedImageError("cannot identify image file") from None
+        with image as opened:
+            yield opened
 
 
 def _formats() -> list[str]:

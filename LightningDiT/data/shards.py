@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from LightningDiT.checkpoint import save_weights
-from LightningDiT.data.labels import natural_key
+from LightningDiT.data.labels import LATENTS_MANIFEST, natural_key
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.files import require_regular, require_unicode
+from LightningDiT.files import read_json, require_regular, require_unicode
 
+RECORD = "extraction"  # key of what a shard says of itself, as JSON, in its metadata
+DIGEST = "digest"  # key in that record, and in the rows of the manifest, of a hash of the record and the tensors
 KEPT_BATCHES = 2  # whose memory is reused
 FIX = "python -m LightningDiT.extract_features --help"
 
@@ -39,6 +44,16 @@ def write_shard(
     save_weights(tensors, path, metadata)
 
 
+def shard_digest(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Return the sha256, in hexadecimal, of a shard's record without its digest, and of its tensors by name."""
+    told = {name: value for name, value in record.items() if name != DIGEST}
+    found = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        found.update(tensor.contiguous().numpy().reshape(-1).view(np.uint8))
+    return found.hexdigest()
+
+
 def shard_files(folder: str | Path) -> list[Path]:
     """Return the shards in `folder` in the order of the numbers in their names, whatever their digits."""
     return sorted(Path(folder).glob("*.safetensors"), key=lambda path: natural_key(path.name))
@@ -57,13 +72,18 @@ def iterate_shards(folder: str | Path) -> Iterator[dict[str, Tensor]]:
     if root.is_file():
         raise LightningDiTError(f"{root} is a file, the folder of latent shards was expected", f"name {root.parent}")
     require_unicode(root)
-    paths = shard_files(root)
+    paths, digests = shard_files(root), manifest_digests(root)
     if not paths:
         raise LightningDiTError(f"no latent shards (*.safetensors) in {root}", FIX)
     for path in paths:
         try:
             require_regular(path)
             tensors = load_file(path)
+            if path.name in digests and _told_digest(path) != digests[path.name]:
+                raise LightningDiTError(
+                    f"latent shard {path} is not the one that {LATENTS_MANIFEST} beside it names",
+                    "run the extraction again, which makes that shard again",
+                )
         except (SafetensorError, OSError) as error:
             raise LightningDiTError(f"latent shard {path} is cut short or damaged ({error})", FIX) from error
         missing = [name for name in ("latents", "labels") if name not in tensors]
@@ -71,6 +91,27 @@ def iterate_shards(folder: str | Path) -> Iterator[dict[str, Tensor]]:
             raise LightningDiTError(f"{path} is no latent shard: {', '.join(missing)} missing", FIX)
         _check_rows(path, tensors)
         yield tensors
+
+
+def manifest_digests(folder: Path) -> dict[str, str]:
+    """Return the digests that the manifest of a finished extraction has, by the names of the files."""
+    try:
+        rows = read_json(folder / LATENTS_MANIFEST)["shards"]
+        return {row["file"]: row[DIGEST] for row in rows if DIGEST in row}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}  # latents of another program, or of an earlier release; readers of the manifest name what is odd
+
+
+def _told_digest(path: Path) -> str | None:
+    """Return the digest in a shard's own record, which its header holds; None without one."""
+    from safetensors import safe_open
+
+    require_regular(path)
+    with safe_open(path, framework="pt") as opened:
+        try:
+            return json.loads((opened.metadata() or {})[RECORD])[DIGEST]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return None
 
 
 def _check_rows(path: Path, tensors: Mapping[str, Tensor]) -> None:

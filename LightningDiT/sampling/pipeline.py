@@ -28,7 +28,7 @@ from LightningDiT.device import (
     usable_device,
 )
 from LightningDiT.errors import LightningDiTError, is_out_of_memory, warn_user
-from LightningDiT.files import write_text
+from LightningDiT.files import remove_leftovers, write_text
 from LightningDiT.images import to_pil, to_uint8
 from LightningDiT.loading import (
     STATS_NAME,
@@ -155,6 +155,7 @@ class LightningDiTPipeline:
         """Write configuration, weights (as they are in memory) and statistics into `folder`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
         stats, sample = self.tokenizer.stats, self.config.sample
         names = self.labels.identity
         named = {CLASS_NAMES: json.dumps(names)} if names else {}

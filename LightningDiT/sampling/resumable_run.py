@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,20 @@ from LightningDiT.data.labels import CLASS_NAMES, Labels
 from LightningDiT.data.npz import write_npz
 from LightningDiT.distributed import ALONE, Processes
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.files import atomic_path, check_space, fingerprint, held_folder, read_json
+from LightningDiT.files import (
+    append_text,
+    atomic_path,
+    check_space,
+    digest,
+    disk_errors,
+    fingerprint,
+    held_folder,
+    read_json,
+    read_text,
+    remove_leftovers,
+    rename_command,
+    write_text,
+)
 from LightningDiT.images import save_png
 from LightningDiT.loading import STATS_NAME
 from LightningDiT.sampling.pipeline import LightningDiTPipeline
@@ -36,7 +50,9 @@ MOST_LETTERS = 60  # of a class's name in that of its folder: 240 bytes at most
 UNFINISHED = "The time budget is over; run the same command again to continue."
 #: Settings that change how a run is computed but not its images, or that the manifest holds in another form.
 WITHOUT_EFFECT = ("per_proc_batch_size", "fid_num", "precision", "solver_file", "guide_ckpt")
-LEFTOVERS = (f".{MANIFEST}.*.tmp", ".[0-9]*.png.*.tmp")  # of `atomic_path`, when the process is killed
+DIGESTS = "images.sha256"  # a line for each image, in the form of sha256sum, without the folder of its class
+DIGEST_LINE = re.compile(r"([0-9a-f]{64})  ([0-9]+\.png)")
+DIGEST_BYTES = 2**10  # for each image at most, since a line is added when an image is made again
 
 
 @dataclass(frozen=True)
@@ -117,10 +133,9 @@ def opened_run(folder: Path, manifest: dict[str, Any]) -> Iterator[None]:
         else:
             with atomic_path(file) as temporary:
                 temporary.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        # only a run by class owns its subfolders: those of a demonstration are runs of their own
-        folders = [folder, *(path for path in folder.glob("*/") if manifest.get(LAYOUT) == BY_CLASS)]
-        for leftover in (file for one in folders for pattern in LEFTOVERS for file in one.glob(pattern)):
-            leftover.unlink(missing_ok=True)
+        if manifest.get(LAYOUT) == BY_CLASS:  # else the subfolders are runs of their own, as in a demonstration
+            for subfolder in folder.glob("*/"):
+                remove_leftovers(subfolder)
         yield
 
 
@@ -194,19 +209,21 @@ def sample_run(
         for first in range(0, len(batches), processes.count):
             turn = batches[first : first + processes.count]
 
-            def report(turn: list[list[int]] = turn) -> tuple[int, int, bool, bool]:
+            def report(turn: list[list[int]] = turn) -> tuple[dict[str, str], int, bool, bool]:
                 mine = turn[processes.rank] if processes.rank < len(turn) else []
-                made, nfe = sampler.sample(mine, sum(map(len, turn)))
-                return made, nfe, time.monotonic() > deadline, stop.asked
+                saved, nfe = sampler.sample(mine, sum(map(len, turn)))
+                return saved, nfe, time.monotonic() > deadline, stop.asked
 
             saved, evaluations, over, stopped = zip(*processes.share(report), strict=True)
-            made, nfe, interrupted = made + sum(saved), max(evaluations), any(stopped)
+            new = dict(pair for some in saved for pair in some.items())
+            processes.from_main(partial(append_text, folder / DIGESTS, _digest_lines(new)))
+            made, nfe, interrupted = made + len(new), max(evaluations), any(stopped)
             if shown and first == 0:
                 shown.save()
             if interrupted or any(over):
                 break
         else:
-            _require_all(folder, paths)
+            processes.from_main(lambda: _require_all(folder, paths))
     there = [path if _is_there(path) else None for path in paths]
     return RunResult(there, made, nfe, time.monotonic() - started, interrupted)
 
@@ -243,20 +260,20 @@ class _BatchSampler:
         self._done, self._note = 0, ""
         self._steps = pipe.solver(pipe.config.sample).steps  # of a batch, until the first one has shown it
 
-    def sample(self, indices: list[int], images: int) -> tuple[int, int]:
-        """Sample a batch, save the images that are missing, and return their number and the evaluations of each.
+    def sample(self, indices: list[int], images: int) -> tuple[dict[str, str], int]:
+        """Sample a batch, save the images that are missing, and return their digests and the evaluations of each.
 
         Args:
             indices: of the batch; none if the other processes take the last batches.
             images: that all processes sample at the same time.
         """
-        made, nfe = self._sample(indices, images) if indices else (0, 0)
+        saved, nfe = self._sample(indices, images) if indices else ({}, 0)
         self._done += images
         self._note = f"{nfe} evaluations each" if nfe else self._note
         self.progress.reach(self._done, self._note)
-        return made, nfe
+        return saved, nfe
 
-    def _sample(self, indices: list[int], images: int) -> tuple[int, int]:
+    def _sample(self, indices: list[int], images: int) -> tuple[dict[str, str], int]:
         seen, last = 0, 0
 
         def watch(step: int, t: float, state: Tensor) -> None:
@@ -272,16 +289,18 @@ class _BatchSampler:
         self._steps = last + 1
         if not (self.folder / MANIFEST).is_file():  # else the images would come to lie in a folder of no run
             raise _removed(self.folder)
-        missing = [position for position, index in enumerate(indices) if not _is_there(self.paths[index])]
-        for position in missing:
-            save_png(out.images[position], self.paths[indices[position]])
-        return len(missing), out.nfe
+        saved = {}
+        for image, path in zip(out.images, (self.paths[index] for index in indices), strict=True):
+            if not _is_there(path):
+                saved[path.name] = digest(save_png(image, path))
+        return saved, out.nfe
 
 
 def _require_all(folder: Path, paths: Sequence[Path]) -> None:
-    """Raise LightningDiTError if an image is missing after all batches were sampled."""
+    """Raise LightningDiTError if an image is missing after all batches were sampled; put the digests into order."""
     if not all(map(_is_there, paths)):
         raise _removed(folder)
+    _write_digests(folder, _noted_digests(folder, len(paths)), paths)
 
 
 def _removed(folder: Path) -> LightningDiTError:
@@ -302,10 +321,62 @@ def _missing_batches(
     if paths[0].parent != folder:
         described[LAYOUT] = BY_CLASS
     with opened_run(folder, described):
+        _remove_changed(folder, paths)
         missing = [index for index, path in enumerate(paths) if not _is_there(path)]
         check_space(folder, len(missing), pipe.config.data.image_size)
         numbers = sorted({index // size for index in missing})
         yield [list(range(number * size, min((number + 1) * size, len(paths)))) for number in numbers]
+
+
+def _remove_changed(folder: Path, paths: Sequence[Path]) -> None:
+    """Remove the images that are not those whose digests were noted, and note the digests that are missing.
+
+    An image without a digest is one of an earlier release, or of a run that was killed after its last batch: it stays.
+    """
+    noted, changed = _noted_digests(folder, len(paths)), list[Path]()
+    for path in filter(_is_there, paths):
+        try:
+            found = digest(path)
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        if noted.setdefault(path.name, found) != found:
+            changed.append(path)
+            with disk_errors(path):
+                path.unlink()
+    if changed:
+        what = f"{changed[0]} is" if len(changed) == 1 else f"{changed[0]} and {len(changed) - 1} more are"
+        print(f"note: {what} not as the run wrote them; made again", flush=True)
+    _write_digests(folder, noted, paths)
+
+
+def _noted_digests(folder: Path, count: int) -> dict[str, str]:
+    """Return the digest of each image by its name; the last one counts, and torn lines do not."""
+    matches = filter(None, map(DIGEST_LINE.fullmatch, _digest_text(folder, count).split("\n")))
+    return {match[2]: match[1] for match in matches}
+
+
+def _digest_text(folder: Path, count: int) -> str:
+    try:
+        return read_text(folder / DIGESTS, DIGEST_BYTES * max(count, 1), errors="replace")
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise _unreadable(folder / DIGESTS, error) from error
+
+
+def _write_digests(folder: Path, digests: dict[str, str], paths: Sequence[Path]) -> None:
+    """Write the digests in the order of the images, unless the file holds just that."""
+    text = _digest_lines({path.name: digests[path.name] for path in paths if path.name in digests})
+    if text != _digest_text(folder, len(paths)):
+        write_text(folder / DIGESTS, text)
+
+
+def _digest_lines(digests: dict[str, str]) -> str:
+    return "".join(f"{found}  {name}\n" for name, found in digests.items())
+
+
+def _unreadable(path: Path, error: OSError) -> LightningDiTError:
+    return LightningDiTError(f"{path} cannot be read ({error.strerror or error})", rename_command(path, ".old"))
 
 
 def _is_there(path: Path) -> bool:

@@ -25,7 +25,16 @@ from LightningDiT.config import setting_differences
 from LightningDiT.console import Progress, StopRequest
 from LightningDiT.data.image_sets import ImageBatch, ImageSet, Unreadable
 from LightningDiT.data.labels import CLASS_NAMES, LATENTS_MANIFEST
-from LightningDiT.data.shards import FIX, shard_files, shard_path, write_shard
+from LightningDiT.data.shards import (
+    DIGEST,
+    FIX,
+    RECORD,
+    manifest_digests,
+    shard_digest,
+    shard_files,
+    shard_path,
+    write_shard,
+)
 from LightningDiT.distributed import ALONE, Processes
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.files import (
@@ -46,13 +55,9 @@ from LightningDiT.tokenizer.vavae import VA_VAE, images_at_once
 from LightningDiT.training.run_dir import require_form
 
 STATS_NAME = "latents_stats.pt"
-RECORD = "extraction"  # key of what a shard says of itself, as JSON, in its metadata
 PART = ".part"  # suffix of an unfinished shard
 PART_SECONDS = 300.0  # between two savings of an unfinished shard
 MOMENTS_ROWS = 256  # latents that are in memory as float64 at once
-#: What a kill leaves behind: files of `atomic_path`, and safetensors' own temporary files.
-LEFTOVERS = (".latents_rank*.tmp", f".{LATENTS_MANIFEST}.*.tmp", f".{STATS_NAME}.*.tmp", ".tmp??????")
-
 #: What JSON and tensors of another form raise.
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError, RuntimeError)
 
@@ -329,6 +334,8 @@ class _ShardRows:
             "cut": {"images": int((self.rows["cut"] > 0).sum()), "most": round(float(self.rows["cut"].max()), 4)},
             "unreadable": self.unreadable,  # name and reason of each image that is left out
         }
+        tensors = dict(zip(("labels", "latents", "latents_flip"), (labels, *latents), strict=False))
+        record[DIGEST] = shard_digest({"file": self.path.name, **record}, tensors)
         write_shard(self.path, latents[0], labels, *latents[1:], metadata={RECORD: json.dumps(record)})
         self._part.unlink(missing_ok=True)
 
@@ -348,10 +355,10 @@ def _planned(maker: _ShardMaker, described: dict[str, Any]) -> Iterator[list[int
             )
         else:
             _write_manifest(output, {"settings": described, CLASS_NAMES: maker.images.class_names})
-        missing = [shard for shard in maker.shards if _record(maker.path(shard)) is None]
-        left = [maker.path(shard).with_suffix(PART) for shard in maker.shards if shard not in missing]
-        for path in (*left, *(path for pattern in LEFTOVERS for path in output.glob(pattern))):
-            path.unlink(missing_ok=True)
+        noted, paths = manifest_digests(output), {shard: maker.path(shard) for shard in maker.shards}
+        missing = [shard for shard, path in paths.items() if not _is_whole(path, noted.get(path.name))]
+        for shard in paths.keys() - set(missing):
+            paths[shard].with_suffix(PART).unlink(missing_ok=True)
         numbers = int(np.prod(maker.shape)) * (1 + maker.settings.flips)
         needed = sum(len(maker.span(shard)) for shard in missing) * (4 * numbers + 8)
         require_space(output, needed, "the latents", "choose another --output, or leave out --flip")
@@ -382,6 +389,25 @@ def _record(path: Path) -> dict[str, Any] | None:
         return {"file": path.name, **record}
     except (SafetensorError, OSError, *MALFORMED):
         return None
+
+
+def _is_whole(path: Path, noted: str | None) -> bool:
+    """Tell whether a shard is as it was written; those of earlier releases have no digest, and are believed.
+
+    Args:
+        noted: its digest by the manifest of a finished extraction.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    record = _record(path)
+    if record is None or record.get(DIGEST) != (noted or record.get(DIGEST)):
+        return False
+    try:
+        require_regular(path)
+        return DIGEST not in record or shard_digest(record, load_file(path)) == record[DIGEST]
+    except (SafetensorError, OSError, *MALFORMED):
+        return False
 
 
 def _check_record(record: Any, shape: list[int]) -> None:
@@ -431,11 +457,16 @@ def _finish(maker: _ShardMaker, described: dict[str, Any]) -> dict[str, Any]:
         "values_per_channel": moments.values,
         "mean": stats.mean.flatten().tolist(),
         "std": stats.std.flatten().tolist(),
-        "shards": [{"file": one["file"], "images": one["images"], **one["moments"]} for one in records],
+        "shards": [_manifest_row(record) for record in records],
         "unreadable": unreadable,
     }
     _write_manifest(maker.output, manifest)
     return manifest
+
+
+def _manifest_row(record: dict[str, Any]) -> dict[str, Any]:
+    digest = {DIGEST: record[DIGEST]} if DIGEST in record else {}
+    return {"file": record["file"], "images": record["images"], **digest, **record["moments"]}
 
 
 def _write_manifest(folder: Path, content: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from LightningDiT.checkpoint import kind_of, load_training_state, save_training_state
 from LightningDiT.device import gpu_random_states, set_gpu_random_states
 from LightningDiT.errors import LightningDiTError, first_line, is_out_of_memory
-from LightningDiT.files import append_text, disk_errors, open_own, open_regular, require_unicode
+from LightningDiT.files import append_text, disk_errors, open_own, open_regular, remove_leftovers, require_unicode
 
 STEP_DIGITS = 7  # at least
 CURVES = "curves.png"
@@ -31,8 +31,6 @@ OPTIMIZERS = ("opt", "optimizer", "judges")  # entries for `load_optimizer`
 FLAGS = ("amsgrad", "capturable", "differentiable", "maximize")  # of an optimizer, which change its step
 ADAM_STATE = {"step", "exp_avg", "exp_avg_sq"}
 CHECKPOINT = re.compile(rf"checkpoint-(\d{{{STEP_DIGITS},}})\.pt")
-#: Temporary files of `atomic_path` that a killed process leaves behind.
-LEFTOVERS = (".checkpoint-*.pt.*.tmp", ".*.safetensors.*.tmp", ".curves.png.*.tmp", "samples/.step-*.png.*.tmp")
 
 
 class RunDir:
@@ -93,9 +91,8 @@ class RunDir:
 
     def sweep(self) -> None:
         """Delete the temporary files and the torn last line of the log that a killed process left behind."""
-        for pattern in LEFTOVERS:
-            for path in self.path.glob(pattern):
-                path.unlink(missing_ok=True)
+        for folder in (self.path, self.path / "samples"):
+            remove_leftovers(folder, alone=True)
         if self._log.is_file():
             with open_own(self._log) as stream:
                 stream.seek(0)
