@@ -365,6 +365,27 @@ def test_a_shard_whose_bytes_changed_is_made_again(
     assert contents(tmp_path / "latents") == whole
 
 
+def test_a_shard_that_is_made_again_may_have_another_digest(
+    tiny_folder: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on another machine: the shards of an interrupted repair are kept."""
+    for seed in ("0", "1"):
+        options = ("--images", images, "--shard-size", "4", "--seed", seed, "--output", tmp_path / seed)
+        assert main(command(tiny_folder, *options)) == 0
+    own = command(tiny_folder, "--images", images, "--shard-size", "4", "--output", tmp_path / "0")
+    first, other = (shard_path(tmp_path / seed, 0, 0) for seed in ("0", "1"))
+    flip_bit(first)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 1)
+        assert run_main(lambda: main(own)) == 130
+    rows = json.loads((tmp_path / "0" / LATENTS_MANIFEST).read_text())["shards"]
+    assert ["digest" in row for row in rows] == [False, True, True]
+    shutil.copy(other, first)
+    assert main(own) == 0
+    assert first.read_bytes() == other.read_bytes()
+    assert len(LatentShards(tmp_path / "0")) == 11
+
+
 def test_a_shard_of_another_extraction_is_not_trained_on(tiny_folder: Path, images: Path, tmp_path: Path) -> None:
     """Of the same images and sizes, by another seed: the digest in its header is not that of the manifest."""
     for seed in ("0", "1"):

@@ -149,7 +149,7 @@ def test_a_picture_that_is_not_the_runs_is_made_again(
     capsys.readouterr()
     assert main(options) == 0
     said = capsys.readouterr().out
-    assert f"note: {paths[2]} and 1 more are not as the run wrote them; made again\n" in said
+    assert f"images that changed after they were written are made again: {paths[2]} and 1 more\n" in said
     assert "3 of them made now" in said
     assert {path: path.read_bytes() for path in whole} == whole
     assert not torn.exists()

@@ -175,7 +175,7 @@ def sample_run(
     preview: Preview | None = None,
     by_class: bool = False,
 ) -> RunResult:
-    """Sample the image of every label into `folder` as `000000.png`, ..., except those that are there.
+    """Sample the image of every label into `folder` as `000000.png`, ..., except those that are there unchanged.
 
     The images are cut into batches by their index, whatever is there already and however many processes share
     them, and a batch that lacks an image is sampled whole: a run that was killed gives the very bytes of one
@@ -193,10 +193,7 @@ def sample_run(
     started = time.monotonic()
     deadline = started + 60 * minutes if minutes is not None else float("inf")
     by_class = processes.from_main(lambda: kept_layout(folder, by_class))
-    folders = class_folders(pipe.labels) if by_class else None
-    paths = [
-        (folder / folders[label] if folders else folder) / f"{index:06d}.png" for index, label in enumerate(labels)
-    ]
+    paths = _image_paths(folder, labels, class_folders(pipe.labels) if by_class else None)
     made, nfe, interrupted = 0, 0, False
     with contextlib.ExitStack() as stack:
         batches = processes.from_main(lambda: stack.enter_context(_missing_batches(pipe, labels, seed, folder, paths)))
@@ -226,6 +223,11 @@ def sample_run(
             processes.from_main(lambda: _require_all(folder, paths))
     there = [path if _is_there(path) else None for path in paths]
     return RunResult(there, made, nfe, time.monotonic() - started, interrupted)
+
+
+def _image_paths(folder: Path, labels: Sequence[int], subfolders: Sequence[str] | None) -> list[Path]:
+    parents = [folder / subfolders[label] if subfolders else folder for label in labels]
+    return [parent / f"{index:06d}.png" for index, parent in enumerate(parents)]
 
 
 def write_samples(run: RunResult, labels: Sequence[int], side: int, target: Path) -> None:
@@ -344,8 +346,8 @@ def _remove_changed(folder: Path, paths: Sequence[Path]) -> None:
             with disk_errors(path):
                 path.unlink()
     if changed:
-        what = f"{changed[0]} is" if len(changed) == 1 else f"{changed[0]} and {len(changed) - 1} more are"
-        print(f"note: {what} not as the run wrote them; made again", flush=True)
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        print(f"note: images that changed after they were written are made again: {changed[0]}{more}", flush=True)
     _write_digests(folder, noted, paths)
 
 

@@ -357,6 +357,7 @@ def _planned(maker: _ShardMaker, described: dict[str, Any]) -> Iterator[list[int
             _write_manifest(output, {"settings": described, CLASS_NAMES: maker.images.class_names})
         noted, paths = manifest_digests(output), {shard: maker.path(shard) for shard in maker.shards}
         missing = [shard for shard, path in paths.items() if not _is_whole(path, noted.get(path.name))]
+        _forget_digests(output, noted.keys() & {paths[shard].name for shard in missing})
         for shard in paths.keys() - set(missing):
             paths[shard].with_suffix(PART).unlink(missing_ok=True)
         numbers = int(np.prod(maker.shape)) * (1 + maker.settings.flips)
@@ -389,6 +390,16 @@ def _record(path: Path) -> dict[str, Any] | None:
         return {"file": path.name, **record}
     except (SafetensorError, OSError, *MALFORMED):
         return None
+
+
+def _forget_digests(output: Path, names: set[str]) -> None:
+    """Drop digests from a finished manifest: on another machine a shard that is made again may have another one."""
+    if names:
+        content = read_json(output / LATENTS_MANIFEST)
+        for row in content["shards"]:
+            if row["file"] in names:
+                row.pop(DIGEST, None)
+        _write_manifest(output, content)
 
 
 def _is_whole(path: Path, noted: str | None) -> bool:
