@@ -65,7 +65,7 @@ def write_npz(images: ImageSet, side: int, target: str | Path, each: Callable[[]
 
 def check_npz_target(target: Path) -> None:
     """Raise LightningDiTError unless `write_npz` may write `target`: a new .npz file, or one that it wrote before."""
-    if target.suffix != ".npz":
+    if target.suffix != ".npz" and not target.is_dir():
         raise LightningDiTError(f"{target} is to be an .npz file and is not called so", f"name it {target.name}.npz")
     check_target(target, _is_ours)
 
