@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.files import open_regular
+from LightningDiT.files import LOCK, open_regular
 
 WHITE_16_BIT = 65535
 BAND_PIXELS = 2**20  # of 16 bits that are converted at once
@@ -165,7 +165,7 @@ def _files_below(folder: Path, litter: list[Path], above: tuple[Path, ...] = ())
     for entry in entries:
         path = Path(entry.path)
         if entry.name.startswith(".") or entry.name in LITTER:
-            litter.append(path)
+            litter.extend([path] if entry.name != LOCK else [])
         elif _is_folder(entry):
             yield from _files_below(path, litter, (*above, real))
         elif path.is_file() or (entry.is_symlink() and not path.exists()):

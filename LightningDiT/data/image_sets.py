@@ -32,6 +32,7 @@ from LightningDiT.images import centre_crop
 
 FASHION_MNIST = "FashionMNIST"
 MANIFEST = "manifest.json"  # of a sampling run, beside its images
+OWN_FILES = (MANIFEST, "images.sha256")  # of a run of sampling, beside its images
 AGAIN = "delete it, and run the command again"  # the fix for a damaged image that a program has made
 LISTED = 5  # folders in a note
 MOST_READERS = 16  # threads that read images by default, at most
@@ -377,7 +378,7 @@ def open_samples(folder: str | Path) -> FileImages:
         LightningDiTError: see `find_images`.
     """
     root = Path(folder)
-    found = find_images(root, known=(MANIFEST,))
+    found = find_images(root, known=OWN_FILES)
     names = [path.relative_to(root) for path in found.files]
     classes = Classes()
     if (root / MANIFEST).is_file():
