@@ -47,7 +47,8 @@ def test_imagenet_names_come_from_the_tables_of_timm(tiny_source: Path) -> None:
     imagenet = dataclasses.replace(config, data=dataclasses.replace(config.data, num_classes=1000, class_names=None))
     names = Labels.of(imagenet).names
     assert names is not None
-    assert names == tuple(ImageNetInfo().index_to_description(index) for index in range(1000))
+    info = ImageNetInfo()
+    assert names == tuple(info.index_to_description(index) for index in range(1000))
     assert names[207] == "golden retriever"
     assert names[3].startswith("tiger shark")
     assert len(names) == 1000
