@@ -66,7 +66,15 @@ def test_image_files_are_found_by_their_endings_at_any_depth(tmp_path: Path) -> 
 
 
 def test_what_systems_and_tools_leave_is_passed_over_with_a_count(tmp_path: Path) -> None:
-    for name in (".ipynb_checkpoints/x.png", "__MACOSX/ant/._a.png", "ant/a.png", "ant/._a.png", "ant/a.npy", "b.npy", ".lock"):
+    for name in (
+        ".ipynb_checkpoints/x.png",
+        "__MACOSX/ant/._a.png",
+        "ant/a.png",
+        "ant/._a.png",
+        "ant/a.npy",
+        "b.npy",
+        ".lock",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "ant" / "self.png").symlink_to("self.png")
