@@ -97,6 +97,17 @@ def test_a_numeric_folder_is_a_name() -> None:
         labels.number("7")
 
 
+def test_long_lists_are_cut() -> None:
+    many = Labels(25, tuple(f"x{number}" for number in range(25)))
+    assert many.listing([*range(20), 3]) == "; ".join(f"{number} x{number}" for number in range(20))
+    assert many.listing(range(23)).endswith("; 19 x19 and 3 more")
+    assert Labels(25).listing([3, 20]) == "3; 20"
+    with pytest.raises(LightningDiTError, match="class 'qqq' is unknown; numbers 0 to 24 always work"):
+        many.number("qqq")
+    with pytest.raises(LightningDiTError, match="class 'qqq' is unknown; the names are numbers, from 30 to 54"):
+        Labels(25, tuple(map(str, range(30, 55)))).number("qqq")
+
+
 def test_names_are_in_natural_order() -> None:
     names = ["ID_10", "ID_2", "ID_1", "a", "B", "02", "2", "10", "1", "x1y2", "x1y10", "x01y2"]
     expected = ["1", "02", "2", "10", "B", "ID_1", "ID_2", "ID_10", "a", "x01y2", "x1y2", "x1y10"]
