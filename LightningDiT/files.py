@@ -408,7 +408,7 @@ def digest(path: str | Path) -> str:
 
 # ---- free space
 
-BYTES_PER_PIXEL = 3  # an upper bound of what a PNG of photographs takes
+BYTES_PER_PIXEL = 3  # upper bound for a PNG of photographs
 
 
 def free_bytes(folder: Path) -> int:

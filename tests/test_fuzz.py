@@ -191,7 +191,7 @@ def inputs_of(whole: bytes, name: str) -> list[st.SearchStrategy[bytes]]:
         if header.get(METADATA):
             ways.append(changed_metadata(header, rest))
     elif name.endswith(".pt") and zipfile.is_zipfile(io.BytesIO(whole)):
-        ways.append(changed_values(torch.load(io.BytesIO(whole)), ODD_PICKLED).map(as_pickle))
+        ways.append(changed_values(torch.load(io.BytesIO(whole), weights_only=True), ODD_PICKLED).map(as_pickle))
     elif name.endswith(".npz"):
         ways.append(changed_arrays(whole))
     elif name.endswith(".gz"):

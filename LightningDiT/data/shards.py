@@ -19,7 +19,7 @@ from LightningDiT.data.labels import LATENTS_MANIFEST, natural_key
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.files import read_json, require_regular, require_unicode
 
-RECORD = "extraction"  # key of what a shard says of itself, as JSON, in its metadata
+RECORD = "extraction"  # key of a shard's own record, JSON in its metadata
 DIGEST = "digest"  # key in that record, and in the rows of the manifest, of a hash of the record and the tensors
 KEPT_BATCHES = 2  # whose memory is reused
 FIX = "python -m LightningDiT.extract_features --help"
