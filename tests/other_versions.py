@@ -1,0 +1,45 @@
+"""An interpreter with other versions than the pins: the lowest ones that the project is tested on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from setup_steps.install import read_pins
+from setup_steps.pip_calls import explain, pip_command
+from setup_steps.project import PROJECT, venv_python
+
+SHARED = {"torch", "torchvision", "torch-fidelity"}  # too large, or with one version alone in their range
+#: The lowest versions with wheels for newer Pythons than those of requirements-official.txt.
+ON_NEWER_PYTHON = {"numpy": "2.3.5", "pillow": "12.2.0", "matplotlib": "3.10.8"}
+
+
+def other_pins() -> dict[str, str]:
+    """Return the packages of the interpreter that have another version than here, and that version."""
+    lowest = {pin.name: pin.version for pin in read_pins(PROJECT / "requirements-official.txt")}
+    if sys.version_info >= (3, 13):
+        lowest.update(ON_NEWER_PYTHON)
+    return {name: version for name, version in lowest.items() if name not in SHARED}
+
+
+@pytest.fixture(scope="session")
+def other_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A virtual environment's interpreter that has `other_pins`, and for all else the packages of this interpreter.
+
+    pip installs the pins from where it got the packages of this environment. The test is skipped if they cannot be had.
+    """
+    folder = tmp_path_factory.mktemp("other") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    python = venv_python(folder)
+    places = [place for place in sys.path if Path(place).name in ("site-packages", "dist-packages")]
+    (next(folder.glob("lib/python*/site-packages")) / "complete.pth").write_text("\n".join(places) + "\n")
+    wanted = [f"{name}=={version}" for name, version in other_pins().items()]
+    command = [str(python), *pip_command(wanted, "--quiet")[1:]]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode and "ResolutionImpossible" not in done.stderr:
+        pytest.skip(str(explain(done.stderr, wanted, done.returncode)))
+    assert done.returncode == 0, done.stderr
+    return python
