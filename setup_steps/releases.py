@@ -11,6 +11,7 @@ from setup_steps.machine import Gpu, Machine, TorchFacts, has_kernels
 from setup_steps.project import STEP1
 
 OLDEST_TORCH = (2, 2)  # the oldest release that the library's tests pass on
+OLDEST_GPU = (5, 0)  # the lowest compute capability that a release of the table has kernels for
 NUMPY2_TORCH = (2, 3)  # the first release that was built for numpy 2
 GPU_SYSTEM = "Linux x86_64"  # the system for which the package index's wheels of every row hold GPU kernels
 KEEP, INSTALL, REPLACE = "keep", "install", "replace"
@@ -30,8 +31,7 @@ class Release:
         torchvision: the version that is built for it.
         cuda: CUDA version of its kernels.
         driver: oldest major version of the NVIDIA driver on Linux.
-        oldest_gpu: lowest compute capability of its kernels.
-        newest_gpu: highest major capability of its kernels; None if there is no end.
+        kernels: the architectures of its kernels, as torch lists them.
         oldest_python: (major, minor).
         newest_python: (major, minor); None if there is no end.
     """
@@ -40,8 +40,7 @@ class Release:
     torchvision: str
     cuda: str
     driver: int
-    oldest_gpu: tuple[int, int]
-    newest_gpu: int | None
+    kernels: tuple[str, ...]
     oldest_python: tuple[int, int]
     newest_python: tuple[int, int] | None
 
@@ -51,8 +50,7 @@ class Release:
 
     def has_kernels(self, gpu: Gpu) -> bool:
         """Return whether it serves the GPU, as far as known; an unknown one is left to the kernel that runs later."""
-        newest = self.newest_gpu or gpu.capability[0]
-        return gpu.capability == (0, 0) or (self.oldest_gpu <= gpu.capability and gpu.capability[0] <= newest)
+        return gpu.capability == (0, 0) or has_kernels(self.kernels, gpu.capability)
 
     def takes_driver(self, gpu: Gpu) -> bool:
         """Return whether the GPU's driver is new enough; an unknown one is."""
@@ -68,19 +66,21 @@ class Release:
 def release_lines(torch: str, torchvision: str) -> tuple[Release, ...]:
     """Return the releases to choose from, the newest first.
 
-    Capabilities are those that the published builds are compiled for, from PyTorch's release matrix and build scripts;
-    drivers are NVIDIA's minimum for the CUDA major version; Pythons are those with wheels in the index. These facts
-    belong to other projects: the product that runs on the device after the installation is the proof.
+    Kernels are those of the index's Linux wheels, whose libtorch_python.so has the list; `sm_86` also runs on 8.9 (L4,
+    RTX 40xx). Drivers are NVIDIA's minimum for the CUDA major version; Pythons are those with wheels in the index.
+    These facts belong to other projects: the product that runs on the device after the installation is the proof.
 
     Args:
         torch, torchvision: the versions that requirements.txt pins; the facts of the first row go with them.
     """
+    since_turing = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
+    until_hopper = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")
     return (
-        # torch, torchvision, CUDA, driver, GPUs from, to (major), Pythons from, to
-        Release(torch, torchvision, "13.0", 580, (7, 5), None, (3, 10), None),  # T4 and newer, and no GPU
-        Release("2.10.0", "0.25.0", "12.8", 525, (7, 0), 12, (3, 10), (3, 14)),  # V100, or a driver before 580
-        Release("2.7.1", "0.22.1", "12.6", 525, (5, 0), 9, (3, 9), (3, 13)),  # P100
-        Release("2.2.0", "0.17.0", "12.1", 525, (5, 0), 9, (3, 8), (3, 12)),  # --profile official
+        # torch, torchvision, CUDA, driver, kernels, Pythons from, to
+        Release(torch, torchvision, "13.0", 580, since_turing, (3, 10), None),  # T4, L4 and newer, and no GPU
+        Release("2.10.0", "0.25.0", "12.8", 525, ("sm_70", *since_turing), (3, 10), (3, 14)),  # driver < 580; V100
+        Release("2.7.1", "0.22.1", "12.6", 525, until_hopper, (3, 9), (3, 13)),  # P100
+        Release("2.2.0", "0.17.0", "12.1", 525, until_hopper, (3, 8), (3, 12)),  # --profile official
     )
 
 
@@ -183,6 +183,8 @@ def what_fixes(machine: Machine, lines: tuple[Release, ...], gpu: Gpu) -> str:
     if machine.system != GPU_SYSTEM:
         return f"install a torch with CUDA for {machine.system} by hand, step 1 keeps one that works"
     built = [line for line in lines if line.has_kernels(gpu)]
+    if not built and gpu.capability > OLDEST_GPU:
+        return f"it is newer than torch {lines[0].torch}: install a newer torch by hand, step 1 keeps one that works"
     if not built:
         return f"no torch from {lines[-1].torch} on has kernels for it, another GPU is needed"
     driven = [line for line in built if line.takes_driver(gpu)]

@@ -13,13 +13,17 @@ from setup_steps.project import PROJECT
 from setup_steps.releases import INSTALL, KEEP, REPLACE, Asked
 
 LINES = releases.release_lines("2.14.1", "0.29.1")
-CU128 = ("sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
-CU130 = (*CU128[1:], "compute_120")
-CU126 = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")
+CU130, CU128, CU126, CU121 = (line.kernels for line in LINES)
 NO_KERNEL = "CUDA error: no kernel image is available for execution on the device"
 P100 = Gpu("Tesla P100-PCIE-16GB", (6, 0), 17_000_000_000, "580.65.06")
 V100 = Gpu("Tesla V100-SXM2-16GB", (7, 0), 17_000_000_000, "580.65.06")
 T4 = Gpu("Tesla T4", (7, 5), 15_800_000_000, "580.65.06")
+L4 = Gpu("NVIDIA L4", (8, 9), 24_000_000_000, "580.65.06")
+RTX4090 = Gpu("NVIDIA GeForce RTX 4090", (8, 9), 25_700_000_000, "580.65.06")
+RTX5090 = Gpu("NVIDIA GeForce RTX 5090", (12, 0), 34_000_000_000, "580.65.06")
+RTXPRO6000 = Gpu("NVIDIA RTX PRO 6000 Blackwell", (12, 0), 102_000_000_000, "580.65.06")
+GB10 = Gpu("NVIDIA GB10", (12, 1), 128_000_000_000, "580.65.06")
+NEXT = Gpu("NVIDIA Next", (14, 0), 300_000_000_000, "700.10")
 A100 = Gpu("NVIDIA A100-SXM4-40GB", (8, 0), 42_000_000_000, "580.65.06")
 H100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0), 85_000_000_000, "580.65.06")
 B200 = Gpu("NVIDIA B200", (10, 0), 192_000_000_000, "580.65.06")
@@ -94,6 +98,33 @@ TABLE = {
         machine(ABSENT, P100, system="Windows AMD64"),
         *(INSTALL, "2.14.1", "0.29.1", "CPU", "install a torch with CUDA for Windows AMD64 by hand"),
     ),
+    "absent, L4 x4": (machine(ABSENT, *[L4] * 4), INSTALL, "2.14.1", "0.29.1", "serves 4 x NVIDIA L4 (8.9) with", ""),
+    "absent, RTX 4090, driver 535": (
+        machine(ABSENT, replace(RTX4090, driver="535.183.01")),
+        *(INSTALL, "2.10.0", "0.25.0", "serves NVIDIA GeForce RTX 4090 (8.9) with driver 535.183.01", ""),
+    ),
+    "absent, RTX PRO 6000": (machine(ABSENT, RTXPRO6000), INSTALL, "2.14.1", "0.29.1", "RTX PRO 6000 Blackwell", ""),
+    "absent, GB10": (machine(ABSENT, GB10), INSTALL, "2.14.1", "0.29.1", "serves NVIDIA GB10 (12.1)", ""),
+    "absent, RTX 5090, driver 570": (
+        machine(ABSENT, replace(RTX5090, driver="570.86.10")),
+        *(INSTALL, "2.10.0", "0.25.0", "(CUDA 12.8) is the newest that serves NVIDIA GeForce RTX 5090 (12.0)", ""),
+    ),
+    "absent, L4 and T4": (
+        machine(ABSENT, L4, T4),
+        *(INSTALL, "2.14.1", "0.29.1", "the weakest GPU, Tesla T4 (7.5), decides", ""),
+    ),
+    "absent, RTX 5090 and V100": (
+        machine(ABSENT, RTX5090, V100),
+        *(INSTALL, "2.10.0", "0.25.0", "the weakest GPU, Tesla V100-SXM2-16GB (7.0), decides", ""),
+    ),
+    "absent, RTX 4090 and P100": (
+        machine(ABSENT, RTX4090, P100),
+        *(INSTALL, "2.7.1", "0.22.1", "the weakest GPU, Tesla P100-PCIE-16GB (6.0), decides", ""),
+    ),
+    "absent, a GPU newer than the table": (
+        machine(ABSENT, NEXT),
+        *(INSTALL, "2.14.1", "0.29.1", "CPU", "it is newer than torch 2.14.1: install a newer torch by hand"),
+    ),
     # not usable at all
     "broken, no GPU": (machine(BROKEN), REPLACE, "2.14.1", "0.29.1", "does not import: libcudart", ""),
     "broken, P100": (machine(BROKEN, P100), REPLACE, "2.7.1", "0.22.1", "does not import: libcudart", ""),
@@ -108,6 +139,10 @@ TABLE = {
         "",
     ),
     "works, newest": (machine(NEWEST), KEEP, "2.14.1", "0.29.1", "torch 2.14.1 works here", ""),
+    "works, L4 x4": (
+        machine(built("2.7.1+cu126", "12.6", CU126), *[tried(L4, "")] * 4),  # sm_86 kernels
+        *(KEEP, "2.7.1", "0.22.*", "works here, on 4 x NVIDIA L4 (8.9)", ""),
+    ),
     "works, T4 x2": (
         machine(STOCK, tried(T4, ""), tried(T4, "")),
         *(KEEP, "2.10.0", "0.25.*", "works here, on 2 x Tesla T4 (7.5)", ""),
@@ -161,6 +196,18 @@ TABLE = {
     "CPU build, T4": (
         machine(built("2.14.1+cpu", ""), tried(T4, None)),
         *(REPLACE, "2.14.1", "0.29.1", "is built for the CPU alone and cannot use Tesla T4", ""),
+    ),
+    "too old a torch on RTX 5090": (
+        machine(built("2.7.1+cu126", "12.6", CU126), tried(RTX5090, NO_KERNEL)),
+        *(REPLACE, "2.14.1", "0.29.1", "has no kernels for NVIDIA GeForce RTX 5090 (12.0), only sm_50", ""),
+    ),
+    "too old a torch on RTX 5090, driver 570": (
+        machine(built("2.2.0+cu121", "12.1", CU121), tried(RTX5090, NO_KERNEL, "570.86.10")),
+        *(REPLACE, "2.10.0", "0.25.0", "has no kernels for NVIDIA GeForce RTX 5090 (12.0), only sm_50", ""),
+    ),
+    "newest, RTX 4090, driver 535": (
+        machine(replace(NEWEST, archs=(), note=OLD_DRIVER), tried(RTX4090, None, "535.183.01")),
+        *(REPLACE, "2.10.0", "0.25.0", "needs the NVIDIA driver 580 or newer, 535.183.01 is here", ""),
     ),
     # where no other torch helps, the one that computes is kept and the CPU used
     "stock on K80": (
@@ -221,6 +268,16 @@ def test_the_newest_row_is_what_is_pinned_and_the_last_the_official_profile() ->
     for line, file in ((LINES[0], "requirements.txt"), (LINES[-1], "requirements-official.txt")):
         pins = {pin.name: pin.version for pin in install.read_pins(PROJECT / file)}
         assert (line.torch, line.torchvision) == (pins["torch"], pins["torchvision"])
+
+
+def test_the_kernels_of_the_table_are_those_of_the_installed_wheel() -> None:
+    """torch lists them without a GPU."""
+    torch = pytest.importorskip("torch")
+    line = next((line for line in LINES if line.torch == releases.public(torch.__version__)), None)
+    if line is None or not torch.version.cuda:
+        pytest.skip(f"torch {torch.__version__} is no wheel with GPU kernels of the table")
+    assert tuple(torch._C._cuda_getArchFlags().split()) == line.kernels
+    assert torch.version.cuda == line.cuda
 
 
 def test_every_torchvision_is_that_of_its_torch() -> None:
