@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -58,7 +59,12 @@ def again(default: str, *added: str, without: Sequence[str] = (), python: str | 
             leaving = part.partition("=")[0] in without
         if not leaving:
             kept.append(part)
-    return f"{python or interpreter()} {shlex.join([script, *kept, *added])}"
+    return f"{python or interpreter()} {shlex.join([script, *map(hide_credentials, kept), *added])}"
+
+
+def hide_credentials(text: str) -> str:
+    """Return a text with the user and password of an address in it as asterisks."""
+    return re.sub(r"(?<=://)\S*@", "****@", text)
 
 
 def step_command(script: str, *options: str) -> str:

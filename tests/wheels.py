@@ -1,8 +1,13 @@
-"""Tiny wheels, made on the spot: a package of one module, and a torch that claims a GPU."""
+"""Tiny wheels, made on the spot: a package of one module, a torch that claims a GPU, and an index that has them."""
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import zipfile
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 FAKE_TORCH = '''
@@ -79,3 +84,46 @@ def make_nvidia_smi(folder: Path, *lines: str, knows_capability: bool = True) ->
     script = folder / "nvidia-smi"
     script.write_text(f"#!/bin/sh\n{refusal}cat <<'LINES'\n{answer}\nLINES\n")
     script.chmod(0o755)
+
+
+class Files(SimpleHTTPRequestHandler):
+    """The files of a folder, or a refusal of every one."""
+
+    def __init__(self, *position: object, refusal: int, **named: object) -> None:
+        self.refusal = refusal
+        super().__init__(*position, **named)
+
+    def do_GET(self) -> None:
+        if self.refusal:
+            self.send_error(self.refusal)
+        else:
+            super().do_GET()
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@contextlib.contextmanager
+def running_files(folder: Path, refusal: int = 0) -> Iterator[str]:
+    """A server of a folder on 127.0.0.1; give its HOST:PORT.
+
+    Args:
+        refusal: the HTTP status with which it refuses every file; 0 to send them.
+    """
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Files, directory=str(folder), refusal=refusal)) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def make_index(folder: Path, wheels: Path, host: str) -> None:
+    """The pages of an index of `wheels`, whose files are on another host."""
+    for wheel in wheels.glob("*.whl"):
+        page = folder / "simple" / wheel.name.partition("-")[0] / "index.html"
+        page.parent.mkdir(parents=True, exist_ok=True)
+        with page.open("a") as lines:
+            lines.write(f'<a href="http://{host}/{wheel.name}">{wheel.name}</a>\n')
