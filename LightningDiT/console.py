@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import locale
 import os
 import shlex
 import signal
@@ -15,12 +16,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from LightningDiT.errors import OS_FIXES, LightningDiTError, first_line, is_out_of_memory
+from LightningDiT.errors import OS_FIXES, LightningDiTError, first_line, in_chinese, is_out_of_memory
 
-OK, FAILED, INTERRUPTED = 0, 1, 130  # exit codes
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130  # exit codes
 OWN_PACKAGES = frozenset({"LightningDiT", "setup_steps", "studies"})
 #: Control characters but for line feed, carriage return (of moving lines) and tab, as str.translate takes them.
 CONTROLS = {code: "?" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\r\t"}
+LANGUAGE = "LIGHTNINGDIT_LANG"  # the variable that wants fixes in Chinese too (zh) or not (en), whatever the locale
+STOPPED = "stopped; finished work is kept, and the same command goes on from there"
+SEE_HELP = "run the command with --help, which lists all options and their values"
 INSTALL = "python step1_install_environment.py"
 PLAIN_INTERVAL, MOVING_INTERVAL = 10.0, 0.2  # seconds between two lines of a log, and of a terminal's moving line
 
@@ -29,14 +33,16 @@ def run_main(main: Callable[[], int], install: Callable[[], str] = lambda: INSTA
     """Return the exit code of `main`: its own, 1 for an error that a person can fix, 130 for Ctrl-C.
 
     Such an error (LightningDiTError, OSError, an absent package, text that has no encoding, memory that ran out, data
-    nested without end) becomes one line on stderr; a reader of stdout that left (`| head`) ends the command without a
-    line. Any other error keeps its traceback. Warnings become one line each, without the position in the code.
+    nested without end) becomes one line on stderr, and its fix a second one in Chinese for those who read it; a reader
+    of stdout that left (`| head`) ends the command without a line. Any other error keeps its traceback. Warnings become
+    one line each, without the position in the code.
 
     Args:
         install: gives the command that installs an absent package.
     """
     _prepare_streams()
     warnings.formatwarning = lambda message, *position, **more: f"warning: {message}\n"
+    _refuse_unknown_language()
     try:
         code = main()
         sys.stdout.flush()  # here, since a full disk or a reader that left is an exception at the interpreter's end
@@ -44,32 +50,41 @@ def run_main(main: Callable[[], int], install: Callable[[], str] = lambda: INSTA
     except BrokenPipeError:
         _give_up_stdout()
     except KeyboardInterrupt:
-        _say_on_stderr("stopped; finished work is kept, and the same command goes on from there")
+        _say_on_stderr(STOPPED)
+        _say_in_chinese(STOPPED, "")
         return INTERRUPTED
+    except SystemExit as end:
+        if end.code == USAGE:  # argparse has said what is wrong
+            _say_in_chinese(SEE_HELP)
+        raise
     except Exception as error:
-        line = _in_one_line(error, install)
-        if line is None:
+        known = _known(error, install)
+        if known is None:
             raise
-        _say_on_stderr(f"error: {line}")
+        _say_on_stderr(f"error: {known}")
+        _say_in_chinese(known.fix)
     return FAILED
 
 
-def _in_one_line(error: Exception, install: Callable[[], str]) -> str | None:
-    """Return an error that a person can fix in one line, None for any other."""
+def _known(error: Exception, install: Callable[[], str]) -> LightningDiTError | None:
+    """Return an error that a person can fix with its fix, None for any other."""
     if isinstance(error, LightningDiTError):
-        return str(error)
+        return error
     if is_out_of_memory(error):
-        return f"memory ran out ({first_line(error)}); fix: close other programs, or choose a smaller batch or model"
+        reason = f"memory ran out ({first_line(error)})"
+        return LightningDiTError(reason, "close other programs, or choose a smaller batch or model")
     if isinstance(error, OSError):
         return describe_os_error(error)
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
         if package and package not in OWN_PACKAGES and package not in sys.stdlib_module_names:
-            return f"package '{package}' is not installed for this Python ({sys.executable}); fix: {install()}"
+            reason = f"package '{package}' is not installed for this Python ({sys.executable})"
+            return LightningDiTError(reason, install())
     if isinstance(error, UnicodeError):
-        return f"a text has characters that its encoding lacks ({first_line(error)}); fix: rename that file or class"
+        reason = f"a text has characters that its encoding lacks ({first_line(error)})"
+        return LightningDiTError(reason, "rename that file or class")
     if isinstance(error, RecursionError):
-        return "a file is nested without end; fix: name another file"
+        return LightningDiTError("a file is nested without end", "name another file")
     return None
 
 
@@ -111,8 +126,40 @@ def _say_on_stderr(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def describe_os_error(error: OSError) -> str:
-    """Return an operating system's error in one line, with its file and what to do about it."""
+def _refuse_unknown_language() -> None:
+    """Say that a language without a catalogue has no effect."""
+    named = os.environ.get(LANGUAGE, "")
+    if named and not named.lower().startswith(("zh", "en")):
+        _say_on_stderr(f"warning: {LANGUAGE} is {named!r} and has no effect; zh and en are the languages")
+
+
+def reads_chinese() -> bool:
+    """Return whether fixes are wanted in Chinese: by LIGHTNINGDIT_LANG, else by the locale as gettext finds it."""
+    named = os.environ.get(LANGUAGE, "").lower()
+    if named.startswith(("zh", "en")):
+        return named.startswith("zh")
+    variables = [os.environ[name] for name in ("LC_ALL", "LC_MESSAGES", "LANG") if os.environ.get(name)]
+    if not variables:
+        with contextlib.suppress(ValueError):  # a locale that Python does not know
+            variables = [locale.getlocale()[0] or ""]  # of Windows, where no variable says it
+    if variables and variables[0] not in ("C", "POSIX"):
+        variables.insert(0, os.environ.get("LANGUAGE") or variables[0])
+    return bool(variables) and variables[0].lower().startswith(("zh", "chinese"))
+
+
+def _say_in_chinese(fix: str | None, label: str = "解决办法：") -> None:
+    """Print a fix in Chinese on stderr, if Chinese is wanted, the catalogue has it, and the stream can show it."""
+    if not (fix and reads_chinese()):
+        return
+    with contextlib.suppress(OSError, ValueError, MemoryError):  # no catalogue, or a stream without Chinese
+        chinese = in_chinese(fix)
+        if chinese:
+            "".join({*label, *chinese} - {*fix}).encode(sys.stderr.encoding or "utf-8")
+            _say_on_stderr(label + chinese)
+
+
+def describe_os_error(error: OSError) -> LightningDiTError:
+    """Return an operating system's error with its file and what to do about it."""
     named, again = str(error.filename or ""), "run the same command again"
     quoted = shlex.quote(named)
     fix = OS_FIXES.get(error.errno or 0)
@@ -120,7 +167,7 @@ def describe_os_error(error: OSError) -> str:
         fix = f"chmod u+r {quoted}, then {again}"
     fix = fix or (f"ls -ld {quoted} shows what is there; put it right and {again}" if named else again)
     reason = error.strerror or str(error) or type(error).__name__
-    return f"{named}{': ' * bool(named)}{reason}; fix: {fix}"
+    return LightningDiTError(f"{named}{': ' * bool(named)}{reason}", fix)
 
 
 def duration(seconds: float) -> str:

@@ -1,10 +1,13 @@
-"""The one exception for what a user can cause and fix, the one way to warn, and what both need to speak in one line."""
+"""The one exception for what a user can cause and fix, its fix in Chinese, and the one way to warn."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import importlib
+import json
+import pkgutil
 import re
 import sys
 import warnings
@@ -24,6 +27,16 @@ OUT_OF_MEMORY = re.compile(
     r"|could not create a (primitive|memory( object)?)$",
     re.MULTILINE,
 )
+#: What joins two fixes in one line, in English and in Chinese.
+JOINTS = {", or ": "，或", "; or ": "；或", ", then ": "，然后", ", and ": "，并", "; ": "；"}
+#: The beginning of a fix that is a command.
+COMMAND = re.compile(
+    r"!?([A-Z_]+=\S+ )?('[^']*python[^' ]*'|\S*python[\w.]*|pip|git|mv|ren|cp|rm|mkdir|ls|dir|chmod|unset"
+    r"|export|cd|curl|torchrun|nvidia-smi) "
+)
+#: Words and signs of sentences, which stand neither in a command outside quotes nor, the words, in a value.
+WORDS = r"(?<!\S)(?:a|an|and|as|by|for|in|is|it|of|on|one|or|that|the|then|to|with) "
+SIGNS = r"[,;:(]( |$)| \("
 
 
 class LightningDiTError(Exception):
@@ -38,6 +51,45 @@ class LightningDiTError(Exception):
         self.message = message
         self.fix = fix
         super().__init__(f"{message}; fix: {fix}" if fix else message)
+
+
+def in_chinese(fix: str) -> str | None:
+    """Return a fix in Chinese by the catalogue `fixes_zh.json`, or None for a text that it does not have.
+
+    A row of the catalogue is an English text and its Chinese one, both with `{}` for each value; `{1}` and `{0}` if
+    Chinese has the values in another order. Of the rows that fit, the one with the longest text counts. A command needs
+    no row, nor does a fix whose parts (see JOINTS) have theirs.
+    """
+    whole = _whole_in_chinese(fix)
+    if whole:
+        return whole
+    for joint in re.finditer("|".join(JOINTS), fix):
+        first = _whole_in_chinese(fix[: joint.start()])
+        rest = first and in_chinese(fix[joint.end() :])
+        if rest:
+            return f"{first}{JOINTS[joint[0]]}{rest}"
+    return None
+
+
+def _whole_in_chinese(fix: str) -> str | None:
+    fitting = [(row, values) for row in _catalogue() for values in [_pattern(row).fullmatch(fix)] if values]
+    if fitting:
+        row, values = max(fitting, key=lambda pair: len(pair[0].replace("{}", "")))
+        return _catalogue()[row].format(*values.groups())
+    is_command = COMMAND.match(fix) and not re.search(f"{WORDS}|{SIGNS}", re.sub("'[^']*'", "", fix))
+    return f"运行 {fix}" if is_command else None
+
+
+@functools.cache
+def _catalogue() -> dict[str, str]:
+    return json.loads(pkgutil.get_data("LightningDiT", "fixes_zh.json") or "{}")
+
+
+@functools.cache
+def _pattern(row: str) -> re.Pattern[str]:
+    """Return the pattern of a row's English text, whose values are no sentences."""
+    value = f"((?:(?!{'|'.join(JOINTS)}|{WORDS}).)+)"
+    return re.compile(value.join(map(re.escape, row.split("{}"))), re.DOTALL)
 
 
 def warn_user(message: str) -> None:

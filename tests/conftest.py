@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+import os
 import shutil
 import signal
 import struct
@@ -32,6 +33,7 @@ from tests.published import good_stats, light_checkpoint
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job ignores Ctrl-C; the tests send it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+os.environ["LIGHTNINGDIT_LANG"] = "en"  # one line for an error, whatever the locale
 
 TINY_TOKENIZER = """
 ckpt_path: tokenizer.safetensors

@@ -16,6 +16,7 @@ import pytest
 
 from LightningDiT import console
 from LightningDiT.console import Progress, StopRequest, describe_os_error, duration, format_bytes, printable, run_main
+from LightningDiT.errors import in_chinese
 from setup_steps.project import PROJECT
 
 #: A program as the library's commands and as the steps end; both have one set of rules.
@@ -30,6 +31,117 @@ def run_program(kind: str, body: str) -> subprocess.CompletedProcess[str]:
     head = f"import sys\nfrom LightningDiT.errors import LightningDiTError\n{ENDS[kind]}"
     program = f"{head}def main():\n    {body}\nend(main)\n"
     return subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, check=False)
+
+
+#: Variables that say in which language a person reads: each set, and whether fixes are shown in Chinese.
+LANGUAGES = [
+    ({"LIGHTNINGDIT_LANG": "zh"}, True),
+    ({"LIGHTNINGDIT_LANG": "zh_CN", "LC_ALL": "C"}, True),
+    ({"LIGHTNINGDIT_LANG": "en", "LC_ALL": "zh_CN.UTF-8"}, False),
+    ({"LIGHTNINGDIT_LANG": "fr", "LANG": "zh_CN.UTF-8"}, True),
+    ({"LIGHTNINGDIT_LANG": "", "LANG": "zh_CN.UTF-8"}, True),
+    ({"LANG": "zh_TW"}, True),
+    ({"LANG": "zh_CN.UTF-8", "LC_MESSAGES": "de_DE.UTF-8"}, False),
+    ({"LANG": "de_DE.UTF-8", "LC_ALL": "zh_CN.UTF-8"}, True),
+    ({"LANG": "en_US.UTF-8", "LANGUAGE": "zh_CN:en"}, True),
+    ({"LANG": "zh_CN.UTF-8", "LANGUAGE": "en:zh_CN"}, False),
+    ({"LANG": "C", "LANGUAGE": "zh_CN"}, False),
+    ({"LANG": "C"}, False),
+]
+
+
+@pytest.fixture
+def languages(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """The environment without a word about languages."""
+    for name in ("LIGHTNINGDIT_LANG", "LANGUAGE", "LC_ALL", "LC_MESSAGES", "LANG"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(("variables", "chinese"), LANGUAGES)
+def test_chinese_is_shown_where_gettext_would_show_it(
+    variables: dict[str, str], chinese: bool, languages: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        languages.setenv(name, value)
+    assert console.reads_chinese() == chinese
+
+
+@pytest.mark.parametrize(
+    ("system", "chinese"), [("zh_CN", True), ("Chinese (Simplified)_China", True), ("de_DE", False)]
+)
+def test_without_variables_the_systems_locale_counts(system: str, chinese: bool, languages: pytest.MonkeyPatch) -> None:
+    """As on Windows."""
+    languages.setattr(console.locale, "getlocale", lambda: (system, "936"))
+    assert console.reads_chinese() == chinese
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "chinese"),
+    [
+        ("raise LightningDiTError('m', 'name another file')", 1, "解决办法：指定其他文件\n"),
+        ("raise LightningDiTError('m', 'what only others say')", 1, ""),
+        ("raise LightningDiTError('m')", 1, ""),
+        (
+            "raise FileNotFoundError(2, 'No such file', '/路 a')",
+            1,
+            "解决办法：用 ls -ld '/路 a' 查看该处的内容；改正后重新运行同一命令\n",
+        ),
+        ("raise FileNotFoundError(2, 'No file', 'a\\udc80')", 1, "解决办法：用 ls -ld 'a\\udc80' 查看"),
+        ("raise MemoryError", 1, "解决办法：关闭其他程序，减小批大小，或换用较小的模型\n"),
+        ("import no_such_package", 1, "解决办法：运行 "),
+        ("raise KeyboardInterrupt", 130, "已停止：完成的部分已保留，重新运行同一命令即可继续\n"),
+        ("import argparse; argparse.ArgumentParser().parse_args(['x'])", 2, "解决办法：加上 --help 运行"),
+        ("sys.exit(1)", 1, ""),
+    ],
+)
+def test_a_second_line_says_the_fix_in_chinese(
+    body: str, code: int, chinese: str, languages: pytest.MonkeyPatch
+) -> None:
+    languages.setenv("PYTHONIOENCODING", "utf-8")
+    languages.setenv("LIGHTNINGDIT_LANG", "en")
+    english = run_program("step", body)
+    languages.setenv("LIGHTNINGDIT_LANG", "zh")
+    both = run_program("step", body)
+    assert (both.returncode, english.returncode) == (code, code)
+    assert both.stderr.startswith(english.stderr)
+    assert both.stderr[len(english.stderr) :].startswith(chinese)
+    assert both.stderr.count("\n") == english.stderr.count("\n") + bool(chinese)
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("utf-8", True), ("gbk", True), ("ascii", False), ("cp1252", False)])
+def test_a_stream_without_chinese_gets_english_alone(encoding: str, shown: bool, languages: pytest.MonkeyPatch) -> None:
+    """No escapes of characters that it lacks."""
+    program = f"import sys\n{ENDS['command']}def main(): open('/no/such')\nend(main)\n"
+    languages.setenv("PYTHONIOENCODING", encoding)
+    languages.setenv("LIGHTNINGDIT_LANG", "zh")
+    done = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, check=False)
+    lines = done.stderr.decode(encoding).splitlines()
+    assert [line.partition(" ")[0] for line in lines] == ["error:", "解决办法：用"][: 1 + shown]
+
+
+def test_an_unknown_language_is_said(languages: pytest.MonkeyPatch) -> None:
+    languages.setenv("LIGHTNINGDIT_LANG", "fr")
+    said = run_program("command", "return 0").stderr
+    assert said == "warning: LIGHTNINGDIT_LANG is 'fr' and has no effect; zh and en are the languages\n"
+
+
+def test_the_catalogue_is_read_for_a_chinese_line_alone(languages: pytest.MonkeyPatch) -> None:
+    """Neither at import nor by a run without an error."""
+    languages.setenv("LIGHTNINGDIT_LANG", "zh")
+    body = "from LightningDiT import errors; print(errors._catalogue.cache_info().currsize); return 0"
+    assert run_program("command", body).stdout == "0\n"
+
+
+def test_a_step_says_its_fix_in_both_languages(languages: pytest.MonkeyPatch) -> None:
+    languages.setenv("PYTHONIOENCODING", "utf-8")
+    languages.setenv("LC_ALL", "zh_CN.UTF-8")
+    command = [sys.executable, "step1_install_environment.py", "--wheels", "nowhere"]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, encoding="utf-8", check=False)
+    english, chinese = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert english.startswith("error: ")
+    assert chinese == f"解决办法：{in_chinese(english.partition('; fix: ')[2])}"
 
 
 @pytest.mark.parametrize(
@@ -124,8 +236,8 @@ def test_a_file_that_may_not_be_read_is_told_from_one_that_may_not_be_made(
     monkeypatch.setattr("os.access", lambda path, mode: False)
     (tmp_path / "there").touch()
     there, absent = (PermissionError(13, "Permission denied", str(tmp_path / name)) for name in ("there", "absent"))
-    assert f"; fix: chmod u+r {tmp_path / 'there'}, then run" in describe_os_error(there)
-    assert "; fix: choose a folder that you may write to, or copy the project to one" in describe_os_error(absent)
+    assert describe_os_error(there).fix == f"chmod u+r {tmp_path / 'there'}, then run the same command again"
+    assert describe_os_error(absent).fix == "choose a folder that you may write to, or copy the project to one"
 
 
 def test_a_log_gets_plain_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -214,7 +214,8 @@ def check_agreement(ours: Names, theirs: Names, where_ours: str, where_theirs: s
     Raises:
         LightningDiTError: they do not; the first contradiction is named.
     """
-    fix = f"remove {where_ours}" if where_ours.startswith("data.class_names") else "choose what belongs together"
+    _, _, file = where_ours.partition("data.class_names in ")
+    fix = f"remove data.class_names in {file}" if file else "choose what belongs together"
     if len(ours) != len(theirs):
         raise LightningDiTError(f"{where_ours} has {len(ours)} classes, {where_theirs} has {len(theirs)}", fix)
     words = _words(tuple(theirs))
