@@ -164,7 +164,8 @@ def test_callback_sees_every_step(method, reverse):
     trajectory = Sampler(create_transport()).sample_ode(sampling_method=method, num_steps=9, reverse=reverse)(
         x0, Gaussian("Linear")
     )
-    torch.testing.assert_close(torch.stack(states), trajectory[1:], rtol=0, atol=1e-6)
+    # euler is our own here and torchdiffeq's there
+    torch.testing.assert_close(torch.stack(states), trajectory[1:], rtol=0, atol=0 if method == "euler" else 1e-6)
 
 
 @pytest.mark.parametrize(

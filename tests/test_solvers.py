@@ -16,12 +16,14 @@ from LightningDiT.transport import (
     GuidanceSettings,
     GuidedVelocity,
     Sampler,
+    SdeSettings,
     create_transport,
     draw_noise,
     graded_grid,
     integrate_ode,
     jumps_of,
     linear_multistep,
+    sde_states,
     time_grid,
 )
 from LightningDiT.transport.solvers import (
@@ -275,3 +277,28 @@ def test_a_solver_that_the_path_does_not_allow_is_said_before_the_weights_are_re
     (tiny_folder / "transformer.safetensors").unlink()
     with pytest.raises(LightningDiTError, match="sampling_method='unipc2' needs path_type Linear, not GVP"):
         LightningDiTPipeline.from_pretrained(tiny_folder)
+
+
+@pytest.mark.parametrize("method", ["euler", *OWN_METHODS, "calibrated", "SDE"])
+def test_nothing_waits_for_a_value_of_the_device(method):
+    """States on torch's meta device, which has no values: whoever asks for one gets an error, where a GPU is waited for."""
+    settings, labels = GuidanceSettings(2.0, 0.3, 0.7, "all"), torch.zeros(2, device="meta")
+    evaluations = []
+
+    def model(x, t, y):
+        assert t.device.type == "cpu" and x.device.type == "meta"
+        evaluations.append(len(x))
+        return 0.5 * x
+
+    guided, x0 = GuidedVelocity(model, labels, labels, settings), torch.zeros(2, 3, 4, 4, device="meta")
+    times = time_grid(12)
+    if method == "SDE":
+        *_, last = sde_states(
+            create_transport(), guided, x0, SdeSettings("Heun", num_steps=8), [generator_for(0, 0)] * 2
+        )
+    elif method == "calibrated":
+        last = linear_multistep(guided, x0, times, velocity_coefficients(times, 3).float())
+    else:
+        last = integrate_ode(guided, x0, times, method, jumps=jumps_of(settings))
+    assert last.device.type == "meta" and last.shape == x0.shape
+    assert set(evaluations) == {2, 4}  # guided within the interval alone

@@ -173,11 +173,12 @@ class LightningDiT(nn.Module):
         """Return the prediction (N, C, H, W) for latents x (N, C, H, W) and labels y (N,).
 
         Args:
-            t: times (N,), or (1,) if all are equal, which is then embedded once.
+            t: times (N,), or (1,) if all are equal, which is then embedded once; on the CPU or on the device of x.
         """
         rope = self.feat_rope if self.settings.use_rope else None
         tokens = self.x_embedder(x) + self.pos_embed.float()  # (N, T, width), float32 in every precision
-        condition = self.t_embedder(t) + self.y_embedder(y).float()  # (N, width)
+        times = t.to(x.device, non_blocking=True)  # (N,) or (1,)
+        condition = self.t_embedder(times) + self.y_embedder(y).float()  # (N, width)
         active = F.silu(condition)  # (N, width), the same for all layers
         for block in self.blocks:
             if self.settings.use_checkpoint and self.training:

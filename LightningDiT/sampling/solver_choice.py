@@ -142,8 +142,7 @@ class Solver:
                 if callback is not None:
                     callback(step, (step + 1) / sample.num_sampling_steps, x)
         elif self.calibrated:
-            times, coefficients = (tensor.to(x.device) for tensor in self.calibrated.tensors())
-            x = linear_multistep(velocity, x, times, coefficients, callback)
+            x = linear_multistep(velocity, x, *self.calibrated.tensors(), callback)
         else:
             method, jumps = sample.sampling_method, jumps_of(guidance_of(sample))
             x = integrate_ode(velocity, x, self.times(), method, sample.atol, sample.rtol, callback, jumps)

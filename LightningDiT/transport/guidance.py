@@ -50,7 +50,10 @@ class GuidanceSettings:
         )
 
     def acts_at(self, t: Tensor) -> bool:
-        """Tell whether guidance acts at the time that every entry of `t` (N,) holds."""
+        """Tell whether guidance acts at the time that every entry of `t` (N,) holds.
+
+        Solvers keep times on the CPU, so that nothing waits here for a GPU.
+        """
         if self.cfg_scale == 1 or t.numel() == 0:
             return False
         # Compared in the dtype of t: a bound of 0.7 includes the grid point float32(0.7).

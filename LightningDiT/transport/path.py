@@ -33,8 +33,8 @@ def check_choice(setting: str, value: object, allowed: Iterable[str]) -> None:
 
 
 def expand_time(t: Tensor, x: Tensor) -> Tensor:
-    """View times (N,) as (N, 1, ..., 1) so that they broadcast over a state (N, ...)."""
-    return t.reshape(-1, *[1] * (x.dim() - 1))
+    """Return times (N,) as (N, 1, ..., 1) on the device of a state (N, ...), over which they broadcast."""
+    return t.reshape(-1, *[1] * (x.dim() - 1)).to(x.device, non_blocking=True)
 
 
 @dataclass(frozen=True)

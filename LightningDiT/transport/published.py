@@ -88,7 +88,10 @@ class Sampler:
         checked = SdeSettings(**settings)
 
         def sample(x: Tensor, model: Model, generator: Generators = None, **model_kwargs: Any) -> list[Tensor]:
-            return list(sde_states(self.transport, model, x, checked, generator, **model_kwargs))
+            def timed(x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
+                return model(x, t.to(x.device), **kwargs)  # where models of others expect it
+
+            return list(sde_states(self.transport, timed, x, checked, generator, **model_kwargs))
 
         return sample
 

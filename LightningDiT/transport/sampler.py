@@ -15,13 +15,13 @@ from torch import Tensor
 
 from .objective import Transport
 from .path import check_choice
-from .solvers import OWN_METHODS, StepCallback, Velocity, solve
+from .solvers import OWN_METHODS, StepCallback, Velocity, euler, solve
 
 #: One generator for the whole batch, one per image, or None for torch's default generator.
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 #: torchdiffeq's methods. The fixed ones step exactly on the grid; the adaptive ones choose their
-#: steps by atol and rtol, and the grid says only where the trajectory is kept.
+#: steps by atol and rtol, and the grid says only where the trajectory is kept. `integrate_ode` has its own euler.
 FIXED_METHODS = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams", "fixed_adams")
 ADAPTIVE_METHODS = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 #: Every method of the ODE: those of torchdiffeq, and ours.
@@ -89,7 +89,7 @@ def draw_noise(
     if len(generators) != shape[0]:
         raise ValueError(f"{len(generators)} generators given, expected one per image: {shape[0]}")
     rows = [torch.randn(tuple(shape[1:]), generator=g, device=g.device) for g in generators]
-    return torch.stack([row.to(device, dtype) for row in rows])
+    return torch.stack(rows).to(device, dtype)
 
 
 def full_precision(x: Tensor) -> Tensor:
@@ -160,7 +160,8 @@ def integrate_ode(
 ) -> Tensor:
     """Return the state (N, ...) at the last of `times` (rising or falling), from x (N, ...) at the first.
 
-    Keeps only what the method itself needs, no trajectory, and ends exactly on the last time.
+    Keeps only what the method itself needs, no trajectory, and ends exactly on the last time. euler and the methods of
+    `OWN_METHODS` give `velocity` times on the CPU; those of torchdiffeq give it times on the device of x.
 
     Args:
         callback: called after each step, for adaptive methods after each step that they accept.
@@ -171,8 +172,11 @@ def integrate_ode(
         FloatingPointError: an adaptive method finds no step that meets the tolerances.
     """
     x = full_precision(x)
+    times = times.to("cpu", x.dtype)
+    if method == "euler":
+        return euler(velocity, x, times, callback)
     if method in OWN_METHODS:
-        return solve(velocity, x, times.to(x), method, jumps, callback)
+        return solve(velocity, x, times, method, jumps, callback)
     field = as_field(velocity)
     reached = 0
 

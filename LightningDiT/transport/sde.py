@@ -92,7 +92,7 @@ def sde_states(
         v, score = transport.velocity_and_score(model, x, t, **model_kwargs)
         return (v + diffusion(x, t) * score).to(x.dtype)
 
-    times = time_grid(settings.num_steps, t0, t1, dtype=x.dtype).to(x.device)
+    times = time_grid(settings.num_steps, t0, t1, dtype=x.dtype)
     step = SDE_STEPS[settings.sampling_method]
     for t, t_next in itertools.pairwise(times):
         noise = draw_noise(x.shape, generators, x.device, x.dtype)

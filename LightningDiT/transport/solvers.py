@@ -1,4 +1,4 @@
-"""Solvers that evaluate the velocity once per step and remember the last few values, and Heun's method.
+"""Solvers that evaluate the velocity once per step and remember the last few values, Euler's and Heun's method.
 
 Along the straight path x_t = t x_1 + (1 - t) x_0 two quantities are smooth functions of time: the velocity v, and
 the prediction of the data D = x + (1 - t) v. A multistep method puts a polynomial in t through the last values of
@@ -11,6 +11,8 @@ one of them and integrates it exactly over the next step. With sigma = 1 - t:
 A corrector (UniPC, Zhao et al., 2023, arXiv 2302.04867) redoes each step with the value at its end, which the next
 step needs anyway. Where the velocity jumps, at the bounds of a guidance interval, the grid has a node (`with_nodes`);
 no value from before a node is used after it.
+
+Times lie on the CPU wherever the states are: a GPU takes them as numbers, and nothing waits for it to read one back.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-#: velocity(x (N, ...), t (N,)) -> dx/dt (N, ...).
+#: velocity(x (N, ...), t (N,)) -> dx/dt (N, ...); t is on the device of the time grid.
 Velocity = Callable[[Tensor, Tensor], Tensor]
 #: callback(step_index, t, x): after each step, with the time and the state that it reached.
 StepCallback = Callable[[int, float, Tensor], None]
@@ -142,6 +144,18 @@ def graded_grid(
         piece = begin + (end - begin) * torch.linspace(0, 1, steps + 1)[1:] ** power
         pieces.append(torch.cat([piece[:-1], torch.tensor([end])]))
     return torch.cat(pieces), frozenset(bounds[1:-1])
+
+
+def euler(velocity: Velocity, x: Tensor, times: Tensor, callback: StepCallback | None = None) -> Tensor:
+    """Return the state (N, ...) at the last of `times` (K,) by Euler's method with K - 1 evaluations.
+
+    The states are those of torchdiffeq's `euler` to the bit; that one asks the device for each time.
+    """
+    for index, (s, t) in enumerate(itertools.pairwise(times)):
+        x = x + (t - s) * _at(velocity, x, s)
+        if callback is not None:
+            callback(index, float(t), x)
+    return x
 
 
 def heun(
