@@ -1,8 +1,9 @@
 """A downloader over HTTP ranges that goes on where an earlier run stopped.
 
-`huggingface_hub` gives the metadata (size, commit, hash). The bytes come by the standard library, because the hub's
-own client (version 1.18 and later) starts an interrupted file again from nothing. They go to NAME.part beside
-NAME.part.json, which takes the final name when its hash is right.
+The standard library asks the hub for size, commit and hash (one HEAD request) and for the bytes. The clients of
+`huggingface_hub` differ in both: up to 1.18 they follow no redirect of a mirror to another hub, others repeat a request
+for a minute in silence, and from 1.18 on they start an interrupted file again from nothing. The bytes go to NAME.part
+beside NAME.part.json, which takes the final name when its hash is right.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import hashlib
 import http.client
 import json
 import os
-import queue
 import re
 import socket
 import ssl
@@ -65,6 +65,18 @@ def no_network() -> str:
         "check the internet connection (Kaggle: Settings, Internet, On) and --endpoint or HF_ENDPOINT, "
         f"then {again()}; without internet: {step_command(STEP3, '--model', 'bundled')}"
     )
+
+
+def another_endpoint() -> str:
+    """Return what to do about a mirror that works only in part."""
+    other = again("--endpoint", "https://HOST", without=["--endpoint"])
+    return f"take another mirror: {other}; or fetch the files elsewhere: {step_command(STEP2, '--folder', 'FOLDER')}"
+
+
+def no_web_page() -> str:
+    """Return what to do about a web page in place of an answer."""
+    at_mirror = "HF_ENDPOINT" in os.environ
+    return another_endpoint() if at_mirror else f"open a web page on this network once, then {again()}"
 
 
 @dataclass(frozen=True)
@@ -119,11 +131,13 @@ class Fetched:
 
 
 class _TryAgainError(Exception):
-    """A failure that may pass by itself, with the seconds that the server asked to wait."""
+    """A failure that may pass by itself, with the seconds that the server asked to wait (None: it did not answer) and
+    what to do if it does not pass.
+    """
 
-    def __init__(self, reason: str, wait: float | None = None) -> None:
+    def __init__(self, reason: str, wait: float | None = None, fix: str = "") -> None:
         super().__init__(reason)
-        self.wait = wait
+        self.wait, self.fix = wait, fix
 
 
 def new_hash(remote: RemoteFile) -> Any:
@@ -175,24 +189,35 @@ def hash_file(path: Path, remote: RemoteFile) -> str:
     return digest.hexdigest()
 
 
-def use_endpoint(endpoint: str | None) -> None:
-    """Select a mirror, before anything imports huggingface_hub, which reads HF_ENDPOINT once.
-
-    Raises:
-        LightningDiTError: the address is not http(s)://host.
-    """
-    endpoint = endpoint or os.environ.get("HF_ENDPOINT") or None
-    if endpoint is None:
-        return
+def _is_address(endpoint: str) -> bool:
     try:
         parts = urllib.parse.urlsplit(endpoint)
         fits = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:  # a port that is no number, brackets that are not closed
-        fits = False
-    if not fits or any(character.isspace() for character in endpoint):
+        return False
+    return fits and re.fullmatch(r"[!-~]+", endpoint) is not None and not re.search(r"[\"'<>?#]", endpoint)
+
+
+def use_endpoint(endpoint: str | None) -> None:
+    """Select a mirror: the given address, which a path may follow, else that in HF_ENDPOINT.
+
+    Raises:
+        LightningDiTError: the address is not http(s)://host, or holds a login.
+    """
+    endpoint = endpoint or os.environ.get("HF_ENDPOINT") or None
+    if endpoint is None:
+        return
+    without_login, address = re.sub(r"^(\w+:/*)?[^/]*@", "", endpoint), "https://HOST"
+    if without_login != endpoint:
+        fix = f"put a token into HF_TOKEN, then {again('--endpoint', address, without=['--endpoint'])}"
+        raise LightningDiTError(f"the endpoint {without_login!r} comes with a login, which is not sent", fix)
+    if not _is_address(endpoint):
+        bare = endpoint.strip(" \t\r\n\"'“”‘’<>")
+        for meant in (bare, f"https://{bare}"):
+            address = meant if _is_address(meant) and "." in meant and address == "https://HOST" else address
         raise LightningDiTError(
             f"endpoint {endpoint!r} is no address, http://HOST or https://HOST was expected",
-            f"{again('--endpoint', 'https://HOST', without=['--endpoint'])}, or unset HF_ENDPOINT",
+            f"{again('--endpoint', address, without=['--endpoint'])}, or unset HF_ENDPOINT",
         )
     os.environ["HF_ENDPOINT"] = endpoint.rstrip("/")
 
@@ -214,70 +239,105 @@ def describe(repo: str, name: str, patience: Patience = PATIENCE) -> RemoteFile:
     Raises:
         LightningDiTError: huggingface_hub is absent, the hub is out of reach or refuses.
     """
+    use_endpoint(None)
     try:
-        from huggingface_hub import get_hf_file_metadata, hf_hub_url
-        from huggingface_hub.utils import HfHubHTTPError
+        from huggingface_hub import constants, hf_hub_url
     except ImportError as error:
         raise LightningDiTError(f"huggingface_hub does not import ({error})", fix_packages()) from error
-    # The HTTP library beneath huggingface_hub has changed twice (requests, httpx, httpx2); its error for "no answer"
-    # is a base of the hub's own error, or an OSError.
-    hub_errors = (OSError, *HfHubHTTPError.__bases__)
-    hub_token()
+    if constants.HF_HUB_OFFLINE:
+        raise LightningDiTError(f"{name}: HF_HUB_OFFLINE is set", f"unset HF_HUB_OFFLINE && {again()}")
     endpoint = os.environ.get("HF_ENDPOINT")
     url = hf_hub_url(repo, name, endpoint=endpoint)
+    request = urllib.request.Request(url, headers=_headers(hub_token()), method="HEAD")
     for attempt in range(1, patience.attempts + 1):
         try:
-            limit = max(patience.window, 4 * patience.timeout)
-            data = _within(limit, partial(get_hf_file_metadata, url, timeout=patience.timeout))
+            commit, size, etag = _ask(request, repo, name, patience)
             break
-        except ImportError as error:  # a kind of proxy that the HTTP library has no package for
-            raise LightningDiTError(
-                f"{_host(url)} cannot be reached through the proxy of this environment ({error})",
-                f"unset https_proxy http_proxy all_proxy, or name an HTTP proxy there, then {again()}",
-            ) from error
-        except hub_errors as error:
-            trouble = _explain_hub_error(error, repo, name, url)
+        except _TryAgainError as trouble:
             # without any answer a long wait only hides that the machine is offline
             if attempt >= (patience.attempts if trouble.wait is not None else min(2, patience.attempts)):
-                raise LightningDiTError(f"{name}: {trouble}", no_network()) from error
+                raise LightningDiTError(f"{name}: {trouble}", trouble.fix or no_network()) from trouble
             _wait(name, trouble, attempt, patience)
-        except Exception as error:  # a server that lies makes the hub's client fail in arbitrary ways
-            reason = f"{_host(url)} does not answer like a hub ({first_line(error)})"
-            raise LightningDiTError(f"{name}: {reason}", no_network()) from error
-    if data.commit_hash is None or data.size is None or data.etag is None or not 0 <= data.size <= LARGEST:
+    return RemoteFile(name, hf_hub_url(repo, name, revision=commit, endpoint=endpoint), size, etag, commit)
+
+
+def _headers(token: str | None) -> dict[str, str]:
+    headers = {"User-Agent": "lightningdit-setup", "Accept-Encoding": "identity"}
+    return {**headers, "Authorization": f"Bearer {token}"} if token else headers
+
+
+def _ask(request: urllib.request.Request, repo: str, name: str, patience: Patience) -> tuple[str, int, str]:
+    """Return commit, size and hash of a file from the first answer that has them; raise _TryAgainError or
+    LightningDiTError.
+    """
+    try:
+        with _open(request, patience) as answer:
+            headers, url, moved = answer.headers, answer.url, False
+    except urllib.error.HTTPError as error:
+        with error:
+            headers, url, moved = error.headers, error.url, True
+            if _metadata(headers, moved) is None or error.code >= 400:
+                raise _explain_status(error, repo, name, request.full_url) from error
+    found = _metadata(headers, moved)
+    if found is None:
+        what = "a web page came" if headers.get_content_type() == "text/html" else "no commit, size or hash came"
         raise LightningDiTError(
-            f"{_host(url)} does not answer like a hub (no commit or size for {name}); "
+            f"{_place(url, request.full_url)} does not answer like a hub ({what} for {name}); "
             "a mirror or a login page of the network may stand between",
-            f"unset HF_ENDPOINT or open a web page on this network once, then {again()}",
+            no_web_page(),
         )
-    pinned = hf_hub_url(repo, name, revision=data.commit_hash, endpoint=endpoint)
-    return RemoteFile(name, pinned, data.size, data.etag.lower(), data.commit_hash)
+    return found
 
 
-def _explain_hub_error(error: Exception, repo: str, name: str, url: str) -> _TryAgainError:
-    """Return an error of huggingface_hub as a failure to retry, or raise LightningDiTError."""
-    response = getattr(error, "response", None)
-    if response is not None:
-        return _explain_status(response.status_code, response.headers, repo, name, url)
-    if type(error).__name__ == "OfflineModeIsEnabled":
-        raise LightningDiTError(f"{name}: HF_HUB_OFFLINE is set", f"unset HF_HUB_OFFLINE && {again()}")
-    return _TryAgainError(f"{_host(url)} cannot be reached ({str(error) or type(error).__name__})")
+def _metadata(headers: Any, moved: bool) -> tuple[str, int, str] | None:
+    """Return commit, size and hash in an answer's header, by the hub's protocol: those of a file on another host are in
+    the X-Linked headers of the redirect to it. None if one is absent or makes no sense.
+    """
+    commit = headers.get("X-Repo-Commit")
+    size = headers.get("X-Linked-Size") or (None if moved else headers.get("Content-Length"))
+    etag = (headers.get("X-Linked-Etag") or headers.get("ETag") or "").removeprefix("W/").strip('"').lower()
+    if not (commit and etag and re.fullmatch(r"[0-9]{1,16}", size or "") and int(size) <= LARGEST):
+        return None
+    return commit, int(size), etag
 
 
-def _explain_status(code: int, headers: Any, repo: str, name: str, url: str) -> _TryAgainError:
-    """Return an HTTP status as a failure to retry (with a wait), or raise LightningDiTError."""
-    host, login = _host(url), f"HF_TOKEN=your-token {again()}"
+def _place(url: str, asked: str) -> str:
+    """Return the host of an address, and that of the address that was asked for if it led there."""
+    led = _origin(url) != _origin(asked)
+    return f"{_host(url)} (to which {_host(asked)} leads)" if led else _host(url)
+
+
+def _explain_status(error: urllib.error.HTTPError, repo: str, name: str, asked: str) -> _TryAgainError:
+    """Return an HTTP error status as a failure to retry (with a wait), or raise LightningDiTError.
+
+    Args:
+        asked: the first address, from which redirects may have led to that of the error.
+    """
+    code, url = error.code, error.url if _host(error.url) else asked  # of a redirect to no server
+    place, led = _place(url, asked), _origin(url) != _origin(asked)
     if code in RETRY_STATUS:
-        return _TryAgainError(f"{host} answered {code}", _retry_after(headers))
-    reasons = {
-        401: (f"{repo} is not open to this login, or does not exist there (401 from {host})", login),
-        403: (
-            f"this login may not read {repo} (403 from {host})",
+        return _TryAgainError(
+            f"{place} answered {code}", _retry_after(error.headers), another_endpoint() if led else ""
+        )
+    if led:
+        raise LightningDiTError(f"{name}: {place} answered {code}", another_endpoint())
+    login = f"HF_TOKEN=your-token {again()}"
+    mirror = f"a mirror may lag behind the hub: {another_endpoint()}" if "HF_ENDPOINT" in os.environ else again()
+    rows = {
+        "BadToken": (f"{place} does not know the token of this login ({code})", f"unset HF_TOKEN, then {again()}"),
+        "RepoNotFound": (f"{repo} is not open to this login, or does not exist there ({code} from {place})", login),
+        "GatedRepo": (
+            f"this login may not read {repo} ({code} from {place})",
             f"accept the conditions on the repository's page, then {login}",
         ),
-        404: (f"{name} is not in {repo} (404 from {host})", f"check --endpoint or unset HF_ENDPOINT, then {again()}"),
+        "EntryNotFound": (f"{name} is not in {repo} ({code} from {place})", mirror),
     }
-    raise LightningDiTError(*reasons.get(code, (f"{name}: {host} answered {code}", again())))
+    kind = error.headers.get("X-Error-Code")
+    if "Invalid credentials" in error.headers.get("X-Error-Message", ""):
+        kind = "BadToken"
+    if kind not in rows:
+        kind = {401: "RepoNotFound", 403: "GatedRepo", 404: "EntryNotFound"}.get(code)
+    raise LightningDiTError(*rows.get(str(kind), (f"{name}: {place} answered {code}", again())))
 
 
 def _retry_after(headers: Any) -> float:
@@ -312,36 +372,50 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follow redirects to http and https; send the token only while scheme, host and port stay the same.
+    """Follow redirects to http and https; send the token only while scheme, host and port stay the same. A HEAD request
+    ends at the first answer with the metadata.
 
     The standard handler copies every header to any host, and knows no 308 on Python 3.10.
     """
 
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str
-    ) -> urllib.request.Request:
+    ) -> urllib.request.Request | None:
+        if req.get_method() == "HEAD" and _metadata(headers, moved=True):
+            return None
         if urllib.parse.urlsplit(newurl).scheme not in ("http", "https"):
             raise _TryAgainError(f"{_host(req.full_url)} leads to another kind of server ({newurl[:40]!r})")
         kept = dict(req.headers)
         if _origin(newurl) != _origin(req.full_url):
             kept = {key: value for key, value in kept.items() if key.lower() != "authorization"}
-        return urllib.request.Request(newurl.replace(" ", "%20"), headers=kept, origin_req_host=req.origin_req_host)
+        address = newurl.replace(" ", "%20")
+        return urllib.request.Request(
+            address, headers=kept, origin_req_host=req.origin_req_host, method=req.get_method()
+        )
 
     http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302
 
 
 class _Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
-    """Connections that a timer can end: the lines before a file can drip too, and no timeout of a byte notices."""
+    """Connections that a timer can end: the lines before a file can drip too, and no timeout of a byte notices.
 
-    def __init__(self) -> None:
+    Attributes:
+        asked: the address of the latest request.
+        ended: the timer ended them.
+    """
+
+    def __init__(self, asked: str) -> None:
         super().__init__()
         urllib.request.HTTPSHandler.__init__(self)
         self._made: list[http.client.HTTPConnection] = []
+        self.asked, self.ended = asked, False
 
     def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        self.asked = req.full_url
         return self.do_open(partial(self._note, http.client.HTTPConnection), req)
 
     def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        self.asked = req.full_url
         return self.do_open(partial(self._note, http.client.HTTPSConnection), req, context=self._context)
 
     def _note(self, kind: Callable[..., http.client.HTTPConnection], *given: Any, **named: Any) -> Any:
@@ -350,41 +424,32 @@ class _Connections(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
 
     def end(self) -> None:
         """Wake the thread that waits for an answer; it meets the end of the connection."""
+        self.ended = True
         for connection in self._made:
             with contextlib.suppress(OSError, AttributeError):  # already closed
                 connection.sock.shutdown(socket.SHUT_RDWR)
 
 
 def _open(request: urllib.request.Request, patience: Patience) -> http.client.HTTPResponse:
-    """Return an answer whose header came within the patience's window and timeout."""
-    connections = _Connections()
-    timer = threading.Timer(max(patience.window, patience.timeout), connections.end)
+    """Return an answer whose header came within the patience's window and timeout; raise HTTPError for a status of an
+    error, _TryAgainError without an answer, or LightningDiTError for a certificate that is not trusted.
+    """
+    connections, limit = _Connections(request.full_url), max(patience.window, patience.timeout)
+    timer = threading.Timer(limit, connections.end)
     timer.daemon = True
     timer.start()
     try:
         return urllib.request.build_opener(connections, _Redirects).open(request, timeout=patience.timeout)
+    except urllib.error.HTTPError:
+        raise
+    except (OSError, http.client.HTTPException) as error:
+        slow = f"no whole answer came in {duration(limit)}" if connections.ended else ""
+        raise _explain_network(error, connections.asked, request.full_url, slow) from error
+    except (ValueError, OverflowError) as error:  # addresses and numbers that are none
+        place = _place(connections.asked, request.full_url)
+        raise _TryAgainError(f"the answer of {place} makes no sense ({first_line(error)})") from error
     finally:
         timer.cancel()
-
-
-def _within(seconds: float, call: Callable[[], Any]) -> Any:
-    """Return what `call` returns or raise what it raises; OSError if that takes too long."""
-    results: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
-
-    def run() -> None:
-        try:
-            results.put((call(), None))
-        except Exception as error:
-            results.put((None, error))
-
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        result, error = results.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError(f"no whole answer came in {duration(seconds)}") from None
-    if error is not None:
-        raise error
-    return result
 
 
 class PartFile:
@@ -588,7 +653,9 @@ def _receive_all(part: PartFile, token: str | None, patience: Patience) -> None:
                 failures = 1 if part.offset - before >= ENOUGH else failures + 1
                 if failures >= patience.attempts:
                     kept = f"{format_bytes(part.offset)} of {format_bytes(remote.size)} are kept"
-                    raise LightningDiTError(f"{remote.name}: {trouble}; {kept}", no_network()) from trouble
+                    raise LightningDiTError(
+                        f"{remote.name}: {trouble}; {kept}", trouble.fix or no_network()
+                    ) from trouble
                 _wait(remote.name, trouble, failures, patience)
 
 
@@ -611,35 +678,36 @@ class _Floor:
 
 def _receive(part: PartFile, token: str | None, patience: Patience, progress: Progress) -> None:
     """Make one request: from the part's end to the file's end, or until the connection fails."""
-    remote = part.remote
-    headers = {"User-Agent": "lightningdit-setup", "Accept-Encoding": "identity"}
-    if token:
-        headers["Authorization"] = f"Bearer {token}"
+    remote, headers = part.remote, _headers(token)
     if part.offset and part.ask_range:
         headers["Range"] = f"bytes={part.offset}-"
         if part.validator and not part.changed:
             headers["If-Range"] = part.validator
-    request = urllib.request.Request(remote.url, headers=headers)
     try:
-        with _open(request, patience) as response:
-            to_skip, floor = _accept(response, part), _Floor(patience)
-            while part.offset < remote.size:
-                chunk = response.read1(min(CHUNK, remote.size - part.offset + to_skip))
-                if not chunk:
-                    raise _TryAgainError(f"the connection ended after {format_bytes(part.offset)}")
-                floor.count(len(chunk))
-                fresh = chunk[to_skip:]
-                to_skip -= len(chunk) - len(fresh)
-                if fresh:
-                    part.write(fresh)
-                    progress.reach(part.offset)
+        with _open(urllib.request.Request(remote.url, headers=headers), patience) as response:
+            to_skip = _accept(response, part)
+            try:
+                _read(response, to_skip, part, _Floor(patience), progress)
+            except (OSError, http.client.HTTPException) as error:
+                raise _explain_network(error, response.url, remote.url) from error
     except urllib.error.HTTPError as error:
         with error:
             raise _refused(error, part) from error
-    except (OSError, http.client.HTTPException) as error:
-        raise _explain_network(error, remote) from error
-    except (ValueError, OverflowError) as error:  # addresses and numbers that are none
-        raise _TryAgainError(f"the server's answer makes no sense ({first_line(error)})") from error
+
+
+def _read(response: http.client.HTTPResponse, to_skip: int, part: PartFile, floor: _Floor, progress: Progress) -> None:
+    """Write an answer's bytes behind its first `to_skip` to the part until the file is whole."""
+    size = part.remote.size
+    while part.offset < size:
+        chunk = response.read1(min(CHUNK, size - part.offset + to_skip))
+        if not chunk:
+            raise _TryAgainError(f"the connection ended after {format_bytes(part.offset)}")
+        floor.count(len(chunk))
+        fresh = chunk[to_skip:]
+        to_skip -= len(chunk) - len(fresh)
+        if fresh:
+            part.write(fresh)
+            progress.reach(part.offset)
 
 
 def _accept(response: http.client.HTTPResponse, part: PartFile) -> int:
@@ -649,8 +717,8 @@ def _accept(response: http.client.HTTPResponse, part: PartFile) -> int:
     remote, headers = part.remote, response.headers
     if headers.get_content_type() == "text/html":
         raise LightningDiTError(
-            f"{remote.name}: a web page came in place of the file from {_host(response.url)}",
-            f"a login page of the network or a wrong --endpoint? put that right, then {again()}",
+            f"{remote.name}: a web page came in place of the file from {_place(response.url, remote.url)}",
+            no_web_page(),
         )
     etag = headers.get("ETag")
     validator = etag if etag and not etag.startswith("W/") else None
@@ -663,7 +731,8 @@ def _accept(response: http.client.HTTPResponse, part: PartFile) -> int:
             raise _TryAgainError("the server sent another range than the one asked for")
         resumed, total = part.ask_range, span[2]
     if re.fullmatch("[0-9]+", total) and total.lstrip("0") != str(remote.size or ""):
-        raise _TryAgainError(f"the server offers {total[:20]} bytes, the hub says {remote.size}")
+        place = _place(response.url, remote.url)
+        raise _TryAgainError(f"{place} offers {total[:20]} bytes, the hub says {remote.size}", fix=another_endpoint())
     # without an ETag nothing is known, and a hash decides at the end if there is one
     known = part.validator is not None and (validator is not None or not remote.hashed_by)
     if part.offset and not part.changed and known and validator != part.validator:
@@ -684,18 +753,27 @@ def _refused(error: urllib.error.HTTPError, part: PartFile) -> _TryAgainError:
         part.ask_range = False
         return _TryAgainError(f"no bytes behind {format_bytes(part.offset)} are served; asking for the whole file")
     repo = "/".join(urllib.parse.urlsplit(part.remote.url).path.split("/resolve/")[0].split("/")[-2:])
-    url = error.url if _host(error.url) else part.remote.url  # of a redirect to no server
-    return _explain_status(error.code, error.headers, repo, part.remote.name, url)
+    return _explain_status(error, repo, part.remote.name, part.remote.url)
 
 
-def _explain_network(error: Exception, remote: RemoteFile) -> _TryAgainError:
-    """Return a network failure as one to retry; raise LightningDiTError for a certificate that is not trusted."""
+def _explain_network(error: Exception, url: str, asked: str, slow: str = "") -> _TryAgainError:
+    """Return a network failure as one to retry; raise LightningDiTError for a certificate that is not trusted.
+
+    Args:
+        url: the address that was tried, to which redirects from `asked` may have led.
+        slow: why the connection was ended, if it was ended here.
+    """
     reason = getattr(error, "reason", None) or error
+    place, fix = _place(url, asked), another_endpoint() if _origin(url) != _origin(asked) else ""
     if isinstance(reason, ssl.SSLCertVerificationError):
         raise LightningDiTError(
-            f"{_host(remote.url)}: the certificate is not trusted ({reason.verify_message})",
+            f"{place}: the certificate is not trusted ({reason.verify_message})",
             f"set SSL_CERT_FILE to your network's certificate bundle, then {again()}",
         )
-    if isinstance(reason, TimeoutError):
-        return _TryAgainError("no byte came for too long")
-    return _TryAgainError(str(reason) or type(reason).__name__)
+    said = "no byte came for too long" if isinstance(reason, TimeoutError) else str(reason) or type(reason).__name__
+    proxies = {} if urllib.request.proxy_bypass(_host(url)) else urllib.request.getproxies()
+    if proxy := proxies.get(urllib.parse.urlsplit(url).scheme):
+        place += f" through the proxy {_host(proxy) or proxy.rpartition('@')[2]}"
+    if any(address.startswith("socks") for address in proxies.values()):
+        fix = f"name an HTTP proxy in https_proxy (a SOCKS proxy is not used), then {again()}"
+    return _TryAgainError(f"{place} cannot be reached ({slow or said})", fix=fix)

@@ -1,10 +1,12 @@
 """A hub on 127.0.0.1 for tests: real sockets, two hosts, and faults that are asked for one by one.
 
 `with running_hub() as hub:` serves what `hub.put(repo, name, data)` was given, the way the hub
-does: the answer for /{repo}/resolve/{revision}/{name} carries X-Repo-Commit and X-Linked-Etag; a
-large file redirects to a second host (another port), which serves the bytes with ranges and an
-ETag of its own. Each request for bytes takes one Fault from the list `hub.faults`, or `hub.always`
-where it is empty; every other request takes one from `hub.hub_faults`. `hub.log` holds them all.
+does: the answer for /{repo}/resolve/{revision}/{name} carries X-Repo-Commit, X-Linked-Size and
+X-Linked-Etag; a large file redirects to a second host (localhost, another port), which serves the
+bytes with ranges and an ETag of its own; a small one redirects to a relative address of the same
+host. Refusals carry X-Error-Code. Each request for bytes takes one Fault from the list
+`hub.faults`, or `hub.always` where it is empty; every other request takes one from
+`hub.hub_faults`. `hub.log` holds them all.
 """
 
 from __future__ import annotations
@@ -64,7 +66,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Seen:
-    """One request as it came: which host, method, path, range, If-Range and token."""
+    """One request as it came: which host, method, path, range, If-Range, token and wanted encoding."""
 
     host: str
     method: str
@@ -72,6 +74,7 @@ class Seen:
     range: str | None
     if_range: str | None
     token: str | None
+    encoding: str | None
 
 
 @dataclass
@@ -88,7 +91,10 @@ class Stored:
 
 
 class Hub:
-    """Both hosts, their files, their faults and what was asked of them."""
+    """Both hosts, their files, their faults and what was asked of them.
+
+    A mirror may serve below a path, `prefix`; `gated` repositories are open to no token.
+    """
 
     def __init__(self) -> None:
         self.files: dict[tuple[str, str], Stored] = {}
@@ -97,9 +103,13 @@ class Hub:
         self.always: Fault | None = None
         self.log: list[Seen] = []
         self.sent = 0
+        self.prefix = ""
+        self.gated: set[str] = set()
         self._lock = threading.Lock()
         self.servers = [_server(self, "hub"), _server(self, "cdn")]
-        self.endpoint, self.cdn = (f"http://127.0.0.1:{server.server_address[1]}" for server in self.servers)
+        # clients up to 1.33 take another port of one host for the hub itself
+        hub, cdn = (server.server_address[1] for server in self.servers)
+        self.endpoint, self.cdn = f"http://127.0.0.1:{hub}", f"http://localhost:{cdn}"
 
     def put(self, repo: str, name: str, data: bytes, large: bool = True) -> None:
         """Offer a file; a large one is kept on the second host."""
@@ -163,28 +173,46 @@ class _Handler(BaseHTTPRequestHandler):
                 get("Range"),
                 get("If-Range"),
                 get("Authorization"),
+                get("Accept-Encoding"),
             )
         )
-        place = re.fullmatch(r"/(.+)/resolve/[^/]+/(.+)", unquote(urlsplit(self.path).path))
-        stored = self.hub.files.get((place[1], place[2])) if place else None
-        bytes_here = self.command == "GET" and stored is not None and (self.host == "cdn" or not stored.large)
-        fault = self.hub.take(bytes_here)
+        path = unquote(urlsplit(self.path).path).removeprefix(self.hub.prefix)
+        place = re.fullmatch(r"(/api/resolve-cache/models)?/(.+?)(?:/resolve)?/([^/]+)/([^/]+)", path)
+        cached, repo, revision, name = place.groups() if place else (None, "", "", "")
+        key = repo, name
+        stored = self.hub.files.get(key)
+        has_bytes = stored is not None and (self.host == "cdn" or cached is not None)
+        fault = self.hub.take(has_bytes and self.command == "GET")
         time.sleep(fault.late)
-        if stored and place and fault.becomes is not None:
-            self.hub.put(place[1], place[2], fault.becomes, stored.large)
+        if stored and fault.becomes is not None:
+            self.hub.put(*key, fault.becomes, stored.large)
         if fault.drip < 0:
             self._drip(b"HTTP/1.1 200 OK\r\nX: " + b"x" * 60_000, -fault.drip)
         elif fault.status:
             self._reply(fault.status, fault.headers, b"refused")
-        elif stored is None:
-            self._reply(404, {"X-Error-Code": "EntryNotFound"}, b"no such file")
         elif fault.html:
             self._reply(200, {"Content-Type": "text/html", **fault.headers}, b"<html>please log in</html>")
-        elif self.host == "cdn" or not stored.large:
+        elif has_bytes and stored:
             self._send_file(stored, fault)
+        elif stored is None or repo in self.hub.gated or revision not in ("main", COMMIT):
+            self._refuse(*key)
         else:
-            headers = {**self._names(stored, fault), "Location": self.hub.cdn + self.path, **fault.headers}
-            self._reply(302, headers, b"")
+            there = f"/api/resolve-cache/models/{repo}/{COMMIT}/{name}?etag=%22{stored.etag}%22"
+            location = self.hub.cdn + self.path if stored.large else self.hub.prefix + there
+            headers = {**self._names(stored, fault), "Location": location, **fault.headers}
+            self._reply(302 if stored.large else 307, headers, b"")
+
+    def _refuse(self, repo: str, name: str) -> None:
+        """The hub answers 401 for a repository that does not exist, too."""
+        repos = {there for there, _ in self.hub.files}
+        status, code = 401, "RepoNotFound"
+        if repo in self.hub.gated:
+            status, code = (403 if self.headers.get("Authorization") else 401), "GatedRepo"
+        elif (repo, name) in self.hub.files:
+            status, code = 404, "RevisionNotFound"
+        elif repo in repos:
+            status, code = 404, "EntryNotFound"
+        self._reply(status, {"X-Error-Code": code, "X-Error-Message": code, "X-Repo-Commit": COMMIT}, b"refused")
 
     def _names(self, stored: Stored, fault: Fault) -> dict[str, str]:
         return {

@@ -207,13 +207,20 @@ RIGHT = [
 ]
 WRONG = [
     *(
-        Case(f"{status} from {who}", f"{words}.*{status} from 127", **{where: (Fault(status=status),)})  # type: ignore[arg-type]
+        Case(f"{status} from the hub", f"{words}.*{status} from 127", asked=(Fault(status=status),))
         for status, words in (
             (401, "someone/weights is not open to this login"),
             (403, "may not read someone/weights"),
             (404, "weights.pt is not in someone/weights"),
         )
-        for who, where in (("the hub", "asked"), ("the second host", "faults"))
+    ),
+    *(
+        Case(
+            f"{status} from the second host",
+            f"localhost.* \\(to which 127.* leads\\) answered {status}",
+            (Fault(status=status),),
+        )
+        for status in (401, 403, 404)
     ),
     Case("416 whatever is asked", "answered 416", always=Fault(status=416)),
     *(
@@ -246,7 +253,7 @@ WRONG = [
         kept=0,
         ranges=(FROM_THE_PART, None),
     ),
-    Case("web page", "a web page came in place of the file from 127", always=Fault(html=True)),
+    Case("web page", "a web page came in place of the file from localhost", always=Fault(html=True)),
     Case("web page, fresh", "a web page came", always=Fault(html=True), held=0, kept=0),
     Case("web page as bytes", "offers 26 bytes", always=Fault(html=True, headers=AS_BYTES)),
     Case("web page from the hub", "does not answer like a hub", asked=(Fault(html=True),)),
@@ -557,7 +564,7 @@ def test_the_token_follows_a_redirect_on_the_same_host(hub: Hub, tmp_path: Path)
 
 
 def test_the_token_does_not_come_back_along_a_chain_of_redirects(hub: Hub, tmp_path: Path) -> None:
-    """hub -> second host -> third host -> the hub again: only the first request carries it."""
+    """hub -> second host -> third host -> the hub again, at two addresses: only the first request carries it."""
     path = f"/someone/small/resolve/main/{NAME}"
     hub.put("someone/small", NAME, DATA, large=False)
     with running_hub() as third:
@@ -567,8 +574,90 @@ def test_the_token_does_not_come_back_along_a_chain_of_redirects(hub: Hub, tmp_p
         fetch(tmp_path / NAME, token="secret")
         assert [seen.token for seen in third.log] == [None]
     asked = [(seen.host, seen.token) for seen in hub.log if seen.method == "GET"]
-    assert asked == [("hub", "Bearer secret"), ("cdn", None), ("hub", None)]
+    assert asked == [("hub", "Bearer secret"), ("cdn", None), ("hub", None), ("hub", None)]
     assert_nothing_left(tmp_path / NAME)
+
+
+@pytest.mark.parametrize(("data", "large"), [(DATA, True), (b"statistics", False)], ids=["large", "small"])
+def test_the_metadata_is_that_which_the_hubs_own_client_reads(hub: Hub, data: bytes, large: bool) -> None:
+    """Whichever version of the client is installed."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    hub.put(REPO, NAME, data, large)
+    read = get_hf_file_metadata(hf_hub_url(REPO, NAME, endpoint=hub.endpoint), token=False)
+    remote = downloads.describe(REPO, NAME)
+    assert (remote.revision, remote.size, remote.etag) == (read.commit_hash, read.size, read.etag) != (None,) * 3
+    assert {seen.encoding for seen in hub.log} == {"identity"}
+
+
+@pytest.mark.parametrize("code", [301, 302, 307, 308])
+def test_a_mirror_that_leads_to_another_hub(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """The token stays with the mirror."""
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    with running_hub() as mirror:
+        monkeypatch.setenv("HF_ENDPOINT", mirror.endpoint)
+        for revision in ("main", COMMIT):
+            place = {"Location": f"{hub.endpoint}/{REPO}/resolve/{revision}/{NAME}"}
+            mirror.hub_faults.append(Fault(status=code, headers=place))
+        fetch(tmp_path / NAME, downloads.hub_token())
+        assert {seen.token for seen in mirror.log} == {"Bearer secret"}
+    assert {seen.token for seen in hub.log} == {None}
+    assert_nothing_left(tmp_path / NAME)
+
+
+def test_a_mirror_below_a_path(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.prefix = "/hf"
+    downloads.use_endpoint(f"{hub.endpoint}/hf/")
+    fetch(tmp_path / NAME)
+    assert {seen.path.split("/")[1] for seen in hub.log if seen.host == "hub"} == {"hf"}
+    assert_nothing_left(tmp_path / NAME)
+
+
+@pytest.mark.parametrize(
+    ("location", "words"),
+    [
+        ("http://127.0.0.1:9/x", r"127.0.0.1:9 \(to which 127.0.0.1:\d+ leads\) cannot be reached \(.*refused"),
+        ("http://data.invalid/x", r"data.invalid \(to which .*\) cannot be reached"),
+        ("https://{cdn}/x", r"localhost:\d+ \(to which .*\) cannot be reached \(.*SSL"),
+    ],
+    ids=["refused", "no such host", "no TLS"],
+)
+def test_a_data_host_that_cannot_be_reached_is_named(hub: Hub, tmp_path: Path, location: str, words: str) -> None:
+    """The metadata came from the hub, so that its own name would be wrong."""
+    remote = downloads.describe(REPO, NAME, QUICK)
+    location = location.replace("{cdn}", hub.cdn.removeprefix("http://"))
+    hub.hub_faults = [Fault(status=302, headers={"Location": location})] * QUICK.attempts
+    fix = "fix: take another mirror: .* --endpoint https://HOST; or fetch the files elsewhere: .* --folder FOLDER"
+    with pytest.raises(LightningDiTError, match=f"{words}.*{fix}"):
+        downloads.download(remote, tmp_path / NAME, None, QUICK)
+
+
+@pytest.mark.parametrize(
+    ("repo", "token", "words"),
+    [
+        ("someone/nothing", "", "someone/nothing is not open to this login, or does not exist there .401"),
+        ("someone/gated", "", "may not read someone/gated .401.*accept the conditions"),
+        ("someone/gated", "token", "may not read someone/gated .403.*accept the conditions"),
+        ("someone/other", "", "weights.pt is not in someone/other .404.*a mirror may lag behind the hub"),
+    ],
+)
+def test_refusals_of_the_hub_are_told_apart(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, repo: str, token: str, words: str
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", token)
+    hub.put("someone/gated", NAME, DATA)
+    hub.put("someone/other", "another.pt", DATA)
+    hub.gated.add("someone/gated")
+    with pytest.raises(LightningDiTError, match=words):
+        downloads.describe(repo, NAME, QUICK)
+
+
+def test_a_token_that_the_hub_does_not_know_is_said(hub: Hub) -> None:
+    hub.hub_faults = [Fault(status=401, headers={"X-Error-Message": "Invalid credentials in Authorization header"})]
+    with pytest.raises(LightningDiTError, match="does not know the token of this login .401.; fix: unset HF_TOKEN"):
+        downloads.describe(REPO, NAME, QUICK)
 
 
 def test_no_network_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -619,9 +708,10 @@ def test_a_part_that_was_finished_meanwhile_is_not_emptied(
     assert_nothing_left(tmp_path / NAME)
 
 
-def test_a_login_in_the_address_is_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", "http://user:secret@127.0.0.1:9")
-    with pytest.raises(LightningDiTError, match=r"127\.0\.0\.1:9 cannot be reached") as caught:
+@pytest.mark.parametrize("address", ["http://user:secret@127.0.0.1:9", "secret@hub.example", "https://secret@h/@x"])
+def test_a_login_in_the_address_is_neither_sent_nor_printed(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    with pytest.raises(LightningDiTError, match="comes with a login, which is not sent; fix: .*HF_TOKEN") as caught:
         downloads.describe(REPO, NAME, QUICK)
     assert "secret" not in str(caught.value)
 
@@ -631,11 +721,28 @@ def test_endpoint_must_be_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
     downloads.use_endpoint(None)
     assert "HF_ENDPOINT" not in os.environ
     monkeypatch.setenv("HF_ENDPOINT", "http://a")
-    downloads.use_endpoint("https://mirror.example/")
-    assert os.environ["HF_ENDPOINT"] == "https://mirror.example"
-    for address in ("mirror", "http://host:port", "http://[bad", "http://exa mple", "ftp://host"):
+    downloads.use_endpoint("https://mirror.example/hf/")
+    assert os.environ["HF_ENDPOINT"] == "https://mirror.example/hf"
+    for address in (
+        "mirror",
+        "http://host:port",
+        "http://[bad",
+        "http://exa mple",
+        "ftp://host",
+        "https：//镜像.example",
+    ):
         with pytest.raises(LightningDiTError, match=re.escape(f"{address!r} is no address")):
             downloads.use_endpoint(address)
+
+
+@pytest.mark.parametrize(
+    "typed", ["mirror.example", '"https://mirror.example"', " https://mirror.example ", "“mirror.example”"]
+)
+def test_an_address_that_is_almost_right_is_named_in_the_fix(typed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A notebook's %env keeps quotation marks."""
+    monkeypatch.setenv("HF_ENDPOINT", typed)
+    with pytest.raises(LightningDiTError, match="is no address.*--endpoint https://mirror.example, or unset"):
+        downloads.use_endpoint(None)
 
 
 def test_a_token_that_is_none_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -644,20 +751,15 @@ def test_a_token_that_is_none_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         downloads.describe(REPO, NAME, QUICK)
 
 
-def test_a_proxy_that_needs_another_package_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a process of its own: the client reads the proxy once."""
-    program = "from setup_steps import downloads, project\nproject.run(lambda: downloads.describe('a/b', 'c.pt'))\n"
-    proxies = dict.fromkeys(("https_proxy", "http_proxy", "all_proxy"), "socks5://127.0.0.1:1")
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=PROJECT,
-        env={**os.environ, **proxies, "HF_ENDPOINT": "http://hub.invalid", "no_proxy": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
-    assert "hub.invalid cannot be reached" in done.stderr
+def test_a_proxy_that_is_not_used_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("https_proxy", "http_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "socks5://user:secret@127.0.0.1:1")
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setenv("HF_ENDPOINT", "http://hub.invalid")
+    words = r"hub.invalid through the proxy 127.0.0.1:1 cannot be reached.*fix: name an HTTP proxy in https_proxy"
+    with pytest.raises(LightningDiTError, match=words) as caught:
+        downloads.describe(REPO, NAME, QUICK)
+    assert "secret" not in str(caught.value)
 
 
 def test_the_background_hash_is_the_hash_of_the_bytes_in_order() -> None:
