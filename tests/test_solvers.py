@@ -281,7 +281,7 @@ def test_a_solver_that_the_path_does_not_allow_is_said_before_the_weights_are_re
 
 @pytest.mark.parametrize("method", ["euler", *OWN_METHODS, "calibrated", "SDE"])
 def test_nothing_waits_for_a_value_of_the_device(method):
-    """States on torch's meta device, which has no values: whoever asks for one gets an error, where a GPU is waited for."""
+    """The states are on the meta device of torch, where reading a value is an error; on a GPU it would wait."""
     settings, labels = GuidanceSettings(2.0, 0.3, 0.7, "all"), torch.zeros(2, device="meta")
     evaluations = []
 
