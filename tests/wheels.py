@@ -55,17 +55,17 @@ cuda = SimpleNamespace(
 '''
 
 
-def make_wheel(folder: Path, name: str, version: str, body: str, *requires: str) -> None:
+def make_wheel(folder: Path, name: str, version: str, body: str, *requires: str, tag: str = "py3-none-any") -> None:
     """A wheel of one module, as pip installs it."""
     info = f"{name}-{version}.dist-info"
     folder.mkdir(parents=True, exist_ok=True)
     needs = "".join(f"Requires-Dist: {requirement}\n" for requirement in requires)
-    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+    with zipfile.ZipFile(folder / f"{name}-{version}-{tag}.whl", "w") as wheel:
         wheel.writestr(f"{name}.py", body)
         wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{needs}")
         wheel.writestr(
             f"{info}/WHEEL",
-            "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+            f"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: {tag}\n",
         )
         wheel.writestr(f"{info}/RECORD", f"{name}.py,,{len(body.encode())}\n")
 
