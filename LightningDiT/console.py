@@ -42,7 +42,7 @@ def run_main(main: Callable[[], int], install: Callable[[], str] = lambda: INSTA
     """
     _prepare_streams()
     warnings.formatwarning = lambda message, *position, **more: f"warning: {message}\n"
-    _refuse_unknown_language()
+    _say_unknown_language()
     try:
         code = main()
         sys.stdout.flush()  # here, since a full disk or a reader that left is an exception at the interpreter's end
@@ -126,7 +126,7 @@ def _say_on_stderr(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _refuse_unknown_language() -> None:
+def _say_unknown_language() -> None:
     """Say that a language without a catalogue has no effect."""
     named = os.environ.get(LANGUAGE, "")
     if named and not named.lower().startswith(("zh", "en")):

@@ -275,6 +275,10 @@ class Code:
             if isinstance(node, ast.Assign):
                 for target in node.targets:
                     found += self._unpacked(name, target, Expression(node.value, scope))
+            elif isinstance(node, ast.AnnAssign | ast.NamedExpr) and node.value:
+                found += self._unpacked(name, node.target, Expression(node.value, scope))
+            elif isinstance(node, ast.AugAssign) and _binds(node.target, name):
+                raise UnreadableError(f"{ast.unparse(node)} changes a fix; write it in one expression")
             elif isinstance(node, ast.For | ast.comprehension):
                 for row in self._items(Expression(node.iter, scope)) if _binds(node.target, name) else ():
                     for item in row:
@@ -299,7 +303,7 @@ class Code:
         return found
 
     def _constants(self, name: str, scope: Scope) -> list[Expression]:
-        """Return a constant of the module, or of that module which assigns the name."""
+        """Return a constant of the module, else those of this name in all modules: one of them is imported."""
         found = [
             Expression(node.value, module)
             for module in self.modules
@@ -309,16 +313,7 @@ class Code:
             if isinstance(target, ast.Name) and target.id == name
         ]
         own = [expression for expression in found if expression.scope.path == scope.path]
-        return own or [row for row in found if self._imports(name, scope, row.scope)] or []
-
-    def _imports(self, name: str, scope: Scope, other: Scope) -> bool:
-        """Return whether a module has `name` from `other`, by `from ... import name` or as an attribute."""
-        for node in ast.walk(scope.tree):
-            if isinstance(node, ast.ImportFrom) and any(part.name in (name, other.path.stem) for part in node.names):
-                module = (node.module or "").rpartition(".")[2]
-                if module == other.path.stem or any(part.name == other.path.stem for part in node.names):
-                    return True
-        return False
+        return own or found
 
     def _items(self, expression: Expression) -> list[list[Expression]]:
         """Return the rows of items that a tuple, a list or a dictionary can be; of a dictionary its values."""

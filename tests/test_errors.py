@@ -117,12 +117,13 @@ def f(x):
     raise LightningDiTError(*pair(x))
     raise LightningDiTError("m", fix=fix_of(x))
     check(x, "given")
+    if said := "walrus": raise LightningDiTError("m", said)
     with fixed_by(f"{again()}, or {x!r}" + " too" * x): pass
 """
     assert sorted(code(tmp_path, text)) == sorted(
         [
             *("lower VALUE1", "a", "name VALUE1, or run it", "of a pair", "default", "never", "given", "set one"),
-            *("set two", "free", "move", "other", f"{COMMAND}, or VALUE1", f"{COMMAND}, or VALUE1 too"),
+            *("set two", "free", "move", "other", f"{COMMAND}, or VALUE1", f"{COMMAND}, or VALUE1 too", "walrus"),
         ]
     )
 
@@ -131,3 +132,8 @@ def f(x):
 def test_a_fix_that_cannot_be_read_is_named_with_its_place(fix: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"module.py:1"):
         code(tmp_path, f"def f(x): raise LightningDiTError('m'{fix})")
+
+
+def test_a_fix_that_grows_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"module.py:4: fix \+= ', or b' changes a fix"):
+        code(tmp_path, "def f(x):\n  fix = 'a'\n  fix += ', or b'\n  raise LightningDiTError('m', fix)")
