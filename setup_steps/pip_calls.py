@@ -60,13 +60,13 @@ COMPLAINTS = (
     (
         r"HTTP error (?P<code>\d+) while getting (?P<url>https?://\S+)",
         "{index} answers, but {host}, where its files are, refuses one with HTTP {code}",
-        "{other} with the address of an index whose files can be had, or {again} --wheels FOLDER",
+        "{other} with the address of an index whose files can be had, or {wheels}",
     ),
     (  # the second form is that of pip 26
         r"Error: HTTPS?ConnectionPool\(host='(?P<host>[^']+)', port=(?P<port>\d+)\)"
         r"|(?:while fetching|Unable to fetch|secure connection for) (?P<url>https?://\S+)",
         "{index} answers, but {host}, where its files are, cannot be reached",
-        "{other} with the address of an index whose files can be had, or {again} --wheels FOLDER",
+        "{other} with the address of an index whose files can be had, or {wheels}",
     ),
     (
         r"\(from versions: (?!none)[^)]*?(?P<newest>[^\s,)]+)\)\s+ERROR: No matching distribution found for "
@@ -83,7 +83,7 @@ COMPLAINTS = (
         r"NewConnectionError|ConnectTimeout|ReadTimeout|NameResolution|[Nn]ame resolution|Failed to establish"
         r"|Connection refused|[Cc]onnection broken|[Cc]onnection reset|unreachable|ProxyError|SSLError|Max retries",
         "no connection to {index}",
-        "switch the internet on (Kaggle: Settings, Internet), or {again} --wheels FOLDER with the wheels in it, "
+        "switch the internet on (Kaggle: Settings, Internet), or {wheels} with the wheels in it, "
         "or {other} with the address of another index",
     ),
     (
@@ -101,7 +101,7 @@ UNKNOWN = ("pip says why above", "check the internet connection, then {again}")
 #: Message and fix for a version that is not there if pip asks no index.
 NO_WHEEL = (
     "{what} is not available for this Python {python}",
-    "another Python (3.11 or 3.12 have every wheel), or {again} --wheels FOLDER with that wheel in it",
+    "another Python (3.11 or 3.12 have every wheel), or {wheels} with that wheel in it",
 )
 VARIABLE = "PIP_INDEX_URL"
 
@@ -288,10 +288,11 @@ def explain(said: str, requirements: Sequence[str], code: int, index: Index | No
         "index": index.title if index else "a package index",
         "host": f"{host}:{port}" if port not in (None, "80", "443") else host,
         "again": again(),
-        "other": again("--index-url", "https://MIRROR/simple", without=["--index-url"]),
+        "wheels": again("--wheels", "FOLDER", without=["--wheels", "--index-url"]),
+        "other": again("--index-url", "https://MIRROR/simple", without=["--wheels", "--index-url"]),
         **named,
     }
     if index and index.by_variable:
-        facts["other"] = f"unset {VARIABLE} or {facts['other']}"
+        facts["other"] = f"unset {VARIABLE}, or {facts['other']}"
     head = f"pip ended with code {code} while it installed {shlex.join(requirements)}"
     return InstallError(f"{head}: {message.format(**facts)}", fix.format(**facts))

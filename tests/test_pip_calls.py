@@ -44,7 +44,7 @@ def test_no_connection_is_said_soon(offline: None, tmp_path: Path) -> None:
     said = complaint(Source(), "tinyprobe==1.0", tmp_path)
     assert f"while it installed tinyprobe==1.0: no connection to the package index {CLOSED}; fix: switch the" in said
     assert f"or {PYTHON} step1_install_environment.py --wheels FOLDER with the wheels in it, or unset PIP_I" in said
-    assert said.endswith(f"unset PIP_INDEX_URL or {OTHER} with the address of another index")
+    assert said.endswith(f"unset PIP_INDEX_URL, or {OTHER} with the address of another index")
     assert time.monotonic() - began < 60
 
 
