@@ -83,6 +83,7 @@ SETUP = Pair(
     "docs/setup.zh-CN.md",
     {
         "Set-up": "安装与配置",
+        "Messages in Chinese": "中文提示",
         "Step 1: which torch": "步骤 1：用哪个 torch",
         "Step 2: the files": "步骤 2：文件",
         "Step 3: the configuration": "步骤 3：配置",
@@ -98,6 +99,7 @@ PAGES = sorted(str(path.relative_to(PROJECT)) for path in [*PROJECT.glob("*.md")
 FENCE = "```"
 CODE = re.compile(r"`([^`]+)`")
 LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
+ITEM = re.compile(r"- |\d+\. ")
 COMMENT = re.compile(r"(?:^|\s)#.*$")
 FIGURE = re.compile(r"(?<![\w.])\d+(?:,\d{3})*(?:\.\d+)*(?:e-?\d+)?")
 HAN = r"[\u3400-\u9fff]"
@@ -134,6 +136,16 @@ class Section:
         """Return the number of columns in each row of its tables."""
         return [len(cells(line)) for line in self.text if line.startswith("|")]
 
+    def parts(self) -> list[str]:
+        """Return what its text consists of: paragraphs and items of lists, in order."""
+        found = []
+        for before, line in zip(["", *self.text], self.text, strict=False):
+            if ITEM.match(line):
+                found.append("item")
+            elif line and not before and not line.startswith("|"):
+                found.append("paragraph")
+        return found
+
 
 def read(name: str) -> str:
     return (PROJECT / name).read_text(encoding="utf-8")
@@ -162,9 +174,10 @@ def sections(page: str) -> list[Section]:
 
 
 def matched(pair: Pair) -> list[tuple[Section, Section]]:
-    """Return each English section with its Chinese one, by position, without the added ones."""
-    chinese = [section for section in sections(read(pair.chinese)) if section.heading not in pair.added]
-    return list(zip(sections(read(pair.english)), chinese, strict=True))
+    """Return each English section with its Chinese one; the test of sections finds those without a counterpart."""
+    chinese = {section.heading: section for section in sections(read(pair.chinese))}
+    both = [(section, chinese.get(pair.headings.get(section.heading))) for section in sections(read(pair.english))]
+    return [(english, found) for english, found in both if found]
 
 
 def in_chinese(link: str, pair: Pair) -> str:
@@ -192,8 +205,9 @@ def test_both_pages_have_the_same_commands(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.english)
-def test_both_pages_have_the_same_figures_and_tables(pair: Pair) -> None:
+def test_both_pages_have_the_same_paragraphs_figures_and_tables(pair: Pair) -> None:
     for english, chinese in matched(pair):
+        assert chinese.parts() == english.parts(), chinese.heading
         ours, theirs = (Counter(text.split()) for text in pair.figures.get(english.heading, ("", "")))
         figures = english.figures()
         assert ours <= figures, f"{english.heading}: an exception that is none"
@@ -256,7 +270,7 @@ def test_the_tree_of_the_project_is_true() -> None:
 def chinese_lines(name: str) -> Iterator[tuple[str, str]]:
     """Yield each line of text or comment that has Chinese in it: where it is, and how it looks when rendered.
 
-    The promises' first column quotes the guide as it was.
+    The promises' first column has the guide's own words.
     """
     inside = False
     for number, line in enumerate(read(name).splitlines(), 1):
@@ -319,4 +333,4 @@ def test_a_chinese_paragraph_is_one_line(name: str) -> None:
     """A line break between two Chinese characters would be shown as a space."""
     for section in sections(read(name)):
         for line, after in zip(section.text, section.text[1:], strict=False):
-            assert not line or not after or re.match(r"[-|]|\d+\. ", after), after
+            assert not line or not after or after.startswith("|") or ITEM.match(after), after
