@@ -11,7 +11,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from LightningDiT.console import OK
-from LightningDiT.errors import LightningDiTError
 from setup_steps import environment, install, pip_calls, project
 
 
@@ -19,22 +18,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     profiles = (
-        "auto (default): a torch that serves this machine, a working one is kept; current: exactly requirements.txt; "
-        "official: the published repository's versions"
+        "auto (default): a torch that serves this machine (a working one is kept), the other packages in any tested "
+        "version; current: exactly requirements.txt; official: the published repository's torch, the lowest versions"
     )
     add("--profile", choices=list(environment.PROFILES), default="auto", help=profiles)
     add("--wheels", type=Path, metavar="FOLDER", help="install without internet, from the wheels in this folder alone")
     add("--dry-run", action="store_true", help="only say what would be installed")
     add("--check-only", action="store_true", help="only report")
-    add("--dev", action="store_true", help="install the packages of the tests too")
+    add("--dev", action="store_true", help="install the packages of the tests too, and exactly the pins")
     return parser.parse_args(argv)
 
 
 def would_run(state: environment.State, wheels: Path | None) -> None:
-    """Make the checks of a real run and print its commands for pasting. A real run holds the versions that stay by a
-    constraint file; this prints its lines.
+    """Print the commands of a real run for pasting. A real run holds the versions that stay by a constraint file; this
+    prints its lines.
     """
-    install.refuse_unfit_process(state.rows)
     source = pip_calls.find_sources(wheels)[-1]
     held = [row.constraint for row in state.rows if row.met]
     if held:
@@ -53,17 +51,14 @@ def main(argv: list[str] | None = None) -> int:
     first = last = environment.find_out(profile)
     environment.announce(profile, first)
     if first.lacking and not (options.dry_run or options.check_only):
-        install.refuse_unfit_process(first.rows)
         last = environment.bring_right(profile, first, options.wheels)
     environment.show(last)
     if options.dry_run:
-        if last.lacking:
+        if last.lacking and environment.may_install(profile, last):
             would_run(last, options.wheels)
         return OK
     environment.write_outputs(profile, first, last)
-    if last.lacking:
-        names = ", ".join(row.name for row in last.lacking)
-        raise LightningDiTError(f"not as it should be: {names}", pip_calls.again())
+    environment.require_enough(profile, last)
     warning = last.decision.warning
     print(f"Next: {project.step_command(project.STEP2)}" + f" (warning: {warning})" * bool(warning))
     return OK

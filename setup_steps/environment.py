@@ -7,25 +7,22 @@ import os
 import platform
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.files import free_bytes, write_text
-from setup_steps import install, machine, pip_calls, project, releases
+from setup_steps import conflicts, install, machine, pip_calls, project, releases
 from setup_steps.install import Pin, Row
 from setup_steps.machine import Machine
 from setup_steps.pip_calls import InstallError
 from setup_steps.releases import Asked, Decision, Release
 
 CONSTRAINTS = project.PROJECT / "environment_constraints.txt"
-CURRENT = "requirements.txt"
-#: The pins of each profile, without and with those of the tests.
-PROFILES = {
-    "auto": (CURRENT, "requirements-dev.txt"),
-    "current": (CURRENT, "requirements-dev.txt"),
-    "official": ("requirements-official.txt", "requirements-official.txt"),
-}
+CURRENT, TOOLS = "requirements.txt", "requirements-dev.txt"
+PROFILES = {"auto": CURRENT, "current": CURRENT, "official": "requirements-official.txt"}
+REPORTED = ("pinned", "wanted", "tested", "installed", "fault", "kept", "state")  # of a row, in the report
+RANGES = "pyproject.toml"  # has the tested ranges
 
 
 @dataclass(frozen=True)
@@ -38,6 +35,7 @@ class Profile:
         pins: its pins for this Python.
         lines: the releases of torch to choose from.
         asked: the torch that the profile names; None if the machine decides.
+        ranges: by name, versions that will do as well as the pinned one; empty if only the pinned ones will.
     """
 
     name: str
@@ -45,20 +43,31 @@ class Profile:
     pins: list[Pin]
     lines: tuple[Release, ...]
     asked: Asked | None
+    ranges: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class State:
-    """The machine, the decision about torch, and each package beside its pin."""
+    """The machine, the decision about torch, and each package beside its pin.
+
+    Args:
+        warnings: what is not as it should be although steps 2 to 4 run; one line each.
+    """
 
     machine: Machine
     decision: Decision
     rows: list[Row]
+    warnings: tuple[str, ...] = ()
 
     @property
     def lacking(self) -> list[Row]:
         """The packages that are not as they should be."""
         return [row for row in self.rows if not row.met]
+
+    @property
+    def blocking(self) -> list[Row]:
+        """The packages without which steps 2 to 4 do not run."""
+        return [row for row in self.lacking if row.needed and not row.works]
 
     @property
     def wrongly_built(self) -> list[Row]:
@@ -79,17 +88,22 @@ class State:
 
 
 def read_profile(name: str, dev: bool) -> Profile:
-    """Read the pins of a profile, with those of the tests if `dev`."""
+    """Read the pins of a profile, with those of the tests if `dev`; the tests are about exactly these versions."""
 
     def pins_of(path: Path) -> tuple[list[Pin], list[str]]:
         pins = install.read_pins(path)
         return pins, [install.pinned(pins, part, path) for part in ("torch", "torchvision")]
 
-    file = PROFILES[name][dev]
+    file = PROFILES[name]
     pins, named = pins_of(project.PROJECT / file)
     _, newest = pins_of(project.PROJECT / CURRENT)
+    if dev:
+        known = {pin.name for pin in pins}
+        pins += [pin for pin in install.read_pins(project.PROJECT / TOOLS) if pin.name not in known]
+        file += f" and {TOOLS}"
     asked = None if name == "auto" else Asked(name, *named)
-    return Profile(name, file, pins, releases.release_lines(*newest), asked)
+    ranges = {} if asked or dev else install.read_ranges(project.PROJECT / RANGES)
+    return Profile(name, file, pins, releases.release_lines(*newest), asked, ranges)
 
 
 def find_out(profile: Profile, not_replaced: str = "") -> State:
@@ -104,10 +118,53 @@ def find_out(profile: Profile, not_replaced: str = "") -> State:
     decision = releases.decide(here, profile.lines, profile.asked)
     if not_replaced and decision.action == releases.REPLACE and releases.usable(here.torch):
         decision = decision.kept_anyway(here.torch, not_replaced)
-    return State(here, decision, install.make_rows(profile.pins, decision, probe.faults))
+    rows = install.make_rows(profile.pins, decision, probe.faults, profile.ranges)
+    return State(here, decision, rows, tuple(row.warning for row in rows if row.warning))
 
 
 def bring_right(profile: Profile, state: State, wheels: Path | None) -> State:
+    """Install what is lacking and look again. What cannot be installed is a warning if the profile has ranges and steps
+    2 to 4 run without it; otherwise it is a LightningDiTError.
+    """
+    before = conflicts.broken_requirements()
+    try:
+        install.refuse_unfit_process(state.rows)
+        last = _install(profile, state, wheels)
+    except LightningDiTError as error:
+        if profile.ranges and not state.blocking and isinstance(error, InstallError):
+            install.put_some_right(state.rows, pip_calls.find_sources(wheels)[-1])
+        last = find_out(profile, str(error))
+        if not profile.ranges or last.blocking:
+            raise
+        last = replace(last, warnings=(f"not all could be installed: {error}", *last.warnings))
+    new = sorted(conflicts.broken_requirements() - before)
+    return replace(last, warnings=(*last.warnings, *(_explained(line, state.rows, last.rows) for line in new)))
+
+
+def may_install(profile: Profile, state: State) -> bool:
+    """Return whether packages may be installed here; print why not if steps 2 to 4 run without it, else raise it."""
+    try:
+        install.refuse_unfit_process(state.rows)
+    except LightningDiTError as error:
+        if not profile.ranges or state.blocking:
+            raise
+        print(f"Would install nothing: {error}")
+        return False
+    return True
+
+
+def require_enough(profile: Profile, state: State) -> None:
+    """Raise LightningDiTError if a package is not as the profile has it, or, with ranges, if steps 2 to 4 do not run
+    without it; print any other flaw as a warning.
+    """
+    wrong = state.blocking if profile.ranges else state.lacking
+    if wrong:
+        raise LightningDiTError(f"not as it should be: {', '.join(row.name for row in wrong)}", pip_calls.again())
+    for warning in state.warnings:
+        print(f"warning: {warning}")
+
+
+def _install(profile: Profile, state: State, wheels: Path | None) -> State:
     """Install what is lacking and look again; install once more what then does not import. A torch that computes on the
     CPU stays if the one for the GPU is not available; any other failure is an InstallError.
     """
@@ -129,9 +186,21 @@ def bring_right(profile: Profile, state: State, wheels: Path | None) -> State:
     return state if profile.asked else find_out(profile, not_replaced or "the installation did not change that")
 
 
+def _explained(conflict: str, before: list[Row], after: list[Row]) -> str:
+    """Return a requirement that the installation broke, with the step that broke it and the way out."""
+    why = "a package that step 1 installed brought this version"
+    for old, new in zip(before, after, strict=True):
+        if old.installed != new.installed and conflicts.speaks_of(conflict, old.name):
+            reason = old.fault or f"{old.requirement} is wanted here"
+            done = f"replaced {old.name} {old.installed} by" if old.installed else f"installed {old.name}"
+            why = f"step 1 {done} {new.installed}, because {reason}"
+    return f"{conflict.rstrip('.')} ({why}); fix: {pip_calls.in_own_venv()}"
+
+
 def announce(profile: Profile, state: State) -> None:
     """Print the decision and its reason."""
-    print(f"Step 1: profile {profile.name} ({profile.file}) for {sys.executable}")
+    which = f"any version in the tested ranges of {RANGES} will do" if profile.ranges else "exactly these versions"
+    print(f"Step 1: profile {profile.name} ({profile.file}, {which}) for {sys.executable}")
     print(f"Decision: {state.summary}")
     print(f"Reason: {state.decision.reason}")
 
@@ -154,6 +223,7 @@ def report(profile: Profile, first: State, last: State) -> dict[str, object]:
         "reason": first.decision.reason,
         "outcome": last.decision.reason,
         "warning": last.decision.warning,
+        "warnings": list(last.warnings),
         "constraints": CONSTRAINTS.name,
         "python": platform.python_version(),
         "executable": sys.executable,
@@ -164,10 +234,7 @@ def report(profile: Profile, first: State, last: State) -> dict[str, object]:
         "free_disk_bytes": free_bytes(project.PROJECT),
         "gpus": [{**asdict(gpu), "native_bf16": gpu.native_bf16} for gpu in here.gpus],
         "torch": asdict(here.torch),
-        "packages": {
-            row.name: {field: getattr(row, field) for field in ("pinned", "wanted", "installed", "fault")}
-            for row in last.rows
-        },
+        "packages": {row.name: {part: getattr(row, part) for part in REPORTED} for row in last.rows},
     }
 
 

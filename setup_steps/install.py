@@ -1,29 +1,43 @@
-"""What step 1 compares and installs: pins, installed versions, constraints, and permission to install."""
+"""What step 1 compares and installs: pins, tested ranges, installed versions, constraints, permission to install."""
 
 from __future__ import annotations
 
 import os
 import platform
 import re
+import shlex
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from LightningDiT.console import format_bytes
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.files import free_bytes
-from setup_steps import pip_calls
+from LightningDiT.files import free_bytes, read_text
+from setup_steps import conflicts, pip_calls
 from setup_steps.machine import installed_version, lacks_record
 from setup_steps.pip_calls import InstallError, Source, again, in_own_venv
-from setup_steps.releases import REPLACE, Decision, public, version_pair
+from setup_steps.project import interpreter
+from setup_steps.releases import KEEP, REPLACE, Decision, public, vision_of
 
 #: Bytes that an installation takes in the folder of the packages and, meanwhile, in that for temporary files.
 TORCH_DISK = (6_000_000_000, 3_000_000_000)  # torch with its GPU libraries
 OTHER_DISK = (700_000_000, 300_000_000)
 UNPACKED = 3  # most bytes of a wheel's content per byte of the wheel
 HELD = ("torch", "torchvision", "numpy")  # compiled modules that must not change under a process
+#: What does not work without a package. Steps 2 to 4 run without these; they need all others of requirements.txt.
+USES = {
+    "torchvision": "the data sets of torchvision, the models of timm and the evaluation do not work",
+    "torchdiffeq": "its solvers (euler, midpoint, rk4, dopri5 and others) do not work; fast, heun and ab3 do",
+    "timm": "the published weights, which take ImageNet's class names from it, and vision models do not work",
+    "huggingface_hub": "step 2 downloads nothing; it takes the files that are attached or in models/",
+    "accelerate": "several processes at once (torchrun) do not work",
+    "torch-fidelity": "the evaluation by Inception (FID, IS, precision, recall) does not work",
+}
+_RANGE = re.compile(r"\s*\"(?P<name>[A-Za-z0-9_.-]+)(?P<tested>>=[0-9.]+,<[0-9.]+)\",?")
+_RELEASE = re.compile(r"(?P<numbers>\d+(?:\.\d+)*)(?P<early>[._-]?(?:a|b|c|rc|alpha|beta|pre|preview|dev))?")
 _PIN = re.compile(
     r"(?P<name>[A-Za-z0-9_.-]+)==(?P<version>[A-Za-z0-9_.+!-]+)"
     r"(?:\s*;\s*python_version\s*(?P<sign>>=|<)\s*[\"'](?P<major>\d+)\.(?P<minor>\d+)[\"'])?"
@@ -44,40 +58,82 @@ class Row:
 
     Args:
         pinned: the version in the requirements file.
-        wanted: a version, "0.29.*" or "<2"; it differs from the pinned one if the torch here needs that.
+        wanted: a version, "0.29.*" or ">=1.26.4,<2"; it differs from the pinned one if the torch here needs that.
         installed: None if it is absent.
+        tested: the tested range, ">=2.2.0,<2.15"; empty if only the wanted version will do.
         fault: why it will not do although the version does; empty if it will.
+        kept: why it stays although its version is outside the tested range; empty if it does not.
     """
 
     name: str
     pinned: str
     wanted: str
     installed: str | None
+    tested: str = ""
     fault: str = ""
+    kept: str = ""
 
     @property
     def as_wanted(self) -> bool:
-        """Whether the version will do."""
+        """Whether it has the very version that pip would install."""
         return self.installed is not None and satisfies(self.installed, self.wanted)
 
     @property
+    def in_range(self) -> bool:
+        """Whether it has a tested version."""
+        return self.installed is not None and (not self.tested or satisfies(self.installed, self.tested))
+
+    @property
+    def will_do(self) -> bool:
+        """Whether the version will do: the wanted one, or a tested one if this machine needs no particular one."""
+        return self.as_wanted or bool(self.tested and self.wanted == self.pinned and self.in_range)
+
+    @property
     def met(self) -> bool:
-        return self.as_wanted and not self.fault
+        """Whether nothing is to be installed."""
+        return (self.will_do or bool(self.kept)) and not self.fault
+
+    @property
+    def works(self) -> bool:
+        """Whether some version is there and imports."""
+        return self.installed is not None and not self.fault
+
+    @property
+    def needed(self) -> bool:
+        """Whether steps 2 to 4 import it."""
+        return self.name not in USES
 
     @property
     def requirement(self) -> str:
         """The requirement for pip."""
-        return self.name + ("" if self.wanted.startswith("<") else "==") + self.wanted
+        return self.name + ("" if self.wanted.startswith((">", "<")) else "==") + self.wanted
 
     @property
     def state(self) -> str:
         """The state in words for a person."""
         if self.fault:
             return f"not usable: {self.fault}"
+        if self.installed is None:
+            return f"{self.requirement} is wanted" + " (not needed by steps 2 to 4)" * (not self.needed)
+        if not self.in_range:
+            return f"outside the tested range {self.tested}" + f", stays: {self.kept}" * bool(self.kept)
         if not self.met:
             return f"{self.requirement} is wanted"
-        same = satisfies(str(self.installed), self.pinned)
-        return "right" if same else f"right on this machine ({self.pinned} is pinned)"
+        usual = self.wanted == self.pinned or satisfies(self.installed, self.pinned)
+        return "right" if usual else f"right on this machine ({self.pinned} is pinned)"
+
+    @property
+    def warning(self) -> str:
+        """What does not work or is not tested and what would fix that, in one line; empty if all is well."""
+        mend = f"{interpreter()} -m pip install {shlex.quote(self.requirement)}"
+        if self.works:
+            place = "here" if self.in_range else f"outside the tested range {self.tested}"
+            doubt = f"{self.name} {self.installed} is {place}"
+            if self.kept:
+                return f"{doubt} and stays, because {self.kept}; fix: {pip_calls.in_own_venv()}"
+            return "" if self.met else f"{doubt} and imports, {self.requirement} is wanted; fix: {mend}"
+        lack = f"{self.name} does not import ({self.fault})" if self.fault else f"{self.name} is missing"
+        return f"{lack}: {USES.get(self.name, 'steps 2 to 4 do not work')}; fix: {mend}"
 
     @property
     def constraint(self) -> str:
@@ -86,12 +142,47 @@ class Row:
 
 
 def satisfies(version: str, wanted: str) -> bool:
-    """Return whether a version is the wanted release, a build of it, or within "0.29.*" or "<2"."""
-    if wanted.startswith("<"):
-        return version_pair(version) < (int(wanted[1:]), 0)
-    if wanted.endswith(".*"):
-        return f"{public(version)}.".startswith(wanted[:-1])
-    return public(version) == wanted
+    """Return whether a version is the wanted release, a build of it, or within "0.29.*", "<2" or ">=1.26.4,<2"."""
+
+    def holds(clause: str) -> bool:
+        if clause.startswith(">="):
+            return _order(version) >= _order(clause[2:])
+        if clause.startswith("<"):  # an early version of a release is not below that release, as pip has it
+            return () < _order(version)[0] < _order(clause[1:])[0]
+        if clause.endswith(".*"):
+            return f"{public(version)}.".startswith(clause[:-1])
+        return public(version) == clause
+
+    return all(holds(clause) for clause in wanted.split(","))
+
+
+def _order(version: str) -> tuple[tuple[int, ...], bool]:
+    """Return the numbers of a version without zeros at the end, and whether it is no early version of this release;
+    versions compare as these do.
+    """
+    match = _RELEASE.match(version)
+    if match is None:
+        return (), False
+    numbers = [int(number) for number in match["numbers"].split(".")]
+    while numbers[1:] and not numbers[-1]:
+        numbers.pop()
+    return tuple(numbers), not match["early"]
+
+
+def read_ranges(path: Path) -> dict[str, str]:
+    """Return by name the tested ranges (">=2.2.0,<2.15") of a pyproject.toml, which has each in a line of its own; no
+    Python before 3.11 reads TOML.
+
+    Raises:
+        LightningDiTError: the file is absent or has no range.
+    """
+    lines = read_text(path).splitlines() if path.is_file() else ()
+    matches = [_RANGE.fullmatch(line) for line in lines]
+    ranges = {match["name"]: match["tested"] for match in matches if match}
+    if not ranges:
+        fault = "has no tested range" if path.is_file() else "is not there"
+        raise LightningDiTError(f"{path} {fault}", "fetch the project again (git clone)")
+    return ranges
 
 
 def read_pins(path: Path, python: tuple[int, int] | None = None) -> list[Pin]:
@@ -108,7 +199,7 @@ def read_pins(path: Path, python: tuple[int, int] | None = None) -> list[Pin]:
     if not path.is_file():
         raise LightningDiTError(f"{path} is not there", "fetch the project again (git clone)")
     pins: list[Pin] = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, text in enumerate(read_text(path).splitlines(), 1):
         line = text.split(" #")[0].strip()
         if not line or line.startswith("#"):
             continue
@@ -137,21 +228,47 @@ def pinned(pins: list[Pin], name: str, source: Path) -> str:
     raise LightningDiTError(f"{source} pins no {name}", "fetch the project again (git clone)")
 
 
-def make_rows(pins: list[Pin], decision: Decision, faults: dict[str, str]) -> list[Row]:
+def make_rows(
+    pins: list[Pin], decision: Decision, faults: dict[str, str], ranges: Mapping[str, str] | None = None
+) -> list[Row]:
     """Compare pins with what is installed; torch and the packages that go with it are as decided.
 
     Args:
         faults: why an installed distribution does not import, by name; empty if it does.
+        ranges: versions that will do as well as the pinned one, by name; by default none will.
     """
     decided = {"torch": decision.torch, "torchvision": decision.torchvision, "numpy": decision.numpy}
     rows = []
     for pin in pins:
-        wanted = decided.get(pin.name) or pin.version
-        row = Row(pin.name, pin.version, wanted, installed_version(pin.name), faults.get(pin.name, ""))
-        if row.name in ("torch", "torchvision") and decision.action == REPLACE and row.met:
-            row = replace(row, fault=decision.reason)  # the right version, but not the build for this machine
-        rows.append(row)
-    return rows
+        wanted, installed = decided.get(pin.name) or pin.version, installed_version(pin.name)
+        tested = (ranges or {}).get(pin.name, "")
+        row = Row(pin.name, pin.version, wanted, installed, tested, faults.get(pin.name, ""))
+        rows.append(_as_decided(row, decision))
+    leaving = {row.name for row in rows if not row.met}
+    return [_unless_others_need_it(row, leaving) for row in rows]
+
+
+def _as_decided(row: Row, decision: Decision) -> Row:
+    """Return the row of torch, torchvision or numpy with what the decision about torch means for it."""
+    if row.name == "numpy" and decision.numpy:
+        row = replace(row, wanted=f"{row.tested.split(',')[0]},{decision.numpy}".lstrip(","))
+        if row.works and not satisfies(str(row.installed), decision.numpy):
+            return replace(row, fault=f"torch {decision.torch} works with numpy{decision.numpy} alone")
+    if row.name in ("torch", "torchvision"):
+        if decision.action == REPLACE and row.met:  # the right version, but not the build for this machine
+            return replace(row, fault=decision.reason)
+        if row.name == "torchvision" and not satisfies(row.installed or "", vision_of(decision.torch)):
+            return replace(row, tested="")  # it belongs to another torch
+        if decision.action == KEEP and row.works and not row.in_range:
+            return replace(row, kept="it works on this machine")
+    return row
+
+
+def _unless_others_need_it(row: Row, leaving: Set[str]) -> Row:
+    """Return a row whose version stays if the wanted one breaks what another package requires that itself stays."""
+    if row.met or row.in_range or not row.works or row.wanted != row.pinned:
+        return row
+    return replace(row, kept=conflicts.who_needs(row.name, str(row.installed), row.wanted, leaving))
 
 
 def constraint_text(rows: list[Row]) -> str:
@@ -235,7 +352,7 @@ def calls(rows: list[Row], forced: list[Row]) -> list[Call]:
 
 def put_right(rows: list[Row], forced: list[Row], sources: tuple[Source, ...]) -> None:
     """Install what is lacking; requirements and constraints together hold every version of the profile. Raise
-    InstallError if the disk is too small or pip failed. For `forced` see `calls`.
+    InstallError if the disk is too small or pip failed, then nothing has changed. For `forced` see `calls`.
     """
     pip_calls.require_pip()
     for source in sources:
@@ -243,6 +360,13 @@ def put_right(rows: list[Row], forced: list[Row], sources: tuple[Source, ...]) -
         if all(_install(call, rows, source) for call in calls(rows, forced)):
             return
         print("The attached wheels do not suffice; asking the package index too")
+
+
+def put_some_right(rows: list[Row], source: Source) -> None:
+    """Install each lacking package alone, as far as the source has it; without torch, which goes with the others."""
+    lacking = [row for row in rows if not row.met and row.name not in ("torch", "torchvision")]
+    for row in lacking if len(lacking) > 1 else ():
+        _install(Call([row], ("--retries", "0", "--timeout", "5")), rows, replace(source, last=False))
 
 
 def _install(call: Call, rows: list[Row], source: Source) -> bool:

@@ -8,21 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from setup_steps.install import read_pins
-from setup_steps.machine import installed_version
 from setup_steps.project import PROJECT, interpreter
 
 #: The name of the tests' interpreter in the steps' messages: `.venv/bin/python` if it is that one.
 PYTHON = interpreter()
-NOT_AS_PINNED = [
-    pin.name
-    for pin in read_pins(PROJECT / "requirements.txt")
-    if (installed_version(pin.name) or "").split("+")[0] != pin.version
-]
-#: For a test in which step 1 must find nothing to install.
-needs_the_pins = pytest.mark.skipif(bool(NOT_AS_PINNED), reason=f"not as in requirements.txt: {NOT_AS_PINNED}")
 
 
 def copy_project(target: Path, *names: str) -> Path:
@@ -30,7 +19,7 @@ def copy_project(target: Path, *names: str) -> Path:
     target.mkdir(parents=True, exist_ok=True)
     scripts = [path.name for path in PROJECT.glob("*.py")]
     skipped = shutil.ignore_patterns("__pycache__", "demo_images", "demo_output")
-    pins = [path.name for path in PROJECT.glob("requirements*.txt")]
+    pins = [path.name for path in (*PROJECT.glob("requirements*.txt"), PROJECT / "pyproject.toml")]
     for name in (*scripts, *pins, "setup_steps", "LightningDiT", *names):
         source = PROJECT / name
         if source.is_dir():

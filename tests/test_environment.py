@@ -17,7 +17,7 @@ import pytest
 
 import step1_install_environment as step1
 from LightningDiT.errors import LightningDiTError
-from setup_steps import environment, install, machine, pip_calls, releases
+from setup_steps import conflicts, environment, install, machine, pip_calls, releases
 from setup_steps.environment import Profile, State
 from setup_steps.install import Pin, Row
 from setup_steps.machine import Gpu, Machine, Probe, TorchFacts
@@ -29,6 +29,7 @@ from tests.wheels import make_nvidia_smi, make_torch, make_wheel
 STOCK = ("2.14.1", "0.29.1", "13.0", "sm_75", "sm_80", "compute_120")
 LEGACY = ("2.7.1", "0.22.1", "12.6", "sm_50", "sm_60", "sm_70")
 PINS = "torch==2.14.1\ntorchvision==0.29.1\ntinyprobe==2.0\n"
+RANGES = ("torch>=2.2.0,<2.15", "torchvision>=0.17.0,<0.30", "tinyprobe>=1.5,<2.1", "accelerate>=1.0,<1.16")
 WORKING = Probe(TorchFacts("2.14.1", True), {})
 
 
@@ -38,6 +39,7 @@ class Place:
     def __init__(self, root: Path) -> None:
         self.root, self.folder, self.wheels = root, copy_project(root / "copy"), root / "wheels"
         (self.folder / "requirements.txt").write_text(PINS)
+        (self.folder / "pyproject.toml").write_text("".join(f'"{line}",\n' for line in RANGES))
         subprocess.run([sys.executable, "-m", "venv", str(root / "env")], check=True)
         self.python = str(root / "env" / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python"))
         make_nvidia_smi(root / "bin", "Tesla P100-PCIE-16GB, 6.0, 16269, 580.65.06")
@@ -59,6 +61,11 @@ class Place:
         subprocess.run(
             [self.python, "-m", "pip", "-q", *arguments], check=True, env={**os.environ, "PIP_NO_INDEX": "1"}
         )
+
+    def installed(self, name: str) -> str | None:
+        """The version of a package in the environment, by its metadata's folder."""
+        versions = [path.name.split("-")[1] for path in (self.root / "env").rglob(f"{name}-*.dist-info")]
+        return versions[0].removesuffix(".dist") if versions else None
 
     @property
     def report(self) -> dict:
@@ -131,9 +138,80 @@ def test_step1_installs_checks_and_repairs_in_a_fresh_environment(place: Place) 
     assert module.read_text() == "version = '2.0'\n"
 
     (place.folder / "requirements.txt").write_text(PINS.replace("=2.0", "=3.0"))
-    failed = place.step(*wheels)
+    failed = place.step("--profile", "current", *wheels)
     assert failed.returncode == 1
     assert "tinyprobe==3.0: tinyprobe==3.0 is not available" in failed.stderr.splitlines()[-1]
+
+
+def test_what_is_there_is_taken_if_it_is_tested_or_works(place: Place) -> None:
+    """Versions inside and outside the ranges, offline and with some wheels, beside packages that need others."""
+    (place.root / "bin" / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+    (place.folder / "requirements.txt").write_text(f"{PINS}accelerate==1.15.0\n")
+    make_torch(place.wheels, "2.14.1", "0.29.1", "13.0", "sm_60")
+    make_wheel(place.wheels, "tinyuser", "1.0", "", "tinyprobe<1.5")
+    make_wheel(place.wheels, "accelerate", "1.2.1", "")
+    given = ("--find-links", str(place.wheels))
+    place.pip("install", *given, "torch", "torchvision", "tinyprobe==1.0")
+
+    # Nothing can be installed, and all that steps 2 to 4 need imports.
+    offline = place.step()
+    assert (offline.returncode, offline.stdout.splitlines()[-1]) == (0, "Next: python step2_download_models.py")
+    warnings = [line for line in offline.stdout.splitlines() if line.startswith("warning: ")]
+    assert warnings[0].startswith("warning: not all could be installed: pip ended with code 1 while it installed tiny")
+    assert warnings[1:] == [
+        "warning: tinyprobe 1.0 is outside the tested range >=1.5,<2.1 and imports, tinyprobe==2.0 is wanted; "
+        "fix: python -m pip install tinyprobe==2.0",
+        "warning: accelerate is missing: several processes at once (torchrun) do not work; "
+        "fix: python -m pip install accelerate==1.15.0",
+    ]
+    assert [f"warning: {warning}" for warning in place.report["warnings"]] == warnings
+    states = {name: row["state"] for name, row in place.report["packages"].items()}
+    assert states == {
+        "torch": "right",
+        "torchvision": "right",
+        "tinyprobe": "outside the tested range >=1.5,<2.1",
+        "accelerate": "accelerate==1.15.0 is wanted (not needed by steps 2 to 4)",
+    }
+    check = place.step("--check-only")
+    assert (check.returncode, [line for line in check.stdout.splitlines() if line in warnings]) == (0, warnings[1:])
+    assert place.step("--check-only", "--profile", "current").returncode == 1
+
+    # The wheels have one of the two.
+    some = place.step("--wheels", str(place.wheels))
+    assert (some.returncode, place.installed("tinyprobe"), place.installed("accelerate")) == (0, "2.0", None)
+    assert warnings[2] in some.stdout
+
+    # An installed package needs the version outside the range; the other lies inside.
+    place.pip("install", *given, "tinyuser", "tinyprobe==1.0", "accelerate")
+    kept = place.step("--wheels", str(place.wheels))
+    assert (kept.returncode, place.installed("tinyprobe")) == (0, "1.0")
+    assert "; nothing to install" in kept.stdout
+    (line,) = (line for line in kept.stdout.splitlines() if line.startswith("warning: "))
+    assert line.startswith(
+        "warning: tinyprobe 1.0 is outside the tested range >=1.5,<2.1 and stays, because tinyuser 1.0 requires "
+        "tinyprobe<1.5; fix: "
+    )
+    assert place.constraints == ["torch==2.14.1", "torchvision==0.29.1", "tinyprobe==1.0", "accelerate==1.2.1"]
+
+    # What the wanted version brings breaks what another package requires.
+    place.pip("uninstall", "-y", "tinyuser")
+    more = place.root / "more"
+    make_wheel(more, "helper", "1.0", "")
+    make_wheel(more, "helper", "2.0", "")
+    make_wheel(more, "holder", "1.0", "", "helper<2")
+    make_wheel(more, "tinyprobe", "2.0", "", "helper>=2")
+    place.pip("install", "--find-links", str(more), "holder")
+    broken = place.step("--wheels", str(more))
+    assert (broken.returncode, place.installed("helper")) == (0, "2.0")
+    (line,) = (line for line in broken.stdout.splitlines() if line.startswith("warning: "))
+    assert line.startswith(
+        "warning: holder 1.0 has requirement helper<2, but you have helper 2.0 (a package that step 1"
+    )
+
+    # What steps 2 to 4 need is an error if it is missing.
+    place.pip("uninstall", "-y", "tinyprobe")
+    gone = place.step()
+    assert (gone.returncode, gone.stderr.splitlines()[-1].startswith("error: pip ended with code 1")) == (1, True)
 
 
 @pytest.mark.skipif(
@@ -275,6 +353,8 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[TorchFacts, str], tu
         monkeypatch.setattr(module, "installed_version", {"torch": "2.14.1", "torchvision": "0.29.1"}.get)
     monkeypatch.setattr(pip_calls, "attached_folder", lambda: None)
     monkeypatch.setattr(install, "free_bytes", lambda folder: 0)
+    monkeypatch.setattr(install, "refuse_unfit_process", lambda rows: None)
+    monkeypatch.setattr(conflicts, "broken_requirements", set)
     return found
 
 

@@ -19,7 +19,7 @@ from LightningDiT.metrics.judge import load_judge
 from setup_steps import weights
 from tests.conftest import BUNDLED, PROJECT
 from tests.hub_server import Fault, running_hub
-from tests.project_copy import copy_project, needs_the_pins
+from tests.project_copy import copy_project
 
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
@@ -140,7 +140,6 @@ def assert_shows_ten_classes(book: nbformat.NotebookNode, ident: str, file: Path
     assert sum(one == label for label, one in enumerate(seen)) >= 8
 
 
-@needs_the_pins
 def test_offline_with_the_project_among_read_only_inputs(kaggle: Kaggle) -> None:
     """Every cell passes without a network, and statistics that were emptied in between are repaired."""
     place_project(kaggle.inputs / "datasets" / "someone" / "light ning" / "my project 图像")
@@ -166,7 +165,6 @@ def test_offline_with_the_project_among_read_only_inputs(kaggle: Kaggle) -> None
     torch.testing.assert_close(repaired, good)
 
 
-@needs_the_pins
 def test_online_the_files_come_from_the_hub(kaggle: Kaggle, published: dict[str, bytes]) -> None:
     """Three files by the real client, each large one cut in the middle and resumed; the repair from the hub."""
     project = place_project(kaggle.working / "my project 图像")
@@ -194,7 +192,6 @@ def test_online_the_files_come_from_the_hub(kaggle: Kaggle, published: dict[str,
     assert_shows_ten_classes(book, "picture4b", project / "LightningDiT" / "demo_output" / "demo_grid.png")
 
 
-@needs_the_pins
 def test_a_step_that_fails_stops_the_notebook_with_its_line(kaggle: Kaggle) -> None:
     project = place_project(kaggle.working / "project")
     (project / "models" / "fashion-mnist" / "transformer.safetensors").write_bytes(b"")

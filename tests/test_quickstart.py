@@ -23,7 +23,7 @@ from LightningDiT.errors import LightningDiTError
 from setup_steps import project as own
 from setup_steps import weights
 from tests.hub_server import running_hub
-from tests.project_copy import copy_project, needs_the_pins, run_script
+from tests.project_copy import copy_project, run_script
 from tests.wheels import make_wheel
 
 PLAIN_PYTHON = str(Path(getattr(sys, "_base_executable", sys.executable)).resolve())
@@ -368,7 +368,6 @@ def test_ctrl_c_lets_the_step_put_things_in_order_and_a_rerun_goes_on(project: P
     assert len(calls(project)) == 4
 
 
-@needs_the_pins
 def test_the_second_run_needs_no_network_and_installs_nothing(tmp_path: Path, made_venv: Path) -> None:
     """The real steps, twice, from a plain Python to the pictures; the first run has one package to install,
     from an attached wheel.
