@@ -9,39 +9,55 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from setup_steps import project, samples, weights
 
+if TYPE_CHECKING:
+    from LightningDiT.distributed import Processes
+
+SCRIPT = "step4_demo_inference.py"
 OUTPUT = project.PROJECT / "LightningDiT" / "demo_output"
 GRID = "demo_grid.png"
 REPORT = "report.html"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    from LightningDiT.sampling.options import add_gpus_option
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FOLDER")
+    add_gpus_option(parser)
     parser.add_argument("--dry-run", action="store_true", help="only print the resolved settings")
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
+def plan() -> samples.Plan:
     from LightningDiT.sampling.options import demo_classes
 
-    print("Step 4, simple form: sampling with the defaults")
     config = samples.configured(project.CONFIG if project.CONFIG.exists() else weights.BUNDLED / "config.yaml")
-    classes = demo_classes(config.data.num_classes)
-    demo = samples.sample(config, classes, 0, args.output, GRID, samples.TIME_BUDGET, args.dry_run)
-    if demo:
-        from LightningDiT.sampling.demo import write_report
+    return config, demo_classes(config.data.num_classes)
 
-        samples.copy_by_name(demo)
-        report = write_report(demo, demo.grid.with_name(REPORT))
-        print(f"{demo.summary()}\nreport: {report}")
-        print(f"Next: open the report in a browser; choose classes: {project.step_command(project.STEP4, '--help')}")
-    return 0
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+
+    def run(planned: samples.Plan, processes: Processes) -> None:
+        processes.say("Step 4, simple form: sampling with the defaults")
+        demo = samples.sample(planned, 0, args.output / GRID, samples.TIME_BUDGET, args.dry_run, processes)
+        if demo and processes.is_main:
+            from LightningDiT.sampling.demo_report import copy_by_name, write_report
+
+            copy_by_name(demo)
+            elsewhere = [] if args.output == OUTPUT else ["--output", str(demo.grid.parent)]
+            report = write_report(demo, demo.grid.with_name(REPORT), project.step_command(SCRIPT, *elsewhere))
+            print(f"{demo.summary()}\nreport: {report}")
+            more = project.step_command(project.STEP4, "--help")
+            print(f"Next: open the report in a browser; choose classes: {more}")
+
+    return samples.run_shared([SCRIPT, *(sys.argv[1:] if argv is None else argv)], args, plan, run)
 
 
 if __name__ == "__main__":

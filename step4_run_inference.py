@@ -6,10 +6,14 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from setup_steps import project, samples
+
+if TYPE_CHECKING:
+    from LightningDiT.distributed import Processes
 
 OUTPUT = project.PROJECT / "LightningDiT" / "demo_images"
 GRID = "demo_samples.png"
@@ -31,14 +35,18 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     from LightningDiT.sampling.options import classes_of
 
-    print("Step 4: sampling")
-    config = samples.configured(args.config, args)
-    classes = classes_of(args, config.data.num_classes)
-    demo = samples.sample(config, classes, args.seed, args.output, GRID, args.time_budget, args.dry_run)
-    if demo:
-        more = project.step_command(project.STEP4, "--help")
-        print(f"{demo.summary()}\nNext: look at the grid; --classes, --count, --seed and more: {more}")
-    return 0
+    def plan() -> samples.Plan:
+        config = samples.configured(args.config, args)
+        return config, classes_of(args, config.data.num_classes)
+
+    def run(planned: samples.Plan, processes: Processes) -> None:
+        processes.say("Step 4: sampling")
+        demo = samples.sample(planned, args.seed, args.output / GRID, args.time_budget, args.dry_run, processes)
+        if demo:
+            more = project.step_command(project.STEP4, "--help")
+            processes.say(f"{demo.summary()}\nNext: look at the grid; --classes, --count, --seed and more: {more}")
+
+    return samples.run_shared([project.STEP4, *(sys.argv[1:] if argv is None else argv)], args, plan, run)
 
 
 if __name__ == "__main__":

@@ -1,31 +1,57 @@
-"""The only module that knows kinds of devices: choice, precision, memory."""
+"""The only module that knows kinds of devices: choice, precision, memory, and what makes them fast."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
+import platform
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from LightningDiT.errors import LightningDiTError, first_line
+from LightningDiT.files import read_text
 
 #: Precisions by their names in settings and on command lines.
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HALF_PRECISIONS = (torch.bfloat16, torch.float16)
 NATIVE_BF16 = (8, 0)  # compute capability from which bfloat16 is native and not emulated
+TRITON_NEEDS = (7, 0)  # compute capability
+#: torch's kernels of `scaled_dot_product_attention` by our names.
+ATTENTION_KERNELS = {
+    "cudnn": "CUDNN_ATTENTION",
+    "flash": "FLASH_ATTENTION",
+    "efficient": "EFFICIENT_ATTENTION",
+    "math": "MATH",
+}
+WARM_UPS = 3  # calls before a recording, in which libraries choose their kernels and allocate what they keep
+_RECORDING = threading.Lock()
 
 
 def best_device() -> torch.device:
-    """Return the GPU of this process if this torch has kernels for it, else the CPU.
+    """Return the first GPU that runs this torch's kernels, else the CPU.
 
-    It is the first GPU, or with several processes of a launcher that of the local rank; processes share GPUs if there
-    are too few.
+    With several processes of a launcher it is the GPU of the local rank; processes share GPUs if there are too few.
     """
-    local_rank = os.environ.get("LOCAL_RANK")
-    gpu = torch.device("cuda")
-    if local_rank and torch.cuda.device_count():
-        gpu = torch.device("cuda", int(local_rank) % torch.cuda.device_count())
-    return gpu if _gpu_works(gpu) else torch.device("cpu")
+    count, local_rank = gpu_count(), os.environ.get("LOCAL_RANK")
+    numbers = [int(local_rank) % count] if local_rank and count else range(count)
+    working = (gpu for gpu in map(gpu_device, numbers) if gpu_failure(gpu) is None)
+    return next(working, torch.device("cpu"))
+
+
+def gpu_count() -> int:
+    """Return the number of GPUs that this process sees, without a context on any of them."""
+    return torch.cuda.device_count()
+
+
+def gpu_device(number: int) -> torch.device:
+    """Return the GPU of a number from 0."""
+    return torch.device("cuda", number)
 
 
 def usable_device(name: torch.device | str) -> torch.device:
@@ -60,6 +86,15 @@ def gpu_name(device: torch.device) -> str | None:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
 
+def processor_name() -> str:
+    """Return the processor's name as the system states it."""
+    names: list[str] = []
+    with contextlib.suppress(OSError, UnicodeError):
+        lines = read_text("/proc/cpuinfo").splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def gpu_peak_bytes(device: torch.device) -> int | None:
     """Return the peak bytes of this process's tensors on a GPU; None for the CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
@@ -79,6 +114,101 @@ def set_gpu_random_states(states: list[torch.Tensor]) -> None:
 def gpu_free_bytes(device: torch.device) -> int | None:
     """Return the free bytes of a GPU's memory; None for the CPU."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """What a device, and the torch on this machine, can do.
+
+    Attributes:
+        name: of the GPU, or `CPU`.
+        capability: compute capability of a GPU; None for the CPU.
+        torch: version of torch.
+        no_graphs, no_compiler: why computations cannot be recorded, or compiled; empty if they can.
+    """
+
+    name: str
+    capability: tuple[int, int] | None
+    torch: tuple[int, int]
+    no_graphs: str = ""
+    no_compiler: str = ""
+
+
+def abilities(device: torch.device) -> Abilities:
+    """Return what `device` can do."""
+    major, minor = torch.__version__.split(".")[:2]
+    version = (int(major), int(minor))
+    if device.type != "cuda":
+        usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+        compiler = os.environ.get("CXX", usual)
+        lacking = "" if shutil.which(compiler) else f"there is no C++ compiler {compiler}"
+        return Abilities("CPU", None, version, "graphs need a GPU", lacking)
+    capability = torch.cuda.get_device_capability(device)
+    lacking = "" if importlib.util.find_spec("triton") else "Triton is not installed"
+    if capability < TRITON_NEEDS:
+        lacking = "Triton needs a GPU of capability 7.0"
+    return Abilities(torch.cuda.get_device_name(device), capability, version, "", lacking)
+
+
+class Recording:
+    """A computation on tensors of fixed shapes, recorded as a CUDA graph in a memory pool of its own.
+
+    A call copies its arguments to where the recorded kernels read, and runs these. The result lies in the same memory
+    after every call, so the caller copies what it keeps. The kernels read weights from where they lay during the
+    recording. One thread at a time may call.
+
+    Args:
+        function: computes without asking for a value of the device.
+        inputs: tensors of the shapes of all later calls, on one device.
+
+    Raises:
+        RuntimeError: the computation cannot be recorded, or memory runs out.
+    """
+
+    def __init__(self, function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor]) -> None:
+        self._inputs = [value.clone() for value in inputs]
+        self._graph = torch.cuda.CUDAGraph()
+        with _RECORDING, torch.cuda.device(self._inputs[0].device):
+            self._stream = torch.cuda.current_stream()
+            side = torch.cuda.Stream()
+            side.wait_stream(self._stream)
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UPS):
+                    function(*self._inputs)
+            # other threads may allocate meanwhile
+            with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
+                self._output = function(*self._inputs)
+            self._stream.wait_stream(side)
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        with torch.cuda.device(self._inputs[0].device):
+            stream = torch.cuda.current_stream()
+            if stream != self._stream:  # there, what copies the last result may still run
+                stream.wait_stream(self._stream)
+                self._stream = stream
+            for own, given in zip(self._inputs, inputs, strict=True):
+                own.copy_(given, non_blocking=True)
+            self._graph.replay()
+        return self._output
+
+
+def attention_by(kernel: str | None) -> contextlib.AbstractContextManager[object]:
+    """Return the context in which attention computes by a kernel of `ATTENTION_KERNELS` alone; None: torch chooses."""
+    if kernel is None:
+        return contextlib.nullcontext()
+    try:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+    except ImportError:  # torch before 2.3
+        names = {"flash": "enable_flash", "math": "enable_math", "efficient": "enable_mem_efficient"}
+        return torch.backends.cuda.sdp_kernel(**{option: name == kernel for name, option in names.items()})
+    return sdpa_kernel(getattr(SDPBackend, ATTENTION_KERNELS[kernel]))
+
+
+def numeric_switches() -> tuple[object, ...]:
+    """Return the state of torch's switches that give the same computation other kernels."""
+    matmul = torch.backends.cuda.matmul
+    tf32 = getattr(matmul, "fp32_precision", None) or matmul.allow_tf32
+    return tf32, torch.is_autocast_enabled(), torch.are_deterministic_algorithms_enabled()
 
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
@@ -127,11 +257,9 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     return torch.autocast(device.type, dtype=dtype)
 
 
-def _gpu_works(gpu: torch.device) -> bool:
-    """Return whether `gpu` runs one real kernel: `is_available` is true even if its kernels are missing."""
-    if not torch.cuda.is_available():
-        return False
+def gpu_failure(gpu: torch.device) -> str | None:
+    """Return why `gpu` does not run a real kernel, None if it does: `is_available` is true without kernels too."""
     try:
-        return float(torch.ones(2, device=gpu).sum()) == 2.0
-    except RuntimeError:
-        return False
+        return None if float(torch.ones(2, device=gpu).sum()) == 2.0 else "it adds 1 and 1 wrongly"
+    except (RuntimeError, AssertionError) as error:
+        return first_line(error)

@@ -1,13 +1,15 @@
 """Several processes that share one run: the rank of this one, and what they exchange.
 
-`accelerate launch` and `torchrun` put the number of processes into the environment. One process needs neither, and
-accelerate is imported only for more than one.
+`accelerate launch`, `torchrun` and LightningDiT/sampling/all_gpus.py put the number of processes into the environment.
+One process needs none of them, and accelerate is imported only for more than one.
 """
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 
 PATIENCE = timedelta(days=7)  # how long a process waits for another: batches of a large model on a CPU take hours
 SETTLING = 0.1  # seconds in which the threads of an exchange end it
+#: Variable of processes whose standard input ends with the process that started them and tells what became of them.
+LIFELINE = "LIGHTNINGDIT_LIFELINE"
+LOST = 3  # exit code of one that has lost another
 
 T = TypeVar("T")
 
@@ -124,6 +129,8 @@ def launched_processes(on_gpus: bool = False) -> Iterator[Processes]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
+    if LIFELINE in os.environ:
+        threading.Thread(target=_follow, daemon=True).start()
     try:
         from accelerate import PartialState
 
@@ -147,6 +154,14 @@ def launched_processes(on_gpus: bool = False) -> Iterator[Processes]:
     finally:
         if ended_well or not on_gpus:  # GPUs may still wait for a dead process
             _end_group()
+
+
+def _follow() -> None:
+    """Take the end of standard input as Ctrl-C."""
+    with contextlib.suppress(OSError):
+        while os.read(0, 1):
+            pass
+    _thread.interrupt_main()
 
 
 def _end_group() -> None:
@@ -173,6 +188,8 @@ def _exchange(action: Callable[[], T]) -> T:
     try:
         return action()
     except RuntimeError as error:
+        if LIFELINE in os.environ:
+            raise SystemExit(LOST) from error
         raise LightningDiTError(
             f"another process of this run has ended ({first_line(error)})", "read its messages, then start all again"
         ) from error

@@ -2,8 +2,8 @@
 
 `--demo` writes one grid of a few classes to demo_images/demo_samples.png beside this file. Without it,
 `--num-samples` images of random classes go to a folder; the same command continues a run that was stopped.
-`python inference.py` inside this folder does the same. Several processes share a run when started by
-`torchrun --nproc-per-node 2 -m LightningDiT.inference ...` or `accelerate launch -m LightningDiT.inference ...`.
+`python inference.py` inside this folder does the same. All GPUs that work share the images; `torchrun` and `accelerate
+launch` share them among the processes that they start.
 """
 
 from __future__ import annotations
@@ -89,10 +89,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, build, run."""
     args = parse(argv)
     from LightningDiT.distributed import launched_processes
+    from LightningDiT.sampling.all_gpus import run_on_all_gpus
 
+    command = ["-m", "LightningDiT.inference", *(sys.argv[1:] if argv is None else argv)]
+    code = run_on_all_gpus(command, args, lambda: planned(args))
+    if code is not None:
+        return code
     with launched_processes() as processes:
-        config = processes.agree(lambda: apply_options(load_config(args.config), args))
-        return run_demo(config, args, processes) if args.demo else run_folder(config, args, processes)
+        config, count = processes.agree(lambda: planned(args))
+        return run_demo(config, args, processes) if args.demo else run_folder(config, args, processes, count)
+
+
+def planned(args: argparse.Namespace) -> tuple[Config, int]:
+    """Return the settings and the number of images."""
+    config = apply_options(load_config(args.config), args)
+    count = args.num_samples or args.count  # asked for first: no list of as many classes is made
+    if args.demo and not count:
+        count = len(classes_of(args, config.data.num_classes))
+    return config, count or config.sample.fid_num
 
 
 def run_demo(config: Config, args: argparse.Namespace, processes: Processes) -> int:
@@ -113,14 +127,13 @@ def run_demo(config: Config, args: argparse.Namespace, processes: Processes) -> 
     return 0
 
 
-def run_folder(config: Config, args: argparse.Namespace, processes: Processes) -> int:
+def run_folder(config: Config, args: argparse.Namespace, processes: Processes, count: int) -> int:
     """Sample many images into a folder, from where an earlier run stopped."""
     from LightningDiT.sampling.dry_run import check_run
     from LightningDiT.sampling.pipeline import LightningDiTPipeline
     from LightningDiT.sampling.preview import Preview
     from LightningDiT.sampling.resumable_run import UNFINISHED, sample_run, write_samples
 
-    count = args.num_samples or args.count or config.sample.fid_num
     output = Path(args.output or HERE.parent / "output" / "samples")
     file = Path(args.npz or _beside(output, ".npz")) if args.npz is not None else None
     processes.say(describe_settings(config, count, output))

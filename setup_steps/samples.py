@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from LightningDiT.files import atomic_path, check_space, require_writable
-from setup_steps.project import absolute
+from LightningDiT.console import OK
+from LightningDiT.files import check_space, require_writable
+from setup_steps.project import PROJECT, absolute
 
 if TYPE_CHECKING:
     from LightningDiT.config import Config
+    from LightningDiT.distributed import Processes
     from LightningDiT.sampling.demo import Demo
+
+    #: Settings and classes of a run.
+    Plan = tuple[Config, list[int | str]]
 
 TIME_BUDGET = 30.0  # minutes
 
@@ -27,33 +31,50 @@ def configured(path: Path, args: argparse.Namespace | None = None) -> Config:
     return apply_options(config, args) if args else config
 
 
-def sample(
-    config: Config, classes: Sequence[int | str], seed: int, output: Path, grid: str, minutes: float, dry_run: bool
-) -> Demo | None:
-    """Print the settings, then sample one image per class and their grid into a folder; None after a dry run.
+def run_shared(
+    command: Sequence[str],
+    args: argparse.Namespace,
+    plan: Callable[[], Plan],
+    run: Callable[[Plan, Processes], None],
+) -> int:
+    """Call `run` with the result of `plan` in a process for each GPU that works, or here, and return the exit code.
+
+    Args:
+        command: script of the step and its arguments.
+        args: `gpus` and `dry_run` of the command line.
+    """
+    from LightningDiT.distributed import launched_processes
+    from LightningDiT.sampling.all_gpus import run_on_all_gpus
+
+    def count() -> tuple[Config, int]:
+        config, classes = plan()
+        return config, len(classes)
+
+    script, *options = command
+    code = run_on_all_gpus([str(PROJECT / script), *options], args, count)
+    if code is None:
+        with launched_processes() as processes:
+            run(processes.agree(plan), processes)
+    return OK if code is None else code
+
+
+def sample(plan: Plan, seed: int, grid: Path, minutes: float, dry_run: bool, processes: Processes) -> Demo | None:
+    """Print the settings, then sample one image per class and write their grid; None after a dry run.
 
     Raises:
         LightningDiTError: see `sample_demo`; a dry run finds what the run would.
     """
     from LightningDiT.sampling.options import describe_settings
 
-    folder = absolute(output)
-    check_space(folder, len(classes), config.data.image_size)
-    print(describe_settings(config, len(classes), folder / grid))
+    config, classes = plan
+    folder = absolute(grid.parent)
+    processes.from_main(lambda: check_space(folder, len(classes), config.data.image_size))
+    processes.say(describe_settings(config, len(classes), folder / grid.name))
     from LightningDiT.sampling.demo import sample_demo
     from LightningDiT.sampling.dry_run import check_run
 
     if dry_run:
-        check_run(config, classes)
+        processes.from_main(lambda: check_run(config, classes))
         return None
-    require_writable(folder)
-    return sample_demo(config, classes, seed, folder, grid, minutes)
-
-
-def copy_by_name(demo: Demo) -> None:
-    """Copy each image that is there beside the grid, under its number and the name of its class."""
-    for path, caption in zip(demo.run.paths, demo.captions, strict=True):
-        if path is not None:
-            name = "".join(letter if letter.isalnum() else "_" for letter in caption)
-            with atomic_path(demo.grid.parent / f"{int(path.stem):02d}_{name}.png") as fresh:
-                shutil.copyfile(path, fresh)
+    processes.from_main(lambda: require_writable(folder))
+    return sample_demo(config, classes, seed, folder, grid.name, minutes, processes)

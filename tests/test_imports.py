@@ -19,7 +19,7 @@ GROUND: dict[str, set[str]] = {
     "seeds": set(),
     "console": {"errors"},
     "files": {"console", "errors"},
-    "device": {"errors"},
+    "device": {"errors", "files"},
     "compiling": {"errors"},
     "distributed": {"console", "errors"},
     "config": {"errors", "files"},

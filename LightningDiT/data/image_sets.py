@@ -32,7 +32,7 @@ from LightningDiT.images import centre_crop
 
 FASHION_MNIST = "FashionMNIST"
 MANIFEST = "manifest.json"  # of a sampling run, beside its images
-OWN_FILES = (MANIFEST, "images.sha256")  # of a run of sampling, beside its images
+OWN_FILES = (MANIFEST, "images.sha256", "made.json")  # of a run of sampling, beside its images
 AGAIN = "delete it, and run the command again"  # the fix for a damaged image that a program has made
 LISTED = 5  # folders in a note
 MOST_READERS = 16  # threads that read images by default, at most

@@ -2,34 +2,87 @@
 
 from __future__ import annotations
 
-import base64
-import html
+import contextlib
+import json
+import math
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from LightningDiT.config import Config
 from LightningDiT.console import duration
 from LightningDiT.data.image_files import open_image
+from LightningDiT.device import gpu_name, processor_name
 from LightningDiT.distributed import ALONE, Processes
-from LightningDiT.files import read_bytes, write_text
+from LightningDiT.files import read_json, write_text
 from LightningDiT.images import image_grid, save_png
-from LightningDiT.sampling.options import describe_settings
 from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from LightningDiT.sampling.preview import Preview
 from LightningDiT.sampling.resumable_run import UNFINISHED, RunResult, manifest_of, run_name, sample_run
 
-REPORT_STYLE = (
-    "body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;color:#222}"
-    "figure{display:inline-block;margin:.4rem;text-align:center}"
-    "figure img{width:128px;image-rendering:pixelated;border-radius:4px}figcaption{font-size:.85rem}"
-    "pre{background:#f4f4f4;padding:1rem;white-space:pre-wrap}"
-)
+RECORD = "made.json"  # beside the images: who made them when, and their copies
 MOST_COLUMNS = 12  # of a grid with a class in each column
 GAP_COLOUR = (200, 200, 200)
+
+
+@dataclass(frozen=True)
+class Session:
+    """A call that made images of a run.
+
+    Attributes:
+        date: its end, ISO 8601 in local time.
+        images: that it made.
+        seconds: of sampling and decoding them.
+        load_seconds: from the call to the first sampling step.
+        nfe: evaluations of the velocity for each image.
+        device: GPU, or processor and number of its threads; of all processes.
+        torch: its version.
+        precision: of the transformer.
+    """
+
+    date: str
+    images: int
+    seconds: float
+    load_seconds: float
+    nfe: int
+    device: str
+    torch: str
+    precision: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is kept beside the images of a run for its later calls.
+
+    Attributes:
+        sessions: the calls that made the images.
+        copies: digest of each copy in the folder above, by its name.
+    """
+
+    sessions: list[Session] = field(default_factory=list)
+    copies: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path) -> Record:
+        """Return the record in a run's folder; an empty one if there is none or it is damaged."""
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError):
+            content = read_json(folder / RECORD)
+            kinds = {"images": int, "seconds": float, "load_seconds": float, "nfe": int}
+            rows = [{name: kinds.get(name, str)(value) for name, value in row.items()} for row in content["sessions"]]
+            if not all(0 <= row["seconds"] < math.inf and 0 <= row["load_seconds"] < math.inf for row in rows):
+                raise ValueError
+            return cls([Session(**row) for row in rows], {str(name): str(of) for name, of in content["copies"].items()})
+        return cls()
+
+    def write(self, folder: Path) -> None:
+        """Write the record into a run's folder."""
+        write_text(folder / RECORD, json.dumps(asdict(self), indent=1) + "\n")
 
 
 @dataclass(frozen=True)
@@ -42,6 +95,9 @@ class Demo:
         run: the images' files, time and evaluations.
         grid: the grid's file.
         load_seconds: from the call to the first sampling step.
+        seed: of the noise.
+        folder: of the run, with its images.
+        sessions: the calls that made the images, as far as they are known.
     """
 
     config: Config
@@ -49,15 +105,22 @@ class Demo:
     run: RunResult
     grid: Path
     load_seconds: float
+    seed: int
+    folder: Path
+    sessions: list[Session]
 
     def summary(self) -> str:
         """Return a few lines about the images, their time and the grid."""
-        done = sum(path is not None for path in self.run.paths)
-        made = f"{self.run.made} made now" if self.run.made else "all of them made before"
-        lines = [
-            f"{done} of {len(self.captions)} images, {made}: {duration(self.run.seconds)}"
-            f" for sampling and decoding, {self.load_seconds:.1f} s for loading, {self.run.nfe} evaluations each"
-        ]
+        head = f"{sum(path is not None for path in self.run.paths)} of {len(self.captions)} images"
+        lines = [f"{head}, all of them made before"]
+        if self.run.made:
+            lines = [
+                f"{head}, {self.run.made} made now: {duration(self.run.seconds)}"
+                f" for sampling and decoding, {self.load_seconds:.1f} s for loading, {self.run.nfe} evaluations each"
+            ]
+        elif self.sessions:
+            spent = duration(sum(made.seconds for made in self.sessions))
+            lines[0] += f": {spent} for sampling and decoding until {self.sessions[-1].date}"
         if not self.run.complete:
             lines.append(UNFINISHED)
         lines.append(f"grid: {self.grid}")
@@ -87,6 +150,7 @@ def sample_demo(
     pipe = processes.agree(lambda: LightningDiTPipeline.from_config(config))
     labels = pipe.labels.numbers(classes)
     processes.say(f"classes        {pipe.labels.listing(labels)}")
+    devices = processes.share(lambda: _device_words(pipe.device))
     captions = [pipe.labels.caption(label) for label in labels]
     run_folder = folder / run_name(manifest_of(config, labels, seed, pipe.dtype))
     load_seconds = time.perf_counter() - started
@@ -94,30 +158,40 @@ def sample_demo(
     target = folder / name
     if not run.complete and target.exists():
         target = folder / f"{target.stem}_unfinished{target.suffix}"
+    sessions = list[Session]()
     if processes.is_main:
+        sessions = _recorded(run_folder, run, load_seconds, devices, pipe.dtype)
         save_png(_grid(run.paths, captions, config.data.image_size), target)
     if run.interrupted:
         processes.end_by_interrupt()
-    return Demo(config, captions, run, target, load_seconds)
+    return Demo(config, captions, run, target, load_seconds, seed, run_folder, sessions)
 
 
-def write_report(demo: Demo, path: Path) -> Path:
-    """Write an HTML page that holds the images themselves, their classes, settings and timings, and return `path`."""
-    figures = []
-    for file, caption in zip(demo.run.paths, demo.captions, strict=True):
-        if file is not None:
-            data = base64.b64encode(read_bytes(file)).decode()
-            label = html.escape(caption)
-            image = f'<img alt="{label}" src="data:image/png;base64,{data}">'
-            figures.append(f"<figure>{image}<figcaption>{label}</figcaption></figure>")
-    settings = html.escape(describe_settings(demo.config, len(demo.captions), demo.grid))
-    page = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>LightningDiT samples</title>'
-        f"<style>{REPORT_STYLE}</style><h1>LightningDiT samples</h1><div>{''.join(figures)}</div>"
-        f"<h2>Settings</h2><pre>{settings}</pre><h2>Timings</h2><pre>{html.escape(demo.summary())}</pre></html>\n"
+def _recorded(
+    folder: Path, run: RunResult, load_seconds: float, devices: Sequence[str], dtype: torch.dtype
+) -> list[Session]:
+    """Return the calls that made the images in a run's folder, this one among them if it made any, and keep them."""
+    record = Record.read(folder)
+    if not run.made:
+        return record.sessions
+    now = Session(
+        datetime.now().astimezone().isoformat(" ", "seconds"),
+        run.made,
+        run.seconds,
+        load_seconds,
+        run.nfe,
+        ", ".join(f"{count} x {name}" if count > 1 else name for name, count in Counter(devices).items()),
+        str(torch.__version__),
+        str(dtype).removeprefix("torch."),
     )
-    write_text(path, page)
-    return path
+    earlier = record.sessions if run.made < len(run.paths) else []
+    Record([*earlier, now], record.copies).write(folder)
+    return [*earlier, now]
+
+
+def _device_words(device: torch.device) -> str:
+    threads = torch.get_num_threads()
+    return gpu_name(device) or f"CPU {processor_name()}, {threads} thread{'s' * (threads > 1)}"
 
 
 def _grid(paths: Sequence[Path | None], captions: Sequence[str], side: int) -> Image.Image:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from pathlib import Path
 
 from LightningDiT.config import Config, describe_guidance, describe_solver, with_overrides
@@ -40,7 +41,8 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), help="of the transformer")
     parser.add_argument("--compile", action="store_true", default=None, help="compile the transformer: docs/compile.md")
-    parser.add_argument("--batch-size", type=positive, help="images sampled at once")
+    parser.add_argument("--batch-size", type=positive, help="images sampled at once, on each GPU")
+    add_gpus_option(parser)
     parser.add_argument(
         "--time-budget",
         type=_minutes,
@@ -48,6 +50,16 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         help="stop after this time and keep what is done; the same command continues",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and exit")
+
+
+def add_gpus_option(parser: argparse.ArgumentParser) -> None:
+    """Add the choice of the GPUs."""
+    parser.add_argument(
+        "--gpus",
+        choices=("all", "1"),
+        default="all",
+        help="share the images among all GPUs that work (default), or use 1",
+    )
 
 
 def add_class_options(parser: argparse.ArgumentParser) -> None:
@@ -90,6 +102,14 @@ def demo_classes(num_classes: int) -> list[int | str]:
     return list(range(min(num_classes, MOST_DEMO_CLASSES)))
 
 
+def images_at_once(images: int, at_most: int) -> int:
+    """Return the size of a run's batches: two batches at least, so that two GPUs share a few images as well.
+
+    It does not depend on the GPUs that are there, since the last bits of an image depend on the size of its batch.
+    """
+    return min(at_most, max(1, math.ceil(images / 2)))
+
+
 def describe_settings(config: Config, images: int, output: Path) -> str:
     """Return the resolved settings in a few lines, for `--dry-run` and the start of a run."""
     sample = config.sample
@@ -100,7 +120,7 @@ def describe_settings(config: Config, images: int, output: Path) -> str:
             f"model          {config.model.model_type} from {config.ckpt_path}",
             f"sampling       {describe_solver(sample)}; {guidance} {describe_guidance(sample)}",
             f"precision      {sample.precision}{', compiled' if sample.compile else ''},"
-            f" {sample.per_proc_batch_size} images at once",
+            f" {images_at_once(images, sample.per_proc_batch_size)} images at once",
             f"images         {images} -> {output}",
             *(f"note           {note}" for note in sampling_notes(config)),
         )

@@ -40,6 +40,7 @@ from LightningDiT.files import (
 )
 from LightningDiT.images import save_png
 from LightningDiT.loading import STATS_NAME
+from LightningDiT.sampling.options import images_at_once
 from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from LightningDiT.sampling.preview import Preview
 from LightningDiT.tokenizer.config import load_tokenizer_config, tokenizer_config_path
@@ -316,7 +317,7 @@ def _missing_batches(
     pipe: LightningDiTPipeline, labels: Sequence[int], seed: int, folder: Path, paths: Sequence[Path]
 ) -> Iterator[list[list[int]]]:
     """Hold the run's folder and yield the batches, as indices, in which an image is missing."""
-    size = pipe.config.sample.per_proc_batch_size
+    size = images_at_once(len(paths), pipe.config.sample.per_proc_batch_size)
     described = manifest_of(pipe.config, labels, seed, pipe.dtype)
     if names := pipe.labels.identity:
         described[CLASS_NAMES] = list(names)

@@ -10,19 +10,11 @@ from typing import Any
 
 import torch
 
-from LightningDiT.device import gpu_name
+from LightningDiT.device import gpu_name, processor_name
 
 PROJECT = Path(__file__).resolve().parents[3]
 STATUS = Path("/proc/self/status")
 MEMINFO = Path("/proc/meminfo")
-
-
-def processor_name() -> str:
-    """Return the processor's name as the system states it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

@@ -1,0 +1,144 @@
+"""The report of a demonstration: one HTML page with its images, and their copies under the names of their classes."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import html
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from LightningDiT.config import describe_guidance, describe_solver
+from LightningDiT.console import duration, printable
+from LightningDiT.data.image_files import open_image
+from LightningDiT.files import atomic_path, digest, kind_of, read_bytes, write_text
+from LightningDiT.sampling.demo import RECORD, Demo, Record, Session
+from LightningDiT.sampling.resumable_run import UNFINISHED
+
+SMALLEST = 128  # pixels; smaller images are shown enlarged by a whole factor
+MOST_LETTERS = 50  # of a class's name in that of a file: 200 bytes at most
+#: All rules hold below one class, so that a notebook can show the page in its own; both themes by the system's colours.
+STYLE = """
+.ldit-report { color-scheme: light dark; background: Canvas; color: CanvasText; max-width: 72rem; margin: 0 auto;
+  padding: 1rem 1.5rem; font: 16px/1.5 system-ui, "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", sans-serif }
+.ldit-report h1 { font-size: 1.6rem; margin: .5rem 0 }
+.ldit-report h2 { font-size: 1.2rem; margin: 1.5rem 0 .5rem }
+.ldit-report [lang] { font-weight: normal; opacity: .75; margin-left: .5em }
+.ldit-report figure { display: inline-block; vertical-align: top; margin: .4rem; text-align: center }
+.ldit-report figcaption { font-size: .85rem; max-width: 16rem; overflow-wrap: anywhere }
+.ldit-report img { max-width: 100%; height: auto; border-radius: 4px; vertical-align: bottom }
+.ldit-report .small { image-rendering: pixelated }
+.ldit-report .wide { overflow-x: auto }
+.ldit-report table { border-collapse: collapse; font-size: .9rem; margin: 0 }
+.ldit-report th, .ldit-report td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0;
+  border-bottom: 1px solid rgba(128, 128, 128, .35) }
+.ldit-report td { overflow-wrap: anywhere }
+.ldit-report pre { background: rgba(128, 128, 128, .15); color: inherit; padding: .8rem 1rem; margin: .5rem 0;
+  border-radius: 4px; white-space: pre-wrap; overflow-wrap: anywhere }
+""".strip()
+
+
+def copy_by_name(demo: Demo) -> None:
+    """Copy each image beside the grid, under its number and the name of its class, and remove those of earlier classes.
+
+    Removed is what the record of a run in that folder names, and only as it was written.
+    """
+    folder, copies = demo.grid.parent, dict[str, str]()
+    for path, caption in zip(demo.run.paths, demo.captions, strict=True):
+        if path is not None:
+            letters = "".join(letter if letter.isalnum() else "_" for letter in caption[:MOST_LETTERS])
+            name = f"{int(path.stem):02d}_{letters}.png"
+            with atomic_path(folder / name) as fresh:
+                shutil.copyfile(path, fresh)
+            copies[name] = digest(path)
+    Record(demo.sessions, copies).write(demo.folder)
+    for record in folder.glob(f"run-*/{RECORD}"):
+        for name, written in Record.read(record.parent).copies.items():
+            old = folder / name
+            if name not in copies and Path(name).name == name and kind_of(old) == "file":
+                with contextlib.suppress(OSError):
+                    if digest(old) == written:
+                        old.unlink()
+
+
+def write_report(demo: Demo, path: Path, command: str) -> Path:
+    """Write an HTML page that holds the images themselves, how they were made, and how to repeat it; return `path`.
+
+    Headings are English and Chinese. The page needs nothing from elsewhere and holds no script.
+
+    Args:
+        command: makes the same images, as a person types it in the project's folder.
+    """
+    sample, done = demo.config.sample, sum(image is not None for image in demo.run.paths)
+    facts = (
+        ("Images", "图像", f"{done} / {len(demo.captions)}" + ("" if demo.run.complete else f". {UNFINISHED}")),
+        ("Model", "模型", f"{demo.config.model.model_type}, {demo.config.ckpt_path}"),
+        ("Configuration", "配置文件", demo.config.source),
+        ("Seed", "随机种子", str(demo.seed)),
+        ("Solver", "求解器", describe_solver(sample)),
+        ("Guidance scale", "引导强度", describe_guidance(sample)),
+        ("Guide", "引导模型", sample.guide_ckpt or ""),
+    )
+    rows = [_row(_both(english, chinese), _text(value)) for english, chinese, value in facts if value]
+    page = (
+        '<!doctype html>\n<html lang="en" style="color-scheme: light dark">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width">\n<title>LightningDiT samples</title>\n'
+        f'</head>\n<body style="margin: 0">\n<div class="ldit-report">\n<style>\n{STYLE}\n</style>\n'
+        f"<h1>{_both('LightningDiT samples', '样本图像')}</h1>\n{_figures(demo)}\n"
+        f"<h2>{_both('Settings', '设置')}</h2>\n{_table(rows)}\n"
+        f"<h2>{_both('How they were made', '生成记录')}</h2>\n{_sessions(demo.sessions)}\n"
+        f"<h2>{_both('Command that repeats it', '重现命令')}</h2>\n<pre>{_text(command)}</pre>\n"
+        "</div>\n</body>\n</html>\n"
+    )
+    write_text(path, page)
+    return path
+
+
+def _figures(demo: Demo) -> str:
+    figures = []
+    for number, (file, caption) in enumerate(zip(demo.run.paths, demo.captions, strict=True)):
+        if file is None:
+            continue
+        with open_image(file) as image:
+            width, height = image.size
+        factor = max(1, SMALLEST // width)
+        kind = ' class="small"' if factor > 1 else ""
+        data = base64.b64encode(read_bytes(file)).decode()
+        figures.append(
+            f'<figure><img{kind} width="{factor * width}" height="{factor * height}" alt="Sample {number}:'
+            f' {_text(caption)}" src="data:image/png;base64,{data}"><figcaption>{_text(caption)}</figcaption></figure>'
+        )
+    return "\n".join(figures)
+
+
+def _sessions(sessions: Iterable[Session]) -> str:
+    """Return the table of the calls that made images, each with its own time and machine."""
+    heads = (
+        *(("Date", "日期"), ("Images", "图像"), ("Sampling and decoding", "采样与解码"), ("Loading", "加载")),
+        *(("Evaluations each", "每张求值次数"), ("Device", "设备"), ("torch", ""), ("Precision", "精度")),
+    )
+    rows = ["<tr>" + "".join(f'<th scope="col">{_both(*head)}</th>' for head in heads) + "</tr>"]
+    for made in sessions:
+        times = (duration(made.seconds), f"{made.load_seconds:.1f} s")
+        cells = (made.date, made.images, *times, made.nfe, made.device, made.torch, made.precision)
+        rows.append("<tr>" + "".join(f"<td>{_text(str(cell))}</td>" for cell in cells) + "</tr>")
+    if len(rows) == 1:
+        return f"<p>{_both('No record of it is left.', '没有留下记录。')}</p>"
+    return _table(rows)
+
+
+def _table(rows: Iterable[str]) -> str:
+    return '<div class="wide"><table>\n' + "\n".join(rows) + "\n</table></div>"
+
+
+def _row(head: str, cell: str) -> str:
+    return f'<tr><th scope="row">{head}</th><td>{cell}</td></tr>'
+
+
+def _both(english: str, chinese: str) -> str:
+    return english + (f' <span lang="zh-CN">{chinese}</span>' if chinese else "")
+
+
+def _text(text: str) -> str:
+    return html.escape(printable(text))
