@@ -195,11 +195,22 @@ class Code:
             for part in call.keywords:
                 table |= {} if part.arg else self._entries(part.value, scope)
             return set().union(*(self._filled(text, table) for text in self.texts(Expression(owner, scope))))
+        if isinstance(call.func, ast.Name) and scope.function and (local := self._assigned(name, scope)):
+            return set().union(*(self._called(function) for function in local))
         if name not in self.functions:
             raise UnreadableError(
                 f"{ast.unparse(call)} is unknown; add the function to COMMANDS if it returns a command"
             )
         return set().union(*(self.texts(found) for found in self._results(name)))
+
+    def _called(self, function: Expression) -> set[str]:
+        """Return the texts that a lambda returns, or a `partial` of a function."""
+        node, scope = function.node, function.scope
+        if isinstance(node, ast.Lambda):
+            return self.texts(Expression(node.body, scope))
+        if isinstance(node, ast.Call) and _name(node.func) == "partial":
+            return self.texts(Expression(ast.Call(node.args[0], [], []), scope))
+        raise UnreadableError(f"{ast.unparse(node)} is called")
 
     def _filled(self, text: str, table: dict[str, set[str]]) -> set[str]:
         """Return the texts of a template of `str.format`; a field that the table lacks is a value."""

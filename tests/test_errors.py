@@ -118,12 +118,23 @@ def f(x):
     raise LightningDiTError("m", fix=fix_of(x))
     check(x, "given")
     if said := "walrus": raise LightningDiTError("m", said)
+    command = partial(again, "a")
+    raise LightningDiTError("m", command("b"))
     with fixed_by(f"{again()}, or {x!r}" + " too" * x): pass
 """
     assert sorted(code(tmp_path, text)) == sorted(
         [
             *("lower VALUE1", "a", "name VALUE1, or run it", "of a pair", "default", "never", "given", "set one"),
-            *("set two", "free", "move", "other", f"{COMMAND}, or VALUE1", f"{COMMAND}, or VALUE1 too", "walrus"),
+            *(
+                "set two",
+                "free",
+                "move",
+                "other",
+                f"{COMMAND}, or VALUE1",
+                f"{COMMAND}, or VALUE1 too",
+                "walrus",
+                COMMAND,
+            ),
         ]
     )
 
