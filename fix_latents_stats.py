@@ -42,6 +42,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--max-images", type=int, metavar="N", help=f"thinned out evenly; default: {stats_repair.MAX_IMAGES}")
     add("--tokenizer", type=Path, metavar="YAML", help="encodes the images; default: that of the file")
     add("--checkpoint", type=Path, metavar="FILE", help="that tokenizer's weights")
+    weights.add_models_option(parser)
     add("--attached", type=Path, metavar="FOLDER", help="attached data sets; default on Kaggle: /kaggle/input")
     add("--endpoint", metavar="URL", help="a mirror of the hub (or HF_ENDPOINT)")
     add("--identity", action="store_true", help="INVENT mean 0 and std 1 (wrong for every model here)")
@@ -97,6 +98,7 @@ def request_of(options: argparse.Namespace, sources: tuple[str, ...]) -> stats_r
         max_images=options.max_images or stats_repair.MAX_IMAGES,
         tokenizer=absolute(options.tokenizer),
         checkpoint=absolute(options.checkpoint),
+        models=options.models,
         attached=absolute(options.attached or weights.attached_folder()),
         config=configuration(options.config),
         patience=downloads.PATIENCE if len(sources) == 1 else stats_repair.HURRIED,
@@ -121,7 +123,7 @@ def write_identity(target: stats_repair.Target, channels: int | None) -> str | N
 
 def repair(options: argparse.Namespace, target: stats_repair.Target) -> None:
     """Replace the bad statistics by good ones and report."""
-    stats_repair.require_writable_target(target)
+    stats_repair.require_writable_target(target, options.models)
     if options.identity:
         aside = write_identity(target, options.channels)
     else:
@@ -147,7 +149,8 @@ def main(argv: list[str] | None = None) -> int:
     machine.require_torch("reading statistics")
     from LightningDiT.tokenizer.latents import LatentStats, diagnose
 
-    target = stats_repair.locate(options.stats, configuration(options.config))
+    options.models = weights.models_folder(options.models_dir, project.REPAIR)
+    target = stats_repair.locate(options.stats, configuration(options.config), options.models)
     print(f"Repair of {target.path} ({target.reason})")
     faults = diagnose(target.path, target.channels)
     for fault in (*faults, *([target.config_fault] if target.config_fault else [])):

@@ -32,7 +32,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--convert", choices=weights.PRECISIONS, help="the transformer's weights alone, as safetensors")
     add("--replace", action="store_true", help="remove the original when its converted copy is proved")
     add("--verify", action="store_true", help="compare the files in models/ byte by byte, fetch nothing")
-    add("--models-dir", type=Path, default=weights.MODELS, metavar="FOLDER")
+    weights.add_models_option(parser)
     add("--endpoint", metavar="URL", help="a mirror of the hub (or HF_ENDPOINT)")
     add("--timeout", type=float, default=30.0, metavar="S", help="default: 30")
     add("--attempts", type=int, default=6, metavar="N", help="default: 6")
@@ -122,6 +122,8 @@ def get_all(files: tuple[weights.WeightFile, ...], source: sources.Source, optio
         folder.mkdir(parents=True, exist_ok=True)
     if needed:
         downloads.require_disk(folder, needed)
+        if kept := weights.keeps_on_kaggle(folder, needed):
+            print(f"  {kept}")
         wanted = sum(bool(plan.remote) for plan in todo)
         print(f"{wanted} of {len(todo)} files to fetch, {format_bytes(needed)} to write.")
     for plan in todo:
@@ -134,17 +136,19 @@ def get_all(files: tuple[weights.WeightFile, ...], source: sources.Source, optio
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     print(f"Step 2: weights of the model '{options.model}'")
+    named: Path | None = None
     if options.model == "bundled":
+        weights.say_unused(options.models_dir)
         check_bundled()
     else:
-        options.models_dir = project.absolute(options.models_dir)
+        named, options.models_dir = options.models_dir, weights.models_folder(options.models_dir)
         downloads.use_endpoint(options.endpoint)
         work = show_plan if options.dry_run else verify_all if options.verify else get_all
         if not options.dry_run:  # before hours of fetching
             machine.require_torch("opening the files")
         work(weights.files_of(options.model, options.only), source_of(options), options)
     model = "auto" if options.model == "all" else options.model
-    print(f"Next: {project.step_command(project.STEP3, '--model', model)}")
+    print(f"Next: {project.step_command(project.STEP3, '--model', model, *weights.named_models(named))}")
     return OK
 
 

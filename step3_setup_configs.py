@@ -25,7 +25,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     auto = "auto (default): the published weights if they and a GPU are here, else the bundled model"
     attached = "searched by file name at any depth; default: LIGHTNINGDIT_ATTACHED, on Kaggle /kaggle/input"
     add("--model", choices=["auto", "bundled", "800ep", "64ep"], default="auto", help=auto)
-    add("--models-dir", type=Path, default=weights.MODELS, metavar="FOLDER")
+    weights.add_models_option(parser)
     add("--attached", type=Path, metavar="FOLDER", help=attached)
     add("--checkpoint", type=Path, metavar="FILE", help="the transformer's weights")
     add("--tokenizer", type=Path, metavar="FILE", help="the tokenizer's weights")
@@ -33,7 +33,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--output", type=Path, default=project.CONFIG, metavar="FILE")
     add("--print", action="store_true", dest="show", help="print the YAML on stdout, all else on stderr")
     add("--dry-run", action="store_true", help="check all, write nothing")
-    parser.set_defaults(inputs=None)  # the attached files, read once for all models
+    # the folder of the weights and the attached files, found once for all models
+    parser.set_defaults(folder=None, inputs=None)
     options = parser.parse_args(argv)
     given = [name for name in ROLE_OPTIONS.values() if getattr(options, name)]
     if given and options.model not in ("800ep", "64ep"):
@@ -43,8 +44,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def fetch_command(model: str, options: argparse.Namespace) -> str:
     """Return the command that fetches a model's files to the folder that is searched."""
-    folder = [] if options.models_dir == weights.MODELS else ["--models-dir", str(options.models_dir)]
-    return project.step_command(project.STEP2, "--model", model, *folder)
+    return project.step_command(project.STEP2, "--model", model, *weights.named_models(options.models_dir))
 
 
 def with_option(option: str, value: Path | str) -> str:
@@ -103,7 +103,7 @@ def refuse_broken_link(path: Path, fix: str) -> None:
 
 def find_files(model: str, options: argparse.Namespace) -> dict[str, Path]:
     """Return the files of a published model by role; raise one LightningDiTError for all that are absent."""
-    folder = named_folder(options.models_dir, "models-dir", "the weights")
+    folder = options.folder = options.folder or weights.models_folder(options.models_dir, project.STEP3)
     attached = options.attached or weights.attached_folder()
     if attached:
         attached = named_folder(attached, "attached", "the attached data sets")
@@ -139,6 +139,8 @@ def settle(model: str, options: argparse.Namespace, torch: machine.TorchFacts) -
     from LightningDiT.sampling.dry_run import verify_config
 
     target = configs.output_file(options.output)
+    if model == "bundled":
+        weights.say_unused(options.models_dir)
     config = build(model, options)
     reason = configs.fit_to_machine(config, "bundled" if model == "bundled" else "published", torch)
     require_writable(target.parent)

@@ -41,6 +41,10 @@ class Record:
         row, stat = self.rows.get(path.name), path.stat()
         return isinstance(row, dict) and (row.get("size"), row.get("mtime_ns")) == (stat.st_size, stat.st_mtime_ns)
 
+    def other_than_checked(self, path: Path) -> bool:
+        """Return whether a file of that name was verified, with another size or time stamp."""
+        return path.name in self.rows and not self.knows(path)
+
     def remote(self, name: str) -> downloads.RemoteFile | None:
         """Return what the hub said of the file when it was verified; None if it did not."""
         try:

@@ -12,7 +12,7 @@ from setup_steps import convert, downloads
 from setup_steps.checks import Record, fault_of, is_whole, open_check
 from setup_steps.project import REPAIR, step_command
 from setup_steps.sources import Source, at_hand, dangling_links, leads_to, link
-from setup_steps.weights import WeightFile, bytes_left, converted_name, usable_names
+from setup_steps.weights import WeightFile, bytes_left, converted_name, newer_version, usable_names
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Plan:
         remote: the file to fetch, if any.
         found: the file to link to, if any.
         bad: files in models/ that go aside for it.
+        renews: the link that is there is replaced by one to a newer version.
     """
 
     file: WeightFile
@@ -33,6 +34,7 @@ class Plan:
     remote: downloads.RemoteFile | None = None
     found: Path | None = None
     bad: tuple[Path, ...] = ()
+    renews: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,11 @@ def make_plan(
         print(f"  {path.name}: the link to {path.readlink()} leads nowhere (a data set that is no longer attached?)")
     here = [examine(file, path, record, source, patience) for path in at_hand(file, folder)]
     for examined in here:
+        linked = examined.said and examined.path.is_symlink() and source.kind != "hub"
+        newer = newer_version(examined.path.resolve()) if linked else None
+        if newer and fault_of(file, newer) is None:
+            print(f"  {examined.path.name}: {examined.path.resolve()} has a newer version, {newer}")
+            return Plan(file, examined.path, found=newer, renews=True)
         if examined.said:
             return Plan(file, examined.path, examined.said + _better_names_aside(file, examined.path))
         print(f"  {examined.path.name}: the one that is there {examined.fault}")
@@ -106,7 +113,7 @@ def examine(
         known = leads_to(path) or ("verified" if verified else "checked before")
         return Examined(path, f"already there and {known}")
     if not source.asks_hub or (path.is_symlink() and source.kind != "hub"):
-        return _examine_by_opening(file, path, leads_to(path) or "not compared with the hub")
+        return _examine_linked(file, path, record)
     try:
         remote = downloads.describe(file.repo, file.name, patience)
     except LightningDiTError as error:
@@ -116,6 +123,15 @@ def examine(
         record.note(path, remote)
         return Examined(path, "already there and verified")
     return Examined(path, fault="is not the hub's", remote=remote)
+
+
+def _examine_linked(file: WeightFile, path: Path, record: Record) -> Examined:
+    """Open a file that is not compared with the hub; say so if its bytes are other ones than those checked before."""
+    known, other = leads_to(path) or "not compared with the hub", record.other_than_checked(path)
+    examined = _examine_by_opening(file, path, f"{known}, which changed since it was checked" if other else known)
+    if examined.said and other:
+        record.note(path, None)
+    return examined
 
 
 def _examine_by_opening(file: WeightFile, path: Path, known: str) -> Examined:
@@ -143,7 +159,7 @@ def carry_out(plan: Plan, record: Record, patience: downloads.Patience = downloa
     line = plan.said
     if plan.remote or plan.found:
         # both are made beside what is there, which goes aside only when the new file is whole
-        aside = free_name(target, "bad") if target.exists() else None
+        aside = free_name(target, "bad") if target.exists() and not plan.renews else None
         line = _fetch(plan.remote, target, aside, patience) if plan.remote else link(plan.found, target, aside)
         record.note(target, plan.remote)
         line += f", the earlier one is kept as {aside.name}" if aside else ""

@@ -16,7 +16,7 @@ from LightningDiT.console import Progress, format_bytes
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.files import atomic_path, bring_to_disk, open_regular, remove_leftovers
 from setup_steps.downloads import CHUNK, again, require_disk
-from setup_steps.weights import Tree, WeightFile, usable_names
+from setup_steps.weights import Tree, WeightFile, is_newer, usable_names
 
 SOURCE_OPTIONS = ("--source", "--attached", "--folder")
 KINDS = ("auto", "hub", "attached", "folder")
@@ -53,12 +53,22 @@ class Source:
         paths = self.candidates(file, models)
         if self.folder and self.asks_hub and not paths:
             print(f"  {file.name}: not below {self.folder}, so the hub is asked")
-        for path in paths:
+        for index, path in enumerate(paths):
             fault = fault_of(file, path)
             if fault is None:
+                self._say_others(path, paths[index:])
                 return path
             print(f"  {path} is passed over: {fault}")
         return None
+
+    def _say_others(self, taken: Path, paths: list[Path]) -> None:
+        """Say which file was taken if others have its name, unless they are links to it."""
+        others = {path.resolve() for path in paths if path.name == taken.name} - {taken.resolve()}
+        if others:
+            rule = (
+                "the highest version is taken" if any(is_newer(taken, path) for path in paths) else "the first is taken"
+            )
+            print(f"  {taken.name}: {1 + len(others)} files of that name below {self.folder}; {rule}, {taken}")
 
     def explain_absence(self, file: WeightFile) -> LightningDiTError:
         """Return the error for a folder without a usable copy of a file, if the hub is not to be asked."""

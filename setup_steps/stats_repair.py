@@ -8,7 +8,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,6 +63,7 @@ class Request:
         images: folder of images to encode.
         max_images: more images than this are thinned out evenly.
         tokenizer, checkpoint: YAML and weights of the encoder; by default those that belong to the file.
+        models: folder of the published weights.
         attached: folder of attached data sets.
         config: the configuration with the statistics, shards and tokenizer.
         patience: how long to wait for the hub.
@@ -73,6 +74,7 @@ class Request:
     max_images: int = MAX_IMAGES
     tokenizer: Path | None = None
     checkpoint: Path | None = None
+    models: Path = field(default_factory=lambda: weights.MODELS)
     attached: Path | None = None
     config: Path = CONFIG
     patience: downloads.Patience = downloads.PATIENCE
@@ -98,14 +100,14 @@ class Repair:
             path.write_bytes(self.content)
 
 
-def locate(given: Path | None, config: Path = CONFIG) -> Target:
+def locate(given: Path | None, config: Path = CONFIG, models: Path | None = None) -> Target:
     """Return the file in question: the given one, else that of the written configuration, else that of the published
-    weights in models/, else the bundled model's.
+    weights in `models` (None: models/), else the bundled model's.
 
     A folder stands for the latents_stats.pt inside it. If `data.data_path` names the file instead of its folder, that
     file is meant, and the target says so.
     """
-    settings, fault = None, None
+    settings, fault, models = None, None, models or weights.MODELS
     if given is not None:
         path, reason = _named(given), "named by --stats"
     else:
@@ -113,7 +115,7 @@ def locate(given: Path | None, config: Path = CONFIG) -> Target:
         if settings and settings.data.data_path:
             path, reason = Path(settings.data.data_path), f"{config.name} uses it"
         else:
-            settings, (path, reason) = None, _without_configuration(config)
+            settings, (path, reason) = None, _without_configuration(config, models)
     if path.suffix == ".pt" or path.is_file():
         path = path.parent.resolve() / path.name  # a link in models/ is replaced, not its target
         if settings:
@@ -126,7 +128,7 @@ def locate(given: Path | None, config: Path = CONFIG) -> Target:
         return Target(path, "bundled", known, reason, fault)
     beside = [name for name in weights.published_in(path.parent) if name != path.name]
     published = settings is not None and settings.vae.model_name == PUBLISHED_TOKENIZER
-    if published or beside or path.parent == weights.MODELS.resolve():
+    if published or beside or path.parent == models.resolve():
         return Target(path, "published", PUBLISHED_CHANNELS, reason, fault)
     return Target(path, "other", settings.model.in_chans if settings else None, reason, fault)
 
@@ -150,13 +152,13 @@ def _settings(config: Path) -> Config | None:
     return load_config(config) if config.is_file() else None
 
 
-def _without_configuration(config: Path) -> tuple[Path, str]:
+def _without_configuration(config: Path, models: Path) -> tuple[Path, str]:
     """Return the file of the model that is here, and why it is that one."""
     lack = f"{config.name} names no data.data_path" if config.is_file() else f"there is no {config.name}"
-    published = weights.published_in(weights.MODELS)
+    published = weights.published_in(models)
     if published:
-        return weights.MODELS / weights.STATS.name, f"{lack}, and {weights.MODELS} holds {', '.join(published)}"
-    reason = f"{lack} and no published file in {weights.MODELS}: the bundled model's"
+        return models / weights.STATS.name, f"{lack}, and {models} holds {', '.join(published)}"
+    reason = f"{lack} and no published file in {models}: the bundled model's"
     return weights.BUNDLED / weights.STATS.name, reason
 
 
@@ -310,11 +312,11 @@ def _tokenizer_for(target: Target, request: Request) -> VA_VAE:
         path = (
             request.checkpoint
             or known
-            or weights.find_file(weights.VAVAE, weights.MODELS, weights.Tree(request.attached))
+            or weights.find_file(weights.VAVAE, request.models, weights.Tree(request.attached))
         )
         if path is None:
             raise LightningDiTError(
-                f"{weights.VAVAE.name}, which encodes the images, is not in {weights.MODELS}",
+                f"{weights.VAVAE.name}, which encodes the images, is not in {request.models}",
                 step_command(STEP2, "--only", weights.VAVAE.role),
             )
         return VA_VAE(TOKENIZER_CONFIGS / f"{PUBLISHED_TOKENIZER}.yaml", ckpt_path=path)
@@ -375,15 +377,15 @@ def _another_source(target: Target) -> str:
     return f"{command} (or --latents FOLDER; --source hub if it is the published tokenizer's)"
 
 
-def require_writable_target(target: Target) -> None:
+def require_writable_target(target: Target, models: Path) -> None:
     """Raise LightningDiTError if the folder of the statistics takes no new file, as an attached data set; the fix for
-    published ones is models/.
+    published ones is the folder `models`.
     """
     try:
         require_writable(target.path.parent)
         require_replaceable(target.path, aside=True)
     except LightningDiTError as error:
-        own = weights.MODELS / weights.STATS.name
+        own = models / weights.STATS.name
         if target.kind != "published" or target.path == own:
             raise
         step3 = step_command(STEP3, "--model", "800ep", "--stats", str(own))

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import time
+from argparse import ArgumentParser
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from LightningDiT.console import format_bytes
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.files import rename_command
-from setup_steps.project import PROJECT, STEP2, absolute, step_command
+from setup_steps.project import PROJECT, STEP2, absolute, again, step_command
 
 MODELS = PROJECT / "models"
 BUNDLED = MODELS / "fashion-mnist"
-KAGGLE_INPUT = Path("/kaggle/input")
+MODELS_VARIABLE = "LIGHTNINGDIT_MODELS"
+KAGGLE_INPUT, KAGGLE_WORKING = Path("/kaggle/input"), Path("/kaggle/working")
+KEPT_BYTES = 20_000_000_000  # the most that Kaggle keeps of /kaggle/working
 ATTACHED_VARIABLE = "LIGHTNINGDIT_ATTACHED"
 SAY_EVERY = 5.0  # seconds between two lines of a long walk
 PRECISIONS = ("fp32", "bf16", "fp16")  # of converted transformers, the one with the same numbers first
@@ -89,6 +96,78 @@ def require_bundled() -> None:
         raise LightningDiTError(f"{BUNDLED} lacks {', '.join(missing)}", RESTORE_BUNDLED)
 
 
+def add_models_option(parser: ArgumentParser) -> None:
+    """Add --models-dir to the command line of a step."""
+    words = f"folder of the published weights; default: {MODELS_VARIABLE}, else models/"
+    parser.add_argument("--models-dir", type=Path, metavar="FOLDER", help=words)
+
+
+def models_folder(named: Path | None, script: str = STEP2) -> Path:
+    """Return the folder of the published weights, made absolute: the one that --models-dir names, else that in
+    LIGHTNINGDIT_MODELS, else models/. A line says which it is unless it is models/.
+
+    Args:
+        script: the step that a fix names if none of the project's scripts runs.
+
+    Raises:
+        LightningDiTError: it is a file, or the folder of the bundled model, whose files have the same names.
+    """
+    variable = os.environ.get(MODELS_VARIABLE, "")
+    whose = "--models-dir" if named else MODELS_VARIABLE
+    fix = partial(again, script, "--models-dir", without=["--models-dir"])
+    if not named and (bare := variable.strip(" \t\"'")) != variable:
+        message = f"{whose} is {variable!r}, a path without quotation marks and spaces around it was expected"
+        raise LightningDiTError(message, f"%env {whose}={bare or 'FOLDER'}, or {fix(bare or 'FOLDER')}")
+    if not (named or variable):
+        return MODELS
+    given = named or Path(variable)
+    if given.is_symlink() and not given.exists():
+        message = f"{whose} {given} is a link to {given.readlink()}, which is not there: the data set is detached"
+        raise LightningDiTError(message, fix("FOLDER"))
+    folder = absolute(given)
+    above = next(path for path in (folder, *folder.parents) if path.exists())
+    if not above.is_dir():
+        message = f"{whose} {folder} cannot be a folder: {above} is a file, a folder was expected"
+        raise LightningDiTError(message, fix(str(above.parent)))
+    if folder == BUNDLED.resolve():
+        message = f"{whose} {folder} is the folder of the bundled model, whose files have the same names"
+        raise LightningDiTError(message, fix("FOLDER"))
+    if folder != MODELS.resolve():
+        print(f"The published weights are in {folder} ({whose}).")
+    return folder
+
+
+def named_models(named: Path | None) -> list[str]:
+    """Return the option that tells the next step of a folder which --models-dir named."""
+    return ["--models-dir", str(absolute(named))] if named else []
+
+
+def say_unused(named: Path | None) -> None:
+    """Say that --models-dir has no effect on the bundled model."""
+    if named:
+        print(f"  --models-dir has no effect: the bundled model is in {BUNDLED}")
+
+
+def keeps_on_kaggle(folder: Path, needed: int) -> str:
+    """Return a line that says whether Kaggle keeps what is written to a folder; empty elsewhere.
+
+    Raises:
+        LightningDiTError: `needed` bytes more than the rest are beyond what Kaggle keeps.
+    """
+    if "KAGGLE_KERNEL_RUN_TYPE" not in os.environ:
+        return ""
+    kept, elsewhere = KAGGLE_WORKING.resolve(), KAGGLE_WORKING.with_name("temp") / "models"
+    option = partial(again, STEP2, "--models-dir", without=["--models-dir"])
+    if not folder.is_relative_to(kept):
+        return f"{folder} is gone when the session ends; to keep the files: {option(str(kept / 'models'))}"
+    there = sum(path.lstat().st_size for path in kept.rglob("*") if path.is_file() and not path.is_symlink())
+    if there + needed > KEPT_BYTES:
+        rest = f"{kept} holds {format_bytes(there)}, and Kaggle keeps {format_bytes(KEPT_BYTES)} of it"
+        raise LightningDiTError(f"the files take {format_bytes(needed)}; {rest}", option(str(elsewhere)))
+    words = f"Save Version keeps {folder}: {format_bytes(there + needed)} of {format_bytes(KEPT_BYTES)} are then used"
+    return f"{words}; not to keep it: {option(str(elsewhere))}"
+
+
 def attached_folder() -> Path | None:
     """Return the folder of attached data sets: that in LIGHTNINGDIT_ATTACHED, or /kaggle/input on Kaggle; else None."""
     named = os.environ.get(ATTACHED_VARIABLE)
@@ -131,13 +210,46 @@ def walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
         yield Path(name), folders, files
 
 
+def newest_first(path: Path) -> tuple[tuple[int, str], ...]:
+    """Return a key that sorts paths by name, and folders that are numbers, as Kaggle calls versions, from the highest
+    one down.
+    """
+    return tuple((-int(part), "") if re.fullmatch("[0-9]{1,9}", part) else (1, part) for part in path.parts)
+
+
+def is_newer(path: Path, other: Path) -> bool:
+    """Return whether two paths differ in one folder, a number that is higher in `path`."""
+    if len(path.parts) != len(other.parts):
+        return False
+    differing = [pair for pair in zip(newest_first(path), newest_first(other), strict=True) if pair[0] != pair[1]]
+    return len(differing) == 1 and max(differing[0])[0] <= 0 and differing[0][0] < differing[0][1]
+
+
+def newer_version(path: Path) -> Path | None:
+    """Return the file at the same place in the folder with the highest number that is higher than the path's own; None
+    if there is none.
+    """
+    found = [path]
+    for index, part in enumerate(path.parts):
+        if re.fullmatch("[0-9]{1,9}", part):
+            with contextlib.suppress(OSError):  # a folder that may be entered and not listed
+                beside = Path(*path.parts[:index]).iterdir()
+                found += [folder.joinpath(*path.parts[index + 1 :]) for folder in beside]
+    newest = min(
+        (other for other in found if other == path or (is_newer(other, path) and other.is_file())), key=newest_first
+    )
+    return None if newest == path else newest
+
+
 def search(folder: Path, names: Collection[str]) -> dict[str, list[Path]]:
-    """Return the files and folders with one of `names` at any depth below `folder`, sorted, by name."""
+    """Return the files and folders with one of `names` at any depth below `folder`, by name; the highest version comes
+    first, else they are in order.
+    """
     found: dict[str, list[Path]] = {name: [] for name in names}
     for path, folders, files in walk(folder):
         for name in found.keys() & {*folders, *files}:
             found[name].append(path / name)
-    return {name: sorted(paths) for name, paths in found.items()}
+    return {name: sorted(paths, key=newest_first) for name, paths in found.items()}
 
 
 class Tree:

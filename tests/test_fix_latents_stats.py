@@ -729,7 +729,7 @@ def test_a_place_that_takes_no_file_is_explained(tmp_path: Path, monkeypatch: py
     target = stats_repair.Target(tmp_path / "input" / "set" / "latents_stats.pt", "published", 32, "")
     own = weights.MODELS / "latents_stats.pt"
     with pytest.raises(LightningDiTError, match=f"fix: .*--stats {own}, then .*step3.* --stats {own}"):
-        stats_repair.require_writable_target(target)
+        stats_repair.require_writable_target(target, weights.MODELS)
 
 
 def test_another_part_of_a_model_is_not_taken_for_statistics(tmp_path: Path) -> None:

@@ -33,7 +33,8 @@ def test_find_passes_over_what_has_a_fault_and_names_it(tmp_path: Path, capsys: 
     good = put(tmp_path / "in" / "b" / STATS.name, b"good")
     put(tmp_path / "in" / "c" / STATS.name, b"good")
     assert Source("attached", tmp_path / "in").find(STATS, tmp_path / "models", fault_of) == good
-    assert capsys.readouterr().out == f"  {bad} is passed over: says nothing good\n"
+    taken = f"2 files of that name below {tmp_path / 'in'}; the first is taken, {good}"
+    assert capsys.readouterr().out == f"  {bad} is passed over: says nothing good\n  {STATS.name}: {taken}\n"
 
 
 def test_a_file_of_models_is_no_candidate_for_itself(tmp_path: Path) -> None:

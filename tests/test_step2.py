@@ -93,7 +93,8 @@ def test_step2_fetches_checks_and_then_needs_no_hub(
     assert "342 tensors named and shaped as published" in said
     assert "351 tensors named and shaped as published" in said
     assert "32 means and standard deviations" in said
-    assert said.splitlines()[-1] == f"Next: {PYTHON} step3_setup_configs.py --model 800ep"
+    next_step = shlex.join(["step3_setup_configs.py", "--model", "800ep", "--models-dir", str(folder)])
+    assert said.splitlines()[-1] == f"Next: {PYTHON} {next_step}"
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert fetch_models(folder) == 0
     assert capsys.readouterr().out.count("already there and verified") == 3

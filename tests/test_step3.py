@@ -106,7 +106,7 @@ def test_step3_explains_folders_and_files_in_each_others_place(models: Path, tmp
     link.symlink_to(tmp_path / "detached" / "file.pt")
     detached = "link is a link to .*file.pt, which is not there: the data set is detached; fix: .*step2_download"
     cases = [
-        ("--models-dir", stats, "is a file, the folder that holds the weights was expected; fix: .* --models-dir"),
+        ("--models-dir", stats, "is a file, a folder was expected; fix: .* --models-dir"),
         ("--models-dir", link, detached.replace("step2_download", "step3_setup_configs.py .*--models-dir FOLDER")),
         ("--attached", stats, "is a file, the folder that holds the attached data sets was expected; fix: "),
         ("--attached", tmp_path / "none", "--attached .*none is not there; fix: "),
