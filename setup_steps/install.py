@@ -254,11 +254,11 @@ def _as_decided(row: Row, decision: Decision) -> Row:
         row = replace(row, wanted=f"{row.tested.split(',')[0]},{decision.numpy}".lstrip(","))
         if row.works and not satisfies(str(row.installed), decision.numpy):
             return replace(row, fault=f"torch {decision.torch} works with numpy{decision.numpy} alone")
+    if row.name == "torchvision" and not satisfies(row.installed or "", vision_of(decision.torch)):
+        row = replace(row, tested="")  # it belongs to another torch
     if row.name in ("torch", "torchvision"):
         if decision.action == REPLACE and row.met:  # the right version, but not the build for this machine
             return replace(row, fault=decision.reason)
-        if row.name == "torchvision" and not satisfies(row.installed or "", vision_of(decision.torch)):
-            return replace(row, tested="")  # it belongs to another torch
         if decision.action == KEEP and row.works and not row.in_range:
             return replace(row, kept="it works on this machine")
     return row

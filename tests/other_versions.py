@@ -12,17 +12,20 @@ from setup_steps.install import read_pins
 from setup_steps.pip_calls import explain, pip_command
 from setup_steps.project import PROJECT, venv_python
 
-SHARED = {"torch", "torchvision", "torch-fidelity"}  # too large, or with one version alone in their range
+SHARED = {"torch", "torchvision"}  # too large
 #: The lowest versions with wheels for newer Pythons than those of requirements-official.txt.
 ON_NEWER_PYTHON = {"numpy": "2.3.5", "pillow": "12.2.0", "matplotlib": "3.10.8"}
 
 
 def other_pins() -> dict[str, str]:
-    """Return the packages of the interpreter that have another version than here, and that version."""
-    lowest = {pin.name: pin.version for pin in read_pins(PROJECT / "requirements-official.txt")}
+    """Return the packages of the interpreter that have another version than the pinned one, and that version."""
+    lowest, highest = (
+        {pin.name: pin.version for pin in read_pins(PROJECT / f"requirements-{name}.txt")}
+        for name in ("official", "dev")
+    )
     if sys.version_info >= (3, 13):
         lowest.update(ON_NEWER_PYTHON)
-    return {name: version for name, version in lowest.items() if name not in SHARED}
+    return {name: version for name, version in lowest.items() if name not in SHARED and version != highest[name]}
 
 
 @pytest.fixture(scope="session")

@@ -17,12 +17,13 @@ import pytest
 
 import step1_install_environment as step1
 from LightningDiT.errors import LightningDiTError
-from setup_steps import conflicts, environment, install, machine, pip_calls, releases
+from setup_steps import conflicts, environment, install, machine, pip_calls, project, releases
 from setup_steps.environment import Profile, State
 from setup_steps.install import Pin, Row
 from setup_steps.machine import Gpu, Machine, Probe, TorchFacts
 from setup_steps.pip_calls import InstallError
 from setup_steps.releases import KEEP, REPLACE, Asked, Decision
+from tests.other_versions import other_pins
 from tests.project_copy import copy_project, run_script
 from tests.wheels import make_nvidia_smi, make_torch, make_wheel
 
@@ -266,7 +267,9 @@ def test_a_torch_without_kernels_for_the_gpu_is_replaced(place: Place) -> None:
     assert place.constraints == PINS.split()
 
 
-def test_a_system_interpreter_is_refused_by_the_dry_run_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_system_interpreter_is_refused_if_it_lacks_what_is_needed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys, "prefix", sys.base_prefix)
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     monkeypatch.delenv("PIP_BREAK_SYSTEM_PACKAGES", raising=False)
@@ -274,8 +277,34 @@ def test_a_system_interpreter_is_refused_by_the_dry_run_too(monkeypatch: pytest.
     pins = [Pin("torch", "2.14.1"), Pin("torchvision", "0.29.1"), Pin("no-such-package-here", "1.0")]
     monkeypatch.setattr(install, "read_pins", lambda path: pins)
     monkeypatch.setattr(machine, "probe", lambda names: WORKING)
-    with pytest.raises(LightningDiTError, match=r"fix: .*-m venv .venv && .venv/bin/python step1"):
-        step1.main(["--dry-run"])
+    for options in (["--dry-run"], []):
+        with pytest.raises(LightningDiTError, match=r"fix: .*-m venv .venv && .venv/bin/python step1"):
+            step1.main(options)
+
+    # Without a package that steps 2 to 4 need, it is enough as it is.
+    pins[2] = Pin("tqdm", "9.0")
+    monkeypatch.setattr(install, "read_ranges", lambda path: {"tqdm": ">=8.0,<9.1"})
+    monkeypatch.setattr(conflicts, "broken_requirements", set)
+    monkeypatch.setattr(environment, "CONSTRAINTS", tmp_path / "constraints.txt")
+    monkeypatch.setattr(project, "REPORT", tmp_path / "report.json")
+    assert step1.main(["--dry-run"]) == 0
+    assert "\nWould install nothing: " in capsys.readouterr().out
+    assert step1.main([]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"\nwarning: not all could be installed: .* belongs to the operating system", said)
+    assert re.search(r"\nwarning: tqdm .* is outside the tested range >=8\.0,<9\.1 and imports, tqdm==9\.0 is", said)
+
+
+def test_the_lowest_versions_are_right_and_need_no_network(other_python: Path, tmp_path: Path) -> None:
+    folder = copy_project(tmp_path / "project")
+    done = run_script(folder / "step1_install_environment.py", python=str(other_python), PIP_NO_INDEX="1")
+    assert (done.returncode, done.stderr, "warning: " in done.stdout) == (0, "", False)
+    packages = json.loads((folder / "environment_report.json").read_text())["packages"]
+    others = {name: version for name, version in other_pins().items() if name in packages}
+    assert len(others) >= 8
+    assert {name: (packages[name]["installed"], packages[name]["state"]) for name in others} == {
+        name: (version, "right") for name, version in others.items()
+    }
 
 
 def test_every_profile_reads_its_own_pins() -> None:
@@ -315,7 +344,9 @@ def test_the_dry_run_can_be_pasted(
     make_wheel(wheels, "numpy", "1.26.4", "")
     decision = Decision(KEEP, "2.2.0", "0.17.*", "<2", "it works")
     rows = [Row("torch", "2.14.1", "2.2.0", "2.2.0+cpu"), Row("numpy", "2.4.6", "<2", "2.4.6")]
-    step1.would_run(environment.State(Machine((3, 11), "", (), TorchFacts()), decision, rows), wheels)
+    step1.would_run(
+        environment.State(Machine((3, 11), "", (), TorchFacts()), decision, rows), pip_calls.find_sources(wheels)
+    )
     hold, run = capsys.readouterr().out.splitlines()
     assert hold == "Would hold, one a line in constraints.txt: torch==2.2.0+cpu"
     command = run.removeprefix("Would run: ")
@@ -326,7 +357,9 @@ def test_the_dry_run_can_be_pasted(
 
     rebuilt = [Row("torch", "2.7.1", "2.7.1", "2.7.1", fault="has no kernels")]
     decision = Decision(REPLACE, "2.7.1", "0.22.1", "", "has no kernels")
-    step1.would_run(environment.State(Machine((3, 11), "", (), TorchFacts()), decision, rebuilt), wheels)
+    step1.would_run(
+        environment.State(Machine((3, 11), "", (), TorchFacts()), decision, rebuilt), pip_calls.find_sources(wheels)
+    )
     first, second = capsys.readouterr().out.splitlines()
     assert first.endswith(" --force-reinstall --no-deps torch==2.7.1")
     assert second.endswith(f"--find-links '{wheels}' torch==2.7.1")
@@ -362,7 +395,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[TorchFacts, str], tu
 def test_too_little_disk_keeps_a_torch_that_computes(full_disk: Callable, place: str) -> None:
     profile, state = full_disk(STOCK_ON_P100, place)
     assert state.decision.action == REPLACE
-    last = environment.bring_right(profile, state, None)
+    last = environment.bring_right(profile, state, pip_calls.find_sources(None))
     assert (last.decision.action, last.decision.torch, last.lacking) == (KEEP, "2.14.1", [])
     assert last.decision.reason == "torch 2.14.1 computes on the CPU and could not be replaced"
     assert "has no kernels for Tesla P100" in last.decision.warning
@@ -372,11 +405,11 @@ def test_too_little_disk_keeps_a_torch_that_computes(full_disk: Callable, place:
 def test_too_little_disk_is_an_error_where_no_torch_computes(full_disk: Callable) -> None:
     profile, state = full_disk(CUT_SHORT, "Kaggle")
     with pytest.raises(InstallError, match=r"the packages need up to .*, 0 B are free; fix: free space"):
-        environment.bring_right(profile, state, None)
+        environment.bring_right(profile, state, pip_calls.find_sources(None))
 
 
 def test_too_little_disk_is_an_error_for_a_named_profile(full_disk: Callable) -> None:
     profile, _ = full_disk(STOCK_ON_P100, "Kaggle")
     profile = replace(profile, name="official", asked=Asked("official", "2.2.0", "0.17.0"))
     with pytest.raises(InstallError, match="0 B are free"):
-        environment.bring_right(profile, environment.find_out(profile), None)
+        environment.bring_right(profile, environment.find_out(profile), pip_calls.find_sources(None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import platform
 import sys
 import sysconfig
@@ -11,9 +12,10 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 from LightningDiT.errors import LightningDiTError
-from setup_steps import install
+from setup_steps import conflicts, install
 from setup_steps.install import Pin, Row
 from setup_steps.pip_calls import InstallError, Source
 from setup_steps.project import PROJECT
@@ -38,6 +40,40 @@ def test_pins_are_read_as_pip_reads_them(name: str, python: tuple[int, int]) -> 
     assert {"torch", "torchvision", "numpy", "huggingface_hub"} <= {pin.name for pin in pins}
 
 
+def test_the_tested_ranges_are_read_as_pip_reads_them() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 brings it")
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    (every,) = (Requirement(line) for line in extras.pop("all"))
+    assert (every.name, every.extras) == (project["name"], set(extras))
+    requirements = [Requirement(line) for line in [*project["dependencies"], *itertools.chain(*extras.values())]]
+    ranges = install.read_ranges(PROJECT / "pyproject.toml")
+    assert {(one.name, one.specifier) for one in requirements} == {
+        (name, SpecifierSet(tested)) for name, tested in ranges.items()
+    }
+
+
+def test_the_ranges_reach_from_the_lowest_versions_to_the_pins() -> None:
+    """Each starts at the version in requirements-official.txt and ends before the series behind the newest pin."""
+    ranges = install.read_ranges(PROJECT / "pyproject.toml")
+    newest = {pin.name: pin.version for pin in install.read_pins(PROJECT / "requirements-dev.txt", (3, 13))}
+    lowest = {pin.name: pin.version for pin in install.read_pins(PROJECT / "requirements-official.txt")}
+    pinned = {pin.name for pin in install.read_pins(PROJECT / "requirements.txt")}
+    assert pinned <= lowest.keys() <= ranges.keys() & newest.keys()
+    for name, version in lowest.items():
+        major, minor, *_ = Version(newest[name]).release
+        assert ranges[name] == f">={version},<{major}.{minor + 1}"
+    for pin in install.read_pins(PROJECT / "requirements-dev.txt", (3, 10)):
+        assert pin.name not in ranges or pin.version in SpecifierSet(ranges[pin.name])
+
+
+def test_a_project_without_the_table_is_said(tmp_path: Path) -> None:
+    for words in ("is not there", "has no tested range"):
+        with pytest.raises(LightningDiTError, match=rf"pyproject.toml {words}; fix: fetch the project again"):
+            install.read_ranges(tmp_path / "pyproject.toml")
+        (tmp_path / "pyproject.toml").write_text("[project]\n")
+
+
 def test_development_pins_include_the_others() -> None:
     names = {pin.name for pin in install.read_pins(PROJECT / "requirements-dev.txt")}
     assert {"torch", "numpy", "pytest", "ruff"} <= names
@@ -52,12 +88,20 @@ def test_a_line_that_is_no_pin_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "version", ["2.14.1", "2.14.1+cu126", "2.14.0", "0.29.1", "0.2.9", "1.26.4", "2.0.0", "0.24.0"]
+    "version",
+    [
+        *["2.14.1", "2.14.1+cu126", "2.14.0", "0.29.1", "0.2.9", "1.26.4", "1.26", "1.26.4.post1", "2.0.0", "2", "0"],
+        *["2.2.0rc1", "2.2.dev3", "2.2.0a0+git1a2b", "2.2", "2.15.0rc1", "2.15.0.post1", "2.9.1", "10.4.0", "0.24.0"],
+    ],
 )
-@pytest.mark.parametrize("wanted", ["2.14.1", "0.29.*", "0.2.*", "<2"])
+@pytest.mark.parametrize("wanted", ["2.14.1", "0.29.*", "0.2.*", "<2", ">=2.2.0,<2.15", ">=1.26.4,<2", ">=0,<0.3"])
 def test_versions_are_compared_as_pip_does(version: str, wanted: str) -> None:
-    specifier = SpecifierSet(wanted if wanted.startswith("<") else f"=={wanted}")
-    assert install.satisfies(version, wanted) == specifier.contains(version)
+    specifier = SpecifierSet(wanted if wanted.startswith(("<", ">")) else f"=={wanted}")
+    assert install.satisfies(version, wanted) == specifier.contains(version, prereleases=True)
+
+
+def test_a_text_that_is_no_version_is_in_no_range() -> None:
+    assert not any(install.satisfies("unknown", wanted) for wanted in ("<2", ">=0,<2", "2"))
 
 
 PINS = [Pin("torch", "2.14.1"), Pin("torchvision", "0.29.1"), Pin("numpy", "2.4.6")]
@@ -128,6 +172,76 @@ def test_what_is_installed_what_is_kept_and_what_is_held(
     rows = install.make_rows(PINS, Decision(*decision, reason="why"), {})
     assert [row.requirement for row in rows if not row.met] == requirements
     assert install.constraint_text(rows).splitlines()[1:] == constraints
+
+
+RANGES = {"torch": ">=2.2.0,<2.15", "torchvision": ">=0.17.0,<0.30", "numpy": ">=1.26.4,<2.5"}
+OLD = ("2.2.0", "0.17.*", "<2")
+LATER = ("2.16.0", "0.31.*", "")
+
+
+@pytest.mark.parametrize(
+    ("decision", "installed", "requirements", "states"),
+    [
+        # inside, of one release
+        ((KEEP, *NEWEST), ("2.14.0", "0.29.0", "2.0.2"), [], ["right", "right", "right"]),
+        # inside, but the torchvision belongs to another torch
+        (
+            (KEEP, *NEWEST),
+            ("2.14.1", "0.25.0", "1.26.4"),
+            ["torchvision==0.29.1"],
+            ["right", "torchvision==0.29.1 is wanted", "right"],
+        ),
+        # torch 2.2 beside numpy 2, and beside one that is too old
+        (
+            (KEEP, *OLD),
+            ("2.2.0", "0.17.0", "2.0.2"),
+            ["numpy>=1.26.4,<2"],
+            [
+                *["right on this machine (2.14.1 is pinned)", "right on this machine (0.29.1 is pinned)"],
+                "not usable: torch 2.2.0 works with numpy<2 alone",
+            ],
+        ),
+        (
+            (KEEP, *OLD),
+            ("2.2.0", "0.17.0", "1.25.0"),
+            ["numpy>=1.26.4,<2"],
+            [
+                *["right on this machine (2.14.1 is pinned)", "right on this machine (0.29.1 is pinned)"],
+                "outside the tested range >=1.26.4,<2.5",
+            ],
+        ),
+        # newer than the pins: torch stays, because it works
+        (
+            (KEEP, *LATER),
+            ("2.16.0", "0.31.0", "2.6.0"),
+            ["numpy==2.4.6"],
+            [
+                "outside the tested range >=2.2.0,<2.15, stays: it works on this machine",
+                "outside the tested range >=0.17.0,<0.30, stays: it works on this machine",
+                "outside the tested range >=1.26.4,<2.5",
+            ],
+        ),
+        # inside, but without kernels for this machine
+        (
+            (REPLACE, *NEWEST),
+            ("2.7.1", "0.22.1", "2.4.6"),
+            ["torch==2.14.1", "torchvision==0.29.1"],
+            ["not usable: why", "torchvision==0.29.1 is wanted", "right"],
+        ),
+    ],
+)
+def test_any_tested_version_will_do_that_goes_with_this_torch(
+    monkeypatch: pytest.MonkeyPatch,
+    decision: tuple[str, str, str, str],
+    installed: tuple[str, str, str],
+    requirements: list[str],
+    states: list[str],
+) -> None:
+    there = dict(zip(RANGES, installed, strict=True))
+    monkeypatch.setattr(install, "installed_version", there.get)
+    monkeypatch.setattr(conflicts, "who_needs", lambda *question: "")
+    rows = install.make_rows(PINS, Decision(*decision, reason="why"), {}, RANGES)
+    assert ([row.requirement for row in rows if not row.met], [row.state for row in rows]) == (requirements, states)
 
 
 def test_what_does_not_import_is_not_met(monkeypatch: pytest.MonkeyPatch) -> None:
