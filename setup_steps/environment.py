@@ -15,7 +15,7 @@ from LightningDiT.files import free_bytes, write_text
 from setup_steps import conflicts, install, machine, pip_calls, project, releases
 from setup_steps.install import Pin, Row
 from setup_steps.machine import Machine
-from setup_steps.pip_calls import InstallError
+from setup_steps.pip_calls import InstallError, Source
 from setup_steps.releases import Asked, Decision, Release
 
 CONSTRAINTS = project.PROJECT / "environment_constraints.txt"
@@ -122,17 +122,17 @@ def find_out(profile: Profile, not_replaced: str = "") -> State:
     return State(here, decision, rows, tuple(row.warning for row in rows if row.warning))
 
 
-def bring_right(profile: Profile, state: State, wheels: Path | None) -> State:
+def bring_right(profile: Profile, state: State, sources: tuple[Source, ...]) -> State:
     """Install what is lacking and look again. What cannot be installed is a warning if the profile has ranges and steps
     2 to 4 run without it; otherwise it is a LightningDiTError.
     """
     before = conflicts.broken_requirements()
     try:
         install.refuse_unfit_process(state.rows)
-        last = _install(profile, state, wheels)
+        last = _install(profile, state, sources)
     except LightningDiTError as error:
         if profile.ranges and not state.blocking and isinstance(error, InstallError):
-            install.put_some_right(state.rows, pip_calls.find_sources(wheels)[-1])
+            install.put_some_right(state.rows, sources[-1])
         last = find_out(profile, str(error))
         if not profile.ranges or last.blocking:
             raise
@@ -164,11 +164,10 @@ def require_enough(profile: Profile, state: State) -> None:
         print(f"warning: {warning}")
 
 
-def _install(profile: Profile, state: State, wheels: Path | None) -> State:
+def _install(profile: Profile, state: State, sources: tuple[Source, ...]) -> State:
     """Install what is lacking and look again; install once more what then does not import. A torch that computes on the
     CPU stays if the one for the GPU is not available; any other failure is an InstallError.
     """
-    sources = pip_calls.find_sources(wheels)
     forced = state.wrongly_built
     not_replaced = ""
     for _ in range(2):

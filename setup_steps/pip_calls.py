@@ -169,6 +169,12 @@ def find_index(asked: str = "") -> Index | None:
     return Index(hide_credentials(url), why, section == ":env:" and not asked)
 
 
+def announce(source: Source) -> None:
+    """Print which index pip asks and why; nothing if it asks none because of --wheels."""
+    if source.index:
+        print(describe_index(source.url))
+
+
 def describe_index(asked: str = "") -> str:
     """Return in one line which index pip asks and why."""
     index = find_index(asked)

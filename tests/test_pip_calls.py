@@ -183,7 +183,7 @@ def test_no_message_holds_the_credentials_of_an_index(
     monkeypatch.setattr(sys, "argv", ["step1_install_environment.py", f"--index-url={url}", "--dev"])
     said = complaint(Source(url=url), "tinyprobe==1.0", tmp_path)
     assert "no connection to the package index http://****@127.0.0.1:9/simple" in said
-    assert "step1_install_environment.py '--index-url=http://****@127.0.0.1:9/simple' --dev --wheels FOLDER" in said
+    assert pip_calls.again().endswith(" '--index-url=http://****@127.0.0.1:9/simple' --dev")
     shown = capfd.readouterr()
     assert "127.0.0.1:9" in shown.out
     for secret in ("s3cr", "et@"):
