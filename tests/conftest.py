@@ -31,6 +31,8 @@ from LightningDiT.tokenizer.vavae import autoencoder_settings
 from tests.other_versions import other_python as other_python
 from tests.published import good_stats, light_checkpoint
 
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # a run on several GPUs would leave the process of its test
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job ignores Ctrl-C; the tests send it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["LIGHTNINGDIT_LANG"] = "en"  # one line for an error, whatever the locale

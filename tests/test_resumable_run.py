@@ -32,6 +32,7 @@ from LightningDiT.files import LOCK
 from LightningDiT.images import to_uint8
 from LightningDiT.inference import main
 from LightningDiT.sampling import resumable_run
+from LightningDiT.sampling.all_gpus import share_run
 from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from LightningDiT.sampling.preview import Preview
 from LightningDiT.sampling.resumable_run import (
@@ -181,22 +182,20 @@ def test_a_run_without_digests_keeps_its_images(tiny_folder: Path) -> None:
         main(options)
 
 
-@pytest.mark.skipif(
-    torch.__version__.startswith("2.2.") and sys.version_info >= (3, 12),
-    reason="torchrun of torch 2.2 crashes on Python 3.12 before it starts anything",
-)
 @pytest.mark.usefixtures("one_thread")
-def test_two_processes_make_the_folder_of_one(tiny_folder: Path) -> None:
+def test_two_processes_make_the_folder_of_one(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Four batches for two processes, the last one of a single image."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     options = ["--num-samples", "7", "--seed", "2", "--npz"]
     assert main(arguments(tiny_folder, "one", *options)) == 0
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, "-m", "LightningDiT.inference", *arguments(tiny_folder, "two", *options, "--preview", "2")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("7 of 7 images") == 1
-    assert "7 of them made now" in done.stdout
+    capfd.readouterr()
+    command = ["-m", "LightningDiT.inference", *arguments(tiny_folder, "two", *options, "--preview", "2")]
+    assert share_run(command, [0, 1]) == 0
+    said = capfd.readouterr().out
+    assert said.count("7 of 7 images") == 1
+    assert "7 of them made now" in said
     assert contents(tiny_folder / "two") == contents(tiny_folder / "one")
     assert (tiny_folder / "two.npz").read_bytes() == (tiny_folder / "one.npz").read_bytes()
     assert Image.open(tiny_folder / "two_preview.png").width > 2 * 128

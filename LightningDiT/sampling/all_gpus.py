@@ -87,13 +87,13 @@ def run_on_all_gpus(
     if importlib.util.find_spec("accelerate") is None:
         warn_user(f"accelerate is missing, so one of {seen} GPUs is used; python step1_install_environment.py adds it")
         return None
-    gpus = choose(tested_gpus(seen), config.sample.precision)
+    gpus = choose(check_gpus(seen), config.sample.precision)
     used = [gpu for gpu in gpus if gpu.failure is None][:batches]
     print(f"GPUs           {describe(gpus, used, images)}", flush=True)
     return share_run(command, [gpu.number for gpu in used]) if len(used) > 1 else None
 
 
-def tested_gpus(count: int) -> list[Gpu]:
+def check_gpus(count: int) -> list[Gpu]:
     """Return `count` GPUs after one kernel on each of them, in a process of its own that leaves no context."""
     command = [sys.executable, "-c", TEST, str(ROOT)]
     try:

@@ -21,7 +21,7 @@ from LightningDiT.data.image_files import open_image
 from LightningDiT.device import gpu_name, processor_name
 from LightningDiT.distributed import ALONE, Processes
 from LightningDiT.files import read_json, write_text
-from LightningDiT.images import image_grid, save_png
+from LightningDiT.images import caption_note, image_grid, save_png
 from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from LightningDiT.sampling.preview import Preview
 from LightningDiT.sampling.resumable_run import UNFINISHED, RunResult, manifest_of, run_name, sample_run
@@ -152,6 +152,8 @@ def sample_demo(
     processes.say(f"classes        {pipe.labels.listing(labels)}")
     devices = processes.share(lambda: _device_words(pipe.device))
     captions = [pipe.labels.caption(label) for label in labels]
+    if note := processes.from_main(lambda: caption_note(captions)):
+        processes.say(f"captions       {note}")
     run_folder = folder / run_name(manifest_of(config, labels, seed, pipe.dtype))
     load_seconds = time.perf_counter() - started
     run = sample_run(pipe, labels, seed, run_folder, minutes, processes, preview)
@@ -161,7 +163,7 @@ def sample_demo(
     sessions = list[Session]()
     if processes.is_main:
         sessions = _recorded(run_folder, run, load_seconds, devices, pipe.dtype)
-        save_png(_grid(run.paths, captions, config.data.image_size), target)
+        save_png(_grid(run.paths, captions, labels, config.data.image_size), target)
     if run.interrupted:
         processes.end_by_interrupt()
     return Demo(config, captions, run, target, load_seconds, seed, run_folder, sessions)
@@ -194,7 +196,7 @@ def _device_words(device: torch.device) -> str:
     return gpu_name(device) or f"CPU {processor_name()}, {threads} thread{'s' * (threads > 1)}"
 
 
-def _grid(paths: Sequence[Path | None], captions: Sequence[str], side: int) -> Image.Image:
+def _grid(paths: Sequence[Path | None], captions: Sequence[str], labels: Sequence[int], side: int) -> Image.Image:
     """Return the grid of images of `side` pixels, with a grey square for each that is not there yet."""
     images = []
     for path in paths:
@@ -203,7 +205,7 @@ def _grid(paths: Sequence[Path | None], captions: Sequence[str], side: int) -> I
             continue
         with open_image(path) as image:  # closed at once: a contact sheet has a thousand files
             images.append(image.convert("RGB"))
-    return image_grid(images, captions, _columns(captions))
+    return image_grid(images, captions, _columns(captions), [f"class {label}" for label in labels])
 
 
 def _columns(captions: Sequence[str]) -> int | None:

@@ -6,7 +6,7 @@ import base64
 import contextlib
 import html
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from LightningDiT.config import describe_guidance, describe_solver
@@ -34,6 +34,7 @@ STYLE = """
 .ldit-report th, .ldit-report td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0;
   border-bottom: 1px solid rgba(128, 128, 128, .35) }
 .ldit-report td { overflow-wrap: anywhere }
+.ldit-report th { white-space: nowrap }
 .ldit-report pre { background: rgba(128, 128, 128, .15); color: inherit; padding: .8rem 1rem; margin: .5rem 0;
   border-radius: 4px; white-space: pre-wrap; overflow-wrap: anywhere }
 """.strip()
@@ -80,11 +81,11 @@ def write_report(demo: Demo, path: Path, command: str) -> Path:
         ("Guidance scale", "引导强度", describe_guidance(sample)),
         ("Guide", "引导模型", sample.guide_ckpt or ""),
     )
-    rows = [_row(_both(english, chinese), _text(value)) for english, chinese, value in facts if value]
+    rows = [_row(_both(english, chinese), value) for english, chinese, value in facts if value]
     page = (
         '<!doctype html>\n<html lang="en" style="color-scheme: light dark">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width">\n<title>LightningDiT samples</title>\n'
-        f'</head>\n<body style="margin: 0">\n<div class="ldit-report">\n<style>\n{STYLE}\n</style>\n'
+        f'<style>\n{STYLE}\n</style>\n</head>\n<body style="margin: 0">\n<div class="ldit-report">\n'
         f"<h1>{_both('LightningDiT samples', '样本图像')}</h1>\n{_figures(demo)}\n"
         f"<h2>{_both('Settings', '设置')}</h2>\n{_table(rows)}\n"
         f"<h2>{_both('How they were made', '生成记录')}</h2>\n{_sessions(demo.sessions)}\n"
@@ -112,28 +113,29 @@ def _figures(demo: Demo) -> str:
     return "\n".join(figures)
 
 
-def _sessions(sessions: Iterable[Session]) -> str:
-    """Return the table of the calls that made images, each with its own time and machine."""
-    heads = (
-        *(("Date", "日期"), ("Images", "图像"), ("Sampling and decoding", "采样与解码"), ("Loading", "加载")),
-        *(("Evaluations each", "每张求值次数"), ("Device", "设备"), ("torch", ""), ("Precision", "精度")),
-    )
-    rows = ["<tr>" + "".join(f'<th scope="col">{_both(*head)}</th>' for head in heads) + "</tr>"]
-    for made in sessions:
-        times = (duration(made.seconds), f"{made.load_seconds:.1f} s")
-        cells = (made.date, made.images, *times, made.nfe, made.device, made.torch, made.precision)
-        rows.append("<tr>" + "".join(f"<td>{_text(str(cell))}</td>" for cell in cells) + "</tr>")
-    if len(rows) == 1:
+def _sessions(sessions: Sequence[Session]) -> str:
+    """Return the table of the calls that made images, a column for each, with its own time and machine."""
+    if not sessions:
         return f"<p>{_both('No record of it is left.', '没有留下记录。')}</p>"
-    return _table(rows)
+    facts = (
+        ("Date", "日期", [made.date for made in sessions]),
+        ("Images", "图像", [str(made.images) for made in sessions]),
+        ("Sampling and decoding", "采样与解码", [duration(made.seconds) for made in sessions]),
+        ("Loading", "加载", [f"{made.load_seconds:.1f} s" for made in sessions]),
+        ("Evaluations each", "每张求值次数", [str(made.nfe) for made in sessions]),
+        ("Device", "设备", [made.device for made in sessions]),
+        ("torch", "", [made.torch for made in sessions]),
+        ("Precision", "精度", [made.precision for made in sessions]),
+    )
+    return _table(_row(_both(english, chinese), *cells) for english, chinese, cells in facts)
 
 
 def _table(rows: Iterable[str]) -> str:
     return '<div class="wide"><table>\n' + "\n".join(rows) + "\n</table></div>"
 
 
-def _row(head: str, cell: str) -> str:
-    return f'<tr><th scope="row">{head}</th><td>{cell}</td></tr>'
+def _row(head: str, *cells: str) -> str:
+    return f'<tr><th scope="row">{head}</th>' + "".join(f"<td>{_text(cell)}</td>" for cell in cells) + "</tr>"
 
 
 def _both(english: str, chinese: str) -> str:

@@ -171,7 +171,8 @@ class SampleGrids:
             print(f"note: no samples at step {step}: {error.message}", flush=True)
             return {}
         captions = [self.pipe.labels.caption(label) for label in self.classes]
-        save_png(image_grid(images, captions), self.folder / f"step-{step:07d}.png")
+        grid = image_grid(images, captions, spares=[f"class {label}" for label in self.classes])
+        save_png(grid, self.folder / f"step-{step:07d}.png")
         return {}
 
 
