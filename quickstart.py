@@ -45,6 +45,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     auto = "auto (default): the published weights if a GPU and the files or the hub are there, else the bundled model"
     add("--model", choices=["auto", "bundled", "800ep", "64ep"], default="auto", help=auto)
+    weights.add_models_option(parser)
     add("--test", action="store_true", help="set up, then check lint and format and run the tests")
     add("--dry-run", action="store_true", help="only say what would be done")
     return parser.parse_args(argv)
@@ -112,12 +113,12 @@ def choose_model() -> tuple[str, str]:
         return "bundled", "no report of step 1"
     if memory < GPU_BYTES:
         return "bundled", "no GPU with enough memory for the published weights"
-    attached = weights.Tree(weights.attached_folder())
+    models, attached = weights.models_folder(None, said=False), weights.Tree(weights.attached_folder())
     for model in ("800ep", "64ep"):
-        if all(weights.find_file(file, weights.MODELS, attached) for file in weights.files_of(model)):
+        if all(weights.find_file(file, models, attached) for file in weights.files_of(model)):
             return model, f"a GPU, and the files of {model} are here"
-    needed = sum(weights.bytes_to_come(file, weights.MODELS, attached) for file in weights.files_of("800ep"))
-    if free_bytes(project.PROJECT) < needed:
+    needed = sum(weights.bytes_to_come(file, models, attached) for file in weights.files_of("800ep"))
+    if free_bytes(models) < needed:
         return "bundled", f"a GPU, but no {format_bytes(needed)} free on the disk"
     if hub_answers():
         return "800ep", "a GPU, and the hub answers"
@@ -159,8 +160,12 @@ def call_all(commands: Sequence[Sequence[str]], dry_run: bool) -> int:
     return OK
 
 
-def run_steps(model: str, dry_run: bool) -> int:
-    """Run steps 1 to 4; return the exit code of the first that fails, else 0."""
+def run_steps(model: str, dry_run: bool, folder: Sequence[str] = ()) -> int:
+    """Run steps 1 to 4; return the exit code of the first that fails, else 0.
+
+    Args:
+        folder: the option --models-dir for steps 2 and 3.
+    """
     began = time.monotonic()
     code = call_all([(project.STEP1,)], dry_run)
     if code:
@@ -170,7 +175,8 @@ def run_steps(model: str, dry_run: bool) -> int:
         model, reason = choose_model()
     ready = time.monotonic()
     print(f"\nModel '{model}' ({reason})")
-    steps = [(project.STEP2, "--model", model), (project.STEP3, "--model", model), (project.STEP4,)]
+    options = ["--model", model, *(folder if model != "bundled" else ())]
+    steps = [(project.STEP2, *options), (project.STEP3, *options), (project.STEP4,)]
     code = call_all(steps, dry_run)
     if code:
         return code
@@ -199,19 +205,22 @@ def run_tests(dry_run: bool) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
-    environments = project.environments()
+    models = weights.models_folder(options.models_dir, said=False)
+    if models != weights.MODELS:  # the steps run in the project's folder, where a relative path would lead elsewhere
+        os.environ[weights.MODELS_VARIABLE] = str(models)
+    folder, environments = weights.named_models(options.models_dir), project.environments()
     if not environments:
         if options.dry_run:
             print(f"Would make {project.VENV} (if it is not there yet) and go on in it.")
-            return run_tests(True) if options.test else run_steps(options.model, True)
+            return run_tests(True) if options.test else run_steps(options.model, True, folder)
         ensure_venv(project.VENV)
         arguments = sys.argv[1:] if argv is None else argv
-        command = [str(project.venv_python(project.VENV)), str(Path(__file__).resolve()), *arguments]
+        command = [str(project.venv_python(project.VENV)), str(Path(__file__).resolve()), *arguments, *folder]
         return run_child(command)
     print(f"Working in {', '.join(environments)} ({sys.prefix})")
     if not options.dry_run:
         require_writable(project.PROJECT)
-    code = run_tests(options.dry_run) if options.test else run_steps(options.model, options.dry_run)
+    code = run_tests(options.dry_run) if options.test else run_steps(options.model, options.dry_run, folder)
     if code == OK and not options.dry_run:
         print(f"More: {project.step_command(project.STEP4, '--help')}")
     return code

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,15 +30,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FOLDER")
+    weights.add_models_option(parser)
     add_gpus_option(parser)
     parser.add_argument("--dry-run", action="store_true", help="only print the resolved settings")
     return parser.parse_args(argv)
 
 
-def plan() -> samples.Plan:
+def plan(args: argparse.Namespace) -> samples.Plan:
     from LightningDiT.sampling.options import demo_classes
 
-    config = samples.configured(project.CONFIG if project.CONFIG.exists() else weights.BUNDLED / "config.yaml")
+    path = project.CONFIG if project.CONFIG.exists() else weights.BUNDLED / "config.yaml"
+    config = samples.configured(path, args, sampling=False)
     return config, demo_classes(config.data.num_classes)
 
 
@@ -57,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
             more = project.step_command(project.STEP4, "--help")
             print(f"Next: open the report in a browser; choose classes: {more}")
 
-    return samples.run_shared([SCRIPT, *(sys.argv[1:] if argv is None else argv)], args, plan, run)
+    return samples.run_shared([SCRIPT, *(sys.argv[1:] if argv is None else argv)], args, partial(plan, args), run)
 
 
 if __name__ == "__main__":

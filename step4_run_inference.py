@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from setup_steps import project, samples
+from setup_steps import project, samples, weights
 
 if TYPE_CHECKING:
     from LightningDiT.distributed import Processes
@@ -25,6 +25,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", type=Path, default=project.CONFIG, help="default: that of step 3")
     parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FOLDER")
+    weights.add_models_option(parser)
     add_class_options(parser)
     add_sampling_options(parser)
     parser.set_defaults(time_budget=samples.TIME_BUDGET)

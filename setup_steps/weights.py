@@ -102,12 +102,13 @@ def add_models_option(parser: ArgumentParser) -> None:
     parser.add_argument("--models-dir", type=Path, metavar="FOLDER", help=words)
 
 
-def models_folder(named: Path | None, script: str = STEP2) -> Path:
+def models_folder(named: Path | None, script: str = STEP2, said: bool = True) -> Path:
     """Return the folder of the published weights, made absolute: the one that --models-dir names, else that in
     LIGHTNINGDIT_MODELS, else models/. A line says which it is unless it is models/.
 
     Args:
         script: the step that a fix names if none of the project's scripts runs.
+        said: print that line.
 
     Raises:
         LightningDiTError: it is a file, or the folder of the bundled model, whose files have the same names.
@@ -132,7 +133,7 @@ def models_folder(named: Path | None, script: str = STEP2) -> Path:
     if folder == BUNDLED.resolve():
         message = f"{whose} {folder} is the folder of the bundled model, whose files have the same names"
         raise LightningDiTError(message, fix("FOLDER"))
-    if folder != MODELS.resolve():
+    if said and folder != MODELS.resolve():
         print(f"The published weights are in {folder} ({whose}).")
     return folder
 
