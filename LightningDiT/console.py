@@ -126,16 +126,21 @@ def _say_on_stderr(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def _named_language() -> str:
+    """Return the language in LIGHTNINGDIT_LANG, zh or en or another; quotes are a notebook's `%env NAME="zh"`."""
+    return os.environ.get(LANGUAGE, "").strip(" \"'").lower()
+
+
 def _say_unknown_language() -> None:
     """Say that a language without a catalogue has no effect."""
-    named = os.environ.get(LANGUAGE, "")
-    if named and not named.lower().startswith(("zh", "en")):
+    named = _named_language()
+    if named and not named.startswith(("zh", "en")):
         _say_on_stderr(f"warning: {LANGUAGE} is {named!r} and has no effect; zh and en are the languages")
 
 
 def reads_chinese() -> bool:
     """Return whether fixes are wanted in Chinese: by LIGHTNINGDIT_LANG, else by the locale as gettext finds it."""
-    named = os.environ.get(LANGUAGE, "").lower()
+    named = _named_language()
     if named.startswith(("zh", "en")):
         return named.startswith("zh")
     variables = [os.environ[name] for name in ("LC_ALL", "LC_MESSAGES", "LANG") if os.environ.get(name)]

@@ -37,6 +37,7 @@ def run_program(kind: str, body: str) -> subprocess.CompletedProcess[str]:
 LANGUAGES = [
     ({"LIGHTNINGDIT_LANG": "zh"}, True),
     ({"LIGHTNINGDIT_LANG": "zh_CN", "LC_ALL": "C"}, True),
+    ({"LIGHTNINGDIT_LANG": '"ZH"'}, True),
     ({"LIGHTNINGDIT_LANG": "en", "LC_ALL": "zh_CN.UTF-8"}, False),
     ({"LIGHTNINGDIT_LANG": "fr", "LANG": "zh_CN.UTF-8"}, True),
     ({"LIGHTNINGDIT_LANG": "", "LANG": "zh_CN.UTF-8"}, True),
