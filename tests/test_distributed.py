@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from LightningDiT.distributed import ALONE, launched_processes
+from LightningDiT.distributed import ALONE, LOST, launched_processes
 from LightningDiT.errors import LightningDiTError
 from tests.conftest import BUNDLED, PROJECT
 
@@ -21,7 +21,7 @@ sys.path.insert(0, sys.argv[1])
 from LightningDiT import inference
 from LightningDiT.console import run_main
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.distributed import launched_processes
+from LightningDiT.distributed import LIFELINE, launched_processes
 assert inference.main(["--config", sys.argv[3], "--demo", "--dry-run"]) == 0
 import LightningDiT.sampling.resumable_run
 print("accelerate" in sys.modules)
@@ -41,7 +41,7 @@ def play(case):
         processes.say("said once")
         if case == "error":
             processes.agree(fail if rank == 1 else lambda: None)
-        if case == "death" and rank == 1:
+        if case in ("death", "lost") and rank == 1:
             os._exit(9)
         if case == "interrupt":
             processes.end_by_interrupt()
@@ -52,6 +52,10 @@ for case in sys.argv[4:]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE="2")
+    if case == "lost":
+        held = os.pipe()
+        os.dup2(held[0], 0)
+        os.environ[LIFELINE] = "stdin"
     children = []
     for rank in "01":
         child = os.fork()
@@ -88,7 +92,7 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[End]]:
     command = [sys.executable, "-c", NURSERY, str(PROJECT), str(folder), str(BUNDLED / "config.yaml")]
     environment = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
     done = subprocess.run(
-        [*command, "error", "death", "interrupt", "nothing"],
+        [*command, "error", "death", "interrupt", "nothing", "lost"],
         env={**environment, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -96,7 +100,7 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[End]]:
         check=True,
     )
     ends: dict[str, list[End]] = {"alone": [End(0, done.stdout, done.stderr)]}
-    for line in done.stdout.splitlines()[-4:]:
+    for line in done.stdout.splitlines()[-5:]:
         case, *codes = line.split()
         texts = [[(folder / f"{case}{rank}.{name}").read_text() for name in ("out", "err")] for rank in (0, 1)]
         ends[case] = [End(int(code), *text) for code, text in zip(codes, texts, strict=True)]
@@ -104,7 +108,7 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[End]]:
 
 
 def test_one_process_needs_no_accelerate(played: dict[str, list[End]]) -> None:
-    assert played["alone"][0].out.splitlines()[-5] == "False"
+    assert played["alone"][0].out.splitlines()[-6] == "False"
 
 
 def test_two_processes_that_finish(played: dict[str, list[End]]) -> None:
@@ -120,6 +124,11 @@ def test_a_process_that_dies_is_noticed(played: dict[str, list[End]]) -> None:
     main, other = played["death"]
     assert (main.code, main.out, other.code) == (1, "said once\n", 9)
     assert main.err.splitlines()[-1].startswith("error: another process of this run has ended")
+
+
+def test_a_process_of_all_gpus_leaves_it_to_the_first_to_say_which_one_died(played: dict[str, list[End]]) -> None:
+    main, other = played["lost"]
+    assert (main.code, main.out, main.err, other.code) == (LOST, "said once\n", "", 9)
 
 
 def test_the_end_by_ctrl_c_is_said_once(played: dict[str, list[End]]) -> None:

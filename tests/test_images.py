@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
+from LightningDiT import images as module
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import (
+    FONT,
     as_images,
+    caption_fonts,
+    caption_note,
     centre_crop,
     fit_text,
     grid_columns,
@@ -86,6 +91,88 @@ def test_long_captions_are_shortened() -> None:
     short = fit_text("lesser panda, red panda, panda", font, 100)
     assert short.endswith("…")
     assert font.getlength(short) <= 100
+
+
+def write_font(path: Path, letters: str) -> Path:
+    """Write a font whose glyph of each letter is a full square, and whose box for others is a small one."""
+    builder = pytest.importorskip("fontTools.fontBuilder")
+    pens = pytest.importorskip("fontTools.pens.ttGlyphPen")
+    glyphs = {}
+    for name, side in ((".notdef", 200), *((f"u{ord(letter):05X}", 900) for letter in letters)):
+        pen = pens.TTGlyphPen(None)
+        pen.moveTo((50, 0))
+        for corner in ((50, side), (side, side), (side, 0)):
+            pen.lineTo(corner)
+        pen.closePath()
+        glyphs[name] = pen.glyph()
+    font = builder.FontBuilder(1000, isTTF=True)
+    font.setupGlyphOrder(list(glyphs))
+    font.setupCharacterMap({ord(letter): f"u{ord(letter):05X}" for letter in letters})
+    font.setupGlyf(glyphs)
+    font.setupHorizontalMetrics(dict.fromkeys(glyphs, (1000, 0)))
+    font.setupHorizontalHeader(ascent=900, descent=-100)
+    font.setupNameTable({"familyName": path.stem, "styleName": "Regular"})
+    font.setupOS2()
+    font.setupPost()
+    path.parent.mkdir(exist_ok=True)
+    font.save(path)
+    return path
+
+
+@pytest.fixture
+def fonts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A system whose folder of fonts has one of two Chinese letters, one that frames every letter, and no font."""
+    monkeypatch.delenv(FONT, raising=False)
+    monkeypatch.setattr(module, "FONT_FOLDERS", (str(tmp_path / "none"), str(tmp_path / "fonts")))
+    write_font(tmp_path / "fonts" / "Other.TTF", "猫狗…")
+    write_font(tmp_path / "fonts" / "LastResort.otf", "猫狗虎…")
+    (tmp_path / "fonts" / "broken.ttf").write_text("no font")
+    module._fonts_of.cache_clear()
+    yield tmp_path / "fonts"
+    module._fonts_of.cache_clear()
+
+
+def test_a_font_is_found_for_a_name_in_any_script_or_its_number_stands_for_it(fonts: Path) -> None:
+    other = str(fonts / "Other.TTF")
+    names = ["cat", "猫", "狗狗", "虎", "猫 cat"]
+    assert caption_fonts(names) == {"cat": "", "猫": other, "狗狗": other}
+    assert caption_note(names) == (
+        f"drawn by {other}; no font here can draw '虎' and 1 more, so the class number stands for it:"
+        f" install one, or set {FONT}=FILE"
+    )
+    assert caption_note(["cat", ""]) is None
+    white = [Image.new("RGB", (128, 128), "white")] * 5
+    drawn = np.asarray(image_grid(white, names, 5, [f"class {number}" for number in range(5)]))
+    wanted = np.asarray(image_grid(white, ["cat", "猫", "狗狗", "class 3", "class 4"], 5))
+    np.testing.assert_array_equal(drawn, wanted)
+    ink = (drawn[4 + 128 :] < 100).all(2)  # the strip of the captions; the letter is a square of 12 x 0.85 pixels
+    assert 80 < ink[:, 132:264].sum() < 130
+    plain = np.asarray(image_grid(white[:1], ["虎"]))
+    np.testing.assert_array_equal(plain, np.asarray(image_grid(white[:1], [r"\u864e"])))
+
+
+def test_a_font_that_is_named_comes_first(fonts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = write_font(tmp_path / "mine" / "m.ttf", "cat虎…")
+    monkeypatch.setenv(FONT, str(mine))
+    assert caption_fonts(["cat", "虎", "dog", "猫"]) == {
+        "cat": str(mine),
+        "虎": str(mine),
+        "dog": "",
+        "猫": str(fonts / "Other.TTF"),
+    }
+    for wrong in (fonts / "broken.ttf", fonts, tmp_path / "absent.ttf"):
+        monkeypatch.setenv(FONT, str(wrong))
+        with pytest.raises(LightningDiTError, match=f"{FONT} names .*, which is no font .*; fix: name a file"):
+            caption_note(["cat"])
+
+
+def test_text_that_runs_from_right_to_left_needs_a_library(fonts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = str(write_font(fonts / "hebrew.ttf", "שלום…"))
+    monkeypatch.setattr(module.features, "check", lambda name: True)
+    assert caption_fonts(["שלום"]) == {"שלום": file}
+    module._fonts_of.cache_clear()
+    monkeypatch.setattr(module.features, "check", lambda name: False)
+    assert caption_fonts(["שלום", "猫\ufe0f"]) == {"猫\ufe0f": str(fonts / "Other.TTF")}
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:

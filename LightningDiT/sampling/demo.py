@@ -18,6 +18,7 @@ from PIL import Image
 from LightningDiT.config import Config
 from LightningDiT.console import duration
 from LightningDiT.data.image_files import open_image
+from LightningDiT.data.labels import CLASS_NAMES
 from LightningDiT.device import gpu_name, processor_name
 from LightningDiT.distributed import ALONE, Processes
 from LightningDiT.files import read_json, write_text
@@ -154,7 +155,9 @@ def sample_demo(
     captions = [pipe.labels.caption(label) for label in labels]
     if note := processes.from_main(lambda: caption_note(captions)):
         processes.say(f"captions       {note}")
-    run_folder = folder / run_name(manifest_of(config, labels, seed, pipe.dtype))
+    names = pipe.labels.identity
+    manifest = manifest_of(config, labels, seed, pipe.dtype) | ({CLASS_NAMES: list(names)} if names else {})
+    run_folder = folder / run_name(manifest)
     load_seconds = time.perf_counter() - started
     run = sample_run(pipe, labels, seed, run_folder, minutes, processes, preview)
     target = folder / name
