@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from LightningDiT.console import INTERRUPTED, OK, duration, format_bytes
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.files import free_bytes, read_json, rename_command, require_writable
-from setup_steps import OLDEST_PYTHON, project, weights
+from setup_steps import OLDEST_PYTHON, pip_calls, project, weights
 
 VENV_PARTS = {"bin", "include", "lib", "lib64", "Scripts", "Include", "Lib", "share", "pyvenv.cfg"}
 VENV_PARTS |= {".gitignore", ".lock", "CACHEDIR.TAG"}  # of newer venv and of other tools that make them
@@ -46,6 +46,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     auto = "auto (default): the published weights if a GPU and the files or the hub are there, else the bundled model"
     add("--model", choices=["auto", "bundled", "800ep", "64ep"], default="auto", help=auto)
     weights.add_models_option(parser)
+    add("--index-url", type=pip_calls.index_url, metavar="URL", help="step 1 asks this package index")
     add("--test", action="store_true", help="set up, then check lint and format and run the tests")
     add("--dry-run", action="store_true", help="only say what would be done")
     return parser.parse_args(argv)
@@ -152,7 +153,7 @@ def run_child(command: list[str]) -> int:
 def call_all(commands: Sequence[Sequence[str]], dry_run: bool) -> int:
     """Run Python with each of these arguments (scripts by name); return the exit code of the first failure, else 0."""
     for first, *rest in commands:
-        print(f"\n=== python {' '.join([first, *rest])}")
+        print(f"\n=== python {' '.join(map(project.hide_credentials, [first, *rest]))}")
         script = str(project.PROJECT / first) if first.endswith(".py") else first
         code = OK if dry_run else run_child([sys.executable, script, *rest])
         if code:
@@ -160,14 +161,15 @@ def call_all(commands: Sequence[Sequence[str]], dry_run: bool) -> int:
     return OK
 
 
-def run_steps(model: str, dry_run: bool, folder: Sequence[str] = ()) -> int:
+def run_steps(model: str, dry_run: bool, folder: Sequence[str] = (), index: Sequence[str] = ()) -> int:
     """Run steps 1 to 4; return the exit code of the first that fails, else 0.
 
     Args:
         folder: the option --models-dir for steps 2 and 3.
+        index: the option --index-url for step 1.
     """
     began = time.monotonic()
-    code = call_all([(project.STEP1,)], dry_run)
+    code = call_all([(project.STEP1, *index)], dry_run)
     if code:
         return code
     reason = "as asked"
@@ -191,10 +193,12 @@ def run_steps(model: str, dry_run: bool, folder: Sequence[str] = ()) -> int:
     return OK
 
 
-def run_tests(dry_run: bool) -> int:
-    """Set up, check lint and format, and run the tests; return the exit code of the first failure, else 0."""
+def run_tests(dry_run: bool, index: Sequence[str] = ()) -> int:
+    """Set up, check lint and format, and run the tests; return the exit code of the first failure, else 0. For `index`
+    see `run_steps`.
+    """
     began = time.monotonic()
-    code = call_all([(project.STEP1, "--dev"), *(("-m", *check) for check in CHECKS)], dry_run)
+    code = call_all([(project.STEP1, "--dev", *index), *(("-m", *check) for check in CHECKS)], dry_run)
     if code:
         return code
     print(
@@ -209,10 +213,11 @@ def main(argv: list[str] | None = None) -> int:
     if models != weights.MODELS:  # the steps run in the project's folder, where a relative path would lead elsewhere
         os.environ[weights.MODELS_VARIABLE] = str(models)
     folder, environments = weights.named_models(options.models_dir), project.environments()
+    index = ("--index-url", options.index_url) if options.index_url else ()
     if not environments:
         if options.dry_run:
             print(f"Would make {project.VENV} (if it is not there yet) and go on in it.")
-            return run_tests(True) if options.test else run_steps(options.model, True, folder)
+            return run_tests(True, index) if options.test else run_steps(options.model, True, folder, index)
         ensure_venv(project.VENV)
         arguments = sys.argv[1:] if argv is None else argv
         command = [str(project.venv_python(project.VENV)), str(Path(__file__).resolve()), *arguments, *folder]
@@ -220,7 +225,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"Working in {', '.join(environments)} ({sys.prefix})")
     if not options.dry_run:
         require_writable(project.PROJECT)
-    code = run_tests(options.dry_run) if options.test else run_steps(options.model, options.dry_run, folder)
+    dry_run = options.dry_run
+    code = run_tests(dry_run, index) if options.test else run_steps(options.model, dry_run, folder, index)
     if code == OK and not options.dry_run:
         print(f"More: {project.step_command(project.STEP4, '--help')}")
     return code

@@ -87,11 +87,13 @@ def test_from_a_plain_python_to_the_picture_and_again(project: Path) -> None:
     (project / ".venv" / "bin").mkdir(parents=True)
     (project / ".venv" / "pyvenv.cfg").write_text("home = /nowhere\n")
     (project / ".venv" / "bin" / "python").symlink_to("python-that-is-gone")
-    done = run_script(project / "quickstart.py", python=PLAIN_PYTHON, cwd=Path("/"), KAGGLE_KERNEL_RUN_TYPE="")
+    index = ("--index-url", "https://mirror.example.org/simple")
+    script = project / "quickstart.py"
+    done = run_script(script, *index, python=PLAIN_PYTHON, cwd=Path("/"), KAGGLE_KERNEL_RUN_TYPE="")
     assert done.returncode == 0, done.stderr
     assert "Remaking the half-made" in done.stdout
     assert calls(project) == [
-        "step1_install_environment.py VENV",
+        f"step1_install_environment.py VENV {' '.join(index)}",
         "step2_download_models.py VENV --model bundled",
         "step3_setup_configs.py VENV --model bundled",
         "step4_run_inference.py VENV",
@@ -173,6 +175,21 @@ def test_the_test_command_installs_the_tools_and_ends_at_the_first_failure(proje
     unclean = run_script(project / "quickstart.py", "--test")
     assert unclean.returncode == 1
     assert "-m pytest" not in unclean.stdout
+
+
+def test_the_package_index_is_that_of_step_1_alone(project: Path) -> None:
+    """And without the credentials on the screen."""
+    url = "https://me:s3cret@mirror.example.org/simple"
+    done = run_script(project / "quickstart.py", "--model=bundled", "--index-url", url)
+    assert done.returncode == 0, done.stderr
+    first, *others = [line.partition(" ")[2].split(" ")[1:] for line in calls(project)]
+    assert first == ["--index-url", url]
+    assert [options for options in others if "--index-url" in options] == []
+    assert "=== python step1_install_environment.py --index-url https://****@mirror.example.org/simple\n" in done.stdout
+    assert "s3cret" not in done.stdout + done.stderr
+    wrong = run_script(project / "quickstart.py", "--index-url", "mirror.example.org/simple")
+    assert (wrong.returncode, len(calls(project))) == (2, 4)
+    assert "--index-url: 'mirror.example.org/simple' given, https://HOST/..., http://HOST/... or" in wrong.stderr
 
 
 def test_unknown_model_is_a_usage_error(project: Path) -> None:
