@@ -95,7 +95,11 @@ SETUP = Pair(
 PAIRS = (README, SETUP)
 PROMISES = "docs/promises.md"  # its table has an English and a Chinese column
 CHINESE_PAGES = tuple(pair.chinese for pair in PAIRS)
-PAGES = sorted(str(path.relative_to(PROJECT)) for path in [*PROJECT.glob("*.md"), *PROJECT.glob("docs/*.md")])
+PAGES = sorted(
+    path.relative_to(PROJECT).as_posix()
+    for folder in (PROJECT, PROJECT / "docs", PROJECT / "models" / "fashion-mnist")
+    for path in folder.glob("*.md")
+)
 
 FENCE = "```"
 CODE = re.compile(r"`([^`]+)`")
