@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -34,7 +35,8 @@ def plain_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("HF_TOKEN", "")
     monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
-    monkeypatch.delenv(weights.ATTACHED_VARIABLE, raising=False)
+    for name in (weights.ATTACHED_VARIABLE, weights.MODELS_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
@@ -459,6 +461,76 @@ def test_step2_a_bad_file_and_no_other_names_both_troubles(tmp_path: Path) -> No
     ):
         fetch_offline(tmp_path, "--only", "stats")
     assert (tmp_path / "latents_stats.pt").read_bytes() == b"bad"
+
+
+def test_step2_a_newer_version_wins_over_the_linked_one(
+    tmp_path: Path, published: dict[str, bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, models = weights.STATS.name, tmp_path / "models"
+    first, second, third = (tmp_path / "input" / "vavae" / "pytorch" / "default" / number / name for number in "123")
+    options = (models, "--only", "stats", "--attached", str(tmp_path / "input"))
+    for version in (first, second):
+        version.parent.mkdir(parents=True)
+        version.write_bytes(published["stats"])
+        assert fetch_offline(*options) == 0
+        assert (models / name).readlink() == version
+    said = capsys.readouterr().out
+    assert f"  {name}: {first} has a newer version, {second}" in said
+    assert not list(models.glob("*.bad-*"))
+    third.parent.mkdir()
+    third.write_bytes(b"bad")
+    assert fetch_offline(*options) == 0
+    assert (models / name).readlink() == second
+    (models / name).unlink()
+    capsys.readouterr()
+    assert fetch_offline(*options) == 0
+    assert f"{name}: 2 files of that name below {tmp_path / 'input'}; the highest version is taken, {second}" in (
+        capsys.readouterr().out
+    )
+
+
+def test_step2_says_that_a_linked_file_was_renewed(
+    tmp_path: Path, attached: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (source,) = attached.rglob(weights.STATS.name)
+    options = (tmp_path / "models", "--only", "stats", "--attached", str(attached))
+    assert fetch_offline(*options) == 0
+    stats = good_stats()
+    torch.save({"mean": stats["mean"], "std": stats["std"] * 2, "more": 1}, source)
+    for words in (f"linked to {source}, which changed since it was checked;", f"linked to {source};"):
+        capsys.readouterr()
+        assert fetch_offline(*options) == 0
+        assert words in capsys.readouterr().out
+
+
+AGREE = f"""
+from huggingface_hub import get_hf_file_metadata, hf_hub_url
+from setup_steps.downloads import describe
+where = {weights.VAVAE.repo!r}, {weights.VAVAE.name!r}
+ours, theirs = describe(*where), get_hf_file_metadata(hf_hub_url(*where))
+assert (ours.revision, ours.size, ours.etag) == (theirs.commit_hash, theirs.size, theirs.etag)
+"""
+
+
+def test_step2_in_an_interpreter_with_the_lowest_versions(
+    hub: Hub, tmp_path: Path, attached: Path, other_python: Path
+) -> None:
+    """The tokenizer comes from the hub in two pieces, the rest is linked, and the client of that interpreter reads the
+    same metadata.
+    """
+    hub.faults = [Fault(drop_after=100_000)]
+    (attached / "vavae" / weights.VAVAE.name).unlink()
+    where = ("--models-dir", str(tmp_path / "models"), "--attached", str(attached))
+    script = PROJECT / "step2_download_models.py"
+    done = run_script(script, *where, python=str(other_python), HF_ENDPOINT=hub.endpoint)
+    assert done.returncode == 0, done.stderr
+    assert "hash right; opens" in done.stdout
+    assert hub.ranges() == [None, "bytes=100000-"]
+    assert [path.name for path in (tmp_path / "models").glob("*.pt") if not path.is_symlink()] == [weights.VAVAE.name]
+    env = {**os.environ, "HF_ENDPOINT": hub.endpoint}
+    command = [str(other_python), "-c", AGREE]
+    done = subprocess.run(command, cwd=PROJECT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("source", ["auto", "hub"])

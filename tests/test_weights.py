@@ -48,6 +48,35 @@ def test_search_finds_at_any_depth_in_order(tmp_path: Path) -> None:
     assert weights.search(flat, ["one.pt"]) == {"one.pt": []}
 
 
+OWNER = "models/hustvl/vavae/pyTorch/default"
+
+
+@pytest.mark.parametrize(
+    ("places", "newest"),
+    [
+        ([f"{OWNER}/2", f"{OWNER}/10", f"{OWNER}/9"], f"{OWNER}/10"),  # attached models
+        (["vavae/pytorch/default/1", "vavae/pytorch/default/3/inner"], "vavae/pytorch/default/3/inner"),
+        (["datasets/me/weights", "datasets/you/weights"], "datasets/me/weights"),  # attached data sets
+        (["datasets/me/weights/versions/9", "datasets/me/weights/versions/12"], "datasets/me/weights/versions/12"),
+        (["set-v2", "set-v10"], "set-v10"),  # no version that Kaggle numbers: by name
+    ],
+)
+def test_the_highest_version_comes_first(tmp_path: Path, places: list[str], newest: str) -> None:
+    """The shapes of /kaggle/input and of kagglehub's folder elsewhere."""
+    for place in places:
+        put(tmp_path / place / DIT.name)
+    assert weights.Tree(tmp_path).paths(DIT)[0] == tmp_path / newest / DIT.name
+
+
+def test_a_newer_version_is_the_same_file_in_a_folder_of_a_higher_number(tmp_path: Path) -> None:
+    paths = {number: put(tmp_path / OWNER / number / "inner" / DIT.name) for number in ("2", "9", "10")}
+    for other in ("11/elsewhere", "old/inner", "12"):
+        put(tmp_path / OWNER / other / DIT.name)
+    assert weights.newer_version(paths["2"]) == weights.newer_version(paths["9"]) == paths["10"]
+    assert weights.newer_version(paths["10"]) is None
+    assert weights.newer_version(put(tmp_path / "flat" / DIT.name)) is None
+
+
 def test_search_follows_links_once(tmp_path: Path) -> None:
     """A data set may be a link, and a link may lead back up."""
     put(tmp_path / "elsewhere" / "one.pt")
@@ -89,6 +118,71 @@ def test_attached_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert weights.attached_folder() == Path("/kaggle/input")
     monkeypatch.setenv(weights.ATTACHED_VARIABLE, "~/data")
     assert weights.attached_folder() == Path.home() / "data"
+
+
+@pytest.fixture
+def kaggle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder tree as Kaggle's, with 4 GB in /kaggle/working that take no room here."""
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    monkeypatch.setattr(weights, "KAGGLE_WORKING", tmp_path / "working")
+    with put(tmp_path / "working" / "run" / "images").open("wb") as file:
+        file.truncate(4_000_000_000)
+    (tmp_path / "working" / "link").symlink_to(tmp_path / "working" / "run" / "images")
+    return tmp_path
+
+
+def test_what_kaggle_keeps_is_said(kaggle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    working, temp = kaggle / "working" / "models", kaggle / "temp" / "models"
+    said = weights.keeps_on_kaggle(working, 7_000_000_000)
+    assert said.startswith(f"Save Version keeps {working}: 11.0 GB of 20.0 GB are then used; not to keep it: ")
+    assert said.endswith(f"--models-dir {temp}")
+    said = weights.keeps_on_kaggle(temp, 10**12)
+    assert said.startswith(f"{temp} is gone when the session ends; to keep the files: ")
+    assert said.endswith(f"--models-dir {working}")
+    assert weights.keeps_on_kaggle(working, 16_000_000_000)
+    with pytest.raises(LightningDiTError, match=f"take 16.0 GB; .* holds 4.0 GB, and Kaggle keeps 20.0 GB.*{temp}"):
+        weights.keeps_on_kaggle(working, 16_000_000_001)
+    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE")
+    assert weights.keeps_on_kaggle(working, 10**12) == ""
+
+
+def test_the_folder_of_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The option goes before the variable, and that before models/."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv(weights.MODELS_VARIABLE, "")
+    assert weights.models_folder(None) == weights.models_folder(weights.MODELS) == weights.MODELS
+    assert capsys.readouterr().out == ""
+    monkeypatch.setenv(weights.MODELS_VARIABLE, "~/权重 1")
+    assert weights.models_folder(None) == tmp_path / "home" / "权重 1"
+    assert weights.models_folder(Path("Li's")) == tmp_path / "Li's"
+    assert capsys.readouterr().out.splitlines() == [
+        f"The published weights are in {tmp_path}/home/权重 1 (LIGHTNINGDIT_MODELS).",
+        f"The published weights are in {tmp_path}/Li's (--models-dir).",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("variable", "message", "fix"),
+    [
+        ("file", "LIGHTNINGDIT_MODELS .*/file cannot be a folder: .*/file is a file", "--models-dir /"),
+        ("file/models", "models cannot be a folder: .*/file is a file", "--models-dir /"),
+        ("gone", "gone is a link to nothing, which is not there: the data set is detached", "--models-dir FOLDER"),
+        ('"/kaggle/temp/models"', "without quotation marks", "%env LIGHTNINGDIT_MODELS=/kaggle/temp/models, or "),
+        (str(weights.BUNDLED), "is the folder of the bundled model", "--models-dir FOLDER"),
+    ],
+)
+def test_a_folder_that_cannot_hold_the_weights_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, message: str, fix: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path / "file")
+    (tmp_path / "gone").symlink_to("nothing")
+    monkeypatch.setenv(weights.MODELS_VARIABLE, variable)
+    with pytest.raises(LightningDiTError, match=f"{message}.*; fix: .*{fix}"):
+        weights.models_folder(None)
 
 
 @pytest.fixture
