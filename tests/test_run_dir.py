@@ -35,13 +35,13 @@ class Line:
         self.metadata: dict[str, str] = {}
         self.rate_scale = self.learning_rate = 1.0
 
-    def step(self, step: int) -> dict[str, torch.Tensor]:
+    def step(self, step: int) -> dict[str, float]:
         loss = (self.model(torch.full((4, 3), float(step))) - 1).square().mean()
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        self.ema.update(self.model)
-        return {"loss": loss.detach()}
+        self.ema.update()
+        return {"loss": float(loss)}
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -167,3 +167,15 @@ def test_what_a_kill_left_of_the_weights_is_removed_by_the_next_run(tmp_path: Pa
     (tmp_path / f".transformer.safetensors.x1y2z3w4{UNFINISHED}").write_bytes(b"half")
     RunDir(tmp_path).sweep()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_of_other_kernels_goes_on_with_those_of_this_device(whole: dict[str, Any]) -> None:
+    """As one of a GPU, whose optimizer is fused: the step is the same and the choice of its code is the device's."""
+    ends = []
+    for flags in ({}, {"fused": True, "foreach": False}):
+        line, groups = Line(), [whole["opt"]["param_groups"][0] | flags]
+        line.load_state_dict(whole | {"opt": whole["opt"] | {"param_groups": groups}})
+        assert [line.optimizer.param_groups[0][name] for name in ("fused", "foreach")] == [None, None]
+        line.step(4)
+        ends.append(line.model.weight.detach())
+    assert torch.equal(*ends)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ from LightningDiT.data.image_sets import ArrayImages
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import to_float
 from LightningDiT.tokenizer.config import TokenizerTrainConfig, load_tokenizer_config, tokenizer_training
+from LightningDiT.training import tokenizer_training as stage
 from LightningDiT.training.guard import NotFiniteError
 from LightningDiT.training.tokenizer_training import Networks, TokenizerTrainer, build_networks
 from tests.test_perceptual import vgg_file  # noqa: F401 - a fixture
+from tests.test_training import Waits
 from tests.test_vision import VIT, vit_file  # noqa: F401 - a fixture
 
 DDCONFIG = {"z_channels": 4, "resolution": 32, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "attn_resolutions": []}
@@ -76,6 +79,19 @@ def test_the_discriminator_learns_and_the_frozen_networks_do_not(every_term: Pat
     assert losses[-1] < losses[0]
     after = [value for network in networks.criterion._frozen.values() for value in network.state_dict().values()]
     assert all(torch.equal(old, new) for old, new in zip(frozen, after, strict=True))
+
+
+def test_a_step_waits_for_its_device_once(every_term: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    networks, config = networks_of(every_term)
+    trainer = TokenizerTrainer(config, networks, noise_images())
+    asked, real = list[int](), stage.fetched
+    monkeypatch.setattr(stage, "fetched", lambda values: asked.append(len(values)) or real(values))
+    for optimizer in (trainer.optimizer, trainer.disc_optimizer):
+        monkeypatch.setattr(optimizer, "step", lambda: None)  # its step counter lies on the CPU here
+    with Waits() as waits:
+        row = trainer.step(2)
+    assert asked == [5 + len(row) - 1]  # five checks, and the terms without `data_seconds`
+    assert waits.count == 0
 
 
 def test_a_step_that_is_not_finite_changes_no_weight(every_term: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +159,7 @@ def test_a_published_checkpoint_gives_each_part_by_name(
         f"vision model (foundation_model): {len(load_weights(vit_file))} tensors taken",
     ):
         assert line in said, line
-    assert TokenizerTrainer(config, started, noise_images()).step(1)["loss"].isfinite()
+    assert math.isfinite(TokenizerTrainer(config, started, noise_images()).step(1)["loss"])
 
 
 def test_what_has_no_place_is_listed(every_term: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

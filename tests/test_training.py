@@ -7,6 +7,8 @@ import math
 import os
 import random
 import signal
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from LightningDiT import console, train
 from LightningDiT.checkpoint import load_training_state, load_weights, save_weights
@@ -23,10 +26,10 @@ from LightningDiT.distributed import ALONE
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.files import LOCK, UNFINISHED, held_folder
 from LightningDiT.tokenizer.latents import LatentStats
-from LightningDiT.training import log_rows, loop
+from LightningDiT.training import log_rows, loop, transformer_training
 from LightningDiT.training.curves import read_log
 from LightningDiT.training.ema import Ema
-from LightningDiT.training.guard import Guard, GuardSettings
+from LightningDiT.training.guard import Guard, GuardSettings, NotFiniteError
 from LightningDiT.training.monitors import Validation
 from LightningDiT.training.run_dir import RunDir, random_state, set_random_state
 from LightningDiT.training.scaler import LossScaler
@@ -52,10 +55,23 @@ def test_the_average_is_the_weighted_sum() -> None:
     expected = 1.0
     for step, value in enumerate((3.0, 5.0, 7.0), 1):
         module.weight.data.fill_(value)
-        ema.update(module)
+        ema.update()
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * value
     assert math.isclose(float(ema.weights["weight"]), expected, rel_tol=1e-6)
+
+
+def test_the_average_of_all_tensors_at_once_has_the_bits_of_one_after_another() -> None:
+    module = nn.Sequential(nn.Linear(7, 33), nn.BatchNorm1d(33, track_running_stats=False), nn.Linear(33, 5))
+    ema, expected = Ema(module, 0.99), {name: value.detach().clone() for name, value in module.state_dict().items()}
+    for step in range(1, 30):
+        with torch.no_grad():
+            for value in module.parameters():
+                value.add_(torch.randn_like(value))
+        ema.update()
+        for name, value in module.state_dict().items():
+            expected[name].lerp_(value, 1 - min(0.99, (1 + step) / (10 + step)))
+    assert all(torch.equal(ema.weights[name], value) for name, value in expected.items())
 
 
 def test_the_learning_rate_rises_stays_and_falls() -> None:
@@ -340,8 +356,40 @@ def test_a_second_request_ends_at_once_after_the_grace(
 
 def test_training_lowers_the_loss_on_one_batch(training_config: Path) -> None:
     trainer = train.Trainer(train.load_config(training_config))
-    losses = [float(trainer.step(0)["loss"].detach()) for _ in range(30)]
+    losses = [trainer.step(0)["loss"] for _ in range(30)]
     assert losses[-1] < 0.9 * losses[0]
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations by which a program reads a value of a tensor, so that it waits for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.count += function.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_step_waits_for_its_device_once(
+    precision: str, training_config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outside the optimizer, whose step counter lies on the CPU here and on the device with the kernels of a GPU."""
+    config = train.load_config(training_config)
+    trainer = train.Trainer(replace(config, train=replace(config.train, precision=precision, micro_batch_size=3)))
+    asked = list[int]()
+    real = transformer_training.fetched
+    monkeypatch.setattr(transformer_training, "fetched", lambda values: asked.append(len(values)) or real(values))
+    monkeypatch.setattr(trainer.optimizer, "step", lambda: None)
+    with Waits() as waits:
+        with suppress(NotFiniteError):  # of fp16, whose first step seeks the loss scale
+            trainer.step(0)
+        assert asked == [3]  # two terms of the loss, and the norm of the gradient
+        assert waits.count == 0  # `tolist` of a CPU's tensor is none of these operations
+        float(torch.zeros(1))
+    assert waits.count == 1
 
 
 def test_a_run_of_other_settings_is_refused(training_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -393,7 +441,7 @@ def test_fine_tuning_starts_from_half_precision_weights(training_config: Path) -
     torch.testing.assert_close(
         parameters["blocks.0.attn.qkv.weight"].half(), weights["blocks.0.attn.qkv.weight"].half()
     )
-    assert float(trainer.step(0)["loss"].detach()) > 0
+    assert trainer.step(0)["loss"] > 0
 
 
 def test_the_average_goes_on_where_it_was() -> None:

@@ -89,7 +89,7 @@ def train_steps(config: Config, batch: int) -> int:
             out = model(states, torch.rand(batch), torch.zeros(batch, dtype=torch.long))
         (out.float() - states).square().mean().backward()
         optimizer.step()
-        average.update(model)
+        average.update()
     peak = peak_resident_bytes()
     if peak is None:
         raise LightningDiTError(

@@ -18,15 +18,15 @@ class Ema:
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
         self.steps = 0
-        self.weights = {name: value.detach().clone() for name, value in module.state_dict().items()}
+        self._values = module.state_dict(keep_vars=True)  # the module's own tensors
+        self.weights = {name: value.detach().clone() for name, value in self._values.items()}
 
     @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
+    def update(self) -> None:
         """Move the average towards the module; early steps weigh more, so that the initial weights are forgotten."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        for name, value in module.state_dict().items():
-            self.weights[name].lerp_(value, 1 - decay)
+        torch._foreach_lerp_(list(self.weights.values()), list(self._values.values()), 1 - decay)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the weights and the number of updates."""

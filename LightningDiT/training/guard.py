@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from LightningDiT.errors import LightningDiTError
@@ -38,14 +37,9 @@ class NotFiniteError(LightningDiTError):
         self.counts = counts
 
 
-def require_finite(name: str, value: Tensor, step: int) -> None:
-    """End a step before a loss or gradient that is not finite reaches the weights.
-
-    Raises:
-        NotFiniteError: `value` is NaN or infinite.
-    """
-    if not bool(torch.isfinite(value.detach()).all()):
-        raise NotFiniteError(name, step)
+def fetched(values: Tensor) -> list[float]:
+    """Return values (N,) of a device as numbers; a step waits for its GPU here and nowhere else."""
+    return values.tolist()
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from LightningDiT.checkpoint import load_training_state, save_weights
 from LightningDiT.config import setting_differences
@@ -49,11 +48,11 @@ class Trainable(Protocol):
     rate_scale: float
     learning_rate: float
 
-    def step(self, step: int) -> Mapping[str, Tensor | float]:
-        """Take one optimizer step and return its detached scalar terms; `loss` is checked for spikes.
+    def step(self, step: int) -> Mapping[str, float]:
+        """Take one optimizer step and return its terms; `loss` is checked for spikes.
 
         Raises:
-            NotFiniteError: see `require_finite`; the weights are then as they were.
+            NotFiniteError: a loss or gradient is not finite; the weights are then as they were.
         """
 
     def state_dict(self) -> dict[str, Any]:
@@ -227,7 +226,7 @@ class _Loop:
         must_return = False
         if not self.guard.skips(step):
             try:
-                terms = {name: float(value) for name, value in self.trainer.step(step).items()}
+                terms = dict(self.trainer.step(step))
                 must_return = self.guard.finite_step(step, terms["loss"])
             except NotFiniteError as error:
                 if error.counts:

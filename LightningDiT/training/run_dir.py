@@ -29,6 +29,7 @@ CURVES = "curves.png"
 OPTIONAL = ("last_finite",)  # entries that older checkpoints do not hold
 OPTIMIZERS = ("opt", "optimizer", "judges")  # entries for `load_optimizer`
 FLAGS = ("amsgrad", "capturable", "differentiable", "maximize")  # of an optimizer, which change its step
+KERNELS = ("foreach", "fused")  # flags of an optimizer that choose the code of the same step
 ADAM_STATE = {"step", "exp_avg", "exp_avg_sq"}
 CHECKPOINT = re.compile(rf"checkpoint-(\d{{{STEP_DIGITS},}})\.pt")
 
@@ -222,7 +223,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
         for name, value in values.items():
             if isinstance(value, Tensor) and kind_of(value) != "real":  # torch would convert it
                 raise ValueError(f"{name} of the optimizer is {kind_of(value)}, real numbers are expected")
-    optimizer.load_state_dict(copy.deepcopy(dict(state)))  # else it would go on reading the file
+    # a checkpoint of a GPU may go on on a CPU and the reverse, each with its own kernels
+    kept = [
+        found | {name: own[name] for name in KERNELS} for found, own in zip(state["param_groups"], groups, strict=True)
+    ]
+    optimizer.load_state_dict(copy.deepcopy({**state, "param_groups": kept}))  # else it would go on reading the file
     for parameter, values in optimizer.state.items():
         if missing := ADAM_STATE - set(values):
             raise ValueError(f"entry {min(missing)} of the optimizer is missing")

@@ -31,9 +31,7 @@ class LossScaler:
     def unscale(self, parameters: Iterable[nn.Parameter]) -> None:
         """Divide the gradients by the scale."""
         if self.enabled:
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    parameter.grad.mul_(1 / self.scale)
+            torch._foreach_mul_([value.grad for value in parameters if value.grad is not None], 1 / self.scale)
 
     def searches(self, finite: bool) -> bool:
         """Note whether the step's gradient is finite; return whether a smaller scale may fix one that is not."""

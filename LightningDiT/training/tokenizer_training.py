@@ -32,7 +32,7 @@ from LightningDiT.tokenizer.starting_weights import StartingWeights, read_starti
 from LightningDiT.tokenizer.vavae import autoencoder_settings
 from LightningDiT.tokenizer.vision import VisionModel, create_model
 from LightningDiT.training.ema import Ema
-from LightningDiT.training.guard import require_finite
+from LightningDiT.training.guard import NotFiniteError, fetched
 from LightningDiT.training.loop import LoopSettings, Monitor
 from LightningDiT.training.loop import train as run_loop
 from LightningDiT.training.run_dir import RunDir, load_optimizer, step_of
@@ -160,36 +160,58 @@ class TokenizerTrainer:
         self.optimizer = self._optimizer(self.trained)
         discriminator = self.criterion.discriminator
         self.disc_parameters = list(discriminator.parameters()) if discriminator else []
+        self.statistics = list(discriminator.buffers()) if discriminator else []
         self.disc_optimizer = self._optimizer(self.disc_parameters) if self.disc_parameters else None
 
     def _optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
         betas = (self.config.beta1, self.config.beta2)
-        return torch.optim.AdamW(parameters, lr=self.config.lr, betas=betas, weight_decay=0.0)
+        fused = self.device.type != "cpu"
+        return torch.optim.AdamW(parameters, lr=self.config.lr, betas=betas, weight_decay=0.0, fused=fused)
 
-    def step(self, step: int) -> Mapping[str, Tensor | float]:
-        """Take one step and return the loss terms; no weight has changed when NotFiniteError is raised."""
+    def step(self, step: int) -> Mapping[str, float]:
+        """Take one step and return the loss terms, means over the processes.
+
+        Raises:
+            NotFiniteError: a loss or gradient is not finite; no weight and no statistic of a norm has changed.
+        """
         started = time.monotonic()
         images = self._batch(step)
         waited = time.monotonic() - started
         self._set_rates(step)
         adversarial = self.criterion.is_adversarial(step)
+        norms = [value.clone() for value in self.statistics]
         self._train_discriminator(False)  # the autoencoder's loss moves the autoencoder alone
         with autocast(self.device, self.dtype):
             result = self._forward(images, step)
-            self._require_finite("reconstruction", result.reconstructions.mean(), step)
             terms = self.criterion.autoencoder_loss(result, self.model, step)
-        self._differentiate("loss", terms["loss"], self.optimizer, self.trained, step)
+        checks = {"reconstruction": result.reconstructions.mean(), "loss": terms["loss"]}
+        checks["gradient of the loss"] = self._differentiate(terms["loss"], self.optimizer, self.trained)
         if adversarial and self.disc_optimizer:
             self._train_discriminator(True)
             with autocast(self.device, self.dtype):
-                disc_terms = self.criterion.discriminator_loss(result)
-            loss = disc_terms["disc"]
-            self._differentiate("discriminator's loss", loss, self.disc_optimizer, self.disc_parameters, step)
+                terms |= self.criterion.discriminator_loss(result)
+            norm = self._differentiate(terms["disc"], self.disc_optimizer, self.disc_parameters)
+            checks |= {"discriminator's loss": terms["disc"], "gradient of the discriminator's loss": norm}
+        try:
+            row = self._fetched(terms, checks, step)
+        except NotFiniteError:
+            for value, kept in zip(self.statistics, norms, strict=True):
+                value.copy_(kept)
+            raise
+        if adversarial and self.disc_optimizer:
             self.disc_optimizer.step()
-            terms |= disc_terms
         self.optimizer.step()
-        self.ema.update(self.model)
-        return {name: term.detach() for name, term in terms.items()} | {"data_seconds": waited}
+        self.ema.update()
+        return row | {"data_seconds": waited}
+
+    def _fetched(self, terms: Mapping[str, Tensor], checks: Mapping[str, Tensor], step: int) -> dict[str, float]:
+        """Return the terms as numbers, means over the processes; raise NotFiniteError for the first bad check."""
+        values = torch.stack([value.detach().float() for value in (*checks.values(), *terms.values())])
+        numbers = fetched(self.processes.mean(values))
+        for name, number in zip(checks, numbers, strict=False):
+            if not math.isfinite(number):
+                raise NotFiniteError(name, step)
+        return dict(zip(terms, numbers[len(checks) :], strict=True))
 
     def _batch(self, step: int) -> Tensor:
         """Return this process's images of a step, (N, 3, H, W) in [-1, 1]."""
@@ -228,24 +250,18 @@ class TokenizerTrainer:
         latents = posterior.mean + torch.exp(0.5 * posterior.logvar) * noise  # (N, C, h, w)
         return Pass(images, posterior, latents, self.model.decode(latents).float())
 
-    def _differentiate(
-        self, name: str, loss: Tensor, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], step: int
-    ) -> None:
-        """Set the gradients of `loss`, mean over the processes and clipped; raises NotFiniteError."""
-        self._require_finite(name, loss, step)
+    def _differentiate(self, loss: Tensor, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> Tensor:
+        """Set the gradients of `loss`, mean over the processes and clipped; return the norm () that they had."""
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self.processes.count > 1:
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
             mean = self.processes.mean(torch.cat([gradient.flatten() for gradient in gradients]))
-            for gradient, part in zip(gradients, mean.split([value.numel() for value in gradients]), strict=True):
-                gradient.copy_(part.view_as(gradient))
+            parts = mean.split([value.numel() for value in gradients])
+            views = [part.view_as(gradient) for gradient, part in zip(gradients, parts, strict=True)]
+            torch._foreach_copy_(gradients, views)
         limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
-        require_finite(f"gradient of the {name}", nn.utils.clip_grad_norm_(parameters, limit), step)
-
-    def _require_finite(self, name: str, value: Tensor, step: int) -> None:
-        """Raise NotFiniteError in every process if `value` is not finite in one."""
-        require_finite(name, self.processes.mean(value.detach().float()), step)
+        return nn.utils.clip_grad_norm_(parameters, limit)
 
     def weights(self) -> dict[str, Tensor]:
         """Return all that was trained under the published names, not averaged."""

@@ -23,7 +23,7 @@ from LightningDiT.loading import build_transport, model_settings
 from LightningDiT.models.lightningdit import LightningDiT
 from LightningDiT.training.ema import Ema
 from LightningDiT.training.fine_tuning import initialise, plan
-from LightningDiT.training.guard import GuardSettings, NotFiniteError, require_finite
+from LightningDiT.training.guard import GuardSettings, NotFiniteError, fetched
 from LightningDiT.training.latent_batches import LatentBatch, LatentBatches, class_names_of, has_cosine_loss
 from LightningDiT.training.loop import LoopSettings
 from LightningDiT.training.run_dir import RunDir, load_optimizer
@@ -55,8 +55,9 @@ class Trainer:
         self.ema = Ema(self.model, config.train.ema_decay)
         self.scaler = LossScaler(self.dtype == torch.float16)
         self.rate_scale, self.learning_rate = 1.0, 0.0
+        self.trained = list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
+            self.trained,
             lr=config.optimizer.lr,
             betas=(0.9, config.optimizer.beta2),
             weight_decay=0.0,
@@ -90,30 +91,37 @@ class Trainer:
             return self.model
         return nn.parallel.DistributedDataParallel(self.model, gradient_as_bucket_view=True)
 
-    def step(self, step: int) -> Mapping[str, Tensor | float]:
-        """Take one optimizer step and return the loss terms, means over the global batch."""
+    def step(self, step: int) -> Mapping[str, float]:
+        """Take one optimizer step and return the loss terms, means over the global batch.
+
+        Raises:
+            NotFiniteError: a term or the gradient is not finite; no weight has changed.
+        """
         started = time.monotonic()
         batch = self.data.batch(step)
         waited = time.monotonic() - started
         self._set_rate(step)
         self.optimizer.zero_grad(set_to_none=True)
         losses = self.processes.mean(self._backward_within_memory(batch))
-        self._require_finite_loss(losses, batch, step)
-        norm = self._clip_gradient(step)
+        *terms, norm = fetched(torch.cat([losses, self._clip_gradient().view(1)]))
+        self._require_finite(terms, norm, batch, step)
         self.optimizer.step()
-        self.ema.update(self.model)
-        row = dict(zip(self.terms, losses, strict=True)) | {"gradient_norm": norm, "data_seconds": waited}
+        self.ema.update()
+        row = dict(zip(self.terms, terms, strict=True)) | {"gradient_norm": norm, "data_seconds": waited}
         return row | ({"loss_scale": self.scaler.scale} if self.scaler.enabled else {})
 
-    def _require_finite_loss(self, losses: Tensor, batch: LatentBatch, step: int) -> None:
-        """Raise NotFiniteError, which names the latents of the step that are not finite themselves."""
-        try:
-            require_finite("loss", losses, step)
-        except NotFiniteError as error:
+    def _require_finite(self, terms: list[float], norm: float, batch: LatentBatch, step: int) -> None:
+        """Raise NotFiniteError unless all are finite; that of a loss names the latents that are not finite."""
+        if not all(map(math.isfinite, terms)):
+            error = NotFiniteError("loss", step)
             found = [name for names in self.processes.share(lambda: self.data.not_finite(batch)) for name in names]
             if found:
                 error.message += f", nor are the latents in {', '.join(found)}"
-            raise
+            raise error
+        finite = math.isfinite(norm)
+        searches = self.scaler.searches(finite)
+        if not finite:
+            raise NotFiniteError("gradient", step, counts=not searches)
 
     def _set_rate(self, step: int) -> None:
         rate = learning_rate(step, self.config.optimizer.lr, *self.lengths, self.config.train.max_steps)
@@ -159,15 +167,11 @@ class Trainer:
             )
         return torch.stack([losses[name].mean() for name in self.terms])
 
-    def _clip_gradient(self, step: int) -> Tensor:
-        """Clip the gradient and return the norm that it had; raises NotFiniteError."""
+    def _clip_gradient(self) -> Tensor:
+        """Clip the gradient and return the norm () that it had."""
         limit = self.config.optimizer.max_grad_norm
-        self.scaler.unscale(self.model.parameters())
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), math.inf if limit is None else limit)
-        if self.scaler.searches(bool(torch.isfinite(norm))):
-            raise NotFiniteError("gradient", step, counts=False)
-        require_finite("gradient", norm, step)
-        return norm
+        self.scaler.unscale(self.trained)
+        return nn.utils.clip_grad_norm_(self.trained, math.inf if limit is None else limit)
 
     def summary(self) -> str:
         """Return one line: processes, device, precision, and how the batch is divided."""
