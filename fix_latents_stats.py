@@ -128,7 +128,6 @@ def repair(options: argparse.Namespace, target: stats_repair.Target) -> None:
         aside = write_identity(target, options.channels)
     else:
         sources = choose_sources(options, target)
-        downloads.use_endpoint(options.endpoint)
         found, aside = stats_repair.repair(target, request_of(options, sources), sources)
         print(f"  good ones from {found.origin}")
         show(found.stats, found.latents, found.doubt)
@@ -149,6 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     machine.require_torch("reading statistics")
     from LightningDiT.tokenizer.latents import LatentStats, diagnose
 
+    downloads.use_endpoint(options.endpoint)
     options.models = weights.models_folder(options.models_dir, project.REPAIR)
     target = stats_repair.locate(options.stats, configuration(options.config), options.models)
     print(f"Repair of {target.path} ({target.reason})")

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from LightningDiT.console import INTERRUPTED, OK, duration, format_bytes
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.files import free_bytes, read_json, rename_command, require_writable
-from setup_steps import OLDEST_PYTHON, pip_calls, project, weights
+from setup_steps import OLDEST_PYTHON, downloads, pip_calls, project, weights
 
 VENV_PARTS = {"bin", "include", "lib", "lib64", "Scripts", "Include", "Lib", "share", "pyvenv.cfg"}
 VENV_PARTS |= {".gitignore", ".lock", "CACHEDIR.TAG"}  # of newer venv and of other tools that make them
@@ -47,6 +47,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--model", choices=["auto", "bundled", "800ep", "64ep"], default="auto", help=auto)
     weights.add_models_option(parser)
     add("--index-url", type=pip_calls.index_url, metavar="URL", help="step 1 asks this package index")
+    add("--endpoint", metavar="URL", help="a mirror of the hub (or HF_ENDPOINT)")
     add("--test", action="store_true", help="set up, then check lint and format and run the tests")
     add("--dry-run", action="store_true", help="only say what would be done")
     return parser.parse_args(argv)
@@ -209,6 +210,7 @@ def run_tests(dry_run: bool, index: Sequence[str] = ()) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
+    downloads.use_endpoint(options.endpoint)  # step 2 inherits it
     models = weights.models_folder(options.models_dir, said=False)
     if models != weights.MODELS:  # the steps run in the project's folder, where a relative path would lead elsewhere
         os.environ[weights.MODELS_VARIABLE] = str(models)

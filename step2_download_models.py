@@ -141,8 +141,8 @@ def main(argv: list[str] | None = None) -> int:
         weights.say_unused(options.models_dir)
         check_bundled()
     else:
-        named, options.models_dir = options.models_dir, weights.models_folder(options.models_dir)
         downloads.use_endpoint(options.endpoint)
+        named, options.models_dir = options.models_dir, weights.models_folder(options.models_dir)
         work = show_plan if options.dry_run else verify_all if options.verify else get_all
         if not options.dry_run:  # before hours of fetching
             machine.require_torch("opening the files")

@@ -374,6 +374,21 @@ def test_a_path_with_spaces_in_the_bundled_folder(tmp_path: Path, monkeypatch: p
     assert stats_repair.locate(path).reason == "named by --stats"
 
 
+@pytest.mark.parametrize("option", [True, False])
+def test_the_folder_of_the_weights_may_be_elsewhere(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: bool
+) -> None:
+    monkeypatch.setattr(fix_latents_stats.project, "CONFIG", tmp_path / "none.yaml")
+    folder, other = tmp_path / "temp" / "models", tmp_path / "other"
+    monkeypatch.setenv(weights.MODELS_VARIABLE, str(other if option else folder))
+    folder.mkdir(parents=True)
+    (folder / weights.VAVAE.name).touch()
+    torch.save({"mean": torch.zeros(1, 32, 1, 1) + 1, "std": torch.ones(1, 32, 1, 1) * 2}, tmp_path / "good")
+    hub.put(weights.STATS.repo, weights.STATS.name, (tmp_path / "good").read_bytes())
+    assert fix_latents_stats.main(["--source", "hub", *(["--models-dir", str(folder)] if option else [])]) == 0
+    assert (folder / weights.STATS.name).read_bytes() == (tmp_path / "good").read_bytes()
+
+
 def test_statistics_beside_published_weights_are_the_published_ones(tmp_path: Path) -> None:
     """Weights in another folder, as a data set that is attached on Kaggle."""
     path = tmp_path / "latents_stats.pt"

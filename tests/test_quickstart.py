@@ -192,6 +192,17 @@ def test_the_package_index_is_that_of_step_1_alone(project: Path) -> None:
     assert "--index-url: 'mirror.example.org/simple' given, https://HOST/..., http://HOST/... or" in wrong.stderr
 
 
+def test_the_folder_of_the_weights_is_that_of_steps_2_and_3(project: Path, tmp_path: Path) -> None:
+    """A relative path starts where the person stands, not in the project's folder."""
+    done = run_script(project / "quickstart.py", "--model=64ep", "--models-dir", "weights", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    named = [line.partition(" --models-dir ")[2] for line in calls(project)]
+    assert named == ["", str(tmp_path / "weights"), str(tmp_path / "weights"), ""]
+    wrong = run_script(project / "quickstart.py", "--endpoint", "mirror.example")
+    assert (wrong.returncode, len(calls(project))) == (1, 4)
+    assert "quickstart.py --endpoint https://mirror.example, or unset HF_ENDPOINT" in wrong.stderr
+
+
 def test_unknown_model_is_a_usage_error(project: Path) -> None:
     done = run_script(project / "quickstart.py", "--model", "huge")
     assert done.returncode == 2
