@@ -39,6 +39,7 @@ class InstallError(LightningDiTError):
     """Packages could not be installed; what was there before remains."""
 
 
+UNKNOWN_FIX = "check the internet connection, then {again}"
 #: A pattern of pip's stderr, message and fix; `{what}` is the pattern's group of that name. The first row that fits is
 #: the reason: a full disk shows up as broken downloads too.
 COMPLAINTS = (
@@ -68,6 +69,7 @@ COMPLAINTS = (
         "{index} answers, but {host}, where its files are, cannot be reached",
         "{other} with the address of an index whose files can be had, or {wheels}",
     ),
+    (r"Download failed after|IncompleteRead|ProtocolError", "a download broke off", UNKNOWN_FIX),
     (
         r"\(from versions: (?!none)[^)]*?(?P<newest>[^\s,)]+)\)\s+ERROR: No matching distribution found for "
         r"(?P<what>[^\s;]+)",
@@ -97,7 +99,7 @@ COMPLAINTS = (
         in_own_venv(),
     ),
 )
-UNKNOWN = ("pip says why above", "check the internet connection, then {again}")
+UNKNOWN = ("pip says why above", UNKNOWN_FIX)
 #: Message and fix for a version that is not there if pip asks no index.
 NO_WHEEL = (
     "{what} is not available for this Python {python}",

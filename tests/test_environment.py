@@ -103,6 +103,7 @@ def test_step1_installs_checks_and_repairs_in_a_fresh_environment(place: Place) 
     assert "a folder with wheels was expected; fix: python step1_install_environment.py --write-wheel-" in wrong.stderr
     alone = place.step()
     assert (alone.returncode, "Traceback" in alone.stderr) == (1, False)
+    assert alone.stdout.count("\nIndex: http://127.0.0.1:9/simple (by the variable PIP_INDEX_URL)\n") == 1
     last = alone.stderr.splitlines()[-1]
     assert last.startswith("error: pip ended with code 1 while it installed torch==2.14.1 torchvision==0.29.1")
     assert "no connection to the package index http://127.0.0.1:9/simple; fix: switch the internet on (Kaggle" in last

@@ -85,6 +85,10 @@ def test_a_dependency_on_another_torch_is_refused_and_not_obeyed(offline: None, 
             "-m venv",
         ),
         ("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE.\n", "cache purge"),
+        (
+            "× Download failed after 6 attempts because not enough bytes were received\n",
+            "a download broke off; fix: ch",
+        ),
         ("something new\n", "pip says why above"),
     ],
 )

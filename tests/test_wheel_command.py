@@ -14,6 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import step1_install_environment as step1
 from LightningDiT.errors import LightningDiTError
 from setup_steps import wheel_command
 from setup_steps.install import read_pins
@@ -115,3 +116,25 @@ def test_the_command_alone_is_on_stdout(
     assert shown.out == wheel_command.wheel_command(python) + "\n"
     assert f"For Python {python[0]}.{python[1]}, {origin} (another: --python-version 3.x)" in shown.err
     assert "Without torch and torchvision, which Kaggle has (--with-torch adds them)" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--python-version 3.12", "--python-version: has no effect without --write-wheel-command"),
+        ("--with-torch", "--with-torch: has no effect without --write-wheel-command"),
+        ("--write-wheel-command --wheels wheels", "--wheels: has no effect with --write-wheel-command"),
+        ("--write-wheel-command --profile official", "--profile: has no effect with --write-wheel-command"),
+        ("--write-wheel-command --dev --python-version 3.12", "--dev: has no effect with --write-wheel-command"),
+        ("--write-wheel-command --python-version 3.9", "'3.9' given, 3.10, 3.11, 3.12 or newer expected"),
+        ("--write-wheel-command --python-version 312", "'312' given, 3.10, 3.11, 3.12 or newer expected"),
+        ("--index-url https://h/ --wheels wheels", "--index-url: has no effect with --wheels or --check-only"),
+    ],
+)
+def test_an_option_without_effect_is_a_usage_error(
+    options: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        step1.main(options.split())
+    assert end.value.code == 2
+    assert words in capsys.readouterr().err
