@@ -103,7 +103,7 @@ def refuse_broken_link(path: Path, fix: str) -> None:
 
 def find_files(model: str, options: argparse.Namespace) -> dict[str, Path]:
     """Return the files of a published model by role; raise one LightningDiTError for all that are absent."""
-    folder = options.folder = options.folder or weights.models_folder(options.models_dir, project.STEP3)
+    folder = options.folder
     attached = options.attached or weights.attached_folder()
     if attached:
         attached = named_folder(attached, "attached", "the attached data sets")
@@ -162,6 +162,8 @@ def settle_best(options: argparse.Namespace) -> configs.Config:
     torch = machine.torch_facts()
     if not torch.works:
         raise LightningDiTError(torch.note, project.fix_packages())
+    if options.model in ("800ep", "64ep") or (options.model == "auto" and torch.device_memory):
+        options.folder = weights.models_folder(options.models_dir, project.STEP3)
     if options.model != "auto":
         return settle(options.model, options, torch)
     if not torch.device_memory:

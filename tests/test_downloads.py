@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
+import huggingface_hub
 import pytest
 
 from LightningDiT import console
@@ -581,10 +582,10 @@ def test_the_token_does_not_come_back_along_a_chain_of_redirects(hub: Hub, tmp_p
 @pytest.mark.parametrize(("data", "large"), [(DATA, True), (b"statistics", False)], ids=["large", "small"])
 def test_the_metadata_is_that_which_the_hubs_own_client_reads(hub: Hub, data: bytes, large: bool) -> None:
     """Whichever version of the client is installed."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-
     hub.put(REPO, NAME, data, large)
-    read = get_hf_file_metadata(hf_hub_url(REPO, NAME, endpoint=hub.endpoint), token=False)
+    read = huggingface_hub.get_hf_file_metadata(
+        huggingface_hub.hf_hub_url(REPO, NAME, endpoint=hub.endpoint), token=False
+    )
     remote = downloads.describe(REPO, NAME)
     assert (remote.revision, remote.size, remote.etag) == (read.commit_hash, read.size, read.etag) != (None,) * 3
     assert {seen.encoding for seen in hub.log} == {"identity"}
@@ -652,6 +653,13 @@ def test_refusals_of_the_hub_are_told_apart(
     hub.gated.add("someone/gated")
     with pytest.raises(LightningDiTError, match=words):
         downloads.describe(repo, NAME, QUICK)
+
+
+def test_a_client_that_is_set_offline_asks_nobody(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(LightningDiTError, match="HF_HUB_OFFLINE is set; fix: unset HF_HUB_OFFLINE"):
+        downloads.describe(REPO, NAME, QUICK)
+    assert hub.log == []
 
 
 def test_a_token_that_the_hub_does_not_know_is_said(hub: Hub) -> None:

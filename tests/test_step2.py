@@ -122,6 +122,20 @@ def test_step2_only_takes_one_kind(hub: Hub, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.glob("*.pt")] == ["latents_stats.pt"]
 
 
+def test_step2_says_on_kaggle_what_is_kept_and_checks_the_room(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    monkeypatch.setattr(weights, "KAGGLE_WORKING", tmp_path / "working")
+    options = ("--source", "hub", "--only", "stats")
+    monkeypatch.setattr(weights, "KEPT_BYTES", 10)
+    with pytest.raises(LightningDiTError, match="Kaggle keeps 10 B of it; fix: .*--models-dir .*/temp/models"):
+        fetch_models(tmp_path / "working" / "models", *options)
+    assert hub.ranges() == []
+    assert fetch_models(tmp_path / "temp" / "models", *options) == 0
+    assert f"{tmp_path}/temp/models is gone when the session ends" in capsys.readouterr().out
+
+
 def test_step2_dry_run_asks_nobody(hub: Hub, tmp_path: Path) -> None:
     assert fetch_models(tmp_path, "--dry-run", "--model", "all") == 0
     assert hub.log == []

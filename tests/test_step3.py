@@ -90,6 +90,25 @@ def test_step3_names_every_missing_file(tmp_path: Path) -> None:
         write_config(tmp_path, tmp_path / "config.yaml")
 
 
+def test_step3_takes_the_folder_that_the_variable_names(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its paths are absolute, so that step 4 runs from anywhere; a wrong folder is no reason to take another model."""
+    monkeypatch.chdir(models.parent)
+    output = tmp_path / "elsewhere.yaml"
+    monkeypatch.setenv(weights.MODELS_VARIABLE, models.name)
+    assert step3.main(["--model", "800ep", "--output", str(output)]) == 0
+    assert f"The published weights are in {models} (LIGHTNINGDIT_MODELS)." in capsys.readouterr().out
+    config = load_config(output)
+    dit = weights.DIT["800ep"].name
+    assert (config.ckpt_path, config.data.data_path) == (str(models / dit), str(models))
+    monkeypatch.setenv(weights.MODELS_VARIABLE, f"{models.name}/{dit}")
+    gpu = TorchFacts("2.14.1", True, "cuda", "GPU", 16_000_000_000)
+    monkeypatch.setattr(machine, "torch_facts", lambda: gpu)
+    with pytest.raises(LightningDiTError, match="is a file, a folder was expected"):
+        step3.main(["--output", str(output)])
+
+
 def test_step3_finds_attached_files_at_any_depth(models: Path, tmp_path: Path) -> None:
     attached = tmp_path / "input" / "some-set" / "v1"
     attached.mkdir(parents=True)

@@ -214,7 +214,8 @@ def test_what_is_in_models_needs_no_walk_and_all_files_one(tmp_path: Path, walke
 def test_step3_walks_once_for_all_files_and_models(tmp_path: Path, walked: list[Path]) -> None:
     attached = tmp_path / "attached"
     put(attached / "a" / weights.STATS.name)
-    options = step3.parse(["--models-dir", str(tmp_path / "models"), "--attached", str(attached)])
+    options = step3.parse(["--attached", str(attached)])
+    options.folder = tmp_path / "models"
     for model in ("800ep", "64ep"):
         with pytest.raises(LightningDiTError, match=f"vavae.*, lightningdit-xl-imagenet256-{model}.pt; fix: "):
             step3.find_files(model, options)
