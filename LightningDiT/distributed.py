@@ -9,6 +9,7 @@ from __future__ import annotations
 import _thread
 import contextlib
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -130,6 +131,8 @@ def launched_processes(on_gpus: bool = False) -> Iterator[Processes]:
         yield ALONE
         return
     if LIFELINE in os.environ:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's background jobs have it
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         threading.Thread(target=_follow, daemon=True).start()
     try:
         from accelerate import PartialState

@@ -164,7 +164,12 @@ def share_run(command: Sequence[str], gpus: Sequence[int]) -> int:
         environments = _environments(gpus)
         for environment, said in zip(environments, words, strict=True):
             running.append(_start(command, environment, None if not running else said))
-        codes = _wait(running, stop)
+        try:
+            codes = _wait(running, stop)
+        except KeyboardInterrupt:
+            if running[0].poll() != INTERRUPTED:  # else the main process has said so
+                raise
+            return INTERRUPTED
         if codes[0] in SPOKEN:
             return codes[0]
         if stop.asked:
