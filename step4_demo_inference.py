@@ -54,8 +54,9 @@ def main(argv: list[str] | None = None) -> int:
             from LightningDiT.sampling.demo_report import copy_by_name, write_report
 
             copy_by_name(demo)
-            elsewhere = [] if args.output == OUTPUT else ["--output", str(demo.grid.parent)]
-            report = write_report(demo, demo.grid.with_name(REPORT), project.step_command(SCRIPT, *elsewhere))
+            given = [] if args.output == OUTPUT else ["--output", str(demo.grid.parent)]
+            given += ["--models-dir", str(project.absolute(args.models_dir))] if args.models_dir else []
+            report = write_report(demo, demo.grid.with_name(REPORT), project.step_command(SCRIPT, *given))
             print(f"{demo.summary()}\nreport: {report}")
             more = project.step_command(project.STEP4, "--help")
             print(f"Next: open the report in a browser; choose classes: {more}")

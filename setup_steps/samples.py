@@ -1,4 +1,4 @@
-"""Step 4 in both forms: settings printed and checked, images sampled, each image under its class's name."""
+"""Step 4 in both forms: one process or one for each GPU, settings printed and checked, images sampled."""
 
 from __future__ import annotations
 
