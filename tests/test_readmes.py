@@ -86,6 +86,7 @@ SETUP = Pair(
         "Messages in Chinese": "中文提示",
         "Step 1: which torch": "步骤 1：用哪个 torch",
         "Step 1: which other packages": "步骤 1：其他软件包的版本",
+        "Step 1: from a mirror, or without internet": "步骤 1：使用镜像站，或没有网络",
         "Step 2: the files": "步骤 2：文件",
         "Step 3: the configuration": "步骤 3：配置",
         "The repair": "修复",
