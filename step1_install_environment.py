@@ -84,8 +84,9 @@ def main(argv: list[str] | None = None) -> int:
     profile = environment.read_profile(options.profile, options.dev)
     first = last = environment.find_out(profile)
     environment.announce(profile, first)
-    sources = pip_calls.find_sources(options.wheels, options.index_url) if first.lacking else ()
+    sources: tuple[pip_calls.Source, ...] = ()
     if first.lacking and not options.check_only:
+        sources = pip_calls.find_sources(options.wheels, options.index_url)
         pip_calls.announce(sources[-1])
         last = first if options.dry_run else environment.bring_right(profile, first, sources)
     environment.show(last)
