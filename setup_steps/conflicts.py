@@ -70,8 +70,9 @@ def _requirements_module() -> ModuleType | None:
     return requirements
 
 
-def broken_requirements() -> set[str]:
-    """Return what `pip check` finds, one text for each requirement that is not met; none without pip."""
+def broken_requirements() -> dict[str, str]:
+    """Return the lines of `pip check`, each by the requirement that is not met; none without pip."""
     command = [sys.executable, "-m", "pip", "check", "--disable-pip-version-check"]
     done = subprocess.run(command, check=False, capture_output=True, text=True, errors="replace")
-    return set(done.stdout.splitlines()) if done.returncode else set()
+    lines = done.stdout.splitlines() if done.returncode else ()
+    return {line.partition(", but you have ")[0]: line for line in lines}

@@ -137,7 +137,7 @@ def bring_right(profile: Profile, state: State, sources: tuple[Source, ...]) -> 
         if not profile.ranges or last.blocking:
             raise
         last = replace(last, warnings=(f"not all could be installed: {error}", *last.warnings))
-    new = sorted(conflicts.broken_requirements() - before)
+    new = [line for broken, line in conflicts.broken_requirements().items() if broken not in before]
     return replace(last, warnings=(*last.warnings, *(_explained(line, state.rows, last.rows) for line in new)))
 
 

@@ -285,7 +285,7 @@ def test_a_system_interpreter_is_refused_if_it_lacks_what_is_needed(
     # Without a package that steps 2 to 4 need, it is enough as it is.
     pins[2] = Pin("tqdm", "9.0")
     monkeypatch.setattr(install, "read_ranges", lambda path: {"tqdm": ">=8.0,<9.1"})
-    monkeypatch.setattr(conflicts, "broken_requirements", set)
+    monkeypatch.setattr(conflicts, "broken_requirements", dict)
     monkeypatch.setattr(environment, "CONSTRAINTS", tmp_path / "constraints.txt")
     monkeypatch.setattr(project, "REPORT", tmp_path / "report.json")
     assert step1.main(["--dry-run"]) == 0
@@ -388,7 +388,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[TorchFacts, str], tu
     monkeypatch.setattr(pip_calls, "attached_folder", lambda: None)
     monkeypatch.setattr(install, "free_bytes", lambda folder: 0)
     monkeypatch.setattr(install, "refuse_unfit_process", lambda rows: None)
-    monkeypatch.setattr(conflicts, "broken_requirements", set)
+    monkeypatch.setattr(conflicts, "broken_requirements", dict)
     return found
 
 
