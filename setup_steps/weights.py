@@ -22,6 +22,7 @@ BUNDLED = MODELS / "fashion-mnist"
 MODELS_VARIABLE = "LIGHTNINGDIT_MODELS"
 KAGGLE_INPUT, KAGGLE_WORKING = Path("/kaggle/input"), Path("/kaggle/working")
 KEPT_BYTES = 20_000_000_000  # the most that Kaggle keeps of /kaggle/working
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # lines break at some, others are no UTF-8
 ATTACHED_VARIABLE = "LIGHTNINGDIT_ATTACHED"
 SAY_EVERY = 5.0  # seconds between two lines of a long walk
 PRECISIONS = ("fp32", "bf16", "fp16")  # of converted transformers, the one with the same numbers first
@@ -122,6 +123,9 @@ def models_folder(named: Path | None, script: str = STEP2, said: bool = True) ->
     if not (named or variable):
         return MODELS
     given = named or Path(variable)
+    if CONTROL.search(str(given)):
+        message = f"{whose} is {str(given)!r}, which holds characters that are none of a text"
+        raise LightningDiTError(message, fix("FOLDER"))
     if given.is_symlink() and not given.exists():
         message = f"{whose} {given} is a link to {given.readlink()}, which is not there: the data set is detached"
         raise LightningDiTError(message, fix("FOLDER"))

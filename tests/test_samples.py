@@ -59,11 +59,10 @@ def test_files_that_moved_are_found(config: Config, tmp_path: Path, monkeypatch:
         monkeypatch.setenv(weights.MODELS_VARIABLE, str(new))
     if how != "option":
         (tmp_path / "old").rename(tmp_path / "elsewhere")
-    words = re.escape(
-        f"{new / FILES[2].name} is taken for {tmp_path / 'old' / FILES[2].name}, which {config.source} names"
-    )
-    with pytest.warns(UserWarning, match=words):
+    with pytest.warns(UserWarning) as said:
         found = samples.located(config, new if how == "option" else None)
+    dit, old = FILES[2].name, tmp_path / "old"
+    assert f"{new / dit} is taken for {old / dit}, which {config.source} names" in [str(row.message) for row in said]
     assert folders(found) == {new}
     assert dataclasses.replace(found, ckpt_path="", vae=config.vae, data=config.data) == dataclasses.replace(
         config, ckpt_path=""

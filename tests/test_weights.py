@@ -172,6 +172,8 @@ def test_the_folder_of_the_weights(
         ("gone", "gone is a link to nothing, which is not there: the data set is detached", "--models-dir FOLDER"),
         ('"/kaggle/temp/models"', "without quotation marks", "%env LIGHTNINGDIT_MODELS=/kaggle/temp/models, or "),
         (str(weights.BUNDLED), "is the folder of the bundled model", "--models-dir FOLDER"),
+        ("two\nlines", r"is 'two.nlines', which holds characters that are none of a text", "--models-dir FOLDER"),
+        ("no UTF-8 \udcff", "is 'no UTF-8 .udcff', which holds characters", "--models-dir FOLDER"),
     ],
 )
 def test_a_folder_that_cannot_hold_the_weights_is_one_line(
