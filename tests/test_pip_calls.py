@@ -106,7 +106,6 @@ def test_a_first_source_fails_quietly(offline: None, tmp_path: Path, capfd: pyte
     ("refusal", "host", "words"),
     [
         (403, "", "where its files are, refuses one with HTTP 403"),
-        (503, "", "where its files are, cannot be reached"),
         (0, "127.0.0.1:9", "where its files are, cannot be reached"),
     ],
 )
