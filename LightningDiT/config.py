@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import io
+import itertools
 import json
 import re
 import types
@@ -23,6 +24,7 @@ from LightningDiT.errors import LightningDiTError
 from LightningDiT.files import read_text
 
 MOST_YAML, MOST_BRACKETS = 2**20, 100  # bytes of a file, brackets within brackets
+MOST_VALUES = 10_000  # of a file with aliases, each alias counted as what it stands for
 #: How to get a configuration that does not exist, for the pipeline and for a training.
 STEP3 = "python step3_setup_configs.py"
 TRAINING_FIX = f"copy one of those in {Path(__file__).parent / 'configs'}"
@@ -357,6 +359,7 @@ def read_yaml(path: str | Path, fix: str = STEP3) -> dict[str, Any]:
     try:
         text = read_text(file, MOST_YAML, "utf-8-sig")
         _refuse_deep_brackets(text)
+        _refuse_copies(text)
         loaded = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
     except (YAMLError, OmegaConfBaseException, AssertionError, ValueError, OSError, RecursionError) as error:
         # an assertion of OmegaConf's: the text is no mapping, and not even YAML's `key: value`
@@ -375,6 +378,26 @@ def _refuse_deep_brackets(text: str) -> None:
         depth = max(0, depth + (1 if bracket in "[{" else -1))
         if depth > MOST_BRACKETS:
             raise ValueError("nested too deeply")
+
+
+def _refuse_copies(text: str) -> None:
+    """Raise ValueError for aliases that stand for too many values; OmegaConf before 2.4 copies each of them."""
+    if "*" not in text or "&" not in text:
+        return
+    import yaml
+
+    sizes: dict[int, int] = {}
+
+    def size(node: Any) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = 0  # an alias of what it lies in, which OmegaConf refuses
+            inner = node.value if isinstance(node, yaml.CollectionNode) else []
+            parts = itertools.chain(*inner) if isinstance(node, yaml.MappingNode) else inner
+            sizes[id(node)] = 1 + sum(map(size, parts))
+        return sizes[id(node)]
+
+    if size(yaml.compose(text, Loader=yaml.SafeLoader)) > MOST_VALUES:
+        raise ValueError(f"its aliases stand for more than {MOST_VALUES} values")
 
 
 def as_yaml(values: Mapping[str, Any]) -> str:
