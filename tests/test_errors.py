@@ -36,7 +36,7 @@ def test_every_fix_has_a_chinese_text(fixes: dict[str, str]) -> None:
         if in_chinese(text) is None:
             parts = [part for part in re.split("|".join(JOINTS), text) if in_chinese(part) is None]
             missing |= dict.fromkeys((stands_for("{}", part) for part in parts or [text]), place)
-    assert not missing, "\n" + "\n".join(f'  {json.dumps(row)}: "",  # {place}' for row, place in missing.items())
+    assert not missing, "".join(f'\n{place}\n  {json.dumps(row)}: "",' for row, place in missing.items())
 
 
 def test_the_chinese_is_whole_and_chinese(fixes: dict[str, str]) -> None:
