@@ -161,6 +161,8 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rope(q), rope(k)
+            if q.requires_grad:
+                v = v.contiguous()  # the backward pass needs no more of qkv, and a view would keep all of it
         out = attend(q, k, v)  # (N, heads, T, head width)
         return self.proj(out.transpose(1, 2).flatten(2))  # (N, T, width)
 

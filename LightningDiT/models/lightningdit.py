@@ -85,7 +85,7 @@ class LightningDiTBlock(nn.Module):
 
     def __init__(self, settings: LightningDiTSettings) -> None:
         super().__init__()
-        self.wo_shift, width = settings.wo_shift, settings.hidden_size
+        self.wo_shift, self.use_checkpoint, width = settings.wo_shift, settings.use_checkpoint, settings.hidden_size
         hidden = int(width * settings.mlp_ratio)
         self.norm1 = block_norm(width, settings.use_rmsnorm)
         self.norm2 = block_norm(width, settings.use_rmsnorm)
@@ -95,6 +95,11 @@ class LightningDiTBlock(nn.Module):
 
     def forward(self, x: Tensor, active: Tensor, rope: RotaryEmbedding2d | None) -> Tensor:
         """Return the tokens (N, T, width) after attention and MLP; `active` (N, width) is the condition's SiLU."""
+        if self.use_checkpoint and self.training:  # in here, so that compiled code has it too
+            return checkpoint(self._computed, x, active, rope, use_reentrant=False)
+        return self._computed(x, active, rope)
+
+    def _computed(self, x: Tensor, active: Tensor, rope: RotaryEmbedding2d | None) -> Tensor:
         parts = self.adaLN_modulation(active)  # (N, width) each
         if self.wo_shift:
             scale1, gate1, scale2, gate2 = parts
@@ -181,10 +186,7 @@ class LightningDiT(nn.Module):
         condition = self.t_embedder(times) + self.y_embedder(y).float()  # (N, width)
         active = F.silu(condition)  # (N, width), the same for all layers
         for block in self.blocks:
-            if self.settings.use_checkpoint and self.training:
-                tokens = checkpoint(block, tokens, active, rope, use_reentrant=False)
-            else:
-                tokens = block(tokens, active, rope)  # (N, T, width)
+            tokens = block(tokens, active, rope)  # (N, T, width)
         patches = self.final_layer(tokens, active)  # (N, T, patch^2 * out)
         return self._unpatchify(patches)[:, : self.settings.in_channels]  # (N, C, H, W)
 
