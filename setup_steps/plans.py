@@ -78,6 +78,7 @@ def make_plan(
             print(f"  {examined.path.name}: {examined.path.resolve()} has a newer version, {newer}")
             return Plan(file, examined.path, found=newer, renews=True)
         if examined.said:
+            source.say_passed_over(file, examined.path)
             return Plan(file, examined.path, examined.said + _better_names_aside(file, examined.path))
         print(f"  {examined.path.name}: the one that is there {examined.fault}")
     bad = tuple(examined.path for examined in here)

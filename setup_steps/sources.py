@@ -14,7 +14,7 @@ from pathlib import Path
 
 from LightningDiT.console import Progress, format_bytes
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.files import atomic_path, bring_to_disk, open_regular, remove_leftovers
+from LightningDiT.files import atomic_path, bring_to_disk, open_regular, remove_leftovers, rename_command
 from setup_steps.downloads import CHUNK, again, require_disk
 from setup_steps.weights import Tree, WeightFile, is_newer, usable_names
 
@@ -65,10 +65,16 @@ class Source:
         """Say which file was taken if others have its name, unless they are links to it."""
         others = {path.resolve() for path in paths if path.name == taken.name} - {taken.resolve()}
         if others:
-            rule = (
-                "the highest version is taken" if any(is_newer(taken, path) for path in paths) else "the first is taken"
-            )
-            print(f"  {taken.name}: {1 + len(others)} files of that name below {self.folder}; {rule}, {taken}")
+            is_newest = any(is_newer(taken, path) for path in paths)
+            rule = "the highest version is taken" if is_newest else "the first is taken, another by --folder FOLDER"
+            print(f"  {taken.name}: {1 + len(others)} files of that name below {self.folder}; {rule}: {taken}")
+
+    def say_passed_over(self, file: WeightFile, kept: Path) -> None:
+        """Say that a good file stays though the folder that was asked for has one of another size."""
+        for path in self.candidates(file, kept.parent) if self.kind in ("attached", "folder") else ():
+            if path.name == kept.name and path.stat().st_size != kept.stat().st_size:
+                command = f"{rename_command(kept, '.old')} && {again()}"
+                print(f"  {kept.name}: {path} has another size and is not taken; to take it: {command}")
 
     def explain_absence(self, file: WeightFile) -> LightningDiTError:
         """Return the error for a folder without a usable copy of a file, if the hub is not to be asked."""

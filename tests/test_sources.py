@@ -33,7 +33,7 @@ def test_find_passes_over_what_has_a_fault_and_names_it(tmp_path: Path, capsys: 
     good = put(tmp_path / "in" / "b" / STATS.name, b"good")
     put(tmp_path / "in" / "c" / STATS.name, b"good")
     assert Source("attached", tmp_path / "in").find(STATS, tmp_path / "models", fault_of) == good
-    taken = f"2 files of that name below {tmp_path / 'in'}; the first is taken, {good}"
+    taken = f"2 files of that name below {tmp_path / 'in'}; the first is taken, another by --folder FOLDER: {good}"
     assert capsys.readouterr().out == f"  {bad} is passed over: says nothing good\n  {STATS.name}: {taken}\n"
 
 

@@ -418,6 +418,23 @@ def test_step2_a_good_file_is_never_replaced_by_a_link(
         assert (models / weights.VAVAE.name).is_symlink()
 
 
+def test_step2_says_how_to_take_a_file_that_differs_from_the_one_that_stays(
+    tmp_path: Path, attached: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the command works."""
+    mine, options = tmp_path / "models" / weights.STATS.name, ("--only", "stats", "--folder", str(attached))
+    mine.parent.mkdir()
+    torch.save({**good_stats(), "more": torch.zeros(9)}, mine)
+    assert fetch_offline(mine.parent, *options) == 0
+    (source,) = attached.rglob(mine.name)
+    line = f"  {mine.name}: {source} has another size and is not taken; to take it: mv {mine} {mine}.old && "
+    assert line in capsys.readouterr().out
+    mine.rename(f"{mine}.old")
+    assert fetch_offline(mine.parent, *options) == 0
+    assert mine.readlink() == source
+    assert "another size" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("source", ["auto", "attached"])
 def test_step2_a_bad_file_is_set_aside_for_a_link(
     tmp_path: Path, attached: Path, capsys: pytest.CaptureFixture[str], source: str
@@ -498,7 +515,7 @@ def test_step2_a_newer_version_wins_over_the_linked_one(
     (models / name).unlink()
     capsys.readouterr()
     assert fetch_offline(*options) == 0
-    assert f"{name}: 2 files of that name below {tmp_path / 'input'}; the highest version is taken, {second}" in (
+    assert f"{name}: 2 files of that name below {tmp_path / 'input'}; the highest version is taken: {second}" in (
         capsys.readouterr().out
     )
 
