@@ -77,6 +77,7 @@ PATHS = (
     "sample.guide_ckpt",
 )
 #: What a value must be, beyond its type: key, test, words for the message.
+COMPILES = ("sample.compile", "train.compile")
 RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("data.image_size", is_positive, "a positive number of pixels"),
     ("data.num_classes", is_positive, "a positive number"),
@@ -117,6 +118,7 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("sample.time_grid", lambda value: value in ("shifted", "graded"), "shifted or graded"),
     ("sample.timestep_shift", lambda value: value >= 0, "0 (off) or a positive shift"),
     ("sample.precision", lambda value: value in ("auto", "fp32", "bf16", "fp16"), "auto, fp32, bf16 or fp16"),
+    *((name, lambda value: value in ("auto", "on", "off", True, False), "auto, on or off") for name in COMPILES),
     ("sample.guided_channels", lambda value: value == "all" or _is_count(value), 'a positive number, or "all"'),
 )
 
@@ -165,6 +167,12 @@ class ModelConfig:
     use_checkpoint: bool = False  # recompute activations in the backward pass
 
 
+def _spell_compile(self: TrainConfig | SampleConfig) -> None:
+    """Name the setting's value as `auto` is: earlier files have true and false, as which YAML reads on and off."""
+    if isinstance(self.compile, bool):
+        object.__setattr__(self, "compile", "on" if self.compile else "off")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Length, batch, and upkeep of a training run."""
@@ -185,7 +193,7 @@ class TrainConfig:
     decay_steps: int | float = 0  # cosine fall to zero over the last steps; below 1: a share of max_steps
     precision: str = "auto"  # of matrix products: auto (bf16 where it is native, else fp32) | fp32 | bf16 | fp16
     micro_batch_size: int | None = None  # samples of one forward pass in each process; fewer take less memory
-    compile: bool = False  # torch.compile of the transformer
+    compile: bool | str = "auto"  # torch.compile of the transformer's block: auto | on | off
     keep_checkpoints: int = 2  # the newest ones
     keep_every: int = 0  # also keep checkpoints at multiples of this step; 0: off
     valid_every: int = 0  # steps between two validation losses (EMA weights); 0: off
@@ -197,6 +205,8 @@ class TrainConfig:
     max_skips: int = 10  # non-finite steps in a row before the run goes back to a checkpoint
     spike_factor: float = 4.0  # a loss above this many times the median of the last 100 does the same; 0: off
     rate_cut: float = 0.5  # factor on the learning rate each time the run goes back
+
+    __post_init__ = _spell_compile
 
 
 @dataclass(frozen=True)
@@ -242,11 +252,14 @@ class SampleConfig:
     timestep_shift: float = 0.0  # 0: off
     guided_channels: int | str = 3  # the first N channels are guided, or "all"
     precision: str = "auto"  # auto | fp32 | bf16 | fp16
-    compile: bool = False  # torch.compile the transformer: takes minutes at the start, docs/compile.md
+    compile: bool | str = "auto"  # torch.compile of the networks: auto | on | off, docs/compile.md
+    deterministic: bool = False  # an image's bits are the same in every batch; slower, docs/compile.md
     diffusion_form: str = "SBDM"  # of the SDE: constant | SBDM | sigma | linear | decreasing | increasing-decreasing
     diffusion_norm: float = 1.0
     last_step: str | None = "Mean"  # of the SDE: Mean | Tweedie | Euler | none
     last_step_size: float = 0.04
+
+    __post_init__ = _spell_compile
 
 
 def resolved_solver(sample: SampleConfig) -> SampleConfig:

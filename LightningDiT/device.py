@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 import platform
 import shutil
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -202,6 +204,23 @@ def attention_by(kernel: str | None) -> contextlib.AbstractContextManager[object
         names = {"flash": "enable_flash", "math": "enable_math", "efficient": "enable_mem_efficient"}
         return torch.backends.cuda.sdp_kernel(**{option: name == kernel for name, option in names.items()})
     return sdpa_kernel(getattr(SDPBackend, ATTENTION_KERNELS[kernel]))
+
+
+@functools.cache
+def attention_failure(
+    kernel: str, heads: int, tokens: int, width: int, dtype: torch.dtype, device: torch.device
+) -> str | None:
+    """Return why a kernel does not compute attention of these shapes, None if it does; it is asked once."""
+    joint = torch.zeros(2, tokens, 3, heads, width, dtype=dtype, device=device)
+    q, k, v = joint.permute(2, 0, 3, 1, 4).unbind(0)  # (2, heads, tokens, width) each, as the blocks make them
+    try:
+        with warnings.catch_warnings(), attention_by(kernel):
+            warnings.simplefilter("ignore")  # torch warns of each kernel that does not
+            torch.nn.functional.scaled_dot_product_attention(q, k, v)
+            synchronise(device)
+    except (RuntimeError, AttributeError) as error:  # an older torch has no such name
+        return first_line(error)
+    return None
 
 
 def numeric_switches() -> tuple[object, ...]:

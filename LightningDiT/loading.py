@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from LightningDiT.checkpoint import check_kinds, check_shapes, inspect, load_file, without_values
-from LightningDiT.compiling import compile_forward
 from LightningDiT.config import Config, SampleConfig, setting_differences
 from LightningDiT.errors import LightningDiTError, warn_user
 from LightningDiT.models.lightningdit import (
@@ -133,8 +132,6 @@ def load_transformer(config: Config, dtype: torch.dtype | None = None) -> Lightn
     with without_values():
         model = LightningDiT(model_settings(config))
     load_file(model, path, dtype or torch.float32)
-    if config.sample.compile:
-        compile_forward(model)
     return model.eval().requires_grad_(False)
 
 

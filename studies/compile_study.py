@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from LightningDiT.compiling import compile_forward
+from LightningDiT.compiling import compile_forward, is_compiled
 from LightningDiT.config import load_config
 from LightningDiT.console import positive, run_main
 from LightningDiT.device import best_device
@@ -60,7 +60,7 @@ def study(name: str, model: LightningDiT, batch: int, rounds: int, device: torch
         expected = plain(*inputs)
     compile_forward(model)
     first = seconds_of(lambda: model(*inputs), device)
-    if "forward" not in vars(model):  # it went on uncompiled, with a warning that says why
+    if not is_compiled(model):  # it went on uncompiled, with a warning that says why
         raise LightningDiTError("torch.compile does not work here", "install a C++ compiler, such as g++")
     cases = [Case("plain", lambda: plain(*inputs)), Case("compiled", lambda: model(*inputs))]
     uncompiled, compiled = (result.seconds for result in measure(cases, rounds, device)[2:])

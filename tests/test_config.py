@@ -146,6 +146,28 @@ def test_overrides_are_held_to_the_rules_and_named_as_the_caller_does() -> None:
             with_overrides(sample, names, num_sampling_steps=1.5)
 
 
+@pytest.mark.parametrize(
+    ("text", "wish"),
+    [("true", "on"), ("false", "off"), ("on", "on"), ("off", "off"), ("'on'", "on"), ("auto", "auto"), (None, "auto")],
+)
+def test_compile_is_a_wish_and_was_a_switch(text: str | None, wish: str, tmp_path: Path) -> None:
+    """YAML reads an unquoted `on` as true; what is written keeps the wish."""
+    path = tmp_path / "c.yaml"
+    path.write_text("sample: {}" if text is None else f"sample: {{compile: {text}}}")
+    config = load_config(path)
+    assert config.sample.compile == wish
+    path.write_text(as_yaml(as_dict(config)))
+    assert load_config(path).sample.compile == wish
+
+
+def test_no_other_wish_is_taken(tmp_path: Path) -> None:
+    for value in ("fast", "1", "null"):
+        (tmp_path / "c.yaml").write_text(f"sample: {{compile: {value}}}")
+        with pytest.raises(LightningDiTError, match=r"compile is .*(auto, on or off|bool or str) is expected"):
+            load_config(tmp_path / "c.yaml")
+    assert [with_overrides(SampleConfig(), compile=value).compile for value in ("off", True)] == ["off", "on"]
+
+
 def test_the_defaults_of_sampling_are_those_of_the_published_calls() -> None:
     ours, sde, guidance = SampleConfig(), SdeSettings(), GuidanceSettings()
     assert (ours.atol, ours.rtol) == (ATOL, RTOL)

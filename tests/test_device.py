@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import SafetensorError
 
-from LightningDiT.device import HALF_PRECISIONS, resolve_precision
+from LightningDiT.device import (
+    ATTENTION_KERNELS,
+    HALF_PRECISIONS,
+    abilities,
+    attention_by,
+    attention_failure,
+    numeric_switches,
+    resolve_precision,
+)
 from LightningDiT.errors import LightningDiTError, is_out_of_memory
 from tests.conftest import PROJECT
 
@@ -78,3 +88,76 @@ def test_every_lack_of_memory_is_known(error: Exception) -> None:
 )
 def test_other_errors_are_no_lack_of_memory(error: Exception) -> None:
     assert not is_out_of_memory(error)
+
+
+def test_what_this_machine_can_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = abilities(torch.device("cpu"))
+    assert (found.name, found.capability, found.no_graphs) == ("CPU", None, "graphs need a GPU")
+    assert torch.__version__.startswith(f"{found.torch[0]}.{found.torch[1]}.")
+    monkeypatch.setenv("CXX", str(tmp_path / "g++"))
+    assert abilities(torch.device("cpu")).no_compiler == f"there is no C++ compiler {tmp_path / 'g++'}"
+    (tmp_path / "g++").touch(mode=0o700)
+    assert abilities(torch.device("cpu")).no_compiler == ""
+
+
+@pytest.mark.parametrize(
+    ("card", "triton", "lacking"),
+    [
+        ("H100", True, ""),
+        ("T4", False, "Triton is not installed"),
+        ("P100", True, "Triton needs a GPU of capability 7"),
+    ],
+)
+def test_what_a_card_can_do(card: str, triton: bool, lacking: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: CARDS[card][0])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: (name == "triton" and triton) or None)
+    found = abilities(torch.device("cuda"))
+    assert (found.name, found.capability, found.no_graphs) == (card, CARDS[card][0], "")
+    assert found.no_compiler.startswith(lacking) and bool(found.no_compiler) == bool(lacking)
+
+
+def test_attention_has_one_kernel_within_a_block() -> None:
+    """As torch's own switches say; the products are the same up to rounding."""
+    q, k, v = torch.randn(3, 1, 2, 5, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    before = switches()
+    for kernel in {*ATTENTION_KERNELS} - {"cudnn"}:  # which torch has from 2.5 on
+        with attention_by(kernel):
+            assert switches() == {name: name == kernel for name in before}
+    with attention_by("math"):
+        torch.testing.assert_close(torch.nn.functional.scaled_dot_product_attention(q, k, v), wanted)
+    with attention_by(None):
+        assert switches() == before
+    assert switches() == before
+
+
+def switches() -> dict[str, bool]:
+    backends = torch.backends.cuda
+    return {
+        "flash": backends.flash_sdp_enabled(),
+        "efficient": backends.mem_efficient_sdp_enabled(),
+        "math": backends.math_sdp_enabled(),
+    }
+
+
+def test_a_kernel_that_does_not_compute_a_shape_says_why() -> None:
+    """torch's CPU has the plain kernel, and none of cuDNN."""
+    shape = (2, 4, 8, torch.float32, torch.device("cpu"))
+    assert attention_failure("math", *shape) is None
+    assert attention_failure("cudnn", *shape)
+
+
+def test_a_switch_that_changes_kernels_is_seen() -> None:
+    before = numeric_switches()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert numeric_switches() != before
+    finally:
+        torch.use_deterministic_algorithms(False)
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = not allowed
+    try:
+        assert numeric_switches() != before
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed

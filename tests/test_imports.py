@@ -20,7 +20,7 @@ GROUND: dict[str, set[str]] = {
     "console": {"errors"},
     "files": {"console", "errors"},
     "device": {"errors", "files"},
-    "compiling": {"errors"},
+    "compiling": {"device", "errors", "files"},
     "distributed": {"console", "errors"},
     "config": {"errors", "files"},
     "idle_settings": {"config"},
@@ -37,7 +37,7 @@ BELOW = {*GROUND, *PARTS, "loading"}
 ROWS: dict[str, set[str]] = {
     **GROUND,
     **PARTS,
-    "loading": {"checkpoint", "compiling", "config", "errors", "models", "tokenizer", "transport"},
+    "loading": {"checkpoint", "config", "errors", "models", "tokenizer", "transport"},
     "metrics": {*GROUND, "data", "tokenizer"},
     "sampling": BELOW,
     "training": {*BELOW, "sampling"},  # a run shows samples of its average

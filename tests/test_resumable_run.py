@@ -36,11 +36,13 @@ from LightningDiT.sampling.all_gpus import share_run
 from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from LightningDiT.sampling.preview import Preview
 from LightningDiT.sampling.resumable_run import (
+    ACCELERATION,
     DIGESTS,
     MANIFEST,
     class_folders,
     manifest_of,
     opened_run,
+    run_name,
     sample_run,
 )
 from LightningDiT.seeds import generator_for
@@ -355,6 +357,84 @@ def test_the_precision_that_is_computed_in_belongs_to_the_run(pipe: LightningDiT
         sample_run(pipe, [0], 0, tmp_path, None)
 
 
+def edit_manifest(folder: Path, **change: object) -> None:
+    file = folder / MANIFEST
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+
+
+def test_what_a_run_began_with_is_what_it_goes_on_with(
+    tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, folder = arguments(tiny_folder, "out", "--num-samples", "6"), tiny_folder / "out"
+    assert main(options) == 0
+    assert "acceleration   none (on a CPU compiling pays for long runs" in capsys.readouterr().out
+    whole = contents(folder)
+    kept = json.loads(whole[MANIFEST])[ACCELERATION]
+    assert (kept["graphs"], kept["compiled"], kept["batch"]) == (False, "", None)
+    edit_manifest(folder, **{ACCELERATION: {"batch": 3, "reason": "as chosen"}})
+    (folder / "000004.png").unlink()
+    seen, plain = [], LightningDiTPipeline._solve
+
+    def spy(pipe: LightningDiTPipeline, solver: object, labels: list[int], *inputs: Any) -> Any:
+        seen.append((len(labels), inputs[-1].batch))
+        return plain(pipe, solver, labels, *inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LightningDiTPipeline, "_solve", spy)
+        assert main([*options, "--batch-size", "2"]) == 0
+    assert seen == [(3, 3)]
+    said = capsys.readouterr().out
+    assert f"note: the run in {folder} keeps its batches of 3 images\n" in said
+    assert "acceleration   batches padded to 3 (as chosen)\n" in said
+    same = [np.asarray(Image.open(folder / "000004.png")).astype(int)]
+    (folder / "000004.png").write_bytes(whole["000004.png"])
+    assert np.abs(same[0] - np.asarray(Image.open(folder / "000004.png"))).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("plan", "more", "message"),
+    [
+        ({"graphs": True}, (), "computes by graphs, and here graphs need a GPU"),
+        ({}, ("--compile",), "computes without compiled code, and compile is on"),
+        ({"compiled": "whole"}, ("--compile", "off"), "computes by compiled code, and compile is off"),
+        ({"compiled": "all"}, (), "compiled is 'all'; block, whole or nothing is expected"),
+        ({"batch": [4]}, (), r"batch is \[4\]; int or nothing is expected"),
+        (7, (), "acceleration is 7; a mapping of keys to values is expected"),
+    ],
+)
+def test_a_plan_that_cannot_be_kept_ends_the_run(
+    plan: object, more: tuple[str, ...], message: str, tiny_folder: Path
+) -> None:
+    options, folder = arguments(tiny_folder, "out", "--num-samples", "2"), tiny_folder / "out"
+    assert main(options) == 0
+    edit_manifest(folder, **{ACCELERATION: plan})
+    with pytest.raises(LightningDiTError, match=rf"{folder}.*{message}; fix: choose another --output"):
+        main([*options, *more])
+
+
+def test_runs_from_before_the_plans_go_on(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a plan, and with the old switch among the settings."""
+    options, folder = arguments(tiny_folder, "out", "--num-samples", "3"), tiny_folder / "out"
+    assert main(options) == 0
+    content = json.loads((folder / MANIFEST).read_text())
+    del content[ACCELERATION]
+    for sample, said in ((content["sample"], "none"), ({**content["sample"], "compile": True}, "compiled forward")):
+        (folder / MANIFEST).write_text(json.dumps({**content, "sample": sample}))
+        assert main(options) == 0
+        assert f"acceleration   {said} (as the run began)\n" in capsys.readouterr().out
+
+
+def test_how_a_run_computes_is_no_part_of_its_name(tiny_folder: Path) -> None:
+    config = load_config(tiny_folder / "config.yaml")
+    names = {
+        value: run_name(
+            manifest_of(replace(config, sample=replace(config.sample, **{key: value})), [0], 0, torch.float32)
+        )
+        for key, value in (("compile", "auto"), ("compile", "on"), ("compile", "off"), ("deterministic", True))
+    }
+    assert names["auto"] == names["on"] == names["off"] != names[True]
+
+
 def test_the_strip_shows_the_predictions_of_the_data(pipe: LightningDiTPipeline, tmp_path: Path) -> None:
     """Euler's prediction x + (1 - t) v from the model itself, against the pixels of the strip."""
     state = torch.randn(1, 4, 8, 8, generator=generator_for(5, 0))
@@ -409,6 +489,7 @@ def test_no_strip_where_nothing_is_sampled(tiny_folder: Path, capsys: pytest.Cap
     assert (tiny_folder / "demo" / "demo_preview.png").exists()
 
 
+@pytest.mark.usefixtures("capsys")  # which keeps what is printed in no file
 def test_a_full_disk_is_one_line_and_keeps_what_is_whole(pipe: LightningDiTPipeline, tmp_path: Path) -> None:
     """The limit of a process on file sizes stands for the full disk."""
     resource = pytest.importorskip("resource")

@@ -18,7 +18,7 @@ def first_not_finite(networks: Mapping[str, nn.Module], replay: Callable[[], obj
 
     Args:
         networks: by a prefix for the names of their layers, each called as network(x, t, ...).
-        replay: calls them; it ends at the first such value.
+        replay: calls them uncompiled, since compiled code runs no hooks of layers; it ends at the first such value.
 
     Returns:
         A text such as `the output of blocks.3.mlp.w12 at t = 0.25`. It names the input of a layer if an operation
@@ -26,10 +26,6 @@ def first_not_finite(networks: Mapping[str, nn.Module], replay: Callable[[], obj
     """
     time = math.nan
     handles = []
-    # compiled code runs no hooks of layers, so the class's own forward replaces it during the replay
-    compiled = {
-        name: network.__dict__.pop("forward") for name, network in networks.items() if "forward" in vars(network)
-    }
 
     def remember_time(network: nn.Module, inputs: tuple[object, ...]) -> None:
         nonlocal time
@@ -55,8 +51,6 @@ def first_not_finite(networks: Mapping[str, nn.Module], replay: Callable[[], obj
     finally:
         for handle in handles:
             handle.remove()
-        for name, forward in compiled.items():
-            networks[name].forward = forward
     return None
 
 

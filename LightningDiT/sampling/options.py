@@ -26,6 +26,7 @@ OPTIONS = {
     "guide_ckpt": "--guide-ckpt",
     "precision": "--precision",
     "compile": "--compile",
+    "deterministic": "--deterministic",
     "per_proc_batch_size": "--batch-size",
 }
 
@@ -40,7 +41,19 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         "--guide-ckpt", type=_file_name, metavar="FILE", help="weaker weights of the same shape, for autoguidance"
     )
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), help="of the transformer")
-    parser.add_argument("--compile", action="store_true", default=None, help="compile the transformer: docs/compile.md")
+    parser.add_argument(
+        "--compile",
+        nargs="?",
+        choices=("auto", "on", "off"),
+        const="on",
+        help="compile the networks; auto, the default, on a GPU if the run gains by it: docs/compile.md",
+    )
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        default=None,
+        help="an image's bits are the same in every batch of the same --batch-size: docs/compile.md",
+    )
     parser.add_argument("--batch-size", type=positive, help="images sampled at once, on each GPU")
     add_gpus_option(parser)
     parser.add_argument(
@@ -119,8 +132,9 @@ def describe_settings(config: Config, images: int, output: Path) -> str:
             f"configuration  {config.source}",
             f"model          {config.model.model_type} from {config.ckpt_path}",
             f"sampling       {describe_solver(sample)}; {guidance} {describe_guidance(sample)}",
-            f"precision      {sample.precision}{', compiled' if sample.compile else ''},"
-            f" {images_at_once(images, sample.per_proc_batch_size)} images at once",
+            f"precision      {sample.precision}, compile {sample.compile},"
+            f" {'deterministic, ' if sample.deterministic else ''}"
+            f"{images_at_once(images, sample.per_proc_batch_size)} images at once",
             f"images         {images} -> {output}",
             *(f"note           {note}" for note in sampling_notes(config)),
         )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from LightningDiT.checkpoint import save_weights
+from LightningDiT.compiling import PLAIN, Plan
 from LightningDiT.config import Config, SampleConfig, as_dict, as_yaml, load_config, read_yaml, with_overrides
 from LightningDiT.data.labels import CLASS_NAMES, Labels
 from LightningDiT.device import (
@@ -27,7 +28,7 @@ from LightningDiT.device import (
     resolve_precision,
     usable_device,
 )
-from LightningDiT.errors import LightningDiTError, is_out_of_memory, warn_user
+from LightningDiT.errors import LightningDiTError, first_line, is_out_of_memory, warn_user
 from LightningDiT.files import remove_leftovers, write_text
 from LightningDiT.images import to_pil, to_uint8
 from LightningDiT.loading import (
@@ -44,6 +45,7 @@ from LightningDiT.loading import (
 from LightningDiT.models.lightningdit import LightningDiT
 from LightningDiT.sampling.calibrated import guide_fingerprint, load_solvers, save_solvers, weights_fingerprint
 from LightningDiT.sampling.memory_limit import BatchLimit
+from LightningDiT.sampling.networks import Networks, note_code, objection_to, padded, plan_of
 from LightningDiT.sampling.non_finite import all_finite, first_not_finite
 from LightningDiT.sampling.solver_choice import Solver, check_solver
 from LightningDiT.seeds import generator_for
@@ -111,6 +113,8 @@ class LightningDiTPipeline:
         self.config = config
         self.labels = Labels.of(config)
         self.batch_limit = BatchLimit()
+        self._networks = Networks()
+        self._settled: Plan | None = None
         self._solvers: dict[SampleConfig, Solver] = {}
         self._not_finite: str | None = None  # where half precision first failed
         self.to(device, dtype)
@@ -187,19 +191,49 @@ class LightningDiTPipeline:
         config = dataclasses.replace(self.config, sample=sample)
         same = sample.guide_ckpt == self.config.sample.guide_ckpt
         guide = self.guide if same else load_guide(config, self.dtype)
-        return LightningDiTPipeline(
+        other = LightningDiTPipeline(
             self.transformer, self.tokenizer, self.transport, config, self.device, self.dtype, guide
         )
+        other._networks = self._networks  # one lock and one set of recordings for the same weights
+        return other
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> LightningDiTPipeline:
         """Move to `device`; `dtype` is the precision of transformer and guide, the tokenizer stays float32."""
-        self.device = torch.device(device)
-        self.transformer = self.transformer.to(device=self.device, dtype=dtype)
-        if self.guide is not None:
-            self.guide = self.guide.to(device=self.device, dtype=dtype)
-        self.dtype = next(self.transformer.parameters()).dtype
-        self.tokenizer.to(self.device)
+        with self._networks.lock:
+            self._networks.drop()
+            self.device = torch.device(device)
+            self.transformer = self.transformer.to(device=self.device, dtype=dtype)
+            if self.guide is not None:
+                self.guide = self.guide.to(device=self.device, dtype=dtype)
+            self.dtype = next(self.transformer.parameters()).dtype
+            self.tokenizer.to(self.device)
         return self
+
+    def plan(self, images: int, batch: int) -> Plan:
+        """Return how a run of `images` images in this process, `batch` of them at once, is to be computed.
+
+        Raises:
+            LightningDiTError: settings that exclude one another.
+        """
+        return plan_of(self.solver(self.config.sample), self.transformer, images, batch)
+
+    @contextlib.contextmanager
+    def settled(self, plan: Plan, where: str) -> Iterator[None]:
+        """Compute by a plan within the block; by default each call makes its own.
+
+        Args:
+            where: whose plan it is, for the message.
+
+        Raises:
+            LightningDiTError: this machine cannot compute so, or `compile` of the settings says otherwise.
+        """
+        if objection := objection_to(plan, self.transformer, self.config.sample.compile):
+            raise LightningDiTError(f"{where} {objection}", "choose another --output")
+        self._settled, before = plan, self._settled
+        try:
+            yield
+        finally:
+            self._settled = before
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -222,16 +256,17 @@ class LightningDiTPipeline:
                 self._solvers[sample] = Solver.of(sample, self.transport, lambda: self._weights_fingerprint)
         return self._solvers[sample]
 
-    def guided(self, labels: Sequence[int], sample: SampleConfig) -> GuidedVelocity:
-        """Return the guided model for images of these classes, a function of state and time."""
+    def guided(self, labels: Sequence[int], sample: SampleConfig, plan: Plan = PLAIN) -> GuidedVelocity:
+        """Return the guided model for images of these classes, a function of state and time that computes by a plan."""
         y = torch.tensor(labels, device=self.device)
         null = torch.full_like(y, self.transformer.null_class)
-        guide = None if self.guide is None else partial(self._predict, network=self.guide)
-        return GuidedVelocity(self._predict, y, null, guidance_of(sample), guide)
+        model, *guide = [partial(self._networks.predict, network, plan, len(labels)) for network in self._both]
+        return GuidedVelocity(model, y, null, guidance_of(sample), *guide)
 
-    def _predict(self, x: Tensor, t: Tensor, y: Tensor, network: LightningDiT | None = None) -> Tensor:
-        """Return the float32 prediction (N, C, h, w) of the transformer, or another network, in its own precision."""
-        return (network or self.transformer)(x, t[:1], y).float()  # all times of a batch are equal
+    @property
+    def _both(self) -> list[LightningDiT]:
+        """The transformer, and the guide if there is one."""
+        return [self.transformer] if self.guide is None else [self.transformer, self.guide]
 
     @torch.inference_mode()
     def __call__(
@@ -274,7 +309,8 @@ class LightningDiTPipeline:
         noise = self._checked_noise(latents, len(labels), sample)
         seeds = [(seed, index) for index in (range(len(labels)) if indices is None else indices)]
         started = time.perf_counter()
-        images, nfe = self._sample(solver, labels, seeds, noise, output_type, callback)
+        with self._networks.lock:
+            images, nfe = self._sample(solver, labels, seeds, noise, output_type, callback)
         return PipelineOutput(images, labels, seeds, nfe, time.perf_counter() - started, self.dtype)
 
     def _numbers_of(self, class_labels: Sequence[int | str] | int | str) -> list[int]:
@@ -313,31 +349,39 @@ class LightningDiTPipeline:
         A batch that memory does not hold is sampled in halves. A batch that half precision does not hold is sampled
         again in float32; images that were finite stay as they were, so that none depends on its batch.
         """
-        # steps that an adaptive solver suits to a batch would depend on its other images
-        size = 1 if solver.is_adaptive else solver.sample.per_proc_batch_size
+        size = solver.sample.per_proc_batch_size
+        whole = self._settled or plan_of(solver, self.transformer, len(labels), size)
+        size = min(size, whole.batch or size)
+        if solver.is_adaptive:
+            size = 1  # the steps that suit a batch would depend on its other images
         start, nfe, parts = 0, 0, []
         while start < len(labels):
             batch = slice(start, min(start + self.batch_limit.of(size), len(labels)))
+            plan = whole.of_batch(batch.stop - start, self.batch_limit.of(whole.batch or size))
             solve = partial(self._solve, solver, labels[batch], seeds[batch], None if noise is None else noise[batch])
             try:
-                state, evaluations = solve(callback)
+                state, evaluations = solve(callback, plan)
                 if not all_finite(state):
                     self._report_not_finite(solve)
                     with self._in_float32():
-                        repeated, evaluations = solve(callback)
+                        repeated, evaluations = solve(callback, plan.plainly())
                         if not all_finite(repeated):
                             self._report_not_finite(solve)
                     finite = state.isfinite().flatten(1).all(1).view(-1, 1, 1, 1)  # (N, 1, 1, 1)
                     state = torch.where(finite, state, repeated)
-                parts.append(self._decode(state, output_type))
+                parts.append(self._decode(state, output_type, plan))
+                note_code(plan, solver, self.transformer)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
+                if whole.deterministic:
+                    raise _too_large(whole.rows(1), error) from error
                 self.batch_limit.halve(batch.stop - start, error)
             else:
                 self.batch_limit.count_success()
                 start, nfe = batch.stop, max(nfe, evaluations)
                 continue
+            self._networks.drop()
             gc.collect()  # here, since the error above held the frames that hold the tensors
             release_memory()
         return _joined(parts, output_type), nfe
@@ -349,9 +393,10 @@ class LightningDiTPipeline:
         seeds: list[tuple[int, int]],
         noise: Tensor | None,
         callback: StepCallback | None,
+        plan: Plan,
         strict: bool = False,
     ) -> tuple[Tensor, int]:
-        """Return the final states (N, C, h, w) of one batch and the evaluations that they took.
+        """Return the final states (N, C, h, w) of one batch, computed by a plan, and the evaluations that they took.
 
         Raises:
             FloatingPointError: `strict`, and an adaptive solver finds no step; otherwise its states are then NaN.
@@ -361,9 +406,10 @@ class LightningDiTPipeline:
             if noise is None:
                 noise = draw_noise((len(labels), *self.latent_shape), generators)
             x = noise.to(self.device, torch.float32)
-            velocity = self.guided(labels, solver.sample)
+            velocity = self.guided(labels, solver.sample, plan)
             try:
-                return solver.integrate(velocity, x, generators, callback)
+                with self._networks.under(plan, self._both):
+                    return solver.integrate(velocity, x, generators, callback)
             except FloatingPointError:
                 if strict:
                     raise
@@ -374,7 +420,7 @@ class LightningDiTPipeline:
         is_half = self.dtype in HALF_PRECISIONS
         if self._not_finite is None or not is_half:  # later batches are not replayed for it
             networks = {"": self.transformer} | ({"guide.": self.guide} if self.guide is not None else {})
-            replay = partial(solve, None, strict=True)
+            replay = partial(solve, None, PLAIN, strict=True)
             self._not_finite = first_not_finite(networks, replay) or "the state after the last evaluation"
         message = f"sampling in {self.dtype} gave values that are not finite, first {self._not_finite}"
         if not is_half:
@@ -393,14 +439,22 @@ class LightningDiTPipeline:
             with torch.inference_mode(False):
                 self.to(self.device, dtype)
 
-    def _decode(self, state: Tensor, output_type: str) -> Any:
+    def _decode(self, state: Tensor, output_type: str, plan: Plan) -> Any:
         if output_type == "latent":
             return state.cpu()
-        images = self.tokenizer.decode(state)
+        rows = plan.rows(len(state)) if plan.deterministic else len(state)
+        images = self.tokenizer.decode(padded(state, rows))[: len(state)]
         if output_type == "pt":
             return images.cpu()
         pixels = to_uint8(images).cpu().numpy()
         return to_pil(pixels) if output_type == "pil" else pixels
+
+
+def _too_large(images: int, error: BaseException) -> LightningDiTError:
+    return LightningDiTError(
+        f"the memory does not hold {images} images at once, which --deterministic keeps to ({first_line(error)})",
+        "choose a smaller --batch-size and another --output",
+    )
 
 
 def _joined(parts: list[Any], output_type: str) -> Any:

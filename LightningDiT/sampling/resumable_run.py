@@ -6,10 +6,11 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from LightningDiT.config import Config, as_dict, resolved_solver, setting_differences
+from LightningDiT.compiling import WHOLE, Plan
+from LightningDiT.config import Config, as_dict, as_mapping, resolved_solver, setting_differences, typed
 from LightningDiT.console import Progress, StopRequest
 from LightningDiT.data.image_sets import Classes, FileImages
 from LightningDiT.data.labels import CLASS_NAMES, Labels
 from LightningDiT.data.npz import write_npz
 from LightningDiT.distributed import ALONE, Processes
-from LightningDiT.errors import LightningDiTError
+from LightningDiT.errors import LightningDiTError, fixed_by
 from LightningDiT.files import (
     append_text,
     atomic_path,
@@ -46,11 +48,12 @@ from LightningDiT.sampling.preview import Preview
 from LightningDiT.tokenizer.config import load_tokenizer_config, tokenizer_config_path
 
 MANIFEST = "manifest.json"
+ACCELERATION = "acceleration"  # key of the plan in the manifest; it belongs to the run, not to its settings
 LAYOUT, BY_CLASS = "layout", "by class"  # key and value in the manifest of a run with a folder for each class
 MOST_LETTERS = 60  # of a class's name in that of its folder: 240 bytes at most
 UNFINISHED = "The time budget is over; run the same command again to continue."
 #: Settings that change how a run is computed but not its images, or that the manifest holds in another form.
-WITHOUT_EFFECT = ("per_proc_batch_size", "fid_num", "precision", "solver_file", "guide_ckpt")
+WITHOUT_EFFECT = ("per_proc_batch_size", "fid_num", "precision", "solver_file", "guide_ckpt", "compile")
 DIGESTS = "images.sha256"  # a line for each image, in the form of sha256sum, without the folder of its class
 DIGEST_LINE = re.compile(r"([0-9a-f]{64})  ([0-9]+\.png)")
 DIGEST_BYTES = 2**10  # for each image at most, since a line is added when an image is made again
@@ -197,7 +200,10 @@ def sample_run(
     paths = _image_paths(folder, labels, class_folders(pipe.labels) if by_class else None)
     made, nfe, interrupted = 0, 0, False
     with contextlib.ExitStack() as stack:
-        batches = processes.from_main(lambda: stack.enter_context(_missing_batches(pipe, labels, seed, folder, paths)))
+        opened = _missing_batches(pipe, labels, seed, folder, paths, processes.count)
+        plan, batches = processes.from_main(lambda: stack.enter_context(opened))
+        processes.agree(lambda: stack.enter_context(pipe.settled(plan, f"the run in {folder}")))
+        processes.say(f"acceleration   {plan.describe()}")
         stop = stack.enter_context(StopRequest(quiet=not processes.is_main))
         progress = stack.enter_context(Progress(sum(map(len, batches)), "image", quiet=not processes.is_main))
         shown = preview if batches and processes.is_main else None
@@ -314,21 +320,29 @@ def _removed(folder: Path) -> LightningDiTError:
 
 @contextlib.contextmanager
 def _missing_batches(
-    pipe: LightningDiTPipeline, labels: Sequence[int], seed: int, folder: Path, paths: Sequence[Path]
-) -> Iterator[list[list[int]]]:
-    """Hold the run's folder and yield the batches, as indices, in which an image is missing."""
-    size = images_at_once(len(paths), pipe.config.sample.per_proc_batch_size)
+    pipe: LightningDiTPipeline, labels: Sequence[int], seed: int, folder: Path, paths: Sequence[Path], processes: int
+) -> Iterator[tuple[Plan, list[list[int]]]]:
+    """Hold the run's folder and yield its plan, and the batches, as indices, in which an image is missing."""
+    at_most = pipe.config.sample.per_proc_batch_size
+    size = images_at_once(len(paths), at_most)
+    fixed = at_most if pipe.config.sample.deterministic else size  # the same in a run of any length
     described = manifest_of(pipe.config, labels, seed, pipe.dtype)
+    described[ACCELERATION] = asdict(pipe.plan(math.ceil(len(paths) / processes), fixed))
     if names := pipe.labels.identity:
         described[CLASS_NAMES] = list(names)
     if paths[0].parent != folder:
         described[LAYOUT] = BY_CLASS
     with opened_run(folder, described):
+        plan = _kept_plan(folder / MANIFEST)
+        if plan.batch and (plan.batch < size or not plan.deterministic):
+            if plan.batch != size:
+                print(f"note: the run in {folder} keeps its batches of {plan.batch} images", flush=True)
+            size = plan.batch
         _remove_changed(folder, paths)
         missing = [index for index, path in enumerate(paths) if not _is_there(path)]
         check_space(folder, len(missing), pipe.config.data.image_size)
         numbers = sorted({index // size for index in missing})
-        yield [list(range(number * size, min((number + 1) * size, len(paths)))) for number in numbers]
+        yield plan, [list(range(number * size, min((number + 1) * size, len(paths)))) for number in numbers]
 
 
 def _remove_changed(folder: Path, paths: Sequence[Path]) -> None:
@@ -390,16 +404,29 @@ def _is_there(path: Path) -> bool:
         return False
 
 
-def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
+def _kept_plan(file: Path) -> Plan:
+    """Return the plan in a run's manifest; runs of earlier releases computed plainly, or compiled if asked."""
+    known = _known_manifest(file)
+    if ACCELERATION in known:
+        with fixed_by("choose another --output"):
+            return typed(Plan, as_mapping(known[ACCELERATION], f"{file}: {ACCELERATION}"), f"{file}: {ACCELERATION}")
+    compiled = as_mapping(known.get("sample", {}), f"{file}: sample").get("compile") is True
+    return Plan(compiled=WHOLE if compiled else "", reason="as the run began")
+
+
+def _known_manifest(file: Path) -> dict[str, Any]:
     try:
-        known = read_json(file)
-        if not isinstance(known, dict):
-            raise ValueError("a mapping was expected")
-    except (ValueError, OSError) as error:
+        return as_mapping(read_json(file), "the manifest")
+    except (ValueError, OSError, LightningDiTError) as error:
         raise LightningDiTError(f"{file} cannot be read ({error})", "choose another --output") from error
+
+
+def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
+    known, now = ({**content, ACCELERATION: None} for content in (_known_manifest(file), manifest))
     # manifests of earlier releases have no names, and those of models without names have none
-    ignored = () if CLASS_NAMES in known and CLASS_NAMES in manifest else (CLASS_NAMES,)
-    if changed := setting_differences(known, json.loads(json.dumps(manifest)), ignored):
+    ignored = set() if CLASS_NAMES in known and CLASS_NAMES in manifest else {CLASS_NAMES}
+    # and those of earlier releases have the setting that is now part of the plan
+    if changed := setting_differences(known, json.loads(json.dumps(now)), {*ignored, "sample.compile"}):
         raise LightningDiTError(
             f"{file.parent} holds a run of other settings ({'; '.join(changed)})", "choose another --output"
         )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from LightningDiT.compiling import PLAIN
 from LightningDiT.config import Config
 from LightningDiT.device import best_device
 from LightningDiT.distributed import Processes
@@ -155,7 +156,7 @@ class SampleGrids:
         self.classes = [index * config.data.num_classes // count for index in range(count)]
         sample = replace(config.sample, mode="ODE", sampling_method="fast", solver_file=None, guide_ckpt=None)
         # a model in `ckpt_path` is that of an earlier run, whose classes may be others
-        settings = replace(config, sample=replace(sample, reverse=False), ckpt_path=None)
+        settings = replace(config, sample=replace(sample, reverse=False, compile="off"), ckpt_path=None)
         self.pipe = LightningDiTPipeline(
             model, open_tokenizer(config, data), build_transport(config), settings, best_device(), torch.float32
         )
@@ -164,7 +165,7 @@ class SampleGrids:
     def observe(self, step: int) -> dict[str, float]:
         """Write the grid of `step`; if samples are not finite, say so and go on."""
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), self.pipe.settled(PLAIN, "training"):  # no graph keeps a training's memory
                 warnings.simplefilter("ignore")
                 images = self.pipe(self.classes, seed=self.seed).images
         except LightningDiTError as error:

@@ -1,0 +1,201 @@
+"""The networks of a pipeline as a plan computes them: padded to a fixed shape, compiled, and recorded as graphs."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from LightningDiT.compiling import (
+    BLOCK,
+    KERNELS,
+    WHOLE,
+    Plan,
+    Work,
+    choose,
+    compile_forward,
+    is_compiled,
+    leave_stamp,
+    stamp_of,
+    uncompiled,
+)
+from LightningDiT.device import (
+    HALF_PRECISIONS,
+    Recording,
+    abilities,
+    attention_by,
+    attention_failure,
+    numeric_switches,
+)
+from LightningDiT.errors import first_line, is_out_of_memory, warn_user
+from LightningDiT.loading import guidance_of
+from LightningDiT.models.lightningdit import LightningDiT
+from LightningDiT.sampling.solver_choice import Solver
+from LightningDiT.transport import jumps_of
+
+MOST_RECORDINGS = 8  # each keeps the memory of a forward
+
+
+class Networks:
+    """Runs networks by a plan and keeps their recordings; `lock` is held while a thread samples.
+
+    A recording is dropped when a weight of its network lies elsewhere than during the recording: after `to`, a change
+    of precision, or weights that were assigned. Values that are copied into the weights show in the next replay.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self._recordings: dict[tuple[object, ...], tuple[object, Recording]] = {}
+        self._parts: dict[nn.Module, list[nn.Module]] = {}
+        self._compiled: set[nn.Module] = set()
+        self._graphs_fail = False
+
+    @contextlib.contextmanager
+    def under(self, plan: Plan, networks: Sequence[LightningDiT]) -> Iterator[None]:
+        """Let the networks compute by a plan's code within the block."""
+        outer = self._parts  # of the call whose callback this one may be
+        self._parts = {network: list(network.modules()) for network in networks}
+        for network in networks if plan.compiled else ():
+            if network not in self._compiled and not any(map(is_compiled, self._parts[network])):
+                compile_forward(*(network.blocks if plan.compiled == BLOCK else [network]))
+                self._compiled.add(network)
+        try:
+            with contextlib.nullcontext() if plan.compiled else uncompiled(*networks):
+                yield
+        finally:
+            self._parts = outer
+
+    def predict(self, network: LightningDiT, plan: Plan, images: int, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Return the float32 prediction (M, C, h, w) of states x (M, C, h, w) of M / `images` predictions an image.
+
+        Args:
+            t: times (M,), all equal.
+            y: labels (M,).
+        """
+        states = len(x)
+        rows = states // images * plan.rows(images)
+        inputs = padded(x, rows), t[:1].to(x.device, non_blocking=True), padded(y, rows)
+        with attention_by(plan.attention):
+            out = self._replayed(network, plan, inputs) if plan.graphs else network(*inputs)
+        return out[:states].float()
+
+    def drop(self) -> None:
+        """Forget all recordings, which frees their memory."""
+        self._recordings.clear()
+
+    def _replayed(self, network: LightningDiT, plan: Plan, inputs: tuple[Tensor, ...]) -> Tensor:
+        """Return the output (N, C, h, w) for inputs x (N, C, h, w), t (1,) and y (N,), in memory of its own."""
+        parts = self._parts[network]
+        if self._graphs_fail or any(part.training or part._forward_hooks or part._forward_pre_hooks for part in parts):
+            return network(*inputs)  # a replay would draw the same labels to drop, and call no hook
+        key = (network, len(inputs[0]), plan.compiled, plan.attention, *numeric_switches())
+        if key in self._recordings and self._recordings[key][0] != _places(parts):
+            self._recordings = {other: kept for other, kept in self._recordings.items() if other[0] is not network}
+        if key not in self._recordings:
+            recording = self._recorded(network, inputs)
+            if recording is None:
+                return network(*inputs)
+            self._recordings[key] = (_places(parts), recording)
+            for oldest in list(self._recordings)[:-MOST_RECORDINGS]:
+                del self._recordings[oldest]
+        return self._recordings[key][1](*inputs).clone()  # solvers keep predictions; the next replay writes there
+
+    def _recorded(self, network: LightningDiT, inputs: tuple[Tensor, ...]) -> Recording | None:
+        try:
+            return Recording(network, inputs)
+        except Exception as error:  # of the device, its libraries, or the computation
+            self.drop()
+            causes = [error, error.__context__, error.__cause__]  # the end of a recording hides why it failed
+            for cause in causes:
+                if cause is not None and is_out_of_memory(cause):
+                    raise cause from None
+            warn_user(f"graphs do not work here ({first_line(error)}); going on without them")
+            self._graphs_fail = True
+            return None
+
+
+def padded(values: Tensor, rows: int) -> Tensor:
+    """Return values (N, ...) with zeros behind them, (rows, ...) in all."""
+    if len(values) == rows:
+        return values
+    return torch.cat([values, values.new_zeros(rows - len(values), *values.shape[1:])])
+
+
+def _places(parts: Sequence[nn.Module]) -> list[tuple[int, torch.dtype]]:
+    """Return where the weights and tables of modules lie."""
+    tensors = (value for part in parts for held in (part._parameters, part._buffers) for value in held.values())
+    return [(value.data_ptr(), value.dtype) for value in tensors if value is not None]
+
+
+def plan_of(solver: Solver, network: LightningDiT, images: int, batch: int) -> Plan:
+    """Return the plan of a run of `images` images in this process, `batch` of them at once; see `choose`.
+
+    Raises:
+        LightningDiTError: settings that exclude one another.
+    """
+    sample, weight = solver.sample, next(network.parameters())
+    work = _work(solver, network, images, batch)
+    warm = []
+    for compiled in (BLOCK, WHOLE):
+        stamp = stamp_of(_facts(network, compiled, min(batch, images), work.shapes))
+        if stamp is not None and stamp.exists():
+            warm.append(compiled)
+    return choose(work, abilities(weight.device), sample.compile, sample.deterministic, warm)
+
+
+def objection_to(plan: Plan, network: LightningDiT, wish: str) -> str:
+    """Return why this machine, or `compile` of the settings, does not go with a plan; empty if they do."""
+    objection = plan.objection(abilities(next(network.parameters()).device), wish)
+    if not objection and plan.attention and (failure := _attention_failure(plan.attention, network)):
+        return f"computes attention by {plan.attention}, which does not work here ({failure})"
+    return objection
+
+
+def note_code(plan: Plan, solver: Solver, network: LightningDiT) -> None:
+    """Leave a note for later runs that compiled code of this plan is there, if compiling worked."""
+    if plan.compiled and plan.batch and any(map(is_compiled, network.modules())):
+        facts = _facts(network, plan.compiled, plan.batch, _work(solver, network, 1, 1).shapes)
+        leave_stamp(stamp_of(facts), facts)
+
+
+def _work(solver: Solver, network: LightningDiT, images: int, batch: int) -> Work:
+    sample, settings = solver.sample, network.settings
+    guidance, has_guide = guidance_of(sample), sample.guide_ckpt is not None
+    width, tokens = settings.hidden_size, settings.side**2
+    return Work(
+        images=images,
+        batch=batch,
+        states=solver.steps * (1 if guidance.cfg_scale == 1 else 2),
+        shapes=2 if jumps_of(guidance) and not has_guide else 1,
+        # products of a block with 12 width^2 weights for each token, and attention
+        gflop=settings.depth * tokens * width * (24 * width + 4 * tokens) / 1e9,
+        half=next(network.parameters()).dtype in HALF_PRECISIONS,
+        adaptive=solver.is_adaptive,
+        kernels=tuple(row.name for row in KERNELS if not _attention_failure(row.name, network)),
+    )
+
+
+def _attention_failure(kernel: str, network: LightningDiT) -> str | None:
+    settings, weight = network.settings, next(network.parameters())
+    if abilities(weight.device).capability is None:
+        return "there is no GPU"
+    width = settings.hidden_size // settings.num_heads
+    return attention_failure(kernel, settings.num_heads, settings.side**2, width, weight.dtype, weight.device)
+
+
+def _facts(network: LightningDiT, compiled: str, batch: int, shapes: int) -> dict[str, Any]:
+    """Return what compiled code belongs to."""
+    weight = next(network.parameters())
+    return {
+        "torch": torch.__version__,
+        "card": abilities(weight.device).name,
+        "model": network.settings,
+        "dtype": weight.dtype,
+        "compiled": compiled,
+        "batch": batch,
+        "shapes": shapes,
+    }
