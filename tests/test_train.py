@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,13 +20,16 @@ import torch
 
 from LightningDiT import train
 from LightningDiT.checkpoint import load_training_state, load_weights, save_weights
+from LightningDiT.compiling import BLOCKS_SHARE, is_compiled
 from LightningDiT.config import Config, load_config
 from LightningDiT.data.shards import shard_path, write_shard
+from LightningDiT.device import Abilities
 from LightningDiT.distributed import ALONE
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.loading import build_transport
 from LightningDiT.models import lightningdit
 from LightningDiT.tokenizer.latents import LatentStats
+from LightningDiT.training import transformer_training
 from LightningDiT.training.curves import LiveCurves, read_log
 from LightningDiT.training.latent_batches import LatentBatches, has_cosine_loss
 from LightningDiT.training.monitors import SampleGrids, Validation, open_tokenizer
@@ -34,6 +37,7 @@ from LightningDiT.training.run_dir import RunDir
 from LightningDiT.training.schedule import BatchOrder
 from tests.conftest import BUNDLED, PROJECT, largest_file
 
+CPU = Abilities("CPU", None, (2, 14), "graphs need a GPU")
 SMALLEST = (2, 16, 2)  # layers, width and heads of a model whose step takes milliseconds
 CONFIG = """
 data: {{data_path: latents, image_size: 16, num_classes: 3}}
@@ -618,24 +622,36 @@ def test_a_run_leaves_samples_curves_and_figures(small: Path, capsys: pytest.Cap
     assert json.loads((folder / "log.jsonl").read_text().splitlines()[0])["step"] == 5
 
 
-def test_the_compiled_forward_serves_training(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The setting replaces the model's forward by the result of torch.compile, which is not tested here."""
-    asked = []
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < BLOCKS_SHARE, reason="older torch compiles the whole model"
+)
+def test_one_compiled_block_serves_all(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced and differentiated by torch.compile, checkpoints of activations too; torch's own operations compute."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda plain, dynamic: real(plain, dynamic=dynamic, backend="aot_eager"))
+    monkeypatch.setenv("CXX", sys.executable)  # a program that is there
+    rows, losses = "precision: fp32, micro_batch_size: 3", []
+    for more in (rows, f"compile: true, {rows}"):
+        path = configured(small, "compiled", more=more)
+        path.write_text(path.read_text().replace("in_chans: 4", "in_chans: 4, use_checkpoint: true"))
+        trainer = train.Trainer(load_config(path))
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        losses.append([trainer.step(step)[name] for step in range(4) for name in ("loss", "gradient_norm")])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert all(map(is_compiled, trainer.model.blocks))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # of micro-batches of three and of one
+    assert trainer.summary().endswith("3 at a time; the first step compiles one block, whose code serves all")
 
-    def compile_nothing(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def compiled(*arguments: torch.Tensor) -> torch.Tensor:
-            asked.append(len(arguments[0]))
-            return forward(*arguments)
 
-        return compiled
+def test_why_nothing_is_compiled_is_said(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def summary(more: str, **facts: object) -> str:
+        monkeypatch.setattr(transformer_training, "abilities", lambda _: replace(CPU, **facts))
+        return train.Trainer(load_config(configured(small, "said", 60, more))).summary().partition("a time")[2]
 
-    monkeypatch.setattr(torch, "compile", compile_nothing)
-    plain = train.Trainer(load_config(configured(small, "plain"))).step(0)
-    assert asked == []
-    config = configured(small, "compiled", more="compile: true, micro_batch_size: 3")
-    compiled = train.Trainer(load_config(config)).step(0)
-    assert asked == [3, 1]
-    assert float(compiled["loss"]) == pytest.approx(float(plain["loss"]), rel=1e-6)
+    assert summary("compile: auto") == summary("compile: off", capability=(9, 0)) == ""
+    assert summary("compile: on", no_compiler="there is no C++") == "; not compiled: there is no C++"
+    assert summary("compile: auto", capability=(9, 0)) == "; not compiled: 60 steps are few for it"
 
 
 def test_a_resumed_run_needs_the_first_weights_no_more(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
