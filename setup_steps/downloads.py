@@ -322,7 +322,8 @@ def _explain_status(error: urllib.error.HTTPError, repo: str, name: str, asked: 
     if led:
         raise LightningDiTError(f"{name}: {place} answered {code}", another_endpoint())
     login = f"HF_TOKEN=your-token {again()}"
-    mirror = f"a mirror may lag behind the hub: {another_endpoint()}" if "HF_ENDPOINT" in os.environ else again()
+    at_mirror = "HF_ENDPOINT" in os.environ
+    mirror = f"a mirror may lag behind the hub: {another_endpoint()}" if at_mirror else again()
     rows = {
         "BadToken": (f"{place} does not know the token of this login ({code})", f"unset HF_TOKEN, then {again()}"),
         "RepoNotFound": (f"{repo} is not open to this login, or does not exist there ({code} from {place})", login),
@@ -337,7 +338,8 @@ def _explain_status(error: urllib.error.HTTPError, repo: str, name: str, asked: 
         kind = "BadToken"
     if kind not in rows:
         kind = {401: "RepoNotFound", 403: "GatedRepo", 404: "EntryNotFound"}.get(code)
-    raise LightningDiTError(*rows.get(str(kind), (f"{name}: {place} answered {code}", again())))
+    other = f"{name}: {place} answered {code}", another_endpoint() if at_mirror else again()
+    raise LightningDiTError(*rows.get(str(kind), other))
 
 
 def _retry_after(headers: Any) -> float:
