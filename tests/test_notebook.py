@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import os
 import re
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +21,17 @@ from LightningDiT.metrics.judge import load_judge
 from setup_steps import weights
 from tests.conftest import BUNDLED, PROJECT
 from tests.hub_server import Fault, running_hub
+from tests.other_versions import other_pins
 from tests.project_copy import copy_project
 
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
+from jupyter_client.kernelspec import KernelSpecManager  # noqa: E402
+from jupyter_client.manager import AsyncKernelManager  # noqa: E402
 
 NOTEBOOK = PROJECT / "kaggle_reproduction.ipynb"
 NOWHERE = "http://127.0.0.1:9"  # a closed port: every connection is refused at once
+HERE_ALONE = "127.0.0.1,localhost"
 SECONDS = 300  # for one cell
 PROXIES = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "all_proxy")
 GRID_SIZE = (5 * (128 + 4) + 4, 2 * (128 + 19 + 4) + 4)  # ten pictures of 32 pixels, enlarged four times, with captions
@@ -55,23 +61,34 @@ class Kaggle:
     def state_of_inputs(self) -> dict[str, int]:
         return {str(path): path.stat().st_mtime_ns for path in self.inputs.rglob("*")}
 
-    def run(self, hub: str, before: Callable[[str], None] | None = None, **settings: str) -> nbformat.NotebookNode:
-        """Run all cells with the hub at this address and no other way out; returns the notebook with its outputs.
+    def run(
+        self,
+        hub: str,
+        before: Callable[[str], None] | None = None,
+        python: Path | None = None,
+        cells: int | None = None,
+        **settings: str,
+    ) -> nbformat.NotebookNode:
+        """Run the cells with the hub at this address and no other way out; returns the notebook with its outputs.
 
         Args:
             before: is called with each cell's id before the cell runs.
+            python: of the kernel; by default that of the tests.
+            cells: run no more than these first ones.
             settings: more environment variables.
         """
         book = nbformat.read(NOTEBOOK, as_version=4)
+        book.cells = book.cells[:cells]
         client = nbclient.NotebookClient(
             book,
+            km=self.kernels(python) if python else None,
             timeout=SECONDS,
             resources={"metadata": {"path": str(self.working)}},
             on_cell_start=lambda cell, cell_index: before(cell["id"]) if before else None,
         )
         mine = ("LIGHTNINGDIT_", "HF_", "COLAB_", "JUPYTER_")
         environment = {key: value for key, value in os.environ.items() if not key.startswith(mine)}
-        environment.update(dict.fromkeys(PROXIES, NOWHERE), no_proxy="127.0.0.1", NO_PROXY="127.0.0.1")
+        environment.update(dict.fromkeys(PROXIES, NOWHERE), no_proxy=HERE_ALONE, NO_PROXY=HERE_ALONE)
         environment.update(
             KAGGLE_KERNEL_RUN_TYPE="Interactive",
             LIGHTNINGDIT_ATTACHED=str(self.inputs),
@@ -87,6 +104,16 @@ class Kaggle:
         except nbclient.exceptions.CellExecutionError:
             book.metadata["stopped"] = True
         return book
+
+    def kernels(self, python: Path) -> AsyncKernelManager:
+        """A manager of one kernel, which this interpreter runs."""
+        folder = self.root / "temp" / "kernels" / "other"
+        folder.mkdir(parents=True)
+        argv = [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        (folder / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "other", "language": "python"}))
+        return AsyncKernelManager(
+            kernel_name="other", kernel_spec_manager=KernelSpecManager(kernel_dirs=[str(folder.parent)])
+        )
 
     def false_python(self) -> Path:
         """A folder whose `python` fails: the notebook must run the steps with its own."""
@@ -140,9 +167,12 @@ def assert_shows_ten_classes(book: nbformat.NotebookNode, ident: str, file: Path
     assert sum(one == label for label, one in enumerate(seen)) >= 8
 
 
-def test_offline_with_the_project_among_read_only_inputs(kaggle: Kaggle) -> None:
-    """Every cell passes without a network, and statistics that were emptied in between are repaired."""
-    place_project(kaggle.inputs / "datasets" / "someone" / "light ning" / "my project 图像")
+def test_offline_with_other_versions_and_the_project_deep_among_read_only_inputs(
+    kaggle: Kaggle, other_python: Path
+) -> None:
+    """Every cell passes without a network by packages that none of the pins names, and statistics that were emptied in
+    between are repaired."""
+    place_project(kaggle.inputs / "datasets" / "someone" / "light ning" / "1" / "a" / "b" / "my project 图像")
     before = kaggle.close_inputs()
     project = kaggle.working / "lightningdit"
     stats = project / "models" / "fashion-mnist" / "latents_stats.pt"
@@ -151,15 +181,22 @@ def test_offline_with_the_project_among_read_only_inputs(kaggle: Kaggle) -> None
         if ident == "repair":
             stats.write_bytes(b"")
 
-    book = kaggle.run(NOWHERE, damage)
+    book = kaggle.run(NOWHERE, damage, other_python)
     assert "stopped" not in book.metadata, everything(book)
     assert f"Project: {project}" in said(book, "project")
+    report = json.loads((project / "environment_report.json").read_text())
+    installed = {name: row["installed"] for name, row in report["packages"].items()}
+    other = {name: version for name, version in other_pins().items() if name in installed}
+    assert len(other) > 6
+    assert {name: installed[name] for name in other} == other
     assert kaggle.state_of_inputs() == before
     assert all(path.stat().st_mode & 0o200 for path in [project, *project.rglob("*")])
     assert not (kaggle.working / ".copying").exists()
     assert "sample with 'bundled'" in said(book, "choice")
     assert_shows_ten_classes(book, "picture4a", project / "LightningDiT" / "demo_images" / "demo_samples.png")
     assert_shows_ten_classes(book, "picture4b", project / "LightningDiT" / "demo_output" / "demo_grid.png")
+    page = cell(book, "picture4b").outputs[1].data["text/html"]
+    assert page == (project / "LightningDiT" / "demo_output" / "report.html").read_text(encoding="utf-8")
     assert "good ones from" in said(book, "repair")
     good, repaired = (torch.load(path, weights_only=True) for path in (BUNDLED / stats.name, stats))
     torch.testing.assert_close(repaired, good)
@@ -168,7 +205,7 @@ def test_offline_with_the_project_among_read_only_inputs(kaggle: Kaggle) -> None
 def test_online_the_files_come_from_the_hub(kaggle: Kaggle, published: dict[str, bytes]) -> None:
     """Three files by the real client, each large one cut in the middle and resumed; the repair from the hub."""
     project = place_project(kaggle.working / "my project 图像")
-    models = project / "models"
+    models = kaggle.root / "temp" / "weights of mine"
     half = max(map(len, published.values())) // 2 + 1
 
     def damage(ident: str) -> None:
@@ -179,7 +216,11 @@ def test_online_the_files_come_from_the_hub(kaggle: Kaggle, published: dict[str,
         for file in weights.files_of("800ep"):
             hub.put(file.repo, file.name, published[file.role])
         hub.always = Fault(drop_after=half)
-        settings = {"LIGHTNINGDIT_MODEL": "bundled", "LIGHTNINGDIT_DOWNLOAD": "800ep"}
+        settings = {
+            "LIGHTNINGDIT_MODEL": "bundled",
+            "LIGHTNINGDIT_DOWNLOAD": "800ep",
+            "LIGHTNINGDIT_MODELS": str(models),
+        }
         book = kaggle.run(hub.endpoint, damage, **settings)
     assert "stopped" not in book.metadata, everything(book)
     resumed = [None, f"bytes={half}-"]
@@ -212,6 +253,52 @@ def test_without_the_project_one_line_says_what_to_attach(kaggle: Kaggle) -> Non
     assert str(kaggle.inputs) in line
     assert line.endswith("attach the project (Add Input) or clone it here")
     assert list(kaggle.working.iterdir()) == []
+
+
+def project_cell(book: nbformat.NotebookNode) -> int:
+    return 1 + [cell.id for cell in book.cells].index("project")
+
+
+def test_an_attached_project_that_was_updated_is_named_with_the_way_to_renew_its_copy(kaggle: Kaggle) -> None:
+    """Of two attached ones the newer is copied; its copy stays as it is, and a line says that it is older."""
+    old, new = (kaggle.inputs / name / "project" for name in ("a", "b"))
+    for age, folder in ((1000, old), (0, new)):
+        folder.mkdir(parents=True)
+        script = folder / "step1_install_environment.py"
+        script.write_text(f"print({age})")
+        os.utime(script, (1e9 - age, 1e9 - age))
+    cells = project_cell(nbformat.read(NOTEBOOK, as_version=4))
+    copy = kaggle.working / "lightningdit"
+    first = said(kaggle.run(NOWHERE, cells=cells), "project").splitlines()
+    assert first == [
+        f"note: {new} is newer than {old}, which is not used",
+        f"Copied from {new}",
+        f"Project: {copy}",
+    ]
+    (copy / "mine.txt").write_text("an output")
+    unchanged = said(kaggle.run(NOWHERE, cells=cells), "project").splitlines()
+    assert unchanged == [first[0], first[2]]
+    (new / "step1_install_environment.py").write_text("print('an update')")
+    older = said(kaggle.run(NOWHERE, cells=cells), "project").splitlines()
+    assert older[1:] == [
+        f"note: {new} has changed since it was copied to {copy}",
+        f"to renew the copy: run `!mv {copy} {copy}.old`, then this cell again",
+        first[2],
+    ]
+    assert (copy / "step1_install_environment.py").read_text() == "print(0)"
+
+
+def test_a_repository_is_cloned_where_no_project_is(kaggle: Kaggle) -> None:
+    origin = kaggle.root / "origin"
+    origin.mkdir()
+    (origin / "step1_install_environment.py").write_text("print('cloned')")
+    git = ["git", "-C", str(origin), "-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "a"]):
+        subprocess.run([*git, *command], check=True)
+    cells = project_cell(nbformat.read(NOTEBOOK, as_version=4))
+    book = kaggle.run(NOWHERE, cells=cells, LIGHTNINGDIT_REPOSITORY=str(origin))
+    assert said(book, "project").splitlines()[-1] == f"Project: {kaggle.working / 'lightningdit'}"
+    assert (kaggle.working / "lightningdit" / "step1_install_environment.py").read_text() == "print('cloned')"
 
 
 def test_the_notebook_is_valid_and_empty_and_names_every_step() -> None:
