@@ -77,6 +77,11 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def ready_for(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of the CPU in memory from which `device` copies it while the CPU goes on (`non_blocking`)."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
 def synchronise(device: torch.device) -> None:
     """Wait until `device` has finished; call it before reading a clock."""
     if device.type == "cuda":

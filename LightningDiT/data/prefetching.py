@@ -41,6 +41,15 @@ def prefetched(
                 future.cancel()
 
 
+def one_ahead(results: Iterator[Result]) -> Iterator[Result]:
+    """Yield the results of an iterator; a thread computes the next one while one is used."""
+    with ThreadPoolExecutor(1) as executor:
+        coming = executor.submit(next, results, None)
+        while (result := coming.result()) is not None:
+            coming = executor.submit(next, results, None)
+            yield result
+
+
 class StepPrefetcher(Generic[Result]):
     """The results of a training's steps: each is prefetched while the step before it computes.
 

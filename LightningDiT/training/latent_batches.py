@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from LightningDiT.config import Config
 from LightningDiT.data.labels import Labels, Names, match, names_of_latents
 from LightningDiT.data.prefetching import StepPrefetcher, prefetched
 from LightningDiT.data.shards import LatentShards
+from LightningDiT.device import ready_for
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.loading import load_stats
 from LightningDiT.seeds import generator_for
@@ -55,19 +57,24 @@ class LatentBatch:
     def micro_batches(self, size: int | None) -> list[LatentBatch]:
         """Return the rows in order, at most `size` of them at a time; all at once without a size."""
         size = size or len(self)
-        return [self._each(lambda x, at=at: x[at : at + size]) for at in range(0, len(self), size)]
+        return [self.each(lambda x, at=at: x[at : at + size]) for at in range(0, len(self), size)]
 
     def to(self, device: torch.device) -> LatentBatch:
         """Return the rows on `device`."""
-        return self._each(lambda x: x.to(device, non_blocking=True))
+        return self.each(lambda x: x.to(device, non_blocking=True))
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> LatentBatch:
+    def each(self, change: Callable[[Tensor], Tensor]) -> LatentBatch:
+        """Return the batch with every tensor changed."""
         tensors = (self.latents, self.labels, self.times, self.noise, self.samples)
         return LatentBatch(*map(change, tensors), self.transport)
 
 
 class LatentBatches:
     """The batches of one process; the next one is made while a step computes.
+
+    Args:
+        rank, count: number of the process, and of all.
+        device: to which the batches go; default: the CPU.
 
     Attributes:
         held_out: (K,) numbers of the samples that are kept for the validation loss.
@@ -77,14 +84,16 @@ class LatentBatches:
             not fit their number or that of the processes.
     """
 
-    def __init__(self, config: Config, transport: Transport, rank: int = 0, count: int = 1) -> None:
+    def __init__(
+        self, config: Config, transport: Transport, rank: int = 0, count: int = 1, device: torch.device | None = None
+    ) -> None:
         data, train = config.data, config.train
         if not data.data_path:
             raise LightningDiTError(
                 f"{config.source} names no data.data_path", "python -m LightningDiT.extract_features"
             )
         check_tokenizer_of_latents(config)
-        self.config = config
+        self.config, self.device = config, device or torch.device("cpu")
         self.shards, self.stats = open_shards(config, data.data_path), load_stats(config)
         self.seed = train.global_seed
         self.rows = process_rows(train.global_batch_size, rank, count)
@@ -119,7 +128,7 @@ class LatentBatches:
         return self._prefetched.at(step)
 
     def make(self, step: int) -> LatentBatch:
-        """Return this process's rows of `step`."""
+        """Return this process's rows of `step`, on the CPU."""
         transport = self.transport_at(step)
         size = len(self.rows)
         draws, times = torch.empty(size, 2), torch.empty(size)
@@ -133,7 +142,8 @@ class LatentBatches:
         latents, labels = self.shards.batch(samples, draws[:, 0] < MIRRORED_SHARE)
         dropped = draws[:, 1] < self.config.train.label_dropout
         labels = torch.where(dropped, self.config.data.num_classes, labels)
-        return LatentBatch(self.stats.normalise(latents), labels, times, noise, samples, transport)
+        batch = LatentBatch(self.stats.normalise(latents), labels, times, noise, samples, transport)
+        return batch.each(partial(ready_for, self.device))
 
     def not_finite(self, batch: LatentBatch) -> list[str]:
         """Return shard and row of each latent of a batch that is not finite."""

@@ -51,7 +51,7 @@ class Trainer:
         self.device = best_device()
         self.dtype = PRECISIONS.get(config.train.precision) or training_dtype(self.device)
         self.terms = TERMS if has_cosine_loss(config) else TERMS[:1]
-        self.data = LatentBatches(config, build_transport(config), processes.rank, processes.count)
+        self.data = LatentBatches(config, build_transport(config), processes.rank, processes.count, self.device)
         names = class_names_of(config, self.data.shards, starts, processes.say)
         self.metadata = {CLASS_NAMES: json.dumps(names)} if names else {}
         self.model = self._initial_model(starts, names).float().to(self.device)
