@@ -308,6 +308,15 @@ def test_the_lowest_versions_are_right_and_need_no_network(other_python: Path, t
     }
 
 
+def test_configurations_and_pictures_are_the_same_with_the_lowest_versions(other_python: Path) -> None:
+    """Their own tests, in a process with the lowest omegaconf, pillow and numpy."""
+    files = [str(project.PROJECT / "tests" / f"test_{name}.py") for name in ("config", "images")]
+    command = [str(other_python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=0", *files]
+    done = subprocess.run(command, cwd=project.PROJECT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"\n\d\d+ passed", done.stdout)
+
+
 def test_every_profile_reads_its_own_pins() -> None:
     auto, current, official = (environment.read_profile(name, dev=False) for name in environment.PROFILES)
     assert (auto.asked, auto.pins) == (None, current.pins)
