@@ -188,20 +188,12 @@ def choose(
     Args:
         wish: `on` compiles if the machine can, `off` does not; `auto` compiles on a GPU if the run gains more than
             compiling costs, or if an earlier run left the code.
-        deterministic: see `Plan`.
+        deterministic: see `Plan`; whatever the wish.
         warm: BLOCK, WHOLE or both, for which an earlier run left code.
-
-    Raises:
-        LightningDiTError: `deterministic`, and `wish` is `on`.
     """
     rows = [row for row in KERNELS if _has(machine, row) and row.name in work.kernels]
     attention = next((row.name for row in rows if work.half or not row.only_half), None)
     if deterministic:
-        if wish == "on":
-            raise LightningDiTError(
-                "--deterministic and --compile exclude one another: torch.compile chooses kernels by timing them",
-                "give one of them",
-            )
         batch = None if work.adaptive else work.batch
         graphs = not (machine.no_graphs or work.adaptive)
         return Plan(graphs, "", batch, attention, True, wish, "one shape and one kernel for each layer")
@@ -316,9 +308,11 @@ def code_folder() -> Path | None:
     if chosen := os.environ.get(CODE_FOLDER):
         return Path(chosen)
     usual = {"win32": os.environ.get("LOCALAPPDATA", "~/AppData/Local"), "darwin": "~/Library/Caches"}
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or usual.get(sys.platform, "~/.cache"))
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not cache.is_absolute():  # another one has no meaning by the standard
+        cache = Path(usual.get(sys.platform, "~/.cache"))
     try:
-        return (cache.expanduser() / "LightningDiT" / "compiled").absolute()
+        return cache.expanduser() / "LightningDiT" / "compiled"
     except RuntimeError:
         return None
 

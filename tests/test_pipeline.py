@@ -616,6 +616,7 @@ def test_from_data_to_noise_needs_the_data(tiny_folder: Path) -> None:
         ({"sampling_method": "ab3", "time_grid": "graded", "num_sampling_steps": 2}, "expected at least 3"),
         ({"sampling_method": "calibrated"}, "needs sample.solver_file"),
         ({"mode": "SDE", "sampling_method": "fast"}, "fast goes with mode ODE"),
+        ({"deterministic": True, "compile": "on"}, "deterministic goes without compile"),
     ],
 )
 def test_the_check_before_a_run_refuses_what_sampling_would(

@@ -132,11 +132,7 @@ def _places(parts: Sequence[nn.Module]) -> list[tuple[int, torch.dtype]]:
 
 
 def plan_of(solver: Solver, network: LightningDiT, images: int, batch: int) -> Plan:
-    """Return the plan of a run of `images` images in this process, `batch` of them at once; see `choose`.
-
-    Raises:
-        LightningDiTError: settings that exclude one another.
-    """
+    """Return the plan of a run of `images` images in this process, `batch` of them at once; see `choose`."""
     sample, weight = solver.sample, next(network.parameters())
     work = _work(solver, network, images, batch)
     warm = []

@@ -210,11 +210,7 @@ class LightningDiTPipeline:
         return self
 
     def plan(self, images: int, batch: int) -> Plan:
-        """Return how a run of `images` images in this process, `batch` of them at once, is to be computed.
-
-        Raises:
-            LightningDiTError: settings that exclude one another.
-        """
+        """Return how a run of `images` images in this process, `batch` of them at once, is to be computed."""
         return plan_of(self.solver(self.config.sample), self.transformer, images, batch)
 
     @contextlib.contextmanager

@@ -334,10 +334,10 @@ def _missing_batches(
         described[LAYOUT] = BY_CLASS
     with opened_run(folder, described):
         plan = _kept_plan(folder / MANIFEST)
-        if plan.batch and (plan.batch < size or not plan.deterministic):
-            if plan.batch != size:
-                print(f"note: the run in {folder} keeps its batches of {plan.batch} images", flush=True)
+        if plan.batch:
             size = plan.batch
+            if size != described[ACCELERATION]["batch"]:
+                print(f"note: the run in {folder} keeps its batches of {size} images", flush=True)
         _remove_changed(folder, paths)
         missing = [index for index, path in enumerate(paths) if not _is_there(path)]
         check_space(folder, len(missing), pipe.config.data.image_size)

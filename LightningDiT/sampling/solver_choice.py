@@ -161,7 +161,7 @@ def solver_of(config: Config, sample: SampleConfig) -> Solver:
 
 
 def check_solver(sample: SampleConfig, path_type: str = "Linear") -> None:
-    """Refuse a solver that the mode does not have, or options that do not go with it.
+    """Refuse a solver that the mode does not have, options that do not go with it, or with one another.
 
     Raises:
         LightningDiTError: names the value and the known ones.
@@ -174,6 +174,8 @@ def check_solver(sample: SampleConfig, path_type: str = "Linear") -> None:
             check_method(sample.sampling_method, path_type, sample.reverse)
             if sample.time_grid == GRADED and sample.timestep_shift:
                 raise ValueError("timestep_shift goes with time_grid shifted, not with graded")
+        if sample.deterministic and sample.compile == "on":
+            raise ValueError("deterministic goes without compile, since torch.compile chooses kernels by timing them")
     except ValueError as error:
         raise LightningDiTError(f"sample: {error}", "edit that value, or choose another option") from error
 
