@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import functools
 import math
@@ -10,14 +11,16 @@ import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont, features
-from torch import Tensor
 
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.files import atomic_path, disk_errors, require_regular
+
+if TYPE_CHECKING:  # processes that read images start without torch
+    from torch import Tensor
 
 CAPTION_COLOUR = (40, 40, 40)
 PAPER = (255, 255, 255)
@@ -73,8 +76,8 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
 
 def to_uint8(images: Tensor) -> Tensor:
     """Return `trunc(clamp(127.5 x + 128, 0, 255))` as (N, H, W, 3) uint8 of (N, 3, H, W) in [-1, 1]."""
-    scaled = torch.clamp(127.5 * images.float() + 128.0, 0, 255)
-    return scaled.permute(0, 2, 3, 1).to(torch.uint8)
+    scaled = (127.5 * images.float() + 128.0).clamp(0, 255)
+    return scaled.permute(0, 2, 3, 1).byte()
 
 
 def to_float(pixels: Tensor) -> Tensor:
@@ -266,11 +269,11 @@ def grid_columns(count: int) -> int:
 
 def fit_text(text: str, font: Font, width: int) -> str:
     """Return `text`, shortened by an ellipsis where it is wider than `width` pixels."""
-    if font.getlength(text) <= width:
+    shown = text[: width + 1]  # no letter is narrower than a pixel
+    if shown == text and font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"
+    lengths = range(1, len(shown) + 1)
+    return shown[: bisect.bisect_right(lengths, width, key=lambda end: font.getlength(shown[:end] + "…"))] + "…"
 
 
 def to_pil(images: np.ndarray) -> list[Image.Image]:
@@ -285,8 +288,8 @@ def save_reconstructions(originals: Tensor, copies: Tensor, path: str | Path, co
         LightningDiTError: see `save_png`.
     """
     pairs = zip(originals.split(columns), copies.split(columns), strict=True)
-    rows = torch.cat([row for pair in pairs for row in pair])
-    return save_png(image_grid(to_pil(rows.cpu().numpy()), None, min(columns, len(originals))), path)
+    rows = np.concatenate([row.cpu().numpy() for pair in pairs for row in pair])
+    return save_png(image_grid(to_pil(rows), None, min(columns, len(originals))), path)
 
 
 def save_png(image: Image.Image, path: str | Path) -> Path:
