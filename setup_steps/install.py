@@ -30,7 +30,7 @@ HELD = ("torch", "torchvision", "numpy")  # compiled modules that must not chang
 #: What does not work without a package. Steps 2 to 4 run without these; they need all others of requirements.txt.
 USES = {
     "torchvision": "the data sets of torchvision, the models of timm and the evaluation do not work",
-    "torchdiffeq": "its solvers (euler, midpoint, rk4, dopri5 and others) do not work; fast, heun and ab3 do",
+    "torchdiffeq": "its solvers (midpoint, rk4, dopri5 and others) do not work; fast, published, euler and ab3 do",
     "timm": "the published weights, which take ImageNet's class names from it, and vision models do not work",
     "huggingface_hub": "step 2 downloads nothing; it takes the files that are attached or in models/",
     "accelerate": "several processes at once (torchrun) do not work",

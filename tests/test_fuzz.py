@@ -48,7 +48,7 @@ from LightningDiT.images import centre_crop
 from LightningDiT.metrics.cache import cached
 from LightningDiT.metrics.sources import open_source
 from LightningDiT.sampling.calibrated import load_solvers
-from LightningDiT.sampling.resumable_run import kept_layout, opened_run
+from LightningDiT.sampling.resumable_run import ACCELERATION, kept_layout, kept_plan, opened_run
 from LightningDiT.tokenizer.config import load_tokenizer_config, tokenizer_training
 from LightningDiT.tokenizer.latents import LatentStats, diagnose
 from LightningDiT.tokenizer.vavae import autoencoder_settings
@@ -362,13 +362,15 @@ def read_extracted(path: Path) -> None:
 def save_samples(folder: Path) -> None:
     for name in ("000000.png", "000001.png"):
         Image.new("RGB", (4, 4)).save(folder / name)
-    described = {"seed": 0, "labels": [1, 0], "sample": {"cfg_scale": 2.0}, CLASS_NAMES: ["a", "b"]}
+    plan = {"graphs": False, "batch": 4, "attention": None}
+    described = {"seed": 0, "labels": [1, 0], "sample": {"cfg_scale": 2.0}, CLASS_NAMES: ["a", "b"], ACCELERATION: plan}
     (folder / "manifest.json").write_text(json.dumps(described))
 
 
 def read_samples(path: Path) -> None:
     open_samples(path.parent).batch([0, 1])
     kept_layout(path.parent, False)
+    kept_plan(path)
     with opened_run(path.parent, {"seed": 0, "labels": [1, 0], "sample": {"cfg_scale": 2.0}, CLASS_NAMES: ["a", "b"]}):
         pass
 

@@ -333,7 +333,7 @@ def _missing_batches(
     if paths[0].parent != folder:
         described[LAYOUT] = BY_CLASS
     with opened_run(folder, described):
-        plan = _kept_plan(folder / MANIFEST)
+        plan = kept_plan(folder / MANIFEST)
         if plan.batch:
             size = plan.batch
             if size != described[ACCELERATION]["batch"]:
@@ -404,7 +404,7 @@ def _is_there(path: Path) -> bool:
         return False
 
 
-def _kept_plan(file: Path) -> Plan:
+def kept_plan(file: Path) -> Plan:
     """Return the plan in a run's manifest; runs of earlier releases computed plainly, or compiled if asked."""
     known = _known_manifest(file)
     if ACCELERATION in known:
