@@ -285,6 +285,7 @@ def test_a_system_interpreter_is_refused_if_it_lacks_what_is_needed(
     # Without a package that steps 2 to 4 need, it is enough as it is.
     pins[2] = Pin("tqdm", "9.0")
     monkeypatch.setattr(install, "read_ranges", lambda path: {"tqdm": ">=8.0,<9.1"})
+    monkeypatch.setattr(conflicts, "who_needs", lambda *question: "")
     monkeypatch.setattr(conflicts, "broken_requirements", dict)
     monkeypatch.setattr(environment, "CONSTRAINTS", tmp_path / "constraints.txt")
     monkeypatch.setattr(project, "REPORT", tmp_path / "report.json")
@@ -303,9 +304,8 @@ def test_the_lowest_versions_are_right_and_need_no_network(other_python: Path, t
     packages = json.loads((folder / "environment_report.json").read_text())["packages"]
     others = {name: version for name, version in other_pins().items() if name in packages}
     assert len(others) >= 8
-    assert {name: (packages[name]["installed"], packages[name]["state"]) for name in others} == {
-        name: (version, "right") for name, version in others.items()
-    }
+    assert {name: packages[name]["installed"] for name in others} == others
+    assert all(packages[name]["state"].startswith("right") for name in others)
 
 
 def test_configurations_and_pictures_are_the_same_with_the_lowest_versions(other_python: Path) -> None:
