@@ -11,8 +11,9 @@ import shutil
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -21,8 +22,11 @@ from LightningDiT.files import read_text
 
 #: Precisions by their names in settings and on command lines.
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TF32 = "tf32"  # a precision of sampling: float32 weights, products of inputs with 10 bits of mantissa
 HALF_PRECISIONS = (torch.bfloat16, torch.float16)
 NATIVE_BF16 = (8, 0)  # compute capability from which bfloat16 is native and not emulated
+HAS_TF32 = (8, 0)
+ALLOW_TF32 = "allow_tf32"  # torch's switch; releases from 2.9 on have finer ones, and parts of them still read this
 TRITON_NEEDS = (7, 0)  # compute capability
 #: torch's kernels of `scaled_dot_product_attention` by our names.
 ATTENTION_KERNELS = {
@@ -33,6 +37,7 @@ ATTENTION_KERNELS = {
 }
 WARM_UPS = 3  # calls before a recording, in which libraries choose their kernels and allocate what they keep
 _RECORDING = threading.Lock()
+_SWITCHES = threading.RLock()  # held while torch's switches, which the whole process shares, are not the user's
 
 
 def best_device() -> torch.device:
@@ -100,6 +105,11 @@ def processor_name() -> str:
         lines = read_text("/proc/cpuinfo").splitlines()
         names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def gpu_peak_bytes(device: torch.device) -> int | None:
@@ -235,11 +245,91 @@ def numeric_switches() -> tuple[object, ...]:
     return tf32, torch.is_autocast_enabled(), torch.are_deterministic_algorithms_enabled()
 
 
-def resolve_precision(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of the transformer's weights for the name of a precision; the tokenizer stays float32.
+@contextlib.contextmanager
+def float32_products(device: torch.device, tf32: bool) -> Iterator[None]:
+    """Let a GPU compute products and convolutions of float32 from TF32 inputs within the block, or exactly.
 
-    `auto` is float32 on the CPU, bf16 on GPUs with native support (capability 8.0 and newer: A100, L4, H100) and fp16
-    on older ones (T4, V100, P100). With half-precision weights
+    torch's own choice is TF32 for convolutions alone. One thread at a time is in such a block, so keep it as short as
+    the calls that start the computation.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    with _SWITCHES:
+        _use_up_warning()
+        before = [(holder, name, _state(holder, name)) for holder, name in _float32_switches()]
+        try:
+            for holder, name, _ in before:
+                setattr(holder, name, tf32 if name == ALLOW_TF32 else (TF32 if tf32 else "ieee"))
+            yield
+        finally:
+            for holder, name, value in before:
+                if value is not None:
+                    setattr(holder, name, value)
+
+
+def _float32_switches() -> list[tuple[Any, str]]:
+    """Return holder and name of torch's switches for float32 on a GPU, in the order of setting: later ones win."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    finer = (matmul, cudnn.conv, cudnn.rnn) if hasattr(torch.backends, "fp32_precision") else ()
+    return [(matmul, ALLOW_TF32), (cudnn, ALLOW_TF32), *((holder, "fp32_precision") for holder in finer)]
+
+
+def _state(holder: Any, name: str) -> Any:
+    try:
+        return getattr(holder, name)
+    except RuntimeError:  # the old switch after the user set the finer one to something that it does not know
+        return None
+
+
+@functools.cache
+def _use_up_warning() -> None:
+    """Read an old switch: some releases of torch warn of it once."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _state(torch.backends.cudnn, ALLOW_TF32)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What sampling computes in.
+
+    Attributes:
+        dtype: of the weights of transformer and guide.
+        tf32: whether products of float32 take TF32 inputs.
+        half_decoder: whether the decoder computes in fp16.
+        note: why it is another one than asked for, or empty.
+    """
+
+    dtype: torch.dtype
+    tf32: bool = False
+    half_decoder: bool = False
+    note: str = ""
+
+    def for_weights(self, dtype: torch.dtype) -> Precision:
+        """Return this precision, or that of weights which have been given another dtype."""
+        return self if dtype == self.dtype else Precision(dtype, half_decoder=dtype != torch.float32 and self.half_decoder)
+
+    @property
+    def name(self) -> str:
+        """The name in manifests and reports: of the dtype, or `tf32` where that makes a difference."""
+        return TF32 if self.tf32 else str(self.dtype).removeprefix("torch.")
+
+
+def resolve_precision(name: str, device: torch.device) -> Precision:
+    """Return what sampling computes in for the name of a precision.
+
+    `auto` is fp32 on the CPU, bf16 on GPUs with native support (capability 8.0 and newer: A100, L4, H100) and fp16 on
+    older ones (T4, V100, P100). TF32 exists on GPUs of capability 8.0 and newer; elsewhere `tf32` computes as `fp32`.
+
+    | precision | weights of the transformer | products of float32 on a GPU | decoder on a GPU | decoder on the CPU |
+    |---|---|---|---|---|
+    | `fp32` | float32 | exact | float32, exact | float32 |
+    | `tf32` | float32 | inputs in TF32 | float32, inputs of convolutions in TF32 | float32 |
+    | `bf16` | bfloat16 | exact | fp16 | float32 |
+    | `fp16` | float16 | exact | fp16 | float32 |
+
+    With half-precision weights
 
     | part | computes in |
     |---|---|
@@ -247,21 +337,29 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     | activations between two linear layers, rotation of q and k | half |
     | norms, softmax, sinusoids of the time, sum and SiLU of the condition | float32 |
     | modulation and gates, and the tokens between the blocks that they act on | float32 |
-    | state of the ODE or SDE, guidance, decoder | float32 |
+    | state of the ODE or SDE, guidance | float32 |
+    | decoder on a GPU: convolutions, attention, sums of residual blocks | fp16, sums of products in float32 |
+    | decoder on a GPU: norms and SiLU | float32 |
 
     Tokens grow from block to block and pass 65504, the largest number of fp16. A value that passes it inside a block
-    makes the state infinite or NaN, and the pipeline then repeats the batch in float32.
+    makes the state infinite or NaN, and the pipeline then repeats the batch in float32. So it does with each image
+    that is not finite behind the decoder.
 
     Raises:
         LightningDiTError: an unknown name.
     """
+    on_gpu = device.type == "cuda"
+    capability = torch.cuda.get_device_capability(device) if on_gpu else (0, 0)
     if name == "auto":
-        if device.type == "cpu":
-            return torch.float32
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= NATIVE_BF16 else torch.float16
+        name = ("bf16" if capability >= NATIVE_BF16 else "fp16") if on_gpu else "fp32"
+    if name == TF32:
+        lacks = capability < HAS_TF32
+        note = "precision tf32 computes as fp32 here: TF32 needs a GPU of capability 8.0 or newer" if lacks else ""
+        return Precision(torch.float32, tf32=not lacks, note=note)
     if name not in PRECISIONS:
-        raise LightningDiTError(f"precision {name!r} is unknown; auto, {', '.join(PRECISIONS)} are", "choose one")
-    return PRECISIONS[name]
+        known = ", ".join(SAMPLING_PRECISIONS)
+        raise LightningDiTError(f"precision {name!r} is unknown; {known} are", "choose one")
+    return Precision(PRECISIONS[name], half_decoder=on_gpu and PRECISIONS[name] in HALF_PRECISIONS)
 
 
 def training_dtype(device: torch.device) -> torch.dtype:

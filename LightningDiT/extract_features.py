@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from LightningDiT.config import TRAINING_FIX, Config, load_config
-from LightningDiT.console import duration, positive, run_main
+from LightningDiT.console import duration, natural, positive, run_main
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.tokenizer.config import TokenizerConfig, load_tokenizer_config, tokenizer_config_path
 
@@ -50,7 +50,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--flip", action="store_true", help="also store mirrored images, as published; not for spectrograms or text"
     )
     parser.add_argument("--batch-size", type=positive, default=64, help="images encoded at once; changes no latent")
-    parser.add_argument("--read-threads", type=positive, help="that read images; default: one a core, at most 16")
+    reading = parser.add_mutually_exclusive_group()
+    reading.add_argument(
+        "--workers", type=natural, help="processes that read image files; default: one a core but one on a GPU, else 0"
+    )
+    reading.add_argument(
+        "--read-threads", type=positive, help="that read images in place of processes; default: one a core, at most 16"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the settings, check what they name, and end")
     args = parser.parse_args(argv)
     if not (args.images or args.list or args.data_root):
@@ -146,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from LightningDiT.device import best_device
     from LightningDiT.distributed import launched_processes
     from LightningDiT.tokenizer.vavae import VA_VAE
-    from LightningDiT.training.extraction import ExtractionSettings, extract, in_kept_order
+    from LightningDiT.training.extraction import ExtractionSettings, default_workers, extract, in_kept_order
 
     with launched_processes() as processes:
         config = processes.agree(lambda: load_config(args.config, TRAINING_FIX))
@@ -168,9 +174,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         images, output = processes.agree(lambda: open_images(args)), Path(args.output)
         images = in_kept_order(images, output)
         processes.say("\n".join(description(images)))
+        if args.workers and not images.is_files:
+            processes.say("note: --workers has no effect: these images are no files that processes could read")
+        workers = args.workers
+        if workers is None:
+            workers = 0 if args.read_threads else default_workers(tokenizer.device, processes.count)
         size, sample = config.data.image_size, args.posterior == "sample"
         settings = ExtractionSettings(
-            size, args.shard_size, sample, args.flip, args.seed, args.batch_size, args.read_threads
+            size, args.shard_size, sample, args.flip, args.seed, args.batch_size, workers, args.read_threads
         )
         result = extract(images, tokenizer, weights, output, settings, processes)
         if result.manifest is None:

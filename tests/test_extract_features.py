@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from LightningDiT.config import load_config
 from LightningDiT.console import run_main
 from LightningDiT.data.image_sets import open_folder
 from LightningDiT.data.labels import LATENTS_MANIFEST, Labels
+from LightningDiT.data.reading import ReadingProcesses
 from LightningDiT.data.shards import LatentShards, iterate_shards, shard_files, shard_path, write_shard
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.extract_features import main, next_step, parse
@@ -197,6 +199,57 @@ def test_latents_do_not_depend_on_the_batch_size(
         options = ("--images", images, "--output", folder, "--shard-size", "7", "--batch-size", size)
         assert main(command(tiny_folder, *options)) == 0
     assert contents(folders[0]) == contents(folders[1])
+
+
+def test_the_bytes_do_not_depend_on_who_reads(tiny_folder: Path, images: Path, tmp_path: Path) -> None:
+    (images / "cats" / "003.png").write_bytes(b"no image")
+    written = []
+    for option in (("--workers", "0"), ("--read-threads", "1"), ("--workers", "1"), ("--workers", "3")):
+        folder = tmp_path / "".join(option)
+        options = ("--images", images, "--output", folder, "--shard-size", "4", "--batch-size", "3", "--flip", *option)
+        assert main(command(tiny_folder, *options)) == 0
+        written.append(contents(folder))
+    assert all(files == written[0] for files in written)
+
+
+def test_a_reader_that_is_killed_ends_the_extraction_with_one_line(
+    tiny_folder: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = command(tiny_folder, "--images", images, "--output", tmp_path / "latents", "--workers", "1")
+    real = ReadingProcesses.read
+
+    def killed(self: ReadingProcesses, file: Path, size: int) -> Any:
+        if self._started and file.name == "005.png":
+            self._started[0].kill()
+        return real(self, file, size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ReadingProcesses, "read", killed)
+        assert run_main(lambda: main(own)) == 1
+    said = capsys.readouterr().err
+    assert re.search(r"^error: the process that read .*005.png has ended \(exit code .*\); fix: run the same", said)
+    assert said.count("\n") == 1
+    assert main(own) == 0
+    assert len(LatentShards(tmp_path / "latents")) == 11
+
+
+@pytest.mark.parametrize(
+    ("cores", "local", "device", "workers"),
+    [
+        (16, 1, "cuda", 15),
+        (16, 2, "cuda", 7),
+        (64, 1, "cuda", 16),
+        (2, 1, "cuda", 0),
+        (4, 2, "cuda", 0),
+        (16, 1, "cpu", 0),
+    ],
+)
+def test_the_number_of_readers_follows_from_the_cores(
+    cores: int, local: int, device: str, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extraction, "usable_cores", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+    assert extraction.default_workers(torch.device(device), 8) == workers
 
 
 def is_running(process: int) -> bool:

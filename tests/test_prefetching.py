@@ -8,7 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
-from LightningDiT.data.prefetching import StepPrefetcher, prefetched
+from LightningDiT.data.prefetching import StepPrefetcher, one_ahead, prefetched
 
 
 def test_results_come_in_order_and_errors_at_their_turn() -> None:
@@ -41,6 +41,27 @@ def test_no_more_results_than_asked_for_are_held(ahead: int | None, most: int) -
 
 def test_worker_processes_serve_as_threads_do() -> None:
     assert list(prefetched(abs, [-1, 2, -3], workers=1, pool=ProcessPoolExecutor)) == [1, 2, 3]
+
+
+def test_an_iterator_is_one_ahead_of_its_use() -> None:
+    started = []
+
+    def results() -> Iterator[int]:
+        for number in range(4):
+            started.append(number)
+            yield number
+        raise ValueError("four")
+
+    ahead = one_ahead(results())
+    assert next(ahead) == 0
+    deadline = time.monotonic() + 30
+    while len(started) < 2 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert started == [0, 1]
+    assert [next(ahead) for _ in range(3)] == [1, 2, 3]
+    with pytest.raises(ValueError, match="four"):
+        next(ahead)
+    assert list(one_ahead(iter([5, 6]))) == [5, 6]
 
 
 def test_a_jump_to_another_step_starts_a_new_stream() -> None:

@@ -26,16 +26,16 @@ from LightningDiT.data.fashion_mnist import FASHION_MNIST_CLASSES, fashion_mnist
 from LightningDiT.data.image_files import LITTER, find_images, read_image, shown
 from LightningDiT.data.labels import CLASS_NAMES, checked_names, natural_key
 from LightningDiT.data.prefetching import prefetched
+from LightningDiT.data.reading import ReadingProcesses, pixels_of
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.files import read_json
-from LightningDiT.images import centre_crop
 
 FASHION_MNIST = "FashionMNIST"
 MANIFEST = "manifest.json"  # of a sampling run, beside its images
 OWN_FILES = (MANIFEST, "images.sha256", "made.json")  # of a run of sampling, beside its images
 AGAIN = "delete it, and run the command again"  # the fix for a damaged image that a program has made
 LISTED = 5  # folders in a note
-MOST_READERS = 16  # threads that read images by default, at most
+MOST_READERS = 16  # threads or processes that read images by default, at most
 
 T = TypeVar("T")
 
@@ -100,15 +100,18 @@ class ImageSet:
         size: side in pixels of the centre crop; None: images stay as they are.
         notes: lines about what was passed over or assumed when the set was opened.
         sequential: whether images are read best in rising order by one thread.
+        is_files: whether each image is a file, so that processes can read it.
     """
 
     sequential = False
+    is_files = False
 
     def __init__(self, source: str, count: int, classes: Classes) -> None:
         self.source, self.count = source, count
         self.labels, self.class_names = classes.labels, classes.names
         self.size: int | None = None
         self.notes: tuple[str, ...] = ()
+        self._processes: ReadingProcesses | None = None
 
     def read(self, number: int) -> tuple[Image.Image, int]:
         """Return an image (8-bit grey or RGB, not cropped) and its class, 0 where unknown.
@@ -136,6 +139,12 @@ class ImageSet:
         """Return the same images, cropped to `size` x `size` pixels."""
         images = copy.copy(self)
         images.size = size
+        return images
+
+    def read_by(self, processes: ReadingProcesses) -> ImageSet:
+        """Return the same images, read by processes if each is a file; others stay with threads."""
+        images = copy.copy(self)
+        images._processes = processes
         return images
 
     def numbered(self, classes: Classes) -> ImageSet:
@@ -179,12 +188,13 @@ class ImageSet:
         """Yield the images `numbers`, `batch_size` at a time; threads read the next batch while one is used.
 
         Args:
-            threads: by default one a core, at most `MOST_READERS`.
+            threads: by default one for each process of `read_by`, else one a core, at most `MOST_READERS`.
 
         Raises:
             LightningDiTError: see `batch`.
         """
-        threads = 1 if self.sequential else threads or min(os.cpu_count() or 1, MOST_READERS)
+        usual = self._processes.count if self._processes else min(os.cpu_count() or 1, MOST_READERS)
+        threads = 1 if self.sequential else threads or usual
         rows = prefetched(functools.partial(self._row, unreadable=unreadable), numbers, threads, ahead=batch_size)
         return map(self._batch, chunks(rows, batch_size))
 
@@ -193,10 +203,8 @@ class ImageSet:
         for candidate in range(number, number + (self.count if unreadable is Unreadable.NEXT else 1)):
             candidate %= self.count
             try:
-                image, label = self.read(candidate)
-                # colours after the crop: a large grey image takes a quarter of the memory
-                pixels = np.asarray((centre_crop(image, self.size) if self.size else image).convert("RGB"))
-                return candidate, pixels, label, failed, 1 - min(image.size) / max(image.size) if self.size else 0.0
+                (pixels, cut), label = self._pixels(candidate)
+                return candidate, pixels, label, failed, cut
             except (MemoryError, LightningDiTError):
                 raise
             except Exception as error:  # see `read`
@@ -210,6 +218,11 @@ class ImageSet:
                 "name a folder of images",
             )
         raise LightningDiTError(f"{name} is no whole image ({reason})", AGAIN)
+
+    def _pixels(self, number: int) -> tuple[tuple[np.ndarray, float], int]:
+        """Return what `pixels_of` does of an image, and its class; raises as `read`."""
+        image, label = self.read(number)
+        return pixels_of(image, self.size), label
 
     def _batch(self, rows: Sequence[_Row]) -> ImageBatch:
         numbers, pixels, labels, unreadable, cut = zip(*rows, strict=True)
@@ -254,6 +267,8 @@ class FileImages(ImageSet):
         notes: see `ImageSet`.
     """
 
+    is_files = True
+
     def __init__(
         self,
         source: str,
@@ -268,6 +283,11 @@ class FileImages(ImageSet):
 
     def read(self, number: int) -> tuple[Image.Image, int]:
         return read_image(self.files[number]), self._label(number)
+
+    def _pixels(self, number: int) -> tuple[tuple[np.ndarray, float], int]:
+        if self._processes is None:
+            return super()._pixels(number)
+        return self._processes.read(self.files[number], self.size), self._label(number)
 
     def name(self, number: int) -> str:
         return shown(self.files[number])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,8 +24,10 @@ from torch import Tensor
 from LightningDiT.checkpoint import save_weights
 from LightningDiT.config import setting_differences
 from LightningDiT.console import Progress, StopRequest
-from LightningDiT.data.image_sets import ImageBatch, ImageSet, Unreadable
+from LightningDiT.data.image_sets import MOST_READERS, ImageBatch, ImageSet, Unreadable
 from LightningDiT.data.labels import CLASS_NAMES, LATENTS_MANIFEST
+from LightningDiT.data.prefetching import one_ahead
+from LightningDiT.data.reading import ReadingProcesses
 from LightningDiT.data.shards import (
     DIGEST,
     FIX,
@@ -35,6 +38,7 @@ from LightningDiT.data.shards import (
     shard_path,
     write_shard,
 )
+from LightningDiT.device import ready_for, usable_cores
 from LightningDiT.distributed import ALONE, Processes
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.files import (
@@ -57,6 +61,7 @@ from LightningDiT.training.run_dir import require_form
 STATS_NAME = "latents_stats.pt"
 PART = ".part"  # suffix of an unfinished shard
 PART_SECONDS = 300.0  # between two savings of an unfinished shard
+FEWEST_CORES = 3  # of a process whose images are read by others
 MOMENTS_ROWS = 256  # latents that are in memory as float64 at once
 #: What JSON and tensors of another form raise.
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError, RuntimeError)
@@ -75,7 +80,8 @@ class ExtractionSettings:
         flips: also store the latents of the mirrored images.
         seed: of the posterior's noise.
         batch_size: images that are encoded between two looks at Ctrl-C; the latents do not depend on it.
-        threads: that read images ahead, see `ImageSet.batches`.
+        workers: processes that read images ahead; 0: threads do.
+        threads: see `ImageSet.batches`.
     """
 
     image_size: int
@@ -84,7 +90,18 @@ class ExtractionSettings:
     flips: bool = False
     seed: int = 0
     batch_size: int = 64
+    workers: int = 0
     threads: int | None = None
+
+
+def default_workers(device: torch.device, processes: int) -> int:
+    """Return how many processes read images for one of `processes` that encode.
+
+    None on a CPU, where the encoder takes every core for itself. On a GPU one a core but one, from three cores on.
+    """
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))  # that share this machine
+    cores = usable_cores() // local
+    return 0 if device.type == "cpu" or cores < FEWEST_CORES else min(cores - 1, MOST_READERS)
 
 
 @dataclass(frozen=True)
@@ -160,9 +177,11 @@ def extract(
     described = settings_of(images, tokenizer, weights, settings)
     keys = processes.share(lambda: described["image_list"])
     processes.agree(lambda: _check_agreement(keys))
-    maker = _ShardMaker(images.cropped(settings.image_size), tokenizer, output, settings)
     reports, interrupted = list[_Report](), False
     with contextlib.ExitStack() as stack:
+        if settings.workers:
+            images = images.read_by(stack.enter_context(ReadingProcesses(settings.workers)))
+        maker = _ShardMaker(images.cropped(settings.image_size), tokenizer, output, settings)
         missing = processes.from_main(lambda: stack.enter_context(_planned(maker, described)))
         stop = stack.enter_context(StopRequest(quiet=not processes.is_main))
         count = sum(len(maker.span(shard)) for shard in missing)
@@ -238,27 +257,32 @@ class _ShardMaker:
         span = self.span(shard)
         rows = _ShardRows(self.path(shard), len(span), self.shape, self.settings.flips)
         numbers = span[rows.done :]
-        batches = self.images.batches(numbers, self.batch_size, Unreadable.BLACK, self.settings.threads)
+        read = self.images.batches(numbers, self.batch_size, Unreadable.BLACK, self.settings.threads)
         kept = time.monotonic()
-        while rows.done < len(span):
-            batch = report.timed("waiting for images", partial(next, batches))
-            rows.put(report.timed("encoder", partial(self._encode, batch, span[rows.done])), batch)
-            report.made += len(batch.labels)
-            self.progress.reach(self._done + rows.done * sharing)
-            if stop.asked:
-                break
-            if time.monotonic() - kept > PART_SECONDS:
-                report.timed("writing", rows.keep)
-                kept = time.monotonic()
+        with contextlib.closing(one_ahead(map(self._ready, read))) as batches:
+            while rows.done < len(span):
+                batch = report.timed("waiting for images", partial(next, batches))
+                rows.put(report.timed("encoder", partial(self._encode, batch, span[rows.done])), batch)
+                report.made += len(batch.labels)
+                self.progress.reach(self._done + rows.done * sharing)
+                if stop.asked:
+                    break
+                if time.monotonic() - kept > PART_SECONDS:
+                    report.timed("writing", rows.keep)
+                    kept = time.monotonic()
         report.timed("writing", rows.write if rows.done == len(span) else rows.keep)
+
+    def _ready(self, batch: ImageBatch) -> ImageBatch:
+        return batch._replace(pixels=ready_for(self.tokenizer.device, batch.pixels))
 
     def _encode(self, batch: ImageBatch, start: int) -> list[Tensor]:
         """Return the latents (N, C, h, w) of the images from number `start` on, then those of the mirrored ones."""
-        pictures = [batch.pixels, batch.pixels.flip(-1)][: 1 + self.settings.flips]
-        return [self._latents(pixels, start, mirrored) for mirrored, pixels in enumerate(pictures)]
+        pixels = batch.pixels.to(self.tokenizer.device, non_blocking=True)
+        pictures = [pixels, pixels.flip(-1)][: 1 + self.settings.flips]
+        return [self._latents(picture, start, mirrored) for mirrored, picture in enumerate(pictures)]
 
     def _latents(self, pixels: Tensor, start: int, mirrored: int) -> Tensor:
-        posterior = self.tokenizer.posterior(to_float(pixels.to(self.tokenizer.device)))
+        posterior = self.tokenizer.posterior(to_float(pixels))
         mean, logvar = posterior.mean.cpu(), posterior.logvar.cpu()
         if not self.settings.sample:
             return mean
