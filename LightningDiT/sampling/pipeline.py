@@ -348,8 +348,8 @@ class LightningDiTPipeline:
         size = solver.sample.per_proc_batch_size
         whole = self._settled or plan_of(solver, self.transformer, len(labels), size)
         size = min(size, whole.batch or size)
-        if solver.is_adaptive:
-            size = 1  # the steps that suit a batch would depend on its other images
+        if solver.is_adaptive:  # the steps that suit a batch would depend on its other images
+            size, whole = 1, whole.plainly()
         start, nfe, parts = 0, 0, []
         while start < len(labels):
             batch = slice(start, min(start + self.batch_limit.of(size), len(labels)))
