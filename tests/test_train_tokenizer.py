@@ -14,11 +14,14 @@ from PIL import Image
 
 from LightningDiT import train_tokenizer
 from LightningDiT.checkpoint import load_training_state, load_weights
+from LightningDiT.data.reading import ReadingProcesses
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.tokenizer.config import load_tokenizer_config, tokenizer_training
+from LightningDiT.tokenizer.config import load_tokenizer_config
+from LightningDiT.tokenizer.config import tokenizer_training as training_of
 from LightningDiT.tokenizer.starting_weights import read_starting_weights
 from LightningDiT.tokenizer.vavae import load_autoencoder
 from LightningDiT.train_tokenizer import STAGES
+from LightningDiT.training import tokenizer_training
 from LightningDiT.training.curves import LiveCurves
 from tests.conftest import BUNDLED, PROJECT
 from tests.test_perceptual import vgg_file  # noqa: F401 - a fixture
@@ -75,7 +78,7 @@ def test_the_small_recipe_needs_no_other_network(fashion_folder: Path, tmp_path:
 
 
 def test_the_bundled_recipe_is_what_it_was() -> None:
-    config = tokenizer_training(load_tokenizer_config(BUNDLED / "tokenizer.yaml"))
+    config = training_of(load_tokenizer_config(BUNDLED / "tokenizer.yaml"))
     assert (config.l1_weight, config.l2_weight, config.kl_weight, config.lr) == (1.0, 1.0, 4e-6, 1e-3)
     assert (config.lpips_weight, config.disc_weight, config.vf_weight, config.sum_values) == (0.0, 0.0, 0.0, False)
     assert (config.beta1, config.beta2, config.max_grad_norm, config.decay_steps) == (0.9, 0.99, 1.0, None)
@@ -127,7 +130,7 @@ def test_what_was_trained_decodes_as_it_is(fashion_folder: Path, tmp_path: Path)
 
 def test_the_published_stages_are_the_published_ones() -> None:
     """Epochs, weight, margins and start of the discriminator (arXiv 2501.01423, and the published configurations)."""
-    stages = [tokenizer_training(load_tokenizer_config(path)) for path in STAGES]
+    stages = [training_of(load_tokenizer_config(path)) for path in STAGES]
     rows = [(s.epochs, s.vf_weight, s.cos_margin, s.distmat_margin, s.disc_start) for s in stages]
     assert rows == [(100, 0.5, 0.0, 0.0, 5001), (15, 0.1, 0.0, 0.0, 1), (15, 0.1, 0.5, 0.25, 1)]
     for stage in stages:
@@ -138,7 +141,7 @@ def test_the_published_stages_are_the_published_ones() -> None:
 def published(tmp_path: Path, train: dict[str, object] | None = None, target: str = "x.LPIPSWithDiscriminator", **keys):
     lossconfig = {"target": target, "params": keys}
     path = write_yaml(tmp_path / "p.yaml", train or {}, use_vf="mae", reverse_proj=False, lossconfig=lossconfig)
-    return tokenizer_training(load_tokenizer_config(path))
+    return training_of(load_tokenizer_config(path))
 
 
 def test_the_published_loss_section_is_read(tmp_path: Path) -> None:
@@ -160,7 +163,7 @@ def test_the_published_loss_section_is_read(tmp_path: Path) -> None:
 
 def test_an_alignment_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LightningDiTError, match="train.vf_weight is 0.5 and no vision model is named"):
-        tokenizer_training(load_tokenizer_config(write_yaml(tmp_path / "v.yaml", {"vf_weight": 0.5})))
+        training_of(load_tokenizer_config(write_yaml(tmp_path / "v.yaml", {"vf_weight": 0.5})))
 
 
 def test_lpips_that_is_not_there_is_an_error_or_left_out(
@@ -210,8 +213,10 @@ def test_a_run_of_another_loss_is_refused(fashion_folder: Path, tmp_path: Path) 
         run(other, fashion_folder, tmp_path / "run")
 
 
-def test_training_takes_a_folder_of_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Five images of one colour each, 40x36, of which one is none."""
+def test_training_takes_a_folder_of_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Five images of one colour each, 40x36, of which one is none; read by threads and, as on a GPU, by processes."""
     folder = tmp_path / "images"
     (folder / "deep").mkdir(parents=True)
     for index in range(5):
@@ -222,6 +227,15 @@ def test_training_takes_a_folder_of_images(tmp_path: Path, capsys: pytest.Captur
     assert train_tokenizer.main(command) == 0
     assert (tmp_path / "run" / "checkpoint-0000004.pt").is_file()  # two passes of two batches of two
     assert f"passed over 1 images that cannot be read: {folder / 'deep' / '2.png'}" in capsys.readouterr().out
+    asked, real = list[str](), ReadingProcesses.read
+    monkeypatch.setattr(tokenizer_training, "default_workers", lambda device, processes: 2)
+    monkeypatch.setattr(
+        ReadingProcesses, "read", lambda self, file, size: asked.append(file.name) or real(self, file, size)
+    )
+    assert train_tokenizer.main([*command[:-1], str(tmp_path / "again")]) == 0
+    assert set(asked) == {f"{index}.png" for index in range(5)}
+    average = (tmp_path / "run" / "tokenizer.safetensors").read_bytes()
+    assert (tmp_path / "again" / "tokenizer.safetensors").read_bytes() == average
 
 
 @pytest.mark.skipif(

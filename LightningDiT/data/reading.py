@@ -48,7 +48,7 @@ class ReadingProcesses:
     """
 
     def __init__(self, count: int) -> None:
-        self.count = count
+        self.count, self._ended = count, False
         self._started: list[subprocess.Popen[bytes]] = []
         self._free: queue.LifoQueue[subprocess.Popen[bytes] | None] = queue.LifoQueue()
         for _ in range(count):
@@ -58,6 +58,7 @@ class ReadingProcesses:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._ended = True
         for process in self._started:
             process.kill()  # it holds nothing
             with contextlib.suppress(OSError), process:
@@ -86,6 +87,8 @@ class ReadingProcesses:
     def _start(self) -> subprocess.Popen[bytes]:
         command, pipe = [sys.executable, "-c", SERVE, str(ROOT), *sys.path], subprocess.PIPE
         try:
+            if self._ended:  # a thread was ahead of the end
+                raise OSError("the reading has ended")
             process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=os.environ | ONE_THREAD, **NO_CONSOLE)
         except OSError as error:
             raise LightningDiTError(f"no process that reads images starts ({error})", "give --workers 0") from error

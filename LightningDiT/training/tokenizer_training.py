@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from LightningDiT.checkpoint import inspect, save_weights, without_values
 from LightningDiT.config import setting_differences
 from LightningDiT.data.image_sets import ImageBatch, ImageSet, Unreadable, evenly_spaced
-from LightningDiT.data.prefetching import StepPrefetcher
-from LightningDiT.device import PRECISIONS, autocast, best_device, training_dtype
+from LightningDiT.data.prefetching import StepPrefetcher, one_ahead
+from LightningDiT.data.reading import ReadingProcesses
+from LightningDiT.device import PRECISIONS, autocast, best_device, ready_for, training_dtype
 from LightningDiT.distributed import ALONE, Processes
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import save_reconstructions, to_float, to_uint8
@@ -32,6 +33,7 @@ from LightningDiT.tokenizer.starting_weights import StartingWeights, read_starti
 from LightningDiT.tokenizer.vavae import autoencoder_settings
 from LightningDiT.tokenizer.vision import VisionModel, create_model
 from LightningDiT.training.ema import Ema
+from LightningDiT.training.extraction import default_workers
 from LightningDiT.training.guard import NotFiniteError, fetched
 from LightningDiT.training.loop import LoopSettings, Monitor
 from LightningDiT.training.loop import train as run_loop
@@ -217,18 +219,22 @@ class TokenizerTrainer:
         """Return this process's images of a step, (N, 3, H, W) in [-1, 1]."""
         batch = self._batches.at(step)
         self.unreadable |= {name for name, _ in batch.unreadable}
-        pixels = batch.pixels
+        pixels = self._sent(batch.pixels)
         if self.config.flip:
             draws = torch.rand(self.config.batch_size, generator=generator_for(self.config.seed, FLIP_STREAM, step))
-            flipped = draws[self.rows.start : self.rows.stop] < 0.5
+            flipped = self._sent(draws[self.rows.start : self.rows.stop] < 0.5)
             pixels = torch.where(flipped[:, None, None, None], pixels.flip(-1), pixels)
-        return to_float(pixels.to(self.device))
+        return to_float(pixels)
+
+    def _sent(self, tensor: Tensor) -> Tensor:
+        """Return a tensor of the CPU on the device, without a wait."""
+        return ready_for(self.device, tensor).to(self.device, non_blocking=True)
 
     def _batches_from(self, step: int) -> Iterator[ImageBatch]:
         """Return this process's images of a step and of all later ones."""
         rows = slice(self.rows.start, self.rows.stop)
         numbers = (number for at in itertools.count(step) for number in self.order.indices(at)[rows].tolist())
-        return self.images.batches(numbers, len(self.rows), Unreadable.NEXT)
+        return one_ahead(self.images.batches(numbers, len(self.rows), Unreadable.NEXT))
 
     def _set_rates(self, step: int) -> None:
         self.learning_rate = learning_rate(step, self.config.lr, *self.lengths, self.total_steps) * self.rate_scale
@@ -246,7 +252,7 @@ class TokenizerTrainer:
         posterior = DiagonalGaussian(posterior.mean.float(), posterior.logvar.float())  # the KL is a sum of many terms
         shape = (self.config.batch_size, *posterior.mean.shape[1:])
         noise = torch.randn(shape, generator=generator_for(self.config.seed, NOISE_STREAM, step))
-        noise = noise[self.rows.start : self.rows.stop].to(posterior.mean)
+        noise = self._sent(noise[self.rows.start : self.rows.stop])
         latents = posterior.mean + torch.exp(0.5 * posterior.logvar) * noise  # (N, C, h, w)
         return Pass(images, posterior, latents, self.model.decode(latents).float())
 
@@ -362,8 +368,13 @@ def train_stage(stage: Stage, processes: Processes = ALONE) -> Path:
     """Train to the end of a stage and return the file of all that was trained, from which another stage can start.
 
     Raises:
-        LightningDiTError: see `build_networks` and `training.loop.train`.
+        LightningDiTError: see `build_networks` and `training.loop.train`; or a process that read images has ended.
     """
+    with ReadingProcesses(default_workers(best_device(), processes.count)) as readers:
+        return _trained(replace(stage, images=stage.images.read_by(readers)) if readers.count else stage, processes)
+
+
+def _trained(stage: Stage, processes: Processes) -> Path:
     config, folder = stage.config, stage.folder
     run, finished = RunDir(folder, regular=config.ckpt_every, results=(AVERAGE, TRAINED, PICTURE)), folder / TRAINED
     starts = processes.from_main(lambda: run.newest() is None)
