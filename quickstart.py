@@ -37,6 +37,7 @@ GRID = project.PROJECT / "LightningDiT" / "demo_images" / "demo_samples.png"
 HUB = "https://huggingface.co"
 GPU_BYTES = 5_000_000_000  # memory that the published weights need on a GPU with batch size 1
 CHECKS = (("ruff", "check", "."), ("ruff", "format", "--check", "."), ("pytest",))
+GPU_CHECK = ("-m", "pytest", "--gpu")
 AGAIN = "python quickstart.py"
 
 
@@ -106,12 +107,18 @@ def ensure_venv(folder: Path) -> None:
         )
 
 
+def gpu_memory() -> int | None:
+    """Return the bytes of memory of the GPU that works by step 1's report, 0 if none does; None without a report."""
+    try:
+        return int(read_json(project.REPORT)["torch"]["device_memory"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def choose_model() -> tuple[str, str]:
     """Return the best model for this machine, by step 1's report, and the reason."""
-    try:
-        torch = read_json(project.REPORT)["torch"]
-        memory = int(torch["device_memory"])
-    except (OSError, ValueError, KeyError, TypeError):
+    memory = gpu_memory()
+    if memory is None:
         return "bundled", "no report of step 1"
     if memory < GPU_BYTES:
         return "bundled", "no GPU with enough memory for the published weights"
@@ -195,11 +202,15 @@ def run_steps(model: str, dry_run: bool, folder: Sequence[str] = (), index: Sequ
 
 
 def run_tests(dry_run: bool, index: Sequence[str] = ()) -> int:
-    """Set up, check lint and format, and run the tests; return the exit code of the first failure, else 0. For `index`
-    see `run_steps`.
+    """Set up, check lint and format, and run the tests, those of the GPU too if one works; return the exit code of the
+    first failure, else 0. For `index` see `run_steps`.
     """
     began = time.monotonic()
     code = call_all([(project.STEP1, "--dev", *index), *(("-m", *check) for check in CHECKS)], dry_run)
+    if code == OK and gpu_memory():
+        code = call_all([GPU_CHECK], dry_run)
+    elif code == OK:
+        print(f"\nNo GPU works here by step 1's report, so python {' '.join(GPU_CHECK)} is left out.")
     if code:
         return code
     print(

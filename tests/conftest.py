@@ -1,4 +1,7 @@
-"""Fixtures that many tests share: golden tensors, seeded weights, and a tiny pipeline's files."""
+"""Fixtures that many tests share: golden tensors, seeded weights, and a tiny pipeline's files.
+
+All tests run on the CPU, whatever the machine has. With `--gpu` those marked `gpu` run on a GPU, and no others.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import os
 import shutil
 import signal
 import struct
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +26,7 @@ from torch import Tensor, nn
 
 from LightningDiT.checkpoint import save_weights
 from LightningDiT.config import load_config
+from LightningDiT.device import best_device, gpu_count, gpu_device, gpu_failure
 from LightningDiT.loading import model_settings
 from LightningDiT.models.lightningdit import LightningDiT
 from LightningDiT.tokenizer.autoencoder import AutoencoderKL
@@ -31,7 +36,14 @@ from LightningDiT.tokenizer.vavae import autoencoder_settings
 from tests.other_versions import other_python as other_python
 from tests.published import good_stats, light_checkpoint
 
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # a run on several GPUs would leave the process of its test
+VISIBLE, ASKED = "CUDA_VISIBLE_DEVICES", "LIGHTNINGDIT_TESTS_ON_GPU"
+if "--gpu" in sys.argv:
+    os.environ.setdefault(ASKED, os.environ.get(VISIBLE, "all"))  # for the processes of pytest-xdist too
+ON_GPU = ASKED in os.environ
+# Before torch looks: tests compare bits, and each process that opens a GPU takes seconds. One GPU is enough for the
+# tests that need one: a run on several would leave the process of its test.
+ALL_GPUS = os.environ.get(ASKED, "")
+os.environ[VISIBLE] = "" if not ON_GPU else "0" if ALL_GPUS == "all" else ALL_GPUS.partition(",")[0]
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job ignores Ctrl-C; the tests send it
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -57,6 +69,35 @@ PACKAGE = PROJECT / "LightningDiT"
 BUNDLED = PROJECT / "models" / "fashion-mnist"
 GOLDEN = Path(__file__).parent / "golden"
 COMPUTED = ("pos_embed", "freqs_cos", "freqs_sin")  # a model computes these for itself
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--gpu", action="store_true", help="run the tests marked gpu on a GPU, and no others")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--gpu") and not ON_GPU:
+        raise pytest.UsageError("torch is already told to use the CPU; give --gpu on the command line")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the tests for the chosen device: with --gpu those marked `gpu`, else all that do not need a GPU."""
+    if config.getoption("--gpu") and not config.option.collectonly and best_device().type == "cpu":
+        reason = gpu_failure(gpu_device(0)) if gpu_count() else "there is none, or torch has no CUDA"
+        raise pytest.UsageError(f"--gpu: no GPU works here ({reason})")
+
+    def fits(item: pytest.Item) -> bool:
+        mark = item.get_closest_marker("gpu")
+        return mark is not None if ON_GPU else mark is None or not mark.kwargs.get("needed", False)
+
+    config.hook.pytest_deselected(items=[item for item in items if not fits(item)])
+    items[:] = [item for item in items if fits(item)]
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The GPU with --gpu, else the CPU."""
+    return gpu_device(0) if ON_GPU else torch.device("cpu")
 
 
 def seeded_tensor(name: str, shape: tuple[int, ...]) -> Tensor:

@@ -169,12 +169,21 @@ def test_the_test_command_installs_the_tools_and_ends_at_the_first_failure(proje
     passed = run_script(project / "quickstart.py", "--test")
     assert passed.returncode == 0
     assert "All checks passed" in passed.stdout
+    assert "No GPU works here by step 1's report, so python -m pytest --gpu is left out." in passed.stdout
     if sys.prefix != sys.base_prefix:  # in an environment of the reader's own, `python` is right
         assert passed.stdout.splitlines()[-1] == "More: python step4_run_inference.py --help"
     (project / "checks" / "test_one.py").write_text("import os, sys\n")
     unclean = run_script(project / "quickstart.py", "--test")
     assert unclean.returncode == 1
     assert "-m pytest" not in unclean.stdout
+
+
+def test_the_tests_of_the_gpu_follow_where_one_works(project: Path) -> None:
+    """In a second process, since the first hides the GPU."""
+    (project / "environment_report.json").write_text('{"torch": {"device_memory": 16000000000}}')
+    planned = run_script(project / "quickstart.py", "--test", "--dry-run")
+    commands = [line for line in planned.stdout.splitlines() if line.startswith("=== ")]
+    assert commands[-2:] == ["=== python -m pytest", "=== python -m pytest --gpu"]
 
 
 def test_the_package_index_is_that_of_step_1_alone(project: Path) -> None:
