@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -68,6 +69,7 @@ README = Pair(
         "LightningDiT + VA-VAE that runs": "能真正运行的 LightningDiT + VA-VAE",
         "Two commands": "两条命令",
         "Step by step, as in a Kaggle notebook": "分步执行（Kaggle notebook 中的做法）",
+        "On Kaggle": "在 Kaggle 上",
         "Choosing what to sample": "选择要生成的内容",
         "The published weights": "官方权重",
         "The bundled model": "自带模型",
@@ -96,9 +98,22 @@ SETUP = Pair(
         "Common problems": "常见问题",
     },
 )
-PAIRS = (README, SETUP)
+IMAGES = Pair(
+    "docs/images.md",
+    "docs/images.zh-CN.md",
+    {
+        "Step 4: several GPUs, the report, captions": "步骤 4：多个 GPU、报告、图注",
+        "Several GPUs": "多个 GPU",
+        "The report of the simple form": "简化版的报告",
+        "Captions": "图注",
+    },
+)
+PAIRS = (README, SETUP, IMAGES)
 PROMISES = "docs/promises.md"  # its table has an English and a Chinese column
+NOTEBOOK = "kaggle_reproduction.ipynb"  # each of its cells of text is English first, then Chinese
+FIXES = "LightningDiT/fixes_zh.json"  # from English to Chinese
 CHINESE_PAGES = tuple(pair.chinese for pair in PAIRS)
+CHINESE_TEXTS = (*CHINESE_PAGES, PROMISES, NOTEBOOK, FIXES)
 PAGES = sorted(
     path.relative_to(PROJECT).as_posix()
     for folder in (PROJECT, PROJECT / "docs", PROJECT / "models" / "fashion-mnist")
@@ -109,6 +124,9 @@ FENCE = "```"
 CODE = re.compile(r"`([^`]+)`")
 LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
 ITEM = re.compile(r"- |\d+\. ")
+BARE_CODE = re.compile(  # in a text without marks: options and their values, keys, files, calls, places to fill in
+    r"`[^`]*`|'[a-z]+'|\"[a-z]+\"|--[a-z-]+(?:[ =][\w./{}]+)?|!?\{\d?\}|\w+(?:[._]\w+)+(?:\([^()]*\))?", re.ASCII
+)
 COMMENT = re.compile(r"(?:^|\s)#.*$")
 FIGURE = re.compile(r"(?<![\w.])\d+(?:,\d{3})*(?:\.\d+)*(?:e-?\d+)?")
 HAN = r"[\u3400-\u9fff]"
@@ -157,7 +175,20 @@ class Section:
 
 
 def read(name: str) -> str:
-    return (PROJECT / name).read_text(encoding="utf-8")
+    """Return a page, or a notebook's text, or the Chinese texts of a catalogue, as Markdown."""
+    text = (PROJECT / name).read_text(encoding="utf-8")
+    if name == NOTEBOOK:
+        return "\n\n".join(notebook_texts())
+    if name == FIXES:
+        return "\n\n".join(
+            BARE_CODE.sub(lambda code: f"`{code[0].strip('`')}`", fix) for fix in json.loads(text).values()
+        )
+    return text
+
+
+def notebook_texts() -> list[str]:
+    cells = json.loads((PROJECT / NOTEBOOK).read_text(encoding="utf-8"))["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
 
 
 def cells(row: str) -> list[str]:
@@ -193,7 +224,12 @@ def in_chinese(link: str, pair: Pair) -> str:
     """Return the Chinese page's link: to a Chinese page if there is one, but the line of languages leads back."""
     if link == Path(pair.chinese).name:
         return Path(pair.english).name
-    return {other.english: other.chinese for other in PAIRS}.get(link, link)
+    page, mark, heading = link.partition("#")
+    for other in PAIRS:
+        if page == other.english:
+            headings = {anchor(english): anchor(chinese) for english, chinese in other.headings.items()}
+            return other.chinese + mark + headings.get(heading, heading)
+    return link
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.english)
@@ -239,6 +275,18 @@ def test_the_promises_are_the_same_in_both_languages() -> None:
         assert both[0].code() == both[1].code(), english
         assert both[0].figures() == both[1].figures(), english
         assert both[0].links() == both[1].links(), english
+
+
+def test_the_notebook_says_the_same_in_both_languages() -> None:
+    """Its headings have both languages in one line."""
+    for text in notebook_texts():
+        lines = [line for line in text.splitlines() if not line.startswith(("#", "---"))]
+        english = Section("", 1, [line for line in lines if not re.search(HAN, line)])
+        chinese = Section("", 1, [line for line in lines if not line or re.search(HAN, line)])
+        pages = {pair.english: pair.chinese for pair in PAIRS}
+        assert chinese.code() == {pages.get(code, code) for code in english.code()}, text
+        assert chinese.figures() == english.figures(), text
+        assert chinese.parts() == english.parts(), text
 
 
 def anchor(heading: str) -> str:
@@ -328,7 +376,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_chinese_is_set_as_chinese(fault: Callable[[str], bool]) -> None:
     assert all(fault(example) for example in FAULTS[fault])
-    found = [line for page in (*CHINESE_PAGES, PROMISES) for line, text in chinese_lines(page) if fault(text)]
+    found = [line for page in CHINESE_TEXTS for line, text in chinese_lines(page) if fault(text)]
     assert not found, "\n".join(found)
 
 
@@ -337,9 +385,10 @@ def test_every_term_is_in_use() -> None:
     assert [term for term in TERMS if term not in text] == []
 
 
-@pytest.mark.parametrize("name", CHINESE_PAGES)
+@pytest.mark.parametrize("name", [*CHINESE_PAGES, NOTEBOOK])
 def test_a_chinese_paragraph_is_one_line(name: str) -> None:
     """A line break between two Chinese characters would be shown as a space."""
     for section in sections(read(name)):
         for line, after in zip(section.text, section.text[1:], strict=False):
-            assert not line or not after or after.startswith("|") or ITEM.match(after), after
+            chinese = re.search(HAN, line + after)
+            assert not chinese or not line or not after or after.startswith("|") or ITEM.match(after), after
