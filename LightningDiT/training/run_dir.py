@@ -26,7 +26,7 @@ from LightningDiT.files import append_text, disk_errors, open_own, open_regular,
 
 STEP_DIGITS = 7  # at least
 CURVES = "curves.png"
-OPTIONAL = ("last_finite",)  # entries that older checkpoints do not hold
+OPTIONAL = ("last_finite", "decoupled_weight_decay")  # entries that checkpoints of older releases, or torch's, lack
 OPTIMIZERS = ("opt", "optimizer", "judges")  # entries for `load_optimizer`
 FLAGS = ("amsgrad", "capturable", "differentiable", "maximize")  # of an optimizer, which change its step
 KERNELS = ("foreach", "fused")  # flags of an optimizer that choose the code of the same step
@@ -225,7 +225,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
                 raise ValueError(f"{name} of the optimizer is {kind_of(value)}, real numbers are expected")
     # a checkpoint of a GPU may go on on a CPU and the reverse, each with its own kernels
     kept = [
-        found | {name: own[name] for name in KERNELS} for found, own in zip(state["param_groups"], groups, strict=True)
+        own | found | {name: own[name] for name in KERNELS}
+        for found, own in zip(state["param_groups"], groups, strict=True)
     ]
     optimizer.load_state_dict(copy.deepcopy({**state, "param_groups": kept}))  # else it would go on reading the file
     for parameter, values in optimizer.state.items():
