@@ -1,0 +1,562 @@
+"""What a GPU computes, against the published outputs, against the CPU and against itself: `python -m pytest --gpu`.
+
+Without --gpu some of them run on the CPU, where `Replay` of `test_networks` stands for recordings, so that mistakes in
+the tests show there.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from LightningDiT import inference
+from LightningDiT.checkpoint import save_weights
+from LightningDiT.compiling import BLOCK, KERNELS, PLAIN, WHOLE, Plan, compile_forward, is_compiled
+from LightningDiT.config import load_config
+from LightningDiT.device import (
+    HAS_TF32,
+    Recording,
+    abilities,
+    attention_by,
+    attention_failure,
+    best_device,
+    float32_products,
+    gpu_count,
+)
+from LightningDiT.images import to_uint8
+from LightningDiT.models.layers import attend
+from LightningDiT.models.lightningdit import LightningDiT
+from LightningDiT.sampling import networks
+from LightningDiT.sampling.pipeline import LightningDiTPipeline
+from LightningDiT.tokenizer.autoencoder import AutoencoderKL, AutoencoderSettings
+from LightningDiT.tokenizer.config import TOKENIZER_CONFIGS
+from LightningDiT.tokenizer.vavae import VA_VAE
+from LightningDiT.tools.benchmark.training import trainer_of
+from LightningDiT.training import transformer_training
+from LightningDiT.transport import (
+    OWN_METHODS,
+    GuidanceSettings,
+    GuidedVelocity,
+    create_transport,
+    draw_noise,
+    integrate_ode,
+    sampling_times,
+)
+from tests.conftest import ALL_GPUS, GOLDEN, ON_GPU, PROJECT, VISIBLE, seed_weights
+from tests.test_all_gpus import command, contents, shared
+from tests.test_networks import GPU as SOME_GPU
+from tests.test_networks import Replay, changed, swap_block, swap_data
+from tests.test_train import configured, run
+from tests.test_train import small as small
+
+pytestmark = pytest.mark.gpu
+on_gpu_alone = pytest.mark.gpu(needed=True)
+
+FLOAT32, HALVES = torch.float32, (torch.bfloat16, torch.float16)
+ON_GPU_ALONE = [pytest.param(dtype, marks=on_gpu_alone) for dtype in HALVES]
+DTYPES = pytest.mark.parametrize("dtype", [FLOAT32, *ON_GPU_ALONE], ids=str)
+TF32_EPS = 2.0**-10  # 10 bits of mantissa, as in fp16
+#: Largest difference of float32 results from the published ones, which a CPU computed.
+ON_OTHER_HARDWARE = 1e-3
+LABELS = (0, 1, 2, 1)
+GRAPHS = Plan(graphs=True, batch=4)
+VARIANTS = ["default", "qknorm", "wo_shift", "plain_dit_patch2", "learn_sigma"]
+
+Build = Callable[..., LightningDiT]
+
+
+def apart(values: Tensor, expected: Tensor) -> float:
+    """The relative distance of two tensors on any devices."""
+    expected = expected.cpu().double()
+    return float((values.cpu().double() - expected).norm() / expected.norm())
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """The relative distance that two orders of summing may have in this precision, over a whole network."""
+    return 1e-5 if dtype == FLOAT32 else 8 * torch.finfo(dtype).eps
+
+
+def needs_tf32(device: torch.device) -> None:
+    if (abilities(device).capability or HAS_TF32) < HAS_TF32:
+        pytest.skip("TF32 needs a GPU of capability 8.0")
+
+
+def needs_compiler(device: torch.device) -> None:
+    if abilities(device).no_compiler:
+        pytest.skip(abilities(device).no_compiler)
+
+
+@pytest.fixture
+def graphs(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recordings: those of the GPU, or the stand-in for them."""
+    if device.type == "cpu":
+        Replay.made, Replay.most, Replay.failure = [], 2**20, staticmethod(lambda: None)
+        monkeypatch.setattr(networks, "Recording", Replay)
+        monkeypatch.setattr(networks, "abilities", lambda device: SOME_GPU)
+
+
+def opened(folder: Path, device: torch.device, dtype: torch.dtype = FLOAT32, **change: object) -> LightningDiTPipeline:
+    config = load_config(folder / "config.yaml")
+    sample = dataclasses.replace(config.sample, **{"per_proc_batch_size": 4, "precision": "fp32", **change})
+    return LightningDiTPipeline.from_config(dataclasses.replace(config, sample=sample), device).to(device, dtype)
+
+
+def latents(pipe: LightningDiTPipeline, plan: Plan, labels: Sequence[int] = LABELS, **call: Any) -> Tensor:
+    with pipe.settled(plan, "the test"):
+        return pipe(labels, output_type="latent", **call).images
+
+
+def test_the_gpus_are_visible_to_the_tests_that_need_one_alone(device: torch.device) -> None:
+    """The processes that the tests start inherit it."""
+    assert gpu_count() == (1 if ON_GPU else 0)
+    assert best_device().type == device.type
+
+
+# --- the published outputs
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_forwards_meet_the_published_output(
+    variant: str, device: torch.device, unit_model: Build, golden: dict[str, Tensor]
+) -> None:
+    model, expected = unit_model(variant).to(device), golden[f"forward.{variant}"]
+    inputs = [golden[name].to(device) for name in ("x", "t", "y")]
+    with float32_products(device, False):
+        torch.testing.assert_close(model(*inputs).cpu(), expected, atol=ON_OTHER_HARDWARE, rtol=0)
+    with float32_products(device, True):
+        assert apart(model(*inputs), expected) < 8 * TF32_EPS
+    for dtype in HALVES:
+        assert 0 < apart(model.to(dtype)(*inputs), expected) < 8 * torch.finfo(dtype).eps
+
+
+@on_gpu_alone
+@torch.no_grad()
+def test_tf32_rounds_and_float32_does_not(device: torch.device, unit_model: Build, golden: dict[str, Tensor]) -> None:
+    needs_tf32(device)
+    model, expected = unit_model("default").to(device), golden["forward.default"]
+    found = []
+    for tf32 in (False, True):
+        with float32_products(device, tf32):
+            found.append(apart(model(*(golden[name].to(device) for name in ("x", "t", "y"))), expected))
+    assert found[0] < 5e-5 < found[1]
+
+
+@pytest.mark.parametrize("name", ["euler11", "euler21_shift0.3_interval0.125", "euler11_gvp"])
+@torch.no_grad()
+def test_euler_meets_the_published_samples(
+    name: str, device: torch.device, golden: dict[str, Tensor], manifest: dict[str, Any], unit_model: Build
+) -> None:
+    case = manifest["sample"][name]
+    y, model = torch.tensor(case["labels"], device=device), unit_model("default").to(device)
+    settings = GuidanceSettings(case["cfg_scale"], case["cfg_interval_start"] if case["cfg_interval"] else 0.0)
+    guided = GuidedVelocity(lambda x, t, y: model(x, t.to(device), y), y, torch.full_like(y, 10), settings)
+    transport = create_transport(case["path_type"], case["prediction"])
+    times = sampling_times(transport, case["num_steps"], case["timestep_shift"])
+    for tf32 in (False, True):
+        with float32_products(device, tf32):
+            last = integrate_ode(guided, golden["sample.noise"].to(device), times, "euler")
+        if tf32:
+            assert apart(last, golden[f"sample.{name}"]) < 8 * TF32_EPS
+        else:
+            torch.testing.assert_close(last.cpu(), golden[f"sample.{name}"], rtol=0, atol=ON_OTHER_HARDWARE)
+
+
+@torch.no_grad()
+def test_losses_meet_the_published_ones(
+    device: torch.device, golden: dict[str, Tensor], manifest: dict[str, Any], unit_model: Build
+) -> None:
+    model = unit_model("default").to(device)
+    x1, x0, t, y = (golden[f"loss.{name}"].to(device) for name in ("x1", "x0", "t", "y"))
+    for case in manifest["loss"]:
+        kind = case["path_type"], case["prediction"], case["loss_weight"]
+        transport = create_transport(*kind, use_cosine_loss=case["use_cosine_loss"])
+        with float32_products(device, False):
+            loss = transport.training_losses(model, x1, {"y": y}, x0=x0, t=t)["loss"]
+        torch.testing.assert_close(loss.cpu(), golden[case["key"]], rtol=1e-4, atol=ON_OTHER_HARDWARE)
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The f16d32 tokenizer with the weights of the golden outputs."""
+    path = tmp_path_factory.mktemp("vae") / "tokenizer.safetensors"
+    save_weights(seed_weights(AutoencoderKL(AutoencoderSettings())).state_dict(), path)
+    return path
+
+
+def levels(images: Tensor, expected: Tensor) -> Tensor:
+    """Differences of pixels."""
+    return (to_uint8(images).cpu().int() - to_uint8(expected).cpu().int()).abs()
+
+
+@on_gpu_alone
+def test_the_tokenizer_meets_the_published_output(device: torch.device, autoencoder: Path) -> None:
+    """Half precision: below one level of 255 on average, and 2 at most."""
+    golden = load_file(GOLDEN / "vavae_f16d32.safetensors")
+    vae = VA_VAE(TOKENIZER_CONFIGS / "vavae_f16d32.yaml", ckpt_path=autoencoder, device=device)
+    exact = vae.decode_latents(golden["latent"])
+    torch.testing.assert_close(exact.cpu(), golden["decoded"], atol=ON_OTHER_HARDWARE, rtol=0)
+    posterior = vae.posterior(golden["image"])
+    assert apart(posterior.mean, golden["mean"]) < 8 * TF32_EPS  # images are encoded as torch does it by default
+    for options in ({"tf32": True}, {"half": True}):
+        difference = levels(vae.decode_latents(golden["latent"], **options), golden["decoded"])
+        assert difference.float().mean() < 1 and difference.max() <= 2, options
+
+
+# --- graphs
+
+
+@on_gpu_alone
+@DTYPES
+@pytest.mark.parametrize("states", [1, 2, 16])
+@torch.inference_mode()
+def test_a_recording_gives_the_bits_of_the_forward(
+    states: int, dtype: torch.dtype, device: torch.device, unit_model: Build
+) -> None:
+    """With other inputs than those it was made with, and after new values were copied into the weights."""
+    with torch.inference_mode(False):
+        model = unit_model("default").to(device, dtype).requires_grad_(False)
+
+    def inputs(seed: int) -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(seed)
+        y = torch.randint(10, (states,), generator=generator)
+        x, t = torch.randn(states, 8, 8, 8, generator=generator), torch.rand(1, generator=generator)
+        return x.to(device), t.to(device), y.to(device)
+
+    recording = Recording(model, inputs(0))
+    for seed in (1, 2):
+        assert torch.equal(recording(*inputs(seed)), model(*inputs(seed)))
+    with torch.inference_mode(False), torch.no_grad():
+        model.final_layer.linear.weight.mul_(2.0)
+    assert torch.equal(recording(*inputs(1)), model(*inputs(1)))
+    kept, address = recording(*inputs(1)).clone(), recording(*inputs(2)).data_ptr()
+    assert recording(*inputs(1)).data_ptr() == address  # one place for all results
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        assert torch.equal(recording(*inputs(1)), kept)
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "method", ["ab3", *(pytest.param(method, marks=on_gpu_alone) for method in ("unipc2", "heun", "euler"))]
+)
+@pytest.mark.usefixtures("graphs")
+def test_a_run_by_graphs_gives_the_latents_of_one_without(
+    method: str, dtype: torch.dtype, device: torch.device, tiny_source: Path
+) -> None:
+    """States that a callback keeps stay what they were; guidance sets in on the way, so there are two shapes."""
+    interval = {"cfg_interval_start": 0.3, "cfg_interval_end": 0.7}
+    pipe = opened(tiny_source, device, dtype, sampling_method=method, num_sampling_steps=6, **interval)
+    seen: dict[bool, list[Tensor]] = {True: [], False: []}
+    for plan in (PLAIN, GRAPHS):
+        last = latents(pipe, plan, callback=lambda step, t, state, to=seen[plan.graphs]: to.append(state))
+        seen[plan.graphs].append(last)
+    assert len(seen[True]) == 6
+    assert len(pipe._networks._recordings) == 2
+    assert all(
+        apart(*pair) <= (0 if dtype == FLOAT32 else rounding(dtype)) for pair in zip(*seen.values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda pipe: pipe.transformer.load_state_dict(changed(pipe), assign=True),
+        *(
+            pytest.param(change, marks=on_gpu_alone)
+            for change in (
+                lambda pipe: pipe.transformer.load_state_dict(changed(pipe)),
+                lambda pipe: pipe.to(pipe.device, torch.float16),
+                lambda pipe: pipe.to("cpu").to(pipe.device),
+                swap_data,
+                swap_block,
+            )
+        ),
+    ],
+)
+@pytest.mark.usefixtures("graphs")
+def test_a_graph_never_computes_with_old_weights(
+    change: Callable[[LightningDiTPipeline], object], device: torch.device, tiny_source: Path
+) -> None:
+    pipe = opened(tiny_source, device)
+    latents(pipe, GRAPHS)
+    if device.type == "cuda":
+        filled = [torch.full((1 << 18,), torch.nan, device=device) for _ in range(64)]  # where freed weights lay
+        del filled
+    change(pipe)
+    assert apart(latents(pipe, GRAPHS), latents(pipe, PLAIN)) <= rounding(pipe.dtype)
+
+
+@pytest.mark.usefixtures("graphs")
+def test_two_threads_with_the_same_networks(device: torch.device, tiny_source: Path) -> None:
+    pipe = opened(tiny_source, device)
+    other = pipe.with_sample(dataclasses.replace(pipe.config.sample, cfg_scale=3.0))
+    wanted = [latents(one, PLAIN) for one in (pipe, other)]
+    made: dict[int, list[Tensor]] = {0: [], 1: []}
+
+    def work(index: int) -> None:
+        on_stream = torch.cuda.stream(torch.cuda.Stream()) if device.type == "cuda" else warnings.catch_warnings()
+        with on_stream:
+            for _ in range(4):
+                made[index].append((pipe, other)[index](LABELS, output_type="latent").images)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index, expected in enumerate(wanted):
+        assert len(made[index]) == 4
+        assert max(apart(one, expected) for one in made[index]) <= rounding(FLOAT32)
+
+
+@on_gpu_alone
+@torch.inference_mode()
+def test_another_thread_may_allocate_during_a_recording(device: torch.device, unit_model: Build) -> None:
+    with torch.inference_mode(False):
+        model = unit_model("default").to(device)
+    stop, errors = threading.Event(), []
+
+    def allocate() -> None:
+        try:
+            while not stop.is_set():
+                torch.empty(1 << 24, device=device).fill_(1.0)
+                torch.cuda.empty_cache()
+        except RuntimeError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=allocate)
+    thread.start()
+    x, t, y = torch.randn(2, 8, 8, 8, device=device), torch.ones(1, device=device), torch.ones(2, device=device).long()
+    try:
+        for _ in range(5):
+            assert torch.equal(Recording(model, (x, t, y))(x, t, y), model(x, t, y))
+    finally:
+        stop.set()
+        thread.join()
+    assert errors == []
+
+
+@on_gpu_alone
+@pytest.mark.parametrize("method", [*OWN_METHODS, "euler"])
+def test_no_step_waits_for_the_gpu(method: str, device: torch.device, tiny_source: Path) -> None:
+    pipe = opened(tiny_source, device, sampling_method=method, num_sampling_steps=6, cfg_interval_start=0.3)
+    solver = pipe.solver(pipe.config.sample)
+    x = draw_noise((4, *pipe.latent_shape), [torch.Generator().manual_seed(k) for k in range(4)]).to(device)
+    with torch.inference_mode(), pipe._networks.under(GRAPHS, pipe._both):
+        velocity = pipe.guided(LABELS, solver.sample, GRAPHS)
+        solver.integrate(velocity, x, [])  # records
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            solver.integrate(velocity, x, [])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+# --- compiled code and kernels
+
+
+@on_gpu_alone
+@DTYPES
+@pytest.mark.parametrize("compiled", [BLOCK, WHOLE])
+def test_compiled_code_meets_the_forward_and_can_be_recorded(
+    compiled: str, dtype: torch.dtype, device: torch.device, unit_model: Build
+) -> None:
+    needs_compiler(device)
+    plain = unit_model("default").to(device, dtype).requires_grad_(False)
+    model = copy.deepcopy(plain)
+    compile_forward(*(model.blocks if compiled == BLOCK else [model]))
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error", UserWarning)  # that it goes on uncompiled
+        for states in (2, 16):
+            x, y = torch.randn(states, 8, 8, 8, device=device), torch.arange(states, device=device) % 10
+            t = torch.full((1,), 0.4, device=device)
+            expected, found = plain(x, t, y), model(x, t, y)
+            assert is_compiled(*(model.blocks if compiled == BLOCK else [model]))
+            assert apart(found, expected) <= max(rounding(dtype), 2e-3 if dtype == FLOAT32 else 0)
+            assert torch.equal(Recording(model, (x, t, y))(x, t, y), found)
+
+
+@on_gpu_alone
+@pytest.mark.parametrize("kernel", [row.name for row in KERNELS])
+@pytest.mark.parametrize("width", [64, 72, 96])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_every_kernel_of_attention_gives_the_same(
+    kernel: str, width: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    if failure := attention_failure(kernel, 16, 256, width, dtype, device):
+        pytest.skip(f"{kernel} does not compute this here: {failure}")
+    q, k, v = (torch.randn(2, 16, 256, width, device=device).to(dtype) for _ in range(3))
+    with attention_by("math"):
+        expected = attend(q.float(), k.float(), v.float())
+    with attention_by(kernel):
+        assert apart(attend(q, k, v), expected) < 8 * torch.finfo(dtype).eps
+
+
+# --- batches
+
+
+@DTYPES
+@pytest.mark.usefixtures("graphs")
+def test_padding_changes_no_image(dtype: torch.dtype, device: torch.device, tiny_source: Path) -> None:
+    pipe = opened(tiny_source, device, dtype)
+    wanted = latents(pipe, PLAIN, [1, 2, 1], seed=3)
+    assert apart(latents(pipe, GRAPHS, [1, 2, 1], seed=3), wanted) <= rounding(dtype)
+    with torch.no_grad():
+        pipe.transformer.y_embedder.embedding_table.weight[0] = torch.nan  # the class of the padding
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert latents(pipe, GRAPHS, [1, 2, 1], seed=3).isfinite().all()
+
+
+@DTYPES
+def test_a_deterministic_image_has_the_same_bits_in_every_row_of_every_batch(
+    dtype: torch.dtype, device: torch.device, tiny_source: Path
+) -> None:
+    pipe = opened(tiny_source, device, dtype, deterministic=True, cfg_interval_end=0.4)
+    whole = pipe(LABELS, seed=5, output_type="np").images
+    for indices in ([3], [2, 3], [3, 1, 0], [2, 0, 3, 1]):
+        again = pipe([LABELS[index] for index in indices], seed=5, indices=indices, output_type="np").images
+        assert np.array_equal(again, whole[indices])
+
+
+@pytest.mark.usefixtures("graphs")
+def test_a_batch_that_overflows_fp16_is_made_again_in_float32(device: torch.device, tiny_source: Path) -> None:
+    """By graphs; a second batch is in half precision again, with a recording of its own."""
+    loud = opened(tiny_source, device)
+    with torch.no_grad():
+        loud.transformer.y_embedder.embedding_table.weight[0] *= 2e4
+    exact = latents(loud.to(device, torch.float16).to(device, FLOAT32), PLAIN, [0, 1])
+    loud.to(device, torch.float16)
+    plan = Plan(graphs=True, batch=2)
+    with pytest.warns(UserWarning, match="made again in float32"):
+        made = latents(loud, plan, [0, 1])
+    assert loud.dtype == torch.float16 and made.isfinite().all()
+    assert apart(made[0], exact[0]) <= rounding(FLOAT32)
+    quiet = latents(loud, PLAIN, [1, 1])
+    assert apart(latents(loud, plan, [1, 1]), quiet) <= rounding(torch.float16)
+
+
+@on_gpu_alone
+@pytest.mark.parametrize("plan", [PLAIN, Plan(graphs=True, batch=512)], ids=["plain", "graphs"])
+def test_memory_that_ends_halves_the_batch(plan: Plan, device: torch.device, tiny_source: Path) -> None:
+    """A real allocation leaves half of what the batch needs; afterwards all memory is there again."""
+    labels = [index % 3 for index in range(512)]
+    pipe = opened(tiny_source, device, per_proc_batch_size=512)
+    wanted = latents(pipe, PLAIN, labels)  # libraries allocate what they keep
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    latents(pipe, PLAIN, labels)
+    need = torch.cuda.max_memory_allocated() - before
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    held = torch.empty(free - need * 6 // 10, dtype=torch.uint8, device=device)
+    with pytest.warns(UserWarning, match="memory ran out with 512 images at once"):
+        made = latents(pipe, plan, labels)
+    assert pipe.batch_limit.most in (64, 128, 256)
+    assert apart(made, wanted) <= rounding(FLOAT32)
+    del held
+    pipe._networks.drop()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_allocated() <= before + 2**21
+
+
+# --- processes
+
+
+@on_gpu_alone
+def test_two_processes_share_a_gpu(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the run's manifest: both make the images of one process, to a level of 255."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    options = ["--num-samples", "6", "--precision", "fp32"]
+    assert inference.main(command(tiny_folder, "one", *options)) == 0
+    assert shared(*command(tiny_folder, "two", *options)) == 0
+    assert_same_pictures(tiny_folder / "one", tiny_folder / "two", 6)
+
+
+def assert_same_pictures(one: Path, two: Path, count: int) -> None:
+    names = sorted(path.name for path in one.glob("*.png"))
+    assert len(names) == count and names == sorted(path.name for path in two.glob("*.png"))
+    for name in names:
+        left, right = (np.asarray(Image.open(folder / name), dtype=int) for folder in (one, two))
+        assert np.abs(left - right).max() <= 1, name
+
+
+@on_gpu_alone
+def test_a_run_of_a_gpu_is_not_continued_on_the_cpu(
+    tiny_folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert inference.main(command(tiny_folder, "out", "--num-samples", "4", "--precision", "fp32")) == 0
+    before = contents(tiny_folder / "out")
+    monkeypatch.setenv(VISIBLE, "")
+    again = [sys.executable, "-m", "LightningDiT.inference"]
+    again += command(tiny_folder, "out", "--num-samples", "8", "--precision", "fp32")
+    done = subprocess.run(again, cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "computes by graphs, and here graphs need a GPU" in done.stderr
+    assert contents(tiny_folder / "out") == before
+
+
+@on_gpu_alone
+def test_all_gpus_make_the_pictures_of_one(tiny_folder: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != VISIBLE}
+    environment |= {} if ALL_GPUS == "all" else {VISIBLE: ALL_GPUS}
+    counted = [sys.executable, "-c", "from LightningDiT.device import gpu_count; print(gpu_count())"]
+    there = subprocess.run(counted, cwd=PROJECT, env=environment, capture_output=True, text=True, check=True)
+    if int(there.stdout) < 2:
+        pytest.skip(f"needs two GPUs; there are {there.stdout.strip()}")
+    for output, gpus in (("one", "1"), ("all", "all")):
+        options = ["--num-samples", "12", "--batch-size", "2", "--precision", "fp32", "--gpus", gpus]
+        run_all = [sys.executable, "-m", "LightningDiT.inference", *command(tiny_folder, output, *options)]
+        done = subprocess.run(run_all, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert_same_pictures(tiny_folder / "one", tiny_folder / "all", 12)
+
+
+# --- training
+
+
+def test_a_training_step_is_that_of_the_cpu(device: torch.device, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(configured(small, "step", 2, "precision: fp32, ckpt_every: 10"))
+    losses, gradients = [], []
+    for where in (torch.device("cpu"), device):
+        monkeypatch.setattr(transformer_training, "best_device", lambda where=where: where)
+        trainer = trainer_of(config)
+        row = {name: float(value) for name, value in trainer.step(0).items()}
+        losses.append(row["loss"])
+        gradients.append(
+            {name: value.grad.cpu() for name, value in trainer.model.named_parameters() if value.grad is not None}
+        )
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert gradients[0].keys() == gradients[1].keys() and gradients[0]
+    assert all(apart(value, gradients[0][name]) < 1e-3 for name, value in gradients[1].items())
+
+
+@on_gpu_alone
+def test_a_resumed_training_goes_on_as_one_without_a_break(device: torch.device, small: Path) -> None:
+    """To the bit on the CPU; a GPU adds the gradients of embeddings in any order, and Adam enlarges tiny ones."""
+    more = "ckpt_every: 4, precision: fp32"
+    whole = run(configured(small, "whole", 12, more))
+    run(configured(small, "parts", 4, more))
+    resumed = run(configured(small, "parts", 12, more))
+    assert whole.keys() == resumed.keys()
+    for name, value in whole.items():
+        tolerance = 0.0 if device.type == "cpu" else 1e-5
+        torch.testing.assert_close(resumed[name], value, rtol=0, atol=tolerance)
