@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from LightningDiT.device import ATTENTION_KERNELS, Abilities
+from LightningDiT.device import ATTENTION_KERNELS, HAS_TF32, Abilities
 from LightningDiT.errors import LightningDiTError, first_line, is_out_of_memory, warn_user
 from LightningDiT.files import write_text
 
@@ -117,6 +117,8 @@ class Plan:
     deterministic: bool = False  # every batch is padded, a single picture too, and nothing is compiled
     wish: str = "auto"  # one of WISHES, as the run began
     reason: str = ""
+    tf32: bool = False  # products of float32 take TF32 inputs
+    half_decoder: bool = False  # the decoder computes in fp16
 
     def __post_init__(self) -> None:
         if self.compiled not in ("", BLOCK, WHOLE):
@@ -133,7 +135,7 @@ class Plan:
     def plainly(self) -> Plan:
         """Return the plan of what runs once or in float32: without graphs, compiled code and, as a rule, padding."""
         if not self.deterministic:
-            return PLAIN
+            return replace(PLAIN, tf32=self.tf32, half_decoder=self.half_decoder)
         return replace(self, graphs=False, attention=self.attention and "efficient")  # which takes every precision
 
     def of_batch(self, images: int, most: int) -> Plan:
@@ -144,7 +146,7 @@ class Plan:
         if self.batch is None:
             return self
         if images == 1 < self.batch and not self.deterministic:
-            return PLAIN
+            return self.plainly()
         return replace(self, batch=min(self.batch, most))
 
     def objection(self, machine: Abilities, wish: str) -> str:
@@ -158,6 +160,10 @@ class Plan:
             return "computes by one compiled block, which needs torch 2.5"
         if kernel and not _has(machine, kernel):
             return f"computes attention by {kernel.name}, which {machine.name} with this torch does not have"
+        if self.tf32 and (machine.capability or (0, 0)) < HAS_TF32:
+            return f"computes in TF32, which {machine.name} does not have"
+        if self.half_decoder and machine.capability is None:
+            return "decodes in fp16, which takes a GPU"
         if wish == "on" and not self.compiled and self.wish != "on":
             return "computes without compiled code, and compile is on"
         if wish == "off" and self.compiled:
@@ -172,6 +178,8 @@ class Plan:
             f"attention by {self.attention}" if self.attention else "",
             f"batches padded to {self.batch}" if self.batch else "",
             "deterministic" if self.deterministic else "",
+            "products in TF32" if self.tf32 else "",
+            "decoding in fp16" if self.half_decoder else "",
         ]
         what = ", ".join(filter(None, parts)) or "none"
         return f"{what} ({self.reason})" if self.reason else what

@@ -76,6 +76,7 @@ PATHS = (
     "sample.solver_file",
     "sample.guide_ckpt",
 )
+SAMPLING_PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 #: What a value must be, beyond its type: key, test, words for the message.
 COMPILES = ("sample.compile", "train.compile")
 RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
@@ -111,18 +112,19 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("optimizer.max_grad_norm", lambda value: value is None or value > 0, "a positive norm"),
     ("sample.mode", lambda value: value in ("ODE", "SDE"), "ODE or SDE"),
     ("sample.num_sampling_steps", lambda value: value > 1, "2 or more"),
-    ("sample.per_proc_batch_size", is_positive, "1 or more"),
+    ("sample.per_proc_batch_size", lambda value: value is None or value > 0, "1 or more"),
     ("sample.cfg_scale", lambda value: 0 <= value < 1e4, "a scale of 0 or more"),
     ("sample.cfg_interval_start", is_share, "a time between 0 and 1"),
     ("sample.cfg_interval_end", is_share, "a time between 0 and 1"),
     ("sample.time_grid", lambda value: value in ("shifted", "graded"), "shifted or graded"),
     ("sample.timestep_shift", lambda value: value >= 0, "0 (off) or a positive shift"),
-    ("sample.precision", lambda value: value in ("auto", "fp32", "bf16", "fp16"), "auto, fp32, bf16 or fp16"),
+    ("sample.precision", lambda value: value in SAMPLING_PRECISIONS, "auto, fp32, tf32, bf16 or fp16"),
     *((name, lambda value: value in ("auto", "on", "off", True, False), "auto, on or off") for name in COMPILES),
     ("sample.guided_channels", lambda value: value == "all" or _is_count(value), 'a positive number, or "all"'),
 )
 
 PUBLISHED_POINTS = 250
+CPU_BATCH = 4  # images at once on a CPU if a configuration names no number
 #: Solver, points and kind of the time grid under one name, which override those settings. `fast` is the calibrated
 #: solver with the most evaluations if sample.solver_file has one that fits, else its row here.
 NAMED_SOLVERS = {"fast": ("ab3", 26, "graded"), "published": ("euler", PUBLISHED_POINTS, "shifted")}
@@ -244,14 +246,14 @@ class SampleConfig:
     num_sampling_steps: int = PUBLISHED_POINTS  # points of the time grid, so one evaluation fewer for Euler
     cfg_scale: float = 1.0  # 1: no guidance
     guide_ckpt: str | None = None  # weaker weights of the same shape, for autoguidance; None: classifier-free guidance
-    per_proc_batch_size: int = 4
+    per_proc_batch_size: int | None = None  # images at once; None: CPU_BATCH, and on a GPU as many as its memory holds
     fid_num: int = 50_000  # images of a run for the FID
     cfg_interval_start: float = 0.0  # no guidance before this time
     cfg_interval_end: float = 1.0  # no guidance after this time
     time_grid: str = "shifted"  # shifted: by timestep_shift | graded: short steps where guidance sets in or ends
     timestep_shift: float = 0.0  # 0: off
     guided_channels: int | str = 3  # the first N channels are guided, or "all"
-    precision: str = "auto"  # auto | fp32 | bf16 | fp16
+    precision: str = "auto"  # auto | fp32 | tf32 | bf16 | fp16, docs/precision.md
     compile: bool | str = "auto"  # torch.compile of the networks: auto | on | off, docs/compile.md
     deterministic: bool = False  # an image's bits are the same in every batch; slower, docs/compile.md
     diffusion_form: str = "SBDM"  # of the SDE: constant | SBDM | sigma | linear | decreasing | increasing-decreasing

@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -40,11 +41,27 @@ _RECORDING = threading.Lock()
 _SWITCHES = threading.RLock()  # held while torch's switches, which the whole process shares, are not the user's
 
 
+def require_numpy() -> None:
+    """Raise LightningDiTError if this torch cannot use the numpy here: torch 2.2 was built for numpy 1, and its
+    requirements do not say so to pip.
+    """
+    try:
+        torch.zeros(1).numpy()
+    except RuntimeError as error:
+        numpy = metadata.version("numpy")
+        message = f"torch {torch.__version__} cannot use numpy {numpy} ({first_line(error)}), numpy 1 was expected"
+        raise LightningDiTError(message, "python -m pip install 'numpy>=1.26.4,<2'") from error
+
+
 def best_device() -> torch.device:
     """Return the first GPU that runs this torch's kernels, else the CPU.
 
     With several processes of a launcher it is the GPU of the local rank; processes share GPUs if there are too few.
+
+    Raises:
+        LightningDiTError: see `require_numpy`.
     """
+    require_numpy()
     count, local_rank = gpu_count(), os.environ.get("LOCAL_RANK")
     numbers = [int(local_rank) % count] if local_rank and count else range(count)
     working = (gpu for gpu in map(gpu_device, numbers) if gpu_failure(gpu) is None)
@@ -65,8 +82,9 @@ def usable_device(name: torch.device | str) -> torch.device:
     """Return the device of this name.
 
     Raises:
-        LightningDiTError: there is no such device, or this torch cannot use it.
+        LightningDiTError: there is no such device, or this torch cannot use it; see also `require_numpy`.
     """
+    require_numpy()
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
@@ -129,8 +147,11 @@ def set_gpu_random_states(states: list[torch.Tensor]) -> None:
 
 
 def gpu_free_bytes(device: torch.device) -> int | None:
-    """Return the free bytes of a GPU's memory; None for the CPU."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    """Return the bytes of a GPU's memory that are free, or that torch keeps for later tensors; None for the CPU."""
+    if device.type != "cuda":
+        return None
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 @dataclass(frozen=True)
@@ -264,8 +285,14 @@ def float32_products(device: torch.device, tf32: bool) -> Iterator[None]:
             yield
         finally:
             for holder, name, value in before:
-                if value is not None:
-                    setattr(holder, name, value)
+                setattr(holder, name, value)
+
+
+def usual_float32(device: torch.device) -> str:
+    """Return in words how float32 networks compute where nobody has chosen: torch lets convolutions take TF32."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= HAS_TF32:
+        return "float32, convolutions from TF32 inputs" if _state(torch.backends.cudnn, ALLOW_TF32) else "float32"
+    return "float32"
 
 
 def _float32_switches() -> list[tuple[Any, str]]:
@@ -278,8 +305,8 @@ def _float32_switches() -> list[tuple[Any, str]]:
 def _state(holder: Any, name: str) -> Any:
     try:
         return getattr(holder, name)
-    except RuntimeError:  # the old switch after the user set the finer one to something that it does not know
-        return None
+    except RuntimeError:  # finer switches are in a state that the old one does not have, which is then torch's own
+        return holder is torch.backends.cudnn
 
 
 @functools.cache
@@ -308,7 +335,9 @@ class Precision:
 
     def for_weights(self, dtype: torch.dtype) -> Precision:
         """Return this precision, or that of weights which have been given another dtype."""
-        return self if dtype == self.dtype else Precision(dtype, half_decoder=dtype != torch.float32 and self.half_decoder)
+        if dtype == self.dtype:
+            return self
+        return Precision(dtype, half_decoder=self.half_decoder and dtype in HALF_PRECISIONS)
 
     @property
     def name(self) -> str:
@@ -357,8 +386,9 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
         note = "precision tf32 computes as fp32 here: TF32 needs a GPU of capability 8.0 or newer" if lacks else ""
         return Precision(torch.float32, tf32=not lacks, note=note)
     if name not in PRECISIONS:
-        known = ", ".join(SAMPLING_PRECISIONS)
-        raise LightningDiTError(f"precision {name!r} is unknown; {known} are", "choose one")
+        raise LightningDiTError(
+            f"precision {name!r} is unknown; auto, {TF32}, {', '.join(PRECISIONS)} are", "choose one"
+        )
     return Precision(PRECISIONS[name], half_decoder=on_gpu and PRECISIONS[name] in HALF_PRECISIONS)
 
 

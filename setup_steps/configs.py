@@ -11,20 +11,22 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from LightningDiT.console import format_bytes
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.files import atomic_path, free_name, read_text, require_replaceable, write_text
-from setup_steps import memory_model, project, weights
+from setup_steps import project, weights
 from setup_steps.machine import TorchFacts, memory_bytes
 from setup_steps.project import STEP3, absolute
 
+if TYPE_CHECKING:
+    from LightningDiT.sampling.memory_model import Need
+
 YAML_ENDINGS = (".yaml", ".yml")
 STEPS = 50
-# largest batch size: enough rows to keep a device busy, and the first images come soon
+# largest batch size on a CPU: enough rows to keep it busy, and the first images come soon
 LARGEST_BATCH = {"published": 16, "bundled": 64}
-GPU_SHARE = 0.85  # the rest is for work space of its libraries and for blocks that the allocator cannot join
 CPU_SHARE = 0.5  # the rest is for the system, the notebook and the browser
 
 Config = dict[str, Any]
@@ -89,7 +91,7 @@ COMMENTS = {
     "sample.timestep_shift": "0 is off",
     "sample.per_proc_batch_size": "batch size, chosen by this machine's memory",
     "sample.fid_num": "images of a run for the FID",
-    "sample.precision": "auto, fp32, bf16 or fp16, chosen by this machine's memory; auto is fp32 on the CPU",
+    "sample.precision": "auto, fp32, tf32, bf16 or fp16, chosen by this machine's memory; auto is fp32 on the CPU",
     "sample.compile": "torch.compile of the networks: auto, on or off, docs/compile.md",
     "sample.deterministic": "the same bits in every batch of the same size: docs/compile.md",
     "sample.diffusion_form": "of the SDE: constant, SBDM, sigma, linear, ...",
@@ -105,22 +107,25 @@ HASH_LINE = "# sha256 of what follows: "
 
 
 def fit_to_machine(config: Config, kind: str, torch: TorchFacts) -> str:
-    """Set precision and batch size by the available memory (setup_steps/memory_model.py), and return one line that says
-    why. The policy is in docs/memory.md.
+    """Set precision and batch size by the available memory (`LightningDiT.sampling.memory_model`), and return one line
+    that says why. The policy is in docs/memory.md.
 
     Args:
         config: result of `published_config` or `bundled_config`; its weights file must exist.
         kind: "published" or "bundled".
     """
+    from LightningDiT.sampling.memory_model import GPU_SHARE, HALF, LARGEST_GPU_BATCH
+
     on_gpu = torch.device_memory > 0
     memory = torch.device_memory or memory_bytes()
     share, whose = (GPU_SHARE, "the GPU's memory") if on_gpu else (CPU_SHARE, "the machine's memory")
     usable = None if memory is None else share * memory
     if on_gpu:
-        precision, words, need = "auto", _gpu_words(torch), _need(config, True, memory_model.HALF)
+        precision, words, need = "auto", _gpu_words(torch), _need(config, True, HALF)
     else:
         precision, words, need = _cpu_precision(config, usable)
-    batch = 1 if usable is None else need.largest_batch(usable, LARGEST_BATCH[kind])
+    at_most = LARGEST_GPU_BATCH if on_gpu else LARGEST_BATCH[kind]
+    batch = 1 if usable is None else need.largest_batch(usable, at_most)
     config["sample"] |= {"per_proc_batch_size": batch, "precision": precision}
     words, amount = f"precision {precision}: {words}; ", format_bytes(need.peak(batch))
     if usable is None:
@@ -131,19 +136,22 @@ def fit_to_machine(config: Config, kind: str, torch: TorchFacts) -> str:
     return f"{words}WARNING: even batch size {batch} may take {amount}, more than the {there}"
 
 
-def _need(config: Config, on_gpu: bool, value_bytes: int) -> memory_model.Need:
+def _need(config: Config, on_gpu: bool, value_bytes: int) -> Need:
     from LightningDiT.config import Config as Settings
     from LightningDiT.config import typed
+    from LightningDiT.sampling.memory_model import sampling_need
 
     settings = typed(Settings, config, "the configuration of step 3", hidden=("source", "notes"))
-    return memory_model.sampling_need(settings, on_gpu, value_bytes)
+    return sampling_need(settings, on_gpu, value_bytes)
 
 
-def _cpu_precision(config: Config, usable: float | None) -> tuple[str, str, memory_model.Need]:
+def _cpu_precision(config: Config, usable: float | None) -> tuple[str, str, Need]:
     """Return the precision on the CPU, why, and its need: float32, unless bf16 alone fits `usable` bytes (None:
     unknown). Never fp16: torch 2.2 has no LayerNorm of it on CPUs.
     """
-    full, half = (_need(config, False, size) for size in (memory_model.FLOAT32, memory_model.HALF))
+    from LightningDiT.sampling.memory_model import FLOAT32, HALF
+
+    full, half = (_need(config, False, size) for size in (FLOAT32, HALF))
     if usable is None or full.peak(1) <= usable:
         return "auto", "fp32 on the CPU", full
     if half.peak(1) > usable:

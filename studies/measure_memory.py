@@ -1,9 +1,9 @@
 """Measure how much memory sampling takes on the CPU: `python -m studies.measure_memory`, in the project's folder.
 
 Every case is a separate process that loads seeded weights from a file, computes once and reports its largest resident
-size (VmHWM of /proc/self/status, so on Linux only). The table also has the value of setup_steps/memory_model.py and the
-ratio. The published model's weights take 2.7 GB of disk meanwhile, and 8 GB more in the form of the official file with
-the model and the optimizer's state beside the EMA.
+size (VmHWM of /proc/self/status, so on Linux only). The table also has the value of LightningDiT/sampling/memory_model
+and the ratio. The published model's weights take 2.7 GB of disk meanwhile, and 8 GB more in the form of the official
+file with the model and the optimizer's state beside the EMA.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 
 from LightningDiT.console import OK
 from LightningDiT.errors import LightningDiTError
-from setup_steps import memory_model, project
+from LightningDiT.sampling import memory_model
+from setup_steps import project
 from setup_steps.project import PROJECT
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ def run_step(config: Config, batch: int) -> None:
     from LightningDiT.loading import load_transformer
     from LightningDiT.transport import GuidanceSettings, GuidedVelocity
 
-    dtype = resolve_precision(config.sample.precision, torch.device("cpu"))
+    dtype = resolve_precision(config.sample.precision, torch.device("cpu")).dtype
     model = load_transformer(config, dtype)
     sizes = model.settings
     state = torch.randn(batch, sizes.in_channels, sizes.input_size, sizes.input_size, dtype=dtype)

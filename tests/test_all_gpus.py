@@ -11,13 +11,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from LightningDiT import inference
 from LightningDiT.config import Config, SampleConfig
 from LightningDiT.console import run_main
+from LightningDiT.device import Precision
 from LightningDiT.files import LOCK
 from LightningDiT.sampling import all_gpus
-from LightningDiT.sampling.all_gpus import Gpu, choose, describe, report, run_on_all_gpus, share_run, check_gpus
+from LightningDiT.sampling.all_gpus import Gpu, check_gpus, choose, describe, report, run_on_all_gpus, share_run
 from LightningDiT.sampling.options import images_at_once
 
 T4 = [Gpu(number, "Tesla T4", "float16") for number in range(4)]
@@ -59,13 +61,13 @@ def run(images: int = 100, gpus: str = "all", dry_run: bool = False, precision: 
 
 def test_the_gpus_that_work_share_a_run(several: list[list[int]], capsys: pytest.CaptureFixture[str]) -> None:
     assert run() == 7
-    assert run(images=5) == 7
+    assert run(images=2) == 7
     assert several == [[0, 2, 3], [0, 2]]
     names = "0 Tesla T4, 2 Tesla T4"
     left_out = "left out: 1 unknown (no kernel image is available)"
     assert capsys.readouterr().out.splitlines() == [
         f"GPUs           3 of 4: {names}, 3 Tesla T4; {left_out}",
-        f"GPUs           2 of 4: {names}; 1 idle, since 5 images are 2 batches: --batch-size 2 uses more; {left_out}",
+        f"GPUs           2 of 4: {names}; 1 idle, since 2 images are 2 batches; {left_out}",
     ]
 
 
@@ -100,10 +102,13 @@ def test_a_run_has_one_precision() -> None:
         "2 NVIDIA L4 (computes in bfloat16, GPU 0 in float16; --precision fp16 uses both)"
     )
     assert choose([T4[0], L4], "fp16") == [T4[0], L4]
+    unlike = choose([T4[0], L4], "tf32")
+    assert str(unlike[1]) == "2 NVIDIA L4 (differs from GPU 0 in having TF32; --precision fp32 uses both)"
 
 
-def test_the_cut_into_batches_does_not_depend_on_the_gpus() -> None:
+def test_a_run_is_cut_into_two_batches_and_one_for_each_gpu() -> None:
     assert [images_at_once(images, 8) for images in (1, 2, 3, 8, 15, 16, 100)] == [1, 1, 2, 4, 8, 8, 8]
+    assert [images_at_once(300, at_most, 4) for at_most in (256, 8, None)] == [75, 8, 75]
 
 
 def test_the_test_of_the_gpus_reports_what_each_of_them_says(
@@ -112,7 +117,7 @@ def test_the_test_of_the_gpus_reports_what_each_of_them_says(
     monkeypatch.setattr(all_gpus, "gpu_count", lambda: 2)
     monkeypatch.setattr(all_gpus, "gpu_failure", lambda gpu: BROKEN.failure if gpu.index else None)
     monkeypatch.setattr(all_gpus, "gpu_name", lambda gpu: "Tesla T4")
-    monkeypatch.setattr(all_gpus, "resolve_precision", lambda name, gpu: "torch.float16")
+    monkeypatch.setattr(all_gpus, "resolve_precision", lambda name, gpu: Precision(torch.float16))
     report()
     lines = capsys.readouterr().out
     said = f"import sys; print('[9]'); print('a library speaks'); print({lines!r}, end='', flush=True); "

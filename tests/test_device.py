@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import threading
+import time
+import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -13,10 +17,14 @@ from safetensors import SafetensorError
 from LightningDiT.device import (
     ATTENTION_KERNELS,
     HALF_PRECISIONS,
+    Precision,
     abilities,
     attention_by,
     attention_failure,
+    best_device,
+    float32_products,
     numeric_switches,
+    require_numpy,
     resolve_precision,
 )
 from LightningDiT.errors import LightningDiTError, is_out_of_memory
@@ -36,25 +44,107 @@ CARDS = {
 def test_auto_is_the_half_precision_that_a_card_computes_natively(card: str, monkeypatch: pytest.MonkeyPatch) -> None:
     capability, dtype = CARDS[card]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert resolve_precision("auto", torch.device("cuda")) == dtype
+    gpu = torch.device("cuda")
+    assert resolve_precision("auto", gpu) == Precision(dtype, half_decoder=True)
     assert dtype in HALF_PRECISIONS
+    assert resolve_precision("fp32", gpu) == Precision(torch.float32)
+    tf32 = resolve_precision("tf32", gpu)  # the tensor cores of Ampere and later GPUs have it
+    assert (tf32.dtype, tf32.half_decoder) == (torch.float32, False)
+    assert (tf32.tf32, tf32.name) == ((True, "tf32") if card in ("A100", "L4", "H100") else (False, "float32"))
+    assert bool(tf32.note) != tf32.tf32
 
 
-def test_auto_is_float32_on_the_cpu() -> None:
-    assert resolve_precision("auto", torch.device("cpu")) == torch.float32
+def test_a_cpu_computes_in_float32_and_says_what_it_does_not_have() -> None:
+    found = [resolve_precision(name, torch.device("cpu")) for name in ("auto", "fp32", "tf32", "bf16", "fp16")]
+    half = [Precision(torch.bfloat16), Precision(torch.float16)]
+    note = "precision tf32 computes as fp32 here: TF32 needs a GPU of capability 8.0 or newer"
+    assert found == [Precision(torch.float32), Precision(torch.float32), Precision(torch.float32, note=note), *half]
+    assert [precision.name for precision in found] == ["float32"] * 3 + ["bfloat16", "float16"]
+    with pytest.raises(LightningDiTError, match="precision 'fp8' is unknown; auto, tf32, fp32, bf16, fp16 are"):
+        resolve_precision("fp8", torch.device("cpu"))
+
+
+def test_weights_of_another_dtype_have_its_precision() -> None:
+    half = Precision(torch.bfloat16, half_decoder=True)
+    assert half.for_weights(torch.bfloat16) == half
+    assert half.for_weights(torch.float16) == Precision(torch.float16, half_decoder=True)
+    assert half.for_weights(torch.float32) == Precision(torch.float32)
+    assert Precision(torch.float32, tf32=True).for_weights(torch.float16) == Precision(torch.float16)
 
 
 def test_the_page_states_the_policy_of_the_code() -> None:
     rows = [line.strip() for line in (resolve_precision.__doc__ or "").splitlines() if line.strip().startswith("|")]
-    assert len(rows) > 5
-    assert "\n".join(rows) in (PROJECT / "docs" / "precision.md").read_text(encoding="utf-8")
+    assert len(rows) > 10
+    page = (PROJECT / "docs" / "precision.md").read_text(encoding="utf-8").splitlines()
+    assert [row for row in rows if row not in page] == []
 
 
-def test_a_name_gives_its_precision_everywhere() -> None:
-    named = [resolve_precision(name, torch.device("cpu")) for name in ("fp32", "bf16", "fp16")]
-    assert named == [torch.float32, torch.bfloat16, torch.float16]
-    with pytest.raises(LightningDiTError, match="precision 'fp8' is unknown; auto, fp32, bf16, fp16 are"):
-        resolve_precision("fp8", torch.device("cpu"))
+def float32_switches() -> dict[str, object]:
+    """torch's switches for products of float32 on a GPU, old and new ones, as they can be read."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    found = {"matmul": matmul.allow_tf32, "cudnn": cudnn.allow_tf32, "name": torch.get_float32_matmul_precision()}
+    if hasattr(torch.backends, "fp32_precision"):  # from torch 2.9 on
+        found |= {"new": (matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision)}
+    return found
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_products_are_exact_or_of_tf32_within_a_block(tf32: bool, fails: bool) -> None:
+    """Every switch, of products and of convolutions, says the same, whatever torch or the user had chosen."""
+    gpu, before = torch.device("cuda"), float32_switches()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            with float32_products(gpu, tf32):
+                within = float32_switches()
+                with float32_products(gpu, not tf32):
+                    assert float32_switches()["cudnn"] is not tf32
+                assert float32_switches() == within
+                if fails:
+                    raise ZeroDivisionError
+        except ZeroDivisionError:
+            assert fails
+    assert (within["matmul"], within["cudnn"]) == (tf32, tf32)
+    assert within["name"] == ("high" if tf32 else "highest")
+    assert set(within.get("new", ())) <= {"tf32" if tf32 else "ieee"}
+    assert float32_switches() == before
+    with float32_products(torch.device("cpu"), tf32):
+        assert float32_switches() == before
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch has these switches from 2.9 on")
+def test_switches_that_the_old_ones_do_not_know_are_kept() -> None:
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = matmul.fp32_precision, conv.fp32_precision
+    try:
+        matmul.fp32_precision, conv.fp32_precision = "tf32", "ieee"
+        with pytest.raises(RuntimeError):
+            float32_switches()
+        with float32_products(torch.device("cuda"), False):
+            assert float32_switches()["new"] == ("ieee",) * 3
+        assert (matmul.fp32_precision, conv.fp32_precision) == ("tf32", "ieee")
+    finally:
+        matmul.fp32_precision, conv.fp32_precision = before
+    assert float32_switches()["new"][:2] == before
+
+
+def test_threads_do_not_take_one_anothers_switches() -> None:
+    gpu, wrong, before = torch.device("cuda"), [], float32_switches()
+
+    def use(tf32: bool) -> None:
+        for _ in range(200):
+            with float32_products(gpu, tf32):
+                time.sleep(0)  # lets the others run
+                if torch.backends.cudnn.allow_tf32 is not tf32:
+                    wrong.append(tf32)
+
+    threads = [threading.Thread(target=use, args=(number % 2 == 0,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and float32_switches() == before
 
 
 @pytest.mark.parametrize(
@@ -161,3 +251,17 @@ def test_a_switch_that_changes_kernels_is_seen() -> None:
         assert numeric_switches() != before
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+def test_a_torch_that_cannot_use_this_numpy_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.2 beside numpy 2 raises this at each conversion."""
+    require_numpy()
+
+    def refuse(tensor: torch.Tensor) -> None:
+        raise RuntimeError("Numpy is not available")
+
+    monkeypatch.setattr(torch.Tensor, "numpy", refuse)
+    with pytest.raises(LightningDiTError) as refused:
+        best_device()
+    said = f"torch {torch.__version__} cannot use numpy {np.__version__} (Numpy is not available), numpy 1 was expected"
+    assert (refused.value.message, refused.value.fix) == (said, "python -m pip install 'numpy>=1.26.4,<2'")

@@ -196,12 +196,12 @@ def test_a_manifest_that_is_no_json_is_named(tiny_folder: Path, capsys: pytest.C
 @pytest.mark.parametrize("changed", ["transformer.safetensors", "tokenizer.safetensors", "latents_stats.pt"])
 def test_other_files_of_the_same_size_make_another_run(changed: str, tiny_folder: Path) -> None:
     config = inference.load_config(tiny_folder / "config.yaml")
-    name = resumable_run.run_name(resumable_run.manifest_of(config, [0], 0, torch.float32))
-    assert resumable_run.run_name(resumable_run.manifest_of(config, [0], 0, torch.float32)) == name
+    name = resumable_run.run_name(resumable_run.manifest_of(config, [0], 0, "float32"))
+    assert resumable_run.run_name(resumable_run.manifest_of(config, [0], 0, "float32")) == name
     path = tiny_folder / changed
     content = path.read_bytes()
     path.write_bytes(bytes(byte ^ 1 for byte in content[:100_000]) + content[100_000:])
-    assert resumable_run.run_name(resumable_run.manifest_of(config, [0], 0, torch.float32)) != name
+    assert resumable_run.run_name(resumable_run.manifest_of(config, [0], 0, "float32")) != name
 
 
 def test_every_call_gets_on_however_small_the_budget(tiny_folder: Path) -> None:

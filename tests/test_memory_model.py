@@ -14,9 +14,9 @@ from LightningDiT.checkpoint import PORTION_BYTES
 from LightningDiT.config import load_config
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.models.lightningdit import LightningDiTSettings
+from LightningDiT.sampling import memory_model
+from LightningDiT.sampling.memory_model import FLOAT32, HALF, Need
 from LightningDiT.tokenizer.autoencoder import AutoencoderSettings
-from setup_steps import memory_model
-from setup_steps.memory_model import FLOAT32, HALF, Need
 from studies import measure_memory
 
 
@@ -49,6 +49,8 @@ def test_the_block_by_hand() -> None:
 def test_the_largest_map_by_hand(multipliers: tuple[int, ...], largest: int) -> None:
     settings = AutoencoderSettings(ch_mult=multipliers)
     assert memory_model.decode_bytes(settings, 3, 256) == 3 * 8 * largest * 4
+    # in fp16: input, two copies, two convolutions and the sum in half, twice norm and SiLU in float32
+    assert memory_model.decode_bytes(settings, 3, 256, HALF) == 3 * largest * (6 * 2 + 4 * 4)
 
 
 def test_the_largest_batch_fits_and_the_next_does_not() -> None:
@@ -70,11 +72,12 @@ def test_the_parts_of_a_need(side: int, chunk: int, tmp_path: Path) -> None:
     path = config_of(tmp_path, "LightningDiT-XL/1")
     path.write_text(path.read_text() + f"data: {{image_size: {side}}}\n")
     table = (side // 16) ** 2 * 1152 * 2  # the positions' table and the RoPE's two: tokens x width, tokens x 72 each
-    for on_gpu, value_bytes, step_bytes in ((False, FLOAT32, 4), (False, HALF, 3), (True, HALF, 3)):
+    cases = ((False, FLOAT32, 4, 32), (False, HALF, 3, 32), (True, HALF, 2.5 * 3, 28), (True, FLOAT32, 2.5 * 4, 32))
+    for on_gpu, value_bytes, step_bytes, map_bytes in cases:
         need = memory_model.sampling_need(load_config(path), on_gpu, value_bytes)
         assert need.weights == pytest.approx(value_bytes * PARAMETERS + 4 * TOKENIZER, abs=2 * table * value_bytes)
         assert need.loading == (0 if on_gpu else PORTION_BYTES)
-        assert (need.chunk, need.decode) == (chunk, 8 * 128 * side**2 * 4)
+        assert (need.chunk, need.decode) == (chunk if not on_gpu else 16 * 256**2 // side**2, 128 * side**2 * map_bytes)
         assert need.step == 2 * (side // 16) ** 2 * (19 * 1152 + 4 * 3072) * step_bytes
 
 

@@ -110,7 +110,7 @@ def test_a_run_by_graphs_gives_the_bits_of_one_without(tiny_source: Path) -> Non
     assert len(seen[True]) == 5
     assert all(map(torch.equal, seen[True], seen[False]))  # the states that the callback kept, too
     assert sorted(Replay.shapes()) == [4, 8] and len(Replay.made) == 2
-    assert plan_of(pipe.solver(pipe.config.sample), pipe.transformer, 9, 4).graphs
+    assert plan_of(pipe.solver(pipe.config.sample), pipe.transformer, pipe.precision, 9, 4).graphs
 
 
 def test_padding_reaches_nothing_but_the_network(tiny_source: Path) -> None:

@@ -300,12 +300,12 @@ def test_a_difference_is_named_by_its_key() -> None:
 
 def test_the_guide_belongs_to_the_run_by_its_content(tiny_folder: Path) -> None:
     config = load_config(tiny_folder / "config.yaml")
-    assert "guide" not in manifest_of(config, [0], 0, torch.float32)["weights"]
+    assert "guide" not in manifest_of(config, [0], 0, "float32")["weights"]
     manifests = []
     for name, content in (("a", "transformer"), ("b", "transformer"), ("c", "tokenizer")):
         shutil.copy(tiny_folder / f"{content}.safetensors", tiny_folder / f"{name}.safetensors")
         guided = replace(config.sample, guide_ckpt=str(tiny_folder / f"{name}.safetensors"))
-        manifests.append(manifest_of(replace(config, sample=guided), [0], 0, torch.float32))
+        manifests.append(manifest_of(replace(config, sample=guided), [0], 0, "float32"))
     assert manifests[0] == manifests[1]  # wherever the file lies
     assert manifests[0]["weights"]["guide"] == manifests[0]["weights"]["transformer"]
     (difference,) = setting_differences(manifests[0], manifests[2])
@@ -428,7 +428,7 @@ def test_how_a_run_computes_is_no_part_of_its_name(tiny_folder: Path) -> None:
     config = load_config(tiny_folder / "config.yaml")
     names = {
         value: run_name(
-            manifest_of(replace(config, sample=replace(config.sample, **{key: value})), [0], 0, torch.float32)
+            manifest_of(replace(config, sample=replace(config.sample, **{key: value})), [0], 0, "float32")
         )
         for key, value in (("compile", "auto"), ("compile", "on"), ("compile", "off"), ("deterministic", True))
     }

@@ -81,7 +81,7 @@ def run_on_all_gpus(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run itself reads the settings again
         config, images = plan()
-    batches = math.ceil(images / images_at_once(images, config.sample.per_proc_batch_size))
+    batches = math.ceil(images / images_at_once(images, config.sample.per_proc_batch_size, seen))
     if batches < 2:
         return None
     if importlib.util.find_spec("accelerate") is None:
@@ -117,16 +117,18 @@ def report() -> None:
         device, name, precision = gpu_device(number), None, None
         failure = gpu_failure(device)
         if failure is None:
-            name, precision = gpu_name(device), str(resolve_precision("auto", device)).removeprefix("torch.")
+            name, precision = gpu_name(device), resolve_precision("auto", device).name
         print(json.dumps([number, name, precision, failure]), flush=True)
 
 
 def choose(gpus: Sequence[Gpu], precision: str) -> list[Gpu]:
     """Return the GPUs with a reason for each that is left out: a run has one precision."""
     working = next((gpu for gpu in gpus if gpu.failure is None), None)
-    if working is None or precision != "auto":
+    if working is None or precision not in ("auto", "tf32"):
         return list(gpus)
     other = f"computes in {{}}, GPU {working.number} in {working.precision}; --precision fp16 uses both"
+    if precision == "tf32":  # which GPUs with native bf16 have
+        other = f"differs from GPU {working.number} in having TF32; --precision fp32 uses both"
     return [
         gpu
         if gpu.failure or gpu.precision == working.precision
@@ -141,8 +143,7 @@ def describe(gpus: Sequence[Gpu], used: Sequence[Gpu], images: int) -> str:
     idle = len(gpus) - len(failed) - len(used)
     words = f"{len(used)} of {len(gpus)}: {', '.join(map(str, used)) or 'none works, so the CPU is used'}"
     if idle:
-        size = images_at_once(images, math.ceil(images / (len(used) + idle)))
-        words += f"; {idle} idle, since {images} images are {len(used)} batches: --batch-size {size} uses more"
+        words += f"; {idle} idle, since {images} images are {len(used)} batches"
     return f"{words}; left out: {', '.join(map(str, failed))}" if failed else words
 
 

@@ -156,7 +156,7 @@ def sample_demo(
     if note := processes.from_main(lambda: caption_note(captions)):
         processes.say(f"captions       {note}")
     names = pipe.labels.identity
-    manifest = manifest_of(config, labels, seed, pipe.dtype) | ({CLASS_NAMES: list(names)} if names else {})
+    manifest = manifest_of(config, labels, seed, pipe.precision.name) | ({CLASS_NAMES: list(names)} if names else {})
     run_folder = folder / run_name(manifest)
     load_seconds = time.perf_counter() - started
     run = sample_run(pipe, labels, seed, run_folder, minutes, processes, preview)
@@ -165,7 +165,7 @@ def sample_demo(
         target = folder / f"{target.stem}_unfinished{target.suffix}"
     sessions = list[Session]()
     if processes.is_main:
-        sessions = _recorded(run_folder, run, load_seconds, devices, pipe.dtype)
+        sessions = _recorded(run_folder, run, load_seconds, devices, pipe.precision.name)
         save_png(_grid(run.paths, captions, labels, config.data.image_size), target)
     if run.interrupted:
         processes.end_by_interrupt()
@@ -173,7 +173,7 @@ def sample_demo(
 
 
 def _recorded(
-    folder: Path, run: RunResult, load_seconds: float, devices: Sequence[str], dtype: torch.dtype
+    folder: Path, run: RunResult, load_seconds: float, devices: Sequence[str], precision: str
 ) -> list[Session]:
     """Return the calls that made the images in a run's folder, this one among them if it made any, and keep them."""
     record = Record.read(folder)
@@ -187,7 +187,7 @@ def _recorded(
         run.nfe,
         ", ".join(f"{count} x {name}" if count > 1 else name for name, count in Counter(devices).items()),
         str(torch.__version__),
-        str(dtype).removeprefix("torch."),
+        precision,
     )
     earlier = record.sessions if run.made < len(run.paths) else []
     Record([*earlier, now], record.copies).write(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,10 +26,12 @@ from LightningDiT.compiling import (
 )
 from LightningDiT.device import (
     HALF_PRECISIONS,
+    Precision,
     Recording,
     abilities,
     attention_by,
     attention_failure,
+    float32_products,
     numeric_switches,
 )
 from LightningDiT.errors import first_line, is_out_of_memory, warn_user
@@ -55,7 +58,7 @@ class Networks:
         self._graphs_fail = False
 
     @contextlib.contextmanager
-    def under(self, plan: Plan, networks: Sequence[LightningDiT]) -> Iterator[None]:
+    def under(self, plan: Plan, networks: Sequence[nn.Module]) -> Iterator[None]:
         """Let the networks compute by a plan's code within the block."""
         outer = self._parts  # of the call whose callback this one may be
         self._parts = {network: list(network.modules()) for network in networks}
@@ -79,7 +82,7 @@ class Networks:
         states = len(x)
         rows = states // images * plan.rows(images)
         inputs = padded(x, rows), t[:1].to(x.device, non_blocking=True), padded(y, rows)
-        with attention_by(plan.attention):
+        with attention_by(plan.attention), float32_products(x.device, plan.tf32):
             out = self._replayed(network, plan, inputs) if plan.graphs else network(*inputs)
         return out[:states].float()
 
@@ -131,7 +134,7 @@ def _places(parts: Sequence[nn.Module]) -> list[tuple[int, torch.dtype]]:
     return [(value.data_ptr(), value.dtype) for value in tensors if value is not None]
 
 
-def plan_of(solver: Solver, network: LightningDiT, images: int, batch: int) -> Plan:
+def plan_of(solver: Solver, network: LightningDiT, precision: Precision, images: int, batch: int) -> Plan:
     """Return the plan of a run of `images` images in this process, `batch` of them at once; see `choose`."""
     sample, weight = solver.sample, next(network.parameters())
     work = _work(solver, network, images, batch)
@@ -140,7 +143,8 @@ def plan_of(solver: Solver, network: LightningDiT, images: int, batch: int) -> P
         stamp = stamp_of(_facts(network, compiled, min(batch, images), work.shapes))
         if stamp is not None and stamp.exists():
             warm.append(compiled)
-    return choose(work, abilities(weight.device), sample.compile, sample.deterministic, warm)
+    plan = choose(work, abilities(weight.device), sample.compile, sample.deterministic, warm)
+    return replace(plan, tf32=precision.tf32, half_decoder=precision.half_decoder)
 
 
 def objection_to(plan: Plan, network: LightningDiT, wish: str) -> str:

@@ -10,7 +10,14 @@ import dataclasses
 import math
 from pathlib import Path
 
-from LightningDiT.config import Config, describe_guidance, describe_solver, with_overrides
+from LightningDiT.config import (
+    CPU_BATCH,
+    SAMPLING_PRECISIONS,
+    Config,
+    describe_guidance,
+    describe_solver,
+    with_overrides,
+)
 from LightningDiT.console import natural, positive
 from LightningDiT.idle_settings import sampling_notes
 
@@ -40,7 +47,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--guide-ckpt", type=_file_name, metavar="FILE", help="weaker weights of the same shape, for autoguidance"
     )
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), help="of the transformer")
+    parser.add_argument("--precision", choices=SAMPLING_PRECISIONS, help="of the networks: docs/precision.md")
     parser.add_argument(
         "--compile",
         nargs="?",
@@ -115,17 +122,24 @@ def demo_classes(num_classes: int) -> list[int | str]:
     return list(range(min(num_classes, MOST_DEMO_CLASSES)))
 
 
-def images_at_once(images: int, at_most: int) -> int:
-    """Return the size of a run's batches: two batches at least, so that two GPUs share a few images as well.
+def images_at_once(images: int, at_most: int | None, gpus: int = 1) -> int:
+    """Return the size of a run's batches: one for each GPU at least, and two, so that few images show progress as well.
 
-    It does not depend on the GPUs that are there, since the last bits of an image depend on the size of its batch.
+    On the CPU it does not depend on the number of processes, since the last bits of an image depend on the size of its
+    batch. On GPUs it is settled when the run begins.
+
+    Args:
+        at_most: None: as many as fit.
     """
-    return min(at_most, max(1, math.ceil(images / 2)))
+    return min(at_most or images, max(1, math.ceil(images / max(2, gpus))))
 
 
 def describe_settings(config: Config, images: int, output: Path) -> str:
     """Return the resolved settings in a few lines, for `--dry-run` and the start of a run."""
     sample = config.sample
+    at_once = f"{images_at_once(images, sample.per_proc_batch_size or CPU_BATCH)} images at once"
+    if sample.per_proc_batch_size is None and not sample.deterministic:
+        at_once += ", on a GPU as many as its memory holds"
     guidance = f"autoguidance by {sample.guide_ckpt}, scale" if sample.guide_ckpt else "guidance"
     return "\n".join(
         (
@@ -133,8 +147,7 @@ def describe_settings(config: Config, images: int, output: Path) -> str:
             f"model          {config.model.model_type} from {config.ckpt_path}",
             f"sampling       {describe_solver(sample)}; {guidance} {describe_guidance(sample)}",
             f"precision      {sample.precision}, compile {sample.compile},"
-            f" {'deterministic, ' if sample.deterministic else ''}"
-            f"{images_at_once(images, sample.per_proc_batch_size)} images at once",
+            f" {'deterministic, ' if sample.deterministic else ''}{at_once}",
             f"images         {images} -> {output}",
             *(f"note           {note}" for note in sampling_notes(config)),
         )

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import gc
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,12 +19,24 @@ import torch
 from torch import Tensor
 
 from LightningDiT.checkpoint import save_weights
-from LightningDiT.compiling import PLAIN, Plan
-from LightningDiT.config import Config, SampleConfig, as_dict, as_yaml, load_config, read_yaml, with_overrides
+from LightningDiT.compiling import PLAIN, WHOLE, Plan
+from LightningDiT.config import (
+    CPU_BATCH,
+    Config,
+    SampleConfig,
+    as_dict,
+    as_yaml,
+    load_config,
+    read_yaml,
+    with_overrides,
+)
 from LightningDiT.data.labels import CLASS_NAMES, Labels
 from LightningDiT.device import (
     HALF_PRECISIONS,
+    Precision,
     best_device,
+    gpu_count,
+    gpu_free_bytes,
     release_memory,
     resolve_precision,
     usable_device,
@@ -45,6 +58,7 @@ from LightningDiT.loading import (
 from LightningDiT.models.lightningdit import LightningDiT
 from LightningDiT.sampling.calibrated import guide_fingerprint, load_solvers, save_solvers, weights_fingerprint
 from LightningDiT.sampling.memory_limit import BatchLimit
+from LightningDiT.sampling.memory_model import FLOAT32, GPU_SHARE, HALF, LARGEST_GPU_BATCH, working_need
 from LightningDiT.sampling.networks import Networks, note_code, objection_to, padded, plan_of
 from LightningDiT.sampling.non_finite import all_finite, first_not_finite
 from LightningDiT.sampling.solver_choice import Solver, check_solver
@@ -115,6 +129,7 @@ class LightningDiTPipeline:
         self.batch_limit = BatchLimit()
         self._networks = Networks()
         self._settled: Plan | None = None
+        self._batch: int | None = None  # images that the memory of the device holds, once asked
         self._solvers: dict[SampleConfig, Solver] = {}
         self._not_finite: str | None = None  # where half precision first failed
         self.to(device, dtype)
@@ -132,7 +147,10 @@ class LightningDiTPipeline:
         settings = config if isinstance(config, Config) else load_config(config)
         check_solver(settings.sample, settings.transport.path_type)
         device = usable_device(device) if device else best_device()
-        dtype = resolve_precision(settings.sample.precision, device)
+        precision = resolve_precision(settings.sample.precision, device)
+        if precision.note:
+            warn_user(precision.note)
+        dtype = precision.dtype
         check_tokenizer_of_latents(settings)
         stats = load_stats(settings)
         tokenizer = VA_VAE(
@@ -201,6 +219,7 @@ class LightningDiTPipeline:
         """Move to `device`; `dtype` is the precision of transformer and guide, the tokenizer stays float32."""
         with self._networks.lock:
             self._networks.drop()
+            self._batch = None
             self.device = torch.device(device)
             self.transformer = self.transformer.to(device=self.device, dtype=dtype)
             if self.guide is not None:
@@ -209,9 +228,39 @@ class LightningDiTPipeline:
             self.tokenizer.to(self.device)
         return self
 
+    @property
+    def precision(self) -> Precision:
+        """What sampling computes in, here and with the weights as they are."""
+        return resolve_precision(self.config.sample.precision, self.device).for_weights(self.dtype)
+
+    def batch_size(self, sample: SampleConfig, processes: int = 1) -> int:
+        """Return how many images are sampled at once: as sampling settings say, else `CPU_BATCH`, and on a GPU as many
+        as its free memory holds (docs/memory.md).
+
+        Args:
+            processes: of the run, which share this machine's GPUs.
+        """
+        if not self.batch_follows_memory(sample):
+            return sample.per_proc_batch_size or CPU_BATCH
+        free = gpu_free_bytes(self.device)
+        if self._batch is None and free is not None:
+            size = FLOAT32 if self.dtype == torch.float32 else HALF
+            decoder, side = self.tokenizer.model.settings, self.config.data.image_size
+            need = working_need(self.transformer.settings, decoder, side, True, size)
+            memory = GPU_SHARE * free / math.ceil(processes / max(1, gpu_count()))
+            self._batch = need.largest_batch(memory, LARGEST_GPU_BATCH)
+        return self._batch or CPU_BATCH
+
+    def batch_follows_memory(self, sample: SampleConfig) -> bool:
+        """Return whether the memory of a GPU decides how many images are sampled at once.
+
+        The bits of a deterministic run depend on that number, so the memory does not.
+        """
+        return sample.per_proc_batch_size is None and self.device.type != "cpu" and not sample.deterministic
+
     def plan(self, images: int, batch: int) -> Plan:
         """Return how a run of `images` images in this process, `batch` of them at once, is to be computed."""
-        return plan_of(self.solver(self.config.sample), self.transformer, images, batch)
+        return plan_of(self.solver(self.config.sample), self.transformer, self.precision, images, batch)
 
     @contextlib.contextmanager
     def settled(self, plan: Plan, where: str) -> Iterator[None]:
@@ -345,8 +394,8 @@ class LightningDiTPipeline:
         A batch that memory does not hold is sampled in halves. A batch that half precision does not hold is sampled
         again in float32; images that were finite stay as they were, so that none depends on its batch.
         """
-        size = solver.sample.per_proc_batch_size
-        whole = self._settled or plan_of(solver, self.transformer, len(labels), size)
+        size = self.batch_size(solver.sample)
+        whole = self._settled or plan_of(solver, self.transformer, self.precision, len(labels), size)
         size = min(size, whole.batch or size)
         if solver.is_adaptive:  # the steps that suit a batch would depend on its other images
             size, whole = 1, whole.plainly()
@@ -438,8 +487,10 @@ class LightningDiTPipeline:
     def _decode(self, state: Tensor, output_type: str, plan: Plan) -> Any:
         if output_type == "latent":
             return state.cpu()
-        rows = plan.rows(len(state)) if plan.deterministic else len(state)
-        images = self.tokenizer.decode(padded(state, rows))[: len(state)]
+        compiled = WHOLE if plan.compiled and plan.half_decoder else ""
+        rows = plan.rows(len(state)) if plan.deterministic or compiled else len(state)
+        with self._networks.under(dataclasses.replace(plan, compiled=compiled), [self.tokenizer.model.decoder]):
+            images = self.tokenizer.decode(padded(state, rows), plan.half_decoder, plan.tf32)[: len(state)]
         if output_type == "pt":
             return images.cpu()
         pixels = to_uint8(images).cpu().numpy()

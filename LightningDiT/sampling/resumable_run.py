@@ -83,11 +83,11 @@ class RunResult:
         return all(path is not None for path in self.paths)
 
 
-def manifest_of(config: Config, labels: Sequence[int], seed: int, dtype: torch.dtype) -> dict[str, Any]:
+def manifest_of(config: Config, labels: Sequence[int], seed: int, precision: str) -> dict[str, Any]:
     """Return everything that the pixels of a run depend on, as plain values.
 
     Args:
-        dtype: precision of the transformer; `auto` in the configuration depends on the machine.
+        precision: `Precision.name`; `auto` in the configuration depends on the machine.
     """
     spelt = as_dict(resolved_solver(config.sample)) | {"sampling_method": config.sample.sampling_method}
     sample = {name: value for name, value in spelt.items() if name not in WITHOUT_EFFECT}
@@ -102,7 +102,7 @@ def manifest_of(config: Config, labels: Sequence[int], seed: int, dtype: torch.d
     return {
         "seed": seed,
         "labels": list(labels),
-        "precision": str(dtype).removeprefix("torch."),
+        "precision": precision,
         "sample": sample,
         "transport": as_dict(config.transport),
         "model": as_dict(config.model),
@@ -323,10 +323,11 @@ def _missing_batches(
     pipe: LightningDiTPipeline, labels: Sequence[int], seed: int, folder: Path, paths: Sequence[Path], processes: int
 ) -> Iterator[tuple[Plan, list[list[int]]]]:
     """Hold the run's folder and yield its plan, and the batches, as indices, in which an image is missing."""
-    at_most = pipe.config.sample.per_proc_batch_size
-    size = images_at_once(len(paths), at_most)
-    fixed = at_most if pipe.config.sample.deterministic else size  # the same in a run of any length
-    described = manifest_of(pipe.config, labels, seed, pipe.dtype)
+    sample = pipe.config.sample
+    at_most, by_memory = pipe.batch_size(sample, processes), pipe.batch_follows_memory(sample)
+    size = images_at_once(len(paths), at_most, processes if pipe.device.type != "cpu" else 1)
+    fixed = at_most if sample.deterministic else size  # the same in a run of any length
+    described = manifest_of(pipe.config, labels, seed, pipe.precision.name)
     described[ACCELERATION] = asdict(pipe.plan(math.ceil(len(paths) / processes), fixed))
     if names := pipe.labels.identity:
         described[CLASS_NAMES] = list(names)
@@ -336,7 +337,9 @@ def _missing_batches(
         plan = kept_plan(folder / MANIFEST)
         if plan.batch:
             size = plan.batch
-            if size != described[ACCELERATION]["batch"]:
+            if by_memory:
+                print(f"batch size     {size}, by the GPU's free memory when the run began", flush=True)
+            elif size != described[ACCELERATION]["batch"]:
                 print(f"note: the run in {folder} keeps its batches of {size} images", flush=True)
         _remove_changed(folder, paths)
         missing = [index for index, path in enumerate(paths) if not _is_there(path)]

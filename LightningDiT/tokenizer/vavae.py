@@ -5,6 +5,7 @@ The class keeps its published name and methods; `encode` and `decode` are the no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,11 +13,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from LightningDiT.checkpoint import check_kinds, check_shapes, inspect, load_file, without_values
 from LightningDiT.config import typed
-from LightningDiT.device import best_device
-from LightningDiT.errors import LightningDiTError
+from LightningDiT.device import autocast, best_device, float32_products
+from LightningDiT.errors import LightningDiTError, warn_user
 from LightningDiT.images import centre_crop, to_uint8
 from LightningDiT.tokenizer.config import TokenizerConfig, load_tokenizer_config
 
@@ -27,6 +29,7 @@ from .latents import LatentStats
 TRAINING_PREFIXES = ("loss.", "foundation_model.", "linear_proj.")
 LAYOUT = torch.channels_last  # of weights and images: avoids a layout copy at every convolution
 CHUNK_PIXELS = 256 * 256  # pixels computed at once: one image of 256x256 fills all cores in 0.2 GB; four take 0.7 GB
+GPU_CHUNKS = 16  # times as many on a GPU, which they fill
 
 
 def autoencoder_settings(config: TokenizerConfig) -> AutoencoderSettings:
@@ -45,9 +48,9 @@ def check_tokenizer_file(config: TokenizerConfig, path: str | Path) -> str:
     return "; ".join([f"tokenizer {path}: {len(info.shapes)} tensors fit {Path(config.source).name}", *info.notes])
 
 
-def images_at_once(pixels: int) -> int:
+def images_at_once(pixels: int, on_gpu: bool = False) -> int:
     """Return how many images of `pixels` pixels each are encoded or decoded at once."""
-    return max(1, CHUNK_PIXELS // pixels)
+    return max(1, CHUNK_PIXELS * (GPU_CHUNKS if on_gpu else 1) // pixels)
 
 
 def load_autoencoder(config: TokenizerConfig, path: str | Path) -> AutoencoderKL:
@@ -127,24 +130,49 @@ class VA_VAE:  # noqa: N801 - the published name
     @torch.no_grad()
     def posterior(self, images: Tensor) -> DiagonalGaussian:
         """Return the posterior over raw latents for images (N, 3, H, W) in [-1, 1]."""
-        posteriors = [self.model.encode(chunk) for chunk in self._chunks(images, 1)]
+        posteriors = [self.model.encode(chunk) for chunk in self._chunks(images, self._most(images, 1))]
         mean, logvar = (torch.cat([getattr(one, name) for one in posteriors]) for name in ("mean", "logvar"))
         return DiagonalGaussian(mean.contiguous(), logvar.contiguous())
 
     @torch.no_grad()
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        """Return images (N, 3, H, W), about in [-1, 1], for raw latents (N, C, h, w)."""
-        chunks = self._chunks(latents, self.downsample_factor)
-        return torch.cat([self.model.decode(chunk) for chunk in chunks]).contiguous()
+    def decode_latents(self, latents: Tensor, half: bool = False, tf32: bool = False) -> Tensor:
+        """Return float32 images (N, 3, H, W), about in [-1, 1], for raw latents (N, C, h, w).
 
-    def _chunks(self, values: Tensor, scale: int) -> Iterator[Tensor]:
-        """Yield images or latents (N, C, H, W) in chunks of `images_at_once`, on the network's device and in `LAYOUT`.
+        Args:
+            half: compute in fp16; images that are not finite then are computed in float32, which a warning says.
+            tf32: let a GPU compute from TF32 inputs what it computes in float32.
+        """
+        count, most = len(latents), self._most(latents, self.downsample_factor)
+        if not half:
+            return self._decoded(latents, most, torch.float32, tf32)
+        size = math.ceil(count / math.ceil(count / most))  # one shape, of which compiled code has to be made once
+        filled = F.pad(latents, (0, 0, 0, 0, 0, 0, 0, -count % size))
+        images = self._decoded(filled, size, torch.float16, tf32)[:count]
+        finite = images.isfinite().flatten(1).all(1)  # (N,)
+        if not finite.all():
+            wrong = int((~finite).sum())
+            warn_user(f"decoding in fp16 gave {wrong} of {count} images that are not finite; they are made in float32")
+            images[~finite] = self._decoded(latents[~finite.to(latents.device)], most, torch.float32, tf32)
+        return images
+
+    def _decoded(self, latents: Tensor, size: int, dtype: torch.dtype, tf32: bool) -> Tensor:
+        """Return the images of latents, `size` of them at once, with products and convolutions in `dtype`."""
+        with float32_products(self.device, tf32), autocast(self.device, dtype):
+            images = [self.model.decode(chunk).float() for chunk in self._chunks(latents, size)]
+        return torch.cat(images).contiguous()
+
+    def _most(self, values: Tensor, scale: int) -> int:
+        """Return how many images or latents (N, C, H, W) are computed at once.
 
         Args:
             scale: side of a position in pixels: 1 for images, the downsampling factor for latents.
         """
+        return images_at_once(values.shape[-2] * values.shape[-1] * scale**2, self.device.type != "cpu")
+
+    def _chunks(self, values: Tensor, size: int) -> Iterator[Tensor]:
+        """Yield images or latents (N, C, H, W), `size` of them at once, on the network's device and in `LAYOUT`."""
         weight = self.model.quant_conv.weight
-        for chunk in values.split(images_at_once(values.shape[-2] * values.shape[-1] * scale**2)):
+        for chunk in values.split(size):
             yield chunk.to(device=weight.device, dtype=weight.dtype).contiguous(memory_format=LAYOUT)
 
     def decode_to_images(self, latents: Tensor) -> np.ndarray:
@@ -155,9 +183,9 @@ class VA_VAE:  # noqa: N801 - the published name
         """Return normalised latents (the posterior's mode) for images (N, 3, H, W) in [-1, 1]."""
         return self._stats().normalise(self.encode_images(images, sample=False))
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Return images (N, 3, H, W), about in [-1, 1], for normalised latents (N, C, h, w)."""
-        return self.decode_latents(self._stats().denormalise(latents))
+    def decode(self, latents: Tensor, half: bool = False, tf32: bool = False) -> Tensor:
+        """Return images for normalised latents (N, C, h, w), as `decode_latents` does for raw ones."""
+        return self.decode_latents(self._stats().denormalise(latents), half, tf32)
 
     def _stats(self) -> LatentStats:
         if self.stats is None:

@@ -131,7 +131,7 @@ def match(pipe: LightningDiTPipeline, sample: SampleConfig, noises: int, points:
     labels = [index * pipe.config.data.num_classes // noises for index in range(noises)]
     noise = draw_noise((noises, *pipe.latent_shape), [generator_for(seed, STREAM, index) for index in range(noises)])
     times = sampling_times(pipe.transport, points)
-    batches = torch.arange(noises).split(sample.per_proc_batch_size)
+    batches = torch.arange(noises).split(pipe.batch_size(sample))
     progress = Progress(len(batches) * (points - 1), "step")
     parts = []
     for batch in batches:

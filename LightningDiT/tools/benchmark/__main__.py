@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.output:
         check_marks(args.output, map(mark_of, args.part))  # before minutes of measuring
     device = best_device()
-    setting = Setting(device, resolve_precision("auto", device), args.quick)
+    setting = Setting(device, resolve_precision("auto", device).dtype, args.quick)
     facts = machine(device, setting.dtype)
     print(f"Measuring on {machine_line(facts)}", flush=True)
     figures: dict[str, Any] = {}

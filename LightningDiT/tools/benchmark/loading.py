@@ -56,7 +56,7 @@ def load_and_report(config_path: str) -> dict[str, Any]:
     """Load the transformer of a YAML file in this process, a fresh one, and return seconds and peaks."""
     config = load_config(config_path)
     device = best_device()
-    dtype = resolve_precision(config.sample.precision, device)
+    dtype = resolve_precision(config.sample.precision, device).dtype
     torch.zeros(1, device=device)  # a GPU's context is no part of the loading
     synchronise(device)
     before, started = peak_resident_bytes(), time.perf_counter()
