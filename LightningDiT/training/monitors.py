@@ -6,10 +6,11 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from LightningDiT.compiling import PLAIN
 from LightningDiT.config import Config
@@ -138,12 +139,14 @@ def _validation_samples(config: Config, data: LatentBatches, processes: Processe
 class LatentView:
     """Stands in for a missing tokenizer: shows the first three channels, white at three standard deviations."""
 
+    model = SimpleNamespace(decoder=nn.Identity())  # has nothing to compile
+
     def to(self, device: torch.device) -> LatentView:
         """Do nothing: there are no weights to move."""
         return self
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Return images (N, 3, h, w) of normalised latents (N, C, h, w)."""
+    def decode(self, latents: Tensor, half: bool = False, tf32: bool = False) -> Tensor:
+        """Return images (N, 3, h, w) of normalised latents (N, C, h, w), in float32 whatever is asked."""
         return (latents[:, torch.arange(3) % latents.shape[1]] / 3).clamp(-1, 1)
 
 
