@@ -130,9 +130,14 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def gpu_peak_bytes(device: torch.device) -> int | None:
-    """Return the peak bytes of this process's tensors on a GPU; None for the CPU."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+def gpu_peak_bytes(device: torch.device, restart: bool = False) -> int | None:
+    """Return the peak bytes of this process's tensors on a GPU; None for the CPU. `restart` counts anew from here."""
+    if device.type != "cuda":
+        return None
+    peak = torch.cuda.max_memory_allocated(device)
+    if restart:
+        torch.cuda.reset_peak_memory_stats(device)
+    return peak
 
 
 def gpu_random_states() -> list[torch.Tensor]:
@@ -286,13 +291,6 @@ def float32_products(device: torch.device, tf32: bool) -> Iterator[None]:
         finally:
             for holder, name, value in before:
                 setattr(holder, name, value)
-
-
-def usual_float32(device: torch.device) -> str:
-    """Return in words how float32 networks compute where nobody has chosen: torch lets convolutions take TF32."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= HAS_TF32:
-        return "float32, convolutions from TF32 inputs" if _state(torch.backends.cudnn, ALLOW_TF32) else "float32"
-    return "float32"
 
 
 def _float32_switches() -> list[tuple[Any, str]]:

@@ -57,6 +57,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     reading.add_argument(
         "--read-threads", type=positive, help="that read images in place of processes; default: one a core, at most 16"
     )
+    parser.add_argument(
+        "--precision", choices=("fp32", "tf32"), default="fp32", help="of the encoder on a GPU; default fp32, exact"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the settings, check what they name, and end")
     args = parser.parse_args(argv)
     if not (args.images or args.list or args.data_root):
@@ -149,7 +152,7 @@ def checked(args: argparse.Namespace, config: Config, tokenizer: TokenizerConfig
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, build, run."""
     args = parse(argv)
-    from LightningDiT.device import best_device
+    from LightningDiT.device import best_device, resolve_precision
     from LightningDiT.distributed import launched_processes
     from LightningDiT.tokenizer.vavae import VA_VAE
     from LightningDiT.training.extraction import ExtractionSettings, default_workers, extract, in_kept_order
@@ -160,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         source = args.images or args.list or f"{args.dataset or 'FashionMNIST'} {args.split} in {args.data_root}"
         processes.say(
             f"{source} -> {args.output} by {tokenizer_settings.source} ({config.data.image_size} pixels,"
-            f" {args.posterior}, flips {'on' if args.flip else 'off'})"
+            f" {args.posterior}, flips {'on' if args.flip else 'off'}, {args.precision})"
         )
         weights = config.vae.ckpt_path or tokenizer_settings.ckpt_path
         if args.dry_run:
@@ -179,9 +182,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         workers = args.workers
         if workers is None:
             workers = 0 if args.read_threads else default_workers(tokenizer.device, processes.count)
+        precision = resolve_precision(args.precision, tokenizer.device)
+        if precision.note:
+            processes.say(f"note: {precision.note}")
         size, sample = config.data.image_size, args.posterior == "sample"
         settings = ExtractionSettings(
-            size, args.shard_size, sample, args.flip, args.seed, args.batch_size, workers, args.read_threads
+            *(size, args.shard_size, sample, args.flip, args.seed, args.batch_size, workers, args.read_threads),
+            precision.tf32,
         )
         result = extract(images, tokenizer, weights, output, settings, processes)
         if result.manifest is None:

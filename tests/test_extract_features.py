@@ -116,6 +116,7 @@ def test_the_manifest_says_what_the_latents_are(tiny_folder: Path, images: Path,
     manifest = json.loads((output / LATENTS_MANIFEST).read_text())
     assert manifest["class_names"] == list(CLASSES)
     assert manifest[KEY] == encoder_values(load_weights(tiny_folder / "tokenizer.safetensors"))
+    assert manifest["precision"] == "fp32"
     assert (manifest["classes"], manifest["latents"], manifest["values_per_channel"]) == (3, 11, 11 * 64)
     assert [(shard["images"], shard["latents"]) for shard in manifest["shards"]] == [(8, 8), (3, 3)]
     settings = manifest["settings"]
@@ -123,6 +124,24 @@ def test_the_manifest_says_what_the_latents_are(tiny_folder: Path, images: Path,
     latents, _ = LatentShards(output).batch(torch.arange(11))
     sums = np.sum([shard["total"] for shard in manifest["shards"]], axis=0)
     np.testing.assert_allclose(sums, latents.double().sum((0, 2, 3)), rtol=1e-12)
+
+
+def test_the_precision_of_the_encoder_is_part_of_what_the_latents_are(
+    tiny_folder: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """TF32 is a setting of its own; a CPU has none and says so. Manifests of exact latents are as they ever were."""
+    output = tmp_path / "latents"
+    assert main(command(tiny_folder, "--images", images, "--output", output, "--precision", "tf32")) == 0
+    assert "note: precision tf32 computes as fp32 here" in capsys.readouterr().out
+    manifest = json.loads((output / LATENTS_MANIFEST).read_text())
+    assert manifest["precision"] == "fp32"
+    found, tokenizer = open_folder(images), VA_VAE(tiny_folder / "tokenizer.yaml", 16)
+    described = [
+        extraction.settings_of(found, tokenizer, tiny_folder / "tokenizer.safetensors", settings)
+        for settings in (extraction.ExtractionSettings(16), extraction.ExtractionSettings(16, tf32=True))
+    ]
+    assert described[0] == manifest["settings"]
+    assert described[1] == manifest["settings"] | {"precision": "tf32"}
 
 
 def test_the_noise_of_an_image_comes_from_seed_number_and_side(tiny_folder: Path, images: Path, tmp_path: Path) -> None:

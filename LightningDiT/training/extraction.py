@@ -38,7 +38,7 @@ from LightningDiT.data.shards import (
     shard_path,
     write_shard,
 )
-from LightningDiT.device import ready_for, usable_cores
+from LightningDiT.device import TF32, float32_products, ready_for, usable_cores
 from LightningDiT.distributed import ALONE, Processes
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.files import (
@@ -82,6 +82,7 @@ class ExtractionSettings:
         batch_size: images that are encoded between two looks at Ctrl-C; the latents do not depend on it.
         workers: processes that read images ahead; 0: threads do.
         threads: see `ImageSet.batches`.
+        tf32: let a GPU's encoder compute from TF32 inputs, in place of exact float32.
     """
 
     image_size: int
@@ -92,6 +93,7 @@ class ExtractionSettings:
     batch_size: int = 64
     workers: int = 0
     threads: int | None = None
+    tf32: bool = False
 
 
 def default_workers(device: torch.device, processes: int) -> int:
@@ -133,6 +135,7 @@ def settings_of(
         "shard_size": settings.shard_size,
         "posterior": f"sample, seed {settings.seed}" if settings.sample else "mode",
         "flips": settings.flips,
+        **({"precision": TF32} if settings.tf32 else {}),  # earlier manifests have none
     }
 
 
@@ -282,7 +285,8 @@ class _ShardMaker:
         return [self._latents(picture, start, mirrored) for mirrored, picture in enumerate(pictures)]
 
     def _latents(self, pixels: Tensor, start: int, mirrored: int) -> Tensor:
-        posterior = self.tokenizer.posterior(to_float(pixels))
+        with float32_products(self.tokenizer.device, self.settings.tf32):
+            posterior = self.tokenizer.posterior(to_float(pixels))
         mean, logvar = posterior.mean.cpu(), posterior.logvar.cpu()
         if not self.settings.sample:
             return mean
@@ -488,6 +492,7 @@ def _finish(maker: _ShardMaker, described: dict[str, Any]) -> dict[str, Any]:
             "most": max(record.get("cut", {}).get("most", 0.0) for record in records),
         },
         KEY: encoder_values(maker.tokenizer.model.state_dict()),
+        "precision": TF32 if maker.settings.tf32 else "fp32",
         "latents": moments.latents,
         "values_per_channel": moments.values,
         "mean": stats.mean.flatten().tolist(),
