@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from LightningDiT.compiling import BLOCK, PLAIN, Plan, is_compiled
-from LightningDiT.config import load_config
-from LightningDiT.device import Abilities
+from LightningDiT.config import load_config, typed
+from LightningDiT.device import Abilities, Precision
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.sampling import networks
+from LightningDiT.sampling import networks, pipeline
 from LightningDiT.sampling.networks import note_code, padded, plan_of
 from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from tests.test_pipeline import loud_pipeline
@@ -454,3 +454,76 @@ def test_zeros_fill_what_is_missing() -> None:
     values = torch.arange(6.0).view(3, 2)
     assert torch.equal(padded(values, 5), torch.tensor([[0.0, 1], [2, 3], [4, 5], [0, 0], [0, 0]]))
     assert padded(values, 3) is values
+
+
+def test_a_plan_says_how_the_decoder_computes(
+    pipe: LightningDiTPipeline, monkeypatch: pytest.MonkeyPatch, tiny_source: Path
+) -> None:
+    """Compiled is the fp16 decoder alone; its batches are filled up, and a single picture is not."""
+    compiled, asked, plain = [], [], pipe.tokenizer.decode
+    monkeypatch.setattr(networks, "compile_forward", lambda *modules: compiled.extend(modules))
+    monkeypatch.setattr(networks, "abilities", lambda device: dataclasses.replace(GPU, no_compiler=""))
+    monkeypatch.setattr(pipe.tokenizer, "decode", lambda x, half, tf32: asked.append((len(x), half, tf32)) or plain(x))
+    for plan in (
+        Plan(compiled="whole", batch=4, half_decoder=True),
+        Plan(compiled="whole", batch=4),
+        Plan(batch=4, half_decoder=True),
+    ):
+        with pipe.settled(plan, "the test"):
+            images = pipe([0, 1, 2, 1, 0, 1, 2], output_type="np").images
+            assert len(images) == 7
+            pipe([0], output_type="np")
+    assert compiled == [pipe.transformer, pipe.tokenizer.model.decoder]
+    assert asked == [
+        *[(4, True, False)] * 2,
+        (1, True, False),
+        *[(4, False, False), (3, False, False), (1, False, False)],
+        *[(4, True, False), (3, True, False), (1, True, False)],
+    ]
+
+
+def test_the_plan_has_what_the_precision_says(pipe: LightningDiTPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    within, plain = [], networks.float32_products
+    monkeypatch.setattr(
+        networks, "float32_products", lambda device, tf32: within.append((device, tf32)) or plain(device, tf32)
+    )
+    for precision in (Precision(torch.float32, tf32=True), Precision(torch.float16, half_decoder=True)):
+        plan = plan_of(pipe.solver(pipe.config.sample), pipe.transformer, precision, 9, 4)
+        assert (plan.tf32, plan.half_decoder) == (precision.tf32, precision.half_decoder)
+        kept = [plan.plainly(), plan.of_batch(1, 4)]
+        assert kept == [Plan(tf32=precision.tf32, half_decoder=precision.half_decoder)] * 2
+        assert typed(Plan, {"graphs": True, "batch": 4}, "a manifest of an earlier release") == GRAPHS
+    latents(pipe, PLAIN)
+    assert set(within) == {(torch.device("cpu"), False)}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "free", "processes", "batch"),
+    [
+        (torch.float16, 10_000_000_000, 1, 256),
+        (torch.float16, 100_000_000, 1, 62),
+        (torch.float16, 100_000_000, 2, 31),  # of one GPU
+        (torch.float32, 100_000_000, 1, 46),
+        (torch.float16, 100, 1, 1),
+    ],
+)
+def test_the_batch_follows_from_the_memory_of_a_gpu(
+    dtype: torch.dtype,
+    free: int,
+    processes: int,
+    batch: int,
+    pipe: LightningDiTPipeline,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """85 % of it, by 2.5 times the 2 rows of 64 tokens x (19 x 48 + 4 x 128) values of 3 or 4 bytes of a step."""
+    monkeypatch.setattr(pipeline, "gpu_free_bytes", lambda device: free)
+    monkeypatch.setattr(pipeline, "gpu_count", lambda: 1)
+    unnamed = dataclasses.replace(pipe.config.sample, per_proc_batch_size=None)
+    pipe.to("cpu", dtype)
+    assert not pipe.batch_follows_memory(unnamed) and pipe.batch_size(unnamed, processes) == 4
+    pipe.device = torch.device("meta")  # some device that is no CPU
+    assert pipe.batch_size(dataclasses.replace(unnamed, deterministic=True)) == 4
+    assert pipe.batch_size(dataclasses.replace(unnamed, per_proc_batch_size=7)) == 7
+    assert pipe.batch_follows_memory(unnamed)
+    found = pipe.batch_size(unnamed, processes)
+    assert pipe.batch_size(unnamed) == found == batch  # asked once, since recordings then take memory

@@ -184,6 +184,53 @@ def test_the_first_stage_of_a_whole_ldm_is_the_tokenizer(tiny_tokenizer: Path, t
         vavae.check_tokenizer_file(config, tmp_path / "odd.pt")
 
 
+def has_half_upsampling() -> bool:
+    """Whether this torch decodes in fp16 on the CPU; 2.2 does not."""
+    try:
+        torch.nn.functional.interpolate(torch.zeros(1, 1, 2, 2, dtype=torch.half), scale_factor=2.0)
+    except RuntimeError:
+        return False
+    return True
+
+
+needs_half = pytest.mark.skipif(not has_half_upsampling(), reason="this torch does not decode in fp16 on the CPU")
+
+
+@needs_half
+def test_half_precision_decodes_within_two_levels(
+    published: AutoencoderKL, vae_golden: dict[str, Tensor], tiny_tokenizer: Path
+) -> None:
+    """The published decoder: below one level of 255 on average, and 2 at most."""
+    tokenizer = VA_VAE(tiny_tokenizer, device="cpu")
+    tokenizer.model = published
+    half = tokenizer.decode_latents(vae_golden["latent"], half=True)
+    assert half.dtype == torch.float32 and half.is_contiguous()
+    levels = (half - vae_golden["decoded"]).abs() * 127.5
+    assert 0.01 < levels.mean() < 1 and levels.max() <= 2
+    exact = tokenizer.decode_latents(vae_golden["latent"], tf32=True)  # a CPU has none
+    torch.testing.assert_close(exact, vae_golden["decoded"], atol=1e-4, rtol=0)
+
+
+@needs_half
+def test_images_that_half_precision_does_not_hold_are_decoded_in_float32(two_at_once: VA_VAE) -> None:
+    """Numbers beyond 65504 in the second and the fourth of five images; they go through in twos, of one shape."""
+    latents = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    latents[[1, 3]] *= 1e7
+    counts = counts_of(two_at_once.model.decoder)
+    with pytest.warns(UserWarning, match=r"^decoding in fp16 gave 2 of 5 images that are not finite; they are made in"):
+        images = two_at_once.decode_latents(latents, half=True)
+    assert counts == [2, 2, 2, 2]
+    assert torch.equal(images[[1, 3]], two_at_once.decode_latents(latents[[1, 3]]))
+    for index in (0, 2, 4):
+        alone = two_at_once.decode_latents(latents[index : index + 1], half=True)[0]
+        torch.testing.assert_close(images[index], alone, atol=4e-3, rtol=0)
+        assert not torch.equal(images[index], two_at_once.decode_latents(latents[index : index + 1])[0])
+
+
+def test_a_gpu_takes_more_images_at_once() -> None:
+    assert [vavae.images_at_once(side**2, on_gpu=True) for side in (128, 256, 512, 2048)] == [64, 16, 4, 1]
+
+
 def test_encode_without_statistics_says_what_to_pass(tiny_tokenizer: Path) -> None:
     with pytest.raises(LightningDiTError, match="has no latent statistics; encode and decode need them"):
         VA_VAE(tiny_tokenizer).encode(torch.zeros(1, 3, 16, 16))
