@@ -10,7 +10,6 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
@@ -66,21 +65,6 @@ STORED_BYTES = {
 LISTED_NAMES = 5
 PORTION_BYTES = 64 * 2**20  # of a file, converted through one mapping
 BUNDLED_FOLDER = "fashion-mnist"  # the model in git
-
-
-def require_numpy() -> None:
-    """Raise LightningDiTError if this torch cannot use the numpy here: torch 2.2 was built for numpy 1, and its
-    requirements do not say so to pip.
-    """
-    try:
-        torch.zeros(1).numpy()
-    except RuntimeError as error:
-        numpy = metadata.version("numpy")
-        message = f"torch {torch.__version__} cannot use numpy {numpy} ({first_line(error)}), numpy 1 was expected"
-        raise LightningDiTError(message, "python -m pip install 'numpy>=1.26.4,<2'") from error
-
-
-require_numpy()
 
 
 @dataclass(frozen=True)
