@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
 import sys
@@ -53,8 +54,9 @@ def _distributions() -> dict[str, metadata.Distribution]:
     """Return each installed distribution by name: the first on the path, which is the one that imports."""
     found: dict[str, metadata.Distribution] = {}
     for one in metadata.distributions():
-        if name := one.metadata["Name"]:  # damaged metadata have none
-            found.setdefault(name, one)
+        with contextlib.suppress(UnicodeError, KeyError):
+            if name := one.metadata["Name"]:  # damaged metadata have none
+                found.setdefault(name, one)
     return found
 
 

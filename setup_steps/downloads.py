@@ -191,8 +191,9 @@ def hash_file(path: Path, remote: RemoteFile) -> str:
 
 def _is_address(endpoint: str) -> bool:
     try:
-        parts = urllib.parse.urlsplit(endpoint)
+        parts = urllib.parse.urlsplit(endpoint.rstrip("/"))
         fits = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        fits = fits and not parts.path.startswith("//")  # of https://https://HOST
     except ValueError:  # a port that is no number, brackets that are not closed
         return False
     return fits and re.fullmatch(r"[!-~]+", endpoint) is not None and not re.search(r"[\"'<>?#]", endpoint)

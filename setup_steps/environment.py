@@ -159,7 +159,9 @@ def require_enough(profile: Profile, state: State) -> None:
     """
     wrong = state.blocking if profile.ranges else state.lacking
     if wrong:
-        raise LightningDiTError(f"not as it should be: {', '.join(row.name for row in wrong)}", pip_calls.again())
+        raise LightningDiTError(
+            f"not as it should be: {', '.join(row.name for row in wrong)}", pip_calls.again(without=["--check-only"])
+        )
     for warning in state.warnings:
         print(f"warning: {warning}")
 

@@ -17,7 +17,7 @@ from LightningDiT.console import format_bytes
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.files import free_bytes, read_text
 from setup_steps import conflicts, pip_calls
-from setup_steps.machine import installed_version, lacks_record
+from setup_steps.machine import UNKNOWN, installed_version, lacks_record
 from setup_steps.pip_calls import InstallError, Source, again, in_own_venv
 from setup_steps.project import interpreter
 from setup_steps.releases import KEEP, REPLACE, Decision, public, vision_of
@@ -259,7 +259,7 @@ def _as_decided(row: Row, decision: Decision) -> Row:
     if row.name in ("torch", "torchvision"):
         if decision.action == REPLACE and row.met:  # the right version, but not the build for this machine
             return replace(row, fault=decision.reason)
-        if decision.action == KEEP and row.works and not row.in_range:
+        if decision.action == KEEP and row.works and not row.in_range and row.installed != UNKNOWN:
             return replace(row, kept="it works on this machine")
     return row
 

@@ -27,6 +27,7 @@ from setup_steps.project import PROJECT, environments, fix_packages
 
 PROBE_SECONDS = 300
 MODULE_SUFFIXES = (".py", ".so", ".pyd")
+UNKNOWN = "unknown"  # the version of a distribution with damaged metadata
 IMPORT_NAMES = {"pillow": "PIL", "torch-fidelity": "torch_fidelity"}  # distributions whose module has another name
 NATIVE_BF16 = (8, 0)  # torch's own is_bf16_supported() is also true for emulated bf16
 SMI_SECONDS = 60
@@ -265,15 +266,21 @@ def _files_of(name: str) -> list[metadata.PackagePath] | None:
         return metadata.files(name)
     except metadata.PackageNotFoundError:
         return []
+    except UnicodeError:
+        return None
 
 
 def installed_version(name: str) -> str | None:
-    """Return the version of an installed distribution by its metadata, without an import; None if absent."""
+    """Return the version of an installed distribution by its metadata, without an import; None if it is absent, UNKNOWN
+    if they are damaged.
+    """
     importlib.invalidate_caches()
     try:
-        return metadata.version(name)
+        return metadata.version(name) or UNKNOWN
     except metadata.PackageNotFoundError:
         return None
+    except (UnicodeError, KeyError):
+        return UNKNOWN
 
 
 @dataclass(frozen=True)

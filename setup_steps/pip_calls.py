@@ -54,6 +54,11 @@ COMPLAINTS = (
         f"{in_own_venv()}, or python quickstart.py",
     ),
     (
+        r"Could not find an activated virtualenv",
+        "pip's setting require-virtualenv (PIP_REQUIRE_VIRTUALENV) forbids this outside a virtual environment",
+        f"{in_own_venv()}, or python quickstart.py",
+    ),
+    (
         r"DO NOT MATCH THE HASHES|BadZipFile|is not a zip file|Wheel '[^']+' .*is invalid",
         "a downloaded file is damaged",
         "python -m pip cache purge, then {again}",
@@ -104,6 +109,11 @@ UNKNOWN = ("pip says why above", UNKNOWN_FIX)
 NO_WHEEL = (
     "{what} is not available for this Python {python}",
     "another Python (3.11 or 3.12 have every wheel), or {wheels} with that wheel in it",
+)
+#: The same if the setting no-index forbids it.
+NO_INDEX = (
+    "{what} is not here, and pip's setting no-index (PIP_NO_INDEX) forbids to ask an index",
+    "PIP_NO_INDEX=0 {again}, or {wheels} with that wheel in it",
 )
 VARIABLE = "PIP_INDEX_URL"
 
@@ -254,7 +264,8 @@ def pip_install(requirements: Sequence[str], source: Source, *options: str) -> b
     """Install from one source; return False if pip failed and another is left, raise InstallError at the last."""
     code, said = _run(pip_command(requirements, *source.options, *options), quiet=not source.last)
     if code and source.last:
-        raise explain(said, requirements, code, find_index(source.url) if source.index else None)
+        index = find_index(source.url) if source.index else None
+        raise explain(said, requirements, code, index, source.index and index is None)
     return code == 0
 
 
@@ -276,11 +287,14 @@ def _run(command: list[str], quiet: bool) -> tuple[int, str]:
     return pip.returncode, "".join(said)
 
 
-def explain(said: str, requirements: Sequence[str], code: int, index: Index | None = None) -> InstallError:
+def explain(
+    said: str, requirements: Sequence[str], code: int, index: Index | None = None, forbidden: bool = False
+) -> InstallError:
     """Return the error for what pip said on stderr.
 
     Args:
         index: the index that pip asked; None if it asked none.
+        forbidden: whether a setting forbids it to ask one.
     """
     (message, fix), named = UNKNOWN, {}
     for pattern, *row in COMPLAINTS:
@@ -288,7 +302,7 @@ def explain(said: str, requirements: Sequence[str], code: int, index: Index | No
             (message, fix), named = row, match.groupdict()
             break
     if index is None and "what" in named:
-        message, fix = NO_WHEEL
+        message, fix = NO_INDEX if forbidden else NO_WHEEL
     host = named.pop("host", None) or urlsplit(named.get("url") or "").netloc.rpartition("@")[2]
     port = named.pop("port", None)
     facts = {

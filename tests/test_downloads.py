@@ -737,10 +737,12 @@ def test_endpoint_must_be_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
         "http://[bad",
         "http://exa mple",
         "ftp://host",
+        "https://https://host",
         "https：//镜像.example",
     ):
-        with pytest.raises(LightningDiTError, match=re.escape(f"{address!r} is no address")):
+        with pytest.raises(LightningDiTError, match=re.escape(f"{address!r} is no address")) as error:
             downloads.use_endpoint(address)
+        assert "--endpoint https://HOST, or" in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from packaging.version import Version
 from LightningDiT.errors import LightningDiTError
 from setup_steps import conflicts, install
 from setup_steps.install import Pin, Row
+from setup_steps.machine import UNKNOWN
 from setup_steps.pip_calls import InstallError, Source
 from setup_steps.project import PROJECT
 from setup_steps.releases import INSTALL, KEEP, REPLACE, Decision
@@ -242,6 +243,16 @@ def test_any_tested_version_will_do_that_goes_with_this_torch(
     monkeypatch.setattr(conflicts, "who_needs", lambda *question: "")
     rows = install.make_rows(PINS, Decision(*decision, reason="why"), {}, RANGES)
     assert ([row.requirement for row in rows if not row.met], [row.state for row in rows]) == (requirements, states)
+
+
+def test_damaged_metadata_of_any_package_do_not_end_step_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A package that imports stays usable, but nothing is held at a version that nobody knows."""
+    (tmp_path / "another-1.0.dist-info").mkdir()
+    (tmp_path / "another-1.0.dist-info" / "METADATA").write_bytes("Name: another\nAuthor: André\n".encode("latin-1"))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(install, "installed_version", lambda name: UNKNOWN)
+    for row in install.make_rows(PINS, Decision(KEEP, *NEWEST, reason=""), {}, RANGES):
+        assert (row.works, row.met, row.constraint) == (True, False, row.requirement)
 
 
 def test_what_does_not_import_is_not_met(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -215,6 +215,15 @@ def test_the_machine_is_described_for_a_person(tmp_path: Path) -> None:
     assert rows["Python"].endswith("Kaggle)")
 
 
+@pytest.mark.parametrize("damaged", [b"", "Name: tinyprobe\nVersion: 1\nAuthor: André\n".encode("latin-1")])
+def test_damaged_metadata_have_no_version(damaged: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "tinyprobe-1.0.dist-info").mkdir()
+    (tmp_path / "tinyprobe-1.0.dist-info" / "METADATA").write_bytes(damaged)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert installed_version("tinyprobe") == machine.UNKNOWN
+    assert machine.lacks_record("tinyprobe")
+
+
 def test_every_pin_is_imported_by_the_name_of_its_module() -> None:
     """A distribution whose module is called otherwise needs a row of `IMPORT_NAMES`."""
     names = [pin.name for pin in read_pins(PROJECT / "requirements.txt") if installed_version(pin.name)]

@@ -282,10 +282,13 @@ def test_an_attached_project_that_was_updated_is_named_with_the_way_to_renew_its
     older = said(kaggle.run(NOWHERE, cells=cells), "project").splitlines()
     assert older[1:] == [
         f"note: {new} has changed since it was copied to {copy}",
-        f"to renew the copy: run `!mv {copy} {copy}.old`, then this cell again",
+        f"to renew the copy: run `%cd {copy.parent}` and `!mv {copy} {copy}.old`, then this cell again",
         first[2],
     ]
     assert (copy / "step1_install_environment.py").read_text() == "print(0)"
+    copy.rename(f"{copy}.old")
+    assert said(kaggle.run(NOWHERE, cells=cells), "project").splitlines() == first
+    assert (copy / "step1_install_environment.py").read_text() == "print('an update')"
 
 
 def test_a_repository_is_cloned_where_no_project_is(kaggle: Kaggle) -> None:

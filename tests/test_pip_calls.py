@@ -60,6 +60,12 @@ def test_a_damaged_wheel_is_called_that(offline: None, tmp_path: Path) -> None:
     assert "a downloaded file is damaged; fix: python -m pip cache purge" in said
 
 
+def test_a_setting_that_forbids_the_index_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(InstallError, match=r"tinyprobe==1.0 is not here, .*forbids.*; fix: PIP_NO_INDEX=0 \S*python"):
+        pip_calls.pip_install(["tinyprobe==1.0"], Source())
+
+
 def test_a_dependency_on_another_torch_is_refused_and_not_obeyed(offline: None, tmp_path: Path) -> None:
     make_wheel(tmp_path, "torch", "2.7.1", "")
     make_wheel(tmp_path, "torch", "2.14.1", "")
@@ -89,6 +95,7 @@ def test_a_dependency_on_another_torch_is_refused_and_not_obeyed(offline: None, 
             "× Download failed after 6 attempts because not enough bytes were received\n",
             "a download broke off; fix: ch",
         ),
+        ("ERROR: Could not find an activated virtualenv (required).\n", "(PIP_REQUIRE_VIRTUALENV) forbids"),
         ("something new\n", "pip says why above"),
     ],
 )
