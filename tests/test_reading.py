@@ -75,6 +75,12 @@ def test_too_little_memory_is_no_damage_of_an_image(files: list[Path], monkeypat
         processes.read(files[0], 16)
 
 
+def test_a_python_that_prints_at_its_start_does_no_harm(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "SERVE", f"print('hello'); {reading.SERVE}")
+    with ReadingProcesses(1) as processes:
+        assert processes.read(files[0], 16)[0].shape == (16, 16, 3)
+
+
 def test_a_python_that_is_not_there_is_said(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/none/python")
     with ReadingProcesses(1) as processes, pytest.raises(LightningDiTError, match="no process that reads images start"):

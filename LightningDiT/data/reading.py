@@ -99,7 +99,8 @@ class ReadingProcesses:
 def _asked(process: subprocess.Popen[bytes], file: str | Path, size: int | None) -> tuple[np.ndarray, float]:
     process.stdin.write(json.dumps([str(file), size]).encode() + b"\n")
     process.stdin.flush()
-    answer = json.loads(process.stdout.readline())
+    # a line of another kind is what this Python prints at its start
+    answer = json.loads(next((line for line in process.stdout if line.startswith(b"{")), b""))
     if "no_memory" in answer:
         raise MemoryError(answer["no_memory"])
     if "unreadable" in answer:
