@@ -11,7 +11,6 @@ import torch
 
 from LightningDiT.console import Progress
 from LightningDiT.device import synchronise
-from LightningDiT.seeds import generator_for
 
 TRIAD = "triad"
 PRODUCT_SIDES = {"cpu": 2048}  # side of the square matrices by kind of device
@@ -84,8 +83,8 @@ class Result:
 
 def product_case(device: torch.device, dtype: torch.dtype) -> Case:
     """Return the product of two large square matrices by torch, the reference of all products."""
-    side, generator = PRODUCT_SIDES.get(device.type, LARGE_SIDE), generator_for(1)
-    left, right = (torch.randn(side, side, generator=generator).to(device, dtype) for _ in range(2))
+    side, generator = PRODUCT_SIDES.get(device.type, LARGE_SIDE), torch.Generator(device).manual_seed(1)
+    left, right = (torch.randn(side, side, generator=generator, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(left)
     name = f"matrix product of {side} x {side} in {str(dtype).removeprefix('torch.')}"
     return Case(name, lambda: torch.mm(left, right, out=out), flops=2.0 * side**3)

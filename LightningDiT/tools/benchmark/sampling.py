@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,16 +70,25 @@ def measure_decoding(setting: Setting) -> dict[str, Any]:
 
 @torch.inference_mode()
 def published_procedure(
-    pipe: LightningDiTPipeline, sample: SampleConfig, noise: Tensor, labels: Sequence[int]
+    pipe: LightningDiTPipeline,
+    sample: SampleConfig,
+    noise: Tensor,
+    labels: Sequence[int],
+    network: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Return the final latents of Euler with 250 points and both halves of guidance at each, wanted or not."""
+    """Return the final latents of Euler with 250 points and both halves of guidance at each, wanted or not.
+
+    Args:
+        network: computes in place of the pipeline's transformer.
+    """
+    network = network or pipe.transformer
     conditional = torch.tensor(labels, device=pipe.device)
     y = torch.cat([conditional, torch.full_like(conditional, pipe.transformer.null_class)])
     settings = pipe.guided(labels, sample).settings
     channels = noise.shape[1] if settings.guided_channels == "all" else settings.guided_channels
 
     def both_halves(x: Tensor, t: Tensor) -> Tensor:
-        cond, null = pipe.transformer(torch.cat([x, x]), torch.cat([t, t]), y).float().chunk(2)
+        cond, null = network(torch.cat([x, x]), torch.cat([t, t]).to(x.device), y).float().chunk(2)
         if not settings.acts_at(t):
             return cond
         mixed = null + settings.cfg_scale * (cond - null)

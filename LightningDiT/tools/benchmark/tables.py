@@ -10,7 +10,9 @@ from LightningDiT.tools.report import table
 from .demo import DEMO
 from .forward import summary
 from .machine import machine_line
+from .predict import predicted_table
 from .rounds import Result
+from .rows import Row
 
 MEGA, GIGA = 1e6, 1e9
 
@@ -166,6 +168,51 @@ def training_table(part: dict[str, Any]) -> list[str]:
     ]
 
 
+def row_table(part: dict[str, Any]) -> list[str]:
+    """Return the measurements of a GPU, and the first results of fresh processes if the part has them."""
+    head = (
+        "what",
+        "at once",
+        "ms",
+        "ms each",
+        "each a minute",
+        "product's rate",
+        "first run, s",
+        "GB",
+        "J each",
+        "note",
+    )
+
+    def known(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    def cells(row: Row) -> tuple[str, ...]:
+        each = None if row.seconds is None else row.seconds / row.units
+        return (
+            row.name,
+            str(row.units),
+            known(row.seconds and 1e3 * row.seconds, ",.2f"),
+            known(each and 1e3 * each, ",.3f"),
+            known(each and 60 / each, ",.0f"),
+            known(row.share or None, ".2f"),
+            known(row.first, ".1f"),
+            known(row.peak and row.peak / GIGA, ".1f"),
+            known(row.joules, ".2f"),
+            row.note,
+        )
+
+    firsts = [
+        (
+            f"{one['images']} images at once, compile {one['compile']}, code {one['code']}",
+            *(f"{one[name]:.1f}" if name in one else one["failed"] for name in ("loading", "first", "second")),
+        )
+        for one in part.get("firsts", [])
+    ]
+    lines = [*table(head, map(cells, part["rows"])), *notes(part["skipped"])]
+    head = ("a fresh process, `fast`", "loading, s", "first images, s", "second time, s")
+    return lines + (table(head, firsts) if firsts else [])
+
+
 #: Title and table of each part.
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "forward": ("Forwards of the transformer", forward_table),
@@ -176,12 +223,19 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "growth": ("Growth", growth_table),
     "demo": ("The demonstration", demo_table),
     "training": ("Training and extraction, each row in the precision that it names,", training_table),
+    "gpu-forward": ("Forwards of LightningDiT-XL/1", row_table),
+    "gpu-decode": ("Decoding by VA-VAE f16d32", row_table),
+    "gpu-training": ("Training steps", row_table),
+    "gpu-sampling": ("Images of LightningDiT-XL/1, 256 x 256, noise to pixels,", row_table),
+    "predicted": ("Predicted, not measured", lambda part: predicted_table(part["work"])),
 }
 
 
 def render(part: str, figures: dict[str, Any], facts: dict[str, Any]) -> str:
     """Return one part: a line about the machine, then its tables."""
     title, lines_of = TABLES[part]
+    if part == "predicted":
+        return "\n".join([f"**{title}:**", "", *lines_of(figures)])
     return "\n".join([f"**{title}** on {machine_line(facts)}:", "", *lines_of(figures)])
 
 

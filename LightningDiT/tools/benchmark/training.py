@@ -39,7 +39,7 @@ from LightningDiT.tokenizer.autoencoder import AutoencoderKL
 from LightningDiT.tokenizer.config import TokenizerConfig, load_tokenizer_config, tokenizer_config_path
 from LightningDiT.tokenizer.latents import Moments
 from LightningDiT.tokenizer.vavae import VA_VAE, autoencoder_settings
-from LightningDiT.training.extraction import STATS_NAME, ExtractionSettings, extract
+from LightningDiT.training.extraction import STATS_NAME, ExtractionSettings, default_workers, extract
 from LightningDiT.training.latent_batches import LatentBatch
 from LightningDiT.training.memory import training_need
 from LightningDiT.training.transformer_training import Trainer
@@ -327,7 +327,7 @@ def measure_extraction(plan: ExtractionPlan, images: int, folder: Path, device: 
     weights = Path(known.ckpt_path) if has_weights else random_tokenizer(known, folder)
     tokenizer = VA_VAE(known, config.data.image_size, weights, device=device)
     tokenizer.encode_images(torch.zeros(1, 3, config.data.image_size, config.data.image_size))  # to warm up
-    settings = ExtractionSettings(config.data.image_size)
+    settings = ExtractionSettings(config.data.image_size, workers=default_workers(tokenizer.device, 1))
     result = extract(open_folder(folder / "images"), tokenizer, weights, folder / "latents", settings)
     return Extraction(f"{plan.name}, {plan.ending} files", result.made, result.seconds, result.shares)
 
