@@ -246,9 +246,9 @@ def test_step3_says_in_one_line_why_it_chose_precision_and_batch(
     output = tmp_path / "config.yaml"
     assert write_config(models, output) == 0
     sample = load_config(output).sample
-    assert (sample.precision, sample.per_proc_batch_size) == ("auto", 16)
+    assert (sample.precision, sample.per_proc_batch_size) == ("auto", 83)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "precision auto" in line]
-    assert "batch size 16 takes at most " in line
+    assert "batch size 83 takes at most " in line
     assert line.endswith("13.6 GB usable (85% of the GPU's memory)")
 
 
