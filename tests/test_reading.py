@@ -75,6 +75,13 @@ def test_too_little_memory_is_no_damage_of_an_image(files: list[Path], monkeypat
         processes.read(files[0], 16)
 
 
+def test_a_process_starts_without_torch() -> None:
+    """Which takes seconds and hundreds of megabytes in each of sixteen."""
+    code = "import sys; sys.path[:] = sys.argv[1:]; import LightningDiT.data.reading; print('torch' in sys.modules)"
+    command = [sys.executable, "-c", code, str(reading.ROOT), *sys.path]
+    assert subprocess.run(command, capture_output=True, check=True, timeout=60).stdout.split() == [b"False"]
+
+
 def test_a_python_that_prints_at_its_start_does_no_harm(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "SERVE", f"print('hello'); {reading.SERVE}")
     with ReadingProcesses(1) as processes:
