@@ -638,6 +638,7 @@ PROGRAMS: dict[str, list[str]] = {
     "LightningDiT.tools.calibrate_solver": ["--config", "missing.yaml"],
     "LightningDiT.tools.match_guidance": ["--config", "missing.yaml"],
     "LightningDiT.tools.training_memory": ["--config", "missing.yaml"],
+    "LightningDiT.tools.simulate_walkers": ["--output", "o", "--dry-run"],
     "fix_latents_stats": ["--stats", "latents_stats.pt", "--dry-run"],
     "step3_setup_configs": ["--dry-run"],
     "step4_run_inference": ["--config", "config.yaml", "--dry-run"],

@@ -39,6 +39,7 @@ ROWS: dict[str, set[str]] = {
     **PARTS,
     "loading": {"checkpoint", "config", "errors", "models", "tokenizer", "transport"},
     "metrics": {*GROUND, "data", "tokenizer"},
+    "radar": {*GROUND, "data"},
     "sampling": BELOW,
     "training": {*BELOW, "sampling"},  # a run shows samples of its average
     "__init__": {"config", "sampling"},
@@ -49,7 +50,7 @@ ROWS: dict[str, set[str]] = {
     "extract_features": {*GROUND, "data", "tokenizer", "training"},
     "evaluate": {*GROUND, "metrics"},
     "evaluate_tokenizer": {*GROUND, "metrics"},
-    "tools": {*BELOW, "sampling", "training"},  # the benchmark times the trainer's steps
+    "tools": {*BELOW, "radar", "sampling", "training"},  # the benchmark times the trainer's steps
 }
 SET_UP_MAY_USE = {f"{LIBRARY}.{name}" for name in ("errors", "console", "files")}
 STEPS = sorted(path.stem for path in PROJECT.glob("*.py"))

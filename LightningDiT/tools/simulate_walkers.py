@@ -1,0 +1,190 @@
+"""Simulate spectrograms of people who walk: `python -m LightningDiT.tools.simulate_walkers --help`.
+
+The folders, file names, pictures and gaps at turns are those of recordings of real people; docs/radar.md says what is
+simulated. A run that was stopped goes on when the same command is run again. With --check nothing is written: a plain
+classifier shows how well these walkers can be told apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from LightningDiT.config import setting_differences
+from LightningDiT.console import Progress, natural, positive, run_main
+from LightningDiT.data.prefetching import prefetched
+from LightningDiT.errors import LightningDiTError
+from LightningDiT.files import (
+    atomic_path,
+    check_target,
+    held_folder,
+    kind_of,
+    read_json,
+    require_space,
+    require_writable,
+    write_text,
+)
+from LightningDiT.radar import pictures
+from LightningDiT.radar.colour_maps import NAMES
+from LightningDiT.radar.population import CONDITIONS
+from LightningDiT.radar.recording import Cutting, recording, windows_of
+from LightningDiT.radar.sensor import Sensor
+from LightningDiT.radar.separability import features, two_splits
+
+MANIFEST = "walkers.json"
+BYTES = {"jpg": 40_000, "npy": 59_000}  # of a window, at most
+CHECKED_SPLITS = 5
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the command line's arguments."""
+    parser = argparse.ArgumentParser(prog="python -m LightningDiT.tools.simulate_walkers", description=__doc__)
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--output", help="the folder to write, a new one or one of a stopped run")
+    target.add_argument(
+        "--check", action="store_true", help="write nothing; print the accuracy of a classifier by two splits"
+    )
+    parser.add_argument("--people", type=positive, default=31, help="default: %(default)s")
+    parser.add_argument("--windows", type=positive, default=80, help="of a person and condition; default: %(default)s")
+    parser.add_argument("--seed", type=natural, default=0, help="another seed is another population")
+    parser.add_argument(
+        "--layout", choices=pictures.LAYOUTS, default="people", help="ID_7, Normal_line/ID_7, or 07/Normal_line"
+    )
+    parser.add_argument(
+        "--conditions",
+        nargs="+",
+        choices=CONDITIONS,
+        metavar="NAME",
+        help=f"of {', '.join(CONDITIONS)}; default: Normal_line in the layout `people`, else all",
+    )
+    parser.add_argument(
+        "--format", choices=pictures.FORMATS, default="jpg", help="npy: float32 in dB; default: %(default)s"
+    )
+    parser.add_argument(
+        "--blow-up", choices=pictures.BLOW_UPS, default="bilinear", help="of columns in a JPEG; default: %(default)s"
+    )
+    parser.add_argument("--colour-map", choices=NAMES, default="jet", help="of a JPEG; default: %(default)s")
+    parser.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes; default: one a core")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be written, and end")
+    args = parser.parse_args(argv)
+    args.conditions = args.conditions or (["Normal_line"] if args.layout == "people" else list(CONDITIONS))
+    return args
+
+
+def planned(args: argparse.Namespace, person: int, condition: int) -> list[str]:
+    """Return the paths of a recording's windows below the output folder."""
+    windows = windows_of(args.seed, person, condition, args.windows, Cutting())
+    return [pictures.path_of(args.layout, person, condition, window.number, args.format) for window in windows]
+
+
+def contents(args: argparse.Namespace, record: tuple[int, int]) -> list[bytes]:
+    """Return the contents of the files of a recording: person and condition."""
+    windows = recording(args.seed, *record, args.windows, Sensor(), Cutting())
+    return [pictures.encoded(decibels, args.format, args.blow_up, args.colour_map) for _, decibels in windows]
+
+
+def described(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings on which the files depend."""
+    names = ("people", "windows", "seed", "layout", "conditions", "format", "blow_up", "colour_map")
+    return {name: getattr(args, name) for name in names} | {"sensor": asdict(Sensor()), "cutting": asdict(Cutting())}
+
+
+def require_same_run(folder: Path, settings: dict[str, Any]) -> None:
+    """Raise LightningDiTError if a folder holds other files than those of a run with these settings."""
+    manifest = folder / MANIFEST
+    fix = "choose another --output, or move it away"
+    if kind_of(manifest) is None:
+        foreign = (
+            sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")) if folder.exists() else []
+        )
+        if foreign:
+            raise LightningDiTError(f"{folder} holds {foreign[0]}, which no run of this command has written", fix)
+        return
+    try:
+        there = read_json(manifest)["settings"]
+        changed = setting_differences(there, settings)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise LightningDiTError(f"{manifest} is damaged", fix) from None
+    if changed:
+        raise LightningDiTError(f"{folder} holds walkers of other settings ({'; '.join(changed[:3])})", fix)
+
+
+def write_walkers(args: argparse.Namespace, folder: Path, records: list[tuple[int, int]]) -> int:
+    """Write the recordings that are not complete, and return the number of files written."""
+    missing = [record for record in records if not all((folder / name).is_file() for name in planned(args, *record))]
+    begin = partial(ProcessPoolExecutor, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    results = prefetched(partial(contents, args), missing, args.workers, pool=begin)
+    written = 0
+    with Progress(len(missing) * args.windows, "window") as progress:
+        for record, files in zip(missing, results, strict=True):
+            for name, content in zip(planned(args, *record), files, strict=True):
+                with atomic_path(folder / name) as path:
+                    path.write_bytes(content)
+                written += 1
+            progress.update(len(files))
+    return written
+
+
+def check(args: argparse.Namespace) -> list[str]:
+    """Return lines with the accuracies of a classifier on the first condition."""
+    condition, images, labels, passes = CONDITIONS.index(args.conditions[0]), [], [], []
+    with Progress(args.people, "person") as progress:
+        for person in range(args.people):
+            for window, decibels in recording(args.seed, person + 1, condition, args.windows, Sensor(), Cutting()):
+                images.append(decibels)
+                labels.append(person)
+                passes.append(window.pass_)
+            progress.update()
+    inputs = features(np.stack(images))
+    found = [two_splits(inputs, np.array(labels), np.array(passes), split) for split in range(CHECKED_SPLITS)]
+    return [
+        f"logistic regression, {args.people} people, {args.windows} windows of each, mean of {CHECKED_SPLITS} splits:",
+        *(
+            f"  {name:<18} {100 * np.mean(values):.1f} % right (standard deviation {100 * np.std(values):.1f})"
+            for name, values in zip(("windows at random", "by pass"), zip(*found, strict=True), strict=True)
+        ),
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, build, run."""
+    args = parse(argv)
+    if args.check:
+        if args.people < 2 or args.windows < 8:
+            raise LightningDiTError(
+                "--check needs two people and eight windows of each", "give larger --people and --windows"
+            )
+        print("\n".join(check(args)))
+        return 0
+    folder, settings = Path(args.output), described(args)
+    check_target(folder / MANIFEST)
+    require_same_run(folder, settings)
+    records = [(person + 1, CONDITIONS.index(name)) for person in range(args.people) for name in args.conditions]
+    count = len(records) * args.windows
+    first = folder / planned(args, *records[0])[0]
+    print(f"{args.people} people, {len(args.conditions)} conditions, {count} windows: {first}, ...")
+    require_space(folder, count * BYTES[args.format], f"{count} windows", "choose another --output")
+    if args.dry_run:
+        return 0
+    require_writable(folder)
+    with held_folder(folder, "simulation"):
+        require_same_run(folder, settings)
+        write_text(folder / MANIFEST, json.dumps({"settings": settings}, indent=1) + "\n")
+        written = write_walkers(args, folder, records)
+    print(f"wrote {written} files, {count - written} were there; settings in {folder / MANIFEST}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
