@@ -114,6 +114,8 @@ def locate(given: Path | None, config: Path = CONFIG, models: Path | None = None
         settings = _settings(config)
         if settings and settings.data.data_path:
             path, reason = Path(settings.data.data_path), f"{config.name} uses it"
+            if _has_moved(path, settings, models):
+                path, reason = models, f"{config.name} names {path}, which is not there"
         else:
             settings, (path, reason) = None, _without_configuration(config, models)
     if path.suffix == ".pt" or path.is_file():
@@ -150,6 +152,12 @@ def _settings(config: Path) -> Config | None:
     from LightningDiT.config import load_config
 
     return load_config(config) if config.is_file() else None
+
+
+def _has_moved(path: Path, settings: Config, models: Path) -> bool:
+    """Return whether `models` holds published weights, and the settings name some whose statistics are not there."""
+    names = [name for file in weights.SETS["all"] for name in weights.usable_names(file)]
+    return not path.exists() and Path(settings.ckpt_path or "").name in names and bool(weights.published_in(models))
 
 
 def _without_configuration(config: Path, models: Path) -> tuple[Path, str]:

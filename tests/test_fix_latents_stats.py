@@ -322,6 +322,20 @@ def test_the_configuration_names_the_file(tmp_path: Path, data_path: str, found:
     assert target == stats_repair.Target(path, "published", 32, "config.yaml uses it", fault)
 
 
+@pytest.mark.parametrize("model", ["lightningdit-xl-imagenet256-64ep.fp16.safetensors", "mine.safetensors"])
+def test_published_weights_that_moved_are_repaired_where_they_are(tmp_path: Path, model: str) -> None:
+    """Step 4 takes them from there too; a model of one's own has statistics of its own."""
+    config, old, new = tmp_path / "c.yaml", tmp_path / "old", tmp_path / "new"
+    new.mkdir()
+    (new / weights.VAVAE.name).touch()
+    config.write_text(f"ckpt_path: {old / model}\ndata:\n  data_path: {old}\n")
+    target = stats_repair.locate(None, config, new)
+    place, reason = (new, f"c.yaml names {old}, which is not there")
+    if model.startswith("mine"):
+        place, reason = old, "c.yaml uses it"
+    assert target == stats_repair.Target(place / "latents_stats.pt", "published", 32, reason)
+
+
 @pytest.mark.parametrize("text", [None, "data:\n  num_classes: 10\n"])
 def test_without_a_configuration_it_is_that_of_the_model_that_is_here(
     bundled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None
