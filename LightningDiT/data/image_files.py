@@ -108,7 +108,7 @@ class FoundImages:
     notes: tuple[str, ...] = ()
 
 
-def find_images(folder: str | Path, known: Collection[str] = ()) -> FoundImages:
+def find_images(folder: str | Path, known: Collection[str] = (), more: Collection[str] = ()) -> FoundImages:
     """Return every file below `folder` whose name ends like that of an image that Pillow reads.
 
     Links are followed. Links that lead nowhere are included, so that a reader reports them. Names that begin with a
@@ -116,6 +116,7 @@ def find_images(folder: str | Path, known: Collection[str] = ()) -> FoundImages:
 
     Args:
         known: names of other files that belong there, which the notes do not mention.
+        more: further endings of files that hold images, as ".npy".
 
     Raises:
         LightningDiTError: the folder does not exist, may not be read, or holds no such file.
@@ -124,7 +125,7 @@ def find_images(folder: str | Path, known: Collection[str] = ()) -> FoundImages:
     if root.is_file():
         raise LightningDiTError(f"{root} is a file, a folder of images was expected", f"name {root.parent}")
     formats = _formats()
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in formats}
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in formats} | {*more}
     litter: list[Path] = []
     below = sorted(_files_below(root, litter)) if root.is_dir() else []
     files = [path for path in below if path.suffix.lower() in endings]

@@ -1,0 +1,281 @@
+"""Values of spectrograms: from images of any depth and from arrays, their native time columns, their size, and back."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import math
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from LightningDiT.data.image_files import LONGEST, WHITE_16_BIT, open_image
+from LightningDiT.errors import import_package
+from LightningDiT.files import atomic_path, open_regular
+
+ARRAYS = (".npy", ".npz", ".mat")
+#: Arrays beside that of the windows that say, for each of them, whose it is.
+KEYS = ("person", "condition", "recording", "number", "part")
+MOST_BYTES = 2**31  # of a file of arrays, packed or not
+SCIPY_PIN = "scipy==1.17.1"
+FEWEST = 8  # native columns that are looked for
+NEAR = 2  # columns more and less that a number is compared with
+SHARP = 1.2  # least `Columns.sharpness`; JPEG files of windows that were not enlarged have up to 1.17
+TINY = 1e-9  # squared error that nobody sees
+ROWS = 32  # of a window that are enough
+
+Levels = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class ArrayFile:
+    """What a file of arrays holds.
+
+    Attributes:
+        windows: (N, H, W), Doppler down and time across.
+        columns: by the names in `KEYS`, a text for each window.
+        single: whether the file has one window, without an axis that counts.
+    """
+
+    windows: NDArray[Any]
+    columns: dict[str, list[str]] = field(default_factory=dict)
+    single: bool = False
+
+
+@functools.lru_cache(maxsize=2)  # the windows of a file are asked for one after another
+def open_arrays(path: Path) -> ArrayFile:
+    """Return the windows of a .npy, .npz or .mat file.
+
+    Raises:
+        OSError, ValueError: it is damaged, or has no array of windows, or several.
+        LightningDiTError: scipy, which reads .mat files, is missing.
+    """
+    content = _content(path)
+    columns = {key: content.pop(key) for key in KEYS if key in content}
+    numeric = {name: array for name, array in content.items() if array.dtype.kind in "fiuc" and array.ndim >= 2}
+    if path.suffix.lower() == ".mat":  # where a number is an array of 1 x 1
+        numeric = {name: array for name, array in numeric.items() if min(array.shape[:2]) > 1}
+    if len(numeric) != 1:
+        raise ValueError(f"it has {len(numeric)} arrays of two or three axes, one is expected")
+    [array] = numeric.values()
+    if array.dtype.kind == "c":
+        raise ValueError("its values are complex, write 20 log10(abs(x)) in dB")
+    if array.ndim == 4 and 1 in (array.shape[1], array.shape[3]):
+        array = array[:, 0] if array.shape[1] == 1 else array[..., 0]
+    single = array.ndim == 2
+    windows = array[None] if single else array
+    if windows.ndim != 3 or 0 in windows.shape:
+        raise ValueError(f"its array has the shape {array.shape}, (H, W) or (N, H, W) is expected")
+    if max(windows.shape[1:]) > LONGEST * min(windows.shape[1:]):
+        raise ValueError(f"its windows have {windows.shape[2]}x{windows.shape[1]} values")
+    texts = {}
+    for key, column in columns.items():
+        flat = [value.item() if hasattr(value, "item") else value for value in np.ravel(column)]
+        if len(flat) != len(windows):
+            raise ValueError(f"{key} has {len(flat)} values for {len(windows)} windows")
+        texts[key] = [str(value).strip() for value in flat]
+    return ArrayFile(windows, texts, single)
+
+
+def _content(path: Path) -> dict[str, NDArray[Any]]:
+    """Return the arrays of a file by their names; raises as `open_arrays`."""
+    with open_regular(path) as stream:
+        data = stream.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise ValueError("it has more than 2 GB")
+    kind, memory = path.suffix.lower(), io.BytesIO(data)
+    if kind == ".mat":
+        return _matlab(memory, data)
+    try:
+        loaded = np.load(memory, allow_pickle=False)
+        if kind == ".npz":
+            with loaded as archive:
+                if sum(member.file_size for member in archive.zip.infolist()) > MOST_BYTES:
+                    raise ValueError("it unpacks to more than 2 GB")
+                return {name: archive[name] for name in archive.files}
+    except (EOFError, SyntaxError, zipfile.BadZipFile, zipfile.LargeZipFile, AttributeError, TypeError) as error:
+        raise ValueError(f"it is no whole {kind} file ({error})") from error
+    return {"array": loaded}
+
+
+def _matlab(memory: io.BytesIO, data: bytes) -> dict[str, NDArray[Any]]:
+    scipy_io = import_package("scipy.io", "the arrays of .mat files", SCIPY_PIN)
+    if data[:8] == b"\x89HDF\r\n\x1a\n" or b"MATLAB 7.3" in data[:128]:
+        raise ValueError("it is a MATLAB 7.3 file, write it by save(..., '-v7')")
+    try:
+        loaded = scipy_io.loadmat(memory)
+    except Exception as error:  # arbitrary bytes make scipy's reader fail in arbitrary ways
+        raise ValueError(f"it is no whole .mat file ({error})") from error
+    return {name: array for name, array in loaded.items() if isinstance(array, np.ndarray)}
+
+
+@dataclass(frozen=True)
+class Raw:
+    """A window as its file has it.
+
+    Attributes:
+        pixels: (H, W, 3) uint8, of an image in colours; else None.
+        values: (H, W) float32: dB of an array, levels in 0 to 1 of a grey image; else None.
+        in_db: whether `values` are dB.
+        digest: of the pixels or values.
+    """
+
+    pixels: NDArray[np.uint8] | None
+    values: Levels | None
+    in_db: bool
+    digest: str
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        array = self.values if self.pixels is None else self.pixels
+        assert array is not None
+        return array.shape[0], array.shape[1]
+
+
+def read_raw(file: Path, index: int | None) -> Raw:
+    """Return one window.
+
+    Raises:
+        Exception: arbitrary bytes make readers fail in arbitrary ways.
+    """
+    if file.suffix.lower() in ARRAYS:
+        array = open_arrays(file).windows[index or 0]
+        return Raw(None, array.astype(np.float32), True, _digest(array))
+    with open_image(file) as image:
+        if max(image.size) > LONGEST * min(image.size):
+            raise ValueError(f"it has {image.width}x{image.height} pixels")
+        if image.mode == "F" or image.mode.startswith("I"):
+            array = np.asarray(image)
+            if image.mode == "F":
+                return Raw(None, array.astype(np.float32), True, _digest(array))
+            if array.min() < 0 or array.max() > WHITE_16_BIT:
+                raise ValueError(f"its pixels reach from {array.min()} to {array.max()}, beyond 16 bits")
+            return Raw(None, (array / WHITE_16_BIT).astype(np.float32), False, _digest(array))
+        array = np.asarray(image if image.mode == "L" else image.convert("RGB"))
+    if array.ndim == 3 and not (array != array[..., :1]).any():
+        array = array[..., 0]
+    if array.ndim == 2:
+        return Raw(None, (array / 255).astype(np.float32), False, _digest(array))
+    return Raw(array, None, False, _digest(array))
+
+
+def _digest(array: NDArray[Any]) -> str:
+    found = hashlib.sha256(str(array.shape).encode())
+    found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()[:16]
+
+
+# ---- the time axis
+
+
+#: How windows may have been enlarged, as Pillow does it.
+ENLARGED = {
+    "nearest": Image.Resampling.NEAREST,
+    "linear": Image.Resampling.BILINEAR,
+    "cubic": Image.Resampling.BICUBIC,
+}
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Native time columns of windows that were enlarged.
+
+    Attributes:
+        count: of a window.
+        way: of `ENLARGED`.
+        sharpness: error of the windows made again from a few columns more or less, over that from these.
+        error: root mean square of that from these, in levels.
+    """
+
+    count: int
+    way: str
+    sharpness: float
+    error: float
+
+
+def native_columns(windows: Sequence[Levels]) -> Columns | None:
+    """Return the number of time columns that windows (of one size) had before they were enlarged; None if unchanged.
+
+    A window that was enlarged comes back from its native columns up to the noise of its file, and from any other
+    number near it with a larger error.
+    """
+    width, rows = windows[0].shape[1], max(1, windows[0].shape[0] // ROWS)
+    counts = range(FEWEST, width)
+    errors = {way: np.zeros(len(counts)) for way in ENLARGED}
+    for levels in windows:
+        thin = np.ascontiguousarray(levels[::rows])
+        for at, count in enumerate(counts):
+            columns = Image.fromarray(sample_columns(thin, count))
+            for way, filtered in ENLARGED.items():
+                again = np.asarray(columns.resize((width, len(thin)), filtered))
+                errors[way][at] += float(((again - thin) ** 2).mean())
+    found = []
+    for way, squares in errors.items():
+        if len(squares) <= 2 * NEAR:
+            return None
+        inner, around = squares[NEAR:-NEAR], np.minimum(squares[: -2 * NEAR], squares[2 * NEAR :])
+        ratio = np.sqrt(around / np.maximum(inner, TINY))
+        for at in np.flatnonzero(ratio > SHARP):
+            error = math.sqrt(inner[at] / len(windows))
+            found.append(Columns(counts[int(at) + NEAR], way, float(ratio[at]), error))
+    # nearest pixels also come back from some larger numbers, the smallest is what they hold
+    sharpest = max((columns.sharpness for columns in found), default=0.0)
+    clear = [columns for columns in found if columns.sharpness - 1 >= 0.7 * (sharpest - 1)]
+    return min(clear, key=lambda columns: (columns.count, -columns.sharpness), default=None)
+
+
+def sample_columns(levels: Levels, count: int) -> Levels:
+    """Return the native columns (H, count) of an enlarged window (H, W), each where its centre lies.
+
+    Linear, cubic and nearest enlargement all keep a column's own value at its centre.
+    """
+    width = levels.shape[1]
+    at = np.clip((np.arange(count) + 0.5) * width / count - 0.5, 0, width - 1)
+    left = np.minimum(at.astype(np.intp), width - 2)
+    share = (at - left).astype(np.float32)
+    return levels[:, left] * (1 - share) + levels[:, left + 1] * share
+
+
+# ---- size and files
+
+
+def fitted(levels: Levels, size: tuple[int, int], fit: str) -> Levels:
+    """Return levels (H, W) in another size; nothing is cut.
+
+    Args:
+        size: height and width.
+        fit: "resize" keeps both ends of each axis; "pad" keeps the proportions of a larger window and fills the rest
+            with the lowest level of the window, at the bottom and at the end.
+    """
+    height, width = size
+    if levels.shape == size:
+        return levels
+    if fit == "pad":
+        scale = min(1.0, height / levels.shape[0], width / levels.shape[1])
+        inner = (max(1, math.floor(levels.shape[0] * scale)), max(1, math.floor(levels.shape[1] * scale)))
+        padded = np.full(size, levels.min(), np.float32)
+        padded[: inner[0], : inner[1]] = fitted(levels, inner, "resize")
+        return padded
+    image = Image.fromarray(np.ascontiguousarray(levels)).resize((width, height), Image.Resampling.BICUBIC)
+    return np.clip(np.asarray(image), levels.min(), levels.max())
+
+
+def save_levels(levels: Levels, path: Path) -> None:
+    """Write levels in 0 to 1 as a grey PNG of 16 bits."""
+    with atomic_path(path) as temporary:
+        grey = np.rint(np.clip(levels, 0, 1) * WHITE_16_BIT).astype(np.uint16)
+        Image.fromarray(grey).save(temporary, "PNG")
+
+
+def save_view(pixels: NDArray[np.uint8], path: Path) -> None:
+    """Write RGB pixels (H, W, 3) as a PNG."""
+    with atomic_path(path) as temporary:
+        Image.fromarray(pixels).save(temporary, "PNG")

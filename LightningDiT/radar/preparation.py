@@ -1,0 +1,277 @@
+"""From files to a split: which windows are whole, in which colour map, how they overlap, and which part each is in."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from LightningDiT.console import Progress
+from LightningDiT.data.image_files import shown
+from LightningDiT.data.labels import natural_key
+from LightningDiT.errors import LightningDiTError, first_line
+from LightningDiT.radar.arrays import Columns, Levels, Raw, native_columns, read_raw
+from LightningDiT.radar.colour_maps import FAR, GREY, NAMES, Inverter, distances
+from LightningDiT.radar.layouts import OTHER_SPLIT, Collected, Window, collect, other_split
+from LightningDiT.radar.overlap import Overlap, Passes, find_passes, measure
+from LightningDiT.radar.split import Row, make_split
+
+OWN_PARTS = "folders or list"
+DB = "dB"  # in place of a colour map, of arrays
+COLUMNS_SEEN = 8  # windows that native columns are looked for in
+RANGE_SEEN = 400  # training windows that the dB range is taken from
+TAILS = (0.1, 99.9)  # percent of their values, the ends of that range
+OTHER = 12.0  # distance to the map of the others from which on an image may be in a map of its own
+KEPT = 512  # windows whose levels stay in memory
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a window is made of, without its values.
+
+    Attributes:
+        size: height and width.
+        digest: of the pixels.
+        distances: to each colour map; empty for grey images and arrays.
+        unit: of values, `DB` or `GREY`; empty for colours.
+        zeros: values of minus infinity, which become the low end of the range.
+    """
+
+    size: tuple[int, int]
+    digest: str
+    distances: Mapping[str, float]
+    unit: str
+    zeros: int = 0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A data set after the audit.
+
+    Attributes:
+        kept: the windows that the split has.
+        left_out: names of the others with the reason.
+        maps: colour map of each kept window, `DB` for arrays.
+        residual: mean distance of the pixels to their maps, in steps of 8 bits.
+        sizes: of the kept windows, (height, width) with counts.
+        splits_of_data: part of each window, by its name, in each split that the data has, by its origin.
+        notes: lines about what was assumed.
+    """
+
+    collected: Collected
+    kept: list[Window]
+    left_out: dict[str, str]
+    scans: dict[str, Scan]
+    maps: dict[str, str]
+    residual: float
+    sizes: Counter[tuple[int, int]]
+    overlap: Overlap
+    passes: Passes
+    columns: Columns | None
+    rows: list[Row]
+    db_range: tuple[float, float] | None
+    source: Source
+    splits_of_data: dict[str, dict[str, str]]
+    notes: list[str]
+
+
+def prepare(
+    data: Path,
+    pattern: str | None = None,
+    colour_map: str | None = None,
+    db_range: tuple[float, float] | None = None,
+    folds: int = 5,
+    seed: int = 0,
+) -> Prepared:
+    """Return a data set with its audit and its split; nothing is written.
+
+    Args:
+        data, pattern: see `layouts.collect`.
+        colour_map: of all images in colours; by default it is recognised.
+        db_range: of arrays; by default `TAILS` of the training windows.
+
+    Raises:
+        LightningDiTError: nothing can be read, or the images are drawn in no known colour map.
+    """
+    collected = collect(data, pattern)
+    scans, left_out = _scanned(collected)
+    maps = _maps(scans, left_out, colour_map)
+    _leave_out_equal(collected.windows, scans, left_out)
+    kept = [window for window in collected.windows if window.name not in left_out]
+    if not kept:
+        reason = next(iter(left_out.values()))
+        raise LightningDiTError(
+            f"none of the {len(left_out)} windows can be used, the first because it {reason}",
+            "name a folder of spectrograms",
+        )
+    source = Source(collected.root, maps, db_range)
+    sizes = Counter(scans[window.name].size for window in kept)
+    usual = sizes.most_common(1)[0][0]
+    alike = [window for window in kept if scans[window.name].size == usual]
+    overlap = measure(alike, usual[1], source.levels, seed)
+    passes = find_passes(kept, overlap, source.levels)
+    rows = make_split(kept, passes, overlap, {name: scan.digest for name, scan in scans.items()}, folds, seed)
+    if any(scan.unit == DB for scan in scans.values()):
+        db_range = source.db_range = db_range or _range(rows, source)
+    shown_levels = [source.levels(alike[at]) for at in np.linspace(0, len(alike) - 1, COLUMNS_SEEN).astype(int)]
+    colours = maps[alike[0].name] != DB
+    columns = native_columns([levels for levels in shown_levels if levels is not None]) if colours else None
+    notes = list(collected.notes)
+    splits = _splits_of_data(collected, notes)
+    return Prepared(
+        collected,
+        kept,
+        left_out,
+        scans,
+        maps,
+        source.residual,
+        sizes,
+        overlap,
+        passes,
+        columns,
+        rows,
+        db_range,
+        source,
+        splits,
+        notes,
+    )
+
+
+def _scanned(collected: Collected) -> tuple[dict[str, Scan], dict[str, str]]:
+    """Return what each window is made of, and the windows that cannot be used with the reason."""
+    scans: dict[str, Scan] = {}
+    left_out = {file: f"cannot be read: {reason}" for file, reason in collected.damaged}
+    with Progress(len(collected.windows), "window", label="reading") as progress:
+        for window in collected.windows:
+            try:
+                raw = read_raw(collected.root / window.file, window.index)
+            except (MemoryError, LightningDiTError):
+                raise
+            except Exception as error:  # arbitrary bytes make readers fail in arbitrary ways
+                left_out[window.name] = f"cannot be read: {first_line(error)}"
+            else:
+                problem, scans[window.name] = _scan(raw)
+                if problem:
+                    left_out[window.name] = problem
+            progress.update()
+    return scans, left_out
+
+
+def _scan(raw: Raw) -> tuple[str, Scan]:
+    if raw.pixels is not None:
+        return "", Scan(raw.size, raw.digest, distances(raw.pixels), "")
+    assert raw.values is not None
+    unit = DB if raw.in_db else GREY
+    below = int(np.isneginf(raw.values).sum())
+    wrong = int((~np.isfinite(raw.values)).sum()) - below
+    scan = Scan(raw.size, raw.digest, {}, unit, below)
+    if wrong:
+        return f"has {wrong} values that are NaN or infinite", scan
+    if below == raw.values.size:
+        return "has no finite value", scan
+    return "", scan
+
+
+def _maps(scans: Mapping[str, Scan], left_out: dict[str, str], named: str | None) -> dict[str, str]:
+    """Return the colour map of each window; those that are in none are left out.
+
+    All images together decide. One of them has another map only where it is clearly nearer to that.
+    """
+    coloured_ones = {name: scan.distances for name, scan in scans.items() if scan.distances}
+    maps = {name: scan.unit for name, scan in scans.items() if scan.unit}
+    if not coloured_ones:
+        return maps
+    medians = {map_: float(np.median([found[map_] for found in coloured_ones.values()])) for map_ in NAMES}
+    main = named or min(medians, key=lambda map_: medians[map_])
+    for name, found in coloured_ones.items():
+        own = min(found, key=lambda map_: found[map_])
+        other = found[main] > OTHER and found[own] < found[main] / 2
+        maps[name] = main if named or not other else own
+        if not named and found[maps[name]] > FAR:
+            left_out[name] = f"is in no known colour map (nearest {own}, {found[own]:.0f} of 255 away)"
+    return maps
+
+
+def _leave_out_equal(windows: Sequence[Window], scans: Mapping[str, Scan], left_out: dict[str, str]) -> None:
+    """Leave out all windows of equal pixels of several people, and of one person all but the first."""
+    by_digest: dict[str, list[Window]] = defaultdict(list)
+    for window in windows:
+        if window.name not in left_out:
+            by_digest[scans[window.name].digest].append(window)
+    for equal in by_digest.values():
+        people = sorted({window.person for window in equal}, key=natural_key)
+        if len(people) > 1:
+            for window in equal:
+                left_out[window.name] = f"has the pixels of several people: {', '.join(people)}"
+        for window in equal[1:]:
+            left_out.setdefault(window.name, f"has the pixels of {shown(equal[0].name)}")
+
+
+class Source:
+    """Levels of windows, in 0 to 1 once the dB range is known.
+
+    Attributes:
+        db_range: of arrays; None: their values are returned as they are.
+        residual: see `Prepared`.
+    """
+
+    def __init__(self, root: Path, maps: Mapping[str, str], db_range: tuple[float, float] | None) -> None:
+        self.db_range = db_range
+        self._root, self._maps = root, maps
+        self._inverters: dict[str, Inverter] = {}
+        self._distances: list[float] = []
+        self.levels = functools.lru_cache(maxsize=KEPT)(self._levels)
+
+    @property
+    def residual(self) -> float:
+        return float(np.mean(self._distances)) if self._distances else 0.0
+
+    def _levels(self, window: Window) -> Levels | None:
+        """Return the levels (H, W) of a window, None if its file has gone."""
+        try:
+            raw = read_raw(self._root / window.file, window.index)
+        except (OSError, ValueError):
+            return None
+        if raw.pixels is not None:
+            name = self._maps[window.name]
+            if name not in self._inverters:
+                self._inverters[name] = Inverter(name)
+            levels, distance = self._inverters[name].levels(raw.pixels)
+            self._distances.append(distance)
+            return levels
+        assert raw.values is not None
+        if not raw.in_db:
+            return raw.values
+        finite = np.isfinite(raw.values)
+        values = np.where(finite, raw.values, raw.values[finite].min() if finite.any() else 0.0)
+        if self.db_range is None:
+            return values
+        low, high = self.db_range
+        return np.clip((values - low) / (high - low), 0, 1).astype(np.float32)
+
+
+def _range(rows: Sequence[Row], source: Source) -> tuple[float, float]:
+    """Return the dB range of the training windows of fold 0, without `TAILS`."""
+    training = [row for row in rows if row.part == "training"]
+    chosen = [training[at] for at in np.linspace(0, len(training) - 1, min(RANGE_SEEN, len(training))).astype(int)]
+    windows = [Window(row.file, row.index, row.person, row.condition, row.recording, row.number) for row in chosen]
+    ends = [np.percentile(levels, TAILS) for levels in map(source.levels, windows) if levels is not None]
+    low, high = (round(float(value), 2) for value in np.median(ends, 0))
+    source.levels.cache_clear()
+    if not high > low:
+        raise LightningDiTError(
+            f"the values of the training windows reach from {low} to {high} dB", "give --db-range LOW HIGH"
+        )
+    return low, high
+
+
+def _splits_of_data(collected: Collected, notes: list[str]) -> dict[str, dict[str, str]]:
+    """Return the splits that the data has, by their origin: of its folders or list, and of data_split.json."""
+    own = {window.name: window.part for window in collected.windows if window.part}
+    listed, note = other_split(collected.root, collected.windows)
+    notes += [note] if note else []
+    return {where: parts for where, parts in ((OWN_PARTS, own), (OTHER_SPLIT, listed)) if parts}

@@ -1,0 +1,281 @@
+"""Training, validation and test by walking pass, in folds, and the file that later steps read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from LightningDiT.data.labels import natural_key
+from LightningDiT.errors import LightningDiTError, first_line
+from LightningDiT.files import read_json, write_text
+from LightningDiT.radar.layouts import Window
+from LightningDiT.radar.overlap import Overlap, Passes
+
+FORMAT = "passes of spectrograms, 1"
+PARTS = ("training", "validation", "test", "guard")
+BLOCK = 0.2  # of a training pass: the end that validates where a person has two passes
+RERUN = "run step5_prepare_spectrograms.py again"
+MOST_BYTES = 2**28
+
+
+@dataclass(frozen=True)
+class Row:
+    """One window of a split.
+
+    Attributes:
+        file, index, person, condition, recording, number: see `layouts.Window`.
+        pass_number: of the person, from 1.
+        fold: in which the window is tested, from 0; None where the person has one pass and is in no verdict.
+        parts: of `PARTS`, in each fold; "guard" is used by nothing.
+        digest: of the pixels.
+    """
+
+    file: str
+    index: int | None
+    person: str
+    condition: str
+    recording: str
+    number: int
+    pass_number: int
+    fold: int | None
+    parts: tuple[str, ...]
+    digest: str
+
+    @property
+    def name(self) -> str:
+        return self.file if self.index is None else f"{self.file}[{self.index}]"
+
+    @property
+    def part(self) -> str:
+        """The part in fold 0."""
+        return self.parts[0]
+
+
+def make_split(
+    windows: Sequence[Window],
+    passes: Passes,
+    overlap: Overlap,
+    digests: Mapping[str, str],
+    folds: int = 5,
+    seed: int = 0,
+) -> list[Row]:
+    """Return the rows of a split by pass; the same for the same seed.
+
+    The passes of each person are dealt to the folds, the longest first, so that each fold tests about as many windows
+    of the person and of each condition. In fold f the passes of f are the test, and with three folds of passes or more
+    those of the next one validate. With two passes the other one trains, its end validates, and the windows between
+    that share pixels with both are a guard. One pass trains in every fold.
+    """
+    people: dict[str, dict[int, list[Window]]] = defaultdict(lambda: defaultdict(list))
+    for window in windows:
+        people[window.person][passes.numbers[window.name]].append(window)
+    rows = []
+    for at, person in enumerate(sorted(people, key=natural_key)):
+        own = people[person]
+        bins = _dealt(own, min(folds, len(own)), np.random.default_rng([seed, at]))
+        in_verdict = len(bins) > 1
+        for fold, numbers in enumerate(bins):
+            for number in numbers:
+                members = sorted(own[number], key=lambda window: window.number)
+                parts = [_parts(members, fold, tested, bins, overlap) for tested in range(folds)]
+                for place, window in enumerate(members):
+                    own_parts = tuple(part[place] for part in parts)
+                    tested_in = fold if in_verdict else None
+                    rows.append(
+                        Row(
+                            **_fields(window),
+                            pass_number=number,
+                            fold=tested_in,
+                            parts=own_parts,
+                            digest=digests[window.name],
+                        )
+                    )
+    order = {window.name: place for place, window in enumerate(windows)}
+    return sorted(rows, key=lambda row: order[row.name])
+
+
+def _fields(window: Window) -> dict[str, Any]:
+    return {key: value for key, value in asdict(window).items() if key != "part"}
+
+
+def _dealt(own: Mapping[int, Sequence[Window]], count: int, rng: np.random.Generator) -> list[list[int]]:
+    """Return the passes of a person in `count` bins of about equal size, none of them empty."""
+    shuffled = [sorted(own)[at] for at in rng.permutation(len(own))]
+    bins: list[list[int]] = [[] for _ in range(count)]
+    conditions: list[Counter[str]] = [Counter() for _ in range(count)]
+    filled = [0] * count
+    for number in sorted(shuffled, key=lambda number: -len(own[number])):
+        condition = own[number][0].condition
+        at = min(range(count), key=lambda at: (bool(bins[at]), conditions[at][condition], filled[at]))
+        bins[at].append(number)
+        conditions[at][condition] += 1
+        filled[at] += len(own[number])
+    # fold 0, which most people use alone, tests the smallest bin and trains on the largest
+    return [bins[at] for at in sorted(range(count), key=lambda at: filled[at])]
+
+
+def _parts(
+    members: Sequence[Window], fold: int, tested: int, bins: Sequence[Sequence[int]], overlap: Overlap
+) -> list[str]:
+    """Return the part of each window of a pass of bin `fold`, while bin `tested` is tested."""
+    if len(bins) > 1 and fold == tested:
+        return ["test"] * len(members)
+    if len(bins) > 2:
+        return ["validation" if fold == (tested + 1) % len(bins) else "training"] * len(members)
+    if len(bins) == 2 and tested < 2:
+        return _with_end_block(members, overlap)
+    if len(bins) == 2 and fold == tested % 2:
+        return _with_end_block(members, overlap)
+    return ["training"] * len(members)
+
+
+def _with_end_block(members: Sequence[Window], overlap: Overlap) -> list[str]:
+    """Return the parts of a pass that trains and whose end validates; no block where no training would be left."""
+    first = len(members) - max(1, round(BLOCK * len(members)))
+    start = members[first].number
+    validating = ["validation" if window.number >= start else "" for window in members]
+    parts = [
+        part or ("guard" if overlap.shares(start, window.number) else "training")
+        for part, window in zip(validating, members, strict=True)
+    ]
+    return parts if "training" in parts else ["training"] * len(members)
+
+
+def overlapping_pair(rows: Sequence[Row], overlap: Overlap, fold: int) -> tuple[Row, Row] | None:
+    """Return two windows of different parts, neither a guard, that share pixels; None if there are none."""
+    groups: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        if row.parts[fold] != "guard":
+            groups[row.person, row.condition, row.recording].append(row)
+    for members in groups.values():
+        members.sort(key=lambda row: row.number)
+        for at, row in enumerate(members):
+            for other in members[at + 1 :]:
+                if not overlap.shares(row.number, other.number):
+                    break
+                if row.parts[fold] != other.parts[fold]:
+                    return row, other
+    return None
+
+
+# ---- the file
+
+
+@dataclass(frozen=True)
+class Split:
+    """A split as later steps use it.
+
+    Attributes:
+        data: the folder, list or array file that it is of.
+        root: the folder that the files' paths start from.
+        rows: one for each window.
+        folds: number of folds.
+        settings: everything else that the file says: window, stride, colour map, native columns, dB range.
+        digest: of the rows, changes with each of them.
+    """
+
+    data: str
+    root: str
+    rows: tuple[Row, ...]
+    folds: int
+    settings: Mapping[str, Any]
+    digest: str
+
+    @property
+    def people(self) -> list[str]:
+        return sorted({row.person for row in self.rows}, key=natural_key)
+
+    def part(self, name: str, fold: int = 0) -> list[Row]:
+        """Return the windows of a part of `PARTS` in a fold."""
+        if name not in PARTS or not 0 <= fold < self.folds:
+            raise LightningDiTError(
+                f"part {name!r} of fold {fold} is asked for; {', '.join(PARTS)} and folds 0 to {self.folds - 1} are"
+                " there",
+                "choose one of these",
+            )
+        return [row for row in self.rows if row.parts[fold] == name]
+
+    def refuse_tested(self, names: Iterable[str], digests: Iterable[str] = (), fold: int = 0) -> None:
+        """Raise LightningDiTError if a window that is to be trained on is one of the test, by name or by pixels.
+
+        Args:
+            names: as in `Row.name`.
+            digests: of the pixels, as in `Row.digest`.
+        """
+        tested = {row.name: row for row in self.part("test", fold)}
+        by_pixels = {row.digest: row for row in tested.values()}
+        found = [tested[name] for name in names if name in tested]
+        found += [by_pixels[digest] for digest in digests if digest in by_pixels]
+        if found:
+            raise LightningDiTError(
+                f"{found[0].name} of {found[0].person} is a test window of fold {fold} and stands among the training"
+                f" windows, as {len({row.name for row in found})} do",
+                "train on the windows of the part training alone",
+            )
+
+
+def save_split(path: Path, data: Path, root: Path, rows: Sequence[Row], settings: Mapping[str, Any]) -> None:
+    """Write a split; one row a line.
+
+    Raises:
+        LightningDiTError: a file that is no split has the name.
+    """
+    lines = [json.dumps(_as_json(row), ensure_ascii=False) for row in rows]
+    head = {"format": FORMAT, "data": str(data), "root": str(root), **settings, "digest": _digest(rows)}
+    text = json.dumps(head, indent=1, ensure_ascii=False)[:-2]
+    write_text(path, text + ',\n "windows": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n", ours=is_split)
+
+
+def is_split(path: Path) -> bool:
+    """Return whether a file is a split."""
+    try:
+        content = read_json(path, MOST_BYTES)
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("format") == FORMAT
+
+
+def _as_json(row: Row) -> dict[str, Any]:
+    content = asdict(row)
+    content["pass"] = content.pop("pass_number")
+    return {"part": row.part, **content}
+
+
+def _digest(rows: Sequence[Row]) -> str:
+    return hashlib.sha256(json.dumps([_as_json(row) for row in rows]).encode()).hexdigest()
+
+
+def load_split(path: Path) -> Split:
+    """Return a split, checked: every row is whole and is the one that was written.
+
+    Raises:
+        LightningDiTError: it is not there, damaged, or was changed by hand.
+    """
+    try:
+        content = read_json(path, MOST_BYTES)
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError(f"its format is not {FORMAT!r}")
+        rows = tuple(_row(entry) for entry in content.pop("windows"))
+        data, root, digest = (str(content.pop(key)) for key in ("data", "root", "digest"))
+        folds = len(rows[0].parts)
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise LightningDiTError(f"the split {path} cannot be read ({first_line(error)})", RERUN) from error
+    if digest != _digest(rows) or any(len(row.parts) != folds or not {*row.parts} <= {*PARTS} for row in rows):
+        raise LightningDiTError(f"the split {path} is not as it was written: its digest does not fit", RERUN)
+    return Split(data, root, rows, folds, content, digest)
+
+
+def _row(entry: Mapping[str, Any]) -> Row:
+    fields = {key: value for key, value in entry.items() if key != "part"}
+    fields["pass_number"], fields["parts"] = fields.pop("pass"), tuple(fields["parts"])
+    row = Row(**fields)
+    if entry["part"] != row.part:
+        raise ValueError(f"{row.name} is {entry['part']} and {row.part}")
+    return row

@@ -1,0 +1,309 @@
+"""What step 5 says and writes: the audit, the split, lists for later commands, and levels in one channel."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from LightningDiT.console import Progress
+from LightningDiT.data.image_files import shown
+from LightningDiT.errors import LightningDiTError
+from LightningDiT.files import check_target, held_folder, read_json, read_text, write_text
+from LightningDiT.radar.arrays import fitted, sample_columns, save_levels, save_view
+from LightningDiT.radar.colour_maps import GREY, coloured
+from LightningDiT.radar.layouts import missing_people
+from LightningDiT.radar.overlap import leaked, random_leak
+from LightningDiT.radar.preparation import DB, Prepared
+from LightningDiT.radar.split import Row, is_split, save_split
+
+SPLIT, MANIFEST = "split.json", "manifest.json"
+FORMAT = "levels of spectrograms, 1"
+LISTED = ("training", "validation", "test")
+HEADER = "path,label,pass_of_person"
+VIEWED_IN = "jet"  # where the data has no colour map
+MOST_ROWS = 40  # of the table of people
+SHOWN = 3  # examples in a line
+RANDOM = (0.8, 0.5)  # shares of training windows in random splits
+
+# ---- the report
+
+
+def report(prepared: Prepared, people: int | None = None) -> Iterator[str]:
+    """Yield the lines of the audit.
+
+    Args:
+        people: how many there should be; by default up to the highest number.
+    """
+    collected, kept = prepared.collected, prepared.kept
+    count = len({(window.person, prepared.passes.numbers[window.name]) for window in kept})
+    yield f"data           {len(collected.people)} people, {len(collected.windows)} windows, {count} passes"
+    if collected.pattern:
+        yield f"pattern        {collected.pattern}"
+    yield from (f"note           {note}" for note in prepared.notes)
+    yield from _missing(prepared, people)
+    yield from _left_out(prepared)
+    yield from _values(prepared)
+    yield from _counts(prepared)
+    yield from _overlap(prepared)
+    yield from _leaks(prepared)
+    yield from _people(prepared)
+
+
+def _missing(prepared: Prepared, people: int | None) -> Iterator[str]:
+    missing = missing_people(prepared.collected.people, people)
+    if missing:
+        yield f"missing        {len(missing)} people: {_some(missing, 10)}"
+    elif people and people != len(prepared.collected.people):
+        yield f"warning: {people} people are expected, {len(prepared.collected.people)} are there"
+    if prepared.collected.empty:
+        yield f"warning: {len(prepared.collected.empty)} folders are empty: {_some(prepared.collected.empty)}"
+    lost = [person for person in prepared.collected.people if person not in {row.person for row in prepared.rows}]
+    if lost:
+        yield f"warning: no window of {_some(lost)} can be used"
+
+
+def _left_out(prepared: Prepared) -> Iterator[str]:
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for name, reason in prepared.left_out.items():
+        kind = re.sub(r"(cannot be read|has the pixels of) ?.*", r"\1", reason) if ": " in reason else reason
+        reasons[
+            "has the pixels of another window"
+            if reason.startswith("has the pixels of") and "several" not in reason
+            else kind
+            if kind == "cannot be read"
+            else reason
+        ].append(name)
+    for reason, names in reasons.items():
+        first = prepared.left_out[names[0]]
+        more = f" ({first})" if first != reason else ""
+        yield f"warning: {len(names)} windows are left out, as each {reason}: {_some(names)}{more}"
+
+
+def _values(prepared: Prepared) -> Iterator[str]:
+    sizes = ", ".join(f"{width}x{height} {number}" for (height, width), number in prepared.sizes.most_common(5))
+    maps = Counter(prepared.maps[window.name] for window in prepared.kept)
+    yield f"windows        width x height {sizes}" if len(prepared.sizes) > 1 else f"windows        {sizes.split()[0]}"
+    if len(prepared.sizes) > 1:
+        yield f"warning: windows have {len(prepared.sizes)} sizes; the overlap is measured on the most frequent one"
+    main = maps.most_common(1)[0][0]
+    if main == DB:
+        low, high = prepared.db_range or (0, 0)
+        zeros = sum(scan.zeros for scan in prepared.scans.values())
+        lowest = f"; {zeros} values of minus infinity count as the low end" if zeros else ""
+        yield f"values         dB, {low:g} to {high:g} become the levels 0 to 1{lowest}"
+    else:
+        known = "{:g} to {:g}".format(*prepared.db_range) if prepared.db_range else "unknown, --db-range states it"
+        far = f"; pixels are {prepared.residual:.1f} of 255 away from it" if main != GREY else ""
+        yield f"colour map     {main}{far}; dB range {known}"
+    if len(maps) > 1:
+        yield f"warning: colour maps are mixed: {', '.join(f'{name} {number}' for name, number in maps.most_common())}"
+    if prepared.columns:
+        columns = prepared.columns
+        yield f"native columns {columns.count} of time, enlarged by {columns.way} pixels"
+    elif main != DB:
+        yield "native columns none found: the windows were not enlarged in time, or not by a known way"
+
+
+def _counts(prepared: Prepared) -> Iterator[str]:
+    for label, key in (("conditions", "condition"), ("recordings", "recording")):
+        found = Counter(getattr(window, key) for window in prepared.kept)
+        if len(found) > 1:
+            rows = [f"{shown(name) or '(none)'} {number}" for name, number in sorted(found.items())]
+            yield f"{label:<15}{_some(rows, 10)}"
+
+
+def _overlap(prepared: Prepared) -> Iterator[str]:
+    overlap, passes = prepared.overlap, prepared.passes
+    step = f" (running numbers go in steps of {overlap.unit})" if overlap.unit > 1 else ""
+    if overlap.stride is None:
+        yield f"overlap        none found in the pixels: windows count as apart{step}"
+    else:
+        share = max(0.0, 1 - overlap.stride / overlap.length)
+        measured = ", ".join(f"{at}: {value:.2f}" for at, value in sorted(overlap.correlations.items()))
+        yield (
+            f"overlap        neighbours share {100 * share:.0f} %: window {overlap.length}, stride {overlap.stride:g}"
+            f" columns of pixels{step}{', time runs to the left' if overlap.backwards else ''}"
+        )
+        yield f"               correlation by distance {measured}; of different recordings {overlap.control:.2f}"
+        yield f"               windows share pixels up to a distance of {overlap.reach * overlap.unit}"
+    if passes.small:
+        yield f"               {passes.small} smaller gaps in the numbers are bridged by windows: no boundary of a pass"
+    if passes.joined:
+        yield f"               {passes.joined} larger gaps have the same pixels on both sides: no boundary of a pass"
+
+
+def _leaks(prepared: Prepared) -> Iterator[str]:
+    for where, parts in prepared.splits_of_data.items():
+        own = [parts.get(window.name, "") for window in prepared.kept]
+        shared, total = leaked(own, prepared.kept, prepared.overlap)
+        if total:
+            warning = "warning: " if shared else ""
+            yield (
+                f"{warning}split of its {where}: {shared} of {total} test windows ({100 * shared / total:.1f} %) share"
+                " pixels with a training window"
+            )
+        else:
+            yield f"split of its {where}: no test windows"
+    for share in RANDOM:
+        found = random_leak(prepared.kept, prepared.overlap, share)
+        parts = f"{100 * share:.0f}/{100 - 100 * share:.0f}"
+        yield f"random {parts}   {100 * found:.1f} % of the test windows would share pixels with a training window"
+
+
+def _people(prepared: Prepared) -> Iterator[str]:
+    rows: dict[str, list[Row]] = defaultdict(list)
+    for row in prepared.rows:
+        rows[row.person].append(row)
+    width = max(6, *(len(person) for person in rows))
+    yield f"{'person':<{width}} windows passes training validation   test"
+    for person, own in list(rows.items())[:MOST_ROWS]:
+        parts = Counter(row.part for row in own)
+        passes = len({row.pass_number for row in own})
+        counts = f"{parts['training']:>8} {parts['validation']:>10} {parts['test']:>6}"
+        yield f"{shown(person):<{width}} {len(own):>7} {passes:>6} {counts}"
+    if len(rows) > MOST_ROWS:
+        yield f"... and {len(rows) - MOST_ROWS} people more, all in {SPLIT}"
+    single = [person for person, own in rows.items() if own[0].fold is None]
+    if single:
+        yield f"warning: {len(single)} people have one pass, train only and are in no verdict: {_some(single)}"
+    if len(single) == len(rows):
+        yield "warning: nobody has two passes, so no split by pass is possible: nothing can be tested"
+
+
+def _some(names: Sequence[str], count: int = SHOWN) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(shown(name) for name in names[:count]) + more
+
+
+# ---- files
+
+
+def settings_of(prepared: Prepared, seed: int) -> dict[str, Any]:
+    """Return what the split says beside its windows."""
+    overlap = prepared.overlap
+    return {
+        "seed": seed,
+        "pattern": prepared.collected.pattern,
+        "window": overlap.length,
+        "stride": overlap.stride,
+        "number_unit": overlap.unit,
+        "shares_up_to": overlap.reach * overlap.unit,
+        "colour_maps": dict(Counter(prepared.maps[window.name] for window in prepared.kept)),
+        "residual": round(prepared.residual, 2),
+        "native_columns": prepared.columns.count if prepared.columns else None,
+        "db_range": prepared.db_range,
+        "left_out": dict(prepared.left_out),
+    }
+
+
+def write_split(prepared: Prepared, data: Path, folder: Path, seed: int, images: Mapping[str, str]) -> list[Path]:
+    """Write the split and, for commands that take lists, the images of its parts; return the files.
+
+    Args:
+        images: an image for each window, by its name; none of an array that was not written as images.
+    """
+    lists = {part: folder / f"{part}.csv" for part in LISTED}
+    check_target(folder / SPLIT, is_split)
+    for path in lists.values():
+        check_target(path, _is_list)
+    save_split(folder / SPLIT, data, prepared.collected.root, prepared.rows, settings_of(prepared, seed))
+    written = [folder / SPLIT]
+    for part, path in lists.items():
+        text = io.StringIO()
+        table = csv.writer(text, lineterminator="\n")
+        chosen = [row for row in prepared.rows if row.part == part and row.name in images]
+        table.writerows([images[row.name], row.person, row.pass_number] for row in chosen)
+        if chosen:
+            write_text(path, f"{HEADER}\n{text.getvalue()}", ours=_is_list)
+            written.append(path)
+    return written
+
+
+def _is_list(path: Path) -> bool:
+    return read_text(path, errors="replace").startswith(HEADER)
+
+
+def images_of(prepared: Prepared) -> dict[str, str]:
+    """Return the file of each window that is an image of its own."""
+    root = prepared.collected.root.resolve()
+    return {row.name: str(root / row.file) for row in prepared.rows if prepared.maps[row.name] != DB}
+
+
+def write_levels(
+    prepared: Prepared, folder: Path, size: tuple[int, int] | None, fit: str, native: bool, views: str | None
+) -> dict[str, str]:
+    """Write each window as a grey PNG of 16 bits and, in a colour map, as a view; return the view's file by its name.
+
+    Level 0 is 0 and level 1 is 65535. Colours are inverted before any change of size.
+
+    Args:
+        size: height and width; by default those of the window, its native columns if `native`.
+        fit: see `arrays.fitted`.
+        views: colour map of the views; by default that of the data.
+    """
+    if size is None and len(prepared.sizes) > 1:
+        raise LightningDiTError(f"the windows have {len(prepared.sizes)} sizes, written ones have one", "give --size")
+    map_ = views or next((name for name in prepared.maps.values() if name != DB), VIEWED_IN)
+    names = _file_names(prepared.rows)
+    windows = {window.name: window for window in prepared.kept}
+    _require_own(folder)
+    with held_folder(folder, "preparation"), Progress(len(names), "window", label="writing") as progress:
+        manifest = _manifest(prepared, size, fit, native, map_, names)
+        write_text(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
+        for name, file in names.items():
+            levels = prepared.source.levels(windows[name])
+            if levels is None:
+                raise LightningDiTError(f"{shown(name)} cannot be read any more", "put the file back")
+            if native and prepared.columns and prepared.columns.count < levels.shape[1]:
+                levels = sample_columns(levels, prepared.columns.count)
+            levels = fitted(levels, size, fit) if size else levels
+            save_levels(levels, folder / "levels" / file)
+            save_view(coloured(levels, map_), folder / "views" / file)
+            progress.update()
+    return {name: str((folder / "views" / file).resolve()) for name, file in names.items()}
+
+
+def _file_names(rows: Sequence[Row]) -> dict[str, str]:
+    """Return a path for each window: a folder for each person, pass and running number in the name."""
+    taken: set[str] = set()
+    names = {}
+    for row in rows:
+        person = re.sub(r"[^\w-]", "_", shown(row.person)) or "_"
+        stem = f"{person}/pass{row.pass_number}_{row.number}"
+        stem = stem if stem.lower() not in taken else f"{stem}_{len(taken)}"
+        taken.add(stem.lower())
+        names[row.name] = f"{stem}.png"
+    return names
+
+
+def _manifest(
+    prepared: Prepared, size: tuple[int, int] | None, fit: str, native: bool, map_: str, names: Mapping[str, str]
+) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "levels": "grey of 16 bits, 0 is level 0 and 65535 level 1",
+        "db_range": prepared.db_range,
+        "size": size,
+        "fit": fit if size else None,
+        "native_columns": prepared.columns.count if native and prepared.columns else None,
+        "views": map_,
+        "files": dict(names),
+    }
+
+
+def _require_own(folder: Path) -> None:
+    """Raise LightningDiTError for a folder with files that `write_levels` did not write."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    try:
+        content = read_json(folder / MANIFEST)
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise LightningDiTError(f"{folder} has files of other programs", "name another folder")
