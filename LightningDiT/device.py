@@ -309,10 +309,11 @@ def _state(holder: Any, name: str) -> Any:
 
 @functools.cache
 def _use_up_warning() -> None:
-    """Read an old switch: some releases of torch warn of it once."""
+    """Read the switches and set them as they are: some releases of torch warn once of the old ones."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _state(torch.backends.cudnn, ALLOW_TF32)
+        for holder, name, value in [(holder, name, _state(holder, name)) for holder, name in _float32_switches()]:
+            setattr(holder, name, value)
 
 
 @dataclass(frozen=True)
