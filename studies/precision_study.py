@@ -1,16 +1,18 @@
-"""Measure what half precision changes: `python -m studies.precision_study --data-root FOLDER`.
+"""Measure what a precision changes: `python -m studies.precision_study --data-root FOLDER`.
 
-Four parts compare with float32 from the same noises. `bundled`: latents, pixels, Frechet distance and class accuracy
+Five parts compare with float32 from the same noises. `bundled`: latents, pixels, Frechet distance and class accuracy
 of the bundled model in bf16 and in emulated fp16. `solvers`: its latents by several solvers, which amplify rounding
 more or less. `kernels`: emulated fp16 beside torch's fp16 kernels on the CPU, which are slow, on few images. `b1`:
 latents of LightningDiT-B/1 with seeded weights and the published guidance, without pixels, since there is no decoder
-for them. Each part is kept in docs/precision/study.json as soon as it is done, and the tables between the marks in
-docs/precision.md are renewed from there.
+for them. `decode`: pixels of the bundled decoder, and of that of VA-VAE f16d32 with seeded weights, in fp16 as sampling
+decodes on a GPU, in bf16, and in emulated TF32. Each part is kept in docs/precision/study.json as soon as it is done,
+and the tables between the marks in docs/precision.md are renewed from there.
 
 Emulated fp16 computes in float32 with every parameter and table rounded to fp16, and with the inputs and the output of
 each linear layer, convolution and rotation rounded to fp16; a value beyond 65504 becomes infinite. The output of the
 attention is rounded as the input of the projection behind it. It differs from fp16 in two places: the product of
-SwiGLU is rounded once and not twice, and the weights of the softmax are not rounded.
+SwiGLU is rounded once and not twice, and the weights of the softmax are not rounded. Emulated TF32 rounds the weights
+and inputs of linear layers and convolutions to 10 bits of mantissa; the products of attention stay as they are.
 """
 
 from __future__ import annotations
@@ -28,11 +30,14 @@ from torch import Tensor, nn
 
 from LightningDiT.config import load_config
 from LightningDiT.console import positive, run_main
+from LightningDiT.device import autocast
 from LightningDiT.images import to_uint8
 from LightningDiT.models.lightningdit import LightningDiT, preset_settings
 from LightningDiT.models.positions import RotaryEmbedding2d
 from LightningDiT.sampling.pipeline import CONFIG_NAME, LightningDiTPipeline
 from LightningDiT.seeds import generator_for
+from LightningDiT.tokenizer.autoencoder import AutoencoderKL, AutoencoderSettings
+from LightningDiT.tokenizer.vavae import LAYOUT
 from LightningDiT.tools.report import table
 from LightningDiT.transport import GuidanceSettings, GuidedVelocity, draw_noise, graded_grid, integrate_ode, jumps_of
 from studies.judged import BATCH_SIZE, distance_and_accuracy, equal_labels, judge_of, judged, real_images, sample_images
@@ -47,11 +52,13 @@ SOLVERS: dict[str, dict[str, Any]] = {
     "ab3, graded, 26 points": {"sampling_method": "ab3", "time_grid": "graded", "num_sampling_steps": 26},
     "euler, 50 points": {"sampling_method": "euler", "num_sampling_steps": 50},
 }
+F16D32_LATENTS = (2, 32, 8, 8)  # of images of 128 x 128: fp16 is slow on a CPU
+LEVELS_OF_RANGE = 127.5  # of 255, by which an image in [-1, 1] is wider
 B1_IMAGES = 2
 B1_SOLVER = ("ab3", 11)  # method and points of a graded grid
 B1_GUIDANCE = GuidanceSettings(6.7, cfg_interval_start=0.125)  # as published for 800 epochs
 B1_SETTINGS = {"input_size": 16, "use_swiglu": True, "use_rope": True, "use_rmsnorm": True}
-FULL, BF16, EMULATED, FP16 = "float32", "bf16", "fp16, emulated", "fp16"
+FULL, BF16, EMULATED, FP16, TF32 = "float32", "bf16", "fp16, emulated", "fp16", "TF32, emulated"
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -71,13 +78,32 @@ def emulate_fp16(network: nn.Module) -> nn.Module:
     return network
 
 
+def rounded_to_tf32(x: Tensor) -> Tensor:
+    """Return float32 values with the nearest 10 bits of mantissa; halfway between two, the even ones."""
+    bits = x.contiguous().view(torch.int32)
+    return ((bits + 0xFFF + (bits >> 13 & 1)) & ~0x1FFF).view(torch.float32)
+
+
+def emulate_tf32(network: nn.Module) -> nn.Module:
+    """Round the weights of products of a float32 network in place, and their later inputs, to TF32."""
+    for layer in network.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            with torch.no_grad():
+                layer.weight.copy_(rounded_to_tf32(layer.weight))
+            layer.register_forward_pre_hook(lambda layer, inputs: tuple(map(rounded_to_tf32, inputs)))
+    return network
+
+
 #: Functions that change a float32 network into a precision, in place.
 PRECISIONS: dict[str, Callable[[nn.Module], nn.Module]] = {
     FULL: lambda network: network,
     BF16: lambda network: network.to(torch.bfloat16),
     EMULATED: emulate_fp16,
     FP16: lambda network: network.to(torch.float16),
+    TF32: emulate_tf32,
 }
+#: In what products and convolutions of a decoder compute, with float32 weights.
+DECODED_IN = {TF32: torch.float32, FP16: torch.float16, BF16: torch.bfloat16}
 
 
 def in_precision(network: LightningDiT, name: str) -> LightningDiT:
@@ -200,13 +226,13 @@ def measure_b1(args: argparse.Namespace) -> Figures:
 
 
 def seeded_drift(network: LightningDiT) -> list[Figures]:
-    """Return the drift of velocity and latents of a float32 network in bf16 and emulated fp16."""
+    """Return the drift of velocity and latents of a float32 network in emulated TF32, bf16 and emulated fp16."""
     size = network.settings
     shape = (B1_IMAGES, size.in_channels, size.input_size, size.input_size)
     noise = draw_noise(shape, [generator_for(SEED, index) for index in range(B1_IMAGES)])
     labels = torch.arange(B1_IMAGES)
     rows: list[Figures] = []
-    for name in (FULL, BF16, EMULATED):
+    for name in (FULL, TF32, BF16, EMULATED):
         print(f"Following {len(noise)} seeded latents in {name}", flush=True)
         once, last = follow(in_precision(network, name), noise, labels, B1_GUIDANCE)
         if name == FULL:
@@ -215,6 +241,42 @@ def seeded_drift(network: LightningDiT) -> list[Figures]:
         velocity = latent_drift(once, reference[0])["error"]
         rows.append({"precision": name, "velocity": velocity, **latent_drift(last, reference[1])})
     return rows
+
+
+@torch.inference_mode()
+def decoded(model: AutoencoderKL, name: str, latents: Tensor) -> Tensor:
+    """Return float32 images (N, 3, H, W) of raw latents (N, C, h, w) in a precision; one at a time, as on the CPU."""
+    own = emulate_tf32(copy.deepcopy(model)) if name == TF32 else model
+    with autocast(latents.device, DECODED_IN.get(name, torch.float32)):
+        return torch.cat([own.decode(one).float() for one in latents.split(1)])
+
+
+def decoder_rows(model: AutoencoderKL, latents: Tensor) -> list[Figures]:
+    """Return how far images of raw latents (N, C, h, w) in each of `DECODED_IN` are from float32's."""
+    exact, rows = decoded(model, FULL, latents), []
+    for name in DECODED_IN:
+        print(f"Decoding {len(latents)} latents in {name}", flush=True)
+        images = decoded(model, name, latents)
+        levels = (images - exact).abs() * LEVELS_OF_RANGE
+        drift = pixel_drift(to_uint8(images), to_uint8(exact))
+        rows.append({"precision": name, "mean": float(levels.mean()), "largest": float(levels.max()), **drift})
+    return rows
+
+
+def measure_decode(args: argparse.Namespace) -> Figures:
+    """Return the drift of the images of two decoders."""
+    pipe = full_pipeline(args.model)
+    labels = torch.arange(args.noises) % pipe.config.data.num_classes
+    latents = pipe.tokenizer.stats.denormalise(sample_images(pipe, labels, SEED, "latent").images)
+    published = seed_weights(AutoencoderKL(AutoencoderSettings())).to(memory_format=LAYOUT)
+    seeded = torch.randn(F16D32_LATENTS, generator=generator_for(SEED))
+    return {
+        "torch": torch.__version__,
+        "decoders": [
+            {"decoder": "bundled", "count": args.noises, "rows": decoder_rows(pipe.tokenizer.model, latents)},
+            {"decoder": "f16d32, seeded", "count": len(seeded), "rows": decoder_rows(published, seeded)},
+        ],
+    }
 
 
 def drift_cells(row: Figures) -> list[str]:
@@ -264,11 +326,25 @@ def b1_table(part: Figures) -> list[str]:
     return [title, "", *table(("precision", "one evaluation", "latents: mean error", "worst image"), rows)]
 
 
+def decode_table(part: Figures) -> list[str]:
+    """Return the table of the decoders."""
+    title = f"**Decoders**, errors against float32 in levels of 255, torch {part['torch']} on the CPU:"
+    head = ("decoder", "images", "precision", "mean error", "largest", *DRIFT_HEAD[3:5])
+    rows = [
+        [made["decoder"], str(made["count"]), row["precision"], f"{row['mean']:.4f}", f"{row['largest']:.3f}"]
+        + [f"{row['changed'][str(level)]:.3%}" for level in LEVELS[:2]]
+        for made in part["decoders"]
+        for row in made["rows"]
+    ]
+    return [title, "", *table(head, rows)]
+
+
 PARTS: dict[str, Part] = {
     "bundled": (measure_bundled, bundled_table),
     "solvers": (measure_solvers, solvers_table),
     "kernels": (measure_kernels, kernels_table),
     "b1": (measure_b1, b1_table),
+    "decode": (measure_decode, decode_table),
 }
 
 
@@ -277,7 +353,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m studies.precision_study", description=__doc__)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure; default: all")
     add_study_options(parser, count=1000)
-    parser.add_argument("--noises", type=positive, default=40, help="images of the parts solvers and kernels")
+    parser.add_argument("--noises", type=positive, default=40, help="images of the parts solvers, kernels and decode")
     return parser.parse_args(argv)
 
 

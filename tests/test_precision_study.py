@@ -21,6 +21,7 @@ from tests.test_evaluate_bundled import grey_images, write_idx
 Build = Callable[..., LightningDiT]
 SMALL = {"depth": 2, "hidden_size": 64, "num_heads": 2, "in_channels": 8, "input_size": 4, "patch_size": 1}
 DRIFT = {"precision": "bf16", "error": 0.0169, "worst": 0.026, "changed": {"1": 0.046, "2": 0.014, "4": 0.00278}}
+DECODED = {"precision": "fp16", "mean": 0.01234, "largest": 0.4567, "changed": {"1": 0.001, "2": 0.0, "4": 0.0}}
 STUDY = {
     "bundled": {"count": 20, "solver": "fast", "rows": [{**DRIFT, "frechet": 1.0625, "accuracy": 0.9612}]},
     "solvers": {
@@ -29,6 +30,7 @@ STUDY = {
     },
     "kernels": {"count": 4, "torch": "2.0", "rows": [DRIFT]},
     "b1": {"count": 2, "rows": [{"precision": "bf16", "velocity": 0.0068, "error": 0.0025, "worst": 0.003}]},
+    "decode": {"torch": "2.0", "decoders": [{"decoder": "bundled", "count": 4, "rows": [DECODED]}]},
 }
 
 
@@ -42,6 +44,36 @@ def test_products_take_and_give_what_fp16_can_hold() -> None:
     nn.init.constant_(weights.weight, 1 + 2**-11 + 2**-13)
     study.emulate_fp16(weights)
     assert weights.weight.tolist() == [[1 + 2**-10] * 2]
+
+
+def test_tf32_has_ten_bits_of_mantissa() -> None:
+    """The nearest, and the even one of two that are as near, as fp16 has it for these numbers, but with its range."""
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 100
+    halfway = torch.tensor([1 + 2**-11, 1 + 3 * 2**-11, -1 - 2**-11, 0.0])
+    for given in (values, halfway):
+        assert torch.equal(study.rounded_to_tf32(given), given.half().float())
+    assert study.rounded_to_tf32(torch.tensor([2.0**100 * (1 + 2**-12), float("inf")])).tolist() == [
+        2.0**100,
+        torch.inf,
+    ]
+    layer = study.emulate_tf32(nn.Linear(1, 1).requires_grad_(False))
+    for tensor, value in ((layer.weight, 1 + 2**-12), (layer.bias, 1 + 2**-12)):
+        nn.init.constant_(tensor, value)
+    study.emulate_tf32(layer)
+    assert float(layer(torch.tensor([[1 + 2**-12]]))) == 2 + 2**-12  # sums are float32
+
+
+def test_a_decoder_in_fp16_is_nearer_than_in_bf16() -> None:
+    model = study.full_pipeline(str(BUNDLED)).tokenizer.model
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    side = model.settings.resolution // model.settings.downsample_factor
+    latents = torch.randn(2, model.settings.embed_dim, side, side, generator=torch.Generator().manual_seed(0))
+    rows = {row["precision"]: row for row in study.decoder_rows(model, latents)}
+    assert set(rows) == {"TF32, emulated", "fp16", "bf16"}
+    for figure in ("mean", "largest"):
+        assert 0 < 4 * rows["fp16"][figure] < rows["bf16"][figure]
+        assert 0 < rows["TF32, emulated"][figure] < rows["bf16"][figure]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_emulated_fp16_is_as_far_from_float32_as_fp16(unit_model: Build, golden: dict[str, Tensor]) -> None:
@@ -81,9 +113,10 @@ def test_seeded_weights_pass_signals_on_and_are_the_same_again() -> None:
 def test_bf16_drifts_more_than_fp16_and_guidance_acts() -> None:
     network = study.seed_weights(LightningDiT(**SMALL))
     rows = {row["precision"]: row for row in study.seeded_drift(network)}
-    assert set(rows) == {"bf16", "fp16, emulated"}
+    assert set(rows) == {"TF32, emulated", "bf16", "fp16, emulated"}
     for figure in ("velocity", "error", "worst"):
         assert 2 < rows["bf16"][figure] / rows["fp16, emulated"][figure] < 32  # 8 bits of mantissa against 11
+        assert 0 < rows["TF32, emulated"][figure] < rows["fp16, emulated"][figure]  # 11 bits too, and float32 between
     noise, labels = torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1])
     guided, plain = (study.follow(network, noise, labels, GuidanceSettings(scale))[0] for scale in (6.7, 1.0))
     torch.testing.assert_close(guided[:, 3:], plain[:, 3:], atol=1e-5, rtol=1e-5)
@@ -138,6 +171,7 @@ def test_tables_hold_the_figures() -> None:
     assert f"{start} 1.062 | 96.12% |" in study.PARTS["bundled"][1](STUDY["bundled"])
     assert start in study.PARTS["kernels"][1](STUDY["kernels"])
     assert "| euler, 50 points | 49 | 0.410% | 0.050% |" in study.PARTS["solvers"][1](STUDY["solvers"])
+    assert "| bundled | 4 | fp16 | 0.0123 | 0.457 | 0.100% | 0.000% |" in study.PARTS["decode"][1](STUDY["decode"])
     lines = study.PARTS["b1"][1](STUDY["b1"])
     assert "guidance 6.7 from t = 0.125 on 3 channels, 10 evaluations of `ab3`" in lines[0]
     assert lines[2:] == [
