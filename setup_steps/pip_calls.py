@@ -58,6 +58,7 @@ COMPLAINTS = (
         "pip's setting require-virtualenv (PIP_REQUIRE_VIRTUALENV) forbids this outside a virtual environment",
         f"{in_own_venv()}, or python quickstart.py",
     ),
+    (r"UnicodeDecodeError", "pip cannot read the metadata of an installed package", in_own_venv()),
     (
         r"DO NOT MATCH THE HASHES|BadZipFile|is not a zip file|Wheel '[^']+' .*is invalid",
         "a downloaded file is damaged",

@@ -219,7 +219,8 @@ def test_online_the_files_come_from_the_hub(kaggle: Kaggle, published: dict[str,
         settings = {
             "LIGHTNINGDIT_MODEL": "bundled",
             "LIGHTNINGDIT_DOWNLOAD": "800ep",
-            "LIGHTNINGDIT_MODELS": str(models),
+            "LIGHTNINGDIT_MODELS": f"~/{models.name}",
+            "HOME": str(models.parent),
         }
         book = kaggle.run(hub.endpoint, damage, **settings)
     assert "stopped" not in book.metadata, everything(book)

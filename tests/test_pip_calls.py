@@ -96,6 +96,7 @@ def test_a_dependency_on_another_torch_is_refused_and_not_obeyed(offline: None, 
             "a download broke off; fix: ch",
         ),
         ("ERROR: Could not find an activated virtualenv (required).\n", "(PIP_REQUIRE_VIRTUALENV) forbids"),
+        ("UnicodeDecodeError: 'utf-8' codec can't decode byte 0xe9 in position 31\n", "cannot read the metadata of"),
         ("something new\n", "pip says why above"),
     ],
 )
