@@ -290,6 +290,13 @@ def test_an_attached_project_that_was_updated_is_named_with_the_way_to_renew_its
     copy.rename(f"{copy}.old")
     assert said(kaggle.run(NOWHERE, cells=cells), "project").splitlines() == first
     assert (copy / "step1_install_environment.py").read_text() == "print('an update')"
+    other = kaggle.working / "my project"
+    other.mkdir()
+    (other / "step1_install_environment.py").touch()
+    assert said(kaggle.run(NOWHERE, cells=cells), "project").splitlines() == [
+        f"note: {copy} is used, and {other} is not; to use that one: `%cd {other}`, then this cell again",
+        *unchanged,
+    ]
 
 
 def test_a_repository_is_cloned_where_no_project_is(kaggle: Kaggle) -> None:
