@@ -182,6 +182,7 @@ def test_the_published_procedure_gives_our_pictures(small_pipeline: Path) -> Non
 
 def test_sampling_by_both_procedures(small_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_sampling, "QUICK_COUNT", 2)
+    monkeypatch.setattr("LightningDiT.tools.benchmark.sampling.PUBLISHED_EVALUATIONS", 9)
     with pytest.warns(UserWarning, match="tf32 computes as fp32 here"):
         found = measure_gpu_sampling(QUICK, SMALL)["rows"]
     ours = ["ours, published, tf32", "ours, fast, auto", "ours, fast, auto"]
