@@ -117,6 +117,7 @@ def test_the_shipped_configurations_load(name: str) -> None:
     assert tokenizer_config_path(config).name == "vavae_f16d32.yaml"
     published = {"lightningdit_xl_800ep": 6.7, "lightningdit_xl_64ep": 10.0, "demo": 9.0}
     assert config.sample.cfg_scale == published[name]
+    assert config.sample.precision == "tf32"  # as the published sampler allows it
 
 
 def test_as_dict_holds_what_differs_and_loads_again(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 
 from LightningDiT import console, files
+from LightningDiT.compiling import Plan
 from LightningDiT.config import load_config, setting_differences
 from LightningDiT.console import run_main
 from LightningDiT.data.image_sets import open_samples
@@ -357,6 +358,40 @@ def test_the_precision_that_is_computed_in_belongs_to_the_run(pipe: LightningDiT
         sample_run(pipe, [0], 0, tmp_path, None)
 
 
+def test_tf32_is_the_float32_of_a_machine_without_it(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that began in fp32 goes on, and one word says why that is no other precision."""
+    options, folder = arguments(tiny_folder, "out", "--num-samples", "3"), tiny_folder / "out"
+    assert main([*options, "--precision", "fp32"]) == 0
+    whole = contents(folder)
+    (folder / "000001.png").unlink()
+    with pytest.warns(UserWarning, match="^precision tf32 computes as fp32 here: TF32 needs a GPU of") as said:
+        assert main([*options, "--precision", "tf32"]) == 0
+    assert len(said) == 1
+    assert {name: contents(folder)[name] for name in whole if name.endswith(".png")} == {
+        name: content for name, content in whole.items() if name.endswith(".png")
+    }
+    assert json.loads(whole[MANIFEST])["precision"] == "float32"
+    edit_manifest(folder, precision="tf32")
+    with pytest.raises(LightningDiTError, match=r"\(precision: tf32 there, float32 now\)"):
+        main([*options, "--precision", "fp32"])
+
+
+def test_a_batch_that_follows_from_the_memory_is_said_and_kept(
+    pipe: LightningDiTPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first batches of 2 of 5 images, as the memory was; the run goes on with them in more memory."""
+    monkeypatch.setattr(LightningDiTPipeline, "batch_follows_memory", lambda pipe, sample: True)
+    monkeypatch.setattr(LightningDiTPipeline, "plan", lambda pipe, images, batch: Plan(batch=batch))
+    for memory in (2, 3):
+        monkeypatch.setattr(LightningDiTPipeline, "batch_size", lambda pipe, sample, processes=1, most=memory: most)
+        sample_run(pipe, [0] * 5, 0, tmp_path, None)
+        said = capsys.readouterr().out
+        assert "batch size     2, by the GPU's free memory when the run began\n" in said and "note:" not in said
+        for path in tmp_path.glob("00000[0-3].png"):
+            path.unlink()
+    assert json.loads((tmp_path / MANIFEST).read_text())[ACCELERATION]["batch"] == 2
+
+
 def edit_manifest(folder: Path, **change: object) -> None:
     file = folder / MANIFEST
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
@@ -427,9 +462,7 @@ def test_runs_from_before_the_plans_go_on(tiny_folder: Path, capsys: pytest.Capt
 def test_how_a_run_computes_is_no_part_of_its_name(tiny_folder: Path) -> None:
     config = load_config(tiny_folder / "config.yaml")
     names = {
-        value: run_name(
-            manifest_of(replace(config, sample=replace(config.sample, **{key: value})), [0], 0, "float32")
-        )
+        value: run_name(manifest_of(replace(config, sample=replace(config.sample, **{key: value})), [0], 0, "float32"))
         for key, value in (("compile", "auto"), ("compile", "on"), ("compile", "off"), ("deterministic", True))
     }
     assert names["auto"] == names["on"] == names["off"] != names[True]
