@@ -39,7 +39,8 @@ class ArrayFile:
     """What a file of arrays holds.
 
     Attributes:
-        windows: (N, H, W), Doppler down and time across.
+        windows: (N, H, W), Doppler down and time across. A .mat file has N last, as cat(3, ...) gives it, unless columns
+            say otherwise.
         columns: by the names in `KEYS`, a text for each window.
         single: whether the file has one window, without an axis that counts.
     """
@@ -61,7 +62,7 @@ def open_arrays(path: Path) -> ArrayFile:
     columns = {key: content.pop(key) for key in KEYS if key in content}
     numeric = {name: array for name, array in content.items() if array.dtype.kind in "fiuc" and array.ndim >= 2}
     if path.suffix.lower() == ".mat":  # where a number is an array of 1 x 1
-        numeric = {name: array for name, array in numeric.items() if min(array.shape[:2]) > 1}
+        numeric = {name: array for name, array in numeric.items() if sum(side > 1 for side in array.shape) > 1}
     if len(numeric) != 1:
         raise ValueError(f"it has {len(numeric)} arrays of two or three axes, one is expected")
     [array] = numeric.values()
@@ -70,7 +71,7 @@ def open_arrays(path: Path) -> ArrayFile:
     if array.ndim == 4 and 1 in (array.shape[1], array.shape[3]):
         array = array[:, 0] if array.shape[1] == 1 else array[..., 0]
     single = array.ndim == 2
-    windows = array[None] if single else array
+    windows = array[None] if single else _counted_first(array, columns, path.suffix.lower() == ".mat")
     if windows.ndim != 3 or 0 in windows.shape:
         raise ValueError(f"its array has the shape {array.shape}, (H, W) or (N, H, W) is expected")
     if max(windows.shape[1:]) > LONGEST * min(windows.shape[1:]):
@@ -82,6 +83,15 @@ def open_arrays(path: Path) -> ArrayFile:
             raise ValueError(f"{key} has {len(flat)} values for {len(windows)} windows")
         texts[key] = [str(value).strip() for value in flat]
     return ArrayFile(windows, texts, single)
+
+
+def _counted_first(array: NDArray[Any], columns: dict[str, NDArray[Any]], by_matlab: bool) -> NDArray[Any]:
+    """Return an array whose first axis counts windows: it has the length of the columns, else it is MATLAB's last."""
+    if array.ndim != 3:
+        return array
+    lengths = {column.size for column in columns.values()}
+    last = array.shape[2] in lengths and array.shape[0] not in lengths if lengths else by_matlab
+    return np.moveaxis(array, 2, 0) if last else array
 
 
 def _content(path: Path) -> dict[str, NDArray[Any]]:

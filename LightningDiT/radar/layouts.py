@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -238,10 +238,22 @@ def _with_names(
             continue
         said = {key: value for key, value in match.groupdict().items() if value is not None} if match else {}
         complete.append(said | row)
+    if not complete:
+        raise LightningDiTError(f"the pattern fits none of {len(odd)} files, such as {shown(odd[0])}", NAME_FIX)
+    strangers = [row["path"] for row in complete if _names_another(row)]
+    if strangers:
+        notes.append(f"{len(strangers)} files have another person's number in their name: {shown(strangers[0])}")
     if odd:
         some = ", ".join(map(shown, odd[:3]))
         notes.append(f"passed over {len(odd)} files whose names the pattern does not fit: {some}")
     return complete, chosen.pattern
+
+
+def _names_another(row: Mapping[str, str]) -> bool:
+    """Return whether a file is called ID8_... and lies with the windows of another person."""
+    named = re.match(r"(?i:id)[_-]?(\d+)[_-]", PurePosixPath(row["path"]).name)
+    own = re.search(r"(\d+)$", row["person"])
+    return bool(named and own and int(named[1]) != int(own[1]))
 
 
 def _without_part(path: str) -> tuple[str, str]:

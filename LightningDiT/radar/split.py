@@ -21,6 +21,7 @@ from LightningDiT.radar.overlap import Overlap, Passes
 FORMAT = "passes of spectrograms, 1"
 PARTS = ("training", "validation", "test", "guard")
 BLOCK = 0.2  # of a training pass: the end that validates where a person has two passes
+LEAST = 0.5  # of an equal share: what the smallest fold of a person holds at least
 RERUN = "run step5_prepare_spectrograms.py again"
 MOST_BYTES = 2**28
 
@@ -68,10 +69,10 @@ def make_split(
 ) -> list[Row]:
     """Return the rows of a split by pass; the same for the same seed.
 
-    The passes of each person are dealt to the folds, the longest first, so that each fold tests about as many windows
-    of the person and of each condition. In fold f the passes of f are the test, and with three folds of passes or more
-    those of the next one validate. With two passes the other one trains, its end validates, and the windows between
-    that share pixels with both are a guard. One pass trains in every fold.
+    The passes of each person are dealt to at most `folds` folds, the longest first, so that each tests about as many
+    windows of the person and of each condition. Fold f tests its own passes, and from three folds of passes on those
+    of the next one validate. With two passes the other one trains, its end validates, and the windows between that
+    share pixels with both are a guard. One pass trains in every fold.
     """
     people: dict[str, dict[int, list[Window]]] = defaultdict(lambda: defaultdict(list))
     for window in windows:
@@ -79,7 +80,7 @@ def make_split(
     rows = []
     for at, person in enumerate(sorted(people, key=natural_key)):
         own = people[person]
-        bins = _dealt(own, min(folds, len(own)), np.random.default_rng([seed, at]))
+        bins = _dealt(own, folds, np.random.default_rng([seed, at]))
         in_verdict = len(bins) > 1
         for fold, numbers in enumerate(bins):
             for number in numbers:
@@ -105,19 +106,28 @@ def _fields(window: Window) -> dict[str, Any]:
     return {key: value for key, value in asdict(window).items() if key != "part"}
 
 
-def _dealt(own: Mapping[int, Sequence[Window]], count: int, rng: np.random.Generator) -> list[list[int]]:
-    """Return the passes of a person in `count` bins of about equal size, none of them empty."""
+def _dealt(own: Mapping[int, Sequence[Window]], folds: int, rng: np.random.Generator) -> list[list[int]]:
+    """Return the passes of a person in at most `folds` bins, the smallest first, none of them empty.
+
+    There are as many bins as keep the smallest above `LEAST` of an equal share, and three where there are three
+    passes. Fold 0, which most people use alone, tests the smallest and trains on the largest.
+    """
     shuffled = [sorted(own)[at] for at in rng.permutation(len(own))]
-    bins: list[list[int]] = [[] for _ in range(count)]
-    conditions: list[Counter[str]] = [Counter() for _ in range(count)]
-    filled = [0] * count
-    for number in sorted(shuffled, key=lambda number: -len(own[number])):
-        condition = own[number][0].condition
-        at = min(range(count), key=lambda at: (bool(bins[at]), conditions[at][condition], filled[at]))
-        bins[at].append(number)
-        conditions[at][condition] += 1
-        filled[at] += len(own[number])
-    # fold 0, which most people use alone, tests the smallest bin and trains on the largest
+    ordered = sorted(shuffled, key=lambda number: -len(own[number]))
+    total = sum(len(members) for members in own.values())
+    for count in range(min(folds, len(own)), 0, -1):
+        bins: list[list[int]] = [[] for _ in range(count)]
+        conditions: list[Counter[str]] = [Counter() for _ in range(count)]
+        filled = [0] * count
+        for number in ordered:
+            condition = own[number][0].condition
+            keys = [(bool(bins[at]), conditions[at][condition], filled[at]) for at in range(count)]
+            at = keys.index(min(keys))
+            bins[at].append(number)
+            conditions[at][condition] += 1
+            filled[at] += len(own[number])
+        if count <= 3 or min(filled) >= LEAST * total / count:
+            break
     return [bins[at] for at in sorted(range(count), key=lambda at: filled[at])]
 
 

@@ -56,33 +56,27 @@ def report(prepared: Prepared, people: int | None = None) -> Iterator[str]:
 
 
 def _missing(prepared: Prepared, people: int | None) -> Iterator[str]:
-    missing = missing_people(prepared.collected.people, people)
+    there = prepared.collected.people
+    missing = missing_people(there, people)
     if missing:
-        yield f"missing        {len(missing)} people: {_some(missing, 10)}"
-    elif people and people != len(prepared.collected.people):
-        yield f"warning: {people} people are expected, {len(prepared.collected.people)} are there"
+        yield f"missing        {_some(missing, 10)} ({len(missing)} in all)"
+    elif people and people != len(there):
+        yield f"warning: --people says {people}, and {len(there)} are there"
     if prepared.collected.empty:
-        yield f"warning: {len(prepared.collected.empty)} folders are empty: {_some(prepared.collected.empty)}"
-    lost = [person for person in prepared.collected.people if person not in {row.person for row in prepared.rows}]
+        yield f"warning: empty folders ({len(prepared.collected.empty)}): {_some(prepared.collected.empty)}"
+    lost = [person for person in there if person not in {row.person for row in prepared.rows}]
     if lost:
-        yield f"warning: no window of {_some(lost)} can be used"
+        yield f"warning: people without a window that can be used ({len(lost)}): {_some(lost)}"
 
 
 def _left_out(prepared: Prepared) -> Iterator[str]:
-    reasons: dict[str, list[str]] = defaultdict(list)
+    """Yield a line for each kind of reason, with the first of the windows that have it."""
+    kinds: dict[str, list[str]] = defaultdict(list)
     for name, reason in prepared.left_out.items():
-        kind = re.sub(r"(cannot be read|has the pixels of) ?.*", r"\1", reason) if ": " in reason else reason
-        reasons[
-            "has the pixels of another window"
-            if reason.startswith("has the pixels of") and "several" not in reason
-            else kind
-            if kind == "cannot be read"
-            else reason
-        ].append(name)
-    for reason, names in reasons.items():
-        first = prepared.left_out[names[0]]
-        more = f" ({first})" if first != reason else ""
-        yield f"warning: {len(names)} windows are left out, as each {reason}: {_some(names)}{more}"
+        kinds[" ".join(reason.split()[:3])].append(name)
+    for names in kinds.values():
+        more = f", and {len(names) - 1} more for such a reason" if len(names) > 1 else ""
+        yield f"warning: left out: {shown(names[0])} {prepared.left_out[names[0]]}{more}"
 
 
 def _values(prepared: Prepared) -> Iterator[str]:
@@ -139,9 +133,10 @@ def _overlap(prepared: Prepared) -> Iterator[str]:
 
 
 def _leaks(prepared: Prepared) -> Iterator[str]:
+    windows = [window for window in prepared.collected.windows if window.name in prepared.scans]  # copies too
     for where, parts in prepared.splits_of_data.items():
-        own = [parts.get(window.name, "") for window in prepared.kept]
-        shared, total = leaked(own, prepared.kept, prepared.overlap)
+        own = [parts.get(window.name, "") for window in windows]
+        shared, total = leaked(own, windows, prepared.overlap)
         if total:
             warning = "warning: " if shared else ""
             yield (
@@ -171,7 +166,7 @@ def _people(prepared: Prepared) -> Iterator[str]:
         yield f"... and {len(rows) - MOST_ROWS} people more, all in {SPLIT}"
     single = [person for person, own in rows.items() if own[0].fold is None]
     if single:
-        yield f"warning: {len(single)} people have one pass, train only and are in no verdict: {_some(single)}"
+        yield f"warning: people with one pass train only and are in no verdict ({len(single)}): {_some(single)}"
     if len(single) == len(rows):
         yield "warning: nobody has two passes, so no split by pass is possible: nothing can be tested"
 

@@ -1,0 +1,166 @@
+"""Whose a window is: folders, lists, patterns, and what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from LightningDiT.errors import LightningDiTError
+from LightningDiT.radar.layouts import Collected, collect, missing_people, other_split
+
+
+def touched(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    return root
+
+
+def keys(collected: Collected) -> list[tuple[str, str, str, int]]:
+    return [(one.person, one.condition, one.recording, one.number) for one in collected.windows]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (
+            ["ID_7/ID7_case1_1_Doppler102.jpg", "ID_10/ID10_case2_1_Doppler3.jpg"],
+            [("ID_7", "", "case1_1", 102), ("ID_10", "", "case2_1", 3)],
+        ),
+        (
+            ["Normal_line/ID_7/ID7_case1_1_Doppler102.jpg", "Bag/ID_8/ID8_case1_1_Doppler1.jpg"],
+            [("ID_7", "Normal_line", "case1_1", 102), ("ID_8", "Bag", "case1_1", 1)],
+        ),
+        (
+            ["01/Bag_Phone/free/3.png", "31/Normal/line/12.png"],
+            [("01", "Bag_Phone/free", "", 3), ("31", "Normal/line", "", 12)],
+        ),
+        (
+            ["Normal_line/01/x_3.png", "Normal_line/02/x_4.png"],
+            [("01", "Normal_line", "x", 3), ("02", "Normal_line", "x", 4)],
+        ),
+        (["li/w12.png", "wang/w3.png"], [("li", "", "", 12), ("wang", "", "", 3)]),
+        (["ID1_a_2.png", "ID2_a_3.png"], [("ID1", "", "a", 2), ("ID2", "", "a", 3)]),
+        (["train/ID_1/D3.png", "test/ID_2/D4.png"], [("ID_1", "", "", 3), ("ID_2", "", "", 4)]),
+        (["subject3/Doppler8.tif", "subject4/Doppler9.tif"], [("subject3", "", "", 8), ("subject4", "", "", 9)]),
+    ],
+)
+def test_names_of_folders_and_files_say_whose_a_window_is(
+    names: list[str], expected: list[tuple[str, str, str, int]], tmp_path: Path
+) -> None:
+    collected = collect(touched(tmp_path, *names))
+    assert keys(collected) == expected
+    assert collected.pattern
+
+
+def test_a_part_is_no_condition(tmp_path: Path) -> None:
+    collected = collect(touched(tmp_path, "train/Bag/ID_1/D3.png", "Testing/Bag/ID_1/D4.png", "val/Bag/ID_2/D1.png"))
+    assert {one.condition for one in collected.windows} == {"Bag"}
+    assert [one.part for one in collected.windows] == ["training", "test", "validation"]
+
+
+def test_a_pattern_of_ones_own(tmp_path: Path) -> None:
+    touched(tmp_path, "2024/anna-walk-0012.png", "2024/ben-walk-7.png", "2024/readme.png")
+    collected = collect(tmp_path, r"(?P<person>[a-z]+)-(?P<condition>walk)-(?P<number>\d+)")
+    assert keys(collected) == [("anna", "walk", "", 12), ("ben", "walk", "", 7)]
+    assert any("1 files whose names the pattern does not fit: 2024/readme.png" in note for note in collected.notes)
+    for pattern, reason in (("(", "no regular expression"), ("x", "the groups none"), ("(?P<who>x)", "groups who")):
+        with pytest.raises(LightningDiTError, match=reason):
+            collect(tmp_path, pattern)
+    with pytest.raises(LightningDiTError, match="fits none of 3 files"):
+        collect(tmp_path, "(?P<person>zzz)")
+
+
+@pytest.mark.parametrize("sign", [",", ";", "\t"])
+def test_a_list_has_columns(sign: str, tmp_path: Path) -> None:
+    rows = [
+        ["Path", "person", "condition", "recording", "number", "split"],
+        [r"a\x.png", "li", "Bag", "r1", "7", "test"],
+    ]
+    listing = tmp_path / "all.csv"
+    listing.write_text("\ufeff" + "\n".join(sign.join(row) for row in rows), encoding="utf-8")
+    [window] = collect(listing).windows
+    assert window.file == "a/x.png"
+    assert (window.person, window.condition, window.recording, window.number) == ("li", "Bag", "r1", 7)
+    assert window.part == "test"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a.png,li\n", "a header with path, person"),
+        ("path,person,number\na.png,li,one\n", "line 2 has the running number 'one'"),
+        ("path,person,number\na.png,,1\n", "has no person line 2"),
+    ],
+)
+def test_a_wrong_list_is_one_line(text: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "all.csv").write_text(text)
+    with pytest.raises(LightningDiTError, match=reason):
+        collect(tmp_path / "all.csv")
+
+
+def test_numbers_that_start_again_are_recordings_of_their_own(tmp_path: Path) -> None:
+    listing = tmp_path / "all.csv"
+    listing.write_text("path,person,number\n" + "".join(f"{at}.png,li,{at % 4}\n" for at in range(8)))
+    collected = collect(listing)
+    assert [one.recording for one in collected.windows] == ["#1"] * 4 + ["#2"] * 4
+    assert any("start again 1 times" in note for note in collected.notes)
+
+
+def test_equal_numbers_in_one_folder_stay_together(tmp_path: Path) -> None:
+    collected = collect(touched(tmp_path, "li/D1.png", "li/D1.jpg", "li/D2.png", "wang/D1.png"))
+    assert {one.recording for one in collected.windows} == {""}
+    assert any("1 windows have the running number of another" in note for note in collected.notes)
+
+
+def test_copies_in_train_and_test_keep_their_recording(tmp_path: Path) -> None:
+    """Else neighbours on both sides would count as apart."""
+    collected = collect(touched(tmp_path, "train/li/D1.png", "train/li/D2.png", "test/li/D1.png", "test/li/D3.png"))
+    assert len({one.group for one in collected.windows}) == 1
+
+
+def test_an_array_has_a_window_for_each_row(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", w=np.zeros((3, 9, 9)), person=["b", "a", "a"], number=[5, 2, 1])
+    assert keys(collect(tmp_path / "x.npz")) == [("a", "", "x", 1), ("a", "", "x", 2), ("b", "", "x", 5)]
+    (tmp_path / "ID_1").mkdir()
+    np.save(tmp_path / "ID_1" / "walk.npy", np.zeros((2, 9, 9)))
+    (tmp_path / "ID_1" / "broken.npy").write_bytes(b"x")
+    (tmp_path / "x.npz").unlink()
+    collected = collect(tmp_path)
+    assert keys(collected) == [("ID_1", "", "walk", 0), ("ID_1", "", "walk", 1)]
+    assert [file for file, _ in collected.damaged] == ["ID_1/broken.npy"]
+
+
+def test_what_is_not_there_is_named(tmp_path: Path) -> None:
+    touched(tmp_path, "ID_1/D1.png", "ID_4/D1.png", "ID_8/ID9_x_D1.png")
+    (tmp_path / "ID_3" / "inner").mkdir(parents=True)
+    collected = collect(tmp_path)
+    assert collected.empty == ("ID_3", "ID_3/inner")
+    assert missing_people(collected.people, 9) == ["ID_2", "ID_3", "ID_5", "ID_6", "ID_7", "ID_9"]
+    assert missing_people(["01", "03"]) == ["02"]
+    assert missing_people(["li", "wang"], 9) == []
+    assert any("1 files have another person's number" in note for note in collected.notes)
+    with pytest.raises(LightningDiTError, match="that is there; fix: name the folder"):
+        collect(tmp_path / "none")
+
+
+def test_a_split_of_ones_own_is_read_in_many_forms(tmp_path: Path) -> None:
+    windows = collect(touched(tmp_path, *(f"ID_{p}/D{n}.png" for p in (1, 2) for n in (1, 2)))).windows
+    split = {"train_files": {"a": ["ID_1/D1.png"]}, "test": ["/old/place/ID_1/D2.png", "gone.png"], "val": ["ID_2"]}
+    (tmp_path / "data_split.json").write_text(json.dumps(split))
+    parts, note = other_split(tmp_path, windows)
+    assert parts == {
+        "ID_1/D1.png": "training",
+        "ID_1/D2.png": "test",
+        "ID_2/D1.png": "validation",
+        "ID_2/D2.png": "validation",
+    }
+    assert note == "1 of 4 entries of data_split.json name no window that is there"
+    for text, reason in (("{", "cannot be read"), ('{"indices": [1, 2]}', "has no lists of files")):
+        (tmp_path / "data_split.json").write_text(text)
+        parts, note = other_split(tmp_path, windows)
+        assert not parts
+        assert reason in note

@@ -1,0 +1,140 @@
+"""The split by pass: its rules, folds, guards, and the file that later steps read."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from LightningDiT.errors import LightningDiTError
+from LightningDiT.radar.layouts import Window
+from LightningDiT.radar.overlap import Overlap, Passes
+from LightningDiT.radar.split import Row, load_split, make_split, overlapping_pair, save_split
+
+OVERLAP = Overlap(256, 1, 63.0)
+FOLDS = 5
+
+
+def rows_of(people: dict[str, list[int]], seed: int = 0) -> list[Row]:
+    """Return the split of people whose passes have these numbers of windows."""
+    windows, numbers = [], {}
+    for person, counts in people.items():
+        number = 0
+        for pass_number, count in enumerate(counts, 1):
+            for _ in range(count):
+                window = Window(f"{person}/{number}.png", None, person, "", "", number)
+                windows.append(window)
+                numbers[window.name] = pass_number
+                number += 1
+            number += 3  # the next number is 4 away
+    digests = {window.name: window.name for window in windows}
+    return make_split(windows, Passes(numbers, 0, 0), OVERLAP, digests, FOLDS, seed)
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Row]:
+    rng = np.random.default_rng(1)
+    people = {f"ID_{at}": [int(n) for n in rng.integers(1, 40, at % 12)] for at in range(1, 32) if at % 12}
+    return rows_of(people)
+
+
+def test_each_pass_is_tested_once_and_parts_never_cut_a_pass_but_for_a_block(rows: list[Row]) -> None:
+    people: dict[str, dict[int, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        people[row.person][row.pass_number].append(row)
+    for passes in people.values():
+        for members in passes.values():
+            tested = [fold for fold in range(FOLDS) if {row.parts[fold] for row in members} == {"test"}]
+            assert tested == ([members[0].fold] if len(passes) > 1 else [])
+            assert all(("test" in row.parts) == (len(passes) > 1) for row in members)
+            kinds = [{row.parts[fold] for row in members} for fold in range(FOLDS)]
+            assert all(len(kind) == 1 for kind in kinds) or len(passes) == 2
+
+
+def test_fold_0_has_every_part_of_everybody_whose_passes_allow_it(rows: list[Row]) -> None:
+    parts: dict[str, set[str]] = defaultdict(set)
+    passes: dict[str, set[int]] = defaultdict(set)
+    for row in rows:
+        parts[row.person].add(row.part)
+        passes[row.person].add(row.pass_number)
+    for person, found in parts.items():
+        if len(passes[person]) >= 3:
+            assert found == {"training", "validation", "test"}
+        elif len(passes[person]) == 2:
+            assert {"training", "test"} <= found
+        else:
+            assert found == {"training"}
+
+
+def test_no_pair_of_parts_shares_pixels_in_any_fold(rows: list[Row]) -> None:
+    """By brute force, against the stride and not against the code: 63 n < 256 columns are shared."""
+    for fold in range(FOLDS):
+        used = [row for row in rows if row.parts[fold] != "guard"]
+        for person in {row.person for row in used}:
+            own = [row for row in used if row.person == person]
+            places = np.array([row.number for row in own])
+            near = np.abs(places[:, None] - places) * 63 < 252
+            kinds = np.array([row.parts[fold] for row in own])
+            assert not (near & (kinds[:, None] != kinds)).any()
+        assert overlapping_pair(rows, OVERLAP, fold) is None
+
+
+def test_a_pair_that_shares_pixels_is_found(rows: list[Row]) -> None:
+    """A split of windows at random has one."""
+    from dataclasses import replace
+
+    mixed = [replace(row, parts=("test" if at % 5 == 0 else "training",)) for at, row in enumerate(rows)]
+    assert overlapping_pair(mixed, OVERLAP, 0) is not None
+
+
+def test_two_passes_have_a_guarded_end_block() -> None:
+    rows = rows_of({"a": [20, 10]})
+    assert [row.part for row in rows if row.pass_number == 2] == ["test"] * 10
+    assert [row.part for row in rows if row.pass_number == 1] == ["training"] * 13 + ["guard"] * 3 + ["validation"] * 4
+    assert {row.part for row in rows_of({"a": [3, 2]})} == {"training", "test"}  # too short for a block
+
+
+def test_the_same_seed_gives_the_same_split_and_sizes_are_balanced() -> None:
+    people = {"a": [20] * 10, "b": [8, 9, 10, 1, 1]}
+    assert rows_of(people, 3) == rows_of(people, 3)
+    assert rows_of(people, 3) != rows_of(people, 4)
+    rows = rows_of(people)
+    assert [sum(row.person == "a" and row.fold == fold for row in rows) for fold in range(5)] == [40] * 5
+    # passes of one window make no fold of their own
+    assert min(sum(row.person == "b" and row.fold == fold for row in rows) for fold in range(3)) >= 9
+
+
+def test_the_file_comes_back_and_is_refused_when_it_was_changed(rows: list[Row], tmp_path: Path) -> None:
+    file = tmp_path / "split.json"
+    save_split(file, tmp_path / "data", tmp_path / "data", rows, {"seed": 0, "db_range": [-60, 0]})
+    split = load_split(file)
+    assert list(split.rows) == rows
+    assert split.settings["db_range"] == [-60, 0]
+    assert len(split.part("test")) == sum(row.part == "test" for row in rows)
+    text = file.read_text()
+    for old, new in (('"test"', '"training"'), ('"number": 7', '"number": 8'), (FORMAT_TEXT, "x"), ("]", "")):
+        file.write_text(text.replace(old, new, 1))
+        with pytest.raises(LightningDiTError, match="fix: run step5_prepare_spectrograms.py again"):
+            load_split(file)
+    file.write_text(json.dumps({"mine": 1}))
+    with pytest.raises(LightningDiTError, match="this program did not write"):
+        save_split(file, tmp_path, tmp_path, rows, {})
+
+
+FORMAT_TEXT = "passes of spectrograms, 1"
+
+
+def test_a_test_window_in_the_training_is_refused_by_name_and_by_pixels(rows: list[Row], tmp_path: Path) -> None:
+    save_split(tmp_path / "split.json", tmp_path, tmp_path, rows, {})
+    split = load_split(tmp_path / "split.json")
+    training, tested = split.part("training"), split.part("test")
+    split.refuse_tested([row.name for row in training], [row.digest for row in training])
+    with pytest.raises(LightningDiTError, match="is a test window of fold 0"):
+        split.refuse_tested([training[0].name, tested[0].name])
+    with pytest.raises(LightningDiTError, match="is a test window of fold 0"):
+        split.refuse_tested(["renamed.png"], [tested[0].digest])
+    with pytest.raises(LightningDiTError, match="folds 0 to 4 are there"):
+        split.part("test", 5)

@@ -1,0 +1,160 @@
+"""Step 5 from a folder to its split: the audit of windows with known structure, and what it writes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import step5_prepare_spectrograms as step5
+from LightningDiT.console import run_main
+from LightningDiT.radar.arrays import read_raw
+from LightningDiT.radar.colour_maps import coloured
+from LightningDiT.radar.split import load_split
+from tests.conftest import PROJECT
+from tests.walkers import NATIVE, SIDE, enlarged, render, windows_of
+
+PASSES = {"1": [6, 7, 5], "2": [9, 6], "4": [5]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return render(tmp_path_factory.mktemp("walkers"), PASSES)
+
+
+def run(capsys: pytest.CaptureFixture[str], *options: object, code: int = 0) -> str:
+    assert run_main(lambda: step5.main([str(option) for option in options])) == code
+    captured = capsys.readouterr()
+    return captured.out + captured.err
+
+
+def test_the_audit_names_what_the_folder_was_made_of(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = run(capsys, "--data", folder, "--output", tmp_path / "out", "--people", "5")
+    for line in (
+        "3 people, 38 windows, 6 passes",
+        "missing        ID_3, ID_5 (2 in all)",
+        "colour map     jet; pixels are",
+        f"native columns {NATIVE} of time",
+        f"neighbours share 75 %: window {SIDE}, stride 32 columns",
+        "windows share pixels up to a distance of 3",
+        "people with one pass train only and are in no verdict (1): ID_4",
+        "Next: no step trains by split.json yet",
+    ):
+        assert line in said
+    split = load_split(tmp_path / "out" / "split.json")
+    assert len(split.rows) == 38
+    assert {(row.person, row.pass_number) for row in split.rows if row.fold is not None} == {
+        *(("ID_1", at) for at in (1, 2, 3)),
+        *(("ID_2", at) for at in (1, 2)),
+    }
+    listed = list(csv.reader((tmp_path / "out" / "training.csv").read_text().splitlines()))[1:]
+    assert [row[0] for row in listed] == [str(folder / row.file) for row in split.part("training")]
+    assert [row[1] for row in listed] == [row.person for row in split.part("training")]
+
+
+def test_levels_are_written_in_one_channel(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The native columns of the texture come back from its JPEG files, and a second run writes the same."""
+    options = ("--data", folder, "--output", tmp_path / "out", "--write", tmp_path / "w", "--db-range", -60, 0)
+    for _ in (1, 2):
+        run(capsys, *options)
+    manifest = json.loads((tmp_path / "w" / "manifest.json").read_text())
+    assert manifest["db_range"] == [-60, 0]
+    assert manifest["native_columns"] == NATIVE
+    made = windows_of(1000, 6)[2]
+    file = manifest["files"]["ID_1/ID1_case1_1_Doppler3.jpg"]
+    found = read_raw(tmp_path / "w" / "levels" / file, None).values
+    assert found is not None
+    assert found.shape == (SIDE, NATIVE)
+    assert float(np.sqrt(((found - made) ** 2).mean())) < 0.04
+    assert Image.open(tmp_path / "w" / "levels" / file).mode.startswith("I")
+    assert Image.open(tmp_path / "w" / "views" / file).mode == "RGB"
+    assert "has files of other programs" in run(capsys, *options[:4], "--write", folder, code=1)
+    assert sorted(path.name for path in folder.iterdir()) == ["ID_1", "ID_2", "ID_4"]
+
+
+def test_bad_files_are_one_line_each_and_nothing_else_is_lost(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = shutil.copytree(folder, tmp_path / "data")
+    (data / "ID_9").mkdir()
+    name = "ID_1/ID1_case1_1_Doppler{}.jpg"
+    (data / name.format(90)).write_bytes(b"no image")
+    shutil.copy(data / name.format(1), data / "ID_2" / "ID2_case1_1_Doppler99.jpg")
+    photo = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+    Image.fromarray(photo).save(data / "ID_1" / "ID1_case1_1_Doppler70.png")
+    Image.fromarray(coloured(enlarged(windows_of(7, 1)[0]), "viridis")).save(data / name.format(80))
+    Image.fromarray(coloured(enlarged(windows_of(8, 1)[0], 200), "jet")).save(data / name.format(110))
+    said = run(capsys, "--data", data, "--output", tmp_path / "out")
+    for line in (
+        "empty folders (1): ID_9",
+        "Doppler90.jpg cannot be read: cannot identify image file",
+        "has the pixels of several people: ID_1, ID_2, and 1 more",
+        "Doppler70.png is in no known colour map",
+        "colour maps are mixed: jet 38, viridis 1",
+        "windows have 2 sizes",
+    ):
+        assert said.count(line) == 1, line
+    split = load_split(tmp_path / "out" / "split.json")
+    assert len(split.rows) + len(split.settings["left_out"]) == 38 + 5
+    refused = run(capsys, "--data", data, "--output", tmp_path / "out", "--write", tmp_path / "w", code=1)
+    assert "written ones have one; fix: give --size" in refused
+    run(capsys, "--data", data, "--output", tmp_path / "out", "--write", tmp_path / "w", "--size", "48x64")
+    sizes = {Image.open(file).size for file in (tmp_path / "w").rglob("*.png")}
+    assert sizes == {(48, 64)}
+
+
+def test_decibels_of_arrays_are_scaled_by_training_passes_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arrays, people, numbers, number = [], [], [], 0
+    for person in (1, 2):
+        for pass_number, count in enumerate((6, 6, 6)):
+            for window in windows_of(10 * person + pass_number, count):
+                arrays.append(window * 50 - 60)
+                people.append(f"p{person}")
+                numbers.append(number)
+                number += 1
+            number += 9
+    values = np.stack(arrays).astype(np.float32)
+    values[3, 0, 0], values[4, 0, 0], values[20, :, 0] = np.nan, np.inf, -np.inf
+    np.savez(tmp_path / "x.npz", dB=values, person=people, number=numbers)
+    said = run(capsys, "--data", tmp_path / "x.npz", "--output", tmp_path / "out")
+    assert "x.npz[3] has 1 values that are NaN or infinite, and 1 more" in said
+    assert f"{SIDE} values of minus infinity count as the low end" in said
+    split = load_split(tmp_path / "out" / "split.json")
+    tested = [row.index for row in split.part("test")]
+    values[tested] += 30  # what is tested moves nothing
+    np.savez(tmp_path / "x.npz", dB=values, person=people, number=numbers)
+    run(capsys, "--data", tmp_path / "x.npz", "--output", tmp_path / "out")
+    assert load_split(tmp_path / "out" / "split.json").settings["db_range"] == split.settings["db_range"]
+
+
+def test_options_that_do_not_go_together_and_data_that_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for wrong in (["--size", "64"], ["--folds", "1"], ["--db-range", "0", "-60"], ["--fit", "pad"], ["--size", "4x4"]):
+        with pytest.raises(SystemExit) as stopped:
+            step5.main(["--data", str(tmp_path), *wrong])
+        assert stopped.value.code == 2
+    assert "no images in" in run(capsys, "--data", tmp_path, "--output", tmp_path / "out", code=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_audit_needs_no_torch_and_a_dry_run_writes_nothing(folder: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys; sys.modules['torch'] = None; import step5_prepare_spectrograms as s;"
+        f"sys.exit(s.main(['--data', {str(folder)!r}, '--output', {str(tmp_path / 'out')!r}, '--dry-run']))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "6 passes" in done.stdout
+    assert not (tmp_path / "out").exists()
