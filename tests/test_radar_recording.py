@@ -128,9 +128,9 @@ def test_marks_of_passes_help_the_random_split_alone() -> None:
     assert by_pass < 0.5
 
 
-def test_features_are_means_of_blocks() -> None:
-    pictures = np.zeros((1, 32, 16), np.float32)
-    pictures[0, :2, 0] = (-4, -8)
-    found = features(pictures).reshape(16, 16)
-    assert found[0, 0] == pytest.approx(-6)
-    assert np.abs(found).sum() == pytest.approx(6)
+def test_features_are_means_of_blocks_of_what_is_shown() -> None:
+    pictures = np.zeros((1, 64, 16), np.float32)
+    pictures[0, :2, 0] = (-4, -800)  # shown as -45
+    found = features(pictures).reshape(32, 8)
+    assert found[0, 0] == pytest.approx(-49 / 4)
+    assert np.abs(found).sum() == pytest.approx(49 / 4)

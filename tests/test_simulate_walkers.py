@@ -105,7 +105,7 @@ def test_two_processes_and_a_stopped_run_write_the_same_bytes(
 
 def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path / "new", "--dry-run", "--layout", "conditions") == 0
-    assert "2 people, 8 conditions, 96 windows" in capsys.readouterr().out
+    assert "people 2, conditions 8, windows 96" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
 

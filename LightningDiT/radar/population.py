@@ -12,8 +12,8 @@ CARRIED = ("Normal", "Backpack", "Bag", "Bag_Phone")
 WAYS = ("line", "free")
 #: Conditions in the order of their numbers: Normal_line, Normal_free, Backpack_line, ...
 CONDITIONS = tuple(f"{carried}_{way}" for carried in CARRIED for way in WAYS)
-#: What has a strength of its own.
-PARTS = ("trunk", "head", "arm", "thigh", "shank", "foot", "carried", "noise")
+#: What differs in strength; the trunk does not, so that its echo stands equally far above the mean noise.
+PARTS = ("head", "arm", "thigh", "shank", "foot", "carried", "noise")
 #: What numbers are drawn for.
 PURPOSES = ("person", "recording", "pass", "echo", "windows", "interference", "noise")
 FEWEST_PASSES, MOST_PASSES = 3, 11
@@ -30,14 +30,14 @@ class Spread:
 #: Relative ones for factors, dB for strengths. Chosen so that a plain classifier finds people as in real recordings:
 #: see docs/radar.md for what `--check` measures.
 SPREADS = {
-    "speed": Spread(0.10, 0.06),
-    "cadence": Spread(0.04, 0.02),
-    "swing": Spread(0.30, 0.12),
-    "hip": Spread(0.06, 0.03),
-    "knee": Spread(0.06, 0.03),
-    "bounce": Spread(0.20, 0.10),
-    "strength": Spread(5.0, 3.0),
-    "noise": Spread(1.5, 2.5),
+    "speed": Spread(0.12, 0.06),
+    "cadence": Spread(0.05, 0.03),
+    "swing": Spread(0.35, 0.20),
+    "hip": Spread(0.08, 0.05),
+    "knee": Spread(0.08, 0.05),
+    "bounce": Spread(0.30, 0.20),
+    "strength": Spread(7.5, 3.5),
+    "noise": Spread(2.0, 3.5),
 }
 MEAN_SPEED = 1.40  # m/s
 

@@ -12,7 +12,7 @@ from LightningDiT.radar.population import Pass, pass_of, passes_of, person_of, r
 from LightningDiT.radar.scatterers import scatterers
 from LightningDiT.radar.sensor import Complex, Sensor, echo, spectrogram, without_clutter
 
-NOISE = 0.02  # square metres at the nearest range: the noise of one chirp in the units of cross sections
+NOISE = 0.04  # square metres at the nearest range: the noise of one chirp in the units of cross sections
 LOST = 0.01  # share of windows inside a pass that the recording lacks
 
 

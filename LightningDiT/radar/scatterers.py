@@ -135,9 +135,9 @@ def scatterers(walk: Pass, sensor: Sensor, chirps: int) -> tuple[Array, Complex]
         centre = start + axis / 2
         cosine = (axis * centre).sum(1) / length / np.linalg.norm(centre, axis=1)
         section = ellipsoid_section(segment.radius * walk.person.height, length / 2, cosine) / segment.points
-        strength = np.sqrt(section * 10 ** ((segment.strength + walk.strengths[segment.part]) / 10)) * loss
+        strength = np.sqrt(section * 10 ** ((segment.strength + walk.strengths.get(segment.part, 0.0)) / 10)) * loss
         for index in range(segment.points):
-            path = np.linalg.norm(start + axis * ((index + 0.5) / segment.points), axis=1)
+            path = np.linalg.norm(start + axis * ((index + draw.uniform()) / segment.points), axis=1)
             ranges.append(path)
             amplitudes.append((flicker(draw, times) * strength * range_gate(sensor, path - middle))[:-1])
     return np.stack(ranges), np.stack(amplitudes).astype(np.complex64)

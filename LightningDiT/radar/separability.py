@@ -5,17 +5,22 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from LightningDiT.radar.pictures import SHOWN
+
 Array = NDArray[np.float64]
-SIDE = 16  # pixels of a window as the classifier sees it
-PENALTY, STEPS = 1e-2, 300  # weight decay and steps of gradient descent
+ROWS, COLUMNS = 32, 8  # of a window as the classifier sees it
+PENALTY, STEPS = 1e-3, 300  # weight decay and steps of gradient descent
 
 
 def features(pictures: NDArray[np.float32]) -> Array:
-    """Return (N, SIDE * SIDE) means of blocks of pictures (N, rows, columns), each picture over its maximum."""
+    """Return (N, ROWS * COLUMNS) means of blocks of pictures (N, rows, columns) as `picture` shows them, in dB."""
     count, rows, columns = pictures.shape
-    row, column = np.arange(rows) * SIDE // rows, np.arange(columns) * SIDE // columns
-    pool = [np.eye(SIDE)[index] / np.bincount(index) for index in (row, column)]
-    small = np.einsum("nrc,ri,cj->nij", pictures - pictures.max((1, 2), keepdims=True), *pool, optimize=True)
+    pools = []
+    for blocks, pixels in ((ROWS, rows), (COLUMNS, columns)):
+        block = np.arange(pixels) * blocks // pixels
+        pools.append(np.eye(blocks)[block] / np.bincount(block))
+    shown = np.clip(pictures - pictures.max((1, 2), keepdims=True), -SHOWN, 0)
+    small = np.einsum("nrc,ri,cj->nij", shown, *pools, optimize=True)
     return small.reshape(count, -1)
 
 

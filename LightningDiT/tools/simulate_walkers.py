@@ -139,7 +139,7 @@ def write_walkers(args: argparse.Namespace, folder: Path, records: list[tuple[in
 def check(args: argparse.Namespace) -> list[str]:
     """Return lines with the accuracies of a classifier on the first condition."""
     condition, images, labels, passes = CONDITIONS.index(args.conditions[0]), [], [], []
-    with Progress(args.people, "person") as progress:
+    with Progress(args.people, "walker") as progress:
         for person in range(args.people):
             for window, decibels in recording(args.seed, person + 1, condition, args.windows, Sensor(), Cutting()):
                 images.append(decibels)
@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     records = [(person + 1, CONDITIONS.index(name)) for person in range(args.people) for name in args.conditions]
     count = len(records) * args.windows
     first = folder / planned(args, *records[0])[0]
-    print(f"{args.people} people, {len(args.conditions)} conditions, {count} windows: {first}, ...")
+    print(f"people {args.people}, conditions {len(args.conditions)}, windows {count}: {first}, ...")
     require_space(folder, count * BYTES[args.format], f"{count} windows", "choose another --output")
     if args.dry_run:
         return 0
