@@ -24,7 +24,7 @@ from LightningDiT.tools.benchmark.forward import on_meta, published_settings
 from LightningDiT.tools.benchmark.gpu_networks import (
     TrainingPlan,
     compiled_network,
-    filling_batches,
+    filling_batch,
     kernel_for,
     measure_gpu_decoding,
     measure_gpu_forwards,
@@ -38,7 +38,8 @@ from LightningDiT.tools.benchmark.gpu_sampling import measure_gpu_sampling, publ
 from LightningDiT.tools.benchmark.predict import CARDS, H100, forward_ms, shares_of, work_of
 from LightningDiT.tools.benchmark.rounds import Setting
 from LightningDiT.tools.benchmark.rows import Row, measured
-from LightningDiT.tools.benchmark.tables import render
+from LightningDiT.tools.benchmark.tables import mark_of, render
+from LightningDiT.tools.report import marks_of
 from tests.test_benchmark_training import CONFIG
 from tests.test_train import SMALLEST
 from tests.wheels import make_nvidia_smi
@@ -154,14 +155,14 @@ def test_training_steps_of_both_loops(tmp_path: Path, monkeypatch: pytest.Monkey
     path = tmp_path / "tiny.yaml"
     path.write_text(CONFIG.replace("XS/2", "XXS/2"))
     monkeypatch.setattr(training, "LATENTS", 8)
-    found = measure_gpu_training(QUICK, [TrainingPlan("tiny", path, (2,))])["rows"]
+    found = measure_gpu_training(QUICK, [TrainingPlan("tiny", path, 2)])["rows"]
     loops = ("ours", "ours, compiled", "published", "published, layers compiled")
     assert [row.name for row in found] == [f"tiny, fp32: {loop}" for loop in loops]
     assert all(row.seconds for row in found), [row.note for row in found]
     need = gpu_networks.training_need(published_settings("LightningDiT-B/1"), torch.float32, False)
     monkeypatch.setattr(gpu_networks, "gpu_free_bytes", lambda device: need.peak(100))
     plan = TrainingPlan("B/1", gpu_networks.B1)
-    assert filling_batches(plan, QUICK) == [32, 64]
+    assert filling_batch(plan, QUICK) == 64
 
 
 @pytest.fixture
@@ -203,6 +204,22 @@ def test_a_fresh_process_prints_the_seconds_of_its_first_images(
     text = render("gpu-sampling", part, machine.machine(CPU, torch.float32))
     assert f"| 1 images at once, compile off, code none | {seconds['loading']:.1f} | {seconds['first']:.1f} |" in text
     assert "| no memory | no memory | no memory |" in text
+
+
+def test_a_part_of_a_gpu_goes_to_page_and_file(
+    tiny_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_networks, "TOKENIZER", tiny_tokenizer)
+    monkeypatch.setattr("LightningDiT.tools.benchmark.__main__.chosen_parts", lambda asked, device: asked)
+    page, figures = tmp_path / "page.md", tmp_path / "figures.json"
+    page.write_text("\n".join(marks_of(mark_of("gpu-decode"))))
+    assert main(["--part", "gpu-decode", "--quick", "--json", str(figures), "--output", str(page)]) == 0
+    written = json.loads(figures.read_text())["gpu-decode"]["rows"]
+    lines = page.read_text().splitlines()
+    for row in written:
+        assert any(
+            line.startswith(f"| {row['name']} | {row['units']} | {1e3 * row['seconds']:,.2f} |") for line in lines
+        )
 
 
 def test_parts_for_a_gpu_are_refused_without_one() -> None:

@@ -47,6 +47,7 @@ GAIN = 0.5  # of random weights, which keep the size of what goes through
 
 FORWARD_BATCHES = (1, 2, 8, 16, 64, 128, 256)  # to compile a block takes 4 s a shape
 WHOLE_BATCHES = (2, 16, 128)  # to compile the whole forward takes 22 s a shape
+PUBLISHED_BATCHES = (2, 16, 128, 256)
 QUICK_BATCHES = (2, 16)
 
 
@@ -60,7 +61,7 @@ def measure_gpu_forwards(setting: Setting, model_type: str = "LightningDiT-XL/1"
         weights = random_state(settings)
         for name, dtype, tf32 in (("bf16 autocast", torch.bfloat16, False), ("float32 with TF32", torch.float32, True)):
             model = plain_transformer(settings, weights, setting.device)
-            for batch in batches:
+            for batch in QUICK_BATCHES if setting.quick else PUBLISHED_BATCHES:
                 build = partial(published_forward, model, batch, dtype, tf32)
                 rows.append(measured(f"published, {name}, layers compiled", batch, build, setting, batch * flops))
             del model
@@ -173,7 +174,7 @@ def measure_gpu_decoding(setting: Setting, config: TokenizerConfig | None = None
         tokenizer = VA_VAE(config, ckpt_path=lively_tokenizer(config, Path(folder)), device=setting.device)
         decoder = tokenizer.model.decoder
         side = settings.resolution // settings.downsample_factor
-        for count in (4,) if setting.quick else (1, 16, 64):
+        for count in (4,) if setting.quick else (1, 16):
             latents = torch.randn(count, settings.embed_dim, side, side, generator=generator_for(2)).to(setting.device)
             exact = to_uint8(tokenizer.decode_latents(latents)).int()
             for name, options in DECODINGS.items():
@@ -218,15 +219,15 @@ def lively_tokenizer(config: TokenizerConfig, folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Steps of one model: batches, or none: the largest power of two that fits, and its half."""
+    """Steps of one model; without a batch it is the largest power of two that fits."""
 
     name: str
     config: Path
-    batches: tuple[int, ...] = ()
+    batch: int | None = None
 
 
-TRAININGS = (TrainingPlan("XL/1", XL1), TrainingPlan("B/1", B1, (8,)))
-QUICK_TRAININGS = (TrainingPlan("B/1", B1, (8,)),)
+TRAININGS = (TrainingPlan("XL/1", XL1), TrainingPlan("B/1", B1, 8))
+QUICK_TRAININGS = (TrainingPlan("B/1", B1, 8),)
 LARGEST_BATCH = 512
 
 
@@ -236,24 +237,22 @@ def measure_gpu_training(setting: Setting, plans: Sequence[TrainingPlan] | None 
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(setting.dtype, "fp32")
     with tempfile.TemporaryDirectory() as name, cold_code(), torch.inference_mode(False):
         for plan in plans or (QUICK_TRAININGS if setting.quick else TRAININGS):
-            for batch in plan.batches or filling_batches(plan, setting):
-                folder = Path(name) / f"{plan.config.stem} {batch}"
-                config = write_latents(load_config(plan.config), folder, batch, precision)
-                for loop in (OURS, f"{OURS}, compiled", PUBLISHED, COMPILED):
-                    if "compiled" in loop and abilities(setting.device).no_compiler:
-                        continue
-                    build = partial(training_steps, config, loop)
-                    rows.append(measured(f"{plan.name}, {precision}: {loop}", batch, build, setting, trains=True))
+            batch = plan.batch or filling_batch(plan, setting)
+            config = write_latents(load_config(plan.config), Path(name) / plan.config.stem, batch, precision)
+            for loop in (OURS, f"{OURS}, compiled", PUBLISHED, COMPILED):
+                if "compiled" in loop and abilities(setting.device).no_compiler:
+                    continue
+                build = partial(training_steps, config, loop)
+                rows.append(measured(f"{plan.name}, {precision}: {loop}", batch, build, setting, trains=True))
     return {"rows": rows, "skipped": []}
 
 
-def filling_batches(plan: TrainingPlan, setting: Setting) -> list[int]:
-    """Return the largest power of two that the memory holds by `training_need`, and half of it."""
+def filling_batch(plan: TrainingPlan, setting: Setting) -> int:
+    """Return the largest power of two that the memory holds by `training_need`."""
     need = training_need(model_settings(load_config(plan.config)), setting.dtype, setting.device.type != "cpu")
     free = gpu_free_bytes(setting.device) or 0
     sizes = [2**power for power in range(int(math.log2(LARGEST_BATCH)) + 1)]
-    largest = max((size for size in sizes if need.peak(size) <= free), default=1)
-    return sorted({max(1, largest // 2), largest})
+    return max((size for size in sizes if need.peak(size) <= free), default=1)
 
 
 def training_steps(config: Any, loop: str) -> Run:
@@ -264,7 +263,6 @@ def training_steps(config: Any, loop: str) -> Run:
         return partial(_next_step, trainer, [0])
     published = PublishedLoop(trainer)
     batch = trainer.data.make(0)
-    trainer.model = trainer.ema = trainer.optimizer = None  # the published loop has copies
     blocks = published.compiled_blocks() if loop == COMPILED else None
     return lambda: published.step(batch, blocks)
 

@@ -30,6 +30,7 @@ from .machine import power_readings, smi
 from .rounds import Setting, product_case, seconds_of
 
 SAMPLES, SHORTEST = 5, 0.03  # medians are over so many samples, each of at least so many seconds
+LONG = 5.0  # seconds of a run that is measured once, after the first
 WATCHED_SECONDS = 2.0  # of a case while its power is read
 
 Run = Callable[[], object]
@@ -99,14 +100,15 @@ def clear_memory(device: torch.device) -> None:
 
 def _median(run: Run, device: torch.device, trains: bool) -> float:
     once = seconds_of(run, device, trains)
+    if once > LONG:
+        return once
     times = max(1, math.ceil(SHORTEST / max(once, 1e-6)))
 
     def several() -> None:
         for _ in range(times):
             run()
 
-    samples = 2 if once > 5 else SAMPLES
-    return statistics.median(seconds_of(several, device, trains) / times for _ in range(samples))
+    return statistics.median(seconds_of(several, device, trains) / times for _ in range(SAMPLES))
 
 
 def _joules(run: Run, units: int, device: torch.device, trains: bool) -> float | None:
