@@ -30,7 +30,7 @@ GROUND: dict[str, set[str]] = {
 PARTS: dict[str, set[str]] = {
     "models": set(),
     "transport": set(),
-    "tokenizer": {"checkpoint", "config", "device", "errors", "files", "images"},
+    "tokenizer": {"checkpoint", "compiling", "config", "device", "errors", "files", "images"},
     "data": {"checkpoint", "config", "errors", "files", "images"},
 }
 BELOW = {*GROUND, *PARTS, "loading"}

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from LightningDiT.checkpoint import check_kinds, check_shapes, inspect, load_file, without_values
+from LightningDiT.compiling import uncompiled
 from LightningDiT.config import typed
 from LightningDiT.device import autocast, best_device, float32_products
 from LightningDiT.errors import LightningDiTError, warn_user
@@ -142,17 +143,20 @@ class VA_VAE:  # noqa: N801 - the published name
             half: compute in fp16; images that are not finite then are computed in float32, which a warning says.
             tf32: let a GPU compute from TF32 inputs what it computes in float32.
         """
-        count, most = len(latents), self._most(latents, self.downsample_factor)
+        count, size = len(latents), self._most(latents, self.downsample_factor)
+        filled = latents
+        if count > 1 and (half or self.device.type != "cpu"):  # one shape: code is compiled for it once, and a GPU rounds all alike
+            size = math.ceil(count / math.ceil(count / size))
+            filled = F.pad(latents, (0, 0, 0, 0, 0, 0, 0, -count % size))
+        images = self._decoded(filled, size, torch.float16 if half else torch.float32, tf32)[:count]
         if not half:
-            return self._decoded(latents, most, torch.float32, tf32)
-        size = math.ceil(count / math.ceil(count / most))  # one shape, of which compiled code has to be made once
-        filled = F.pad(latents, (0, 0, 0, 0, 0, 0, 0, -count % size))
-        images = self._decoded(filled, size, torch.float16, tf32)[:count]
+            return images
         finite = images.isfinite().flatten(1).all(1)  # (N,)
         if not finite.all():
             wrong = int((~finite).sum())
             warn_user(f"decoding in fp16 gave {wrong} of {count} images that are not finite; they are made in float32")
-            images[~finite] = self._decoded(latents[~finite.to(latents.device)], most, torch.float32, tf32)
+            with uncompiled(self.model):  # each by itself, so that none depends on the others
+                images[~finite] = self._decoded(latents[~finite.to(latents.device)], 1, torch.float32, tf32)
         return images
 
     def _decoded(self, latents: Tensor, size: int, dtype: torch.dtype, tf32: bool) -> Tensor:
