@@ -81,18 +81,30 @@ def test_grey_images_keep_their_depth(bits: int, tmp_path: Path) -> None:
     assert read_raw(tmp_path / "b.png", None).values == pytest.approx(written, abs=1 / 65535)
 
 
-@pytest.mark.parametrize("way", list(arrays.ENLARGED))
+@pytest.mark.parametrize("way", arrays.WAYS)
 @pytest.mark.parametrize("count", [NATIVE, 55])
 def test_native_columns_are_found_and_taken(way: str, count: int) -> None:
     """The enlarged window returns the columns that it was made of."""
-    native = [scroll(seed, count) for seed in range(3)]
-    wide = [np.asarray(Image.fromarray(one).resize((200, 128), arrays.ENLARGED[way])) for one in native]
+    native, wide = [scroll(seed, count) for seed in range(3)], []
+    for levels in native:
+        if way in arrays.CENTRED:
+            again = np.asarray(Image.fromarray(levels).resize((200, len(levels)), arrays.CENTRED[way]))
+        else:
+            at = np.linspace(0, count - 1, 200)
+            at = np.rint(at) if way.startswith("nearest") else at
+            again = np.stack([np.interp(at, np.arange(count), row) for row in levels]).astype(np.float32)
+        wide.append(again)
     found = native_columns(wide)
     assert found is not None
     assert found.count == count
-    # the reference keeps the value at the centre of a column to within the interpolation between two pixels
-    assert np.abs(sample_columns(wide[0], count) - native[0]).mean() < 0.02
+    assert (found.way in arrays.ON_ENDS) == (way in arrays.ON_ENDS)
+    # a place between two pixels is not met exactly
+    assert np.abs(sample_columns(wide[0], count, found.way) - native[0]).mean() < 0.02
+
+
+def test_windows_that_were_not_enlarged_have_no_native_columns() -> None:
     assert native_columns([scroll(seed, 200) for seed in range(3)]) is None
+    assert native_columns([scroll(0, 8)]) is None
 
 
 def test_no_size_cuts_an_end_off() -> None:

@@ -7,7 +7,7 @@ import hashlib
 import io
 import math
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ MOST_BYTES = 2**31  # of a file of arrays, packed or not
 SCIPY_PIN = "scipy==1.17.1"
 FEWEST = 8  # native columns that are looked for
 NEAR = 2  # columns more and less that a number is compared with
-SHARP = 1.2  # least `Columns.sharpness`; JPEG files of windows that were not enlarged have up to 1.17
+SHARP = 1.2  # least `Columns.sharpness`; windows that were not enlarged have less
+SHARP_HALF = 1.3  # the same from half of the columns on: JPEG files keep colours at half the resolution
 TINY = 1e-9  # squared error that nobody sees
 ROWS = 32  # of a window that are enough
 
@@ -39,8 +40,8 @@ class ArrayFile:
     """What a file of arrays holds.
 
     Attributes:
-        windows: (N, H, W), Doppler down and time across. A .mat file has N last, as cat(3, ...) gives it, unless columns
-            say otherwise.
+        windows: (N, H, W), Doppler down and time across. A .mat file has N last, as cat(3, ...) gives it, unless the
+            lengths of the columns say otherwise.
         columns: by the names in `KEYS`, a text for each window.
         single: whether the file has one window, without an axis that counts.
     """
@@ -186,12 +187,15 @@ def _digest(array: NDArray[Any]) -> str:
 # ---- the time axis
 
 
-#: How windows may have been enlarged, as Pillow does it.
-ENLARGED = {
+#: How windows may have been enlarged: Pillow's filters, whose first and last column lie half a step from the ends.
+CENTRED = {
     "nearest": Image.Resampling.NEAREST,
     "linear": Image.Resampling.BILINEAR,
     "cubic": Image.Resampling.BICUBIC,
 }
+#: The same with the first and last column on the ends, as interp2, pcolor and scipy's zoom have them.
+ON_ENDS = ("nearest between the ends", "linear between the ends")
+WAYS = (*CENTRED, *ON_ENDS)
 
 
 @dataclass(frozen=True)
@@ -200,7 +204,7 @@ class Columns:
 
     Attributes:
         count: of a window.
-        way: of `ENLARGED`.
+        way: of `WAYS`.
         sharpness: error of the windows made again from a few columns more or less, over that from these.
         error: root mean square of that from these, in levels.
     """
@@ -219,37 +223,54 @@ def native_columns(windows: Sequence[Levels]) -> Columns | None:
     """
     width, rows = windows[0].shape[1], max(1, windows[0].shape[0] // ROWS)
     counts = range(FEWEST, width)
-    errors = {way: np.zeros(len(counts)) for way in ENLARGED}
+    if len(counts) <= 2 * NEAR:
+        return None
+    errors = {way: np.zeros(len(counts)) for way in WAYS}
     for levels in windows:
         thin = np.ascontiguousarray(levels[::rows])
         for at, count in enumerate(counts):
-            columns = Image.fromarray(sample_columns(thin, count))
-            for way, filtered in ENLARGED.items():
-                again = np.asarray(columns.resize((width, len(thin)), filtered))
+            for way, again in _enlarged_again(thin, count):
                 errors[way][at] += float(((again - thin) ** 2).mean())
     found = []
     for way, squares in errors.items():
-        if len(squares) <= 2 * NEAR:
-            return None
         inner, around = squares[NEAR:-NEAR], np.minimum(squares[: -2 * NEAR], squares[2 * NEAR :])
         ratio = np.sqrt(around / np.maximum(inner, TINY))
         for at in np.flatnonzero(ratio > SHARP):
-            error = math.sqrt(inner[at] / len(windows))
-            found.append(Columns(counts[int(at) + NEAR], way, float(ratio[at]), error))
+            count, error = counts[int(at) + NEAR], math.sqrt(inner[at] / len(windows))
+            if 2 * count < width or ratio[at] > SHARP_HALF:
+                found.append(Columns(count, way, float(ratio[at]), error))
     # nearest pixels also come back from some larger numbers, the smallest is what they hold
     sharpest = max((columns.sharpness for columns in found), default=0.0)
     clear = [columns for columns in found if columns.sharpness - 1 >= 0.7 * (sharpest - 1)]
     return min(clear, key=lambda columns: (columns.count, -columns.sharpness), default=None)
 
 
-def sample_columns(levels: Levels, count: int) -> Levels:
-    """Return the native columns (H, count) of an enlarged window (H, W), each where its centre lies.
+def _enlarged_again(levels: Levels, count: int) -> Iterator[tuple[str, Levels]]:
+    """Yield levels (H, W) made again from `count` columns, for each of `WAYS`."""
+    height, width = levels.shape
+    columns = Image.fromarray(sample_columns(levels, count, next(iter(CENTRED))))
+    for way, kernel in CENTRED.items():
+        yield way, np.asarray(columns.resize((width, height), kernel))
+    on_ends = sample_columns(levels, count, ON_ENDS[0])
+    at = np.linspace(0, count - 1, width)
+    yield ON_ENDS[0], on_ends[:, np.rint(at).astype(np.intp)]
+    yield ON_ENDS[1], _between(on_ends, at)
 
-    Linear, cubic and nearest enlargement all keep a column's own value at its centre.
+
+def sample_columns(levels: Levels, count: int, way: str) -> Levels:
+    """Return the native columns (H, count) of a window (H, W) that was enlarged in one of `WAYS`.
+
+    Each is taken where its own value lies, between the two nearest pixels.
     """
     width = levels.shape[1]
-    at = np.clip((np.arange(count) + 0.5) * width / count - 0.5, 0, width - 1)
-    left = np.minimum(at.astype(np.intp), width - 2)
+    if way in ON_ENDS:
+        return _between(levels, np.linspace(0, width - 1, count))
+    return _between(levels, np.clip((np.arange(count) + 0.5) * width / count - 0.5, 0, width - 1))
+
+
+def _between(levels: Levels, at: NDArray[np.float64]) -> Levels:
+    """Return columns at fractional places, by linear interpolation."""
+    left = np.minimum(at.astype(np.intp), levels.shape[1] - 2)
     share = (at - left).astype(np.float32)
     return levels[:, left] * (1 - share) + levels[:, left + 1] * share
 

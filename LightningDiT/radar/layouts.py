@@ -21,7 +21,7 @@ from LightningDiT.radar.arrays import ARRAYS, open_arrays
 
 LISTS = (".csv", ".tsv", ".txt")
 OTHER_SPLIT = "data_split.json"
-OWN_FILES = (OTHER_SPLIT, "split.json", "manifest.json")
+OWN_FILES = (OTHER_SPLIT, "split.json", "manifest.json", "walkers.json")  # of this project and of others
 #: Names of parts in folders, lists and JSON files.
 PARTS = {
     **dict.fromkeys(("train", "training"), "training"),

@@ -99,7 +99,7 @@ def _values(prepared: Prepared) -> Iterator[str]:
         yield f"warning: colour maps are mixed: {', '.join(f'{name} {number}' for name, number in maps.most_common())}"
     if prepared.columns:
         columns = prepared.columns
-        yield f"native columns {columns.count} of time, enlarged by {columns.way} pixels"
+        yield f"native columns {columns.count} of time, enlarged to the width of the pixels ({columns.way})"
     elif main != DB:
         yield "native columns none found: the windows were not enlarged in time, or not by a known way"
 
@@ -256,7 +256,7 @@ def write_levels(
             if levels is None:
                 raise LightningDiTError(f"{shown(name)} cannot be read any more", "put the file back")
             if native and prepared.columns and prepared.columns.count < levels.shape[1]:
-                levels = sample_columns(levels, prepared.columns.count)
+                levels = sample_columns(levels, prepared.columns.count, prepared.columns.way)
             levels = fitted(levels, size, fit) if size else levels
             save_levels(levels, folder / "levels" / file)
             save_view(coloured(levels, map_), folder / "views" / file)
