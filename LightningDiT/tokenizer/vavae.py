@@ -145,7 +145,7 @@ class VA_VAE:  # noqa: N801 - the published name
         """
         count, size = len(latents), self._most(latents, self.downsample_factor)
         filled = latents
-        if count > 1 and (half or self.device.type != "cpu"):  # one shape: code is compiled for it once, and a GPU rounds all alike
+        if count > 1 and (half or self.device.type != "cpu"):  # one shape: compiled once, rounded alike
             size = math.ceil(count / math.ceil(count / size))
             filled = F.pad(latents, (0, 0, 0, 0, 0, 0, 0, -count % size))
         images = self._decoded(filled, size, torch.float16 if half else torch.float32, tf32)[:count]
