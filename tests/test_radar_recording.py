@@ -54,6 +54,13 @@ def test_the_trunk_lies_at_the_speed_of_the_walk(number: int) -> None:
     assert ridge.mean() == pytest.approx(SENSOR.row_of(walk.speed), abs=1.5)
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_what_leaves_the_picture_at_the_bottom_does_not_enter_at_the_top(number: int) -> None:
+    image = pass_spectrogram(replace(straight(number), speed=1.7), SENSOR, 100)
+    assert image[-1].max() > 20
+    assert image[:2].max() < 14
+
+
 def test_the_lower_edge_is_the_top_speed_of_the_feet() -> None:
     walk = replace(straight(), speed=1.0)
     seconds = cycle_seconds(relative_speed(walk), walk.style.cadence)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -103,10 +105,39 @@ def test_two_processes_and_a_stopped_run_write_the_same_bytes(
     assert "wrote 6 files, 6 were there" in capsys.readouterr().out
 
 
+def end_process(*_: object) -> None:
+    os._exit(9)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes that share this test's change")
+def test_a_process_that_is_killed_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulate_walkers, "contents", end_process)
+    with pytest.raises(LightningDiTError, match="a process of the simulation was ended.*; fix: add --workers 1"):
+        run(tmp_path, "--workers", "2")
+
+
 def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path / "new", "--dry-run", "--layout", "conditions") == 0
     assert "people 2, conditions 8, windows 96" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_conditions_are_a_set_and_options_without_effect_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    args = simulate_walkers.parse(["--output", "o", "--conditions", "Bag_line", "Normal_free", "Bag_line"])
+    assert args.conditions == ["Normal_free", "Bag_line"]
+    assert capsys.readouterr().out == ""
+    simulate_walkers.parse(["--output", "o", "--format", "npy", "--colour-map", "gray"])
+    assert capsys.readouterr().out == "note: --colour-map has no effect with --format npy\n"
+    simulate_walkers.parse(["--check", "--dry-run"])
+    assert capsys.readouterr().out == "note: --dry-run has no effect with --check\n"
+
+
+@pytest.mark.parametrize(("option", "value"), [("--people", "100001"), ("--windows", "2001"), ("--windows", "0")])
+def test_numbers_have_limits(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        simulate_walkers.parse(["--output", "o", option, value])
+    assert stopped.value.code == 2
+    assert f"argument {option}: '{value}' given, " in capsys.readouterr().err
 
 
 def test_other_folders_stay_as_they_are(plain: Path, tmp_path: Path) -> None:

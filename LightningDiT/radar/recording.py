@@ -76,8 +76,8 @@ def pass_spectrogram(walk: Pass, sensor: Sensor, columns: int) -> NDArray[np.flo
     """Return the spectrogram (rows, columns) of a pass in dB over the mean noise."""
     chirps = sensor.chirps(columns)
     signal = disturbed(walk, sensor, echo(sensor, *scatterers(walk, sensor, chirps), chirps))
-    image = spectrogram(sensor, signal / np.float32(np.sqrt(NOISE)))
-    return image if walk.away else np.roll(image[::-1], 1, axis=0)
+    signal = signal if walk.away else signal.conj()  # which turns the picture over
+    return spectrogram(sensor, signal / np.float32(np.sqrt(NOISE)))
 
 
 def recording(

@@ -8,12 +8,14 @@ classifier shows how well these walkers can be told apart.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -37,7 +39,7 @@ from LightningDiT.files import (
 )
 from LightningDiT.radar import pictures
 from LightningDiT.radar.colour_maps import NAMES
-from LightningDiT.radar.population import CONDITIONS
+from LightningDiT.radar.population import CONDITIONS, MOST_PASSES
 from LightningDiT.radar.recording import Cutting, recording, windows_of
 from LightningDiT.radar.sensor import Sensor
 from LightningDiT.radar.separability import features, two_splits
@@ -45,6 +47,24 @@ from LightningDiT.radar.separability import features, two_splits
 MANIFEST = "walkers.json"
 BYTES = {"jpg": 40_000, "npy": 59_000}  # of a window, at most
 CHECKED_SPLITS = 5
+#: Options that nothing reads in a check, and with a format.
+WITHOUT_EFFECT = {
+    "check": ("format", "blow_up", "colour_map", "workers", "dry_run"),
+    "npy": ("blow_up", "colour_map"),
+}
+MOST_PEOPLE, MOST_WINDOWS = 100_000, 2_000  # what a person's memory and a disk hold
+
+
+def up_to(most: int) -> Callable[[str], int]:
+    """Return the reader of an option: a whole number from 1 to `most`."""
+
+    def number(text: str) -> int:
+        value = positive(text)
+        if value > most:
+            raise argparse.ArgumentTypeError(f"{text!r} given, at most {most} expected")
+        return value
+
+    return number
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -55,8 +75,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     target.add_argument(
         "--check", action="store_true", help="write nothing; print the accuracy of a classifier by two splits"
     )
-    parser.add_argument("--people", type=positive, default=31, help="default: %(default)s")
-    parser.add_argument("--windows", type=positive, default=80, help="of a person and condition; default: %(default)s")
+    parser.add_argument("--people", type=up_to(MOST_PEOPLE), default=31, help="default: %(default)s")
+    parser.add_argument(
+        "--windows", type=up_to(MOST_WINDOWS), default=80, help="of a person and condition; default: %(default)s"
+    )
     parser.add_argument("--seed", type=natural, default=0, help="another seed is another population")
     parser.add_argument(
         "--layout", choices=pictures.LAYOUTS, default="people", help="ID_7, Normal_line/ID_7, or 07/Normal_line"
@@ -78,7 +100,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes; default: one a core")
     parser.add_argument("--dry-run", action="store_true", help="print what would be written, and end")
     args = parser.parse_args(argv)
-    args.conditions = args.conditions or (["Normal_line"] if args.layout == "people" else list(CONDITIONS))
+    asked = args.conditions or (["Normal_line"] if args.layout == "people" else CONDITIONS)
+    args.conditions = [name for name in CONDITIONS if name in asked]
+    idle = WITHOUT_EFFECT["check"] if args.check else WITHOUT_EFFECT.get(args.format, ())
+    for name in idle:
+        if getattr(args, name) != parser.get_default(name):
+            reason = "--check" if args.check else f"--format {args.format}"
+            print(f"note: --{name.replace('_', '-')} has no effect with {reason}")
     return args
 
 
@@ -120,13 +148,30 @@ def require_same_run(folder: Path, settings: dict[str, Any]) -> None:
         raise LightningDiTError(f"{folder} holds walkers of other settings ({'; '.join(changed[:3])})", fix)
 
 
+def pool_of(workers: int) -> Executor:
+    """Return processes that leave Ctrl-C to this one, or a thread of this one for one worker."""
+    if workers == 1:
+        return ThreadPoolExecutor(1)
+    return ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+
+
+@contextlib.contextmanager
+def lost_workers() -> Iterator[None]:
+    """Say in one line that the system ended a process."""
+    try:
+        yield
+    except BrokenProcessPool:
+        raise LightningDiTError(
+            "a process of the simulation was ended, probably for memory", "add --workers 1"
+        ) from None
+
+
 def write_walkers(args: argparse.Namespace, folder: Path, records: list[tuple[int, int]]) -> int:
     """Write the recordings that are not complete, and return the number of files written."""
     missing = [record for record in records if not all((folder / name).is_file() for name in planned(args, *record))]
-    begin = partial(ProcessPoolExecutor, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
-    results = prefetched(partial(contents, args), missing, args.workers, pool=begin)
+    results = prefetched(partial(contents, args), missing, args.workers, pool=pool_of)
     written = 0
-    with Progress(len(missing) * args.windows, "window") as progress:
+    with Progress(len(missing) * args.windows, "window") as progress, lost_workers():
         for record, files in zip(missing, results, strict=True):
             for name, content in zip(planned(args, *record), files, strict=True):
                 with atomic_path(folder / name) as path:
@@ -137,19 +182,20 @@ def write_walkers(args: argparse.Namespace, folder: Path, records: list[tuple[in
 
 
 def check(args: argparse.Namespace) -> list[str]:
-    """Return lines with the accuracies of a classifier on the first condition."""
-    condition, images, labels, passes = CONDITIONS.index(args.conditions[0]), [], [], []
+    """Return lines with the accuracies of a classifier; each condition has passes of its own."""
+    inputs, labels, passes = [], [], []
     with Progress(args.people, "walker") as progress:
         for person in range(args.people):
-            for window, decibels in recording(args.seed, person + 1, condition, args.windows, Sensor(), Cutting()):
-                images.append(decibels)
-                labels.append(person)
-                passes.append(window.pass_)
+            for condition in map(CONDITIONS.index, args.conditions):
+                for window, decibels in recording(args.seed, person + 1, condition, args.windows, Sensor(), Cutting()):
+                    inputs.append(features(decibels[None])[0])
+                    labels.append(person)
+                    passes.append((MOST_PASSES + 1) * condition + window.pass_)
             progress.update()
-    inputs = features(np.stack(images))
-    found = [two_splits(inputs, np.array(labels), np.array(passes), split) for split in range(CHECKED_SPLITS)]
+    found = [two_splits(np.stack(inputs), np.array(labels), np.array(passes), split) for split in range(CHECKED_SPLITS)]
+    each = len(args.conditions) * args.windows
     return [
-        f"logistic regression, {args.people} people, {args.windows} windows of each, mean of {CHECKED_SPLITS} splits:",
+        f"logistic regression, {args.people} people, {each} windows of each, mean of {CHECKED_SPLITS} splits:",
         *(
             f"  {name:<18} {100 * np.mean(values):.1f} % right (standard deviation {100 * np.std(values):.1f})"
             for name, values in zip(("windows at random", "by pass"), zip(*found, strict=True), strict=True)
