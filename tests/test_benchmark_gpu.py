@@ -146,6 +146,8 @@ def test_decodings_state_their_error(tiny_tokenizer: Path) -> None:
     found = {row.name: row for row in measure_gpu_decoding(QUICK, load_tokenizer_config(tiny_tokenizer))["rows"]}
     assert set(found) == {"fp32, exact", "fp32 from TF32", "fp16"}
     assert found["fp32, exact"].note == "0.000 levels, 0 at most"
+    if found["fp16"].seconds is None:  # the CPU of an older torch
+        pytest.skip(f"fp16: {found['fp16'].note}")
     mean, largest = found["fp16"].note.split(" levels, ")
     assert float(mean) < 1 and largest in ("0 at most", "1 at most", "2 at most")
     assert all(row.seconds for row in found.values())

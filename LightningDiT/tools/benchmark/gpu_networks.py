@@ -178,22 +178,30 @@ def measure_gpu_decoding(setting: Setting, config: TokenizerConfig | None = None
             latents = torch.randn(count, settings.embed_dim, side, side, generator=generator_for(2)).to(setting.device)
             exact = to_uint8(tokenizer.decode_latents(latents)).int()
             for name, options in DECODINGS.items():
-                error = (to_uint8(tokenizer.decode_latents(latents, **options)).int() - exact).abs()
-                note = f"{error.float().mean():.3f} levels, {int(error.max())} at most"
                 for compiled in (False, True):
                     if compiled and (setting.quick or abilities(setting.device).no_compiler):
                         continue
-                    build = partial(decoding, tokenizer, latents, options, compiled)
+                    errors: list[str] = []
+                    build = partial(decoding, tokenizer, latents, options, compiled, exact, errors)
                     row = measured(f"{name}{', compiled' if compiled else ''}", count, build, setting)
-                    rows.append(row if row.note else replace(row, note=note))
+                    rows.append(row if row.note else replace(row, note=errors[0]))
                     vars(decoder).pop("forward", None)
     return {"rows": rows, "skipped": []}
 
 
-def decoding(tokenizer: VA_VAE, latents: Tensor, options: dict[str, bool], compiled: bool) -> Run:
-    """Return the decoding of latents with options of `decode_latents`."""
+def decoding(
+    tokenizer: VA_VAE, latents: Tensor, options: dict[str, bool], compiled: bool, exact: Tensor, errors: list[str]
+) -> Run:
+    """Return the decoding of latents with options of `decode_latents`.
+
+    Args:
+        exact: the pixels in float32.
+        errors: takes the difference from them.
+    """
     if compiled:
         compile_forward(tokenizer.model.decoder)
+    error = (to_uint8(tokenizer.decode_latents(latents, **options)).int() - exact).abs()
+    errors.append(f"{error.float().mean():.3f} levels, {int(error.max())} at most")
     return lambda: tokenizer.decode_latents(latents, **options)
 
 
