@@ -218,7 +218,7 @@ def test_a_part_of_a_gpu_goes_to_page_and_file(
     assert main(["--part", "gpu-decode", "--quick", "--json", str(figures), "--output", str(page)]) == 0
     written = json.loads(figures.read_text())["gpu-decode"]["rows"]
     lines = page.read_text().splitlines()
-    for row in written:
+    for row in (one for one in written if one["seconds"]):
         assert any(
             line.startswith(f"| {row['name']} | {row['units']} | {1e3 * row['seconds']:,.2f} |") for line in lines
         )
