@@ -78,7 +78,8 @@ def chosen_parts(asked: Sequence[str] | None, device: torch.device) -> list[str]
     parts = list(dict.fromkeys(asked or [*PARTS, *(GPU_PARTS if on_gpu else ())]))
     needing = [part for part in parts if part in GPU_PARTS]
     if needing and not on_gpu:
-        raise LightningDiTError(f"{', '.join(needing)}: a GPU is needed, and none works here", "leave these parts out")
+        names = ", ".join(needing)
+        raise LightningDiTError(f"{names}: a GPU is needed, and none works here", f"leave out {names}")
     return parts
 
 
