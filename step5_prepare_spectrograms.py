@@ -87,13 +87,15 @@ def write(options: argparse.Namespace, prepared: Prepared) -> list[Path]:
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     from LightningDiT.radar.preparation import prepare
-    from LightningDiT.radar.written import report
+    from LightningDiT.radar.written import report, require_own_folder
 
     print("Step 5: spectrograms, their audit and their split", flush=True)
     if not options.dry_run:
         require_writable(project.absolute(options.output))
-    db_range = tuple(options.db_range) if options.db_range else None
     data = project.absolute(options.data)
+    if options.write:
+        require_own_folder(project.absolute(options.write), data)
+    db_range = tuple(options.db_range) if options.db_range else None
     prepared = prepare(data, options.pattern, options.colour_map, db_range, options.folds, options.seed)
     for line in report(prepared, options.people):
         print(line)

@@ -77,7 +77,9 @@ def test_levels_are_written_in_one_channel(folder: Path, tmp_path: Path, capsys:
     assert float(np.sqrt(((found - made) ** 2).mean())) < 0.04
     assert Image.open(tmp_path / "w" / "levels" / file).mode.startswith("I")
     assert Image.open(tmp_path / "w" / "views" / file).mode == "RGB"
-    assert "has files of other programs" in run(capsys, *options[:4], "--write", folder, code=1)
+    assert "lies within the data" in run(capsys, *options[:4], "--write", folder / "w", code=1)
+    foreign = render(tmp_path / "foreign", {"1": [1]})
+    assert "has files of other programs" in run(capsys, *options[:4], "--write", foreign, code=1)
     assert sorted(path.name for path in folder.iterdir()) == ["ID_1", "ID_2", "ID_4"]
 
 
@@ -135,7 +137,19 @@ def test_decibels_of_arrays_are_scaled_by_training_passes_alone(
     values[tested] += 30  # what is tested moves nothing
     np.savez(tmp_path / "x.npz", dB=values, person=people, number=numbers)
     run(capsys, "--data", tmp_path / "x.npz", "--output", tmp_path / "out")
-    assert load_split(tmp_path / "out" / "split.json").settings["db_range"] == split.settings["db_range"]
+    again = load_split(tmp_path / "out" / "split.json")
+    assert again.settings["db_range"] == split.settings["db_range"]
+    assert {row.digest for row in again.rows} != {row.digest for row in split.rows}
+
+
+def test_a_list_of_an_earlier_split_is_not_left(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(capsys, "--data", folder, "--output", tmp_path / "out")
+    alone = render(tmp_path / "alone", {"1": [4]})
+    said = run(capsys, "--data", alone, "--output", tmp_path / "out")
+    assert "nothing can be tested" in said
+    assert (tmp_path / "out" / "test.csv").read_text().count("\n") == 1
 
 
 def test_options_that_do_not_go_together_and_data_that_is_not_there(

@@ -47,6 +47,7 @@ LAYOUTS = (
 )
 GROUPS = {"person", "condition", "recording", "number", "part"}
 ENOUGH = 0.9  # share of the files that a guessed pattern must fit
+DATA_FIX = "name the folder that holds ID_1, ID_2, ..."
 NAME_FIX = r"give --pattern '(?P<person>ID_\d+)/.*?(?P<number>\d+)\.jpg' as your files are called"
 
 
@@ -129,13 +130,13 @@ def collect(data: Path, pattern: str | None = None) -> Collected:
     else:
         raise LightningDiTError(
             f"{data} is no folder, list ({', '.join(LISTS)}) or array ({', '.join(ARRAYS)}) that is there",
-            "name the folder that holds ID_1, ID_2, ...",
+            DATA_FIX,
         )
     rows, damaged = _with_arrays(root, rows)
     rows, used = _with_names(rows, expression, notes)
     windows = _numbered(rows, notes)
     if not windows:
-        raise LightningDiTError(f"no window of {data} can be read ({len(damaged)} files are damaged)", NAME_FIX)
+        raise LightningDiTError(f"{data} has no window that can be read ({len(damaged)} damaged files)", DATA_FIX)
     windows = _without_restarts(windows, not data.is_dir(), notes)
     windows.sort(key=lambda window: (*map(natural_key, window.group), window.number, window.name))
     return Collected(root, windows, used, tuple(notes), tuple(damaged), _empty(data) if data.is_dir() else ())

@@ -14,7 +14,7 @@ from LightningDiT.console import Progress
 from LightningDiT.data.image_files import shown
 from LightningDiT.data.labels import natural_key
 from LightningDiT.errors import LightningDiTError, first_line
-from LightningDiT.radar.arrays import Columns, Levels, Raw, native_columns, read_raw
+from LightningDiT.radar.arrays import Columns, Levels, Raw, native_columns, open_arrays, read_raw
 from LightningDiT.radar.colour_maps import FAR, GREY, NAMES, Inverter, distances
 from LightningDiT.radar.layouts import OTHER_SPLIT, Collected, Window, collect, other_split
 from LightningDiT.radar.overlap import Overlap, Passes, find_passes, measure
@@ -97,6 +97,7 @@ def prepare(
     Raises:
         LightningDiTError: nothing can be read, or the images are drawn in no known colour map.
     """
+    open_arrays.cache_clear()  # of an earlier call, whose files may have changed
     collected = collect(data, pattern)
     scans, left_out = _scanned(collected)
     maps = _maps(scans, left_out, colour_map)

@@ -214,9 +214,9 @@ def write_split(prepared: Prepared, data: Path, folder: Path, seed: int, images:
         table = csv.writer(text, lineterminator="\n")
         chosen = [row for row in prepared.rows if row.part == part and row.name in images]
         table.writerows([images[row.name], row.person, row.pass_number] for row in chosen)
-        if chosen:
+        if chosen or path.exists():  # an old list would belong to another split
             write_text(path, f"{HEADER}\n{text.getvalue()}", ours=_is_list)
-            written.append(path)
+        written += [path] if chosen else []
     return written
 
 
@@ -247,7 +247,6 @@ def write_levels(
     map_ = views or next((name for name in prepared.maps.values() if name != DB), VIEWED_IN)
     names = _file_names(prepared.rows)
     windows = {window.name: window for window in prepared.kept}
-    _require_own(folder)
     with held_folder(folder, "preparation"), Progress(len(names), "window", label="writing") as progress:
         manifest = _manifest(prepared, size, fit, native, map_, names)
         write_text(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
@@ -292,8 +291,14 @@ def _manifest(
     }
 
 
-def _require_own(folder: Path) -> None:
-    """Raise LightningDiTError for a folder with files that `write_levels` did not write."""
+def require_own_folder(folder: Path, data: Path) -> None:
+    """Raise LightningDiTError unless `write_levels` may write into a folder: a new one, or one of its own.
+
+    Args:
+        data: what is read; a folder within it would be read by the next run.
+    """
+    if data.is_dir() and folder.is_relative_to(data):
+        raise LightningDiTError(f"{folder} lies within the data {data}", "name another folder")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     try:
