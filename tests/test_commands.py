@@ -22,7 +22,7 @@ from LightningDiT.errors import LightningDiTError
 from setup_steps import project
 from tests.conftest import PROJECT, TINY_CONFIG
 
-COMMAND = re.compile(r"python -m ((?:LightningDiT|studies)(?:\.[a-z_]+)+)")
+COMMAND = re.compile(r"python -m ((?:LightningDiT|studies)(?:\.[a-z_]+)+)(?!\.?\w)")
 DOCUMENTS = [*PROJECT.glob("*.md"), *(PROJECT / "docs").glob("*.md"), *(PROJECT / "models").glob("*/*.md")]
 SOURCES = [
     path for folder in ("LightningDiT", "setup_steps", "studies") for path in (PROJECT / folder).rglob("*.py")
