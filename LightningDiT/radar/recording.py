@@ -12,7 +12,8 @@ from LightningDiT.radar.population import Pass, pass_of, passes_of, person_of, r
 from LightningDiT.radar.scatterers import scatterers
 from LightningDiT.radar.sensor import Complex, Sensor, echo, spectrogram, without_clutter
 
-NOISE = 0.04  # square metres at the nearest range: the noise of one chirp in the units of cross sections
+NOISE = 0.04  # mean square of one chirp's noise, in square metres as a cross section at the nearest range
+CLUTTER, CLUTTER_DRIFT = 3.0, 0.002  # amplitude of what stands still, and its change per dB of the gain's drift
 LOST = 0.01  # share of windows inside a pass that the recording lacks
 
 
@@ -63,7 +64,7 @@ def disturbed(walk: Pass, sensor: Sensor, signal: Complex) -> Complex:
     times = np.arange(len(signal)) * sensor.chirp
     drift = draw.normal(0, 1.0) * np.sin(2 * np.pi * (times / draw.uniform(5, 15) + draw.uniform()))
     whole = signal * (10 ** (drift / 20)).astype(np.float32)
-    whole += 3 * np.exp(2j * np.pi * draw.uniform()) * (1 + 0.002 * drift)
+    whole += CLUTTER * np.exp(2j * np.pi * draw.uniform()) * (1 + CLUTTER_DRIFT * drift)
     level = np.full(len(signal), np.sqrt(NOISE / 2) * 10 ** (walk.strengths["noise"] / 20), np.float32)
     for _ in range(draw.poisson(rate * times[-1])):
         start, length = draw.uniform(0, times[-1]), draw.uniform(0.004, 0.06)
