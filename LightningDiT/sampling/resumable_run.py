@@ -214,9 +214,7 @@ def sample_run(
             turn = batches[first : first + processes.count]
 
             def report(turn: list[list[int]] = turn) -> tuple[dict[str, str], int, bool, bool]:
-                mine = turn[processes.rank] if processes.rank < len(turn) else []
-                saved, nfe = sampler.sample(mine, sum(map(len, turn)))
-                return saved, nfe, time.monotonic() > deadline, stop.asked
+                return *sampler.sample(turn, processes.rank), time.monotonic() > deadline, stop.asked
 
             saved, evaluations, over, stopped = zip(*processes.share(report), strict=True)
             new = dict(pair for some in saved for pair in some.items())
@@ -269,14 +267,15 @@ class _BatchSampler:
         self._done, self._note = 0, ""
         self._steps = pipe.solver(pipe.config.sample).steps  # of a batch, until the first one has shown it
 
-    def sample(self, indices: list[int], images: int) -> tuple[dict[str, str], int]:
+    def sample(self, turn: list[list[int]], rank: int) -> tuple[dict[str, str], int]:
         """Sample a batch, save the images that are missing, and return their digests and the evaluations of each.
 
         Args:
-            indices: of the batch; none if the other processes take the last batches.
-            images: that all processes sample at the same time.
+            turn: the batches, as indices, that all processes sample at the same time; the last turn may have too few.
+            rank: of this process.
         """
-        saved, nfe = self._sample(indices, images) if indices else ({}, 0)
+        images = sum(map(len, turn))
+        saved, nfe = self._sample(turn[rank], images) if rank < len(turn) else ({}, 0)
         self._done += images
         self._note = f"{nfe} evaluations each" if nfe else self._note
         self.progress.reach(self._done, self._note)
