@@ -122,7 +122,8 @@ def get_all(files: tuple[weights.WeightFile, ...], source: sources.Source, optio
         folder.mkdir(parents=True, exist_ok=True)
     if needed:
         downloads.require_disk(folder, needed)
-        if kept := weights.keeps_on_kaggle(folder, needed):
+        kept = weights.keeps_on_kaggle(folder, needed)
+        if kept:
             print(f"  {kept}")
         wanted = sum(bool(plan.remote) for plan in todo)
         print(f"{wanted} of {len(todo)} files to fetch, {format_bytes(needed)} to write.")
