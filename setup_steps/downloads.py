@@ -70,7 +70,8 @@ def no_network() -> str:
 def another_endpoint() -> str:
     """Return what to do about a mirror that works only in part."""
     other = again("--endpoint", "https://HOST", without=["--endpoint"])
-    return f"take another mirror: {other}; or fetch the files elsewhere: {step_command(STEP2, '--folder', 'FOLDER')}"
+    by_hand = step_command(STEP2, *project.given("--model", "--models-dir"), "--folder", "FOLDER")
+    return f"take another mirror: {other}; or fetch the files elsewhere: {by_hand}"
 
 
 def no_web_page() -> str:

@@ -62,6 +62,16 @@ def again(default: str, *added: str, without: Sequence[str] = (), python: str | 
     return f"{python or interpreter()} {shlex.join([script, *map(hide_credentials, kept), *added])}"
 
 
+def given(*options: str) -> list[str]:
+    """Return those of `options` that the running command was given, each with its value."""
+    found: list[str] = []
+    for part, value in zip(sys.argv[1:], [*sys.argv[2:], ""], strict=True):
+        option, equals, behind = part.partition("=")
+        if option in options:
+            found += [option, behind if equals else value]
+    return found
+
+
 def hide_credentials(text: str) -> str:
     """Return a text with the user and password of an address in it as asterisks."""
     return re.sub(r"(?<=://)\S*@", "****@", text)

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import pytest
 
 from setup_steps import project
+from setup_steps.downloads import another_endpoint
 from setup_steps.project import PROJECT
 from tests.project_copy import copy_project, run_script
 
@@ -97,3 +98,12 @@ def test_the_command_is_given_back_with_other_options(monkeypatch: pytest.Monkey
     assert without == "python step2_download_models.py --model 64ep --source hub"
     monkeypatch.setattr(sys, "argv", ["/usr/bin/pytest", "-q"])
     assert project.again("step1_install_environment.py", "--dev") == "python step1_install_environment.py --dev"
+
+
+def test_options_that_a_command_was_given_are_found_with_their_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = ["step2_download_models.py", "--model", "64ep", "--convert", "fp16", "--models-dir=my weights", "--verify"]
+    monkeypatch.setattr(sys, "argv", argv)
+    assert project.given("--models-dir", "--model") == ["--model", "64ep", "--models-dir", "my weights"]
+    assert project.given("--only") == []
+    elsewhere = another_endpoint().rpartition("; or fetch the files elsewhere: ")[2]
+    assert elsewhere.endswith("step2_download_models.py --model 64ep --models-dir 'my weights' --folder FOLDER")
