@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
@@ -65,7 +66,7 @@ def again(default: str, *added: str, without: Sequence[str] = (), python: str | 
 def given(*options: str) -> list[str]:
     """Return those of `options` that the running command was given, each with its value."""
     found: list[str] = []
-    for part, value in zip(sys.argv[1:], [*sys.argv[2:], ""], strict=True):
+    for part, value in itertools.pairwise([*sys.argv[1:], ""]):
         option, equals, behind = part.partition("=")
         if option in options:
             found += [option, behind if equals else value]

@@ -107,3 +107,5 @@ def test_options_that_a_command_was_given_are_found_with_their_values(monkeypatc
     assert project.given("--only") == []
     elsewhere = another_endpoint().rpartition("; or fetch the files elsewhere: ")[2]
     assert elsewhere.endswith("step2_download_models.py --model 64ep --models-dir 'my weights' --folder FOLDER")
+    monkeypatch.setattr(sys, "argv", argv[:1])
+    assert project.given("--model") == []
