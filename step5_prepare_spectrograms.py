@@ -42,7 +42,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=natural, default=0, metavar="N", help="of the split; default: 0")
     add("--output", type=Path, default=OUTPUT, metavar="FOLDER", help=f"for split.json; default: {OUTPUT.name}")
     add("--write", type=Path, metavar="FOLDER", help="also write one channel (16 bits), and views in the colour map")
-    add("--size", type=size, metavar="WxH", help="of what --write writes; default: Doppler rows x native columns")
+    add("--size", type=size, metavar="WxH", help="size of the written files; default: Doppler rows x native columns")
     add("--fit", choices=("resize", "pad"), help="how windows get that size, nothing is cut; default: resize")
     add("--keep-columns", action="store_true", help="write the columns of the files in place of the native ones")
     add("--dry-run", action="store_true", help="only print the audit, write nothing")

@@ -145,7 +145,7 @@ def sample_demo(
 
     Raises:
         LightningDiTError: see `LightningDiTPipeline` and `sample_run`.
-        KeyboardInterrupt: Ctrl-C ended the run; the grid of what is there is written.
+        KeyboardInterrupt: Ctrl-C ended the run; the grid of the finished images is written.
     """
     started = time.perf_counter()
     pipe = processes.agree(lambda: LightningDiTPipeline.from_config(config))

@@ -43,7 +43,7 @@ from .sampling import TOKENIZER
 from .training import B1, COMPILED, OURS, PUBLISHED, our_step, trainer_of, write_latents
 
 XL1 = PROJECT / "LightningDiT" / "configs" / "lightningdit_xl1_train.yaml"
-GAIN = 0.5  # of random weights, which keep the size of what goes through
+GAIN = 0.5  # of random weights: activations keep their size
 
 FORWARD_BATCHES = (1, 2, 8, 16, 64, 128, 256)  # to compile a block takes 4 s a shape
 WHOLE_BATCHES = (2, 16, 128)  # to compile the whole forward takes 22 s a shape

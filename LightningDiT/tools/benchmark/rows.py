@@ -29,7 +29,7 @@ from LightningDiT.errors import first_line
 from .machine import power_readings, smi
 from .rounds import Setting, product_case, seconds_of
 
-SAMPLES, SHORTEST = 5, 0.03  # medians are over so many samples, each of at least so many seconds
+SAMPLES, SHORTEST = 5, 0.03  # a median is over 5 samples of at least 0.03 seconds each
 LONG = 5.0  # seconds of a run that is measured once, after the first
 WATCHED_SECONDS = 2.0  # of a case while its power is read
 
@@ -41,7 +41,7 @@ class Row:
     """One measurement.
 
     Attributes:
-        name: of what was measured.
+        name: of the measurement.
         units: images, or states of a forward, of one run.
         seconds: of one run, a median; None: it failed, and `note` says why.
         first: seconds until the end of the first run, from before anything was compiled or recorded.
