@@ -68,14 +68,18 @@ LENGTH = "0 (off), a number of steps, or a share of max_steps below 1"
 #: Settings that hold a path, which is relative to the folder of the configuration.
 PATHS = (
     "ckpt_path",
+    "adapter_path",
     "data.data_path",
     "data.valid_path",
+    "data.split_file",
+    "data.levels_path",
     "vae.ckpt_path",
     "train.output_dir",
     "train.weight_init",
     "sample.solver_file",
     "sample.guide_ckpt",
 )
+CHOICES = ("auto", "last", "valid_loss", "utility")  # of train.choose
 SAMPLING_PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 #: What a value must be, beyond its type: key, test, words for the message.
 COMPILES = ("sample.compile", "train.compile")
@@ -83,8 +87,12 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("data.image_size", is_positive, "a positive number of pixels"),
     ("data.num_classes", is_positive, "a positive number"),
     ("data.latent_multiplier", is_positive, "a positive factor"),
+    ("data.num_conditions", is_not_negative, "0 (no second label) or a number of conditions"),
+    ("data.fold", is_not_negative, "0 or more"),
     ("vae.downsample_ratio", is_positive, "a positive number"),
     ("model.in_chans", is_positive, "a positive number"),
+    ("model.augmentation", is_not_negative, "0 (off) or the number of values that tell an augmentation"),
+    ("model.dropout", lambda value: 0 <= value < 1, "a share from 0 to below 1"),
     ("train.max_steps", is_positive, "a positive number"),
     ("train.global_batch_size", is_positive, "a positive number"),
     ("train.log_every", is_positive, "a positive number"),
@@ -103,11 +111,18 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("train.lognorm_until_step", lambda value: value is None or value >= 0, "a number of steps"),
     ("train.warmup_steps", is_length, LENGTH),
     ("train.decay_steps", is_length, LENGTH),
+    ("train.lora_rank", is_positive, "a positive rank"),
+    ("train.new_classes", lambda value: value in ("null", "mean", "random"), "null, mean or random"),
+    ("train.judge_every", is_not_negative, "0 (off) or a number of steps"),
+    ("train.judge_samples", is_positive, "a positive number"),
+    ("train.choose", lambda value: value in CHOICES, "auto, last, valid_loss or utility"),
+    ("train.patience", is_not_negative, "0 (off) or a number of looks"),
     ("train.max_skips", is_positive, "1 or more"),
     ("train.spike_factor", lambda value: value == 0 or value > 1, "0 (off) or a factor above 1"),
     ("train.rate_cut", lambda value: 0 < value <= 1, "a factor above 0 and up to 1"),
     ("train.global_seed", is_seed, "a whole number from 0 to below 2^63"),
     ("optimizer.beta2", lambda value: 0 <= value < 1, "a decay from 0 to below 1"),
+    ("optimizer.weight_decay", lambda value: 0 <= value < 1, "a decay from 0 to below 1"),
     ("optimizer.lr", lambda value: 0 < value < 1, "a rate between 0 and 1"),
     ("optimizer.max_grad_norm", lambda value: value is None or value > 0, "a positive norm"),
     ("sample.mode", lambda value: value in ("ODE", "SDE"), "ODE or SDE"),
@@ -143,6 +158,11 @@ class DataConfig:
     latent_multiplier: float = 1.0  # factor on latents, after the normalisation if there is one
     valid_path: str | None = None  # a folder of shards for the validation loss of training
     class_names: tuple[str, ...] | None = None  # one a class; else the latents' manifest has them, or ImageNet for 1000
+    num_conditions: int = 0  # values of a second label, each image's condition; 0: there is none
+    condition_names: tuple[str, ...] | None = None  # one a condition; else the latents' manifest has them
+    split_file: str | None = None  # split.json of step 5; a training refuses latents of its test windows
+    fold: int = 0  # of that split
+    levels_path: str | None = None  # the windows that step 5 wrote, which samples are judged beside
 
 
 @dataclass(frozen=True)
@@ -167,6 +187,8 @@ class ModelConfig:
     in_chans: int = 32  # channels of the latent
     learn_sigma: bool = False
     use_checkpoint: bool = False  # recompute activations in the backward pass
+    augmentation: int = 0  # values that tell the network how a latent was augmented; 0: none
+    dropout: float = 0.0  # share of activations that are set to zero in training
 
 
 def _spell_compile(self: TrainConfig | SampleConfig) -> None:
@@ -204,6 +226,14 @@ class TrainConfig:
     sample_every: int = 0  # steps between two sample grids (EMA weights); 0: off
     sample_count: int = 16  # images of a grid
     lognorm_until_step: int | None = None  # uniform times from this step on, with transport.use_lognorm
+    trainable: str | tuple[str, ...] = "all"  # all | lora | bias | patterns of names, such as blocks.*.mlp.*
+    lora_rank: int = 8  # of each adapter's two matrices
+    lora_targets: tuple[str, ...] | None = None  # layers with an adapter, by the ends of their names; None: all products
+    new_classes: str = "null"  # rows of classes that weight_init lacks start as: null (its null row) | mean | random
+    judge_every: int = 0  # steps between two looks at what samples are worth (data.levels_path); 0: off
+    judge_samples: int = 8  # of each class in such a look
+    choose: str = "auto"  # the weights to keep: last | valid_loss | utility | auto (utility with judge_every, else last)
+    patience: int = 0  # looks without a better one after which the run ends; 0: off
     max_skips: int = 10  # non-finite steps in a row before the run goes back to a checkpoint
     spike_factor: float = 4.0  # a loss above this many times the median of the last 100 does the same; 0: off
     rate_cut: float = 0.5  # factor on the learning rate each time the run goes back
@@ -213,11 +243,12 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, without weight decay."""
+    """AdamW."""
 
     lr: float = 2e-4
     beta2: float = 0.95
     max_grad_norm: float | None = None  # the gradient's norm is clipped to this
+    weight_decay: float = 0.0  # of matrices; biases, norms and tables have none
 
 
 @dataclass(frozen=True)
@@ -323,7 +354,8 @@ def describe_guidance(guidance: Any) -> str:
 class Config:
     """One file of the published schema."""
 
-    ckpt_path: str | None = None  # the transformer's weights
+    ckpt_path: str | None = None  # the network's weights
+    adapter_path: str | None = None  # what a training of a part of these weights has changed
     data: DataConfig = field(default_factory=DataConfig)
     vae: VaeConfig = field(default_factory=VaeConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
