@@ -26,8 +26,10 @@ from .layers import (
 )
 from .positions import RotaryEmbedding2d, sincos_table
 
+INITIAL_STD = 0.02  # of the tables of labels and the layers of the time before training
 CFG_CHANNELS = 3  # the published forward_with_cfg guides these channels only
-WITHOUT_TENSORS = ("mlp_ratio", "class_dropout_prob", "use_checkpoint")  # settings that no tensor shows
+WITHOUT_TENSORS = ("mlp_ratio", "class_dropout_prob", "use_checkpoint", "dropout")  # settings that no tensor shows
+CONDITION_TABLE, AUGMENTATION_WEIGHT = "c_embedder.embedding_table.weight", "a_embedder.weight"
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,9 @@ class LightningDiTSettings:
     use_rmsnorm: bool = False
     wo_shift: bool = False
     use_checkpoint: bool = False  # recompute activations in the backward pass
+    num_conditions: int = 0  # values of a second label; 0: there is none
+    augmentation: int = 0  # values that tell how a latent was augmented; 0: none
+    dropout: float = 0.0  # share of the outputs of attention and MLP that training sets to zero
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads:
@@ -66,6 +71,18 @@ class LightningDiTSettings:
     def out_channels(self) -> int:
         """Channels that the last layer computes."""
         return self.in_channels * (2 if self.learn_sigma else 1)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one latent."""
+        return self.side**2
+
+    @property
+    def gflop(self) -> float:
+        """10^9 operations of one forward of one state: products of a block with 12 width^2 weights for each token, and
+        attention."""
+        width = self.hidden_size
+        return self.depth * self.tokens * width * (24 * width + 4 * self.tokens) / 1e9
 
 
 #: Depth, hidden size and heads by name; each comes with patch size 1 and 2. S and XS are ours, the rest published.
@@ -86,6 +103,7 @@ class LightningDiTBlock(nn.Module):
     def __init__(self, settings: LightningDiTSettings) -> None:
         super().__init__()
         self.wo_shift, self.use_checkpoint, width = settings.wo_shift, settings.use_checkpoint, settings.hidden_size
+        self.dropout = settings.dropout
         hidden = int(width * settings.mlp_ratio)
         self.norm1 = block_norm(width, settings.use_rmsnorm)
         self.norm2 = block_norm(width, settings.use_rmsnorm)
@@ -106,10 +124,14 @@ class LightningDiTBlock(nn.Module):
             shift1 = shift2 = None
         else:
             shift1, scale1, gate1, shift2, scale2, gate2 = parts
-        attended = self.attn(modulate(self.norm1(x), shift1, scale1), rope)  # (N, T, width)
+        attended = self._dropped(self.attn(modulate(self.norm1(x), shift1, scale1), rope))  # (N, T, width)
         x = torch.addcmul(x, gate1.unsqueeze(1), attended)  # (N, T, width)
-        mixed = self.mlp(modulate(self.norm2(x), shift2, scale2))  # (N, T, width)
+        mixed = self._dropped(self.mlp(modulate(self.norm2(x), shift2, scale2)))  # (N, T, width)
         return torch.addcmul(x, gate2.unsqueeze(1), mixed)  # (N, T, width)
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        """Return x with a share of zeros in training; without dropout no random number is drawn."""
+        return F.dropout(x, self.dropout) if self.dropout and self.training else x
 
 
 class FinalLayer(nn.Module):
@@ -146,6 +168,13 @@ class LightningDiT(nn.Module):
         self.blocks = nn.ModuleList(LightningDiTBlock(settings) for _ in range(settings.depth))
         self.final_layer = FinalLayer(settings)
         self._initialise()
+        # made last, so that they leave the random numbers of the tensors above as they are
+        if settings.num_conditions:
+            self.c_embedder = LabelEmbedder(settings.num_conditions, width, settings.class_dropout_prob)
+            nn.init.normal_(self.c_embedder.embedding_table.weight, std=INITIAL_STD)
+        if settings.augmentation:
+            self.a_embedder = Linear(settings.augmentation, width, bias=False)
+            nn.init.zeros_(self.a_embedder.weight)
 
     def _initialise(self) -> None:
         """Xavier weights, zero output and modulation (adaLN-Zero), so that the model starts at zero."""
@@ -161,7 +190,7 @@ class LightningDiT(nn.Module):
             self.t_embedder.mlp[0].weight,
             self.t_embedder.mlp[2].weight,
         ):
-            nn.init.normal_(weight, std=0.02)
+            nn.init.normal_(weight, std=INITIAL_STD)
         for layer in [*(block.adaLN_modulation[1] for block in self.blocks), *self._output_layers()]:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -174,16 +203,37 @@ class LightningDiT(nn.Module):
         """The label that stands for no class."""
         return self.settings.num_classes
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Return the prediction (N, C, H, W) for latents x (N, C, H, W) and labels y (N,).
+    def null_labels(self, y: Tensor) -> Tensor:
+        """Return the labels of no class, and no condition, in the shape of y (N,) or (N, 2)."""
+        return null_labels(y, self.settings.num_classes, self.settings.num_conditions)
+
+    @property
+    def attention_shape(self) -> tuple[int, int, int]:
+        """Heads, tokens and width of a head, by which kernels of attention are chosen."""
+        settings = self.settings
+        return settings.num_heads, settings.tokens, settings.hidden_size // settings.num_heads
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, a: Tensor | None = None) -> Tensor:
+        """Return the prediction (N, C, H, W) for latents x (N, C, H, W) and labels y.
 
         Args:
             t: times (N,), or (1,) if all are equal, which is then embedded once; on the CPU or on the device of x.
+            y: classes (N,); with a second label (N, 2), column 0 the class and column 1 the condition.
+            a: how each latent was augmented (N, augmentation); None: not at all, as all zeros.
+
+        Raises:
+            ValueError: y or a does not have the shape that the settings ask for.
         """
+        check_labels(y, a, len(x), self.settings.num_conditions, self.settings.augmentation)
         rope = self.feat_rope if self.settings.use_rope else None
         tokens = self.x_embedder(x) + self.pos_embed.float()  # (N, T, width), float32 in every precision
         times = t.to(x.device, non_blocking=True)  # (N,) or (1,)
-        condition = self.t_embedder(times) + self.y_embedder(y).float()  # (N, width)
+        classes = y[:, 0] if self.settings.num_conditions else y  # (N,)
+        condition = self.t_embedder(times) + self.y_embedder(classes).float()  # (N, width)
+        if self.settings.num_conditions:
+            condition = condition + self.c_embedder(y[:, 1]).float()  # (N, width)
+        if a is not None:
+            condition = condition + self.a_embedder(a.to(self.a_embedder.weight.dtype)).float()  # (N, width)
         active = F.silu(condition)  # (N, width), the same for all layers
         for block in self.blocks:
             tokens = block(tokens, active, rope)  # (N, T, width)
@@ -218,6 +268,24 @@ class LightningDiT(nn.Module):
         if not (cfg_interval and bool(t[0] < (cfg_interval_start or 0.0))):
             guided = null + cfg_scale * (conditional - null)
         return torch.cat([torch.cat([guided, guided]), out[:, CFG_CHANNELS:]], dim=1)  # (2N, C, H, W)
+
+
+def null_labels(y: Tensor, num_classes: int, num_conditions: int) -> Tensor:
+    """Return the labels of no class, and no condition, in the shape of y (N,) or (N, 2)."""
+    if y.dim() == 1:
+        return torch.full_like(y, num_classes)
+    return torch.stack([torch.full_like(y[:, 0], num_classes), torch.full_like(y[:, 1], num_conditions)], dim=1)
+
+
+def check_labels(y: Tensor, a: Tensor | None, states: int, num_conditions: int, augmentation: int) -> None:
+    """Raise ValueError unless labels y and augmentation a are those of `states` latents of a network."""
+    expected = (states, 2) if num_conditions else (states,)
+    if tuple(y.shape) != expected:
+        meaning = "class and condition of each latent" if num_conditions else "the class of each latent"
+        raise ValueError(f"labels have the shape {list(y.shape)}; {list(expected)} is expected, {meaning}")
+    if a is not None and (not augmentation or tuple(a.shape) != (states, augmentation)):
+        wanted = f"{[states, augmentation]} is" if augmentation else "none is"
+        raise ValueError(f"the augmentation has the shape {list(a.shape)}; {wanted} expected")
 
 
 def preset_settings(name: str, **kwargs: object) -> LightningDiTSettings:
@@ -285,6 +353,8 @@ def settings_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> LightningDiTS
         use_rope="feat_rope.freqs_cos" in shapes,
         use_rmsnorm="norm1.weight" in block,
         wo_shift=block["adaLN_modulation.1.weight"][0] == 4 * width,
+        num_conditions=shapes[CONDITION_TABLE][0] - 1 if CONDITION_TABLE in shapes else 0,
+        augmentation=shapes[AUGMENTATION_WEIGHT][1] if AUGMENTATION_WEIGHT in shapes else 0,
     )
 
 
