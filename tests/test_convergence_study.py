@@ -25,6 +25,7 @@ from LightningDiT.tokenizer.config import load_tokenizer_config, tokenizer_train
 from LightningDiT.tokenizer.vavae import autoencoder_settings
 from studies.convergence import arms, evaluate_checkpoints, jobs, page
 from studies.convergence.__main__ import parse
+from studies.jobs import Job, run_jobs
 from tests.conftest import BUNDLED, PROJECT
 from tests.test_evaluate_bundled import data_root  # noqa: F401 - a fixture
 
@@ -82,34 +83,34 @@ def test_every_job_comes_after_what_it_needs(plan: arms.Plan) -> None:
             assert found.index(f"latents-{arm.tokenizer}") < found.index(run) < found.index(f"{run}-evaluated")
 
 
-def copy_job(name: str, source: Path, target: Path) -> jobs.Job:
+def copy_job(name: str, source: Path, target: Path) -> Job:
     """A job of the standard library: `json.tool` writes what it reads."""
-    return jobs.Job(name, ("json.tool", str(source), str(target)), target)
+    return Job(name, ("json.tool", str(source), str(target)), target)
 
 
 def test_jobs_run_in_order_and_are_not_done_twice(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     start, middle, end = (tmp_path / f"{name}.json" for name in ("start", "middle", "end"))
     start.write_text("[1]")
     chain = [copy_job("first", start, middle), copy_job("second", middle, end)]
-    jobs.run_jobs(chain)
+    run_jobs(chain)
     assert json.loads(end.read_text()) == [1]
     assert "0 of 2 parts are there" in capsys.readouterr().out
     end.write_text("[2]")
-    jobs.run_jobs(chain)
+    run_jobs(chain)
     assert json.loads(end.read_text()) == [2]
     assert "2 of 2 parts are there" in capsys.readouterr().out
 
 
 def test_a_job_that_fails_is_named(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
-    job = jobs.Job("broken", ("no_module_of_this_name",), tmp_path / "never")
+    job = Job("broken", ("no_module_of_this_name",), tmp_path / "never")
     with pytest.raises(
         LightningDiTError, match=r"broken failed with exit code 1; fix: see above, and give the command"
     ):
-        jobs.run_jobs([job])
+        run_jobs([job])
     assert "No module named no_module_of_this" in capfd.readouterr().err
-    silent = jobs.Job("silent", ("this", "--nothing"), tmp_path / "never")  # ends well, and makes no file
+    silent = Job("silent", ("this", "--nothing"), tmp_path / "never")  # ends well, and makes no file
     with pytest.raises(LightningDiTError, match="silent failed with exit code 0"):
-        jobs.run_jobs([silent])
+        run_jobs([silent])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -121,7 +122,7 @@ def test_a_stop_reaches_the_job_under_way(number: signal.Signals, tmp_path: Path
     )
     code = (
         "import sys; from pathlib import Path; from LightningDiT.console import run_main\n"
-        "from studies.convergence.jobs import Job, run_jobs\n"
+        "from studies.jobs import Job, run_jobs\n"
         f"job = Job('waiting', ('waiting', {str(tmp_path / 'began')!r}), Path({str(tmp_path / 'never')!r}))\n"
         "sys.exit(run_main(lambda: run_jobs([job]) or 0))"
     )

@@ -1,0 +1,65 @@
+"""Jobs of a study: commands that a user could give, run one after another, each in a process of its own.
+
+A job that was stopped goes on by itself; the file that it makes says that it is done.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from LightningDiT.console import duration
+from LightningDiT.errors import LightningDiTError
+
+PROJECT = Path(__file__).parents[1]
+STOPPED = 130  # exit code of a command that Ctrl-C ended
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command.
+
+    Attributes:
+        command: the module that `python -m` runs, with its arguments.
+        makes: the file that it writes at its end.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    makes: Path
+
+
+def run_jobs(jobs: Sequence[Job]) -> None:
+    """Run the jobs that are not done.
+
+    Raises:
+        LightningDiTError: a job failed.
+        KeyboardInterrupt: Ctrl-C or SIGTERM ended a job.
+    """
+    missing = [job for job in jobs if not job.makes.exists()]
+    print(f"{len(jobs) - len(missing)} of {len(jobs)} parts are there", flush=True)
+    for job in missing:
+        print(f"{job.name}: python -m {' '.join(job.command)}", flush=True)
+        started, code = time.monotonic(), exit_code(job.command)
+        if code == STOPPED:
+            raise KeyboardInterrupt
+        if code or not job.makes.exists():
+            raise LightningDiTError(f"{job.name} failed with exit code {code}", "see above, and give the command again")
+        print(f"{job.name}: done in {duration(time.monotonic() - started)}", flush=True)
+
+
+def exit_code(command: Sequence[str]) -> int:
+    """Run `python -m` and return its exit code; Ctrl-C or SIGTERM here is Ctrl-C there: it saves and ends."""
+    process = subprocess.Popen([sys.executable, "-m", *command], cwd=PROJECT, start_new_session=True)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda *_: process.send_signal(signal.SIGINT)) for number in numbers]
+    try:
+        return process.wait()
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
