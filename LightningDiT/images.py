@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # processes that read images start without torch
 
 CAPTION_COLOUR = (40, 40, 40)
 PAPER = (255, 255, 255)
+WHITE_16_BIT = np.iinfo(np.uint16).max
 FONT = "LIGHTNINGDIT_FONT"  # variable that names a font for captions
 #: Where systems and their users keep fonts.
 FONT_FOLDERS = (
@@ -75,18 +76,32 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Return `trunc(clamp(127.5 x + 128, 0, 255))` as (N, H, W, 3) uint8 of (N, 3, H, W) in [-1, 1]."""
+    """Return `trunc(clamp(127.5 x + 128, 0, 255))` as (N, H, W, C) uint8 of (N, C, H, W) in [-1, 1]."""
     scaled = (127.5 * images.float() + 128.0).clamp(0, 255)
     return scaled.permute(0, 2, 3, 1).byte()
 
 
 def to_float(pixels: Tensor) -> Tensor:
-    """Return float32 values in [-1, 1] of uint8 pixels, in the same shape."""
-    return pixels.float() / 127.5 - 1.0
+    """Return float32 values in [-1, 1] of uint8 pixels, in the same shape; floating pixels are returned unchanged."""
+    return pixels if pixels.is_floating_point() else pixels.float() / 127.5 - 1.0
+
+
+def with_channels(images: Tensor, channels: int) -> Tensor:
+    """Return images (N, C, H, W) with `channels` channels: one is replicated, several become their mean in each."""
+    if images.shape[1] == channels:
+        return images
+    return levels_of(images).expand(-1, channels, -1, -1)
+
+
+def levels_of(images: Tensor) -> Tensor:
+    """Return the mean over the channels of images (N, C, H, W), (N, 1, H, W): what a tokenizer of colours gives for
+    levels.
+    """
+    return images if images.shape[1] == 1 else images.mean(1, keepdim=True)
 
 
 def as_images(pixels: Tensor) -> Tensor:
-    """Return images (N, 3, H, W) in [-1, 1] of pixels (N, H, W, 3) uint8: the inverse of `to_uint8`."""
+    """Return images (N, C, H, W) in [-1, 1] of pixels (N, H, W, C) uint8: the inverse of `to_uint8`."""
     return to_float(pixels.permute(0, 3, 1, 2))
 
 
@@ -277,12 +292,15 @@ def fit_text(text: str, font: Font, width: int) -> str:
 
 
 def to_pil(images: np.ndarray) -> list[Image.Image]:
-    """Return PIL images of uint8 pixels (N, H, W, 3)."""
-    return [Image.fromarray(image) for image in images]
+    """Return PIL images of uint8 pixels (N, H, W, 3), or grey ones of (N, H, W, 1)."""
+    return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in images]
 
 
 def save_reconstructions(originals: Tensor, copies: Tensor, path: str | Path, columns: int = 8) -> Path:
-    """Write a PNG of `originals`, `columns` in a row, each row above its reconstructions; both (N, H, W, 3) uint8.
+    """Write a PNG of `originals`, `columns` in a row, each row above its reconstructions; both (N, H, W, C) uint8.
+
+    Args:
+        originals, copies: with three channels, or both with one.
 
     Raises:
         LightningDiTError: see `save_png`.
@@ -301,3 +319,14 @@ def save_png(image: Image.Image, path: str | Path) -> Path:
     with disk_errors(path), atomic_path(path) as temporary:
         image.save(temporary, format="PNG")
     return Path(path)
+
+
+def save_levels(images: Tensor, paths: Sequence[Path]) -> None:
+    """Write levels (N, 1, H, W) in [-1, 1] as grey PNGs of 16 bits: -1 is 0, 1 is 65535, values beyond are clipped.
+
+    Raises:
+        LightningDiTError: see `save_png`.
+    """
+    for image, path in zip(images[:, 0].float().cpu().numpy(), paths, strict=True):
+        grey = np.rint((np.clip(image.astype(np.float64), -1, 1) + 1) / 2 * WHITE_16_BIT).astype(np.uint16)
+        save_png(Image.fromarray(grey), path)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from LightningDiT.images import with_channels
 from LightningDiT.tokenizer.config import TokenizerTrainConfig
 
 from .autoencoder import AutoencoderKL, DiagonalGaussian
@@ -29,6 +30,7 @@ from .perceptual import PerceptualDistance
 from .vision import VisionModel
 
 Terms = dict[str, Tensor]
+COLOURS = 3  # channels that LPIPS, the discriminator and vision models take
 
 
 @dataclass(frozen=True)
@@ -36,16 +38,20 @@ class Pass:
     """The result of one forward pass of the autoencoder.
 
     Attributes:
-        images: (N, 3, H, W) in [-1, 1].
+        images: (N, 3, H, W) or (N, 1, H, W) in [-1, 1].
         posterior: of the latents.
         latents: drawn from it, (N, C, h, w).
-        reconstructions: (N, 3, H, W) float32.
+        reconstructions: float32, in the shape of `images`.
     """
 
     images: Tensor
     posterior: DiagonalGaussian
     latents: Tensor
     reconstructions: Tensor
+
+    def coloured(self) -> tuple[Tensor, Tensor]:
+        """Return images and reconstructions (N, 3, H, W), for networks of colours; one channel is replicated."""
+        return with_channels(self.images, COLOURS), with_channels(self.reconstructions, COLOURS)
 
 
 class Criterion(nn.Module):
@@ -122,7 +128,7 @@ class Criterion(nn.Module):
             total = total + config.vf_weight * alignment.get("vf_adaptive", 1.0) * aligned
             terms |= alignment
         if self.is_adversarial(step):
-            terms["gan"] = hinge_generator_loss(self.discriminator(result.reconstructions))
+            terms["gan"] = hinge_generator_loss(self.discriminator(result.coloured()[1]))
             layer = model.decoder.conv_out.weight
             terms["gan_adaptive"] = adaptive_weight(likelihood, terms["gan"], layer, GAN_CEILING)
             total = total + config.disc_weight * terms["gan_adaptive"] * terms["gan"]
@@ -130,23 +136,24 @@ class Criterion(nn.Module):
 
     def discriminator_loss(self, result: Pass) -> Terms:
         """Return the discriminator's hinge loss and the mean logits of real and reconstructed images, scalars."""
-        real = self.discriminator(result.images)  # (N, 1, h, w)
-        fake = self.discriminator(result.reconstructions.detach())  # (N, 1, h, w)
+        images, reconstructions = result.coloured()
+        real = self.discriminator(images)  # (N, 1, h, w)
+        fake = self.discriminator(reconstructions.detach())  # (N, 1, h, w)
         terms = {"logits_real": real.float().mean(), "logits_fake": fake.float().mean()}
         return {"disc": hinge_discriminator_loss(real, fake), **terms}
 
     def _distances(self, result: Pass) -> Terms:
         """Return the reconstruction terms."""
-        error = result.reconstructions - result.images  # (N, 3, H, W)
+        error = result.reconstructions - result.images  # (N, C, H, W)
         terms = {"l1": error.abs().mean(), "l2": error.square().mean()}
         perceptual = self._frozen["perceptual"]
         if perceptual is not None:
-            terms["lpips"] = perceptual(result.images, result.reconstructions).mean()
+            terms["lpips"] = perceptual(*result.coloured()).mean()
         return terms
 
     def _alignment(self, result: Pass) -> Terms:
         """Return the two alignment terms."""
-        features = self._frozen["vision"](result.images)  # (N, D, h, w)
+        features = self._frozen["vision"](result.coloured()[0])  # (N, D, h, w)
         latents = result.latents  # (N, C, h, w)
         if self.reverse_proj:
             latents = self.linear_proj(latents)  # (N, D, h, w)

@@ -20,7 +20,7 @@ from LightningDiT.compiling import uncompiled
 from LightningDiT.config import typed
 from LightningDiT.device import autocast, best_device, float32_products
 from LightningDiT.errors import LightningDiTError, warn_user
-from LightningDiT.images import centre_crop, to_uint8
+from LightningDiT.images import centre_crop, levels_of, to_uint8, with_channels
 from LightningDiT.tokenizer.config import TokenizerConfig, load_tokenizer_config
 
 from .autoencoder import AutoencoderKL, AutoencoderSettings, DiagonalGaussian
@@ -120,7 +120,7 @@ class VA_VAE:  # noqa: N801 - the published name
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, sample: bool = True, generator: torch.Generator | None = None) -> Tensor:
-        """Return raw latents (N, C, h, w) for images (N, 3, H, W) in [-1, 1].
+        """Return raw latents (N, C, h, w) for images (N, 3, H, W) or levels (N, 1, H, W) in [-1, 1].
 
         Args:
             sample: draw from the posterior, as published; False: its mode.
@@ -130,14 +130,18 @@ class VA_VAE:  # noqa: N801 - the published name
 
     @torch.no_grad()
     def posterior(self, images: Tensor) -> DiagonalGaussian:
-        """Return the posterior over raw latents for images (N, 3, H, W) in [-1, 1]."""
+        """Return the posterior over raw latents for images (N, 3, H, W) or levels (N, 1, H, W) in [-1, 1].
+
+        A tokenizer of three channels sees levels replicated, one of a single channel sees the mean of colours.
+        """
+        images = with_channels(images, self.model.settings.in_channels)
         posteriors = [self.model.encode(chunk) for chunk in self._chunks(images, self._most(images, 1))]
         mean, logvar = (torch.cat([getattr(one, name) for one in posteriors]) for name in ("mean", "logvar"))
         return DiagonalGaussian(mean.contiguous(), logvar.contiguous())
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor, half: bool = False, tf32: bool = False) -> Tensor:
-        """Return float32 images (N, 3, H, W), about in [-1, 1], for raw latents (N, C, h, w).
+        """Return float32 images (N, out_ch, H, W), about in [-1, 1], for raw latents (N, C, h, w).
 
         Args:
             half: compute in fp16; images that are not finite then are computed in float32, which a warning says.
@@ -179,12 +183,16 @@ class VA_VAE:  # noqa: N801 - the published name
         for chunk in values.split(size):
             yield chunk.to(device=weight.device, dtype=weight.dtype).contiguous(memory_format=LAYOUT)
 
+    def decode_levels(self, latents: Tensor, half: bool = False, tf32: bool = False) -> Tensor:
+        """Return float32 levels (N, 1, H, W), about in [-1, 1]: the mean of the channels of `decode_latents`."""
+        return levels_of(self.decode_latents(latents, half, tf32))
+
     def decode_to_images(self, latents: Tensor) -> np.ndarray:
-        """Return uint8 pixels (N, H, W, 3) for raw latents (N, C, h, w)."""
+        """Return uint8 pixels (N, H, W, out_ch) for raw latents (N, C, h, w)."""
         return to_uint8(self.decode_latents(latents)).cpu().numpy()
 
     def encode(self, images: Tensor) -> Tensor:
-        """Return normalised latents (the posterior's mode) for images (N, 3, H, W) in [-1, 1]."""
+        """Return normalised latents (the posterior's mode) for images (N, 3, H, W) or levels (N, 1, H, W) in [-1, 1]."""
         return self._stats().normalise(self.encode_images(images, sample=False))
 
     def decode(self, latents: Tensor, half: bool = False, tf32: bool = False) -> Tensor:
