@@ -6,7 +6,7 @@ import hashlib
 import json
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from LightningDiT.files import read_json, require_regular, require_unicode
 
 RECORD = "extraction"  # key of a shard's own record, JSON in its metadata
 DIGEST = "digest"  # key in that record, and in the rows of the manifest, of a hash of the record and the tensors
+ABOUT_ROWS = ("conditions", "augmentation", "windows")  # further tensors of a shard, which it need not have
 KEPT_BATCHES = 2  # whose memory is reused
 FIX = "python -m LightningDiT.extract_features --help"
 
@@ -142,6 +143,9 @@ class LatentShards:
         labels: (N,) int64.
         shape: (C, h, w) of one latent.
         has_flips: whether every shard has the latents of the mirrored images.
+        conditions: (N,) int64, the second label; None unless every shard has it.
+        augmentation: (N, A) float32, how each latent was augmented; None unless every shard has it.
+        windows: (N,) int64, the row of split.json that each latent comes from; None unless every shard has it.
 
     Raises:
         LightningDiTError: see `iterate_shards`; or there are no latents, or those of two shapes.
@@ -160,6 +164,7 @@ class LatentShards:
         self.shape = shapes[0]
         self.labels = torch.cat([shard["labels"].long() for shard in shards])
         self.has_flips = all("latents_flip" in shard for shard in shards)
+        self.conditions, self.augmentation, self.windows = (_whole(shards, name) for name in ABOUT_ROWS)
         self._starts = np.cumsum([0, *(len(shard["labels"]) for shard in shards)])
         self._files = [path for shard, path in found if len(shard["labels"])]
         names = ("latents", "latents_flip") if self.has_flips else ("latents",)
@@ -211,6 +216,12 @@ class _Memory:
             others = [pair for pair in self._lent if pair[0] is not whole]
             self._lent = [*others, (whole, weakref.ref(part))][-KEPT_BATCHES:]
         return part
+
+
+def _whole(shards: Sequence[Mapping[str, Tensor]], name: str) -> Tensor | None:
+    """Return a tensor of all shards in their order, None unless each has it."""
+    parts = [shard[name] for shard in shards if name in shard]
+    return torch.cat(parts) if len(parts) == len(shards) else None
 
 
 def _as_array(latents: Tensor) -> np.ndarray:

@@ -29,6 +29,7 @@ from LightningDiT.transport import Transport
 ROW_STREAM, HELD_OUT_STREAM = 1, 2  # second seeds; BatchOrder has 0
 LISTED = 5  # classes in a message
 MIRRORED_SHARE = 0.5  # of the latents of a step, as published
+MOST_DROPPED = 1 / 3  # share of label_dropout with a second label
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,12 @@ class LatentBatch:
 
     Attributes:
         latents: (B, C, h, w), normalised.
-        labels: (B,) int64, some of them the null class.
+        labels: (B,) int64, some of them the null class; with a second label (B, 2), class and condition.
         times: (B,).
         noise: (B, C, h, w).
         samples: (B,) int64, their numbers in the shards.
         transport: with the times of this step.
+        augmentation: (B, A), how each latent was augmented; None for a model that is not told.
     """
 
     latents: Tensor
@@ -50,6 +52,7 @@ class LatentBatch:
     noise: Tensor
     samples: Tensor
     transport: Transport
+    augmentation: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -66,7 +69,8 @@ class LatentBatch:
     def each(self, change: Callable[[Tensor], Tensor]) -> LatentBatch:
         """Return the batch with every tensor changed."""
         tensors = (self.latents, self.labels, self.times, self.noise, self.samples)
-        return LatentBatch(*map(change, tensors), self.transport)
+        told = None if self.augmentation is None else change(self.augmentation)
+        return LatentBatch(*map(change, tensors), self.transport, told)
 
 
 class LatentBatches:
@@ -95,6 +99,8 @@ class LatentBatches:
         check_tokenizer_of_latents(config)
         self.config, self.device = config, device or torch.device("cpu")
         self.shards, self.stats = open_shards(config, data.data_path), load_stats(config)
+        _check_augmentation(config, self.shards)
+        _check_dropout(config)
         self.seed = train.global_seed
         self.rows = process_rows(train.global_batch_size, rank, count)
         self.samples, self.held_out = self._split(0.0 if data.valid_path else train.valid_share)
@@ -103,15 +109,24 @@ class LatentBatches:
         self._prefetched = StepPrefetcher(lambda step: prefetched(self.make, itertools.count(step), workers=1))
 
     def _split(self, share: float) -> tuple[Tensor, Tensor]:
-        """Return the numbers of the samples to train on, and of a random share of them that is held out."""
+        """Return the numbers of the samples to train on, and of a random share of them that is held out.
+
+        All latents of one window, which its augmentations are, come to the same side.
+        """
         numbers = torch.arange(len(self.shards))
         if not share:
             return numbers, numbers[:0]
-        shuffled = torch.randperm(len(numbers), generator=generator_for(self.seed, HELD_OUT_STREAM))
-        held_out = shuffled[: max(1, round(share * len(numbers)))]
-        trained_on = torch.ones(len(numbers), dtype=torch.bool)
+        windows = numbers
+        if self.shards.windows is not None:
+            windows = self.shards.windows.unique(return_inverse=True)[1]  # (N,) counted from 0
+        count = int(windows.max()) + 1
+        shuffled = torch.randperm(count, generator=generator_for(self.seed, HELD_OUT_STREAM))
+        held_out = shuffled[: max(1, round(share * count))]
+        trained_on = torch.ones(count, dtype=torch.bool)
         trained_on[held_out] = False
-        return numbers[trained_on], held_out
+        if self.shards.windows is None:
+            return numbers[trained_on], held_out
+        return numbers[trained_on[windows]], numbers[~trained_on[windows]]
 
     @property
     def description(self) -> list[int]:
@@ -139,16 +154,48 @@ class LatentBatches:
             times[index] = transport.sample_times(1, generator)[0]
             torch.randn(self.shards.shape, generator=generator, out=noise[index])
         samples = self.samples[self.order.indices(step)[self.rows.start : self.rows.stop]]
-        latents, labels = self.shards.batch(samples, draws[:, 0] < MIRRORED_SHARE)
-        dropped = draws[:, 1] < self.config.train.label_dropout
-        labels = torch.where(dropped, self.config.data.num_classes, labels)
-        batch = LatentBatch(self.stats.normalise(latents), labels, times, noise, samples, transport)
+        latents, _ = self.shards.batch(samples, draws[:, 0] < MIRRORED_SHARE)
+        labels = dropped_labels(self.config, labels_of(self.config, self.shards, samples), draws[:, 1])
+        told = self.shards.augmentation[samples] if self.config.model.augmentation else None
+        batch = LatentBatch(self.stats.normalise(latents), labels, times, noise, samples, transport, told)
         return batch.each(partial(ready_for, self.device))
 
     def not_finite(self, batch: LatentBatch) -> list[str]:
         """Return shard and row of each latent of a batch that is not finite."""
         bad = ~batch.latents.isfinite().flatten(1).all(1)  # (B,)
         return [self.shards.origin(number) for number in batch.samples[bad].tolist()]
+
+
+def labels_of(config: Config, shards: LatentShards, numbers: Tensor) -> Tensor:
+    """Return the labels (B,) int64 of samples; with a second label (B, 2), class and condition."""
+    classes = shards.labels[numbers]
+    if not config.data.num_conditions:
+        return classes
+    return torch.stack([classes, shards.conditions[numbers]], dim=1)
+
+
+def dropped_labels(config: Config, labels: Tensor, draws: Tensor) -> Tensor:
+    """Return the labels (B,) or (B, 2) with some of them replaced by the null ones.
+
+    Args:
+        draws: (B,) uniform in [0, 1). Below p, `train.label_dropout`, every label of a row becomes null; with a second
+            label, from p to 2p the condition alone, and from 2p to 3p the class alone. So each null row is trained
+            with and without the other label.
+    """
+    share, data = config.train.label_dropout, config.data
+    if not data.num_conditions:
+        return torch.where(draws < share, data.num_classes, labels)
+    without_class = (draws < share) | ((draws >= 2 * share) & (draws < 3 * share))
+    classes = torch.where(without_class, data.num_classes, labels[:, 0])
+    conditions = torch.where(draws < 2 * share, data.num_conditions, labels[:, 1])
+    return torch.stack([classes, conditions], dim=1)
+
+
+def not_augmented(shards: LatentShards, numbers: Tensor) -> Tensor:
+    """Return those of the samples `numbers` whose latents were not augmented."""
+    if shards.augmentation is None:
+        return numbers
+    return numbers[(shards.augmentation[numbers] == 0).all(1)]
 
 
 def has_cosine_loss(config: Config) -> bool:
@@ -176,7 +223,49 @@ def open_shards(config: Config, folder: str) -> LatentShards:
             f"latents in {folder} have the label {largest}; data.num_classes is {config.data.num_classes}",
             f"set data.num_classes: {largest + 1} in {config.source}",
         )
+    _check_conditions(config, shards, folder)
     return shards
+
+
+def _check_conditions(config: Config, shards: LatentShards, folder: str) -> None:
+    """Raise LightningDiTError unless the latents have the second label that the configuration has."""
+    count = config.data.num_conditions
+    if count and shards.conditions is None:
+        raise LightningDiTError(
+            f"latents in {folder} have no conditions; data.num_conditions is {count}",
+            f"set data.num_conditions: 0 in {config.source}, or extract them from windows with conditions",
+        )
+    largest = int(shards.conditions.max()) if count else 0
+    if count and largest >= count:
+        raise LightningDiTError(
+            f"latents in {folder} have the condition {largest}; data.num_conditions is {count}",
+            f"set data.num_conditions: {largest + 1} in {config.source}",
+        )
+
+
+def _check_augmentation(config: Config, shards: LatentShards) -> None:
+    """Raise LightningDiTError unless the model is told how the latents were augmented, in as many values as they have.
+
+    A model that is not told would draw augmented samples.
+    """
+    told, found = config.model.augmentation, 0 if shards.augmentation is None else shards.augmentation.shape[1]
+    if told != found:
+        raise LightningDiTError(
+            f"latents in {config.data.data_path} tell their augmentation in {found} values; model.augmentation is"
+            f" {told}",
+            f"set model.augmentation: {found} in {config.source}",
+        )
+
+
+def _check_dropout(config: Config) -> None:
+    """Raise LightningDiTError if with a second label more than all rows would lose one."""
+    share = config.train.label_dropout
+    if config.data.num_conditions and share > MOST_DROPPED:
+        raise LightningDiTError(
+            f"{config.source}: train.label_dropout is {share:g}; with data.num_conditions a third is the most, as the"
+            " class, the condition, and both are dropped in that share of rows each",
+            "set train.label_dropout: 0.1",
+        )
 
 
 def class_names_of(config: Config, shards: LatentShards, starts: bool, say: Callable[[str], None]) -> Names | None:
