@@ -41,13 +41,13 @@ ROWS: dict[str, set[str]] = {
     "metrics": {*GROUND, "data", "tokenizer"},
     "radar": {*GROUND, "data"},
     "sampling": BELOW,
-    "training": {*BELOW, "sampling"},  # a run shows samples of its average
+    "training": {*BELOW, "radar", "sampling"},  # a run shows samples of its average
     "__init__": {"config", "sampling"},
     "pipeline": {"sampling"},
     "inference": {*GROUND, "data", "sampling"},
     "train": {*GROUND, "training"},
-    "train_tokenizer": {*GROUND, "data", "tokenizer", "training"},
-    "extract_features": {*GROUND, "data", "tokenizer", "training"},
+    "train_tokenizer": {*GROUND, "data", "radar", "tokenizer", "training"},
+    "extract_features": {*GROUND, "data", "radar", "tokenizer", "training"},
     "evaluate": {*GROUND, "metrics"},
     "evaluate_tokenizer": {*GROUND, "metrics"},
     "tools": {*BELOW, "radar", "sampling", "training"},  # the benchmark times the trainer's steps

@@ -52,11 +52,14 @@ class ImageBatch(NamedTuple):
     """Images as they were read.
 
     Attributes:
-        pixels: (N, 3, H, W) uint8.
+        pixels: (N, 3, H, W) uint8, or (N, 1, H, W) float32 in [-1, 1] of levels.
         labels: (N,) int64; 0 where the class is unknown.
         read: (N,) bool; false where a black image stands for one that cannot be read.
         unreadable: name and reason of each image that cannot be read.
         cut: (N,) float32, share of the longer side that the square crop leaves out.
+        conditions: (N,) int64, a second label; None if there is none.
+        augmentation: (N, A) float32, what was done to each image; None if nothing was.
+        windows: (N,) int64, the row of its split that each image comes from; None if there is no split.
     """
 
     pixels: Tensor
@@ -64,6 +67,9 @@ class ImageBatch(NamedTuple):
     read: Tensor
     unreadable: list[tuple[str, str]]
     cut: Tensor
+    conditions: Tensor | None = None
+    augmentation: Tensor | None = None
+    windows: Tensor | None = None
 
 
 #: Of one image: number, pixels (H, W, 3), class (None for a black image), `ImageBatch.unreadable` and `cut`.
@@ -134,6 +140,16 @@ class ImageSet:
     def state(self) -> str:
         """A text that changes with everything that the pixels depend on: names, times and the crop."""
         return f"{self.key} {self.size}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Plain values, by name, that the latents of the set depend on beside `key`."""
+        return {}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Plain values, by name, that the manifest of the set's latents has beside the usual ones."""
+        return {}
 
     def cropped(self, size: int | None) -> ImageSet:
         """Return the same images, cropped to `size` x `size` pixels."""

@@ -302,8 +302,12 @@ def fitted(levels: Levels, size: tuple[int, int], fit: str) -> Levels:
 def save_levels(levels: Levels, path: Path) -> None:
     """Write levels in 0 to 1 as a grey PNG of 16 bits."""
     with atomic_path(path) as temporary:
-        grey = np.rint(np.clip(levels, 0, 1) * WHITE_16_BIT).astype(np.uint16)
-        Image.fromarray(grey).save(temporary, "PNG")
+        Image.fromarray(grey_levels(levels)).save(temporary, "PNG")
+
+
+def grey_levels(levels: Levels) -> NDArray[np.uint16]:
+    """Return levels in 0 to 1 as whole numbers up to 65535."""
+    return np.rint(np.clip(levels, 0, 1) * WHITE_16_BIT).astype(np.uint16)
 
 
 def save_view(pixels: NDArray[np.uint8], path: Path) -> None:

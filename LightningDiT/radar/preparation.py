@@ -58,6 +58,7 @@ class Prepared:
         maps: colour map of each kept window, `DB` for arrays.
         residual: mean distance of the pixels to their maps, in steps of 8 bits.
         sizes: of the kept windows, (height, width) with counts.
+        is_measured: whether `db_range` is that of the training windows of fold 0.
         splits_of_data: part of each window, by its name, in each split that the data has, by its origin.
         notes: lines about what was assumed.
     """
@@ -74,6 +75,7 @@ class Prepared:
     columns: Columns | None
     rows: list[Row]
     db_range: tuple[float, float] | None
+    is_measured: bool
     source: Source
     splits_of_data: dict[str, dict[str, str]]
     notes: list[str]
@@ -116,8 +118,9 @@ def prepare(
     overlap = measure(alike, usual[1], source.levels, seed)
     passes = find_passes(kept, overlap, source.levels)
     rows = make_split(kept, passes, overlap, {name: scan.digest for name, scan in scans.items()}, folds, seed)
-    if any(scan.unit == DB for scan in scans.values()):
-        db_range = source.db_range = db_range or _range(rows, source)
+    is_measured = db_range is None and any(scan.unit == DB for scan in scans.values())
+    if is_measured:
+        db_range = source.db_range = _range(rows, source)
     shown_levels = [source.levels(alike[at]) for at in np.linspace(0, len(alike) - 1, COLUMNS_SEEN).astype(int)]
     colours = maps[alike[0].name] != DB
     columns = native_columns([levels for levels in shown_levels if levels is not None]) if colours else None
@@ -136,6 +139,7 @@ def prepare(
         columns,
         rows,
         db_range,
+        is_measured,
         source,
         splits,
         notes,

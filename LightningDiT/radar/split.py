@@ -238,7 +238,7 @@ def save_split(path: Path, data: Path, root: Path, rows: Sequence[Row], settings
         LightningDiTError: a file that is no split has the name.
     """
     lines = [json.dumps(_as_json(row), ensure_ascii=False) for row in rows]
-    head = {"format": FORMAT, "data": str(data), "root": str(root), **settings, "digest": _digest(rows)}
+    head = {"format": FORMAT, "data": str(data), "root": str(root), **settings, "digest": rows_digest(rows)}
     text = json.dumps(head, indent=1, ensure_ascii=False)[:-2]
     write_text(path, text + ',\n "windows": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n", ours=is_split)
 
@@ -258,7 +258,8 @@ def _as_json(row: Row) -> dict[str, Any]:
     return {"part": row.part, **content}
 
 
-def _digest(rows: Sequence[Row]) -> str:
+def rows_digest(rows: Sequence[Row]) -> str:
+    """Return a text that changes with each value of each row."""
     return hashlib.sha256(json.dumps([_as_json(row) for row in rows]).encode()).hexdigest()
 
 
@@ -277,7 +278,7 @@ def load_split(path: Path) -> Split:
         folds = len(rows[0].parts)
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise LightningDiTError(f"the split {path} cannot be read ({first_line(error)})", RERUN) from error
-    if digest != _digest(rows) or any(len(row.parts) != folds or not {*row.parts} <= {*PARTS} for row in rows):
+    if digest != rows_digest(rows) or any(len(row.parts) != folds or not {*row.parts} <= {*PARTS} for row in rows):
         raise LightningDiTError(f"the split {path} is not as it was written: its digest does not fit", RERUN)
     return Split(data, root, rows, folds, content, digest)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import re
@@ -11,19 +12,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from LightningDiT.console import Progress
 from LightningDiT.data.image_files import shown
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.files import check_target, held_folder, read_json, read_text, write_text
-from LightningDiT.radar.arrays import fitted, sample_columns, save_levels, save_view
+from LightningDiT.radar.arrays import fitted, grey_levels, sample_columns, save_levels, save_view
 from LightningDiT.radar.colour_maps import GREY, coloured
 from LightningDiT.radar.layouts import missing_people
 from LightningDiT.radar.overlap import leaked, random_leak
 from LightningDiT.radar.preparation import DB, Prepared
-from LightningDiT.radar.split import Row, is_split, save_split
+from LightningDiT.radar.split import Row, is_split, rows_digest, save_split
 
 SPLIT, MANIFEST = "split.json", "manifest.json"
 FORMAT = "levels of spectrograms, 1"
+MEASURED = "training windows of fold 0"  # in the manifest: where the dB range comes from, unless it was given
 LISTED = ("training", "validation", "test")
 HEADER = "path,label,pass_of_person"
 VIEWED_IN = "jet"  # where the data has no colour map
@@ -249,7 +254,8 @@ def write_levels(
     windows = {window.name: window for window in prepared.kept}
     with held_folder(folder, "preparation"), Progress(len(names), "window", label="writing") as progress:
         manifest = _manifest(prepared, size, fit, native, map_, names)
-        write_text(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
+        write_text(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))  # without digests: unfinished
+        digests = {}
         for name, file in names.items():
             levels = prepared.source.levels(windows[name])
             if levels is None:
@@ -257,10 +263,20 @@ def write_levels(
             if native and prepared.columns and prepared.columns.count < levels.shape[1]:
                 levels = sample_columns(levels, prepared.columns.count, prepared.columns.way)
             levels = fitted(levels, size, fit) if size else levels
+            digests[name], pixels = levels_digest(grey_levels(levels)), levels.shape
             save_levels(levels, folder / "levels" / file)
             save_view(coloured(levels, map_), folder / "views" / file)
             progress.update()
+        manifest |= {"pixels": pixels, "digests": digests}
+        write_text(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
     return {name: str((folder / "views" / file).resolve()) for name, file in names.items()}
+
+
+def levels_digest(grey: NDArray[Any]) -> str:
+    """Return a hash of the levels (H, W) of a file, whole numbers up to 65535."""
+    found = hashlib.sha256(str(grey.shape).encode())
+    found.update(np.ascontiguousarray(grey, np.dtype("<u2")).tobytes())
+    return found.hexdigest()[:16]
 
 
 def _file_names(rows: Sequence[Row]) -> dict[str, str]:
@@ -281,8 +297,10 @@ def _manifest(
 ) -> dict[str, Any]:
     return {
         "format": FORMAT,
+        "split": rows_digest(prepared.rows),
         "levels": "grey of 16 bits, 0 is level 0 and 65535 level 1",
         "db_range": prepared.db_range,
+        "db_range_of": MEASURED if prepared.is_measured else None,
         "size": size,
         "fit": fit if size else None,
         "native_columns": prepared.columns.count if native and prepared.columns else None,
