@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from LightningDiT.checkpoint import check_kinds, check_shapes, inspect, load_file, without_values
 from LightningDiT.config import Config, SampleConfig, setting_differences
 from LightningDiT.errors import LightningDiTError, warn_user
+from LightningDiT.models import lightningdit
 from LightningDiT.models.lightningdit import (
     WITHOUT_TENSORS,
     LightningDiT,
     LightningDiTSettings,
     preset_name,
     preset_settings,
-    settings_from_shapes,
+)
+from LightningDiT.models.unet import (
+    PACKAGE,
+    UNET_WITHOUT_TENSORS,
+    UNet,
+    UNetSettings,
+    is_unet,
+    unet_name,
+    unet_names,
+    unet_settings,
+    unet_settings_from_shapes,
 )
 from LightningDiT.tokenizer.config import TokenizerConfig
 from LightningDiT.tokenizer.latents import LatentStats
@@ -29,23 +41,75 @@ from LightningDiT.transport import GuidanceSettings, Transport, create_transport
 STATS_NAME = "latents_stats.pt"
 
 
-def model_settings(config: Config) -> LightningDiTSettings:
-    """Return the transformer's settings that a configuration describes."""
-    model = config.model
+Network = LightningDiT | UNet
+NetworkSettings = LightningDiTSettings | UNetSettings
+
+
+def model_settings(config: Config) -> NetworkSettings:
+    """Return the settings of the transformer or the U-Net that a configuration describes."""
+    model, both = config.model, _common_settings(config)
     with as_user_error(f"{config.source}: model"):
+        if model.model_type in unet_names():
+            return unet_settings(model.model_type, **both)
         return preset_settings(
-            model.model_type,
-            input_size=config.data.image_size // config.vae.downsample_ratio,
-            in_channels=model.in_chans,
-            num_classes=config.data.num_classes,
+            _transformer_name(model.model_type),
             learn_sigma=model.learn_sigma,
             use_qknorm=model.use_qknorm,
             use_swiglu=model.use_swiglu,
             use_rope=model.use_rope,
             use_rmsnorm=model.use_rmsnorm,
             wo_shift=model.wo_shift,
-            use_checkpoint=model.use_checkpoint or config.train.use_checkpoint,
+            **both,
         )
+
+
+def _transformer_name(name: str) -> str:
+    try:
+        preset_settings(name)
+    except ValueError as error:
+        raise ValueError(f"{error}, or {', '.join(unet_names())}") from error
+    return name
+
+
+def _common_settings(config: Config) -> dict[str, Any]:
+    """Return the settings that transformer and U-Net share, by field."""
+    return {
+        "input_size": config.data.image_size // config.vae.downsample_ratio,
+        "in_channels": config.model.in_chans,
+        "num_classes": config.data.num_classes,
+        "num_conditions": config.data.num_conditions,
+        "augmentation": config.model.augmentation,
+        "dropout": config.model.dropout,
+        "use_checkpoint": config.model.use_checkpoint or config.train.use_checkpoint,
+    }
+
+
+def make_model(settings: NetworkSettings, **changes: Any) -> Network:
+    """Return the network of these settings with random weights.
+
+    Args:
+        changes: settings that replace those of `settings`.
+
+    Raises:
+        LightningDiTError: it is a U-Net, and its package is not installed.
+    """
+    if isinstance(settings, LightningDiTSettings):
+        return LightningDiT(settings, **changes)
+    try:
+        return UNet(settings, **changes)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != PACKAGE:
+            raise
+        raise LightningDiTError(f"a U-Net needs {PACKAGE}, which is not installed", f"pip install {PACKAGE}") from error
+
+
+def settings_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> NetworkSettings:
+    """Return the settings of the network that tensors of these names and shapes belong to.
+
+    Raises:
+        ValueError: the names are those of no network.
+    """
+    return unet_settings_from_shapes(shapes) if is_unet(shapes) else lightningdit.settings_from_shapes(shapes)
 
 
 def build_transport(config: Config) -> Transport:
@@ -61,20 +125,61 @@ def guidance_of(sample: SampleConfig) -> GuidanceSettings:
     )
 
 
-def model_differences(wanted: LightningDiTSettings, found: LightningDiTSettings) -> list[str]:
-    """Return a text for each setting in which a configuration and a weights file have other tensors."""
+def model_differences(wanted: NetworkSettings, found: NetworkSettings) -> list[str]:
+    """Return a text for each setting in which a configuration and a weights file have other tensors.
+
+    Both must be of one kind, transformers or U-Nets.
+    """
     sides = ("in the file", "in the configuration")
-    return setting_differences(dataclasses.asdict(found), dataclasses.asdict(wanted), WITHOUT_TENSORS, sides)
+    ignored = WITHOUT_TENSORS if isinstance(wanted, LightningDiTSettings) else UNET_WITHOUT_TENSORS
+    return setting_differences(_by_name(found), _by_name(wanted), ignored, sides)
+
+
+def _by_name(settings: NetworkSettings) -> dict[str, Any]:
+    """Return settings as values that a message can show."""
+    values = dataclasses.asdict(settings)
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def network_name(settings: NetworkSettings) -> str:
+    """Return the preset of these sizes, or the sizes in words."""
+    if isinstance(settings, UNetSettings):
+        return unet_name(settings) or f"a U-Net of {' and '.join(map(str, settings.widths))} channels"
+    return preset_name(settings) or f"{settings.depth} layers of {settings.hidden_size}"
 
 
 def check_transformer_file(config: Config, path: str | Path) -> str:
-    """Compare the transformer's weights file with the configuration and return a line that says so."""
+    """Compare the network's weights file, of a transformer or a U-Net, with the configuration; return a line about it.
+
+    Raises:
+        LightningDiTError: it is of another kind or size.
+    """
     info = inspect(path)
     wanted = model_settings(config)
     try:
         found = settings_from_shapes(info.shapes)
     except (ValueError, KeyError, IndexError) as error:
         raise LightningDiTError(f"{path}: {error}", "name the transformer's weights in ckpt_path") from error
+    _refuse_another_network(config, path, wanted, found)
+    with without_values():
+        model = make_model(wanted)
+    check_shapes(model, info.shapes, path)
+    check_kinds(model, info.kinds, path)
+    held = f"entry {info.weights_key}" if info.weights_key else "bare weights"
+    others = f"; also holds {', '.join(info.extras)}" if info.extras else ""
+    kind = "transformer" if isinstance(wanted, LightningDiTSettings) else "U-Net"
+    return "; ".join([f"{kind} {path}: {info.parameters:,} values, {held}{others}", *info.notes])
+
+
+def _refuse_another_network(config: Config, path: str | Path, wanted: NetworkSettings, found: NetworkSettings) -> None:
+    """Raise LightningDiTError if the network in a file is not the one that the configuration describes."""
+    fix = "choose the model_type and sizes that belong to the file, or python step3_setup_configs.py"
+    if type(wanted) is not type(found):
+        raise LightningDiTError(
+            f"{path} holds {network_name(found)} and does not fit {config.source}, whose model_type is"
+            f" {config.model.model_type}",
+            fix,
+        )
     wrong = model_differences(wanted, found)
     if wrong and found.num_classes == wanted.num_classes - 1:
         raise LightningDiTError(
@@ -83,24 +188,15 @@ def check_transformer_file(config: Config, path: str | Path) -> str:
             "name weights that were trained with label dropout: their table has a row more",
         )
     if wrong:
-        actual = preset_name(found) or f"{found.depth} layers of {found.hidden_size}"
         raise LightningDiTError(
-            f"{path} holds {actual} and does not fit {config.source}: {'; '.join(wrong)}",
-            "choose the model_type and sizes that belong to the file, or python step3_setup_configs.py",
+            f"{path} holds {network_name(found)} and does not fit {config.source}: {'; '.join(wrong)}", fix
         )
-    with without_values():
-        model = LightningDiT(wanted)
-    check_shapes(model, info.shapes, path)
-    check_kinds(model, info.kinds, path)
-    held = f"entry {info.weights_key}" if info.weights_key else "bare weights"
-    others = f"; also holds {', '.join(info.extras)}" if info.extras else ""
-    return "; ".join([f"transformer {path}: {info.parameters:,} values, {held}{others}", *info.notes])
 
 
 def check_guide_file(config: Config, path: str | Path) -> str:
     """Compare the guide's weights file with the configuration and return a line that says so."""
     try:
-        return f"guide {check_transformer_file(config, path).removeprefix('transformer ')}"
+        return f"guide {check_transformer_file(config, path).partition(' ')[2]}"
     except LightningDiTError as error:
         raise LightningDiTError(
             f"the guide {error.message}", "name weights of the model's own shape in sample.guide_ckpt or --guide-ckpt"
@@ -121,8 +217,8 @@ def check_latent_shape(config: Config, tokenizer: TokenizerConfig) -> None:
             )
 
 
-def load_transformer(config: Config, dtype: torch.dtype | None = None) -> LightningDiT:
-    """Return the transformer in eval mode with the weights of `config.ckpt_path`.
+def load_transformer(config: Config, dtype: torch.dtype | None = None) -> Network:
+    """Return the transformer or the U-Net in eval mode with the weights of `config.ckpt_path`.
 
     The file is compared with the configuration first, so that a wrong one costs nothing, and the model is made on the
     meta device.
@@ -130,12 +226,12 @@ def load_transformer(config: Config, dtype: torch.dtype | None = None) -> Lightn
     path = required(config, "ckpt_path")
     check_transformer_file(config, path)
     with without_values():
-        model = LightningDiT(model_settings(config))
+        model = make_model(model_settings(config))
     load_file(model, path, dtype or torch.float32)
     return model.eval().requires_grad_(False)
 
 
-def load_guide(config: Config, dtype: torch.dtype | None = None) -> LightningDiT | None:
+def load_guide(config: Config, dtype: torch.dtype | None = None) -> Network | None:
     """Return the network of `sample.guide_ckpt` as `load_transformer` does, or None without one."""
     if not (path := config.sample.guide_ckpt):
         return None
