@@ -20,6 +20,7 @@ from LightningDiT.files import read_json, require_regular
 IMAGENET_CLASSES = 1000
 LATENTS_MANIFEST = "manifest.json"  # beside latent shards: their origin, with the names of the classes
 CLASS_NAMES = "class_names"  # key in every manifest and in the metadata of a transformer: names in order of number
+CONDITION_NAMES = "condition_names"  # the same of the second label
 MOST_DIGITS = 9  # of a class number
 LISTED_CLASSES = 20  # names that fit one line of an error
 NEAREST_NAMES = 3
@@ -263,8 +264,11 @@ def _carried(config: Config) -> list[tuple[tuple[str, ...] | None, str]]:
     return found
 
 
-def names_of_model(path: str | Path) -> tuple[str, ...] | None:
+def names_of_model(path: str | Path, key: str = CLASS_NAMES) -> tuple[str, ...] | None:
     """Return the class names in the metadata of a transformer's weights, None where there are none.
+
+    Args:
+        key: or `CONDITION_NAMES`, for those of the second label.
 
     Raises:
         LightningDiTError: they are no list of texts.
@@ -277,7 +281,7 @@ def names_of_model(path: str | Path) -> tuple[str, ...] | None:
     try:
         require_regular(file)
         with safe_open(file, framework="numpy") as opened:
-            text = (opened.metadata() or {}).get(CLASS_NAMES)
+            text = (opened.metadata() or {}).get(key)
     except (SafetensorError, OSError):
         return None  # whoever loads the weights says what is wrong with them
     try:
@@ -286,8 +290,11 @@ def names_of_model(path: str | Path) -> tuple[str, ...] | None:
         raise LightningDiTError(f"{file}: its class names cannot be read ({error})", "train it again") from error
 
 
-def names_of_latents(folder: str | Path) -> tuple[str, ...] | None:
+def names_of_latents(folder: str | Path, key: str = CLASS_NAMES) -> tuple[str, ...] | None:
     """Return the class names in the manifest of latents, None where it has none or there is no manifest.
+
+    Args:
+        key: or `CONDITION_NAMES`, for those of the second label.
 
     Raises:
         LightningDiTError: the manifest is damaged.
@@ -297,7 +304,7 @@ def names_of_latents(folder: str | Path) -> tuple[str, ...] | None:
         return None
     try:
         content = read_json(file)
-        return checked_names(content.get(CLASS_NAMES)) if isinstance(content, dict) else None
+        return checked_names(content.get(key)) if isinstance(content, dict) else None
     except (OSError, ValueError, RecursionError) as error:
         raise LightningDiTError(
             f"the manifest {file} cannot be read ({error})", "extract the latents again, or move it away"
