@@ -2,8 +2,9 @@
 
 The loss is that of VA-VAE: L1, L2, LPIPS, KL, an adversarial term and the alignment with a vision model, each with its
 weight in the YAML's `train` section or in the published `lossconfig`. Several YAMLs are stages, each of which starts
-from the weights of the stage before; `--stages` means the three published ones. After Ctrl-C or a kill, the same
-command goes on from the newest checkpoint. docs/tokenizer.md says more.
+from the weights of the stage before; `--stages` means the three published ones. `--levels` trains on the training
+windows of spectrograms and says how well validation windows come back. After Ctrl-C or a kill, the same command goes on
+from the newest checkpoint. docs/tokenizer.md says more.
 """
 
 from __future__ import annotations
@@ -15,25 +16,27 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from LightningDiT.console import positive, run_main
+from LightningDiT.console import natural, positive, run_main
 from LightningDiT.data.fashion_mnist import holds_fashion_mnist
 from LightningDiT.data.image_sets import ImageSet, Unreadable, evenly_spaced, open_fashion_mnist, open_files
 from LightningDiT.device import best_device
 from LightningDiT.distributed import launched_processes
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.radar.level_images import open_levels
 from LightningDiT.tokenizer.config import (
     TOKENIZER_CONFIGS,
+    TRAINABLE,
     TokenizerConfig,
     idle_tokenizer_settings,
     load_tokenizer_config,
     tokenizer_training,
 )
 from LightningDiT.tokenizer.vavae import autoencoder_settings
-from LightningDiT.training.tokenizer_training import AVERAGE, TRAINED, Stage, train_stage
+from LightningDiT.training.tokenizer_training import AVERAGE, TRAINED, Stage, check_windows, train_stage
 
 STAGES = tuple(TOKENIZER_CONFIGS / f"vavae_f16d32_stage{number}.yaml" for number in (1, 2, 3))
 #: Fields that the command line sets for all stages.
-OPTIONS = ("batch_size", "lpips_weights", "vision_weights")
+OPTIONS = ("batch_size", "lpips_weights", "vision_weights", "trainable", "texture_weight")
 LOOKED_AT = 64  # images whose shape is looked at before the training
 FASHION_MNIST_SIDE = 32  # pixels, with the border
 
@@ -44,6 +47,8 @@ def open_images(args: argparse.Namespace, side: int) -> ImageSet:
     Raises:
         LightningDiTError: there are none, or those of Fashion-MNIST have another size.
     """
+    if args.levels:
+        return open_levels(Path(args.levels), Path(args.split_file), "training", args.fold)
     if args.images:
         return open_files(args.images).cropped(side)
     if side != FASHION_MNIST_SIDE:
@@ -60,11 +65,16 @@ def check_images(args: argparse.Namespace, tokenizers: Sequence[TokenizerConfig]
     Raises:
         LightningDiTError: see `open_images`; or none can be read.
     """
-    if not args.images and not holds_fashion_mnist(Path(args.data_root)):
+    if not (args.images or args.levels) and not holds_fashion_mnist(Path(args.data_root)):
         return [f"{args.data_root} has no photographs of Fashion-MNIST yet; training downloads them"]
     lines: dict[str, None] = {}
     for tokenizer in tokenizers:
-        images = open_images(args, autoencoder_settings(tokenizer).resolution)
+        settings = autoencoder_settings(tokenizer)
+        images = open_images(args, settings.resolution)
+        if args.levels:
+            check_windows(settings, tokenizer_training(tokenizer), images)
+        elif settings.in_channels == 1:
+            lines["note: colours are averaged, since the tokenizer has one channel"] = None
         looked_at = images.batch(evenly_spaced(images.count, LOOKED_AT), Unreadable.NEXT)
         lines |= dict.fromkeys(
             (*(f"note: {note}" for note in images.notes), f"{images.count} images of {images.source}")
@@ -80,13 +90,19 @@ def check_images(args: argparse.Namespace, tokenizers: Sequence[TokenizerConfig]
 def make_stage(tokenizer: TokenizerConfig, args: argparse.Namespace, folder: Path, before: Path | None) -> Stage:
     """Return one stage: its YAML, the command line, and the weights of the stage before."""
     given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
-    config = replace(tokenizer_training(tokenizer), **given)
+    config = tokenizer_training(replace(tokenizer, train=replace(tokenizer.train, **given)))
     if before or args.init:
         config = replace(config, weight_init=str(before or args.init))
     if args.without_lpips:
         config = replace(config, lpips_weight=0.0)
     images = open_images(args, autoencoder_settings(tokenizer).resolution)
-    return Stage(tokenizer, config, images, folder, args.max_steps)
+    valid = open_levels(Path(args.levels), Path(args.split_file), "validation", args.fold) if args.levels else None
+    if valid is not None and config.flip:
+        raise LightningDiTError(
+            f"{tokenizer.source}: train.flip is true, and a mirrored spectrogram runs backwards in time",
+            "set train.flip: false",
+        )
+    return Stage(tokenizer, config, images, folder, args.max_steps, valid)
 
 
 def settings_text(tokenizer: TokenizerConfig) -> str:
@@ -104,17 +120,29 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--data-root", default="data/fashion-mnist", help="folder of Fashion-MNIST")
     source.add_argument("--images", help="folder of images, at any depth below it")
+    source.add_argument("--levels", metavar="FOLDER", help="windows written by step5_prepare_spectrograms.py --write")
+    parser.add_argument("--split-file", metavar="FILE", help="split.json of step 5, with --levels")
+    parser.add_argument("--fold", type=natural, default=0, help="of the split; default: 0")
     parser.add_argument("--output", default="output/tokenizer", help="folder of checkpoints and log; stage1, ... in it")
     parser.add_argument(
-        "--init", metavar="FILE", help="weights to start from, in place of train.weight_init of the first stage"
+        "--init",
+        metavar="FILE",
+        help="weights to start from, or a model's folder, in place of train.weight_init of the first stage",
     )
+    parser.add_argument("--trainable", choices=TRAINABLE, help="in place of train.trainable; decoder keeps the latents")
+    parser.add_argument("--texture-weight", type=float, help="in place of train.texture_weight")
     parser.add_argument("--batch-size", type=positive, help="in place of train.batch_size")
     parser.add_argument("--lpips-weights", metavar="FILE", help="in place of train.lpips_weights")
     parser.add_argument("--vision-weights", metavar="FILE", help="in place of train.vision_weights")
     parser.add_argument("--max-steps", type=positive, help="end each stage earlier than the YAML says")
     parser.add_argument("--without-lpips", action="store_true", help="leave LPIPS out, whatever its weight")
     parser.add_argument("--dry-run", action="store_true", help="print the settings, look at the images and end")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if bool(args.levels) != bool(args.split_file):
+        parser.error("--levels and --split-file are given together")
+    if args.fold and not args.levels:
+        parser.error("--fold goes with --levels")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -126,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             processes.say("\n".join(map(settings_text, tokenizers)))
             processes.say(processes.from_main(lambda: "\n".join(check_images(args, tokenizers))))
             return 0
-        if args.images:
+        if args.images or args.levels:
             processes.say(processes.from_main(lambda: "\n".join(check_images(args, tokenizers))))
         before: Path | None = None
         for number, tokenizer in enumerate(tokenizers, 1):
@@ -143,7 +171,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 processes.say("note: training goes without LPIPS: L1 and L2 alone hold the image, and textures blur")
             before = train_stage(stage, processes)
         command = f"--config {tokenizers[-1].source} --weights {folder / AVERAGE}"
-        processes.say(f"Next: python -m LightningDiT.evaluate_tokenizer {command} --images FOLDER")
+        levels = f"--levels {args.levels} --split-file {args.split_file} --fold {args.fold}"
+        data = levels if args.levels else "--images FOLDER"
+        processes.say(f"Next: python -m LightningDiT.evaluate_tokenizer {command} {data}")
     return 0
 
 

@@ -47,6 +47,7 @@ class TokenizerTrainConfig:
     warmup_steps: int | float = 0.01  # linear rise of the learning rate; below 1: a share of all steps
     decay_steps: int | float | None = None  # cosine fall to zero, a length like that; default: all after the warm-up
     max_grad_norm: float | None = 1.0
+    trainable: str = "all"  # all | decoder: the latents stay as they are
     precision: str = "auto"  # of matrix products: auto (bf16 if it is native, else fp32) | fp32 | bf16
     ema_decay: float = 0.999
     l1_weight: float = 1.0  # on the mean absolute error per value, images in [-1, 1]
@@ -55,6 +56,7 @@ class TokenizerTrainConfig:
     sum_values: bool = False  # sum the reconstruction terms over an image's values, as published; False: mean
     logvar_init: float = 0.0  # logarithm of the divisor of the reconstruction terms
     learn_logvar: bool = False
+    texture_weight: float = 0.0  # on the distance between log power spectra, which keeps speckle (`losses`)
     lpips_weight: float = 0.0
     lpips_weights: str | None = None  # file with VGG-16; default: torch.hub's cache, else a download
     disc_weight: float = 0.0  # on the adversarial term, times the adaptive weight
@@ -116,13 +118,12 @@ FIXED_LOSS_KEYS: dict[str, Any] = {
     "disc_loss": "hinge",
     "pp_style": False,
 }
+WEIGHTS = ("l1_weight", "l2_weight", "kl_weight", "texture_weight", "lpips_weight", "disc_weight", "vf_weight")
+TRAINABLE = ("all", "decoder")
 #: What the fields of `TokenizerTrainConfig` must be, beyond their types: name, test, words for the message.
 TOKENIZER_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     *((name, is_positive, "a positive number") for name in ("max_steps", "batch_size", "log_every", "ckpt_every")),
-    *(
-        (name, lambda value: 0 <= value < math.inf, "0 (off) or a positive weight")
-        for name in ("l1_weight", "l2_weight", "kl_weight", "lpips_weight", "disc_weight", "vf_weight")
-    ),
+    *((name, lambda value: 0 <= value < math.inf, "0 (off) or a positive weight") for name in WEIGHTS),
     *((name, lambda value: 0 <= value < math.inf, "0 or more") for name in ("cos_weight", "distmat_weight")),
     ("disc_start", is_not_negative, "0 or more"),
     ("warmup_steps", is_length, LENGTH),
@@ -135,6 +136,7 @@ TOKENIZER_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("logvar_init", lambda value: -30 <= value <= 30, "a logarithm from -30 to 30"),
     *((name, lambda value: 0 <= value <= 2, "a margin from 0 to 2") for name in ("cos_margin", "distmat_margin")),
     ("epochs", lambda value: value is None or value > 0, "a positive number"),
+    ("trainable", lambda value: value in TRAINABLE, "all or decoder"),
     ("precision", lambda value: value in ("auto", "fp32", "bf16"), "auto, fp32 or bf16"),
     ("disc_layers", lambda value: 1 <= value <= 5, "1 to 5 layers"),
     ("vision_size", lambda value: value is None or value > 0, "a positive number of pixels"),
@@ -163,6 +165,12 @@ def tokenizer_training(config: TokenizerConfig) -> TokenizerTrainConfig:
             f"{config.source}: train.vf_weight is {train.vf_weight:g} and no vision model is named",
             "set train.vision_model: dinov2 or train.vf_weight: 0",
         )
+    if train.vf_weight and train.trainable == "decoder":
+        raise LightningDiTError(
+            f"{config.source}: train.vf_weight is {train.vf_weight:g}, but train.trainable: decoder leaves the latents,"
+            " which it aligns, as they are",
+            "set train.vf_weight: 0 or train.trainable: all",
+        )
     return train
 
 
@@ -190,6 +198,8 @@ def idle_tokenizer_settings(config: TokenizerConfig) -> list[str]:
     ]
     if train.epochs and "max_steps" in config.train_keys:
         lines.append("train.max_steps: no effect with train.epochs")
+    if train.trainable == "decoder" and "kl_weight" in config.train_keys and train.kl_weight:
+        lines.append("train.kl_weight: no effect with train.trainable decoder, which leaves the latents as they are")
     if train.disc_weight and not train.epochs and train.disc_start > train.max_steps:
         lines.append(f"train.disc_weight: no effect, since disc_start {train.disc_start} is beyond max_steps")
     return lines

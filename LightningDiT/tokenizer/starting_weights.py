@@ -22,6 +22,7 @@ from .perceptual import PUBLISHED_PREFIX as PERCEPTUAL_PREFIX
 from .vision import PUBLISHED_PREFIX as VISION_PREFIX
 
 VISION_PART = "foundation_model."
+OF_FOLDER = "tokenizer.safetensors"  # the weights in the folder of a model
 #: Parts of a training that a file may hold beside the autoencoder: prefix and title.
 PARTS = {
     "loss.discriminator.": "discriminator",
@@ -30,6 +31,7 @@ PARTS = {
     "linear_proj.": "projection",
     VISION_PART: "vision model",
 }
+FIRST, LAST = "encoder.conv_in.weight", ("decoder.conv_out.weight", "decoder.conv_out.bias")  # layers at the pixels
 FROZEN_PARTS = (PERCEPTUAL_PREFIX, VISION_PART)  # a training builds these networks from them; the rest is `Criterion`'s
 
 
@@ -63,9 +65,13 @@ def _stripped(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def read_starting_weights(path: str | Path) -> StartingWeights:
     """Return the tensors of a weights file by parts.
 
+    Args:
+        path: a folder stands for its tokenizer.safetensors.
+
     Raises:
         LightningDiTError: see `load_weights`.
     """
+    path = Path(path) / OF_FOLDER if Path(path).is_dir() else path
     with fixed_by("name a published checkpoint or a run's training.safetensors by --init or train.weight_init"):
         tensors = load_weights(path)
     parts: dict[str, dict[str, Tensor]] = {}
@@ -91,8 +97,9 @@ def start_from(
         LightningDiTError: the autoencoder's tensors do not fit the settings.
     """
     check_kinds(model, {name: kind_of(tensor) for name, tensor in start.autoencoder.items()}, start.path)
-    load_into(model, {name: tensor.float().clone() for name, tensor in start.autoencoder.items()}, start.path)
-    lines = [f"autoencoder: {len(start.autoencoder)} tensors taken"]
+    tensors, plan = one_channel(start.autoencoder, model)
+    load_into(model, {name: tensor.float().clone() for name, tensor in tensors.items()}, start.path)
+    lines = [f"autoencoder: {len(start.autoencoder)} tensors taken", *plan]
     for prefix, tensors in start.parts.items():
         if prefix in FROZEN_PARTS:
             reason = "" if prefix in taken else "the training needs none, or has other weights for it"
@@ -102,6 +109,25 @@ def start_from(
         lines.append(f"{PARTS[prefix]} ({prefix.rstrip('.')}): {len(tensors)} tensors {outcome}")
     missing = [prefix for prefix in PARTS if prefix not in start.parts and _has(criterion, prefix)]
     return lines + [f"{PARTS[prefix]} ({prefix.rstrip('.')}): not in the file, starts new" for prefix in missing]
+
+
+def one_channel(tensors: Mapping[str, Tensor], model: AutoencoderKL) -> tuple[dict[str, Tensor], list[str]]:
+    """Return an autoencoder's tensors as the model of one channel needs them, and a line about what was done.
+
+    The first kernel is summed over its inputs, `sum_c W_c * x = W * (x, x, x)`, and the last layer averaged over its
+    outputs. So the encoder is exactly that of several channels on replicated levels, and the decoder gives the mean of
+    its channels. Tensors for a model of as many channels are returned unchanged.
+    """
+    changed, plan = dict(tensors), list[str]()
+    settings = model.settings
+    if settings.in_channels == 1 and FIRST in tensors and tensors[FIRST].dim() == 4 and tensors[FIRST].shape[1] > 1:
+        changed[FIRST] = tensors[FIRST].float().sum(1, keepdim=True)
+        plan.append(f"first kernel summed over its {tensors[FIRST].shape[1]} inputs")
+    outputs = len(tensors[LAST[0]]) if LAST[0] in tensors and tensors[LAST[0]].dim() else 1
+    if settings.out_ch == 1 and outputs > 1:
+        changed |= {name: tensors[name].float().mean(0, keepdim=True) for name in LAST if name in tensors}
+        plan.append(f"last layer averaged over its {outputs} outputs")
+    return changed, [f"one channel from several: {', '.join(plan)}"] if plan else []
 
 
 def _has(module: nn.Module, prefix: str) -> bool:

@@ -192,7 +192,7 @@ class VA_VAE:  # noqa: N801 - the published name
         return to_uint8(self.decode_latents(latents)).cpu().numpy()
 
     def encode(self, images: Tensor) -> Tensor:
-        """Return normalised latents (the posterior's mode) for images (N, 3, H, W) or levels (N, 1, H, W) in [-1, 1]."""
+        """Return normalised latents (the posterior's mode) for images (N, C, H, W) in [-1, 1]; see `posterior`."""
         return self._stats().normalise(self.encode_images(images, sample=False))
 
     def decode(self, latents: Tensor, half: bool = False, tf32: bool = False) -> Tensor:

@@ -21,7 +21,8 @@ from LightningDiT.data.reading import ReadingProcesses
 from LightningDiT.device import PRECISIONS, autocast, best_device, ready_for, training_dtype
 from LightningDiT.distributed import ALONE, Processes
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.images import save_reconstructions, to_float, to_uint8
+from LightningDiT.images import save_reconstructions, to_float, to_uint8, with_channels
+from LightningDiT.metrics.formulas import psnr, squared_error
 from LightningDiT.seeds import generator_for
 from LightningDiT.tokenizer.autoencoder import AutoencoderKL, AutoencoderSettings, DiagonalGaussian
 from LightningDiT.tokenizer.config import TokenizerConfig, TokenizerTrainConfig
@@ -40,11 +41,13 @@ from LightningDiT.training.loop import train as run_loop
 from LightningDiT.training.run_dir import RunDir, load_optimizer, step_of
 from LightningDiT.training.schedule import BatchOrder, learning_rate, process_rows, schedule_lengths
 
-AVERAGE, TRAINED = "tokenizer.safetensors", "training.safetensors"
+AVERAGE, BEST, TRAINED = "tokenizer.safetensors", "best.safetensors", "training.safetensors"
 STEPS, SETTINGS = "steps", "settings"  # in the metadata of TRAINED
+VALID = "valid_psnr"  # in the log and in the metadata of BEST, which has STEPS too
+VALID_IMAGES = 256  # of a validation, at most, evenly spaced
 PICTURE, PICTURE_IMAGES = "reconstructions.png", 8
 LISTED_FILES = 5
-IMAGE_CHANNELS = 3  # red, green and blue
+IMAGE_CHANNELS = (1, 3)  # levels; red, green and blue
 NOISE_STREAM, FLIP_STREAM = 1, 2  # second seeds; BatchOrder has 0
 #: Fields that may change within a run; all others are compared with the checkpoint's.
 FREE_FIELDS = {
@@ -75,6 +78,11 @@ def build_networks(
     settings = autoencoder_settings(tokenizer)
     check_sizes(settings, config)
     path = config.weight_init
+    if config.trainable == "decoder" and starts and not path:
+        raise LightningDiTError(
+            "train.trainable: decoder keeps an encoder, and no weights are named that have one",
+            "give --init FILE, or set train.weight_init",
+        )
     start = read_starting_weights(path) if path and (starts or Path(path).exists()) else None
     torch.manual_seed(config.seed)  # initial weights
     model = AutoencoderKL(settings)
@@ -110,16 +118,24 @@ def _vision(
 
 
 def check_sizes(settings: AutoencoderSettings, config: TokenizerTrainConfig) -> None:
-    """Refuse an autoencoder that is not of colour images, and images too small for a network of the loss.
+    """Refuse an autoencoder that is not of images, and images too small for a network of the loss.
 
     Raises:
         LightningDiTError: names the key; or the smallest side, and the term to leave out.
     """
     for name in ("in_channels", "out_ch"):
-        if (channels := getattr(settings, name)) != IMAGE_CHANNELS:
+        channels = getattr(settings, name)
+        if channels not in IMAGE_CHANNELS:
             raise LightningDiTError(
-                f"ddconfig.{name} is {channels}; images have {IMAGE_CHANNELS} channels", f"set it to {IMAGE_CHANNELS}"
+                f"ddconfig.{name} is {channels}; images have {IMAGE_CHANNELS[1]} channels, levels {IMAGE_CHANNELS[0]}",
+                "set it to 3, or to 1 for levels",
             )
+    if settings.in_channels != settings.out_ch:
+        raise LightningDiTError(
+            f"ddconfig.in_channels is {settings.in_channels} and ddconfig.out_ch {settings.out_ch}; both see the same"
+            " images",
+            "set both to the same number",
+        )
     disc = f"a discriminator of {config.disc_layers} layers"
     for weight, least, network, fix in (
         (config.lpips_weight, SMALLEST_SIDE, "LPIPS", "set train.lpips_weight: 0"),
@@ -129,6 +145,30 @@ def check_sizes(settings: AutoencoderSettings, config: TokenizerTrainConfig) -> 
             raise LightningDiTError(
                 f"images of {settings.resolution} pixels are too small for {network}, which needs {least}", fix
             )
+
+
+def check_windows(settings: AutoencoderSettings, config: TokenizerTrainConfig, images: ImageSet) -> None:
+    """Refuse windows of a size that the autoencoder does not give back, or that the vision model does not see.
+
+    Raises:
+        LightningDiTError: names the size, and what is expected.
+    """
+    height, width = images.batch([0]).pixels.shape[-2:]
+    factor = settings.downsample_factor
+    if height % factor or width % factor:
+        near = "x".join(str(max(1, round(side / factor)) * factor) for side in (width, height))
+        raise LightningDiTError(
+            f"the windows of {images.source} have {width}x{height} pixels; sides that are multiples of {factor} are"
+            " expected",
+            f"write them again by step5_prepare_spectrograms.py --size {near}",
+        )
+    if config.vf_weight and (height, width) != (settings.resolution, settings.resolution):
+        raise LightningDiTError(
+            f"the windows of {images.source} have {width}x{height} pixels; the alignment needs those of"
+            f" ddconfig.resolution, {settings.resolution}",
+            "set train.vf_weight: 0",
+        )
+    check_sizes(replace(settings, resolution=min(height, width)), config)
 
 
 class TokenizerTrainer:
@@ -158,7 +198,11 @@ class TokenizerTrainer:
         self._batches = StepPrefetcher(self._batches_from)
         self.ema, self.metadata = Ema(self.model, config.ema_decay), dict[str, str]()
         self.rate_scale, self.learning_rate = 1.0, 0.0
-        self.trained = [*self.model.parameters(), *self.criterion.own_parameters()]
+        if config.trainable == "decoder":
+            for part in (self.model.encoder, self.model.quant_conv):
+                part.requires_grad_(False)
+        own = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.trained = [*own, *self.criterion.own_parameters()]
         self.optimizer = self._optimizer(self.trained)
         discriminator = self.criterion.discriminator
         self.disc_parameters = list(discriminator.parameters()) if discriminator else []
@@ -216,7 +260,7 @@ class TokenizerTrainer:
         return dict(zip(terms, numbers[len(checks) :], strict=True))
 
     def _batch(self, step: int) -> Tensor:
-        """Return this process's images of a step, (N, 3, H, W) in [-1, 1]."""
+        """Return this process's images of a step, (N, C, H, W) in [-1, 1], with the autoencoder's channels."""
         batch = self._batches.at(step)
         self.unreadable |= {name for name, _ in batch.unreadable}
         pixels = self._sent(batch.pixels)
@@ -224,7 +268,7 @@ class TokenizerTrainer:
             draws = torch.rand(self.config.batch_size, generator=generator_for(self.config.seed, FLIP_STREAM, step))
             flipped = self._sent(draws[self.rows.start : self.rows.stop] < 0.5)
             pixels = torch.where(flipped[:, None, None, None], pixels.flip(-1), pixels)
-        return to_float(pixels)
+        return with_channels(to_float(pixels), self.model.settings.in_channels)
 
     def _sent(self, tensor: Tensor) -> Tensor:
         """Return a tensor of the CPU on the device, without a wait."""
@@ -248,7 +292,8 @@ class TokenizerTrainer:
 
     def _forward(self, images: Tensor, step: int) -> Pass:
         """Encode, draw and decode; the draws are those of the whole batch, whatever the number of processes."""
-        posterior = self.model.encode(images)
+        with torch.set_grad_enabled(self.config.trainable == "all"):
+            posterior = self.model.encode(images)
         posterior = DiagonalGaussian(posterior.mean.float(), posterior.logvar.float())  # the KL is a sum of many terms
         shape = (self.config.batch_size, *posterior.mean.shape[1:])
         noise = torch.randn(shape, generator=generator_for(self.config.seed, NOISE_STREAM, step))
@@ -274,14 +319,37 @@ class TokenizerTrainer:
         return {**self.model.state_dict(), **self.criterion.state_dict()}
 
     @torch.no_grad()
-    def save_picture(self, path: Path) -> None:
-        """Draw evenly spaced images above their reconstructions (of the posterior's mode) by the averaged weights."""
+    def save_picture(self, path: Path, images: ImageSet | None = None) -> None:
+        """Draw evenly spaced images above their reconstructions (of the posterior's mode) by the averaged weights.
+
+        Args:
+            images: by default those of the training.
+        """
+        images = images or self.images
+        pixels = images.batch(evenly_spaced(images.count, PICTURE_IMAGES), Unreadable.NEXT).pixels
+        originals = with_channels(to_float(pixels), self.model.settings.in_channels)
+        save_reconstructions(to_uint8(originals), to_uint8(self._copied(self._averaged(), originals)), path)
+
+    @torch.no_grad()
+    def validate(self, images: ImageSet) -> float:
+        """Return the mean PSNR in dB of up to `VALID_IMAGES` images, reconstructed by the averaged weights."""
+        model, ratios = self._averaged(), []
+        for batch in images.batches(evenly_spaced(images.count, VALID_IMAGES), len(self.rows), Unreadable.NEXT):
+            originals = with_channels(to_float(batch.pixels), self.model.settings.in_channels)
+            copies = self._copied(model, originals).clamp(-1, 1).cpu()
+            ratios.append(psnr(squared_error(copies, originals)))
+        return float(torch.cat(ratios).mean())
+
+    def _averaged(self) -> AutoencoderKL:
+        """Return the autoencoder with the averaged weights, in evaluation mode."""
         with without_values():
             model = AutoencoderKL(self.model.settings)
         model.load_state_dict(self.ema.weights, assign=True)
-        pixels = self.images.batch(evenly_spaced(self.images.count, PICTURE_IMAGES), Unreadable.NEXT).pixels
-        copies = model.eval().decode(model.encode(to_float(pixels.to(self.device))).mode())
-        save_reconstructions(pixels.permute(0, 2, 3, 1), to_uint8(copies).cpu(), path)
+        return model.eval()
+
+    def _copied(self, model: AutoencoderKL, originals: Tensor) -> Tensor:
+        """Return the reconstructions of images (N, C, H, W) from the posterior's mode."""
+        return model.decode(model.encode(originals.to(self.device)).mode())
 
     def state_dict(self) -> dict[str, object]:
         """Return everything that a resumed run needs."""
@@ -331,6 +399,7 @@ class Stage:
         images: see `TokenizerTrainer`.
         folder: of the checkpoints and results.
         max_steps: ends the training earlier than `config` does.
+        valid: images that tell how good the reconstructions are, and train nothing.
     """
 
     tokenizer: TokenizerConfig
@@ -338,6 +407,7 @@ class Stage:
     images: ImageSet
     folder: Path
     max_steps: int | None = None
+    valid: ImageSet | None = None
 
     @property
     def steps(self) -> int:
@@ -376,25 +446,67 @@ def train_stage(stage: Stage, processes: Processes = ALONE) -> Path:
 
 def _trained(stage: Stage, processes: Processes) -> Path:
     config, folder = stage.config, stage.folder
-    run, finished = RunDir(folder, regular=config.ckpt_every, results=(AVERAGE, TRAINED, PICTURE)), folder / TRAINED
+    run = RunDir(folder, regular=config.ckpt_every, results=(AVERAGE, BEST, TRAINED, PICTURE))
+    finished = folder / TRAINED
     starts = processes.from_main(lambda: run.newest() is None)
     if config.weight_init and not starts:
         processes.say(f"note: {folder} has checkpoints to go on from; {config.weight_init} is not read")
     networks = processes.agree(lambda: build_networks(stage.tokenizer, config, processes, starts))
     trainer = processes.agree(lambda: TokenizerTrainer(config, networks, stage.images, processes))
     settings = LoopSettings(stage.steps, config.batch_size, config.log_every, config.ckpt_every)
+    looks = _Looks(trainer, folder, stage.valid)
+    if stage.valid is not None and starts:
+        processes.say(f"validation PSNR before the training: {processes.from_main(looks.measure):.2f} dB")
 
     def observe(step: int) -> dict[str, float]:
-        processes.from_main(lambda: trainer.save_picture(folder / PICTURE))
-        return {}
+        return processes.from_main(lambda: looks.observe(step))
 
     average = run_loop(trainer, run, settings, AVERAGE, processes, [Monitor(config.ckpt_every, observe)])
     reached = max([stage.steps, *map(step_of, run.checkpoints())])  # an earlier call may have gone further
     about = {STEPS: str(reached), SETTINGS: json.dumps(trainer.settings)}
     processes.from_main(lambda: save_weights(trainer.weights(), finished, about))
-    observe(stage.steps)
+    last = observe(stage.steps)
     if names := sorted(trainer.unreadable):
         listed = ", ".join(names[:LISTED_FILES]) + (", ..." if len(names) > LISTED_FILES else "")
         processes.say(f"passed over {len(names)} images that cannot be read: {listed}")
+    if stage.valid is not None:
+        best, at = processes.from_main(looks.best)
+        processes.say(f"validation PSNR: {last[VALID]:.2f} dB at the end; best {best:.2f} dB at step {at} ({BEST})")
     processes.say(f"wrote {average}, {finished} (all that was trained, to go on from) and {folder / PICTURE}")
     return finished
+
+
+@dataclass(frozen=True)
+class _Looks:
+    """What is looked at during a training: a picture, and with images for validation their PSNR and the best weights.
+
+    Attributes:
+        valid: see `Stage`.
+    """
+
+    trainer: TokenizerTrainer
+    folder: Path
+    valid: ImageSet | None
+
+    def measure(self) -> float:
+        """Return the validation PSNR in dB."""
+        assert self.valid is not None
+        return self.trainer.validate(self.valid)
+
+    def best(self) -> tuple[float, int]:
+        """Return the PSNR of the best weights so far, and their step; minus infinity without any."""
+        try:
+            about = inspect(self.folder / BEST).metadata
+            return float(about[VALID]), int(about[STEPS])
+        except (LightningDiTError, KeyError, ValueError):  # missing; or damaged, and to be written again
+            return -math.inf, 0
+
+    def observe(self, step: int) -> dict[str, float]:
+        """Draw the picture, validate, and keep the averaged weights if they are the best so far."""
+        self.trainer.save_picture(self.folder / PICTURE, self.valid)
+        if self.valid is None:
+            return {}
+        ratio = self.measure()
+        if ratio > self.best()[0]:
+            save_weights(self.trainer.ema.weights, self.folder / BEST, {VALID: repr(ratio), STEPS: str(step)})
+        return {VALID: ratio}
