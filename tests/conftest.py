@@ -35,6 +35,7 @@ from LightningDiT.tokenizer.latents import LatentStats
 from LightningDiT.tokenizer.vavae import autoencoder_settings
 from tests.other_versions import other_python as other_python
 from tests.published import good_stats, light_checkpoint
+from tests.workers import pytest_cmdline_main as pytest_cmdline_main
 
 VISIBLE, ASKED = "CUDA_VISIBLE_DEVICES", "LIGHTNINGDIT_TESTS_ON_GPU"
 if "--gpu" in sys.argv:

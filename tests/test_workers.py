@@ -1,0 +1,74 @@
+"""A run of the whole suite is shared among processes, and any other run is not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from LightningDiT.device import usable_cores
+from setup_steps.project import PROJECT
+from tests import workers
+
+CONFTEST = """
+import os
+from tests import workers
+from tests.workers import pytest_cmdline_main
+workers.usable_cores = lambda: int(os.environ["CORES"])
+def pytest_addoption(parser):
+    parser.addoption("--gpu", action="store_true")
+"""
+#: Each test says which process it is in, and how many threads that was told to use.
+SAYING = """
+import os
+from pathlib import Path
+import pytest
+@pytest.mark.parametrize("number", range(4))
+def test_place(number):
+    folder = Path(os.environ["PLACES"])
+    place = [os.environ.get(name, "own") for name in ("PYTEST_XDIST_WORKER", "OMP_NUM_THREADS")]
+    (folder / str(number)).write_text(" ".join(place))
+"""
+
+
+def places(folder: Path, *options: str, cores: int = 2) -> set[str]:
+    """Run a suite with the project's hook in a process and return where its tests ran."""
+    (folder / "tests").mkdir()
+    (folder / "places").mkdir()
+    (folder / "pytest.ini").write_text("[pytest]\ntestpaths = tests\n")
+    (folder / "tests" / "conftest.py").write_text(CONFTEST)
+    (folder / "tests" / "test_it.py").write_text(SAYING)
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "OMP_"))}
+    added = {"PYTHONPATH": str(PROJECT), "CORES": str(cores), "PLACES": str(folder / "places")}
+    added["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # they take a second to import; -p gives one
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options]
+    done = subprocess.run(command, cwd=folder, env={**kept, **added}, capture_output=True, text=True, check=False)
+    assert " 4 passed" in done.stdout, done.stdout + done.stderr
+    return {path.read_text() for path in (folder / "places").iterdir()}
+
+
+def test_two_processes_share_the_whole_suite(tmp_path: Path) -> None:
+    pytest.importorskip("xdist")
+    assert places(tmp_path, "-p", "xdist") == {"gw0 1", "gw1 1"}
+
+
+@pytest.mark.parametrize("option", ["-n0", "tests/test_it.py", "--gpu"])
+def test_other_runs_stay_in_one_process(tmp_path: Path, option: str) -> None:
+    pytest.importorskip("xdist")
+    assert places(tmp_path, "-p", "xdist", option) == {"own own"}
+
+
+def test_one_core_is_one_process(tmp_path: Path) -> None:
+    pytest.importorskip("xdist")
+    assert places(tmp_path, "-p", "xdist", cores=1) == {"own own"}
+
+
+def test_without_xdist_it_is_one_process(tmp_path: Path) -> None:
+    assert places(tmp_path) == {"own own"}
+
+
+def test_cores_are_those_of_the_process() -> None:
+    assert workers.usable_cores() == usable_cores()
