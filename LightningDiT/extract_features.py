@@ -1,7 +1,8 @@
 """Encode images into latent shards and their statistics: `python -m LightningDiT.extract_features --help`.
 
 Images come from a folder with one subfolder per class (`--images`), a list file with `path class` in each line
-(`--list`), or a data set of torchvision (`--dataset NAME --data-root FOLDER`; `--data-root` alone is Fashion-MNIST).
+(`--list`), a data set of torchvision (`--dataset NAME --data-root FOLDER`; `--data-root` alone is Fashion-MNIST), or
+the levels of spectrograms that step 5 wrote (`--levels FOLDER --split-file split.json`), part by part of their split.
 The output folder is the one for `data.data_path`: shards, `latents_stats.pt` and a manifest with the class names that
 the pipeline shows.
 
@@ -14,13 +15,16 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from LightningDiT.config import TRAINING_FIX, Config, load_config
 from LightningDiT.console import duration, natural, positive, run_main
+from LightningDiT.data.labels import CONDITION_NAMES
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.images import FITS
+from LightningDiT.radar.augmentation import EXAMPLE, parsed
 from LightningDiT.tokenizer.config import TokenizerConfig, load_tokenizer_config, tokenizer_config_path
 
 if TYPE_CHECKING:
@@ -28,6 +32,8 @@ if TYPE_CHECKING:
     from LightningDiT.training.extraction import ExtractionResult
 
 LISTED_FILES = 5
+PARTS = ("training", "validation")  # of a split that latents are made of; the test stays unseen
+VALIDATION = PARTS[1]
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -40,6 +46,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--list", metavar="FILE", help="`path class` in each line, separated by a tab or a space; or CSV"
     )
     source.add_argument("--dataset", metavar="NAME", help="of torchvision, such as CIFAR10; needs --data-root")
+    source.add_argument("--levels", metavar="FOLDER", help="levels that step 5 wrote; needs --split-file")
     parser.add_argument("--data-root", metavar="FOLDER", help="of --dataset; alone: folder of Fashion-MNIST")
     parser.add_argument("--split", default="train", help="of --dataset: train (default), test, or its own name")
     parser.add_argument("--output", required=True, help="folder for the shards, latents_stats.pt and the manifest")
@@ -49,6 +56,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--flip", action="store_true", help="also store mirrored images, as published; not for spectrograms or text"
     )
+    parser.add_argument(
+        "--fit", choices=FITS, help="how images become squares: crop (default) cuts both ends of the longer side"
+    )
+    _add_windows(parser)
     parser.add_argument("--batch-size", type=positive, default=64, help="images encoded at once; changes no latent")
     reading = parser.add_mutually_exclusive_group()
     reading.add_argument(
@@ -62,13 +73,53 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--dry-run", action="store_true", help="print the settings, check what they name, and end")
     args = parser.parse_args(argv)
-    if not (args.images or args.list or args.data_root):
-        parser.error("one of --images, --list and --data-root (with --dataset, or alone for Fashion-MNIST) is needed")
-    if args.data_root and (args.images or args.list):
-        parser.error("--data-root goes with --dataset, not with --images or --list")
+    if not (args.images or args.list or args.data_root or args.levels):
+        parser.error(
+            "one of --images, --list, --levels and --data-root (with --dataset, or alone for Fashion-MNIST) is needed"
+        )
+    if args.data_root and (args.images or args.list or args.levels):
+        parser.error("--data-root goes with --dataset, not with --images, --list or --levels")
     if args.seed < 0:
         parser.error(f"argument --seed: {args.seed} is below 0")
+    for wrong, message in _misuses_of_windows(args):
+        if wrong:
+            parser.error(message)
     return args
+
+
+def _add_windows(parser: argparse.ArgumentParser) -> None:
+    """Add the options that go with --levels."""
+    add = parser.add_argument_group("with --levels").add_argument
+    add("--split-file", metavar="FILE", help="split.json of step 5")
+    add("--part", choices=PARTS, help="of that split; default training")
+    add("--fold", type=natural, help="of that split; default 0")
+    add("--draws", type=positive, help="of each training window, the first of which is the window itself; default 1")
+    add("--augment", metavar="TEXT", help=f"what the other draws change; default {EXAMPLE}")
+    add("--zero-doppler", type=float, metavar="ROW", help="row of velocity 0, from 0 at the top; default: the middle")
+
+
+def _misuses_of_windows(args: argparse.Namespace) -> list[tuple[bool, str]]:
+    """Return whether each wrong use of the options of `_add_windows` is there, and what to say of it."""
+    names = ("split_file", "part", "fold", "draws", "augment", "zero_doppler")
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
+    single = args.draws in (None, 1)
+    return [
+        (not args.levels and bool(given), f"{', '.join(given)} goes with --levels"),
+        (bool(args.levels) and not args.split_file, "--levels needs --split-file, the split.json of step 5"),
+        (bool(args.levels) and args.flip, "--flip does not go with --levels: a mirrored spectrogram is another walk"),
+        (bool(args.levels and args.fit), "--fit does not go with --levels: step 5 gives them their size by --size"),
+        (args.part == VALIDATION and not single, "--draws goes with training windows, others are used as they are"),
+        (args.augment is not None and single, "--augment has no effect without --draws 2 or more"),
+        (args.zero_doppler is not None and single, "--zero-doppler has no effect without --draws 2 or more"),
+        (bool(args.levels) and (args.workers is not None), "--workers does not go with --levels, which threads read"),
+    ]
+
+
+def source_of(args: argparse.Namespace) -> str:
+    """Return where the images come from."""
+    if args.levels:
+        return f"{args.part or PARTS[0]} windows of {args.levels}"
+    return args.images or args.list or f"{args.dataset or 'FashionMNIST'} {args.split} in {args.data_root}"
 
 
 def open_images(args: argparse.Namespace) -> ImageSet:
@@ -77,6 +128,8 @@ def open_images(args: argparse.Namespace) -> ImageSet:
     from LightningDiT.data.list_files import open_list
     from LightningDiT.data.torchvision_sets import open_torchvision
 
+    if args.levels:
+        return _open_levels(args)
     if args.images:
         return open_folder(args.images)
     if args.list:
@@ -84,10 +137,20 @@ def open_images(args: argparse.Namespace) -> ImageSet:
     return open_torchvision(args.dataset or FASHION_MNIST, args.data_root, args.split)
 
 
+def _open_levels(args: argparse.Namespace) -> ImageSet:
+    from LightningDiT.radar.level_images import open_levels
+
+    augmentation = parsed(args.augment or EXAMPLE, args.zero_doppler)
+    levels, split, part, fold = Path(args.levels), Path(args.split_file), args.part or PARTS[0], args.fold or 0
+    return open_levels(levels, split, part, fold, args.draws or 1, args.seed, augmentation)
+
+
 def description(images: ImageSet) -> list[str]:
     """Return lines about an opened set: what was passed over, the number of images, and its classes with counts."""
     classes = f" of {len(images.class_names)} classes" if images.class_names else ""
     lines = [*(f"note: {note}" for note in images.notes), f"{images.count} images{classes}"]
+    if conditions := images.facts.get("condition_names"):
+        lines.append(f"conditions: {', '.join(f'{number} {name}' for number, name in enumerate(conditions))}")
     if listed := images.class_list():
         lines.append(f"classes: {listed}")
     return lines
@@ -119,14 +182,27 @@ def summary(result: ExtractionResult, manifest: dict[str, Any], output: Path) ->
         shares = ", ".join(f"{name} {share:.1%}" for name, share in result.shares.items())
         lines.append(f"encoded {result.made} images in {duration(result.seconds)}, all processes together: {shares}")
     shards = len(manifest["shards"])
-    lines.append(f"{manifest['latents']} latents in {shards} shards and their statistics are in {output}")
+    statistics = " and their statistics" if "mean" in manifest else ""
+    lines.append(f"{manifest['latents']} latents in {shards} shards{statistics} are in {output}")
+    if not statistics:
+        lines.append("they have no statistics of their own: a training normalises them by those of data.data_path")
     return "\n".join(lines)
 
 
-def next_step(args: argparse.Namespace, classes: int) -> str:
+def next_step(args: argparse.Namespace, manifest: Mapping[str, Any]) -> str:
     """Return the line that says how a training uses the latents: those of a test split are validated on."""
-    settings = f"data.data_path: {args.output} and data.num_classes: {classes}"
-    if args.split != "train":
+    settings = f"data.data_path: {args.output} and data.num_classes: {manifest['classes']}"
+    if args.levels and args.part != VALIDATION:
+        conditions, vector = manifest.get(CONDITION_NAMES), manifest.get("augmentation")
+        more = [f"data.num_conditions: {len(conditions)}"] if conditions else []
+        more += [f"model.augmentation: {len(vector)}"] if vector else []
+        more += [
+            f"data.split_file: {args.split_file}",
+            f"data.fold: {args.fold or 0}",
+            f"data.levels_path: {args.levels}",
+        ]
+        settings = f"data.data_path: {args.output}, data.num_classes: {manifest['classes']}, {', '.join(more)}"
+    elif args.levels or args.split != "train":
         settings = f"data.valid_path: {args.output} and train.valid_every"
     return (
         f"Next: set {settings} in {args.config}, and python -m LightningDiT.train --config {shlex.quote(args.config)}"
@@ -146,7 +222,11 @@ def checked(args: argparse.Namespace, config: Config, tokenizer: TokenizerConfig
     require_writable(Path(args.output))
     lines = [check_tokenizer_file(tokenizer, weights)]
     check_ratio(config, autoencoder_settings(tokenizer).downsample_factor)
-    return "\n".join(lines + (description(open_images(args)) if args.images or args.list else []))
+    if args.images or args.list or args.levels:
+        images = open_images(args)
+        lines += description(images)
+        images.cropped(config.data.image_size)  # refuses levels of another size
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -160,7 +240,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     with launched_processes() as processes:
         config = processes.agree(lambda: load_config(args.config, TRAINING_FIX))
         tokenizer_settings = processes.agree(lambda: load_tokenizer_config(tokenizer_config_path(config)))
-        source = args.images or args.list or f"{args.dataset or 'FashionMNIST'} {args.split} in {args.data_root}"
+        source = (
+            args.images
+            or args.list
+            or args.levels
+            or f"{args.dataset or 'FashionMNIST'} {args.split} in {args.data_root}"
+        )
         processes.say(
             f"{source} -> {args.output} by {tokenizer_settings.source} ({config.data.image_size} pixels,"
             f" {args.posterior}, flips {'on' if args.flip else 'off'}, {args.precision})"
@@ -189,12 +274,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = ExtractionSettings(
             *(size, args.shard_size, sample, args.flip, args.seed, args.batch_size, workers, args.read_threads),
             precision.tf32,
+            args.fit or "crop",
         )
         result = extract(images, tokenizer, weights, output, settings, processes)
         if result.manifest is None:
             processes.end_by_interrupt()
         processes.say(summary(result, result.manifest, output))
-        processes.say(next_step(args, result.manifest["classes"]))
+        processes.say(next_step(args, result.manifest))
     return 0
 
 

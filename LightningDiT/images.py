@@ -75,6 +75,23 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
+#: How an image becomes a square: its middle (`centre_crop`), both axes resized, or the whole image with black around.
+FITS = ("crop", "resize", "pad")
+
+
+def square(image: Image.Image, size: int, fit: str = "crop") -> Image.Image:
+    """Return an image with `size` x `size` pixels in one of `FITS`; "resize" and "pad" keep both ends of each axis."""
+    if fit == "crop":
+        return centre_crop(image, size)
+    if fit == "resize":
+        return image.resize((size, size), Image.Resampling.BICUBIC)
+    scale = size / max(image.size)
+    inner = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
+    whole = Image.new(image.mode, (size, size))
+    whole.paste(inner, ((size - inner.width) // 2, (size - inner.height) // 2))
+    return whole
+
+
 def to_uint8(images: Tensor) -> Tensor:
     """Return `trunc(clamp(127.5 x + 128, 0, 255))` as (N, H, W, C) uint8 of (N, C, H, W) in [-1, 1]."""
     scaled = (127.5 * images.float() + 128.0).clamp(0, 255)

@@ -237,10 +237,10 @@ def test_a_reader_that_is_killed_ends_the_extraction_with_one_line(
     own = command(tiny_folder, "--images", images, "--output", tmp_path / "latents", "--workers", "1")
     real = ReadingProcesses.read
 
-    def killed(self: ReadingProcesses, file: Path, size: int) -> Any:
+    def killed(self: ReadingProcesses, file: Path, size: int, fit: str) -> Any:
         if self._started and file.name == "005.png":
             self._started[0].kill()
-        return real(self, file, size)
+        return real(self, file, size, fit)
 
     with monkeypatch.context() as patch:
         patch.setattr(ReadingProcesses, "read", killed)
@@ -699,10 +699,10 @@ def test_the_shares_of_the_time_are_stated(tiny_folder: Path, images: Path, tmp_
 
 def test_latents_of_a_test_split_are_named_for_validation() -> None:
     arguments = ["--config", "my config.yaml", "--output", "latents", "--data-root", "data"]
-    said = next_step(parse(arguments), 10)
+    said = next_step(parse(arguments), {"classes": 10})
     assert said == (
         "Next: set data.data_path: latents and data.num_classes: 10 in my config.yaml, and"
         " python -m LightningDiT.train --config 'my config.yaml'"
     )
-    said = next_step(parse([*arguments, "--split", "test"]), 10)
+    said = next_step(parse([*arguments, "--split", "test"]), {"classes": 10})
     assert "data.valid_path: latents and train.valid_every in my" in said

@@ -63,7 +63,7 @@ def test_processes_end_with_the_context_and_with_their_input(files: list[Path]) 
         processes.read(files[0], 16)
     assert [process.poll() is not None for process in processes._started] == [True]
     command = [sys.executable, "-c", reading.SERVE, str(reading.ROOT), *sys.path]
-    answer = subprocess.run(command, input=b'["none.png", 4]\n', capture_output=True, check=True, timeout=60)
+    answer = subprocess.run(command, input=b'["none.png", 4, "crop"]\n', capture_output=True, check=True, timeout=60)
     assert b'{"unreadable": "' in answer.stdout
     assert answer.stderr == b""
 

@@ -103,19 +103,23 @@ class ImageSet:
         source: where they are, as a person named it.
         count: number of images.
         labels, class_names: see `Classes`.
-        size: side in pixels of the centre crop; None: images stay as they are.
+        size: side in pixels of the square; None: images stay as they are.
+        fit: how images become squares, see `images.FITS`.
         notes: lines about what was passed over or assumed when the set was opened.
         sequential: whether images are read best in rising order by one thread.
         is_files: whether each image is a file, so that processes can read it.
+        has_statistics: whether latents of the set may be normalised by their own statistics.
     """
 
     sequential = False
     is_files = False
+    has_statistics = True
 
     def __init__(self, source: str, count: int, classes: Classes) -> None:
         self.source, self.count = source, count
         self.labels, self.class_names = classes.labels, classes.names
         self.size: int | None = None
+        self.fit = "crop"
         self.notes: tuple[str, ...] = ()
         self._processes: ReadingProcesses | None = None
 
@@ -138,8 +142,12 @@ class ImageSet:
 
     @property
     def state(self) -> str:
-        """A text that changes with everything that the pixels depend on: names, times and the crop."""
-        return f"{self.key} {self.size}"
+        """A text that changes with everything that the pixels depend on: names, times, size and fit."""
+        return f"{self.key} {self._shape}"
+
+    @property
+    def _shape(self) -> str:
+        return str(self.size) if self.fit == "crop" else f"{self.size} {self.fit}"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -151,10 +159,19 @@ class ImageSet:
         """Plain values, by name, that the manifest of the set's latents has beside the usual ones."""
         return {}
 
-    def cropped(self, size: int | None) -> ImageSet:
-        """Return the same images, cropped to `size` x `size` pixels."""
+    @property
+    def extras(self) -> dict[str, Tensor]:
+        """Empty tensors with the forms of those fields of an `ImageBatch` that the set has beside the usual ones."""
+        return {}
+
+    def cropped(self, size: int | None, fit: str = "crop") -> ImageSet:
+        """Return the same images as squares of `size` x `size` pixels.
+
+        Args:
+            fit: of `images.FITS`.
+        """
         images = copy.copy(self)
-        images.size = size
+        images.size, images.fit = size, fit
         return images
 
     def read_by(self, processes: ReadingProcesses) -> ImageSet:
@@ -238,7 +255,7 @@ class ImageSet:
     def _pixels(self, number: int) -> tuple[tuple[np.ndarray, float], int]:
         """Return what `pixels_of` does of an image, and its class; raises as `read`."""
         image, label = self.read(number)
-        return pixels_of(image, self.size), label
+        return pixels_of(image, self.size, self.fit), label
 
     def _batch(self, rows: Sequence[_Row]) -> ImageBatch:
         numbers, pixels, labels, unreadable, cut = zip(*rows, strict=True)
@@ -303,7 +320,7 @@ class FileImages(ImageSet):
     def _pixels(self, number: int) -> tuple[tuple[np.ndarray, float], int]:
         if self._processes is None:
             return super()._pixels(number)
-        return self._processes.read(self.files[number], self.size), self._label(number)
+        return self._processes.read(self.files[number], self.size, self.fit), self._label(number)
 
     def name(self, number: int) -> str:
         return shown(self.files[number])
@@ -319,7 +336,7 @@ class FileImages(ImageSet):
     @property
     def state(self) -> str:
         rows = [(name, *_stamp(file)) for name, file in zip(self._names, self.files, strict=True)]
-        return f"folder {hashlib.sha256(json.dumps(rows).encode()).hexdigest()} {self.size}"
+        return f"folder {hashlib.sha256(json.dumps(rows).encode()).hexdigest()} {self._shape}"
 
 
 def _stamp(file: Path) -> tuple[int, int]:

@@ -1,8 +1,8 @@
 """Processes that read images: Pillow's decoders hold Python's lock, so that threads share the time of one core.
 
-A process answers one request at a time, a line of JSON on its standard input: a file and the side of the crop. It ends
-with that input, so it never outlives the program that started it, and a Ctrl-C of the terminal does not reach it. It
-needs no torch, so it starts within a fraction of a second.
+A process answers one request at a time, a line of JSON on its standard input: a file, the side of a square, and how the
+image becomes one. It ends with that input, so it never outlives the program that started it, and a Ctrl-C of the
+terminal does not reach it. It needs no torch, so it starts within a fraction of a second.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from PIL import Image
 
 from LightningDiT.data.image_files import read_image, shown
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.images import centre_crop
+from LightningDiT.images import square
 
 ROOT = Path(__file__).resolve().parents[2]  # the folder that holds the package
 SERVE = "import sys; sys.path[:] = sys.argv[1:]; from LightningDiT.data import reading; reading.serve()"
@@ -30,11 +30,15 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_
 NO_CONSOLE = {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0), "start_new_session": True}
 
 
-def pixels_of(image: Image.Image, size: int | None) -> tuple[np.ndarray, float]:
-    """Return RGB pixels (H, W, 3) uint8, of the centre crop if it has a size, and the share of the longer side cut."""
+def pixels_of(image: Image.Image, size: int | None, fit: str = "crop") -> tuple[np.ndarray, float]:
+    """Return RGB pixels (H, W, 3) uint8, of a square if it has a size, and the share of the longer side cut.
+
+    Args:
+        fit: of `images.FITS`.
+    """
     # colours after the crop: a large grey image takes a quarter of the memory
-    pixels = np.asarray((centre_crop(image, size) if size else image).convert("RGB"))
-    return pixels, 1 - min(image.size) / max(image.size) if size else 0.0
+    pixels = np.asarray((square(image, size, fit) if size else image).convert("RGB"))
+    return pixels, 1 - min(image.size) / max(image.size) if size and fit == "crop" else 0.0
 
 
 class UnreadableError(Exception):
@@ -64,7 +68,7 @@ class ReadingProcesses:
             with contextlib.suppress(OSError), process:
                 pass
 
-    def read(self, file: str | Path, size: int | None) -> tuple[np.ndarray, float]:
+    def read(self, file: str | Path, size: int | None, fit: str = "crop") -> tuple[np.ndarray, float]:
         """Return what `pixels_of` does of an image file.
 
         Raises:
@@ -75,7 +79,7 @@ class ReadingProcesses:
         try:
             if process is None:
                 process = self._start()
-            return _asked(process, file, size)
+            return _asked(process, file, size, fit)
         except (OSError, ValueError) as error:  # a broken pipe, or half an answer
             raise LightningDiTError(
                 f"the process that read {shown(file)} has ended{_how(process)}",
@@ -96,8 +100,8 @@ class ReadingProcesses:
         return process
 
 
-def _asked(process: subprocess.Popen[bytes], file: str | Path, size: int | None) -> tuple[np.ndarray, float]:
-    process.stdin.write(json.dumps([str(file), size]).encode() + b"\n")
+def _asked(process: subprocess.Popen[bytes], file: str | Path, size: int | None, fit: str) -> tuple[np.ndarray, float]:
+    process.stdin.write(json.dumps([str(file), size, fit]).encode() + b"\n")
     process.stdin.flush()
     # a line of another kind is what this Python prints at its start
     answer = json.loads(next((line for line in process.stdout if line.startswith(b"{")), b""))
@@ -121,10 +125,10 @@ def serve() -> None:
     if sys.stderr:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints must not mix with the answers
     for line in sys.stdin.buffer:
-        file, size = json.loads(line)
+        file, size, fit = json.loads(line)
         pixels = b""
         try:
-            values, cut = pixels_of(read_image(file), size)
+            values, cut = pixels_of(read_image(file), size, fit)
             pixels = values.tobytes()
             answer = {"shape": values.shape, "bytes": len(pixels), "cut": cut}
         except MemoryError as error:

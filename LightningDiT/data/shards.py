@@ -1,4 +1,8 @@
-"""Latent shards in the published layout: safetensors files of `latents`, `latents_flip` and `labels`."""
+"""Latent shards in the published layout: safetensors files of `latents`, `latents_flip` and `labels`.
+
+Shards of levels also have `conditions` (a second label), `augmentation` (what was done to each window) and `windows`
+(the row of its split that each latent comes from), where these are known.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +26,10 @@ from LightningDiT.files import read_json, require_regular, require_unicode
 RECORD = "extraction"  # key of a shard's own record, JSON in its metadata
 DIGEST = "digest"  # key in that record, and in the rows of the manifest, of a hash of the record and the tensors
 ABOUT_ROWS = ("conditions", "augmentation", "windows")  # further tensors of a shard, which it need not have
+EXTRAS = ("conditions", "augmentation", "windows")  # tensors of some shards, a row for each latent
 KEPT_BATCHES = 2  # whose memory is reused
 FIX = "python -m LightningDiT.extract_features --help"
+WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def shard_path(folder: str | Path, rank: int, index: int) -> Path:
@@ -37,9 +43,10 @@ def write_shard(
     labels: Tensor,
     flipped: Tensor | None = None,
     metadata: Mapping[str, str] | None = None,
+    extras: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write latents (N, C, h, w), labels (N,) and, if given, the latents of the mirrored images."""
-    tensors = {"latents": latents, "labels": labels}
+    """Write latents (N, C, h, w), labels (N,) and, if given, the latents of the mirrored images, and `EXTRAS`."""
+    tensors = {"latents": latents, "labels": labels, **(extras or {})}
     if flipped is not None:
         tensors["latents_flip"] = flipped
     save_weights(tensors, path, metadata)
@@ -131,6 +138,25 @@ def _check_rows(path: Path, tensors: Mapping[str, Tensor]) -> None:
         )
     if len(labels) and int(labels.min()) < 0:
         raise LightningDiTError(f"{path}: the label {int(labels.min())} is no class; 0 and more are", FIX)
+    for name in EXTRAS:
+        if name in tensors:
+            _check_extra(path, name, tensors[name], len(latents))
+
+
+def _check_extra(path: Path, name: str, rows: Tensor, count: int) -> None:
+    """Raise LightningDiTError unless one of `EXTRAS` has a row for each of `count` latents, of its kind."""
+    wide = name == "augmentation"
+    kind = rows.is_floating_point() if wide else rows.dtype in WHOLE
+    if rows.dim() != 1 + wide or len(rows) != count or not kind:
+        raise LightningDiTError(
+            f"{path}: {name} is {list(rows.shape)} ({str(rows.dtype).removeprefix('torch.')});"
+            f" {'[N, A] fractions' if wide else '[N] whole numbers'} with N = {count} are expected",
+            FIX,
+        )
+    if not wide and count and int(rows.min()) < 0:
+        raise LightningDiTError(f"{path}: {name} has {int(rows.min())}; 0 and more are expected", FIX)
+    if wide and not bool(rows.isfinite().all()):
+        raise LightningDiTError(f"{path}: {name} has values that are NaN or infinite", FIX)
 
 
 class LatentShards:
@@ -164,6 +190,10 @@ class LatentShards:
         self.shape = shapes[0]
         self.labels = torch.cat([shard["labels"].long() for shard in shards])
         self.has_flips = all("latents_flip" in shard for shard in shards)
+        conditions, augmentation, windows = (_joined(folder, name, shards) for name in EXTRAS)
+        self.conditions = None if conditions is None else conditions.long()
+        self.augmentation = None if augmentation is None else augmentation.float()
+        self.windows = None if windows is None else windows.long()
         self.conditions, self.augmentation, self.windows = (_whole(shards, name) for name in ABOUT_ROWS)
         self._starts = np.cumsum([0, *(len(shard["labels"]) for shard in shards)])
         self._files = [path for shard, path in found if len(shard["labels"])]
@@ -193,6 +223,19 @@ class LatentShards:
         for index, (shard, row, flip) in enumerate(zip(shards.tolist(), rows.tolist(), mirrored, strict=True)):
             target[index] = self._rows[shard][flip][row]
         return torch.from_numpy(target), torch.from_numpy(self.labels.numpy()[numbers])
+
+
+def _joined(folder: str | Path, name: str, shards: Sequence[Mapping[str, Tensor]]) -> Tensor | None:
+    """Return one of `EXTRAS` of all shards; None if they have none."""
+    there = [shard[name] for shard in shards if name in shard]
+    if not there:
+        return None
+    widths = {rows.shape[1:] for rows in there}
+    if len(there) < len(shards) or len(widths) > 1:
+        raise LightningDiTError(
+            f"{len(there)} of {len(shards)} shards in {folder} have {name}, of {len(widths)} widths", FIX
+        )
+    return torch.cat(there)
 
 
 class _Memory:

@@ -270,6 +270,7 @@ class LevelImages(ImageSet):
     ) -> None:
         self.opened, self.rows, self.part, self.fold = opened, rows, part, fold
         self.draws, self.seed, self.augmentation = draws, seed, augmentation
+        self.has_statistics = part == "training"
         split = opened.split
         people = {name: number for number, name in enumerate(split.people)}
         labels = torch.tensor([people[split.rows[row].person] for row in rows]).repeat_interleave(draws)
@@ -319,7 +320,7 @@ class LevelImages(ImageSet):
         row = self.rows[window]
         return augmented(self.opened.read(row), self.augmentation, self.span, self.seed, row, draw)
 
-    def cropped(self, size: int | None) -> ImageSet:
+    def cropped(self, size: int | None, fit: str = "crop") -> ImageSet:
         """Return the same images; raises LightningDiTError if they have another size, since nothing is cut here."""
         side = self.opened.size[0]
         if size not in (None, side):
@@ -328,7 +329,7 @@ class LevelImages(ImageSet):
                 f"set data.image_size: {side}, or {_again(self.opened.split, self.opened.folder)} --size {size}",
             )
         images = copy.copy(self)
-        images.size = size
+        images.size, images.fit = size, fit
         return images
 
     def _row(self, number: int, unreadable: Unreadable) -> Any:
@@ -351,6 +352,15 @@ class LevelImages(ImageSet):
 
     def name(self, number: int) -> str:
         return shown(self.opened.folder / "levels" / self.opened.files[self.rows[number // self.draws]][0])
+
+    @property
+    def extras(self) -> dict[str, Tensor]:
+        numbers, vectors = torch.zeros(0, dtype=torch.long), torch.zeros(0, len(NAMES))
+        return {
+            **({"conditions": numbers} if self.condition_names else {}),
+            **({"augmentation": vectors} if self.draws > 1 else {}),
+            "windows": numbers,
+        }
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -74,7 +74,7 @@ class ExtractionSettings:
     """How images become latents.
 
     Attributes:
-        image_size: side in pixels of the centre crop.
+        image_size: side in pixels of the square.
         shard_size: images in a shard.
         sample: draw from the posterior, as published; false stores its mode.
         flips: also store the latents of the mirrored images.
@@ -83,6 +83,7 @@ class ExtractionSettings:
         workers: processes that read images ahead; 0: threads do.
         threads: see `ImageSet.batches`.
         tf32: let a GPU's encoder compute from TF32 inputs, in place of exact float32.
+        fit: how images become squares, see `images.FITS`.
     """
 
     image_size: int
@@ -94,6 +95,7 @@ class ExtractionSettings:
     workers: int = 0
     threads: int | None = None
     tf32: bool = False
+    fit: str = "crop"
 
 
 def default_workers(device: torch.device, processes: int) -> int:
@@ -135,7 +137,9 @@ def settings_of(
         "shard_size": settings.shard_size,
         "posterior": f"sample, seed {settings.seed}" if settings.sample else "mode",
         "flips": settings.flips,
-        **({"precision": TF32} if settings.tf32 else {}),  # earlier manifests have none
+        **({"precision": TF32} if settings.tf32 else {}),  # earlier manifests have none, nor what follows
+        **({"fit": settings.fit} if settings.fit != "crop" else {}),
+        **images.settings,
     }
 
 
@@ -184,7 +188,7 @@ def extract(
     with contextlib.ExitStack() as stack:
         if settings.workers:
             images = images.read_by(stack.enter_context(ReadingProcesses(settings.workers)))
-        maker = _ShardMaker(images.cropped(settings.image_size), tokenizer, output, settings)
+        maker = _ShardMaker(images.cropped(settings.image_size, settings.fit), tokenizer, output, settings)
         missing = processes.from_main(lambda: stack.enter_context(_planned(maker, described)))
         stop = stack.enter_context(StopRequest(quiet=not processes.is_main))
         count = sum(len(maker.span(shard)) for shard in missing)
@@ -258,7 +262,7 @@ class _ShardMaker:
 
     def _make(self, shard: int, sharing: int, stop: StopRequest, report: _Report) -> None:
         span = self.span(shard)
-        rows = _ShardRows(self.path(shard), len(span), self.shape, self.settings.flips)
+        rows = _ShardRows(self.path(shard), len(span), self.shape, self.settings.flips, self.images.extras)
         numbers = span[rows.done :]
         read = self.images.batches(numbers, self.batch_size, Unreadable.BLACK, self.settings.threads)
         kept = time.monotonic()
@@ -298,23 +302,29 @@ class _ShardMaker:
 class _ShardRows:
     """The rows of one shard as they come, including those of unreadable images until it is written.
 
+    Args:
+        extras: see `ImageSet.extras`.
+
     Attributes:
         done: number of rows, including those of an earlier call that was interrupted.
     """
 
-    def __init__(self, path: Path, size: int, shape: tuple[int, int, int], flips: bool) -> None:
-        self.path, self.size = path, size
+    def __init__(
+        self, path: Path, size: int, shape: tuple[int, int, int], flips: bool, extras: Mapping[str, Tensor]
+    ) -> None:
+        self.path, self.size, self.extras = path, size, tuple(extras)
         self.done, self.unreadable = 0, list[list[str]]()
         self.rows = {"labels": torch.zeros(size, dtype=torch.long), "read": torch.ones(size, dtype=torch.bool)}
         self.rows["cut"] = torch.zeros(size)
         self.latents = [f"latents{number}" for number in range(1 + flips)]  # names of rows
         self.rows |= {name: torch.empty(size, *shape) for name in self.latents}
+        self.rows |= {name: form.new_zeros(size, *form.shape[1:]) for name, form in extras.items()}
         self._part = path.with_suffix(PART)
         self._take_part()
 
     def put(self, encoded: list[Tensor], batch: ImageBatch) -> None:
         """Add a batch."""
-        added = {name: getattr(batch, name) for name in ("labels", "read", "cut")}
+        added = {name: getattr(batch, name) for name in ("labels", "read", "cut", *self.extras)}
         added |= dict(zip(self.latents, encoded, strict=True))
         for name, rows in added.items():
             self.rows[name][self.done : self.done + len(rows)] = rows
@@ -352,6 +362,7 @@ class _ShardRows:
         read = self.rows["read"]
         chosen = slice(None) if bool(read.all()) else read
         labels, *latents = (self.rows[name][chosen] for name in ("labels", *self.latents))
+        extras = {name: self.rows[name][chosen] for name in self.extras}
         moments = Moments()
         for some in latents[0].split(MOMENTS_ROWS):
             moments.add(some)
@@ -362,9 +373,9 @@ class _ShardRows:
             "cut": {"images": int((self.rows["cut"] > 0).sum()), "most": round(float(self.rows["cut"].max()), 4)},
             "unreadable": self.unreadable,  # name and reason of each image that is left out
         }
-        tensors = dict(zip(("labels", "latents", "latents_flip"), (labels, *latents), strict=False))
+        tensors = dict(zip(("labels", "latents", "latents_flip"), (labels, *latents), strict=False)) | extras
         record[DIGEST] = shard_digest({"file": self.path.name, **record}, tensors)
-        write_shard(self.path, latents[0], labels, *latents[1:], metadata={RECORD: json.dumps(record)})
+        write_shard(self.path, latents[0], labels, *latents[1:], metadata={RECORD: json.dumps(record)}, extras=extras)
         self._part.unlink(missing_ok=True)
 
 
@@ -382,7 +393,8 @@ def _planned(maker: _ShardMaker, described: dict[str, Any]) -> Iterator[list[int
                 "choose another --output, or move it away",
             )
         else:
-            _write_manifest(output, {"settings": described, CLASS_NAMES: maker.images.class_names})
+            begun = {"settings": described, CLASS_NAMES: maker.images.class_names, **maker.images.facts}
+            _write_manifest(output, begun)
         noted, paths = manifest_digests(output), {shard: maker.path(shard) for shard in maker.shards}
         missing = [shard for shard, path in paths.items() if not _is_whole(path, noted.get(path.name))]
         _forget_digests(output, noted.keys() & {paths[shard].name for shard in missing})
@@ -480,13 +492,16 @@ def _finish(maker: _ShardMaker, described: dict[str, Any]) -> dict[str, Any]:
         raise LightningDiTError(
             f"none of the {images.count} images of {images.source} can be read ({name}: {reason})", FIX
         )
-    stats = moments.stats()
-    stats.save(maker.output / STATS_NAME, moments.latents)
+    # validation windows are normalised by the statistics of the training: their own would be mistaken for those
+    stats = moments.stats() if images.has_statistics else None
+    if stats:
+        stats.save(maker.output / STATS_NAME, moments.latents)
     manifest = {
         "settings": described,
         "source": images.source,
         "classes": len(images.class_names or ()) or max(record["largest_label"] for record in records) + 1,
         CLASS_NAMES: images.class_names,
+        **images.facts,
         "cut": {
             "images": sum(record.get("cut", {}).get("images", 0) for record in records),
             "most": max(record.get("cut", {}).get("most", 0.0) for record in records),
@@ -495,8 +510,7 @@ def _finish(maker: _ShardMaker, described: dict[str, Any]) -> dict[str, Any]:
         "precision": TF32 if maker.settings.tf32 else "fp32",
         "latents": moments.latents,
         "values_per_channel": moments.values,
-        "mean": stats.mean.flatten().tolist(),
-        "std": stats.std.flatten().tolist(),
+        **({"mean": stats.mean.flatten().tolist(), "std": stats.std.flatten().tolist()} if stats else {}),
         "shards": [_manifest_row(record) for record in records],
         "unreadable": unreadable,
     }

@@ -1,0 +1,239 @@
+"""Which windows of a split a training sees: its latents are of training windows alone, those it validates on of others.
+
+A latent that comes from a test window would make every later verdict too good, and nothing in the numbers of the
+training would show it. So the latents say what they are made of, and a training reads that before its first step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from LightningDiT.config import Config
+from LightningDiT.data.image_files import shown
+from LightningDiT.data.labels import CLASS_NAMES, LATENTS_MANIFEST
+from LightningDiT.data.shards import shard_files
+from LightningDiT.errors import LightningDiTError, first_line
+from LightningDiT.files import read_json, require_regular
+from LightningDiT.radar.level_images import open_level_files
+from LightningDiT.radar.split import PARTS, Split, load_split
+
+TRAINING, VALIDATION = "training", "validation"
+EXTRACT = (
+    "python -m LightningDiT.extract_features --config YAML --levels LEVELS --split-file split.json --output FOLDER"
+)
+LISTED = 5  # people in a note
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """What latents say of the split that they are made of.
+
+    Attributes:
+        digest, fold, part: of the split; None: the latents know no split.
+        windows: (N,) rows of the split; labels: (N,).
+        class_names: of the manifest.
+    """
+
+    folder: str
+    digest: str | None
+    fold: int | None
+    part: str | None
+    windows: Tensor | None
+    labels: Tensor
+    class_names: Sequence[str]
+
+    @property
+    def is_known(self) -> bool:
+        return self.digest is not None
+
+
+def check_parts(config: Config) -> list[str]:
+    """Return notes about what a training sees of a split.
+
+    Latents that know no split, and a configuration that names none, are passed: nothing is known of them.
+
+    Raises:
+        LightningDiTError: latents that are trained on have other windows than those of the part training of the fold
+            that `data.split_file` and `data.fold` name (without a file: of their own fold), those of `data.valid_path`
+            others than its validation windows; `data.split_file` is set and the latents know no split; or the levels
+            of `data.levels_path` are of another split.
+    """
+    data = config.data
+    split = load_split(Path(data.split_file)) if data.split_file else None
+    if split:
+        split.part(TRAINING, data.fold)  # refuses a fold that is not there
+    if not data.data_path:
+        return []
+    trained = _origin(data.data_path)
+    notes = _checked(trained, split, data.fold, TRAINING, config)
+    if data.valid_path:
+        valid = _origin(data.valid_path)
+        notes += _checked(valid, split, data.fold, VALIDATION, config)
+        _check_same(trained, valid)
+    elif config.train.valid_share and trained.is_known:
+        notes.append(
+            "train.valid_share holds out windows at random, which share pixels with those that are trained on;"
+            " data.valid_path takes whole passes"
+        )
+    if data.levels_path:
+        _check_levels(config, split, trained)
+    return notes + _never_trained(trained)
+
+
+def _checked(origin: _Origin, split: Split | None, fold: int, part: str, config: Config) -> list[str]:
+    """Refuse latents of another part, or of another split or fold than the configuration names."""
+    key = "data.data_path" if part == TRAINING else "data.valid_path"
+    if not origin.is_known:
+        if split:
+            raise LightningDiTError(
+                f"{key} {origin.folder} holds latents that do not say which windows of data.split_file they are of",
+                EXTRACT,
+            )
+        return []
+    if origin.part != part:
+        raise LightningDiTError(
+            f"{key} {origin.folder} holds latents of the part {origin.part}, those of the part {part} are expected",
+            f"set {key} to latents of {part} windows",
+        )
+    if split is None:
+        return [f"{key} holds {part} windows of fold {origin.fold} by its own words; data.split_file would check it"]
+    if origin.digest != split.digest or origin.fold != fold:
+        other = f"fold {origin.fold}" if origin.digest == split.digest else "another split"
+        raise LightningDiTError(
+            f"{key} {origin.folder} holds latents of {other}; data.split_file {config.data.split_file} and fold {fold}"
+            " are set",
+            f"set data.fold: {origin.fold}" if origin.digest == split.digest else EXTRACT,
+        )
+    _check_windows(origin, split, fold, part, key)
+    return []
+
+
+def _check_windows(origin: _Origin, split: Split, fold: int, part: str, key: str) -> None:
+    """Compare each latent's row of the split with what that row is."""
+    if origin.windows is None:
+        raise LightningDiTError(f"{key} {origin.folder} has shards without the rows of the split", EXTRACT)
+    numbers = origin.windows.unique().tolist()
+    if numbers and not 0 <= numbers[0] <= numbers[-1] < len(split.rows):
+        raise LightningDiTError(
+            f"{key} {origin.folder} names rows {numbers[0]} to {numbers[-1]} of a split that has {len(split.rows)}",
+            EXTRACT,
+        )
+    rows = [split.rows[number] for number in numbers]
+    if part == TRAINING:
+        split.refuse_tested([row.name for row in rows], [row.digest for row in rows], fold)
+    if odd := [row for row in rows if row.parts[fold] != part]:
+        raise LightningDiTError(
+            f"{key} {origin.folder} holds {shown(odd[0].name)}, a window of the part {odd[0].parts[fold]}, and"
+            f" {len(odd) - 1} more; {part} windows are expected",
+            EXTRACT,
+        )
+    people = {name: number for number, name in enumerate(split.people)}
+    expected = torch.tensor([people[row.person] for row in split.rows])[origin.windows]
+    if wrong := (expected != origin.labels).nonzero().flatten().tolist():
+        name = split.rows[int(origin.windows[wrong[0]])].name
+        raise LightningDiTError(
+            f"{key} {origin.folder}: {shown(name)} has the class {int(origin.labels[wrong[0]])}, and its person is"
+            f" number {int(expected[wrong[0]])}",
+            EXTRACT,
+        )
+
+
+def _check_same(trained: _Origin, valid: _Origin) -> None:
+    if (trained.digest, trained.fold) != (valid.digest, valid.fold):
+        raise LightningDiTError(
+            f"data.data_path {trained.folder} is of {_named(trained)}, data.valid_path {valid.folder} of"
+            f" {_named(valid)}",
+            "extract both from the same split and fold",
+        )
+
+
+def _named(origin: _Origin) -> str:
+    return f"fold {origin.fold} of split {str(origin.digest)[:8]}" if origin.is_known else "no split"
+
+
+def _check_levels(config: Config, split: Split | None, trained: _Origin) -> None:
+    """Refuse levels of another split than that of `data.split_file` and the latents."""
+    if split is None:
+        raise LightningDiTError(
+            f"data.levels_path is {config.data.levels_path}, and data.split_file is not set",
+            f"set data.split_file in {config.source}",
+        )
+    open_level_files(Path(str(config.data.levels_path)), Path(str(config.data.split_file)))
+
+
+def _never_trained(trained: _Origin) -> list[str]:
+    """Return a note about classes that have a name and no latent."""
+    there = set(trained.labels.unique().tolist())
+    lacking = [name for number, name in enumerate(trained.class_names) if number not in there]
+    if not lacking:
+        return []
+    more = f" and {len(lacking) - LISTED} more" if len(lacking) > LISTED else ""
+    return [f"classes without a latent in {trained.folder}, which are never trained: {_listed(lacking)}{more}"]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(shown, names[:LISTED]))
+
+
+# ---- what latents say
+
+
+def _origin(folder: str) -> _Origin:
+    """Return what the manifest and the shards in a folder say; raises LightningDiTError for a damaged manifest."""
+    content = _manifest(Path(folder))
+    names = content.get(CLASS_NAMES)
+    names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    labels, windows = _rows(Path(folder))
+    told = content.get("split")
+    if told is None:
+        return _Origin(folder, None, None, None, windows, labels, names)
+    try:
+        digest, fold, part = str(told["digest"]), int(told["fold"]), str(told["part"])
+        if part not in PARTS:
+            raise ValueError(f"there is no part {part!r}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise LightningDiTError(
+            f"{Path(folder) / LATENTS_MANIFEST} does not say which split the latents are of ({first_line(error)})",
+            EXTRACT,
+        ) from error
+    return _Origin(folder, digest, fold, part, windows, labels, names)
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    file = folder / LATENTS_MANIFEST
+    if not file.is_file():
+        return {}
+    try:
+        content = read_json(file)
+    except (OSError, ValueError) as error:
+        raise LightningDiTError(
+            f"the manifest {file} cannot be read ({first_line(error)})", "extract the latents again, or move it away"
+        ) from error
+    return content if isinstance(content, dict) else {}
+
+
+def _rows(folder: Path) -> tuple[Tensor, Tensor | None]:
+    """Return labels (N,), and the rows of the split (N,) where every shard has them.
+
+    Damaged shards are passed over: `LatentShards`, which a training opens next, names them.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    labels, windows = [torch.zeros(0, dtype=torch.long)], list[Tensor | None]()
+    for path in shard_files(folder):
+        try:
+            require_regular(path)
+            with safe_open(path, framework="pt") as opened:
+                found = opened.get_tensor("labels").long()
+                windows.append(opened.get_tensor("windows").long() if "windows" in opened.keys() else None)  # noqa: SIM118
+                labels.append(found)
+        except (SafetensorError, OSError, LightningDiTError):
+            continue
+    known = [rows for rows in windows if rows is not None]
+    return torch.cat(labels), torch.cat(known) if known and len(known) == len(windows) else None
