@@ -40,10 +40,10 @@ def source(tmp_path: Path) -> tuple[LightningDiT, Path]:
     return model, tmp_path / "source.pt"
 
 
-def adapted(path: Path, **changes: object) -> tuple[LightningDiT, Plan]:
+def adapted(path: Path, new_classes: str = "null", **changes: object) -> tuple[LightningDiT, Plan]:
     torch.manual_seed(1)
     model = LightningDiT(replace(SETTINGS, **changes))
-    made = initialise(model, path)
+    made = initialise(model, path, new_classes=new_classes)
     return model.eval(), made
 
 
@@ -66,7 +66,7 @@ def test_the_same_shapes_are_loaded_strictly(source: tuple[LightningDiT, Path], 
 
 @torch.no_grad()
 def test_another_class_count_keeps_the_null_class(source: tuple[LightningDiT, Path]) -> None:
-    model, made = adapted(source[1], num_classes=9)
+    model, made = adapted(source[1], "random", num_classes=9)
     assert kinds(made) == {"y_embedder.embedding_table.weight": "resized"}
     assert "9 classes in place of 5; the rows are new, the null class is taken" in made.text()
     x = torch.randn(2, 4, 8, 8)
@@ -197,7 +197,7 @@ def test_rows_of_the_class_table_are_taken_by_name(source: tuple[LightningDiT, P
         torch.manual_seed(1)
         model = LightningDiT(replace(SETTINGS, num_classes=len(names)))
         new = model.state_dict()[key].clone()
-        made = initialise(model, file, names)
+        made = initialise(model, file, names, new_classes="random")
         table = model.state_dict()[key]
         assert torch.equal(table[-1], old[-1])
         for index, row in enumerate(rows):

@@ -13,12 +13,16 @@ class Ema:
     """Exponential moving average of a module's parameters and buffers (Polyak and Juditsky, 1992).
 
     Our own, because torch.optim.swa_utils.AveragedModel keeps a second module and another state in checkpoints.
+
+    Args:
+        names: what is averaged: the average's names, with the module's name of each. Default: everything, by its name.
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    def __init__(self, module: nn.Module, decay: float, names: Mapping[str, str] | None = None) -> None:
         self.decay = decay
         self.steps = 0
-        self._values = module.state_dict(keep_vars=True)  # the module's own tensors
+        own = module.state_dict(keep_vars=True)  # the module's own tensors
+        self._values = own if names is None else {name: own[there] for name, there in names.items()}
         self.weights = {name: value.detach().clone() for name, value in self._values.items()}
 
     @torch.no_grad()

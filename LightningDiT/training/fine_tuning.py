@@ -4,12 +4,17 @@ A file of the same shapes is loaded strictly. Otherwise each tensor is taken, re
 
 | part | with another … | becomes |
 |---|---|---|
-| class table | classes | new rows, or those of the same name if the file has names; the null class is taken |
+| class table | classes | the rows of the same name if the file has names, and new ones; the null class is taken |
+| condition table | none in the file | new, zero: without a change of the prediction |
+| augmentation layer | none in the file | new, zero |
 | patch embedding, final layer | number of channels | the shared channels' weights; further channels start at zero |
 | position table, rotary tables | latent size | computed for the new size; a learnt table is interpolated |
 | norms of queries and keys | `use_qknorm` | new, or left out |
 
 So the model's first prediction of the shared channels is the old model's, whatever the further channels hold.
+
+New rows of the class table start as `train.new_classes` says: as the null row, which has seen every class; as the mean
+of the table; or at random. docs/training.md has the measured difference.
 """
 
 from __future__ import annotations
@@ -24,14 +29,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from LightningDiT.checkpoint import CheckpointInfo, check_kinds, inspect, load_into, load_weights
-from LightningDiT.data.labels import Names, names_of_model
+from LightningDiT.data.labels import CONDITION_NAMES, Names, names_of_model
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.loading import model_differences
-from LightningDiT.models.lightningdit import LightningDiT, LightningDiTSettings, settings_from_shapes
+from LightningDiT.loading import Network, NetworkSettings, model_differences, network_name, settings_from_shapes
+from LightningDiT.models.lightningdit import LightningDiTSettings
 from LightningDiT.models.positions import sincos_table
 
 TAKEN, RESIZED, NEW, LEFT_OUT = "taken", "resized", "new", "left out"
-CHANGEABLE = ("num_classes", "in_channels", "input_size", "learn_sigma", "use_qknorm")
+CHANGEABLE = ("num_classes", "in_channels", "input_size", "learn_sigma", "use_qknorm", "num_conditions", "augmentation")
+UNET_CHANGEABLE = ("num_classes", "num_conditions", "augmentation")
+CONDITION_TABLE, AUGMENTATION = "c_embedder.embedding_table.weight", "a_embedder.weight"
+#: Where new rows of the class table start, by the value of train.new_classes.
+STARTS = {
+    "null": "start from the null class",
+    "mean": "start from the mean of the file's classes",
+    "random": "start at random",
+}
 CLASS_TABLE, PATCHES, POSITIONS = "y_embedder.embedding_table.weight", "x_embedder.proj.weight", "pos_embed"
 OUTPUT = ("final_layer.linear.weight", "final_layer.linear.bias")
 ROTARY = ("feat_rope.freqs_cos", "feat_rope.freqs_sin")
@@ -69,68 +82,114 @@ class Plan:
         return "\n".join(lines)
 
 
-def class_rows(names: Names | None, info: CheckpointInfo) -> list[int | None] | None:
-    """Return the file's row of the class table for each class of the model, None for a class that the file lacks.
+def class_rows(names: Names | None, there: Names | None) -> list[int | None] | None:
+    """Return the file's row of a table of labels for each label of the model, None for one that the file lacks.
 
-    The whole is None where the classes are the same, or either side does not name them.
+    The whole is None where the labels are the same, or either side does not name them.
     """
-    there = names_of_model(info.path)
-    if not names or not there or tuple(names) == there:
+    if not names or not there or tuple(names) == tuple(there):
         return None
     rows = {name: row for row, name in enumerate(there)}
     return [rows.get(name) for name in names]
 
 
-def plan(model: LightningDiT, info: CheckpointInfo, names: Names | None = None) -> Plan:
+def _rows_by_table(
+    info: CheckpointInfo, names: Names | None, conditions: Names | None
+) -> dict[str, list[int | None] | None]:
+    """Return `class_rows` for the tables of classes and of conditions."""
+    return {
+        CLASS_TABLE: class_rows(names, names_of_model(info.path)),
+        CONDITION_TABLE: class_rows(conditions, names_of_model(info.path, CONDITION_NAMES)),
+    }
+
+
+def plan(
+    model: Network,
+    info: CheckpointInfo,
+    names: Names | None = None,
+    conditions: Names | None = None,
+    new_classes: str = "null",
+) -> Plan:
     """Return what becomes of the tensors in a weights file; the model may be on the meta device.
 
     Args:
-        names: of the model's classes; rows of the class table are taken by name where the file names its own.
+        names, conditions: of the model's labels; rows of their tables are taken by name where the file names its own.
+        new_classes: a key of `STARTS`.
 
     Raises:
         LightningDiTError: the file is of another kind, depth, width or structure.
     """
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     check_kinds(model, info.kinds, info.path)
-    rows = class_rows(names, info)
-    if wanted == info.shapes and rows is None:
+    by_name = {table: rows for table, rows in _rows_by_table(info, names, conditions).items() if rows is not None}
+    if wanted == info.shapes and not by_name:
         return Plan(info.path, tuple(Change(name, TAKEN) for name in wanted))
     found = _source_settings(model.settings, info)
-    changes = [_change(name, shape, info.shapes, model.settings, found) for name, shape in wanted.items()]
-    if rows is not None:
-        known = sum(row is not None for row in rows)
-        how = f"the rows of {known} classes and the null class are taken by name, those of {len(rows) - known} are new"
-        changes = [Change(CLASS_TABLE, RESIZED, how) if change.name == CLASS_TABLE else change for change in changes]
-    changes += [Change(name, LEFT_OUT, "the model has no such tensor") for name in info.shapes if name not in wanted]
-    return Plan(info.path, tuple(changes))
+    changes = {
+        name: _change(name, shape, info.shapes, model.settings, found, STARTS[new_classes])
+        for name, shape in wanted.items()
+    }
+    for table, rows in by_name.items():
+        if table in info.shapes and table in wanted:
+            changes[table] = Change(table, RESIZED, _taken_by_name(table, rows, STARTS[new_classes]))
+    left_out = [Change(name, LEFT_OUT, "the model has no such tensor") for name in info.shapes if name not in wanted]
+    return Plan(info.path, (*changes.values(), *left_out))
 
 
-def initialise(model: LightningDiT, path: str | Path, names: Names | None = None) -> Plan:
+def _taken_by_name(table: str, rows: Sequence[int | None], starts: str) -> str:
+    """Return what becomes of a table of labels in words."""
+    kind, new = "classes" if table == CLASS_TABLE else "conditions", sum(row is None for row in rows)
+    how = f"the rows of {len(rows) - new} {kind} and the null class are taken by name, those of {new} are new"
+    return f"{how}; new rows {starts}" if new else how
+
+
+def initialise(
+    model: Network,
+    path: str | Path,
+    names: Names | None = None,
+    conditions: Names | None = None,
+    new_classes: str = "null",
+) -> Plan:
     """Load what fits of the weights file at `path` into `model`, in float32, and return what became of each tensor.
+
+    Args:
+        names, conditions, new_classes: as for `plan`.
 
     Raises:
         LightningDiTError: the file is missing, damaged, or of another structure.
     """
     info = inspect(path)
-    made, rows = plan(model, info, names), class_rows(names, info)
+    made = plan(model, info, names, conditions, new_classes)
+    rows = _rows_by_table(info, names, conditions)
     weights = {name: tensor.float() for name, tensor in load_weights(path).items()}
     result = dict(model.state_dict())
     for change in made.changes:
+        name = change.name
         if change.kind == TAKEN:
-            result[change.name] = weights[change.name]
+            result[name] = weights[name]
+        elif change.kind == RESIZED and name in rows:
+            result[name] = _table(weights[name], result[name], rows[name], new_classes)
         elif change.kind == RESIZED:
-            result[change.name] = _resized(change.name, weights, result[change.name], model.settings, rows)
+            result[name] = _resized(name, weights, result[name], model.settings)
+        elif name in (CONDITION_TABLE, AUGMENTATION) and change.kind == NEW:
+            result[name] = torch.zeros_like(result[name])
     load_into(model, result, path)
     return made
 
 
-def _source_settings(wanted: LightningDiTSettings, info: CheckpointInfo) -> LightningDiTSettings:
+def _source_settings(wanted: NetworkSettings, info: CheckpointInfo) -> NetworkSettings:
     """Return the settings of the file's model, which may differ from the wanted ones in `CHANGEABLE` alone."""
     try:
         found = settings_from_shapes(info.shapes)
     except (ValueError, KeyError, IndexError) as error:
         raise LightningDiTError(f"{info.path}: {error}", "name a transformer's weights in train.weight_init") from error
-    same = replace(found, **{name: getattr(wanted, name) for name in CHANGEABLE})
+    if type(found) is not type(wanted):
+        raise LightningDiTError(
+            f"{info.path} holds {network_name(found)}; the configuration describes {network_name(wanted)}",
+            "choose the model_type and switches that belong to the file",
+        )
+    changeable = CHANGEABLE if isinstance(wanted, LightningDiTSettings) else UNET_CHANGEABLE
+    same = replace(found, **{name: getattr(wanted, name) for name in changeable})
     if wrong := model_differences(wanted, same):
         raise LightningDiTError(
             f"{info.path} does not fit: {'; '.join(wrong)}",
@@ -143,14 +202,20 @@ def _change(
     name: str,
     shape: tuple[int, ...],
     shapes: Mapping[str, tuple[int, ...]],
-    wanted: LightningDiTSettings,
-    found: LightningDiTSettings,
+    wanted: NetworkSettings,
+    found: NetworkSettings,
+    starts: str,
 ) -> Change:
     if shapes.get(name) == shape:
         return Change(name, TAKEN)
     if name == CLASS_TABLE:
         how = f"{wanted.num_classes} classes in place of {found.num_classes}; the rows are new, the null class is taken"
-        return Change(name, RESIZED, how)
+        return Change(name, RESIZED, f"{how}; new rows {starts}")
+    if name == CONDITION_TABLE and name in shapes:
+        how = f"{wanted.num_conditions} conditions in place of {found.num_conditions}; the rows are new, the null"
+        return Change(name, RESIZED, f"{how} condition is taken; new rows {starts}")
+    if name in (CONDITION_TABLE, AUGMENTATION):
+        return Change(name, NEW, "zero, so that it changes no prediction yet")
     if name == PATCHES or name in OUTPUT:
         shared = min(wanted.in_channels, found.in_channels)
         how = f"{wanted.in_channels} channels in place of {found.in_channels}; {shared} taken, further ones zero"
@@ -170,18 +235,25 @@ def _change(
     )
 
 
-def _resized(
-    name: str,
-    weights: Mapping[str, Tensor],
-    new: Tensor,
-    settings: LightningDiTSettings,
-    rows: Sequence[int | None] | None,
-) -> Tensor:
+def _table(old: Tensor, own: Tensor, rows: Sequence[int | None] | None, start: str) -> Tensor:
+    """Return the table (labels + 1, width) of classes or conditions from the file's.
+
+    Args:
+        own: the model's initial one.
+        rows: the file's row of each label, None for a new one; as a whole None: all are new.
+        start: a key of `STARTS`.
+    """
+    starts = {"null": old[-1:], "mean": old[:-1].mean(0, keepdim=True), "random": own[:-1]}
+    table = torch.cat([starts[start].expand(len(own) - 1, -1), old[-1:]])  # a copy
+    for index, row in enumerate(rows or ()):
+        if row is not None:
+            table[index] = old[row]
+    return table
+
+
+def _resized(name: str, weights: Mapping[str, Tensor], new: Tensor, settings: LightningDiTSettings) -> Tensor:
     """Return the tensor `name` of the file for the model of `settings`, whose own initial one is `new`."""
     old = weights[name]
-    if name == CLASS_TABLE:
-        own = [new[index] if row is None else old[row] for index, row in enumerate(rows or [None] * (len(new) - 1))]
-        return torch.stack([*own, old[-1]])
     if name == PATCHES:
         return _with_channels(old, new.shape[1], 1)
     if name == POSITIONS:

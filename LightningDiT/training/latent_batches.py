@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from LightningDiT.config import Config
-from LightningDiT.data.labels import Labels, Names, match, names_of_latents
+from LightningDiT.data.labels import CONDITION_NAMES, Labels, Names, check_agreement, match, names_of_latents
 from LightningDiT.data.prefetching import StepPrefetcher, prefetched
 from LightningDiT.data.shards import LatentShards
 from LightningDiT.device import ready_for
@@ -287,6 +287,37 @@ def class_names_of(config: Config, shards: LatentShards, starts: bool, say: Call
             raise LightningDiTError(text, f"set data.num_classes: {found} in {config.source}")
         say(f"note: {text}, so that the last {count - found} are never trained")
     return labels.identity
+
+
+def condition_names_of(config: Config, say: Callable[[str], None] = print) -> Names | None:
+    """Return the names of the second label that a model learns, None where there is none or it has no names.
+
+    They are those of the configuration, which must then be those of the latents' manifest, or the manifest's.
+
+    Args:
+        say: takes a line for a second label that the latents have and the model does not learn.
+
+    Raises:
+        LightningDiTError: configuration and manifest contradict one another, or have another number of names.
+    """
+    data = config.data
+    there = names_of_latents(data.data_path or "", CONDITION_NAMES)
+    if not data.num_conditions:
+        if there:
+            say(f"note: the {len(there)} conditions of latents in {data.data_path} are not learnt: no num_conditions")
+        return None
+    if data.condition_names and there:
+        check_agreement(
+            data.condition_names, there, f"data.condition_names in {config.source}", f"latents in {data.data_path}"
+        )
+    names = data.condition_names or there
+    if names and len(names) != data.num_conditions:
+        raise LightningDiTError(
+            f"{config.source}: data.num_conditions is {data.num_conditions}, and {len(names)} conditions have names"
+            f" ({', '.join(names[:LISTED])})",
+            f"set data.num_conditions: {len(names)}",
+        )
+    return names
 
 
 def training_labels(config: Config, labels: Tensor, say: Callable[[str], None]) -> Tensor:

@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,27 +15,37 @@ from torch import Tensor, nn
 from LightningDiT.checkpoint import inspect, without_values
 from LightningDiT.compiling import BLOCKS_SHARE, compile_forward
 from LightningDiT.config import Config, as_dict
-from LightningDiT.data.labels import CLASS_NAMES, Labels, Names
+from LightningDiT.data.labels import CLASS_NAMES, CONDITION_NAMES, Labels, Names
 from LightningDiT.device import PRECISIONS, abilities, autocast, best_device, training_dtype
 from LightningDiT.distributed import ALONE, Processes
 from LightningDiT.errors import LightningDiTError, is_out_of_memory
 from LightningDiT.idle_settings import training_notes
-from LightningDiT.loading import build_transport, model_settings
-from LightningDiT.models.lightningdit import LightningDiT
+from LightningDiT.loading import Network, build_transport, make_model, model_settings
+from LightningDiT.models.adapters import matrix_names
+from LightningDiT.seeds import generator_for
 from LightningDiT.training.ema import Ema
-from LightningDiT.training.fine_tuning import initialise, plan
+from LightningDiT.training.fine_tuning import NEW, RESIZED, initialise, plan
 from LightningDiT.training.guard import GuardSettings, NotFiniteError, fetched
-from LightningDiT.training.latent_batches import LatentBatch, LatentBatches, class_names_of, has_cosine_loss
+from LightningDiT.training.latent_batches import (
+    LatentBatch,
+    LatentBatches,
+    class_names_of,
+    condition_names_of,
+    has_cosine_loss,
+)
 from LightningDiT.training.loop import LoopSettings
 from LightningDiT.training.run_dir import RunDir, load_optimizer
 from LightningDiT.training.scaler import LossScaler
 from LightningDiT.training.schedule import learning_rate, schedule_lengths
+from LightningDiT.training.trainable import ADAPTER_NAME, ALL, Part, add_adapters, kind_of_part, restrict, whole_part
 
 WEIGHTS_NAME = "transformer.safetensors"
 TERMS = ("loss", "cos_loss")
 #: Steps from which a training on a GPU compiles by itself. A step of XL/1 with 128 samples on an H100 gains 0.2 s; of
 #: small models and batches, whose steps take 0.05 s uncompiled, most of it.
 COMPILED_FROM = 1000
+DROPOUT_STREAM = 4  # a second seed, beside those of latent_batches and monitors
+NULL_TRAINED = "null_trained"  # key in the metadata of weights: whether guidance by the null class was learnt
 SCALING = ("latent_norm", "latent_multiplier")  # how latents become the model's; a run keeps it
 
 
@@ -53,12 +64,17 @@ class Trainer:
         self.terms = TERMS if has_cosine_loss(config) else TERMS[:1]
         self.data = LatentBatches(config, build_transport(config), processes.rank, processes.count, self.device)
         names = class_names_of(config, self.data.shards, starts, processes.say)
-        self.metadata = {CLASS_NAMES: json.dumps(names)} if names else {}
-        self.model = self._initial_model(starts, names).float().to(self.device)
-        self.ema = Ema(self.model, config.train.ema_decay)
+        conditions = condition_names_of(config, processes.say)
+        model, self.part = self._initial_model(starts, names, conditions)
+        self.model = model.float().to(self.device)
+        self.metadata = weights_metadata(config, names, conditions) | self.part.metadata
+        self.ema = Ema(self.model, config.train.ema_decay, self.part.names)
         self.scaler = LossScaler(self.dtype == torch.float16)
         self.rate_scale, self.learning_rate = 1.0, 0.0
-        self.trained = list(self.model.parameters())
+        values = dict(self.model.named_parameters())
+        whole = self.part.kind == ALL  # the optimizer of a whole network counts its fixed table too
+        self.trained = list(values.values()) if whole else [values[name] for name in self.part.trained]
+        self.matrices = [values[name] for name in matrix_names(self.model)]
         self.optimizer = torch.optim.AdamW(
             self.trained,
             lr=config.optimizer.lr,
@@ -69,7 +85,9 @@ class Trainer:
         self.code = self._compile()
         self.network: nn.Module = self.model  # with the gradients of all processes
         if processes.count > 1:
-            self.network = nn.parallel.DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+            self.network = nn.parallel.DistributedDataParallel(
+                self.model, gradient_as_bucket_view=True, find_unused_parameters=self._leaves_out_parameters()
+            )
         self.settings = {
             "model": as_dict(config.model),
             "transport": as_dict(config.transport),
@@ -79,15 +97,37 @@ class Trainer:
             "latents": self.data.description,
             "data": {name: value for name, value in as_dict(config.data).items() if name in SCALING},
         }
+        if not whole:
+            self.settings["trained"] = self.part.metadata
 
-    def _initial_model(self, starts: bool, names: Names | None) -> LightningDiT:
-        """Return the model with random weights, or with those of `train.weight_init`."""
-        torch.manual_seed(self.config.train.global_seed)
-        # LatentBatches drops labels, by a generator of each row; the model's own dropout stays off
-        model = LightningDiT(model_settings(self.config), class_dropout_prob=0.0)
-        if starts and (path := self.config.train.weight_init):
-            self.processes.say(initialise(model, path, names).text())
-        return model
+    def _initial_model(self, starts: bool, names: Names | None, conditions: Names | None) -> tuple[Network, Part]:
+        """Return the model with random weights or those of `train.weight_init`, and what of it is trained.
+
+        The checkpoints of a run that trains a part of the network lack the rest, so it reads the file again.
+        """
+        train = self.config.train
+        is_whole = kind_of_part(self.config) == ALL
+        torch.manual_seed(train.global_seed)
+        # LatentBatches drops labels, by a generator of each row; the model's own dropout of labels stays off
+        model, new = make_model(model_settings(self.config), class_dropout_prob=0.0), list[str]()
+        if train.weight_init and (starts or not is_whole):
+            made = initialise(model, train.weight_init, names, conditions, train.new_classes)
+            new = [change.name for change in made.changes if change.kind in (RESIZED, NEW)]
+            if starts:
+                self.processes.say(made.text())
+        return model, whole_part(model) if is_whole else restrict(model, self.config, new)
+
+    def _leaves_out_parameters(self) -> bool:
+        """Return whether a parameter has no part in the prediction; processes that wait for its gradient would hang."""
+        settings = self.model.settings
+        latent = torch.zeros(1, settings.in_channels, settings.input_size, settings.input_size, device=self.device)
+        labels = torch.zeros((1, 2) if settings.num_conditions else (1,), dtype=torch.long, device=self.device)
+        told = torch.zeros(1, settings.augmentation, device=self.device) if settings.augmentation else None
+        with torch.random.fork_rng(devices=[]):  # dropout draws
+            found = self.model(latent, torch.zeros(1, device=self.device), labels, told)
+        parameters = [value for value in self.model.parameters() if value.requires_grad]
+        gradients = torch.autograd.grad(found.sum(), parameters, allow_unused=True)
+        return any(gradient is None for gradient in gradients)
 
     def _compile(self) -> str:
         """Compile what `train.compile` asks for and return it in a few words; empty if a CPU computes as usual."""
@@ -99,6 +139,9 @@ class Trainer:
         if wish == "auto" and steps < COMPILED_FROM:
             return f"; not compiled: {steps} steps are few for it"
         if machine.torch < BLOCKS_SHARE:
+            compile_forward(self.model)
+            return "; the first step compiles the model"
+        if not hasattr(self.model, "blocks"):
             compile_forward(self.model)
             return "; the first step compiles the model"
         compile_forward(*self.model.blocks)
@@ -117,14 +160,32 @@ class Trainer:
         batch = self.data.batch(step)
         waited = time.monotonic() - started
         self._set_rate(step)
+        self._seed_dropout(step)
         self.optimizer.zero_grad(set_to_none=True)
         losses = self.processes.mean(self._backward_within_memory(batch))
         *terms, norm = fetched(torch.cat([losses, self._clip_gradient().view(1)]))
         self._require_finite(terms, norm, batch, step)
+        self._decay_weights()
         self.optimizer.step()
         self.ema.update()
         row = dict(zip(self.terms, terms, strict=True)) | {"gradient_norm": norm, "data_seconds": waited}
         return row | ({"loss_scale": self.scaler.scale} if self.scaler.enabled else {})
+
+    def _seed_dropout(self, step: int) -> None:
+        """Let dropout depend on the seed, the step and the process alone, whatever else draws in between."""
+        if self.config.model.dropout:
+            seeds = (self.config.train.global_seed, DROPOUT_STREAM, step, self.processes.rank)
+            torch.manual_seed(generator_for(*seeds).initial_seed())
+
+    @torch.no_grad()
+    def _decay_weights(self) -> None:
+        """Shrink the matrices as AdamW does before its step (Loshchilov and Hutter, arXiv 1711.05101).
+
+        In here and not in the optimizer, whose groups, and so its checkpoints, are then the same with any decay.
+        """
+        decay = self.config.optimizer.weight_decay
+        if decay and self.matrices:
+            torch._foreach_mul_(self.matrices, 1 - self.learning_rate * decay)
 
     def _require_finite(self, terms: list[float], norm: float, batch: LatentBatch, step: int) -> None:
         """Raise NotFiniteError unless all are finite; that of a loss names the latents that are not finite."""
@@ -177,9 +238,14 @@ class Trainer:
 
     def _losses(self, part: LatentBatch) -> Tensor:
         """Return the mean loss terms (1 or 2,) of a micro-batch."""
+        told = () if part.augmentation is None else (part.augmentation,)
         with autocast(self.device, self.dtype):
             losses = part.transport.training_losses(
-                lambda x, t, y: self.network(x, t, y), part.latents, {"y": part.labels}, x0=part.noise, t=part.times
+                lambda x, t, y: self.network(x, t, y, *told),
+                part.latents,
+                {"y": part.labels},
+                x0=part.noise,
+                t=part.times,
             )
         return torch.stack([losses[name].mean() for name in self.terms])
 
@@ -190,24 +256,36 @@ class Trainer:
         return nn.utils.clip_grad_norm_(self.trained, math.inf if limit is None else limit)
 
     def summary(self) -> str:
-        """Return one line: processes, device, precision, how the batch is divided, and what is compiled."""
+        """Return a line of processes, device, precision, how the batch is divided, and what is compiled.
+
+        A second one says what is trained, unless that is everything.
+        """
         count, precision = self.processes.count, str(self.dtype).removeprefix("torch.")
-        return (
+        trained = [] if self.part.kind == ALL else [self.part.text(self.model)]
+        first = (
             f"{'1 process' if count == 1 else f'{count} processes'} on {self.device.type}, {precision}:"
             f" {len(self.data.rows)} samples of each step, {self.micro_batch_size} at a time{self.code}"
         )
+        return "\n".join([first, *trained])
 
-    def averaged_model(self) -> LightningDiT:
-        """Return a model in eval mode whose weights are the average's own tensors, so that it costs no memory."""
+    def averaged_model(self) -> Network:
+        """Return a model in eval mode whose weights are the average's own tensors, so that it costs no memory.
+
+        What is not trained it shares with the model.
+        """
         with without_values():
-            model = LightningDiT(self.model.settings)
-        model.load_state_dict(self.ema.weights, assign=True)
+            model = make_model(self.model.settings)
+            if self.part.products:
+                add_adapters(model, self.part.products, self.part.rank)
+        averages = {there: self.ema.weights[name] for name, there in self.part.names.items()}
+        model.load_state_dict(self.model.state_dict() | averages, assign=True)
         return model.eval().requires_grad_(False)
 
     def state_dict(self) -> dict[str, object]:
-        """Return everything that a resumed run needs."""
+        """Return everything that a resumed run needs; of the network what is trained, or new, alone."""
+        own = self.model.state_dict()
         return {
-            "model": self.model.state_dict(),
+            "model": {name: own[name] for name in self.part.names.values()},
             "ema": self.ema.weights,
             "ema_steps": self.ema.steps,
             "opt": self.optimizer.state_dict(),
@@ -216,7 +294,7 @@ class Trainer:
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Restore what `state_dict` returned."""
-        self.model.load_state_dict(state["model"])
+        self.model.load_state_dict(state["model"], strict=self.part.kind == ALL)  # else it has the rest already
         self.ema.load_state_dict({"weights": state["ema"], "steps": state["ema_steps"]})
         load_optimizer(self.optimizer, state["opt"])
         self.scaler.load_state_dict(state["scaler"])
@@ -242,6 +320,27 @@ def schedule_of(config: Config) -> tuple[int, int]:
     return schedule_lengths(train.warmup_steps, train.decay_steps, train.max_steps, f"{config.source}: train")
 
 
+def weights_name(config: Config) -> str:
+    """Return the name of the file that a run ends with: whole weights, or an adapter."""
+    return WEIGHTS_NAME if config.train.trainable == ALL else ADAPTER_NAME
+
+
+def weights_metadata(config: Config, names: Names | None, conditions: Names | None) -> dict[str, str]:
+    """Return the metadata of the weights that a run makes: names of the labels, and whether the null class is trained.
+
+    That is so with dropped labels, or if the null class came with weights that do not say otherwise. Nothing is said if
+    those are gone.
+    """
+    found = {CLASS_NAMES: names, CONDITION_NAMES: conditions}
+    metadata = {key: json.dumps(value) for key, value in found.items() if value}
+    source = config.train.weight_init
+    if config.train.label_dropout or not source:
+        return metadata | {NULL_TRAINED: json.dumps(bool(config.train.label_dropout))}
+    if not Path(source).exists():
+        return metadata
+    return metadata | {NULL_TRAINED: json.dumps(inspect(source).metadata.get(NULL_TRAINED) != "false")}
+
+
 def settings_text(config: Config, dry_run: bool) -> str:
     """Return the settings as text, for a dry run with the plan of `train.weight_init`."""
     rise, fall = schedule_of(config)
@@ -252,9 +351,10 @@ def settings_text(config: Config, dry_run: bool) -> str:
     lines += [f"note: {note}" for note in training_notes(config)]
     if dry_run and config.train.weight_init:
         with without_values():
-            model = LightningDiT(model_settings(config))
+            model = make_model(model_settings(config))
         names = Labels.of(config, trained=False).identity
-        lines.append(plan(model, inspect(config.train.weight_init), names).text())
+        info, conditions = inspect(config.train.weight_init), condition_names_of(config)
+        lines.append(plan(model, info, names, conditions, config.train.new_classes).text())
     return "\n".join(lines)
 
 
