@@ -228,11 +228,11 @@ class TrainConfig:
     lognorm_until_step: int | None = None  # uniform times from this step on, with transport.use_lognorm
     trainable: str | tuple[str, ...] = "all"  # all | lora | bias | patterns of names, such as blocks.*.mlp.*
     lora_rank: int = 8  # of each adapter's two matrices
-    lora_targets: tuple[str, ...] | None = None  # layers with an adapter, by the ends of their names; None: all products
+    lora_targets: tuple[str, ...] | None = None  # layers with an adapter, by ends of their names; None: all products
     new_classes: str = "null"  # rows of classes that weight_init lacks start as: null (its null row) | mean | random
     judge_every: int = 0  # steps between two looks at what samples are worth (data.levels_path); 0: off
     judge_samples: int = 8  # of each class in such a look
-    choose: str = "auto"  # the weights to keep: last | valid_loss | utility | auto (utility with judge_every, else last)
+    choose: str = "auto"  # weights to keep: last | valid_loss | utility | auto (utility with judge_every, else last)
     patience: int = 0  # looks without a better one after which the run ends; 0: off
     max_skips: int = 10  # non-finite steps in a row before the run goes back to a checkpoint
     spike_factor: float = 4.0  # a loss above this many times the median of the last 100 does the same; 0: off
@@ -533,6 +533,12 @@ def _check_values(config: Config) -> None:
         raise LightningDiTError(
             f"{config.source}: data.class_names has {len(names)} names for {classes} classes",
             "remove data.class_names (latents carry the names of theirs), or name every class once",
+        )
+    names, conditions = config.data.condition_names, config.data.num_conditions
+    if names is not None and len(names) != conditions:
+        raise LightningDiTError(
+            f"{config.source}: data.condition_names has {len(names)} names, data.num_conditions is {conditions}",
+            f"set data.num_conditions: {len(names)} in {config.source}",
         )
     size, ratio = config.data.image_size, config.vae.downsample_ratio
     if size % ratio:

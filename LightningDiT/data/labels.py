@@ -21,6 +21,7 @@ IMAGENET_CLASSES = 1000
 LATENTS_MANIFEST = "manifest.json"  # beside latent shards: their origin, with the names of the classes
 CLASS_NAMES = "class_names"  # key in every manifest and in the metadata of a transformer: names in order of number
 CONDITION_NAMES = "condition_names"  # the same of the second label
+PLURALS = {"class": "classes", "condition": "conditions"}
 MOST_DIGITS = 9  # of a class number
 LISTED_CLASSES = 20  # names that fit one line of an error
 NEAREST_NAMES = 3
@@ -38,17 +39,19 @@ def natural_key(name: str) -> tuple[list[tuple[int, str]], str]:
 
 @dataclass(frozen=True)
 class Labels:
-    """The classes of a model.
+    """The classes of a model, or the values of its second label.
 
     Attributes:
         count: number of classes.
         names: what people call them, one per class, synonyms separated by commas; None if they have no names.
         folders: what manifests call them, where that is another word: WordNet's number of each.
+        kind: `class`, or `condition` for the second label.
     """
 
     count: int
     names: tuple[str, ...] | None = None
     folders: tuple[str, ...] | None = None
+    kind: str = "class"
 
     @classmethod
     def of(cls, config: Config, trained: bool = True) -> Labels:
@@ -63,24 +66,24 @@ class Labels:
         Raises:
             LightningDiTError: they contradict one another, or a manifest is damaged.
         """
-        count, source = config.data.num_classes, config.source
-        carried = _carried(config if trained else replace(config, ckpt_path=None))
-        known = [(names, where) for names, where in carried if names]
-        if config.data.class_names:
-            known.insert(0, (config.data.class_names, f"data.class_names in {source}"))
-        for (ours, where), (theirs, there) in itertools.pairwise(known):
-            check_agreement(ours, theirs, where, there)
+        count, known = config.data.num_classes, _agreed(config, trained, "class", config.data.num_classes)
         if not known:
             synsets = imagenet_synsets() if trained and count == IMAGENET_CLASSES else ()
             return cls(count, _words(synsets), synsets) if synsets else cls(count)
-        names, where = known[0]
-        if len(names) > count:
-            raise LightningDiTError(
-                f"{where} has {len(names)} classes, data.num_classes is {count}",
-                f"set data.num_classes: {len(names)} in {source}",
-            )
-        folders = _padded(known[-1][0] if len(known) > 1 else names, count)
-        return cls(count, _words(_padded(names, count)), folders)
+        names, folders = _padded(known[0], count), _padded(known[-1], count)
+        return cls(count, _words(names), folders)
+
+    @classmethod
+    def conditions_of(cls, config: Config, trained: bool = True) -> Labels | None:
+        """Return the values of a configuration's second label, named as its classes are; None if it has none.
+
+        Raises:
+            LightningDiTError: as `of`.
+        """
+        if not (count := config.data.num_conditions):
+            return None
+        known = _agreed(config, trained, "condition", count)
+        return cls(count, _padded(known[0], count, "condition") if known else None, kind="condition")
 
     @property
     def identity(self) -> tuple[str, ...] | None:
@@ -104,7 +107,9 @@ class Labels:
             return found
         if is_number(wanted.removeprefix("-")) and not all_decimal(self.names):
             return self._checked(int(wanted))
-        raise LightningDiTError(f"class {name!r} is unknown; {self._hint(wanted)}", "choose a known name or a number")
+        raise LightningDiTError(
+            f"{self.kind} {name!r} is unknown; {self._hint(wanted)}", "choose a known name or a number"
+        )
 
     def numbers(self, names: Iterable[SupportsIndex | str]) -> list[int]:
         """Return the numbers of several classes."""
@@ -112,7 +117,7 @@ class Labels:
 
     def caption(self, label: int) -> str:
         """Return the first synonym of a class, or `class` and its number."""
-        return self.names[label].split(",")[0] if self.names else f"class {label}"
+        return self.names[label].split(",")[0] if self.names else f"{self.kind} {label}"
 
     def listing(self, numbers: Iterable[int]) -> str:
         """Return numbers with their full names in one line, each class once."""
@@ -124,7 +129,7 @@ class Labels:
     def _checked(self, number: int) -> int:
         if not 0 <= number < self.count:
             raise LightningDiTError(
-                f"class {number} is out of range; 0 to {self.count - 1} are expected", "choose one of these"
+                f"{self.kind} {number} is out of range; 0 to {self.count - 1} are expected", "choose one of these"
             )
         return number
 
@@ -140,7 +145,8 @@ class Labels:
                 ]
                 if len(found) > 1:
                     raise LightningDiTError(
-                        f"{wanted!r} names {len(found)} classes: {self.listing(found)}", "choose one by its number"
+                        f"{wanted!r} names {len(found)} {PLURALS[self.kind]}: {self.listing(found)}",
+                        "choose one by its number",
                     )
                 if found:
                     return found[0]
@@ -209,20 +215,23 @@ def match(ours: Names | None, theirs: Names | None, where_ours: str, where_their
     return Match(tuple(ours or theirs or ()), None, None, note)
 
 
-def check_agreement(ours: Names, theirs: Names, where_ours: str, where_theirs: str) -> None:
+def check_agreement(ours: Names, theirs: Names, where_ours: str, where_theirs: str, kind: str = "class") -> None:
     """Check that two sides give every number the same class; synonyms, separated by commas, count as one name.
+
+    Args:
+        kind: of the labels, as in `Labels`.
 
     Raises:
         LightningDiTError: they do not; the first contradiction is named.
     """
-    _, _, file = where_ours.partition("data.class_names in ")
-    fix = f"remove data.class_names in {file}" if file else "choose what belongs together"
+    _, _, file = where_ours.partition(f"data.{kind}_names in ")
+    fix = f"remove data.{kind}_names in {file}" if file else "choose what belongs together"
     if len(ours) != len(theirs):
-        raise LightningDiTError(f"{where_ours} has {len(ours)} classes, {where_theirs} has {len(theirs)}", fix)
+        raise LightningDiTError(f"{where_ours} has {len(ours)} {PLURALS[kind]}, {where_theirs} has {len(theirs)}", fix)
     words = _words(tuple(theirs))
     for number, (our, their, shown) in enumerate(zip(ours, theirs, words, strict=True)):
         if not {our, *_synonyms(our)} & {their, shown, *_synonyms(their), *_synonyms(shown)}:
-            raise LightningDiTError(f"class {number} is {our!r} in {where_ours} and {their!r} in {where_theirs}", fix)
+            raise LightningDiTError(f"{kind} {number} is {our!r} in {where_ours} and {their!r} in {where_theirs}", fix)
 
 
 def is_number(text: str) -> bool:
@@ -254,18 +263,42 @@ def _by_value(names: Names, others: Names | None, where: str, there: str) -> tup
 # ---- where names come from
 
 
-def _carried(config: Config) -> list[tuple[tuple[str, ...] | None, str]]:
-    """Return the names that the latents of a configuration, and its model, carry, with where each is."""
-    found: list[tuple[tuple[str, ...] | None, str]] = []
-    if folder := config.data.data_path:
-        found.append((names_of_latents(folder), f"the latents' manifest {Path(folder) / LATENTS_MANIFEST}"))
-    if file := config.ckpt_path:
-        found.append((names_of_model(file), f"the model {file}"))
-    return found
+def _agreed(config: Config, trained: bool, kind: str, count: int) -> list[Names]:
+    """Return the names of `count` labels of a kind in each place that has some, the configuration's own first.
+
+    Raises:
+        LightningDiTError: two places contradict one another, or there are more names than labels.
+    """
+    own = getattr(config.data, f"{kind}_names")
+    known = [(own, f"data.{kind}_names in {config.source}")] if own else []
+    carried = _carried(config if trained else replace(config, ckpt_path=None, adapter_path=None), f"{kind}_names")
+    known += [(names, where) for names, where in carried if names]
+    for (ours, where), (theirs, there) in itertools.pairwise(known):
+        check_agreement(ours, theirs, where, there, kind)
+    if known and len(known[0][0]) > count:
+        (names, where), key = known[0], f"data.num_{PLURALS[kind]}"
+        raise LightningDiTError(
+            f"{where} has {len(names)} {PLURALS[kind]}, {key} is {count}",
+            f"set {key}: {len(names)} in {config.source}",
+        )
+    return [names for names, _ in known]
+
+
+def _carried(config: Config, key: str) -> list[tuple[tuple[str, ...] | None, str]]:
+    """Return the names that the latents of a configuration, and its model, carry under a key, with where each is.
+
+    Those of an adapter go before those of the weights that it changes: its classes may be others.
+    """
+    folder, files = config.data.data_path, (("adapter", config.adapter_path), ("model", config.ckpt_path))
+    found = (
+        [(names_of_latents(folder, key), f"the latents' manifest {Path(folder) / LATENTS_MANIFEST}")] if folder else []
+    )
+    of_network = [(names_of_model(file, key), f"the {what} {file}") for what, file in files if file]
+    return found + [named for named in of_network if named[0]][:1]
 
 
 def names_of_model(path: str | Path, key: str = CLASS_NAMES) -> tuple[str, ...] | None:
-    """Return the class names in the metadata of a transformer's weights, None where there are none.
+    """Return the names in the metadata of a transformer's weights, None where there are none.
 
     Args:
         key: or `CONDITION_NAMES`, for those of the second label.
@@ -285,13 +318,14 @@ def names_of_model(path: str | Path, key: str = CLASS_NAMES) -> tuple[str, ...] 
     except (SafetensorError, OSError):
         return None  # whoever loads the weights says what is wrong with them
     try:
-        return checked_names(json.loads(text)) if text else None
+        return checked_names(json.loads(text), key) if text else None
     except (ValueError, RecursionError) as error:
-        raise LightningDiTError(f"{file}: its class names cannot be read ({error})", "train it again") from error
+        kind = key.replace("_", " ")
+        raise LightningDiTError(f"{file}: its {kind} cannot be read ({error})", "train it again") from error
 
 
 def names_of_latents(folder: str | Path, key: str = CLASS_NAMES) -> tuple[str, ...] | None:
-    """Return the class names in the manifest of latents, None where it has none or there is no manifest.
+    """Return the names in the manifest of latents, None where it has none or there is no manifest.
 
     Args:
         key: or `CONDITION_NAMES`, for those of the second label.
@@ -304,19 +338,19 @@ def names_of_latents(folder: str | Path, key: str = CLASS_NAMES) -> tuple[str, .
         return None
     try:
         content = read_json(file)
-        return checked_names(content.get(key)) if isinstance(content, dict) else None
+        return checked_names(content.get(key), key) if isinstance(content, dict) else None
     except (OSError, ValueError, RecursionError) as error:
         raise LightningDiTError(
             f"the manifest {file} cannot be read ({error})", "extract the latents again, or move it away"
         ) from error
 
 
-def checked_names(names: object) -> tuple[str, ...] | None:
-    """Return the class names that a manifest holds, None for none; raises ValueError for what are no class names."""
+def checked_names(names: object, key: str = CLASS_NAMES) -> tuple[str, ...] | None:
+    """Return the names that a manifest holds under a key, None for none; raises ValueError for what are no names."""
     if names is None or names == []:
         return None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{CLASS_NAMES} is no list of texts")
+        raise ValueError(f"{key} is no list of texts")
     return tuple(names)
 
 
@@ -324,8 +358,8 @@ def _synonyms(names: str) -> list[str]:
     return [one.strip() for one in names.split(",")]
 
 
-def _padded(names: Names, count: int) -> tuple[str, ...]:
-    return (*names, *(f"class {number}" for number in range(len(names), count)))
+def _padded(names: Names, count: int, kind: str = "class") -> tuple[str, ...]:
+    return (*names, *(f"{kind} {number}" for number in range(len(names), count)))
 
 
 def _words(names: tuple[str, ...]) -> tuple[str, ...]:
