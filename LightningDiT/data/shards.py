@@ -25,7 +25,6 @@ from LightningDiT.files import read_json, require_regular, require_unicode
 
 RECORD = "extraction"  # key of a shard's own record, JSON in its metadata
 DIGEST = "digest"  # key in that record, and in the rows of the manifest, of a hash of the record and the tensors
-ABOUT_ROWS = ("conditions", "augmentation", "windows")  # further tensors of a shard, which it need not have
 EXTRAS = ("conditions", "augmentation", "windows")  # tensors of some shards, a row for each latent
 KEPT_BATCHES = 2  # whose memory is reused
 FIX = "python -m LightningDiT.extract_features --help"
@@ -194,7 +193,6 @@ class LatentShards:
         self.conditions = None if conditions is None else conditions.long()
         self.augmentation = None if augmentation is None else augmentation.float()
         self.windows = None if windows is None else windows.long()
-        self.conditions, self.augmentation, self.windows = (_whole(shards, name) for name in ABOUT_ROWS)
         self._starts = np.cumsum([0, *(len(shard["labels"]) for shard in shards)])
         self._files = [path for shard, path in found if len(shard["labels"])]
         names = ("latents", "latents_flip") if self.has_flips else ("latents",)
@@ -259,12 +257,6 @@ class _Memory:
             others = [pair for pair in self._lent if pair[0] is not whole]
             self._lent = [*others, (whole, weakref.ref(part))][-KEPT_BATCHES:]
         return part
-
-
-def _whole(shards: Sequence[Mapping[str, Tensor]], name: str) -> Tensor | None:
-    """Return a tensor of all shards in their order, None unless each has it."""
-    parts = [shard[name] for shard in shards if name in shard]
-    return torch.cat(parts) if len(parts) == len(shards) else None
 
 
 def _as_array(latents: Tensor) -> np.ndarray:
