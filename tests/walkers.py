@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,4 +57,14 @@ def render(
                 Image.fromarray(coloured(enlarged(window), colour_map)).save(file, quality=90)
                 number += 1
             number += gap - 1
+    return root
+
+
+def prepared(root: Path, passes: Mapping[str, Sequence[int]], *options: str, size: str = "16", **named: Any) -> Path:
+    """Write walkers, their split (out/split.json) and their levels (levels/) into a folder by step 5, and return it."""
+    import step5_prepare_spectrograms as step5
+
+    render(root / "data", passes, **named)
+    own = ("--data", root / "data", "--output", root / "out", "--write", root / "levels", "--size", size, *options)
+    assert step5.main([str(option) for option in own]) == 0
     return root
