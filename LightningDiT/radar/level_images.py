@@ -170,7 +170,7 @@ def _of_part(split: Split, split_file: Path, part: str, fold: int) -> list[int]:
     if not rows:
         raise LightningDiTError(
             f"fold {fold} of {split_file} has no {part} windows: nobody has enough passes for it",
-            "record three passes or more of each person",
+            "choose another fold, or record three passes or more of each person",
         )
     if part == "training":
         split.refuse_tested(chosen, [split.rows[at].digest for at in rows], fold)
