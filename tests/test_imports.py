@@ -42,6 +42,7 @@ ROWS: dict[str, set[str]] = {
     "radar": {*GROUND, "data"},
     "sampling": BELOW,
     "training": {*BELOW, "radar", "sampling"},  # a run shows samples of its average
+    "verdict": {*GROUND, "data", "metrics", "radar", "sampling"},  # the look of a report is that of a demonstration
     "__init__": {"config", "sampling"},
     "pipeline": {"sampling"},
     "inference": {*GROUND, "data", "sampling"},

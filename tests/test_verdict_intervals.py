@@ -1,0 +1,134 @@
+"""Intervals over passes: closed forms of their standard error, strata, pairs, and what a difference means."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from LightningDiT.verdict.intervals import (
+    HELPS,
+    HURTS,
+    NO_EFFECT,
+    NO_VERDICT,
+    Interval,
+    PassBootstrap,
+    conclude,
+)
+
+MANY = 20_000  # resamples: the standard error is then known within about 0.5 %
+
+
+def layout(people: int, passes: int, windows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return person and pass of each window, every person with as many passes and every pass with as many windows."""
+    numbers = np.repeat(np.arange(people * passes), windows)
+    return numbers // passes, numbers
+
+
+@pytest.mark.parametrize("passes", [2, 3, 12])
+def test_one_window_a_pass_has_the_error_of_the_binomial(passes: int) -> None:
+    """s / sqrt(m) with s^2 = p (1 - p) m / (m - 1), also for two passes, where plain resampling gives 0.71 of it."""
+    people, numbers = layout(1, passes, 1)
+    right = (np.arange(passes) < max(1, passes // 3)).astype(float)
+    found = PassBootstrap(people, numbers, MANY).interval(right)
+    share = right.mean()
+    assert found.value == share
+    assert found.standard_error == pytest.approx(math.sqrt(share * (1 - share) / (passes - 1)), rel=0.03)
+    assert (found.passes, found.windows) == (passes, passes)
+
+
+def test_windows_of_a_pass_that_agree_do_not_narrow_the_interval() -> None:
+    once, often = layout(2, 6, 1), layout(2, 6, 40)
+    right = np.random.default_rng(0).integers(0, 2, 12).astype(float)
+    few = PassBootstrap(*once, 500).interval(right)
+    many = PassBootstrap(*often, 500).interval(np.repeat(right, 40))
+    assert (many.low, many.high, many.standard_error) == pytest.approx((few.low, few.high, few.standard_error))
+    assert few.low < few.value < few.high
+
+
+def test_the_error_of_unequal_passes_is_that_of_a_ratio() -> None:
+    """Cochran (1977), section 6.3: sqrt(m / (m - 1) sum e^2) / windows with e = right - share * windows of a pass."""
+    rng = np.random.default_rng(1)
+    sizes = rng.integers(20, 60, 30)
+    numbers = np.repeat(np.arange(30), sizes)
+    right = (rng.random(len(numbers)) < np.repeat(rng.uniform(0.3, 0.9, 30), sizes)).astype(float)
+    residuals = np.bincount(numbers, right) - right.mean() * sizes
+    expected = math.sqrt(30 / 29 * (residuals**2).sum()) / sizes.sum()
+    found = PassBootstrap(np.zeros_like(numbers), numbers, MANY).interval(right)
+    assert found.standard_error == pytest.approx(expected, rel=0.03)
+    assert (found.low, found.high) == pytest.approx(
+        (right.mean() - 1.96 * expected, right.mean() + 1.96 * expected), abs=0.01
+    )
+
+
+def test_what_differs_between_people_alone_is_no_error() -> None:
+    people, numbers = layout(4, 3, 5)
+    found = PassBootstrap(people, numbers).interval((people % 2).astype(float))
+    assert (found.value, found.low, found.high, found.standard_error) == (0.5, 0.5, 0.5, 0.0)
+
+
+def test_people_with_one_pass_are_one_stratum() -> None:
+    """Their mean has the error of their passes; a stratum each would say that nothing varies."""
+    people, numbers = layout(8, 1, 10)
+    right = np.repeat([1.0, 0, 1, 1, 0, 1, 1, 1], 10)
+    bootstrap = PassBootstrap(people, numbers, MANY)
+    assert bootstrap.joined == 8
+    assert bootstrap.interval(right).standard_error == pytest.approx(math.sqrt(0.75 * 0.25 / 7), rel=0.03)
+    alone = PassBootstrap(np.array([0, 0, 1]), np.array([0, 1, 2]), MANY)  # joins the other person
+    assert alone.joined == 1
+    assert alone.interval(np.array([0.0, 0, 1])).standard_error == pytest.approx(1 / 3, rel=0.03)
+
+
+def test_one_pass_has_no_interval() -> None:
+    found = PassBootstrap(np.zeros(9, int), np.zeros(9, int)).interval(np.ones(9))
+    assert (found.value, found.low, found.high) == (1.0, -math.inf, math.inf)
+    assert conclude(found).outcome == NO_VERDICT
+
+
+def test_equal_predictions_differ_by_nothing_and_pairs_are_narrower_than_two_rows() -> None:
+    people, numbers = layout(3, 5, 8)
+    rng = np.random.default_rng(2)
+    first = np.repeat(rng.random(15) < 0.7, 8).astype(float)
+    second = np.where(numbers == 4, 1 - first, first)  # one pass of fifteen changes
+    bootstrap = PassBootstrap(people, numbers)
+    same = bootstrap.interval(first - first)
+    assert (same.value, same.low, same.high, same.smallest) == (0, 0, 0, 0)
+    assert conclude(same).outcome == NO_EFFECT
+    paired = bootstrap.interval(second - first)
+    assert abs(paired.value) == pytest.approx(1 / 15)
+    assert paired.standard_error < bootstrap.interval(first).standard_error
+    assert paired.standard_error == pytest.approx(math.sqrt(5 / 4 * (0.8**2 + 4 * 0.2**2)) / 15, rel=0.1)
+
+
+def test_the_seed_alone_decides_the_draws() -> None:
+    people, numbers = layout(2, 6, 3)
+    right = np.random.default_rng(3).random(36)
+    first, again, other = (PassBootstrap(people, numbers, 100, seed).interval(right) for seed in (0, 0, 1))
+    assert first == again
+    assert first.low != other.low
+
+
+def test_a_pass_of_two_people_is_refused() -> None:
+    with pytest.raises(ValueError, match="two people"):
+        PassBootstrap(np.array([0, 1]), np.array([5, 5]))
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "outcome", "enough"),
+    [
+        (0.05, 0.01, HELPS, True),
+        (0.02, 0.005, HELPS, False),
+        (0.03, 0.0103, HELPS, True),  # the data can show 2.9 points
+        (-0.02, 0.005, HURTS, False),
+        (0.005, 0.01, NO_EFFECT, False),
+        (0.04, 0.03, NO_VERDICT, False),
+        (0.10, 0.04, NO_VERDICT, False),  # above 0, but such data often show too much: 11 points are what it shows
+        (0.30, 0.04, HELPS, True),
+        (-0.30, 0.04, HURTS, False),
+    ],
+)
+def test_what_a_difference_means(value: float, error: float, outcome: str, enough: bool) -> None:
+    found = conclude(Interval(value, value - 1.96 * error, value + 1.96 * error, error, 100, 10), wanted=0.03)
+    assert (found.outcome, found.is_enough) == (outcome, enough)
+    assert found.difference.smallest == pytest.approx(2.8 * error)
