@@ -21,6 +21,7 @@ IMAGENET_CLASSES = 1000
 LATENTS_MANIFEST = "manifest.json"  # beside latent shards: their origin, with the names of the classes
 CLASS_NAMES = "class_names"  # key in every manifest and in the metadata of a transformer: names in order of number
 CONDITION_NAMES = "condition_names"  # the same of the second label
+NULL_TRAINED = "null_trained"  # key in the metadata of weights: whether rows of no class and condition were trained
 PLURALS = {"class": "classes", "condition": "conditions"}
 MOST_DIGITS = 9  # of a class number
 LISTED_CLASSES = 20  # names that fit one line of an error

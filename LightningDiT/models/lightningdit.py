@@ -29,6 +29,7 @@ from .positions import RotaryEmbedding2d, sincos_table
 INITIAL_STD = 0.02  # of the tables of labels and the layers of the time before training
 CFG_CHANNELS = 3  # the published forward_with_cfg guides these channels only
 WITHOUT_TENSORS = ("mlp_ratio", "class_dropout_prob", "use_checkpoint", "dropout")  # settings that no tensor shows
+CLASS_TABLE = "y_embedder.embedding_table.weight"
 CONDITION_TABLE, AUGMENTATION_WEIGHT = "c_embedder.embedding_table.weight", "a_embedder.weight"
 
 
@@ -323,7 +324,7 @@ def settings_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> LightningDiTS
     """
     needed = (
         "x_embedder.proj.weight",
-        "y_embedder.embedding_table.weight",
+        CLASS_TABLE,
         "pos_embed",
         "final_layer.linear.weight",
     )
@@ -346,7 +347,7 @@ def settings_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> LightningDiTS
         hidden_size=width,
         depth=depth,
         num_heads=heads,
-        num_classes=shapes["y_embedder.embedding_table.weight"][0] - 1,
+        num_classes=shapes[CLASS_TABLE][0] - 1,
         learn_sigma=out == 2 * in_channels,
         use_qknorm="attn.q_norm.weight" in block,
         use_swiglu="mlp.w12.weight" in block,

@@ -35,8 +35,7 @@ from LightningDiT.device import (
     numeric_switches,
 )
 from LightningDiT.errors import first_line, is_out_of_memory, warn_user
-from LightningDiT.loading import guidance_of
-from LightningDiT.models.lightningdit import LightningDiT
+from LightningDiT.loading import Network, guidance_of
 from LightningDiT.sampling.solver_choice import Solver
 from LightningDiT.transport import jumps_of
 
@@ -64,7 +63,7 @@ class Networks:
         self._parts = {network: list(network.modules()) for network in networks}
         for network in networks if plan.compiled else ():
             if network not in self._compiled and not any(map(is_compiled, self._parts[network])):
-                compile_forward(*(network.blocks if plan.compiled == BLOCK else [network]))
+                compile_forward(*(network.blocks if plan.compiled == BLOCK and _has_blocks(network) else [network]))
                 self._compiled.add(network)
         try:
             with contextlib.nullcontext() if plan.compiled else uncompiled(*networks):
@@ -72,12 +71,12 @@ class Networks:
         finally:
             self._parts = outer
 
-    def predict(self, network: LightningDiT, plan: Plan, images: int, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def predict(self, network: Network, plan: Plan, images: int, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Return the float32 prediction (M, C, h, w) of states x (M, C, h, w) of M / `images` predictions an image.
 
         Args:
             t: times (M,), all equal.
-            y: labels (M,).
+            y: labels (M,), or (M, 2) with a second label.
         """
         states = len(x)
         rows = states // images * plan.rows(images)
@@ -90,8 +89,8 @@ class Networks:
         """Forget all recordings, which frees their memory."""
         self._recordings.clear()
 
-    def _replayed(self, network: LightningDiT, plan: Plan, inputs: tuple[Tensor, ...]) -> Tensor:
-        """Return the output (N, C, h, w) for inputs x (N, C, h, w), t (1,) and y (N,), in memory of its own."""
+    def _replayed(self, network: Network, plan: Plan, inputs: tuple[Tensor, ...]) -> Tensor:
+        """Return the output (N, C, h, w), in memory of its own, for inputs x (N, C, h, w), t (1,) and labels y."""
         parts = self._parts[network]
         if self._graphs_fail or any(part.training or part._forward_hooks or part._forward_pre_hooks for part in parts):
             return network(*inputs)  # a replay would draw the same labels to drop, and call no hook
@@ -107,7 +106,7 @@ class Networks:
                 del self._recordings[oldest]
         return self._recordings[key][1](*inputs).clone()  # solvers keep predictions; the next replay writes there
 
-    def _recorded(self, network: LightningDiT, inputs: tuple[Tensor, ...]) -> Recording | None:
+    def _recorded(self, network: Network, inputs: tuple[Tensor, ...]) -> Recording | None:
         try:
             return Recording(network, inputs)
         except Exception as error:  # of the device, its libraries, or the computation
@@ -134,20 +133,21 @@ def _places(parts: Sequence[nn.Module]) -> list[tuple[int, torch.dtype]]:
     return [(value.data_ptr(), value.dtype) for value in tensors if value is not None]
 
 
-def plan_of(solver: Solver, network: LightningDiT, precision: Precision, images: int, batch: int) -> Plan:
+def plan_of(solver: Solver, network: Network, precision: Precision, images: int, batch: int) -> Plan:
     """Return the plan of a run of `images` images in this process, `batch` of them at once; see `choose`."""
     sample, weight = solver.sample, next(network.parameters())
     work = _work(solver, network, images, batch)
     warm = []
-    for compiled in (BLOCK, WHOLE):
+    for compiled in (BLOCK, WHOLE) if _has_blocks(network) else (WHOLE,):
         stamp = stamp_of(_facts(network, compiled, min(batch, images), work.shapes))
         if stamp is not None and stamp.exists():
             warm.append(compiled)
     plan = choose(work, abilities(weight.device), sample.compile, sample.deterministic, warm)
-    return replace(plan, tf32=precision.tf32, half_decoder=precision.half_decoder)
+    compiled = WHOLE if plan.compiled and not _has_blocks(network) else plan.compiled
+    return replace(plan, compiled=compiled, tf32=precision.tf32, half_decoder=precision.half_decoder)
 
 
-def objection_to(plan: Plan, network: LightningDiT, wish: str) -> str:
+def objection_to(plan: Plan, network: Network, wish: str) -> str:
     """Return why this machine, or `compile` of the settings, does not go with a plan; empty if they do."""
     objection = plan.objection(abilities(next(network.parameters()).device), wish)
     if not objection and plan.attention and (failure := _attention_failure(plan.attention, network)):
@@ -155,39 +155,43 @@ def objection_to(plan: Plan, network: LightningDiT, wish: str) -> str:
     return objection
 
 
-def note_code(plan: Plan, solver: Solver, network: LightningDiT) -> None:
+def note_code(plan: Plan, solver: Solver, network: Network) -> None:
     """Leave a note for later runs that compiled code of this plan is there, if compiling worked."""
     if plan.compiled and plan.batch and any(map(is_compiled, network.modules())):
         facts = _facts(network, plan.compiled, plan.batch, _work(solver, network, 1, 1).shapes)
         leave_stamp(stamp_of(facts), facts)
 
 
-def _work(solver: Solver, network: LightningDiT, images: int, batch: int) -> Work:
-    sample, settings = solver.sample, network.settings
+def _work(solver: Solver, network: Network, images: int, batch: int) -> Work:
+    sample = solver.sample
     guidance, has_guide = guidance_of(sample), sample.guide_ckpt is not None
-    width, tokens = settings.hidden_size, settings.side**2
     return Work(
         images=images,
         batch=batch,
         states=solver.steps * (1 if guidance.cfg_scale == 1 else 2),
         shapes=2 if jumps_of(guidance) and not has_guide else 1,
-        # products of a block with 12 width^2 weights for each token, and attention
-        gflop=settings.depth * tokens * width * (24 * width + 4 * tokens) / 1e9,
+        gflop=network.settings.gflop,
         half=next(network.parameters()).dtype in HALF_PRECISIONS,
         adaptive=solver.is_adaptive,
         kernels=tuple(row.name for row in KERNELS if not _attention_failure(row.name, network)),
     )
 
 
-def _attention_failure(kernel: str, network: LightningDiT) -> str | None:
-    settings, weight = network.settings, next(network.parameters())
+def _attention_failure(kernel: str, network: Network) -> str | None:
+    weight = next(network.parameters())
     if abilities(weight.device).capability is None:
         return "there is no GPU"
-    width = settings.hidden_size // settings.num_heads
-    return attention_failure(kernel, settings.num_heads, settings.side**2, width, weight.dtype, weight.device)
+    if (shape := getattr(network, "attention_shape", None)) is None:
+        return "the network has no attention"
+    return attention_failure(kernel, *shape, weight.dtype, weight.device)
 
 
-def _facts(network: LightningDiT, compiled: str, batch: int, shapes: int) -> dict[str, Any]:
+def _has_blocks(network: Network) -> bool:
+    """Return whether a network is made of blocks of one shape, whose code one of them gives to all."""
+    return hasattr(network, "blocks")
+
+
+def _facts(network: Network, compiled: str, batch: int, shapes: int) -> dict[str, Any]:
     """Return what compiled code belongs to."""
     weight = next(network.parameters())
     return {
