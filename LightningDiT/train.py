@@ -23,11 +23,11 @@ from LightningDiT.training.loop import train as run_loop
 from LightningDiT.training.monitors import configured_monitors
 from LightningDiT.training.run_dir import RunDir
 from LightningDiT.training.transformer_training import (
-    WEIGHTS_NAME,
     Trainer,
     check_data,
     loop_settings,
     settings_text,
+    weights_name,
 )
 
 
@@ -59,9 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = processes.agree(lambda: read_config(args))
         train = config.train
         path = args.output or Path(train.output_dir) / train.exp_name
-        run = RunDir(path, train.keep_checkpoints, train.keep_every, train.ckpt_every, [WEIGHTS_NAME])
+        run = RunDir(path, train.keep_checkpoints, train.keep_every, train.ckpt_every, [weights_name(config)])
         if args.dry_run:
-            processes.say(processes.from_main(lambda: settings_text(config, True)))
+            processes.say(processes.from_main(lambda: settings_text(config, True, args.max_steps)))
             processes.from_main(lambda: check_data(config, run))
             return 0
         starts = processes.from_main(lambda: run.newest() is None)
@@ -69,14 +69,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         monitors = processes.agree(
             lambda: configured_monitors(config, trainer.data, trainer.averaged_model, run.path, processes)
         )
-        processes.say(settings_text(config, False) + "\n" + trainer.summary())
-        weights = run_loop(trainer, run, loop_settings(config, args.max_steps), WEIGHTS_NAME, processes, monitors)
-        processes.say(
-            f"wrote {weights}\n"
-            f"Next: set ckpt_path: {weights} in {args.config}, and"
-            f" python -m LightningDiT.inference --config {shlex.quote(args.config)} --demo"
+        processes.say(settings_text(config, False, args.max_steps) + "\n" + trainer.summary())
+        weights = run_loop(
+            trainer, run, loop_settings(config, args.max_steps), weights_name(config), processes, monitors
         )
+        processes.say(f"wrote {weights}\n{next_command(config, args.config, weights)}")
     return 0
+
+
+def next_command(config: Config, path: str, weights: Path) -> str:
+    """Return what to do with the weights, which are a whole network's or an adapter's."""
+    keys = f"ckpt_path: {weights}"
+    if config.train.trainable != "all":
+        keys = f"ckpt_path: {config.train.weight_init} and adapter_path: {weights}"
+    return f"Next: set {keys} in {path}, and python -m LightningDiT.inference --config {shlex.quote(path)} --demo"
 
 
 if __name__ == "__main__":

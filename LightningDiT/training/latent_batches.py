@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from LightningDiT.config import Config
-from LightningDiT.data.labels import CONDITION_NAMES, Labels, Names, check_agreement, match, names_of_latents
+from LightningDiT.data.labels import (
+    CLASS_NAMES,
+    CONDITION_NAMES,
+    Labels,
+    Names,
+    check_agreement,
+    match,
+    names_of_latents,
+)
 from LightningDiT.data.prefetching import StepPrefetcher, prefetched
 from LightningDiT.data.shards import LatentShards
 from LightningDiT.device import ready_for
@@ -321,16 +329,29 @@ def condition_names_of(config: Config, say: Callable[[str], None] = print) -> Na
 
 
 def training_labels(config: Config, labels: Tensor, say: Callable[[str], None]) -> Tensor:
-    """Return the training's classes of labels (N,) of `data.valid_path`, whose classes may have another order.
+    """Return the training's numbers of labels (N,) or (N, 2) of `data.valid_path`, whose order may be another one.
 
     Args:
         say: takes a line if names of one side meet numbers of the other.
 
     Raises:
-        LightningDiTError: those latents have a class that the training's lack.
+        LightningDiTError: those latents have a class or a condition that the training's lack.
     """
+    classes = Labels.of(config, trained=False).identity
+    if labels.dim() == 1:
+        return _renumbered(config, labels, classes, CLASS_NAMES, say)
+    conditions = condition_names_of(config, say)
+    columns = [
+        _renumbered(config, labels[:, 0], classes, CLASS_NAMES, say),
+        _renumbered(config, labels[:, 1], conditions, CONDITION_NAMES, say),
+    ]
+    return torch.stack(columns, dim=1)
+
+
+def _renumbered(config: Config, labels: Tensor, ours: Names | None, key: str, say: Callable[[str], None]) -> Tensor:
+    """Return the training's numbers of labels (N,) of one kind; `key` is `CLASS_NAMES` or `CONDITION_NAMES`."""
     folder, valid = str(config.data.data_path), str(config.data.valid_path)
-    ours, theirs = Labels.of(config, trained=False).identity, names_of_latents(valid)
+    theirs = names_of_latents(valid, key)
     found = match(ours, theirs, f"latents in {folder}", f"latents in {valid}")
     if found.note:
         say(f"note: {found.note}")
@@ -340,9 +361,10 @@ def training_labels(config: Config, labels: Tensor, say: Callable[[str], None]) 
         numbers = {value: number for number, value in enumerate(found.ours)}
         missing = [str(label) for label in labels.unique().tolist() if label not in numbers]
     if missing:
+        kind, kinds = ("class", "classes") if key == CLASS_NAMES else ("condition", "conditions")
         raise LightningDiTError(
-            f"latents in {valid} have the class {missing[0]!r}, which latents in {folder} lack"
+            f"latents in {valid} have the {kind} {missing[0]!r}, which latents in {folder} lack"
             f" ({', '.join((ours or ())[:LISTED])}, ...)",
-            "set data.valid_path to latents of the same classes",
+            f"set data.valid_path to latents of the same {kinds}",
         )
     return torch.tensor([numbers[label] for label in labels.tolist()])

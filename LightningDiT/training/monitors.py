@@ -24,7 +24,14 @@ from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from LightningDiT.seeds import generator_for
 from LightningDiT.tokenizer.config import load_tokenizer_config, tokenizer_config_path
 from LightningDiT.tokenizer.vavae import VA_VAE
-from LightningDiT.training.latent_batches import LatentBatches, has_cosine_loss, open_shards, training_labels
+from LightningDiT.training.latent_batches import (
+    LatentBatches,
+    has_cosine_loss,
+    labels_of,
+    not_augmented,
+    open_shards,
+    training_labels,
+)
 from LightningDiT.training.loop import Monitor
 
 TIME_BINS = 10
@@ -107,15 +114,16 @@ class Validation:
 
 
 def _validation_samples(config: Config, data: LatentBatches, processes: Processes) -> tuple[Tensor, Tensor]:
-    """Return latents (N, C, h, w) and labels (N,), spread evenly over those for validation.
+    """Return latents (N, C, h, w) and labels (N,) or (N, 2), spread evenly over those for validation.
 
-    Latents that are not finite are left out, and a line names them.
+    Augmented latents are left out, and those that are not finite, which a line names.
     """
     if config.data.valid_path:
         shards = open_shards(config, config.data.valid_path)
         numbers = torch.arange(len(shards))
     else:
         shards, numbers = data.shards, data.held_out
+    numbers = not_augmented(shards, numbers)
     if not len(numbers):
         raise LightningDiTError(
             f"{config.source}: train.valid_every is {config.train.valid_every}; there are no latents to validate on",
@@ -123,7 +131,7 @@ def _validation_samples(config: Config, data: LatentBatches, processes: Processe
         )
     count = min(len(numbers), config.train.valid_samples)
     numbers = numbers[torch.arange(count) * len(numbers) // count]
-    latents, labels = shards.batch(numbers)
+    latents, labels = shards.batch(numbers)[0], labels_of(config, shards, numbers)
     if config.data.valid_path:
         labels = training_labels(config, labels, processes.say)
     finite = latents.isfinite().flatten(1).all(1)  # (N,)

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from LightningDiT.checkpoint import inspect, without_values
 from LightningDiT.compiling import BLOCKS_SHARE, compile_forward
 from LightningDiT.config import Config, as_dict
-from LightningDiT.data.labels import CLASS_NAMES, CONDITION_NAMES, Labels, Names
+from LightningDiT.data.labels import CLASS_NAMES, CONDITION_NAMES, NULL_TRAINED, Labels, Names
 from LightningDiT.device import PRECISIONS, abilities, autocast, best_device, training_dtype
 from LightningDiT.distributed import ALONE, Processes
 from LightningDiT.errors import LightningDiTError, is_out_of_memory
 from LightningDiT.idle_settings import training_notes
 from LightningDiT.loading import Network, build_transport, make_model, model_settings
 from LightningDiT.models.adapters import matrix_names
+from LightningDiT.sampling.null_row import null_failure_of
 from LightningDiT.seeds import generator_for
 from LightningDiT.training.ema import Ema
 from LightningDiT.training.fine_tuning import NEW, RESIZED, initialise, plan
@@ -34,6 +35,7 @@ from LightningDiT.training.latent_batches import (
     has_cosine_loss,
 )
 from LightningDiT.training.loop import LoopSettings
+from LightningDiT.training.parts import check_parts
 from LightningDiT.training.run_dir import RunDir, load_optimizer
 from LightningDiT.training.scaler import LossScaler
 from LightningDiT.training.schedule import learning_rate, schedule_lengths
@@ -45,7 +47,6 @@ TERMS = ("loss", "cos_loss")
 #: small models and batches, whose steps take 0.05 s uncompiled, most of it.
 COMPILED_FROM = 1000
 DROPOUT_STREAM = 4  # a second seed, beside those of latent_batches and monitors
-NULL_TRAINED = "null_trained"  # key in the metadata of weights: whether guidance by the null class was learnt
 SCALING = ("latent_norm", "latent_multiplier")  # how latents become the model's; a run keeps it
 
 
@@ -61,6 +62,8 @@ class Trainer:
         self.lengths = schedule_of(config)
         self.device = best_device()
         self.dtype = PRECISIONS.get(config.train.precision) or training_dtype(self.device)
+        for note in check_parts(config):
+            processes.say(f"note: {note}")
         self.terms = TERMS if has_cosine_loss(config) else TERMS[:1]
         self.data = LatentBatches(config, build_transport(config), processes.rank, processes.count, self.device)
         names = class_names_of(config, self.data.shards, starts, processes.say)
@@ -338,16 +341,25 @@ def weights_metadata(config: Config, names: Names | None, conditions: Names | No
         return metadata | {NULL_TRAINED: json.dumps(bool(config.train.label_dropout))}
     if not Path(source).exists():
         return metadata
-    return metadata | {NULL_TRAINED: json.dumps(inspect(source).metadata.get(NULL_TRAINED) != "false")}
+    return metadata | {NULL_TRAINED: json.dumps(not null_failure_of(Config(ckpt_path=source)))}
 
 
-def settings_text(config: Config, dry_run: bool) -> str:
-    """Return the settings as text, for a dry run with the plan of `train.weight_init`."""
+def settings_text(config: Config, dry_run: bool, max_steps: int | None = None) -> str:
+    """Return the settings as text, for a dry run with the plan of `train.weight_init`.
+
+    Args:
+        max_steps: steps after which the run ends before its schedule does.
+    """
     rise, fall = schedule_of(config)
     lines = [f"settings: {model_settings(config)}", f"          {config.train}", f"          {config.optimizer}"]
     lines.append(
         f"learning rate: {config.optimizer.lr:g}, after a rise over {rise} steps, and a fall over the last {fall}"
     )
+    if max_steps and max_steps < rise:
+        highest = learning_rate(max_steps - 1, config.optimizer.lr, rise, fall, config.train.max_steps)
+        lines.append(
+            f"note: --max-steps {max_steps} ends the run within that rise, at a learning rate of {highest:.2g}"
+        )
     lines += [f"note: {note}" for note in training_notes(config)]
     if dry_run and config.train.weight_init:
         with without_values():
@@ -364,5 +376,8 @@ def check_data(config: Config, run: RunDir) -> None:
     if not config.data.data_path:
         print("note: data.data_path is not set yet; a training needs it")
         return
+    for note in check_parts(config):
+        print(f"note: {note}")
     data = LatentBatches(config, build_transport(config))
     class_names_of(config, data.shards, not run.checkpoints(), print)
+    kind_of_part(config)
