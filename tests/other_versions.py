@@ -11,6 +11,7 @@ import pytest
 from setup_steps.install import read_pins
 from setup_steps.pip_calls import explain, pip_command
 from setup_steps.project import PROJECT, venv_python
+from tests.workers import shared_folder
 
 SHARED = {"torch", "torchvision"}  # too large
 #: The lowest versions with wheels for newer Pythons than those of requirements-official.txt.
@@ -29,14 +30,22 @@ def other_pins() -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def other_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def other_python(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A virtual environment's interpreter that has `other_pins`, and for all else the packages of this interpreter.
 
     pip installs the pins from where it got the packages of this environment. The test is skipped if they cannot be had.
     """
-    folder = tmp_path_factory.mktemp("other") / "venv"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
-    python = venv_python(folder)
+    with shared_folder(request, tmp_path_factory, "other") as folder:
+        python = venv_python(folder / "venv")
+        if not (folder / "made").exists():
+            install_others(python, folder / "venv")
+            (folder / "made").touch()
+    return python
+
+
+def install_others(python: Path, folder: Path) -> None:
+    """Make the virtual environment of `other_python` in a folder."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", "--clear", str(folder)], check=True)
     places = [place for place in sys.path if Path(place).name in ("site-packages", "dist-packages")]
     (next(folder.glob("lib/python*/site-packages")) / "complete.pth").write_text("\n".join(places) + "\n")
     wanted = [f"{name}=={version}" for name, version in other_pins().items()]
@@ -45,4 +54,3 @@ def other_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if done.returncode and "ResolutionImpossible" not in done.stderr:
         pytest.skip(str(explain(done.stderr, wanted, done.returncode)))
     assert done.returncode == 0, done.stderr
-    return python

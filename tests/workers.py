@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+from LightningDiT.files import try_lock
 
 #: Each holds torch and the models of its tests, which is 1 to 2 GB.
 MOST = 4
@@ -31,3 +37,15 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         option.numprocesses, option.dist = min(MOST, cores), "worksteal"
     if option.numprocesses:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # they and the processes of their tests inherit it
+
+
+@contextlib.contextmanager
+def shared_folder(request: pytest.FixtureRequest, factory: pytest.TempPathFactory, name: str) -> Iterator[Path]:
+    """A folder that all processes of this run share; one of them at a time is within the block."""
+    base = factory.getbasetemp()  # of this process, in the folder of the run if others share it
+    folder = (base.parent if hasattr(request.config, "workerinput") else base) / name
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("wb") as lock:
+        while not try_lock(lock):
+            time.sleep(0.1)
+        yield folder
