@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from LightningDiT.checkpoint import check_kinds, check_shapes, inspect, load_file, without_values
+from LightningDiT.checkpoint import (
+    CheckpointInfo,
+    check_kinds,
+    check_shapes,
+    inspect,
+    load_file,
+    load_into,
+    load_weights,
+    without_values,
+)
 from LightningDiT.config import Config, SampleConfig, setting_differences
 from LightningDiT.errors import LightningDiTError, warn_user
 from LightningDiT.models import lightningdit
+from LightningDiT.models.adapters import ALPHA, BASE, KIND, RANK, base_digest, merged, merged_shapes
 from LightningDiT.models.lightningdit import (
     WITHOUT_TENSORS,
     LightningDiT,
@@ -39,7 +51,7 @@ from LightningDiT.tokenizer.vavae import autoencoder_settings
 from LightningDiT.transport import GuidanceSettings, Transport, create_transport
 
 STATS_NAME = "latents_stats.pt"
-
+ADAPTER_FIX = "set ckpt_path to the file that train.weight_init named, or set the adapter_path that belongs to it"
 
 Network = LightningDiT | UNet
 NetworkSettings = LightningDiTSettings | UNetSettings
@@ -154,8 +166,9 @@ def check_transformer_file(config: Config, path: str | Path) -> str:
     Raises:
         LightningDiTError: it is of another kind or size.
     """
-    info = inspect(path)
-    wanted = model_settings(config)
+    info, wanted = inspect(path), model_settings(config)
+    if config.adapter_path:
+        info = _with_adapter(config, info)
     try:
         found = settings_from_shapes(info.shapes)
     except (ValueError, KeyError, IndexError) as error:
@@ -193,8 +206,59 @@ def _refuse_another_network(config: Config, path: str | Path, wanted: NetworkSet
         )
 
 
+def _with_adapter(config: Config, info: CheckpointInfo) -> CheckpointInfo:
+    """Return what a weights file holds once the adapter of a configuration is in it."""
+    adapter = inspect(str(config.adapter_path))
+    _adapter_scale(adapter)
+    with without_values():
+        wanted = make_model(model_settings(config)).state_dict()
+    shapes = {name: shape for name, shape in merged_shapes(info.shapes, adapter.shapes).items() if name in wanted}
+    kinds = {name: kind for name, kind in (info.kinds | adapter.kinds).items() if name in wanted}
+    return dataclasses.replace(
+        info, shapes=shapes, kinds=kinds, notes=(*info.notes, *adapter.notes, f"adapter {adapter.path}")
+    )
+
+
+def _adapter_scale(adapter: CheckpointInfo) -> float:
+    """Return the factor on the products B A of an adapter.
+
+    Raises:
+        LightningDiTError: the file is no adapter.
+    """
+    told = adapter.metadata
+    try:
+        if not all(name in told for name in (KIND, BASE)):
+            raise ValueError(f"its metadata have no {KIND}")
+        return float(json.loads(told.get(ALPHA, "1"))) / float(json.loads(told.get(RANK, "1")))
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise LightningDiTError(
+            f"adapter_path {adapter.path} is no adapter ({error})",
+            "name the adapter.safetensors of a training with train.trainable",
+        ) from error
+
+
+def adapted_weights(config: Config) -> dict[str, Tensor]:
+    """Return the weights of `config.ckpt_path` with those of `config.adapter_path` in them.
+
+    Raises:
+        LightningDiTError: either file does not fit, or the adapter was trained on other weights.
+    """
+    path, adapter = required(config, "ckpt_path"), inspect(str(config.adapter_path))
+    scale, changes = _adapter_scale(adapter), load_weights(adapter.path)
+    with without_values():
+        names = make_model(model_settings(config)).state_dict().keys()
+    base = {name: value for name, value in load_weights(path).items() if name in names}
+    if missing := [name for name in names if name not in base and name not in changes]:
+        raise LightningDiTError(f"neither {path} nor {adapter.path} has the tensor {missing[0]}", ADAPTER_FIX)
+    if json.dumps(base_digest(base, changes, names)) != adapter.metadata[BASE]:
+        raise LightningDiTError(f"the adapter {adapter.path} was trained on other weights than {path}", ADAPTER_FIX)
+    with as_user_error(str(adapter.path)):
+        return merged(base, changes, scale)
+
+
 def check_guide_file(config: Config, path: str | Path) -> str:
     """Compare the guide's weights file with the configuration and return a line that says so."""
+    config = dataclasses.replace(config, adapter_path=None)
     try:
         return f"guide {check_transformer_file(config, path).partition(' ')[2]}"
     except LightningDiTError as error:
@@ -218,7 +282,7 @@ def check_latent_shape(config: Config, tokenizer: TokenizerConfig) -> None:
 
 
 def load_transformer(config: Config, dtype: torch.dtype | None = None) -> Network:
-    """Return the transformer or the U-Net in eval mode with the weights of `config.ckpt_path`.
+    """Return the transformer or the U-Net in eval mode with the weights of `config.ckpt_path`, and of its adapter.
 
     The file is compared with the configuration first, so that a wrong one costs nothing, and the model is made on the
     meta device.
@@ -227,7 +291,12 @@ def load_transformer(config: Config, dtype: torch.dtype | None = None) -> Networ
     check_transformer_file(config, path)
     with without_values():
         model = make_model(model_settings(config))
-    load_file(model, path, dtype or torch.float32)
+    if config.adapter_path:
+        adapted, kind = adapted_weights(config), dtype or torch.float32
+        weights = {name: value.to(kind) if value.is_floating_point() else value for name, value in adapted.items()}
+        load_into(model, weights, config.adapter_path)
+    else:
+        load_file(model, path, dtype or torch.float32)
     return model.eval().requires_grad_(False)
 
 
@@ -236,7 +305,7 @@ def load_guide(config: Config, dtype: torch.dtype | None = None) -> Network | No
     if not (path := config.sample.guide_ckpt):
         return None
     check_guide_file(config, path)
-    return load_transformer(dataclasses.replace(config, ckpt_path=path), dtype)
+    return load_transformer(dataclasses.replace(config, ckpt_path=path, adapter_path=None), dtype)
 
 
 def load_stats(config: Config) -> LatentStats:

@@ -18,6 +18,8 @@ DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 #: What every such training changes as a whole: tables of classes and conditions, and what tells an augmentation.
 TABLES = ("y_embedder.embedding_table.weight", "c_embedder.embedding_table.weight", "a_embedder.weight")
 EMBEDDERS = ("x_embedder", "t_embedder", "y_embedder", "c_embedder", "a_embedder", "time_embedding")
+#: Keys in the metadata of an adapter's file, whose values are JSON texts.
+KIND, BASE, RANK, ALPHA = "adapter_kind", "base_weights", "lora_rank", "lora_alpha"
 HASHED = 4096  # values of each tensor
 
 
@@ -91,7 +93,7 @@ def matrix_names(model: nn.Module) -> list[str]:
 
 
 def merged(base: Mapping[str, Tensor], adapter: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """Return the weights of a network with an adapter in them; both stay as they are.
+    """Return the weights of a network with an adapter in them, changed ones in float32; both stay as they are.
 
     Args:
         scale: factor on B A, which is alpha / rank.
@@ -110,7 +112,7 @@ def merged(base: Mapping[str, Tensor], adapter: Mapping[str, Tensor], scale: flo
                 f"the adapter of {name}.weight is {list(down.shape)} and {list(up.shape)} for {list(weight.shape)}"
             )
         change = up.float().flatten(1) @ down.float().flatten(1)  # (out, in) or (out, in k k)
-        result[f"{name}.weight"] = (weight.float() + scale * change.view(weight.shape)).to(weight.dtype)
+        result[f"{name}.weight"] = weight.float() + scale * change.view(weight.shape)
     return result | {name: value for name, value in adapter.items() if not name.endswith((DOWN, UP))}
 
 

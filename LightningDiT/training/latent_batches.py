@@ -20,7 +20,6 @@ from LightningDiT.data.labels import (
     CONDITION_NAMES,
     Labels,
     Names,
-    check_agreement,
     match,
     names_of_latents,
 )
@@ -300,32 +299,16 @@ def class_names_of(config: Config, shards: LatentShards, starts: bool, say: Call
 def condition_names_of(config: Config, say: Callable[[str], None] = print) -> Names | None:
     """Return the names of the second label that a model learns, None where there is none or it has no names.
 
-    They are those of the configuration, which must then be those of the latents' manifest, or the manifest's.
-
     Args:
         say: takes a line for a second label that the latents have and the model does not learn.
 
     Raises:
-        LightningDiTError: configuration and manifest contradict one another, or have another number of names.
+        LightningDiTError: the configuration contradicts the latents' manifest.
     """
-    data = config.data
-    there = names_of_latents(data.data_path or "", CONDITION_NAMES)
-    if not data.num_conditions:
-        if there:
-            say(f"note: the {len(there)} conditions of latents in {data.data_path} are not learnt: no num_conditions")
-        return None
-    if data.condition_names and there:
-        check_agreement(
-            data.condition_names, there, f"data.condition_names in {config.source}", f"latents in {data.data_path}"
-        )
-    names = data.condition_names or there
-    if names and len(names) != data.num_conditions:
-        raise LightningDiTError(
-            f"{config.source}: data.num_conditions is {data.num_conditions}, and {len(names)} conditions have names"
-            f" ({', '.join(names[:LISTED])})",
-            f"set data.num_conditions: {len(names)}",
-        )
-    return names
+    found, folder = Labels.conditions_of(config, trained=False), config.data.data_path or ""
+    if found is None and (there := names_of_latents(folder, CONDITION_NAMES)):
+        say(f"note: the {len(there)} conditions of latents in {folder} are not learnt, as data.num_conditions is 0")
+    return found.identity if found else None
 
 
 def training_labels(config: Config, labels: Tensor, say: Callable[[str], None]) -> Tensor:

@@ -18,6 +18,10 @@ from LightningDiT.config import Config
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.loading import as_user_error
 from LightningDiT.models.adapters import (
+    ALPHA,
+    BASE,
+    KIND,
+    RANK,
     base_digest,
     bias_names,
     matching_names,
@@ -57,9 +61,9 @@ class Part:
         """What the adapter's file says of itself, each value as JSON; nothing for a whole network."""
         if self.kind == ALL:
             return {}
-        values: dict[str, Any] = {"adapter": self.kind, "base_weights": self.base}
+        values: dict[str, Any] = {KIND: self.kind, BASE: self.base}
         if self.kind == LORA:
-            values |= {"lora_rank": self.rank, "lora_alpha": self.rank}
+            values |= {RANK: self.rank, ALPHA: self.rank}
         return {name: json.dumps(value) for name, value in values.items()}
 
     def text(self, model: nn.Module) -> str:
