@@ -29,7 +29,7 @@ from LightningDiT.tokenizer.config import TokenizerConfig, load_tokenizer_config
 
 if TYPE_CHECKING:
     from LightningDiT.data.image_sets import ImageSet
-    from LightningDiT.training.extraction import ExtractionResult
+    from LightningDiT.training.extraction import ExtractionResult, ExtractionSettings
 
 LISTED_FILES = 5
 PARTS = ("training", "validation")  # of a split that latents are made of; the test stays unseen
@@ -176,7 +176,7 @@ def summary(result: ExtractionResult, manifest: dict[str, Any], output: Path) ->
     if (cut := manifest["cut"])["images"]:
         lines.append(
             f"{cut['images']} of {manifest['settings']['images']} images are not square: the crop leaves out both ends"
-            f" of their longer side, up to {cut['most']:.0%} of it"
+            f" of their longer side, up to {cut['most']:.0%} of it; --fit resize or pad keeps them"
         )
     if result.made:
         shares = ", ".join(f"{name} {share:.1%}" for name, share in result.shares.items())
@@ -196,12 +196,10 @@ def next_step(args: argparse.Namespace, manifest: Mapping[str, Any]) -> str:
         conditions, vector = manifest.get(CONDITION_NAMES), manifest.get("augmentation")
         more = [f"data.num_conditions: {len(conditions)}"] if conditions else []
         more += [f"model.augmentation: {len(vector)}"] if vector else []
-        more += [
-            f"data.split_file: {args.split_file}",
-            f"data.fold: {args.fold or 0}",
-            f"data.levels_path: {args.levels}",
-        ]
-        settings = f"data.data_path: {args.output}, data.num_classes: {manifest['classes']}, {', '.join(more)}"
+        paths = (args.output, args.split_file, args.levels)
+        latents, split_file, levels = (Path(path).absolute() for path in paths)
+        more += [f"data.split_file: {split_file}", f"data.fold: {args.fold or 0}", f"data.levels_path: {levels}"]
+        settings = f"data.data_path: {latents}, data.num_classes: {manifest['classes']}, {', '.join(more)}"
     elif args.levels or args.split != "train":
         settings = f"data.valid_path: {args.output} and train.valid_every"
     return (
@@ -229,25 +227,36 @@ def checked(args: argparse.Namespace, config: Config, tokenizer: TokenizerConfig
     return "\n".join(lines)
 
 
+def settings_of(args: argparse.Namespace, size: int, workers: int, tf32: bool) -> ExtractionSettings:
+    """Return the settings of an extraction.
+
+    Args:
+        size: side of the images in pixels.
+        workers: processes that read images, unless the command line says how they are read.
+    """
+    from LightningDiT.training.extraction import ExtractionSettings
+
+    if args.workers is not None or args.read_threads:
+        workers = args.workers or 0
+    sample, fit = args.posterior == "sample", args.fit or "crop"
+    return ExtractionSettings(
+        *(size, args.shard_size, sample, args.flip, args.seed, args.batch_size, workers, args.read_threads, tf32, fit)
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, build, run."""
     args = parse(argv)
     from LightningDiT.device import best_device, resolve_precision
     from LightningDiT.distributed import launched_processes
     from LightningDiT.tokenizer.vavae import VA_VAE
-    from LightningDiT.training.extraction import ExtractionSettings, default_workers, extract, in_kept_order
+    from LightningDiT.training.extraction import default_workers, extract, in_kept_order
 
     with launched_processes() as processes:
         config = processes.agree(lambda: load_config(args.config, TRAINING_FIX))
         tokenizer_settings = processes.agree(lambda: load_tokenizer_config(tokenizer_config_path(config)))
-        source = (
-            args.images
-            or args.list
-            or args.levels
-            or f"{args.dataset or 'FashionMNIST'} {args.split} in {args.data_root}"
-        )
         processes.say(
-            f"{source} -> {args.output} by {tokenizer_settings.source} ({config.data.image_size} pixels,"
+            f"{source_of(args)} -> {args.output} by {tokenizer_settings.source} ({config.data.image_size} pixels,"
             f" {args.posterior}, flips {'on' if args.flip else 'off'}, {args.precision})"
         )
         weights = config.vae.ckpt_path or tokenizer_settings.ckpt_path
@@ -264,18 +273,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         processes.say("\n".join(description(images)))
         if args.workers and not images.is_files:
             processes.say("note: --workers has no effect: these images are no files that processes could read")
-        workers = args.workers
-        if workers is None:
-            workers = 0 if args.read_threads else default_workers(tokenizer.device, processes.count)
         precision = resolve_precision(args.precision, tokenizer.device)
         if precision.note:
             processes.say(f"note: {precision.note}")
-        size, sample = config.data.image_size, args.posterior == "sample"
-        settings = ExtractionSettings(
-            *(size, args.shard_size, sample, args.flip, args.seed, args.batch_size, workers, args.read_threads),
-            precision.tf32,
-            args.fit or "crop",
-        )
+        workers = default_workers(tokenizer.device, processes.count)
+        settings = settings_of(args, config.data.image_size, workers, precision.tf32)
         result = extract(images, tokenizer, weights, output, settings, processes)
         if result.manifest is None:
             processes.end_by_interrupt()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from LightningDiT.errors import LightningDiTError, first_line
 from LightningDiT.files import read_json
 from LightningDiT.radar.arrays import Levels
 from LightningDiT.radar.augmentation import ASSUMED_SPAN, NAMES, Augmentation, augmented
-from LightningDiT.radar.split import MOST_BYTES, Row, Split, load_split
+from LightningDiT.radar.split import FOLDS, MOST_BYTES, Row, Split, load_split
 from LightningDiT.radar.written import FORMAT, MANIFEST, MEASURED, levels_digest
 
 NO_CONDITION = "none"  # name of the condition of windows without one, beside others
@@ -67,7 +68,7 @@ class LevelFiles:
     Attributes:
         size: (height, width) of every window.
         files: by the row of the split, the file and the digest of its levels.
-        notes: lines about what is unusual.
+        is_measured: whether the dB range is that of the training windows of fold 0.
     """
 
     folder: Path
@@ -76,6 +77,11 @@ class LevelFiles:
     files: _Files
     db_range: tuple[float, float] | None
     is_measured: bool
+    split_file: Path
+
+    def again(self) -> str:
+        """Return the command that writes the folder."""
+        return again(self.split, self.split_file, self.folder)
 
     def read(self, row: int) -> Levels:
         """Return levels (H, W) in 0 to 1 of a row of the split.
@@ -91,19 +97,15 @@ class LevelFiles:
         except (MemoryError, LightningDiTError):
             raise
         except Exception as error:  # arbitrary bytes make Pillow's readers fail in arbitrary ways
-            raise LightningDiTError(
-                f"{shown(path)} cannot be read ({first_line(error)})", _again(self.split, self.folder)
-            ) from error
+            raise LightningDiTError(f"{shown(path)} cannot be read ({first_line(error)})", self.again()) from error
         if grey.shape != self.size:
             sides = "x".join(map(str, grey.shape[:2][::-1]))
             raise LightningDiTError(
                 f"{shown(path)} has {sides} pixels, the windows have {self.size[1]}x{self.size[0]} and one channel",
-                _again(self.split, self.folder),
+                self.again(),
             )
         if levels_digest(grey) != digest:
-            raise LightningDiTError(
-                f"{shown(path)} does not hold the levels that step 5 wrote", _again(self.split, self.folder)
-            )
+            raise LightningDiTError(f"{shown(path)} does not hold the levels that step 5 wrote", self.again())
         return (grey / WHITE_16_BIT).astype(np.float32)
 
 
@@ -114,6 +116,7 @@ def open_level_files(levels: Path, split_file: Path) -> LevelFiles:
         LightningDiTError: the folder is no such folder, is not complete, or is of another split.
     """
     split = load_split(split_file)
+    fix = again(split, split_file, levels)
     try:
         content = read_json(levels / MANIFEST, MOST_BYTES)
         if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -121,27 +124,29 @@ def open_level_files(levels: Path, split_file: Path) -> LevelFiles:
         digest, digests = content.get("split"), content.get("digests")
         files, size, db_range = content["files"], content.get("pixels"), content["db_range"]
     except (OSError, ValueError, KeyError) as error:
-        raise LightningDiTError(
-            f"{levels} holds no levels of step 5 ({first_line(error)})", _again(split, levels)
-        ) from error
+        raise LightningDiTError(f"{levels} holds no levels of step 5 ({first_line(error)})", fix) from error
     if digest != split.digest:
         reason = "another split than" if digest else "an earlier release, which did not name the split;"
-        raise LightningDiTError(f"the levels in {levels} are of {reason} {split_file}", _again(split, levels))
+        raise LightningDiTError(f"the levels in {levels} are of {reason} {split_file}", fix)
     if not digests or not size:
-        raise LightningDiTError(f"the levels in {levels} are not complete", _again(split, levels))
+        raise LightningDiTError(f"the levels in {levels} are not complete", fix)
     try:
         found = {at: (files[row.name], digests[row.name]) for at, row in enumerate(split.rows)}
         height, width = map(int, size)
         known = (float(db_range[0]), float(db_range[1])) if db_range else None
     except (KeyError, TypeError, ValueError) as error:
         raise LightningDiTError(
-            f"the levels in {levels} lack windows of {split_file} ({first_line(error)})", _again(split, levels)
+            f"the levels in {levels} lack windows of {split_file} ({first_line(error)})", fix
         ) from error
-    return LevelFiles(levels, split, (height, width), found, known, content.get("db_range_of") == MEASURED)
+    return LevelFiles(levels, split, (height, width), found, known, content.get("db_range_of") == MEASURED, split_file)
 
 
-def _again(split: Split, levels: Path) -> str:
-    return f"python step5_prepare_spectrograms.py --data {split.data} --write {levels}"
+def again(split: Split, split_file: Path, levels: Path) -> str:
+    """Return the command that writes the levels of a split; options of other settings are those of the first run."""
+    data, output, folder = (shlex.quote(str(path)) for path in (split.data, split_file.parent, levels))
+    seed, folds = split.settings.get("seed", 0), split.folds
+    more = f" --seed {seed}" * (seed != 0) + f" --folds {folds}" * (folds != FOLDS)
+    return f"python step5_prepare_spectrograms.py --data {data} --output {output}{more} --write {folder}"
 
 
 # ---- the numbers of people and conditions
@@ -235,7 +240,7 @@ def open_levels(
     if height != width:
         raise LightningDiTError(
             f"the windows in {levels} have {width}x{height} pixels, and networks take squares",
-            f"{_again(opened.split, levels)} --size {_near_square(height, width)}",
+            f"{opened.again()} --size {_near_square(height, width)}",
         )
     if draws > 1 and part != "training":
         raise LightningDiTError(
@@ -326,7 +331,7 @@ class LevelImages(ImageSet):
         if size not in (None, side):
             raise LightningDiTError(
                 f"the windows in {self.opened.folder} have {side}x{side} pixels, {size}x{size} are asked for",
-                f"set data.image_size: {side}, or {_again(self.opened.split, self.opened.folder)} --size {size}",
+                f"set data.image_size: {side}, or {self.opened.again()} --size {size}",
             )
         images = copy.copy(self)
         images.size, images.fit = size, fit

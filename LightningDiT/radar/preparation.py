@@ -18,7 +18,7 @@ from LightningDiT.radar.arrays import Columns, Levels, Raw, native_columns, open
 from LightningDiT.radar.colour_maps import FAR, GREY, NAMES, Inverter, distances
 from LightningDiT.radar.layouts import OTHER_SPLIT, Collected, Window, collect, other_split
 from LightningDiT.radar.overlap import Overlap, Passes, find_passes, measure
-from LightningDiT.radar.split import Row, make_split
+from LightningDiT.radar.split import FOLDS, Row, make_split
 
 OWN_PARTS = "folders or list"
 DB = "dB"  # in place of a colour map, of arrays
@@ -86,7 +86,7 @@ def prepare(
     pattern: str | None = None,
     colour_map: str | None = None,
     db_range: tuple[float, float] | None = None,
-    folds: int = 5,
+    folds: int = FOLDS,
     seed: int = 0,
 ) -> Prepared:
     """Return a data set with its audit and its split; nothing is written.

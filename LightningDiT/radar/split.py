@@ -19,6 +19,7 @@ from LightningDiT.radar.layouts import Window
 from LightningDiT.radar.overlap import Overlap, Passes
 
 FORMAT = "passes of spectrograms, 1"
+FOLDS = 5  # by default
 PARTS = ("training", "validation", "test", "guard")
 BLOCK = 0.2  # of a training pass: the end that validates where a person has two passes
 LEAST = 0.5  # of an equal share: what the smallest fold of a person holds at least
@@ -64,7 +65,7 @@ def make_split(
     passes: Passes,
     overlap: Overlap,
     digests: Mapping[str, str],
-    folds: int = 5,
+    folds: int = FOLDS,
     seed: int = 0,
 ) -> list[Row]:
     """Return the rows of a split by pass; the same for the same seed.
