@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from LightningDiT.console import positive, run_main
+from LightningDiT.console import natural, positive, run_main
 from LightningDiT.metrics.options import FEATURES, add_evaluation_options
 
 
@@ -23,13 +23,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--images", metavar="SET", help="folder of images or .npz file of ADM")
     source.add_argument("--data-root", help="folder of Fashion-MNIST, for its test photographs")
+    source.add_argument("--levels", metavar="FOLDER", help="windows written by step5_prepare_spectrograms.py --write")
+    parser.add_argument("--split-file", metavar="FILE", help="split.json of step 5, with --levels")
+    parser.add_argument("--fold", type=natural, default=0, help="of the split; default: 0")
+    parser.add_argument(
+        "--part", choices=("training", "validation", "test"), default="validation", help="default: validation"
+    )
     parser.add_argument("--count", type=positive, help="take only COUNT images, evenly spaced")
     parser.add_argument(
-        "--features", help=f"of the Frechet distance: {FEATURES}; default: judge with --data-root, else inception"
+        "--features",
+        help=f"of the Frechet distance: {FEATURES}; default: judge with --data-root, none with --levels; inception",
     )
     parser.add_argument("--lpips-weights", metavar="FILE", help="VGG-16; default: torch.hub's cache, else a download")
     add_evaluation_options(parser, "output/tokenizer_evaluation")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if bool(args.levels) != bool(args.split_file):
+        parser.error("--levels and --split-file are given together")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -38,10 +38,10 @@ ROWS: dict[str, set[str]] = {
     **GROUND,
     **PARTS,
     "loading": {"checkpoint", "config", "errors", "models", "tokenizer", "transport"},
-    "metrics": {*GROUND, "data", "tokenizer"},
+    "metrics": {*GROUND, "data", "radar", "tokenizer"},  # judges of windows
     "radar": {*GROUND, "data"},
     "sampling": BELOW,
-    "training": {*BELOW, "radar", "sampling"},  # a run shows samples of its average
+    "training": {*BELOW, "metrics", "radar", "sampling"},  # a run shows and judges samples of its average
     "verdict": {*GROUND, "data", "metrics", "radar", "sampling"},  # the look of a report is that of a demonstration
     "__init__": {"config", "sampling"},
     "pipeline": {"sampling"},
@@ -51,7 +51,7 @@ ROWS: dict[str, set[str]] = {
     "extract_features": {*GROUND, "data", "radar", "tokenizer", "training"},
     "evaluate": {*GROUND, "metrics"},
     "evaluate_tokenizer": {*GROUND, "metrics"},
-    "tools": {*BELOW, "radar", "sampling", "training"},  # the benchmark times the trainer's steps
+    "tools": {*BELOW, "metrics", "radar", "sampling", "training"},  # the benchmark times the trainer's steps
 }
 SET_UP_MAY_USE = {f"{LIBRARY}.{name}" for name in ("errors", "console", "files")}
 STEPS = sorted(path.stem for path in PROJECT.glob("*.py"))

@@ -31,6 +31,18 @@ def psnr(error: Tensor) -> Tensor:
     return 10.0 * torch.log10(VALUE_RANGE**2 / error)
 
 
+def ridge_error(windows: Tensor, references: Tensor) -> Tensor:
+    """Return how far the ridge of spectrograms moved: mean over columns of the distance of its rows, (N,) float64.
+
+    The ridge is the strongest row of each column, in most of them that of the trunk.
+
+    Args:
+        windows, references: (N, 1, H, W), Doppler down and time across.
+    """
+    rows = windows.argmax(2), references.argmax(2)  # (N, 1, W)
+    return (rows[0] - rows[1]).abs().double().flatten(1).mean(1)
+
+
 def frechet_distance(features: Tensor, references: Tensor) -> float:
     """Return the Frechet distance between normal distributions fitted to features (N, F) and references (M, F).
 

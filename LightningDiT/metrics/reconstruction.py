@@ -1,6 +1,7 @@
 """The evaluation of a tokenizer: how well it reconstructs images, and how its latents are distributed.
 
-Pixels have 8 bits, as in an image file, and latents are the posterior's mode.
+Pixels have 8 bits, as in an image file; levels of spectrograms are compared in one channel, as they are. Latents are
+the posterior's mode.
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ from LightningDiT.console import Progress
 from LightningDiT.data.image_sets import ImageSet, evenly_spaced
 from LightningDiT.errors import LightningDiTError, import_package
 from LightningDiT.files import disk_errors, write_text
-from LightningDiT.images import save_reconstructions, to_float, to_uint8
+from LightningDiT.images import levels_of, save_reconstructions, to_float, to_uint8, with_channels
 from LightningDiT.metrics.extractors import INCEPTION, Extractor, make_extractor
-from LightningDiT.metrics.formulas import frechet_distance, psnr, squared_error, uniformity
+from LightningDiT.metrics.formulas import frechet_distance, psnr, ridge_error, squared_error, uniformity
 from LightningDiT.metrics.scores import FEW
 from LightningDiT.metrics.sources import open_images
+from LightningDiT.radar.level_images import open_levels
 from LightningDiT.seeds import generator_for
 from LightningDiT.tokenizer.config import load_tokenizer_config
 from LightningDiT.tokenizer.latents import LatentStats, Moments
+from LightningDiT.tokenizer.losses import high_pass
 from LightningDiT.tokenizer.perceptual import SMALLEST_SIDE, PerceptualDistance, load_perceptual
 from LightningDiT.tokenizer.vavae import VA_VAE
 
@@ -34,6 +37,8 @@ REPORT, PICTURE, PICTURE_IMAGES = "evaluation.json", "reconstructions.png", 8
 TORCHMETRICS_PIN = "torchmetrics==1.9.0"
 POSITIONS = 4096  # latent vectors behind the uniformity
 SMALLEST_SSIM_SIDE = 11  # pixels of the window (Wang et al., 2004)
+COLOURS = 3  # channels of LPIPS and of networks for features
+LEVELS_PER_UNIT = 0.5  # levels lie in 0 to 1, pixels in -1 to 1
 
 T = TypeVar("T")
 Similarity = Callable[[Tensor, Tensor], Tensor]
@@ -44,7 +49,7 @@ class Measures:
     """What compares originals and reconstructions, beside their pixels; None: it cannot be had.
 
     Attributes:
-        ssim: images and references (N, 3, H, W) in [-1, 1] -> (N,).
+        ssim: images and references (N, C, H, W) in [-1, 1] -> (N,).
         lpips: the same.
         extractor: the network of the Frechet distance.
         notes: why something cannot be had.
@@ -87,7 +92,7 @@ def structural_similarity() -> Similarity:
 def make_measures(
     side: int,
     count: int,
-    features: str,
+    features: str | None,
     inception_weights: str | None = None,
     lpips_weights: str | None = None,
     distance_required: bool = False,
@@ -95,7 +100,8 @@ def make_measures(
     """Return all measures that can be had for `count` images with a side of `side` pixels.
 
     Args:
-        features, inception_weights: see `make_extractor`.
+        features, inception_weights: see `make_extractor`; None: no network of photographs is asked for, so that the
+            Frechet distance is left out, and LPIPS too unless its weights are named.
         lpips_weights: see `load_perceptual`; with them LPIPS is required.
         distance_required: raise an error instead of leaving the Frechet distance out.
 
@@ -104,10 +110,18 @@ def make_measures(
     """
     measures = Measures()
     measures.ssim = measures.made("SSIM", structural_similarity, False, side, SMALLEST_SSIM_SIDE)
-    lpips = partial(load_perceptual, lpips_weights)
-    measures.lpips = measures.made("LPIPS", lpips, bool(lpips_weights), side, SMALLEST_SIDE)
+    if features or lpips_weights:
+        lpips = partial(load_perceptual, lpips_weights)
+        measures.lpips = measures.made("LPIPS", lpips, bool(lpips_weights), side, SMALLEST_SIDE)
+    else:
+        measures.notes.append("LPIPS is left out: VGG-16 knows photographs (--lpips-weights asks for it)")
     if count < 2:
         measures.notes.append("the Frechet distance is left out: one image has no covariance")
+        return measures
+    if features is None:
+        measures.notes.append(
+            "the Frechet distance is left out: Inception knows photographs (--features names a network)"
+        )
         return measures
     network = partial(make_extractor, features, inception_weights)
     measures.extractor = measures.made("the Frechet distance", network, distance_required)
@@ -130,22 +144,34 @@ class ReconstructionScores:
 
     @torch.no_grad()
     def add(self, pixels: Tensor) -> Tensor:
-        """Add originals (N, 3, H, W) uint8, and return their reconstructions in the same form."""
+        """Add originals (N, 3, H, W) uint8, or levels (N, 1, H, W) float32, and return their reconstructions alike."""
         tokenizer, measures = self.tokenizer, self.measures
         originals = to_float(pixels).to(tokenizer.device)
         latents = tokenizer.encode_images(originals, sample=False)  # (N, C, h, w)
-        copied = to_uint8(tokenizer.decode_latents(latents)).permute(0, 3, 1, 2).cpu()  # (N, 3, H, W)
+        copied = self._as(pixels, tokenizer.decode_latents(latents))
         copies = to_float(copied).to(tokenizer.device)
-        functions = {"squared_error": squared_error, "ssim": measures.ssim, "lpips": measures.lpips}
+        functions = {"squared_error": squared_error, "ssim": measures.ssim}
+        if pixels.is_floating_point():
+            functions |= {"ridge_error": ridge_error, "high_pass": _energy, "high_pass_of_originals": _energy_of_second}
         for name, function in functions.items():
             if function is not None:
                 self._values.setdefault(name, []).append(function(copies, originals).double().cpu())
+        if measures.lpips is not None:
+            coloured = (with_channels(images, COLOURS) for images in (copies, originals))
+            self._values.setdefault("lpips", []).append(measures.lpips(*coloured).double().cpu())
         if measures.extractor is not None:
             for features, side in zip(self._features, (copied, pixels), strict=True):
-                features.append(measures.extractor(side)["features"])
+                features.append(measures.extractor(_colours_of_files(side))["features"])
         self._moments.add(latents.cpu())
         self._latents.append(latents.cpu())
         return copied
+
+    @staticmethod
+    def _as(pixels: Tensor, decoded: Tensor) -> Tensor:
+        """Return decoded images (N, C, H, W) in the form of `pixels`: 8 bits as in a file, or levels."""
+        if pixels.is_floating_point():
+            return levels_of(decoded).clamp(-1, 1).cpu()  # (N, 1, H, W)
+        return to_uint8(with_channels(decoded, pixels.shape[1])).permute(0, 3, 1, 2).cpu()  # (N, 3, H, W)
 
     def report(self) -> dict[str, Any]:
         """Return all scores; None stands for those that were left out."""
@@ -158,7 +184,21 @@ class ReconstructionScores:
             "psnr_pooled": float(psnr(errors.mean())) if len(inexact) else None,
         }
         result |= {name: float(values[name].mean()) if name in values else None for name in ("ssim", "lpips")}
-        return result | self._distance() | {"latents": self._latent_report()}
+        return result | self._of_levels(values) | self._distance() | {"latents": self._latent_report()}
+
+    def _of_levels(self, values: dict[str, Tensor]) -> dict[str, float]:
+        """Return what only levels have: the error of the ridge in rows, and how strong the texture is, in levels."""
+        if "ridge_error" not in values:
+            return {}
+        of_copies, of_originals = (
+            LEVELS_PER_UNIT * float(values[name].mean().sqrt()) for name in ("high_pass", "high_pass_of_originals")
+        )
+        return {
+            "ridge_error": float(values["ridge_error"].mean()),
+            "high_pass_std": of_copies,
+            "high_pass_std_of_originals": of_originals,
+            "high_pass_ratio": of_copies / of_originals if of_originals else 1.0,
+        }
 
     def _distance(self) -> dict[str, Any]:
         """Return the Frechet distance of the reconstructions to the originals."""
@@ -183,6 +223,22 @@ class ReconstructionScores:
             "uniformity": uniformity(vectors),
             "uniformity_of_noise": uniformity(noise),
         }
+
+
+def _energy(images: Tensor, _: Tensor | None = None) -> Tensor:
+    """Return the mean square of the high-passed values of each image (N,)."""
+    return high_pass(images.float()).square().flatten(1).mean(1)
+
+
+def _energy_of_second(_: Tensor, images: Tensor) -> Tensor:
+    return _energy(images)
+
+
+def _colours_of_files(pixels: Tensor) -> Tensor:
+    """Return pixels (N, 3, H, W) uint8 of such pixels, or of levels (N, 1, H, W)."""
+    if not pixels.is_floating_point():
+        return pixels
+    return to_uint8(with_channels(pixels, COLOURS)).permute(0, 3, 1, 2)
 
 
 def normalised_positions(latents: Tensor, stats: LatentStats) -> Tensor:
@@ -220,6 +276,21 @@ class ReconstructionSettings:
     inception_weights: str | None
     batch_size: int
     output: Path  # folder of the results
+    levels: str | None = None  # windows of step 5, in place of images
+    split_file: str | None = None
+    part: str = "validation"
+    fold: int = 0
+
+    def open(self, side: int) -> ImageSet:
+        """Return the images to evaluate; those of a folder are cropped to `side` pixels."""
+        if self.levels:
+            return open_levels(Path(self.levels), Path(self.split_file or ""), self.part, self.fold)
+        return open_images(self.images or f"{self.data_root}:test", self.images and side)
+
+    @property
+    def network(self) -> str | None:
+        """The network of the Frechet distance."""
+        return self.features or ("judge" if self.data_root else None if self.levels else "inception")
 
 
 def evaluate_reconstructions(settings: ReconstructionSettings) -> list[str]:
@@ -233,14 +304,14 @@ def evaluate_reconstructions(settings: ReconstructionSettings) -> list[str]:
     if not weights:
         raise LightningDiTError(f"{config.source} names no ckpt_path", "give --weights FILE")
     tokenizer = VA_VAE(config, ckpt_path=weights)
-    images = open_images(settings.images or f"{settings.data_root}:test", settings.images and tokenizer.img_size)
+    images = settings.open(tokenizer.img_size)
     with disk_errors(folder):  # before anything long begins
         folder.mkdir(parents=True, exist_ok=True)
     numbers = evenly_spaced(images.count, min(settings.count or images.count, images.count))
-    features = settings.features or ("judge" if settings.data_root else "inception")
-    files = (features, settings.inception_weights, settings.lpips_weights)
+    files = (settings.network, settings.inception_weights, settings.lpips_weights)
     required = bool(settings.features or settings.inception_weights)
-    measures = make_measures(tokenizer.img_size, len(numbers), *files, distance_required=required)
+    side = min(images.batch(numbers[:1]).pixels.shape[-2:]) if settings.levels else tokenizer.img_size
+    measures = make_measures(side, len(numbers), *files, distance_required=required)
     report, pairs = _measured(tokenizer, measures, images, numbers, settings.batch_size)
     save_reconstructions(*pairs, folder / PICTURE)
     origin = {"tokenizer": config.source, "weights": str(weights), "source": images.source}
@@ -252,7 +323,7 @@ def evaluate_reconstructions(settings: ReconstructionSettings) -> list[str]:
 def _measured(
     tokenizer: VA_VAE, measures: Measures, images: ImageSet, numbers: Sequence[int], batch_size: int
 ) -> tuple[dict[str, Any], list[Tensor]]:
-    """Return the report of the images `numbers`, and pixels and reconstructions (8, H, W, 3) of a few of them."""
+    """Return the report of the images `numbers`, and pixels and reconstructions (8, H, W, C) of a few of them."""
     scores, shown, done = ReconstructionScores(tokenizer, measures), list[tuple[Tensor, Tensor]](), 0
     pictured = set(evenly_spaced(len(numbers), PICTURE_IMAGES))
     with Progress(len(numbers), "image") as progress:
@@ -261,5 +332,5 @@ def _measured(
             shown += [(batch.pixels[row], copies[row]) for row in range(len(copies)) if done + row in pictured]
             done += len(copies)
             progress.update(len(copies))
-    pairs = [torch.stack(pixels).permute(0, 2, 3, 1) for pixels in zip(*shown, strict=True)]
+    pairs = [to_uint8(to_float(torch.stack(pixels))) for pixels in zip(*shown, strict=True)]
     return scores.report(), pairs
