@@ -52,9 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     told = {name: value for name, value in inspect(adapter).metadata.items() if name in LABELS}
     weights = {name: value.contiguous() for name, value in adapted_weights(config).items()}
     save_weights(weights, output, told | {ADAPTER: adapter_digest(adapter)})
-    print(
-        f"wrote {output}, {len(weights)} tensors\nNext: set ckpt_path: {json.dumps(str(output))}, and no adapter_path"
-    )
+    print(f"wrote {output}, {len(weights)} tensors\nNext: set ckpt_path: {output}, and no adapter_path")
     return 0
 
 
