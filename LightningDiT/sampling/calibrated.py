@@ -15,13 +15,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from LightningDiT.checkpoint import load_weights
+from LightningDiT.checkpoint import inspect, load_weights
 from LightningDiT.config import SampleConfig, describe_guidance, read_yaml, typed
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.files import write_text
 from LightningDiT.loading import guidance_of
 from LightningDiT.transport import GuidanceSettings
 
+ADAPTER = "adapter"  # key in the metadata of weights: `adapter_digest` of the adapter that they hold
 DIGITS = 9  # of the numbers in the file: a float32 exactly
 CALIBRATE = "python -m LightningDiT.tools.calibrate_solver --config FILE"
 
@@ -101,17 +102,32 @@ class SolverFile:
         return SolverFile(fingerprints.get(self.weights, self.weights), tuple(solvers))
 
 
-def weights_fingerprint(path: str | Path) -> str:
+def weights_fingerprint(path: str | Path, adapter: str | Path | None = None) -> str:
     """Return a short text that changes with the weights and not with the file that holds them.
 
     It is a hash of the one-dimensional tensors (biases, norms) in float32, so that a file of 6 GB takes no time and a
-    `.pt` and a `.safetensors` file of the same values agree.
+    `.pt` and a `.safetensors` file of the same values agree. An adapter, which may change matrices alone, counts whole:
+    that beside the weights, or the one that they hold as their metadata say.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(load_weights(path).items()):
         if tensor.dim() == 1:
-            digest.update(name.encode() + tensor.float().contiguous().numpy().tobytes())
+            digest.update(_bytes_of(name, tensor))
+    for held in (inspect(path).metadata.get(ADAPTER), adapter and adapter_digest(adapter)):
+        digest.update((held or "").encode())
     return digest.hexdigest()[:16]
+
+
+def adapter_digest(path: str | Path) -> str:
+    """Return a short text that changes with the values of an adapter."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(load_weights(path).items()):
+        digest.update(_bytes_of(name, tensor))
+    return digest.hexdigest()[:16]
+
+
+def _bytes_of(name: str, tensor: Tensor) -> bytes:
+    return name.encode() + tensor.float().contiguous().numpy().tobytes()
 
 
 def guide_fingerprint(sample: SampleConfig) -> str | None:

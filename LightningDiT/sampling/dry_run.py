@@ -16,20 +16,28 @@ from LightningDiT.loading import (
     load_stats,
     required,
 )
+from LightningDiT.sampling.conditions import Conditions, condition_text, numbers_of_conditions
+from LightningDiT.sampling.null_row import check_guidance, null_failure_of
 from LightningDiT.sampling.solver_choice import check_solver, solver_of
 from LightningDiT.tokenizer.config import load_tokenizer_config, tokenizer_config_path
 from LightningDiT.tokenizer.latent_space import check_tokenizer_of_latents
 from LightningDiT.tokenizer.vavae import check_tokenizer_file
 
 
-def check_run(config: Config, classes: Sequence[int | str]) -> int:
+def check_run(config: Config, classes: Sequence[int | str], conditions: Conditions | None = None) -> int:
     """Print the lines of `verify` and return the exit code of success.
 
+    Args:
+        conditions: of each image, by name or number, None for none; None: the command line names none.
+
     Raises:
-        LightningDiTError: a class is unknown, or a file is missing, damaged or does not fit.
+        LightningDiTError: a class or condition is unknown, or a file is missing, damaged or does not fit.
     """
-    labels = Labels.of(config)
+    labels, second = Labels.of(config), Labels.conditions_of(config)
     print(f"classes        {labels.listing(labels.numbers(classes))}")
+    numbers = numbers_of_conditions(second, conditions, len(classes))
+    if second and numbers:
+        print(f"conditions     {condition_text(second, numbers)}")
     print("\n".join(verify(config)))
     return 0
 
@@ -47,10 +55,12 @@ def verify(config: Config) -> list[str]:
     """
     check_solver(config.sample, config.transport.path_type)
     Labels.of(config)
+    Labels.conditions_of(config)
     tokenizer = load_tokenizer_config(tokenizer_config_path(config))
     lines = [f"configuration {config.source}: {config.model.model_type}, {config.data.num_classes} classes"]
     lines += config.notes
     lines.append(check_transformer_file(config, required(config, "ckpt_path")))
+    check_guidance(config.sample, null_failure_of(config))
     if guide := config.sample.guide_ckpt:
         lines.append(check_guide_file(config, guide))
     weights = config.vae.ckpt_path or tokenizer.ckpt_path

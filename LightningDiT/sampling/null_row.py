@@ -33,16 +33,29 @@ def null_failure(config: Config, weights: Mapping[str, Tensor]) -> str:
         config: names the network's file, and its adapter, whose metadata is read.
         weights: of the network, the adapter among them.
     """
+    where, told = config.adapter_path or config.ckpt_path or "the model", trained_nulls(config)
+    if told is None:
+        return tables_failure(weights, where)
+    return "" if told else f"the null class of {where} was never trained, as the file says"
+
+
+def trained_nulls(config: Config) -> bool | None:
+    """Return whether the files of a network say that its null labels were trained; None if they say nothing."""
     for path in (config.adapter_path, config.ckpt_path):
-        if path and (told := inspect(path).metadata.get(NULL_TRAINED)) in ("true", "false"):
-            return "" if told == "true" else f"the null class of {path} was never trained, as the file says"
-    return tables_failure(weights, config.adapter_path or config.ckpt_path or "the model")
+        if path and Path(path).exists() and (told := inspect(path).metadata.get(NULL_TRAINED)) in ("true", "false"):
+            return told == "true"
+    return None
 
 
-def null_failure_of_file(path: str | Path) -> str:
-    """Return `null_failure` of a weights file."""
-    told = inspect(path).metadata.get(NULL_TRAINED)
-    return null_failure(Config(ckpt_path=str(path)), {} if told else load_weights(path))
+def null_failure_of(config: Config) -> str:
+    """Return `null_failure` of the files that a configuration names, without making the network.
+
+    Tensors of an adapter's own names take the place of those of the weights.
+    """
+    weights = dict[str, Tensor]()
+    for path in filter(None, (config.ckpt_path, config.adapter_path)):
+        weights |= {name: value for name, value in load_weights(path).items() if name in TABLES}
+    return null_failure(config, weights)
 
 
 def tables_failure(weights: Mapping[str, Tensor], where: str | Path) -> str:

@@ -30,7 +30,7 @@ from LightningDiT.config import (
     read_yaml,
     with_overrides,
 )
-from LightningDiT.data.labels import CLASS_NAMES, Labels
+from LightningDiT.data.labels import CLASS_NAMES, CONDITION_NAMES, NULL_TRAINED, Labels
 from LightningDiT.device import (
     HALF_PRECISIONS,
     Precision,
@@ -46,6 +46,7 @@ from LightningDiT.files import remove_leftovers, write_text
 from LightningDiT.images import to_pil, to_uint8
 from LightningDiT.loading import (
     STATS_NAME,
+    Network,
     as_user_error,
     build_transport,
     check_latent_shape,
@@ -55,12 +56,20 @@ from LightningDiT.loading import (
     load_transformer,
     required,
 )
-from LightningDiT.models.lightningdit import LightningDiT
-from LightningDiT.sampling.calibrated import guide_fingerprint, load_solvers, save_solvers, weights_fingerprint
+from LightningDiT.sampling.calibrated import (
+    ADAPTER,
+    adapter_digest,
+    guide_fingerprint,
+    load_solvers,
+    save_solvers,
+    weights_fingerprint,
+)
+from LightningDiT.sampling.conditions import Conditions, numbers_of_conditions
 from LightningDiT.sampling.memory_limit import BatchLimit
 from LightningDiT.sampling.memory_model import FLOAT32, GPU_SHARE, HALF, LARGEST_GPU_BATCH, working_need
 from LightningDiT.sampling.networks import Networks, note_code, objection_to, padded, plan_of
 from LightningDiT.sampling.non_finite import all_finite, first_not_finite
+from LightningDiT.sampling.null_row import check_guidance, null_failure, trained_nulls
 from LightningDiT.sampling.solver_choice import Solver, check_solver
 from LightningDiT.seeds import generator_for
 from LightningDiT.tokenizer.config import tokenizer_config_path
@@ -85,12 +94,13 @@ class PipelineOutput:
 
     Attributes:
         images: a list of PIL images, uint8 pixels (N, H, W, 3), a float tensor (N, 3, H, W) about [-1, 1], or
-            normalised latents (N, C, h, w), as `output_type` asked.
+            normalised latents (N, C, h, w), as `output_type` asked. A model of levels has one channel in place of 3.
         labels: the class of each image.
         seeds: (seed, index) of each image; noise that was not given as latents depends on nothing else.
         nfe: evaluations of the velocity that each image took.
         seconds: wall clock of sampling and decoding.
         dtype: precision that the transformer computed in; a warning names batches that were made again in float32.
+        conditions: the second label of each image, None for none; None for a model without a second label.
     """
 
     images: Any
@@ -99,21 +109,28 @@ class PipelineOutput:
     nfe: int
     seconds: float
     dtype: torch.dtype
+    conditions: list[int | None] | None = None
 
 
 class LightningDiTPipeline:
-    """A LightningDiT, the tokenizer of its latents, the sampling settings of a configuration, and for autoguidance a
-    guide: a weaker LightningDiT of the same shape."""
+    """A LightningDiT (or a U-Net), the tokenizer of its latents, the sampling settings of a configuration, and for
+    autoguidance a guide: a weaker network of the same shape.
+
+    Attributes:
+        labels, conditions: names and numbers of the classes, and of the second label; None without one.
+        null_failure: why the null labels of the network mean nothing; empty if they were trained or nothing tells.
+            `from_config` finds out.
+    """
 
     def __init__(
         self,
-        transformer: LightningDiT,
+        transformer: Network,
         tokenizer: VA_VAE,
         transport: Transport,
         config: Config,
         device: torch.device,
         dtype: torch.dtype,
-        guide: LightningDiT | None = None,
+        guide: Network | None = None,
     ) -> None:
         if (guide is None) != (config.sample.guide_ckpt is None):
             raise LightningDiTError(
@@ -125,13 +142,15 @@ class LightningDiTPipeline:
         self.tokenizer = tokenizer
         self.transport = transport
         self.config = config
-        self.labels = Labels.of(config)
+        self.labels, self.conditions = Labels.of(config), Labels.conditions_of(config)
+        self.null_failure = ""
         self.batch_limit = BatchLimit()
         self._networks = Networks()
         self._settled: Plan | None = None
         self._batch: int | None = None  # images that the memory of the device holds, once asked
         self._solvers: dict[SampleConfig, Solver] = {}
         self._not_finite: str | None = None  # where half precision first failed
+        self._said_null = False  # that images have no condition
         self.to(device, dtype)
 
     @classmethod
@@ -158,7 +177,10 @@ class LightningDiTPipeline:
         )
         check_latent_shape(settings, tokenizer.config)
         transformer, guide = load_transformer(settings, dtype), load_guide(settings, dtype)
-        return cls(transformer, tokenizer, build_transport(settings), settings, device, dtype, guide)
+        failure = null_failure(settings, transformer.state_dict())
+        pipe = cls(transformer, tokenizer, build_transport(settings), settings, device, dtype, guide)
+        pipe.null_failure = failure
+        return pipe
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: torch.device | str | None = None) -> LightningDiTPipeline:
@@ -174,14 +196,12 @@ class LightningDiTPipeline:
         return cls.from_config(config, device)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write configuration, weights (as they are in memory) and statistics into `folder`."""
+        """Write configuration, weights (as they are in memory, an adapter among them) and statistics into `folder`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
         stats, sample = self.tokenizer.stats, self.config.sample
-        names = self.labels.identity
-        named = {CLASS_NAMES: json.dumps(names)} if names else {}
-        save_weights(self.transformer.state_dict(), folder / "transformer.safetensors", named)
+        save_weights(self.transformer.state_dict(), folder / "transformer.safetensors", self._metadata())
         metadata = stats.as_metadata() if stats else {}
         save_weights(self.tokenizer.model.state_dict(), folder / "tokenizer.safetensors", metadata)
         if self.guide is not None:
@@ -198,11 +218,23 @@ class LightningDiTPipeline:
         data = dataclasses.replace(self.config.data, data_path=".")
         vae = dataclasses.replace(self.config.vae, model_name="tokenizer.yaml", ckpt_path=None)
         config = dataclasses.replace(
-            self.config, ckpt_path="transformer.safetensors", data=data, vae=vae, sample=sample
+            self.config, ckpt_path="transformer.safetensors", adapter_path=None, data=data, vae=vae, sample=sample
         )
         tokenizer = read_yaml(self.tokenizer.config.source) | {"ckpt_path": "tokenizer.safetensors"}
         for name, values in (("tokenizer.yaml", tokenizer), (CONFIG_NAME, as_dict(config))):
             write_text(folder / name, as_yaml(values))
+
+    def _metadata(self) -> dict[str, str]:
+        """Return the metadata of the network's weights: names of its labels, whether the null ones were trained, and
+        which adapter they hold."""
+        names = {CLASS_NAMES: self.labels.identity, CONDITION_NAMES: self.conditions and self.conditions.identity}
+        found = {key: json.dumps(value) for key, value in names.items() if value}
+        told = trained_nulls(self.config)
+        if self.null_failure or told is not None:
+            found[NULL_TRAINED] = json.dumps(not self.null_failure and told)
+        if self.config.adapter_path:
+            found[ADAPTER] = adapter_digest(self.config.adapter_path)
+        return found
 
     def with_sample(self, sample: SampleConfig) -> LightningDiTPipeline:
         """Return a pipeline of the same networks with other sampling settings; another guide is loaded."""
@@ -213,6 +245,7 @@ class LightningDiTPipeline:
             self.transformer, self.tokenizer, self.transport, config, self.device, self.dtype, guide
         )
         other._networks = self._networks  # one lock and one set of recordings for the same weights
+        other.null_failure, other._said_null = self.null_failure, self._said_null
         return other
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> LightningDiTPipeline:
@@ -288,7 +321,7 @@ class LightningDiTPipeline:
 
     @cached_property
     def _weights_fingerprint(self) -> str:
-        return weights_fingerprint(required(self.config, "ckpt_path"))
+        return weights_fingerprint(required(self.config, "ckpt_path"), self.config.adapter_path)
 
     def solver(self, sample: SampleConfig) -> Solver:
         """Return the solver of sampling settings; each solver file is read once.
@@ -301,15 +334,32 @@ class LightningDiTPipeline:
                 self._solvers[sample] = Solver.of(sample, self.transport, lambda: self._weights_fingerprint)
         return self._solvers[sample]
 
-    def guided(self, labels: Sequence[int], sample: SampleConfig, plan: Plan = PLAIN) -> GuidedVelocity:
-        """Return the guided model for images of these classes, a function of state and time that computes by a plan."""
-        y = torch.tensor(labels, device=self.device)
-        null = torch.full_like(y, self.transformer.null_class)
-        model, *guide = [partial(self._networks.predict, network, plan, len(labels)) for network in self._both]
-        return GuidedVelocity(model, y, null, guidance_of(sample), *guide)
+    def guided(self, labels: Sequence[int] | Tensor, sample: SampleConfig, plan: Plan = PLAIN) -> GuidedVelocity:
+        """Return the guided model for images of these classes, a function of state and time that computes by a plan.
+
+        Args:
+            labels: classes, without a condition; or labels (N,) or (N, 2) as the network takes them.
+
+        Raises:
+            LightningDiTError: guidance by null labels that were never trained.
+        """
+        check_guidance(sample, self.null_failure)
+        given = labels if isinstance(labels, Tensor) else self.label_tensor(labels)
+        y = given.to(self.device)
+        model, *guide = [partial(self._networks.predict, network, plan, len(y)) for network in self._both]
+        return GuidedVelocity(model, y, self.transformer.null_labels(y), guidance_of(sample), *guide)
+
+    def label_tensor(self, labels: Sequence[int], conditions: Sequence[int | None] | None = None) -> Tensor:
+        """Return labels (N,), or with a second label (N, 2), of classes and conditions; None is the null condition."""
+        classes = torch.tensor(labels)  # (N,)
+        if self.conditions is None:
+            return classes
+        null = self.conditions.count
+        found = [null if condition is None else condition for condition in conditions or [None] * len(labels)]
+        return torch.stack([classes, torch.tensor(found)], dim=1)
 
     @property
-    def _both(self) -> list[LightningDiT]:
+    def _both(self) -> list[Network]:
         """The transformer, and the guide if there is one."""
         return [self.transformer] if self.guide is None else [self.transformer, self.guide]
 
@@ -325,6 +375,7 @@ class LightningDiTPipeline:
         output_type: str = "pil",
         batch_size: int | None = None,
         callback: StepCallback | None = None,
+        conditions: Conditions = None,
     ) -> PipelineOutput:
         """Return one image per class label.
 
@@ -339,24 +390,27 @@ class LightningDiTPipeline:
                 them, which changes no noise and no label.
             callback: called as callback(step, t, state) after each solver step of each batch; step is 0 when a batch
                 starts, or starts again in halves or in float32.
+            conditions: numbers or names of the second label, one per image or one for all; None is no condition.
 
         Raises:
-            LightningDiTError: a label, a setting or the shape of `latents` is wrong, or one image is too much for
-                the memory.
+            LightningDiTError: a label, a setting or the shape of `latents` is wrong, null labels are needed and were
+                never trained, or one image is too much for the memory.
         """
         if output_type not in OUTPUT_TYPES:
             known = ", ".join(OUTPUT_TYPES)
             raise LightningDiTError(f"output_type {output_type!r} is unknown; {known} are expected", "choose one")
         labels = self._numbers_of(class_labels)
+        chosen = self.condition_numbers(conditions, len(labels))
         given = {"cfg_scale": guidance_scale, "num_sampling_steps": num_inference_steps}
         sample = with_overrides(self.config.sample, ARGUMENTS, **given, per_proc_batch_size=batch_size)
+        check_guidance(sample, self.null_failure)
         solver = self.solver(sample)
         noise = self._checked_noise(latents, len(labels), sample)
         seeds = [(seed, index) for index in (range(len(labels)) if indices is None else indices)]
         started = time.perf_counter()
         with self._networks.lock:
-            images, nfe = self._sample(solver, labels, seeds, noise, output_type, callback)
-        return PipelineOutput(images, labels, seeds, nfe, time.perf_counter() - started, self.dtype)
+            images, nfe = self._sample(solver, self.label_tensor(labels, chosen), seeds, noise, output_type, callback)
+        return PipelineOutput(images, labels, seeds, nfe, time.perf_counter() - started, self.dtype, chosen)
 
     def _numbers_of(self, class_labels: Sequence[int | str] | int | str) -> list[int]:
         is_one = isinstance(class_labels, str) or not hasattr(class_labels, "__len__")
@@ -364,6 +418,26 @@ class LightningDiTPipeline:
         if not listed:
             raise LightningDiTError("class_labels is empty; at least one class is expected", "name a class")
         return self.labels.numbers(listed)
+
+    def condition_numbers(self, conditions: Conditions, count: int) -> list[int | None] | None:
+        """Return the number of the condition of each of `count` images, None for a model without a second label.
+
+        Args:
+            conditions: numbers or names, one for each image or one for all; None: no condition, which is said once.
+
+        Raises:
+            LightningDiTError: a condition is unknown, their number is wrong, the model has none, or an image is to have
+                none and the null condition was never trained.
+        """
+        if conditions is None and self.conditions:
+            self._say_null(self.conditions)
+        return numbers_of_conditions(self.conditions, conditions, count, self.null_failure)
+
+    def _say_null(self, conditions: Labels) -> None:
+        """Say once that images have no condition."""
+        if not self._said_null:
+            self._said_null = True
+            warn_user(f"no conditions are given, so images have none of {conditions.listing(range(conditions.count))}")
 
     def _checked_noise(self, latents: Any, count: int, sample: SampleConfig) -> Tensor | None:
         if latents is None:
@@ -383,13 +457,13 @@ class LightningDiTPipeline:
     def _sample(
         self,
         solver: Solver,
-        labels: list[int],
+        labels: Tensor,
         seeds: list[tuple[int, int]],
         noise: Tensor | None,
         output_type: str,
         callback: StepCallback | None,
     ) -> tuple[Any, int]:
-        """Return the images of all labels and the evaluations that each of them took, sampled batch by batch.
+        """Return the images of all labels (N,) or (N, 2), and the evaluations of each, sampled batch by batch.
 
         A batch that memory does not hold is sampled in halves. A batch that half precision does not hold is sampled
         again in float32; images that were finite stay as they were, so that none depends on its batch.
@@ -434,7 +508,7 @@ class LightningDiTPipeline:
     def _solve(
         self,
         solver: Solver,
-        labels: list[int],
+        labels: Tensor,
         seeds: list[tuple[int, int]],
         noise: Tensor | None,
         callback: StepCallback | None,

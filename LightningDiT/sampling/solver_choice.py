@@ -156,7 +156,7 @@ def solver_of(config: Config, sample: SampleConfig) -> Solver:
         LightningDiTError: no such solver, none that fits, or a grid of too few points.
     """
     with as_user_error(f"{config.source}: sample"):
-        fingerprint = partial(weights_fingerprint, required(config, "ckpt_path"))
+        fingerprint = partial(weights_fingerprint, required(config, "ckpt_path"), config.adapter_path)
         return Solver.of(sample, build_transport(config), fingerprint)
 
 
