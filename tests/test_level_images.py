@@ -91,13 +91,13 @@ def test_draws_of_a_window_lie_together_and_the_first_is_the_window(folder: Path
 
 def test_the_key_changes_with_all_that_the_pixels_depend_on(folder: Path) -> None:
     levels, split_file = places(folder)
-    usual = dict(part="training", fold=0, draws=2, seed=0, augmentation=parsed("gain=6"))
+    usual = {"part": "training", "fold": 0, "draws": 2, "seed": 0, "augmentation": parsed("gain=6")}
     other = (
-        dict(part="validation", draws=1),
-        dict(fold=1),
-        dict(draws=3),
-        dict(seed=1),
-        dict(augmentation=parsed("gain=5")),
+        {"part": "validation", "draws": 1},
+        {"fold": 1},
+        {"draws": 3},
+        {"seed": 1},
+        {"augmentation": parsed("gain=5")},
     )
     keys = [open_levels(levels, split_file, **{**usual, **changed}).key for changed in ({}, {}, *other)]
     assert keys[0] == keys[1]

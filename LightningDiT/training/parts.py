@@ -6,7 +6,7 @@ training would show it. So the latents say what they are made of, and a training
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from LightningDiT.config import Config
 from LightningDiT.data.image_files import shown
-from LightningDiT.data.labels import CLASS_NAMES, LATENTS_MANIFEST
+from LightningDiT.data.labels import CLASS_NAMES, CONDITION_NAMES, LATENTS_MANIFEST
 from LightningDiT.data.shards import shard_files
 from LightningDiT.errors import LightningDiTError, first_line
 from LightningDiT.files import read_json, require_regular
@@ -37,7 +37,8 @@ class _Origin:
     Attributes:
         digest, fold, part: of the split; None: the latents know no split.
         windows: (N,) rows of the split; labels: (N,).
-        class_names: of the manifest.
+        conditions: (N,); None if there are none.
+        class_names, condition_names: of the manifest.
     """
 
     folder: str
@@ -46,7 +47,9 @@ class _Origin:
     part: str | None
     windows: Tensor | None
     labels: Tensor
+    conditions: Tensor | None
     class_names: Sequence[str]
+    condition_names: Sequence[str]
 
     @property
     def is_known(self) -> bool:
@@ -168,17 +171,18 @@ def _check_levels(config: Config, split: Split | None, trained: _Origin) -> None
 
 
 def _never_trained(trained: _Origin) -> list[str]:
-    """Return a note about classes that have a name and no latent."""
-    there = set(trained.labels.unique().tolist())
-    lacking = [name for number, name in enumerate(trained.class_names) if number not in there]
-    if not lacking:
-        return []
-    more = f" and {len(lacking) - LISTED} more" if len(lacking) > LISTED else ""
-    return [f"classes without a latent in {trained.folder}, which are never trained: {_listed(lacking)}{more}"]
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(map(shown, names[:LISTED]))
+    """Return a note for classes that have a name and no latent, and one for such conditions."""
+    notes = []
+    for kind, numbers, names in (
+        ("classes", trained.labels, trained.class_names),
+        ("conditions", trained.conditions, trained.condition_names),
+    ):
+        there = set() if numbers is None else set(numbers.unique().tolist())
+        if lacking := [name for number, name in enumerate(names) if number not in there]:
+            more = f" and {len(lacking) - LISTED} more" if len(lacking) > LISTED else ""
+            listed = ", ".join(map(shown, lacking[:LISTED]))
+            notes.append(f"{kind} without a latent in {trained.folder}, which are never trained: {listed}{more}")
+    return notes
 
 
 # ---- what latents say
@@ -186,13 +190,18 @@ def _listed(names: Sequence[str]) -> str:
 
 def _origin(folder: str) -> _Origin:
     """Return what the manifest and the shards in a folder say; raises LightningDiTError for a damaged manifest."""
-    content = _manifest(Path(folder))
-    names = content.get(CLASS_NAMES)
-    names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
-    labels, windows = _rows(Path(folder))
+    content, rows = _manifest(Path(folder)), _rows(Path(folder))
+    labels = rows["labels"] if rows["labels"] is not None else torch.zeros(0, dtype=torch.long)
+    about = (
+        rows["windows"],
+        labels,
+        rows["conditions"],
+        _names(content, CLASS_NAMES),
+        _names(content, CONDITION_NAMES),
+    )
     told = content.get("split")
     if told is None:
-        return _Origin(folder, None, None, None, windows, labels, names)
+        return _Origin(folder, None, None, None, *about)
     try:
         digest, fold, part = str(told["digest"]), int(told["fold"]), str(told["part"])
         if part not in PARTS:
@@ -202,7 +211,7 @@ def _origin(folder: str) -> _Origin:
             f"{Path(folder) / LATENTS_MANIFEST} does not say which split the latents are of ({first_line(error)})",
             EXTRACT,
         ) from error
-    return _Origin(folder, digest, fold, part, windows, labels, names)
+    return _Origin(folder, digest, fold, part, *about)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -218,22 +227,31 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _rows(folder: Path) -> tuple[Tensor, Tensor | None]:
-    """Return labels (N,), and the rows of the split (N,) where every shard has them.
+def _names(content: Mapping[str, Any], key: str) -> list[str]:
+    """Return names of a manifest; those of another kind are named by who reads them for use."""
+    names = content.get(key)
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+
+def _rows(folder: Path) -> dict[str, Tensor | None]:
+    """Return labels, windows and conditions (N,) of the shards, None for what some shard has not.
 
     Damaged shards are passed over: `LatentShards`, which a training opens next, names them.
     """
     from safetensors import SafetensorError, safe_open
 
-    labels, windows = [torch.zeros(0, dtype=torch.long)], list[Tensor | None]()
+    found: dict[str, list[Tensor | None]] = {"labels": [], "windows": [], "conditions": []}
     for path in shard_files(folder):
         try:
             require_regular(path)
             with safe_open(path, framework="pt") as opened:
-                found = opened.get_tensor("labels").long()
-                windows.append(opened.get_tensor("windows").long() if "windows" in opened.keys() else None)  # noqa: SIM118
-                labels.append(found)
+                there = {*opened.keys()}
+                rows = {name: opened.get_tensor(name).long() if name in there else None for name in found}
         except (SafetensorError, OSError, LightningDiTError):
             continue
-    known = [rows for rows in windows if rows is not None]
-    return torch.cat(labels), torch.cat(known) if known and len(known) == len(windows) else None
+        for name, tensor in rows.items():
+            found[name].append(tensor)
+    return {
+        name: torch.cat(tensors) if tensors and all(one is not None for one in tensors) else None
+        for name, tensors in found.items()
+    }
