@@ -25,6 +25,7 @@ from .losses import (
     hinge_discriminator_loss,
     hinge_generator_loss,
     negative_log_likelihood,
+    texture_distance,
 )
 from .perceptual import PerceptualDistance
 from .vision import VisionModel
@@ -109,11 +110,14 @@ class Criterion(nn.Module):
     def autoencoder_loss(self, result: Pass, model: AutoencoderKL, step: int) -> Terms:
         """Return `loss` and its terms for one forward pass, scalars.
 
-        `l1` and `l2` are means over all values, `lpips` and `kl` (nats) over images. The adaptive weights are among
-        the terms (`gan_adaptive`, `vf_adaptive`).
+        `l1` and `l2` are means over all values, `texture` over places, `lpips` and `kl` (nats) over images. The
+        adaptive weights are among the terms (`gan_adaptive`, `vf_adaptive`).
         """
         config, terms = self.config, self._distances(result)
         weights = {"l1": config.l1_weight, "l2": config.l2_weight, "lpips": config.lpips_weight}
+        if config.texture_weight:
+            terms["texture"] = texture_distance(result.images, result.reconstructions)
+            weights["texture"] = config.texture_weight
         distance = sum(weights[name] * term for name, term in terms.items())
         values = result.images[0].numel() if config.sum_values else 1
         likelihood = negative_log_likelihood(distance, self.loss.logvar, values)

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 ADAPTIVE_OFFSET = 1e-4  # keeps the ratio of two gradient norms finite
+TEXTURE_WINDOW, TEXTURE_STRIDE = 8, 4  # pixels of the patches whose energies are compared
+TEXTURE_FLOOR = 1e-4  # energy of texture that nobody sees: 1 % of the half range
 GAN_CEILING, ALIGNMENT_CEILING = 1e4, 1e8  # of the two adaptive weights
 
 
@@ -68,6 +70,26 @@ def high_pass(images: Tensor) -> Tensor:
     kernel = (weights[:, None] * weights).expand(images.shape[1], 1, 3, 3)
     padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
     return images - F.conv2d(padded, kernel, groups=images.shape[1])
+
+
+def texture_distance(images: Tensor, reconstructions: Tensor) -> Tensor:
+    """Return the mean over positions of `|log(E(x') + e) - log(E(x) + e)|`, a scalar.
+
+    E is the mean square of the high-passed image over 8x8 pixels, every 4 pixels: by Parseval's theorem the power
+    spectrum around a place, times the squared gain of `high_pass`, summed over frequencies. Such local energies of
+    subbands are what texture models keep (Portilla and Simoncelli, 2000). A distance of pixels prefers a smooth mean to
+    speckle in other places; this one asks for as much speckle, wherever its grains lie.
+
+    Args:
+        images, reconstructions: (N, C, H, W) in [-1, 1], with sides of 8 pixels or more.
+    """
+    difference = texture_energy(reconstructions).log() - texture_energy(images).log()
+    return difference.abs().mean()
+
+
+def texture_energy(images: Tensor) -> Tensor:
+    """Return the local energy of the high-passed images (N, C, h, w), at least `TEXTURE_FLOOR`."""
+    return F.avg_pool2d(high_pass(images.float()).square(), TEXTURE_WINDOW, TEXTURE_STRIDE) + TEXTURE_FLOOR
 
 
 def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
