@@ -27,6 +27,7 @@ WRAPPER = re.compile(r"^module\.|(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|
 AVERAGE_PREFIX = "model_ema."  # of LDM's LitEma, whose further names have no dots
 FIRST_STAGE_PREFIX = "first_stage_model."  # of the tokenizer in a file of LDM
 DIFFUSERS_NAMES = re.compile(r"(?:^|\.)(?:(?:down|up)_blocks\.\d+\.resnets|mid_block\.resnets|transformer_blocks\.\d)")
+UNET_PREFIX = "unet."  # of the tensors of a U-Net of ours, which are diffusers'
 SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|bin)")
 INDEX_ENDING = ".index.json"
 #: Types that people's training scripts save beside weights. Each is read as an empty placeholder, never as itself.
@@ -418,7 +419,7 @@ def _part_of_ldm(tensors: dict[str, Tensor], notes: list[str]) -> dict[str, Tens
 
 def _refuse_diffusers_names(tensors: Mapping[str, Tensor], file: Path) -> None:
     found = next((name for name in tensors if DIFFUSERS_NAMES.search(name)), None)
-    if found:
+    if found and not found.startswith(UNET_PREFIX):
         raise LightningDiTError(
             f"{file} has the tensor names of diffusers ({found}); those of the original code are expected",
             "take the file in the original format, such as LDM's for an AutoencoderKL, or rename its tensors",

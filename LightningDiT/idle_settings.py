@@ -10,8 +10,16 @@ from LightningDiT.config import NAMED_SOLVERS, Config
 
 Idle = tuple[tuple[str, ...], Callable[[Config], bool], str]
 
+OF_TRANSFORMERS: Idle = (
+    tuple(
+        f"model.{name}" for name in ("use_qknorm", "use_swiglu", "use_rope", "use_rmsnorm", "wo_shift", "learn_sigma")
+    ),
+    lambda c: c.model.model_type.startswith("UNet"),
+    "with a U-Net, which has no such layers",
+)
 #: Keys, whether they are without effect, and why. A key with its default value is never named.
 IN_TRAINING: tuple[Idle, ...] = (
+    OF_TRANSFORMERS,
     (("train.lognorm_until_step",), lambda c: not c.transport.use_lognorm, "without transport.use_lognorm"),
     (
         ("train.lognorm_until_step",),
@@ -35,6 +43,7 @@ IN_TRAINING: tuple[Idle, ...] = (
     ),
 )
 IN_SAMPLING: tuple[Idle, ...] = (
+    OF_TRANSFORMERS,
     (
         ("sample.cfg_interval_start", "sample.cfg_interval_end", "sample.guided_channels", "sample.guide_ckpt"),
         lambda c: c.sample.cfg_scale == 1,

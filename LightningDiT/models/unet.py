@@ -31,8 +31,8 @@ CLASS_TABLE = "y_embedder.embedding_table.weight"
 UNET_WITHOUT_TENSORS = ("input_size", "dropout", "class_dropout_prob", "use_checkpoint")
 #: Channels of each level, the largest first, residual blocks of a level on the way down, and levels with attention.
 UNET_PRESETS = {
-    "S": ((64, 128), 2, (False, True)),
-    "B": ((128, 256), 3, (False, True)),
+    "S": ((64, 96, 128), 1, (False, True, True)),
+    "B": ((192, 224, 320), 1, (False, True, True)),
 }
 
 
