@@ -11,11 +11,12 @@ from LightningDiT.config import NAMED_SOLVERS, Config
 Idle = tuple[tuple[str, ...], Callable[[Config], bool], str]
 
 OF_TRANSFORMERS: Idle = (
-    tuple(
-        f"model.{name}" for name in ("use_qknorm", "use_swiglu", "use_rope", "use_rmsnorm", "wo_shift", "learn_sigma")
+    (
+        *(f"model.{name}" for name in ("use_qknorm", "use_swiglu", "use_rope", "use_rmsnorm", "wo_shift")),
+        *("model.learn_sigma", "model.use_checkpoint", "train.use_checkpoint"),
     ),
     lambda c: c.model.model_type.startswith("UNet"),
-    "with a U-Net, which has no such layers",
+    "with a U-Net, only with a transformer",
 )
 #: Keys, whether they are without effect, and why. A key with its default value is never named.
 IN_TRAINING: tuple[Idle, ...] = (
@@ -31,6 +32,13 @@ IN_TRAINING: tuple[Idle, ...] = (
     (("train.sample_count",), lambda c: not c.train.sample_every, "without train.sample_every"),
     (("train.valid_every",), lambda c: c.train.valid_every > c.train.max_steps, "beyond train.max_steps"),
     (("train.sample_every",), lambda c: c.train.sample_every > c.train.max_steps, "beyond train.max_steps"),
+    (("train.judge_samples", "data.levels_path"), lambda c: not c.train.judge_every, "without train.judge_every"),
+    (("train.judge_every",), lambda c: c.train.judge_every > c.train.max_steps, "beyond train.max_steps"),
+    (
+        ("train.patience",),
+        lambda c: c.train.choose == "last" or (c.train.choose == "auto" and not c.train.judge_every),
+        "with the last weights, which train.choose keeps: nothing is compared",
+    ),
     (
         ("train.keep_every",),
         lambda c: math.lcm(c.train.keep_every, c.train.ckpt_every) > c.train.max_steps,

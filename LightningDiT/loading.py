@@ -71,6 +71,7 @@ def model_settings(config: Config) -> NetworkSettings:
             use_rope=model.use_rope,
             use_rmsnorm=model.use_rmsnorm,
             wo_shift=model.wo_shift,
+            use_checkpoint=model.use_checkpoint or config.train.use_checkpoint,
             **both,
         )
 
@@ -92,7 +93,6 @@ def _common_settings(config: Config) -> dict[str, Any]:
         "num_conditions": config.data.num_conditions,
         "augmentation": config.model.augmentation,
         "dropout": config.model.dropout,
-        "use_checkpoint": config.model.use_checkpoint or config.train.use_checkpoint,
     }
 
 

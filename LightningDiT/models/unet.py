@@ -28,7 +28,7 @@ NORM_EPS = 1e-5
 PREFIX = "unet."  # of the names of diffusers' tensors
 CLASS_TABLE = "y_embedder.embedding_table.weight"
 #: Settings that no tensor shows. A U-Net computes latents of every size.
-UNET_WITHOUT_TENSORS = ("input_size", "dropout", "class_dropout_prob", "use_checkpoint")
+UNET_WITHOUT_TENSORS = ("input_size", "dropout", "class_dropout_prob")
 #: Channels of each level, the largest first, residual blocks of a level on the way down, and levels with attention.
 UNET_PRESETS = {
     "S": ((64, 96, 128), 1, (False, True, True)),
@@ -50,7 +50,6 @@ class UNetSettings:
     attends: tuple[bool, ...] = UNET_PRESETS["S"][2]  # whether a level has attention after each residual block
     dropout: float = 0.0  # share of a residual block's activations that are set to zero in training
     class_dropout_prob: float = 0.1
-    use_checkpoint: bool = False  # recompute activations in the backward pass
 
     def __post_init__(self) -> None:
         halved = 2 ** (len(self.widths) - 1)
@@ -79,6 +78,22 @@ class UNetSettings:
             total += (self.input_size >> (level + 1)) ** 2 * 9 * channels**2
             total += (self.input_size >> level) ** 2 * 9 * self.widths[level + 1] ** 2
         return 2 * total / 1e9
+
+    @property
+    def working_values(self) -> int:
+        """Values of all maps that the largest block makes of one state, and of the maps that wait for the way up.
+
+        A residual block makes its input, norm and SiLU (`old` channels), and eight maps of `new` channels: convolution,
+        norm, scaled, shifted, SiLU, convolution, shortcut, sum. Attention: norm, q, k, v, output, projection, sum, and
+        a copy.
+        """
+        blocks = [
+            (self.input_size >> level) ** 2 * (3 * old + (16 if attends else 8) * new)
+            for level, old, new, attends in self._residual_blocks()
+        ]
+        waiting = [(self.input_size >> level) ** 2 * width * self.layers for level, width in enumerate(self.widths)]
+        halved = [(self.input_size >> (level + 1)) ** 2 * width for level, width in enumerate(self.widths[:-1])]
+        return max(blocks) + self.input_size**2 * self.widths[0] + sum(waiting) + sum(halved)
 
     def _residual_blocks(self) -> Iterator[tuple[int, int, int, bool]]:
         """Yield level, channels in and out, and whether attention follows, of each residual block."""
@@ -180,7 +195,7 @@ def _diffusers_unet(settings: UNetSettings) -> nn.Module:
     def blocks(way: str) -> tuple[str, ...]:
         return tuple(f"{'Attn' if attends else ''}{way}Block2D" for attends in settings.attends)
 
-    model = UNet2DModel(
+    return UNet2DModel(
         sample_size=settings.input_size,
         in_channels=settings.in_channels,
         out_channels=settings.in_channels,
@@ -196,9 +211,6 @@ def _diffusers_unet(settings: UNetSettings) -> nn.Module:
         resnet_time_scale_shift="scale_shift",
         class_embed_type="identity",  # class_labels are a vector, which is added to that of the time
     )
-    if settings.use_checkpoint:
-        model.enable_gradient_checkpointing()
-    return model
 
 
 def unet_settings(name: str, **kwargs: Any) -> UNetSettings:

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from LightningDiT.config import Config
+    from LightningDiT.loading import NetworkSettings
     from LightningDiT.models.lightningdit import LightningDiTSettings
     from LightningDiT.tokenizer.autoencoder import AutoencoderSettings
 
@@ -82,6 +83,16 @@ def block_bytes(settings: LightningDiTSettings, rows: int, value_bytes: int) -> 
     return rows * settings.side**2 * (BLOCK_TENSORS * settings.hidden_size + inner) * value_bytes
 
 
+def step_bytes(settings: NetworkSettings, rows: int, value_bytes: int) -> int:
+    """Return the bytes of the tensors that a step makes of `rows` latents: those of one block.
+
+    A U-Net's largest block counts, and what waits for the way up.
+    """
+    if hasattr(settings, "working_values"):
+        return rows * settings.working_values * value_bytes
+    return block_bytes(settings, rows, value_bytes)
+
+
 def decode_bytes(settings: AutoencoderSettings, images: int, side: int, value_bytes: int = FLOAT32) -> int:
     """Return the bytes of the maps that the decoder's largest residual block makes for images of `side` pixels."""
     maps = [settings.level_channels(0) * side**2]
@@ -91,17 +102,16 @@ def decode_bytes(settings: AutoencoderSettings, images: int, side: int, value_by
 
 
 def parameters_of(config: Config) -> tuple[int, int]:
-    """Return the numbers of parameters of a configuration's transformer and tokenizer, without reading weights."""
+    """Return the numbers of parameters of a configuration's network and tokenizer, without reading weights."""
     from LightningDiT.checkpoint import without_values
-    from LightningDiT.loading import model_settings
-    from LightningDiT.models.lightningdit import LightningDiT
+    from LightningDiT.loading import make_model, model_settings
     from LightningDiT.tokenizer.autoencoder import AutoencoderKL
     from LightningDiT.tokenizer.config import load_tokenizer_config, tokenizer_config_path
     from LightningDiT.tokenizer.vavae import autoencoder_settings
 
     with without_values():
         modules = (
-            LightningDiT(model_settings(config)),
+            make_model(model_settings(config)),
             AutoencoderKL(autoencoder_settings(load_tokenizer_config(tokenizer_config_path(config)))),
         )
     transformer, tokenizer = (sum(value.numel() for value in module.parameters()) for module in modules)
@@ -109,7 +119,7 @@ def parameters_of(config: Config) -> tuple[int, int]:
 
 
 def working_need(
-    settings: LightningDiTSettings, decoder: AutoencoderSettings, side: int, on_gpu: bool, value_bytes: int
+    settings: NetworkSettings, decoder: AutoencoderSettings, side: int, on_gpu: bool, value_bytes: int
 ) -> Need:
     """Return what sampling with guidance takes beyond what is there once the weights are.
 
@@ -120,7 +130,7 @@ def working_need(
     """
     from LightningDiT.tokenizer.vavae import images_at_once
 
-    step = block_bytes(settings, ROWS_PER_IMAGE, MIXED if value_bytes == HALF else FLOAT32)
+    step = step_bytes(settings, ROWS_PER_IMAGE, MIXED if value_bytes == HALF else FLOAT32)
     return Need(
         framework=0,
         weights=0,

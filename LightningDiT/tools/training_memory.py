@@ -20,11 +20,11 @@ from LightningDiT.config import Config, load_config
 from LightningDiT.console import positive, run_main
 from LightningDiT.device import PRECISIONS, autocast, best_device, training_dtype
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.loading import model_settings
-from LightningDiT.models.lightningdit import LightningDiT
+from LightningDiT.loading import make_model, model_settings
+from LightningDiT.models.lightningdit import LightningDiTSettings
 from LightningDiT.tools.benchmark.machine import peak_resident_bytes
 from LightningDiT.training.ema import Ema
-from LightningDiT.training.memory import TrainingNeed, training_need
+from LightningDiT.training.memory import TrainingNeed, no_labels, training_need
 
 GIB = 2**30
 #: Freed memory goes back at once; by default glibc keeps up to a fifth more, which differs from run to run.
@@ -33,9 +33,20 @@ STEPS = 2  # the first one makes Adam's moments
 
 
 def need_of(config: Config, on_gpu: bool, checkpointing: bool) -> TrainingNeed:
-    """Return the memory that training by a configuration needs, with or without activation checkpointing."""
+    """Return the memory that training by a configuration needs, with or without activation checkpointing.
+
+    A U-Net has no checkpointing.
+    """
     dtype = PRECISIONS.get(config.train.precision) or (torch.bfloat16 if on_gpu else training_dtype(best_device()))
-    return training_need(replace(model_settings(config), use_checkpoint=checkpointing), dtype, on_gpu)
+    settings = model_settings(config)
+    if isinstance(settings, LightningDiTSettings):
+        settings = replace(settings, use_checkpoint=checkpointing)
+    return training_need(settings, dtype, on_gpu)
+
+
+def saves_activations(config: Config) -> bool:
+    """Return whether activation checkpointing is on."""
+    return getattr(model_settings(config), "use_checkpoint", False)
 
 
 def report(config: Config, memory: float, on_gpu: bool, processes: int) -> str:
@@ -46,13 +57,14 @@ def report(config: Config, memory: float, on_gpu: bool, processes: int) -> str:
         f"weights, Adam's moments, average: {plain.state / GIB:.2f} GiB; gradients: {plain.gradients / GIB:.2f} GiB;"
         f" copies in half precision: {plain.half_copies / GIB:.2f} GiB",
     ]
-    for words, need in (("", plain), (" with use_checkpoint", saving)):
+    has_blocks = isinstance(model_settings(config), LightningDiTSettings)
+    for words, need in (("", plain), (" with use_checkpoint", saving))[: 2 if has_blocks else 1]:
         most = need.largest_batch(memory * GIB)
         fits = f"micro_batch_size: at most {most} in" if most else "does not even fit with one sample into"
         lines.append(f"activations{words}: {need.activations / 2**20:.1f} MiB a sample; {fits} {memory:g} GiB")
     share = math.ceil(config.train.global_batch_size / processes)
     asked = min(share, config.train.micro_batch_size or share)
-    need = saving if model_settings(config).use_checkpoint else plain
+    need = saving if saves_activations(config) else plain
     peak = need.peak(asked, accumulates=asked < share) / GIB
     fits = "fits" if peak <= memory else "does not fit"
     lines.append(f"as configured, {asked} samples at a time: {peak:.2f} GiB, which {fits}")
@@ -79,14 +91,14 @@ def train_steps(config: Config, batch: int) -> int:
         LightningDiTError: the system does not say.
     """
     dtype = PRECISIONS.get(config.train.precision) or training_dtype(torch.device("cpu"))
-    model = LightningDiT(model_settings(config), class_dropout_prob=0.0)
+    model = make_model(model_settings(config), class_dropout_prob=0.0)
     average, optimizer = Ema(model, 0.99), torch.optim.AdamW(model.parameters())
     side = model.settings.input_size
     for _ in range(STEPS):
         optimizer.zero_grad(set_to_none=True)
         states = torch.randn(batch, model.settings.in_channels, side, side)
         with autocast(torch.device("cpu"), dtype):
-            out = model(states, torch.rand(batch), torch.zeros(batch, dtype=torch.long))
+            out = model(states, torch.rand(batch), no_labels(model, batch))
         (out.float() - states).square().mean().backward()
         optimizer.step()
         average.update()
@@ -130,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(report(config, args.memory, not args.cpu, args.processes))
     for batch in args.measure or ():
         peak = measured_peak(args.config, batch) / GIB
-        need = need_of(config, False, model_settings(config).use_checkpoint).peak(batch) / GIB
+        need = need_of(config, False, saves_activations(config)).peak(batch) / GIB
         print(f"on the CPU, {batch} at a time: measured {peak:.2f} GiB, computed {need:.2f} ({need / peak:.2f})")
     return 0
 

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from LightningDiT.checkpoint import without_values
 from LightningDiT.device import autocast
-from LightningDiT.models.lightningdit import LightningDiT, LightningDiTSettings
+from LightningDiT.loading import Network, NetworkSettings, make_model
+from LightningDiT.models.lightningdit import LightningDiTSettings
 
 FLOAT32, HALF = 4, 2
 STATE_BYTES = 4 * FLOAT32  # a parameter: weight, two moments, average
@@ -66,37 +67,44 @@ class TrainingNeed:
         return max(0, (room - gradients) // self.activations) if room >= self.gradients else 0
 
 
-def training_need(settings: LightningDiTSettings, dtype: torch.dtype, on_gpu: bool) -> TrainingNeed:
+def training_need(settings: NetworkSettings, dtype: torch.dtype, on_gpu: bool) -> TrainingNeed:
     """Return what it takes to train a model of these settings with matrix products in `dtype`."""
     with without_values():
-        model = LightningDiT(settings)
+        model = make_model(settings)
     linear = [module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    return TrainingNeed(
+        framework=GPU_CONTEXT_BYTES if on_gpu else FRAMEWORK_BYTES,
+        parameters=sum(value.numel() for value in model.parameters()),
+        half_copies=0 if dtype == torch.float32 else HALF * sum(linear),
+        activations=activation_bytes(settings, dtype),
+    )
+
+
+def activation_bytes(settings: NetworkSettings, dtype: torch.dtype) -> int:
+    """Return the bytes of one sample's activations, and of the gradients that exist with them."""
+    if not isinstance(settings, LightningDiTSettings):
+        return kept_bytes(settings, dtype) + settings.working_values * FLOAT32
     one, two = (kept_bytes(replace(settings, depth=depth, use_checkpoint=False), dtype) for depth in (1, 2))
     block, rest = two - one, one - (two - one)
     kept = settings.depth * block
     if settings.use_checkpoint:
         kept = settings.depth * settings.side**2 * settings.hidden_size * FLOAT32 + block
-    return TrainingNeed(
-        framework=GPU_CONTEXT_BYTES if on_gpu else FRAMEWORK_BYTES,
-        parameters=sum(value.numel() for value in model.parameters()),
-        half_copies=0 if dtype == torch.float32 else HALF * sum(linear),
-        activations=kept + rest + block,
-    )
+    return kept + rest + block
 
 
-def kept_bytes(settings: LightningDiTSettings, dtype: torch.dtype) -> int:
+def kept_bytes(settings: NetworkSettings, dtype: torch.dtype) -> int:
     """Return the bytes that autograd keeps for the backward pass of each further sample.
 
     The difference between two samples and one leaves out what does not grow with the batch, such as autocast's copies
     of the weights.
     """
     with torch.random.fork_rng():
-        model = LightningDiT(settings, class_dropout_prob=0.0)
+        model = make_model(settings, class_dropout_prob=0.0)
     one, two = (_kept_with_batch(model, batch, dtype) for batch in (1, 2))
     return two - one
 
 
-def _kept_with_batch(model: LightningDiT, batch: int, dtype: torch.dtype) -> int:
+def _kept_with_batch(model: Network, batch: int, dtype: torch.dtype) -> int:
     storages: dict[int, int] = {}
     held: list[Tensor] = []  # else the address of a freed tensor could be that of a later one
 
@@ -110,5 +118,10 @@ def _kept_with_batch(model: LightningDiT, batch: int, dtype: torch.dtype) -> int
     states = torch.zeros(batch, model.settings.in_channels, side, side)
     half = torch.bfloat16 if dtype != torch.float32 else torch.float32  # as many bytes as fp16, and on every CPU
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), autocast(torch.device("cpu"), half):
-        model(states, torch.zeros(batch), torch.zeros(batch, dtype=torch.long))
+        model(states, torch.zeros(batch), no_labels(model, batch))
     return sum(storages.values())
+
+
+def no_labels(model: Network, batch: int) -> Tensor:
+    """Return zeros in the shape of a network's labels, (batch,) or with conditions (batch, 2)."""
+    return torch.zeros((batch, 2) if model.settings.num_conditions else (batch,), dtype=torch.long)
