@@ -81,15 +81,15 @@ def write_report(demo: Demo, path: Path, command: str) -> Path:
         ("Guidance scale", "引导强度", describe_guidance(sample)),
         ("Guide", "引导模型", sample.guide_ckpt or ""),
     )
-    rows = [_row(_both(english, chinese), value) for english, chinese, value in facts if value]
+    rows = [html_row(both_languages(english, chinese), value) for english, chinese, value in facts if value]
     page = (
         '<!doctype html>\n<html lang="en" style="color-scheme: light dark">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width">\n<title>LightningDiT samples</title>\n'
         f'<style>\n{STYLE}\n</style>\n</head>\n<body style="margin: 0">\n<div class="ldit-report">\n'
-        f"<h1>{_both('LightningDiT samples', '样本图像')}</h1>\n{_figures(demo)}\n"
-        f"<h2>{_both('Settings', '设置')}</h2>\n{_table(rows)}\n"
-        f"<h2>{_both('How they were made', '生成记录')}</h2>\n{_sessions(demo.sessions)}\n"
-        f"<h2>{_both('Command that repeats it', '重现命令')}</h2>\n<pre>{_text(command)}</pre>\n"
+        f"<h1>{both_languages('LightningDiT samples', '样本图像')}</h1>\n{_figures(demo)}\n"
+        f"<h2>{both_languages('Settings', '设置')}</h2>\n{html_table(rows)}\n"
+        f"<h2>{both_languages('How they were made', '生成记录')}</h2>\n{_sessions(demo.sessions)}\n"
+        f"<h2>{both_languages('Command that repeats it', '重现命令')}</h2>\n<pre>{escaped(command)}</pre>\n"
         "</div>\n</body>\n</html>\n"
     )
     write_text(path, page)
@@ -106,9 +106,10 @@ def _figures(demo: Demo) -> str:
         factor = max(1, SMALLEST // width)
         kind = ' class="small"' if factor > 1 else ""
         data = base64.b64encode(read_bytes(file)).decode()
+        words = escaped(caption)
         figures.append(
-            f'<figure><img{kind} width="{factor * width}" height="{factor * height}" alt="Sample {number}:'
-            f' {_text(caption)}" src="data:image/png;base64,{data}"><figcaption>{_text(caption)}</figcaption></figure>'
+            f'<figure><img{kind} width="{factor * width}" height="{factor * height}" alt="Sample {number}: {words}"'
+            f' src="data:image/png;base64,{data}"><figcaption>{words}</figcaption></figure>'
         )
     return "\n".join(figures)
 
@@ -116,7 +117,7 @@ def _figures(demo: Demo) -> str:
 def _sessions(sessions: Sequence[Session]) -> str:
     """Return the table of the calls that made images, a column for each, with its own time and machine."""
     if not sessions:
-        return f"<p>{_both('No record of it is left.', '没有留下记录。')}</p>"
+        return f"<p>{both_languages('No record of it is left.', '没有留下记录。')}</p>"
     facts = (
         ("Date", "日期", [made.date for made in sessions]),
         ("Images", "图像", [str(made.images) for made in sessions]),
@@ -127,20 +128,28 @@ def _sessions(sessions: Sequence[Session]) -> str:
         ("torch", "", [made.torch for made in sessions]),
         ("Precision", "精度", [made.precision for made in sessions]),
     )
-    return _table(_row(_both(english, chinese), *cells) for english, chinese, cells in facts)
+    return html_table(html_row(both_languages(english, chinese), *cells) for english, chinese, cells in facts)
 
 
-def _table(rows: Iterable[str]) -> str:
+def html_table(rows: Iterable[str]) -> str:
+    """Return a table of rows, which scrolls on a narrow screen."""
     return '<div class="wide"><table>\n' + "\n".join(rows) + "\n</table></div>"
 
 
-def _row(head: str, *cells: str) -> str:
-    return f'<tr><th scope="row">{head}</th>' + "".join(f"<td>{_text(cell)}</td>" for cell in cells) + "</tr>"
+def html_row(head: str, *cells: str) -> str:
+    """Return a row of a table.
+
+    Args:
+        head: HTML; cells: texts.
+    """
+    return f'<tr><th scope="row">{head}</th>' + "".join(f"<td>{escaped(cell)}</td>" for cell in cells) + "</tr>"
 
 
-def _both(english: str, chinese: str) -> str:
+def both_languages(english: str, chinese: str) -> str:
+    """Return HTML in English and Chinese, the Chinese marked as such."""
     return english + (f' <span lang="zh-CN">{chinese}</span>' if chinese else "")
 
 
-def _text(text: str) -> str:
+def escaped(text: str) -> str:
+    """Return a text as HTML, without control characters."""
     return html.escape(printable(text))
