@@ -1,9 +1,10 @@
 """Train LightningDiT on latent shards: `python -m LightningDiT.train --config C`.
 
-The run lies in `train.output_dir`/`train.exp_name`: checkpoints, log, curves, and at the end the averaged weights. A
-run that was stopped or killed goes on from its newest undamaged checkpoint when the same command is run again. Several
-processes: `torchrun --nproc-per-node 2 -m LightningDiT.train --config C`, or on GPUs `accelerate launch`, which starts
-one process on a CPU whatever number it is given.
+The run lies in `train.output_dir`/`train.exp_name`: checkpoints, log, curves, and at the end the averaged weights, or
+those that `train.choose` prefers with the last ones beside them. A run that was stopped or killed goes on from its
+newest undamaged checkpoint when the same command is run again. Several processes:
+`torchrun --nproc-per-node 2 -m LightningDiT.train --config C`, or on GPUs `accelerate launch`, which starts one process
+on a CPU whatever number it is given.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from LightningDiT.config import TRAINING_FIX, Config, load_config
 from LightningDiT.console import positive, run_main
 from LightningDiT.device import best_device
 from LightningDiT.distributed import launched_processes
+from LightningDiT.training.choice import CHOICE_NAME, LAST_NAME, choice_of
 from LightningDiT.training.loop import train as run_loop
 from LightningDiT.training.monitors import configured_monitors
 from LightningDiT.training.run_dir import RunDir
@@ -59,7 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = processes.agree(lambda: read_config(args))
         train = config.train
         path = args.output or Path(train.output_dir) / train.exp_name
-        run = RunDir(path, train.keep_checkpoints, train.keep_every, train.ckpt_every, [weights_name(config)])
+        choice = processes.agree(lambda: choice_of(config))
+        results = [weights_name(config), *((LAST_NAME, CHOICE_NAME) if choice else ())]
+        run = RunDir(path, train.keep_checkpoints, train.keep_every, train.ckpt_every, results)
         if args.dry_run:
             processes.say(processes.from_main(lambda: settings_text(config, True, args.max_steps)))
             processes.from_main(lambda: check_data(config, run))
@@ -71,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         processes.say(settings_text(config, False, args.max_steps) + "\n" + trainer.summary())
         weights = run_loop(
-            trainer, run, loop_settings(config, args.max_steps), weights_name(config), processes, monitors
+            trainer, run, loop_settings(config, args.max_steps), weights_name(config), processes, monitors, choice
         )
         processes.say(f"wrote {weights}\n{next_command(config, args.config, weights)}")
     return 0

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from LightningDiT.radar.pictures import SHOWN
-from LightningDiT.radar.separability import COLUMNS, ROWS, accuracy, features
+from LightningDiT.radar.separability import COLUMNS, ROWS, features, predictions
 from LightningDiT.seeds import generator_for
 
 STEPS, BATCH = 300, 32
@@ -120,15 +120,24 @@ def share_right(judge: nn.Module, pixels: Tensor, labels: Tensor) -> float:
 
 
 def quick_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> float:
-    """Return the accuracy on test windows of a logistic regression of pooled training windows; it takes seconds.
+    """Return the share of test windows that `quick_predictions` labels rightly.
+
+    Args:
+        test_labels: (M,) whole numbers from 0.
+    """
+    return float((quick_predictions(train, train_labels, test) == test_labels.cpu()).double().mean())
+
+
+def quick_predictions(train: Tensor, train_labels: Tensor, test: Tensor) -> Tensor:
+    """Return the classes (M,) that a logistic regression of pooled windows sees in test windows; it takes seconds.
 
     The classifier is that of `radar.separability`.
 
     Args:
-        train, test: (N, 1, H, W) in [-1, 1].
-        train_labels, test_labels: (N,) whole numbers from 0.
+        train, test: (N, 1, H, W) and (M, 1, H, W) in [-1, 1].
+        train_labels: (N,) whole numbers from 0.
     """
-    return accuracy(_pooled(train), train_labels.cpu().numpy(), _pooled(test), test_labels.cpu().numpy())
+    return torch.from_numpy(predictions(_pooled(train), train_labels.cpu().numpy(), _pooled(test)))
 
 
 def _pooled(pixels: Tensor) -> NDArray[np.float64]:

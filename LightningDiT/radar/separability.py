@@ -25,11 +25,20 @@ def features(pictures: NDArray[np.float32]) -> Array:
 
 
 def accuracy(train: Array, train_labels: Array, test: Array, test_labels: Array) -> float:
-    """Return the share of test rows that multinomial logistic regression labels rightly.
+    """Return the share of test rows that multinomial logistic regression labels rightly; see `predictions`.
 
     Args:
-        train, test: (N, F) features, which are standardised by the training rows.
-        train_labels, test_labels: (N,) whole numbers from 0.
+        test_labels: (M,) whole numbers from 0.
+    """
+    return float((predictions(train, train_labels, test) == test_labels).mean())
+
+
+def predictions(train: Array, train_labels: Array, test: Array) -> NDArray[np.int64]:
+    """Return the labels (M,) that multinomial logistic regression gives to test rows.
+
+    Args:
+        train, test: (N, F) and (M, F) features, which are standardised by the training rows.
+        train_labels: (N,) whole numbers from 0.
     """
     mean, std = train.mean(0), train.std(0) + 1e-6
     inputs, targets = (train - mean) / std, np.eye(int(train_labels.max()) + 1)[train_labels]
@@ -43,8 +52,7 @@ def accuracy(train: Array, train_labels: Array, test: Array, test_labels: Array)
         scores = np.exp(scores - scores.max(1, keepdims=True))
         slope = inputs.T @ (scores / scores.sum(1, keepdims=True) - targets) / len(inputs) + PENALTY * ahead
         previous, weights = weights, ahead - rate / 2 * slope
-    found = (np.c_[(test - mean) / std, np.ones(len(test))] @ weights).argmax(1)
-    return float((found == test_labels).mean())
+    return (np.c_[(test - mean) / std, np.ones(len(test))] @ weights).argmax(1)
 
 
 def two_splits(inputs: Array, labels: Array, passes: Array, seed: int) -> tuple[float, float]:

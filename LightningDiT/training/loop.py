@@ -17,6 +17,7 @@ from LightningDiT.console import StopRequest
 from LightningDiT.distributed import ALONE, Processes
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.files import held_folder
+from LightningDiT.training.choice import LAST_NAME, Choice
 from LightningDiT.training.curves import LiveCurves
 from LightningDiT.training.ema import Ema
 from LightningDiT.training.guard import MAX_RETURNS, Guard, GuardSettings, NotFiniteError
@@ -92,10 +93,12 @@ def train(
     weights_name: str,
     processes: Processes = ALONE,
     monitors: Sequence[Monitor] = (),
+    choice: Choice | None = None,
 ) -> Path:
     """Train up to `settings.max_steps` and return the file of the averaged weights.
 
-    Ctrl-C ends after the current step and saves; running the same command again goes on from there.
+    With a choice the file holds the chosen weights, `LAST_NAME` the last ones, and the run may end earlier. Ctrl-C
+    ends after the current step and saves; running the same command again goes on from there.
 
     Raises:
         LightningDiTError: the folder holds a run of other settings or foreign files, or trouble comes again and again.
@@ -105,9 +108,21 @@ def train(
         processes.from_main(lambda: held.enter_context(held_folder(run.path, "training")))
         processes.from_main(run.refuse_foreign)
         with LiveCurves(run.path) as curves:
-            _Loop(trainer, run, settings, processes, monitors, curves).run_to_end()
-        processes.from_main(lambda: _save_average(trainer.ema, path, trainer.metadata))
+            _Loop(trainer, run, settings, processes, monitors, curves, choice).run_to_end()
+        processes.from_main(lambda: _save_result(trainer, path, choice))
     return path
+
+
+def _save_result(trainer: Trainable, path: Path, choice: Choice | None) -> None:
+    """Write the averaged weights; with a choice the chosen ones, and beside them the last ones."""
+    if choice is None or choice.best is None:
+        _save_average(trainer.ema, path, trainer.metadata)
+    else:
+        save_weights(choice.weights, path, trainer.metadata | choice.metadata())
+    if choice is not None:
+        _save_average(trainer.ema, path.with_name(LAST_NAME), trainer.metadata)
+        choice.save_looks(path.parent)
+        print(choice.text(), flush=True)
 
 
 def _save_average(ema: Ema, path: Path, metadata: Mapping[str, str]) -> None:
@@ -131,9 +146,10 @@ class _Loop:
         processes: Processes,
         monitors: Sequence[Monitor],
         curves: LiveCurves,
+        choice: Choice | None = None,
     ) -> None:
         self.trainer, self.run, self.settings, self.processes = trainer, run, settings, processes
-        self.monitors, self.curves = monitors, curves
+        self.monitors, self.curves, self.choice = monitors, curves, choice
         self.guard = Guard(settings.guard)
         self.meter = AverageMeter(settings.max_steps, settings.batch_size)
         self.done = 0
@@ -143,13 +159,14 @@ class _Loop:
         self._start()
         # looked at between steps, so that no half step is ever saved
         with StopRequest(signals=STOP_SIGNALS, grace=GRACE, message=STOPPING, quiet=not self.processes.is_main) as stop:
-            while self.done < self.settings.max_steps:
+            while self.done < self.settings.max_steps and not self._has_enough():
                 if self._take_step():
                     self._go_back()
                     continue
                 stopping = self.processes.any(stop.asked)
                 last = stopping or self.done == self.settings.max_steps
                 self._log(last)
+                last = last or self._has_enough()
                 regular = self.done % self.settings.ckpt_every == 0 and not self.guard.trouble
                 if regular:
                     self.guard.passed()
@@ -157,11 +174,17 @@ class _Loop:
                     self._save()
                 if stopping:
                     self.processes.end_by_interrupt()
+        if self.choice and self.done < self.settings.max_steps:
+            self.processes.say(f"step {self.done}: {self.choice.ending()}")
         if self.guard.last_finite < 0:
             raise LightningDiTError(
                 f"none of the {self.done} steps had a finite loss and gradient, so nothing was trained",
                 "look at the latents or images, lower optimizer.lr, and choose another --output",
             )
+
+    def _has_enough(self) -> bool:
+        """Whether the choice of the weights ends the run; all processes know the same looks."""
+        return self.choice is not None and self.choice.has_ended
 
     def _start(self) -> None:
         """Go on from the newest undamaged checkpoint, or write the first one, to which a run may have to go back."""
@@ -211,11 +234,18 @@ class _Loop:
             require_form(state, {"guard": self.guard.state_dict(), "random": {}} | self.trainer.state_dict())
             self.trainer.load_state_dict(state)
             set_random_state(state["random"])
+            if choice := self.choice:  # looks after this step are forgotten
+                note = choice.load_state_dict(state.get("choice", {}), self.trainer.ema.weights)
+        if choice:
+            if note:
+                self.processes.say(f"note: {note}")
+            self.processes.from_main(lambda: choice.save_looks(self.run.path))
         self.done = step_of(path)
         return state
 
     def _save(self) -> None:
         state = {"settings": self.trainer.settings, "guard": self.guard.state_dict(), "random": random_state()}
+        state |= {"choice": self.choice.state_dict()} if self.choice else {}
         self.processes.from_main(lambda: self.run.save(self.done, state | self.trainer.state_dict()))
 
     def _take_step(self) -> bool:
@@ -281,8 +311,10 @@ class _Loop:
         for monitor in self.monitors:
             if self.done % monitor.every == 0:
                 row |= monitor.observe(self.done)
+        row = {"step": float(self.done)} | row if row else {}
+        if (choice := self.choice) and choice.see(row, self.trainer.ema):
+            self.processes.from_main(lambda: choice.save_looks(self.run.path))
         if row and self.processes.is_main:
-            row = {"step": float(self.done)} | row
             self.run.log(row)
             print(row_text(row), flush=True)
             self.curves.add(row)

@@ -1,4 +1,4 @@
-"""What is looked at while LightningDiT trains: validation loss and samples, both of the averaged weights."""
+"""What is looked at while a network trains: validation loss, samples and their worth, all of the averaged weights."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from LightningDiT.device import best_device
 from LightningDiT.distributed import Processes
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import image_grid, save_png
-from LightningDiT.loading import build_transport, check_latent_shape
-from LightningDiT.models.lightningdit import LightningDiT
+from LightningDiT.loading import Network, build_transport, check_latent_shape
+from LightningDiT.sampling.null_row import null_failure_of
 from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from LightningDiT.seeds import generator_for
 from LightningDiT.tokenizer.config import load_tokenizer_config, tokenizer_config_path
 from LightningDiT.tokenizer.vavae import VA_VAE
+from LightningDiT.training.judged_samples import JudgedSamples, Looks
 from LightningDiT.training.latent_batches import (
     LatentBatches,
     has_cosine_loss,
@@ -43,14 +44,15 @@ VALIDATION_STREAM = 3  # a second seed, beside those of latent_batches
 def configured_monitors(
     config: Config,
     data: LatentBatches,
-    averaged_model: Callable[[], LightningDiT],
+    averaged_model: Callable[[], Network],
     folder: Path,
     processes: Processes,
 ) -> list[Monitor]:
     """Return the monitors that the configuration asks for.
 
     Raises:
-        LightningDiTError: a validation loss is asked for and there are no latents for it.
+        LightningDiTError: a validation loss is asked for and there are no latents for it; or samples are to be judged
+            and there are no windows for it.
     """
     train, monitors = config.train, []
     if train.valid_every:
@@ -59,7 +61,35 @@ def configured_monitors(
     if train.sample_every and processes.is_main:
         grids = SampleGrids(config, data, averaged_model(), folder / "samples")
         monitors.append(Monitor(train.sample_every, grids.observe))
+    if train.judge_every:
+        looks = Looks(lambda: _judged(config, data, averaged_model()), processes)
+        monitors.append(Monitor(train.judge_every, looks.observe))
     return monitors
+
+
+def _judged(config: Config, data: LatentBatches, model: Network) -> tuple[JudgedSamples, LightningDiTPipeline]:
+    """Return the samples that looks judge, and the pipeline that draws them."""
+    pipe = training_pipeline(config, data, model)
+    if isinstance(pipe.tokenizer, LatentView):
+        raise LightningDiTError(
+            f"{config.source}: train.judge_every is {config.train.judge_every}, and no tokenizer draws the samples",
+            "set vae.ckpt_path",
+        )
+    if pipe.config.sample.cfg_scale != 1 and (reason := _no_guidance(config)):
+        print(f"note: looks sample without guidance: {reason}", flush=True)
+        pipe = pipe.with_sample(replace(pipe.config.sample, cfg_scale=1.0))
+    return JudgedSamples(config, pipe, config.train.judge_samples, config.train.global_seed), pipe
+
+
+def _no_guidance(config: Config) -> str:
+    """Return why a run's own samples cannot be guided by the null class, empty if they can."""
+    if config.sample.guide_ckpt:
+        return "that of sample.guide_ckpt is not used in a training"
+    if config.train.label_dropout:
+        return ""
+    if not (source := config.train.weight_init):
+        return "train.label_dropout 0 never trains the null class"
+    return null_failure_of(Config(ckpt_path=source)) if Path(source).exists() else ""
 
 
 class Validation:
@@ -68,7 +98,7 @@ class Validation:
     Times are spread evenly over [0, 1], so that every bin has equally many; labels are never dropped.
     """
 
-    def __init__(self, config: Config, data: LatentBatches, model: LightningDiT, processes: Processes) -> None:
+    def __init__(self, config: Config, data: LatentBatches, model: Network, processes: Processes) -> None:
         self.model, self.processes = model, processes
         self.transport, self.has_cosine_loss = build_transport(config), has_cosine_loss(config)
         self.chunk = config.train.micro_batch_size or len(data.rows)
@@ -158,19 +188,24 @@ class LatentView:
         return (latents[:, torch.arange(3) % latents.shape[1]] / 3).clamp(-1, 1)
 
 
+def training_pipeline(config: Config, data: LatentBatches, model: Network) -> LightningDiTPipeline:
+    """Return the pipeline of a run's averaged weights, by the solver `fast`."""
+    sample = replace(config.sample, mode="ODE", sampling_method="fast", solver_file=None, guide_ckpt=None)
+    # a model in `ckpt_path` is that of an earlier run, whose classes may be others
+    settings = replace(config, sample=replace(sample, reverse=False, compile="off"), ckpt_path=None, adapter_path=None)
+    return LightningDiTPipeline(
+        model, open_tokenizer(config, data), build_transport(config), settings, best_device(), torch.float32
+    )
+
+
 class SampleGrids:
     """Images from noise and classes that never change, by the solver `fast`."""
 
-    def __init__(self, config: Config, data: LatentBatches, model: LightningDiT, folder: Path) -> None:
+    def __init__(self, config: Config, data: LatentBatches, model: Network, folder: Path) -> None:
         self.folder = folder
         count = config.train.sample_count
         self.classes = [index * config.data.num_classes // count for index in range(count)]
-        sample = replace(config.sample, mode="ODE", sampling_method="fast", solver_file=None, guide_ckpt=None)
-        # a model in `ckpt_path` is that of an earlier run, whose classes may be others
-        settings = replace(config, sample=replace(sample, reverse=False, compile="off"), ckpt_path=None)
-        self.pipe = LightningDiTPipeline(
-            model, open_tokenizer(config, data), build_transport(config), settings, best_device(), torch.float32
-        )
+        self.pipe = training_pipeline(config, data, model)
         self.seed = config.train.global_seed
 
     def observe(self, step: int) -> dict[str, float]:
