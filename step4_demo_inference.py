@@ -41,7 +41,7 @@ def plan(args: argparse.Namespace) -> samples.Plan:
 
     path = project.CONFIG if project.CONFIG.exists() else weights.BUNDLED / "config.yaml"
     config = samples.configured(path, args, sampling=False)
-    return config, demo_classes(config.data.num_classes)
+    return config, demo_classes(config.data.num_classes), None
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -34,11 +34,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    from LightningDiT.sampling.options import classes_of
+    from LightningDiT.sampling.options import grid_of
 
     def plan() -> samples.Plan:
         config = samples.configured(args.config, args)
-        return config, classes_of(args, config.data.num_classes)
+        return config, *grid_of(args, config)
 
     def run(planned: samples.Plan, processes: Processes) -> None:
         processes.say("Step 4: sampling")

@@ -25,8 +25,12 @@ from LightningDiT.sampling.options import (  # noqa: E402
     add_class_options,
     add_sampling_options,
     apply_options,
+    chosen_classes,
+    chosen_conditions,
     classes_of,
     describe_settings,
+    grid_of,
+    in_rounds,
 )
 
 if TYPE_CHECKING:
@@ -105,7 +109,7 @@ def planned(args: argparse.Namespace) -> tuple[Config, int]:
     config = apply_options(load_config(args.config), args)
     count = args.num_samples or args.count  # asked for first: no list of as many classes is made
     if args.demo and not count:
-        count = len(classes_of(args, config.data.num_classes))
+        count = len(grid_of(args, config)[0])
     return config, count or config.sample.fid_num
 
 
@@ -117,18 +121,19 @@ def run_demo(config: Config, args: argparse.Namespace, processes: Processes) -> 
 
     folder = Path(args.output or DEMO_FOLDER)
     processes.from_main(lambda: check_space(folder, args.count or 0, config.data.image_size))
-    classes = classes_of(args, config.data.num_classes)
+    classes, conditions = grid_of(args, config)
     processes.say(describe_settings(config, len(classes), folder / DEMO_NAME))
     if args.dry_run:
-        return processes.from_main(lambda: check_run(config, classes))
+        return processes.from_main(lambda: check_run(config, classes, conditions))
     preview = Preview(args.preview, folder / PREVIEW_NAME) if args.preview else None
-    demo = sample_demo(config, classes, args.seed, folder, DEMO_NAME, args.time_budget, processes, preview)
+    demo = sample_demo(config, classes, args.seed, folder, DEMO_NAME, args.time_budget, processes, preview, conditions)
     processes.say(demo.summary() + _about(preview, demo.run))
     return 0
 
 
 def run_folder(config: Config, args: argparse.Namespace, processes: Processes, count: int) -> int:
     """Sample many images into a folder, from where an earlier run stopped."""
+    from LightningDiT.sampling.conditions import condition_text
     from LightningDiT.sampling.dry_run import check_run
     from LightningDiT.sampling.pipeline import LightningDiTPipeline
     from LightningDiT.sampling.preview import Preview
@@ -141,13 +146,18 @@ def run_folder(config: Config, args: argparse.Namespace, processes: Processes, c
     if file is not None:
         processes.from_main(lambda: _check_npz(file))
     if args.dry_run:
-        return processes.from_main(lambda: check_run(config, classes_of(args, config.data.num_classes)))
+        return processes.from_main(lambda: check_run(config, *grid_of(args, config)))
     pipe = processes.agree(lambda: LightningDiTPipeline.from_config(config))
     labels = processes.agree(lambda: labels_of(pipe, args, count))
     preview = Preview(args.preview, _beside(output, "_preview.png")) if args.preview else None
     if args.classes:
         processes.say(f"classes        {pipe.labels.listing(labels)}")
-    result = sample_run(pipe, labels, args.seed, output, args.time_budget, processes, preview, args.by_class)
+    conditions = processes.agree(lambda: conditions_of(pipe, args, count))
+    if pipe.conditions and conditions:
+        processes.say(f"conditions     {condition_text(pipe.conditions, conditions, bool(args.conditions))}")
+    result = sample_run(
+        pipe, labels, args.seed, output, args.time_budget, processes, preview, args.by_class, conditions
+    )
     done = sum(path is not None for path in result.paths)
     processes.say(
         f"{done} of {count} images in {output}, {result.made} of them made now in {duration(result.seconds)}"
@@ -170,6 +180,19 @@ def labels_of(pipe: LightningDiTPipeline, args: argparse.Namespace, count: int) 
         return random_labels(count, classes, args.seed)
     chosen = pipe.labels.numbers(classes_of(args, classes))
     return [chosen[index % len(chosen)] for index in range(count)]
+
+
+def conditions_of(pipe: LightningDiTPipeline, args: argparse.Namespace, count: int) -> list[int | None] | None:
+    """Return the condition of each image, None for a model without conditions.
+
+    Those of the command line take turns: each stays for a round of the classes, with random classes for one image.
+    """
+    from LightningDiT.sampling.conditions import numbers_of_conditions
+
+    chosen = chosen_conditions(args, pipe.config.data.num_conditions)
+    turn = len(chosen_classes(args, pipe.config.data.num_classes)) if args.classes else 1
+    given = in_rounds(chosen, turn, count) if chosen else None
+    return numbers_of_conditions(pipe.conditions, given, count, pipe.null_failure)
 
 
 def _check_npz(file: Path) -> None:

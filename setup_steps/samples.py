@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from LightningDiT.distributed import Processes
     from LightningDiT.sampling.demo import Demo
 
-    #: Settings and classes of a run.
-    Plan = tuple[Config, list[int | str]]
+    #: Settings of a run, its classes, and their conditions if the command line has any.
+    Plan = tuple[Config, list[int | str], list[int | str] | None]
 
 TIME_BUDGET = 30.0  # minutes
 
@@ -97,7 +97,7 @@ def run_shared(
     from LightningDiT.sampling.all_gpus import run_on_all_gpus
 
     def count() -> tuple[Config, int]:
-        config, classes = plan()
+        config, classes, _ = plan()
         return config, len(classes)
 
     script, *options = command
@@ -116,7 +116,7 @@ def sample(plan: Plan, seed: int, grid: Path, minutes: float, dry_run: bool, pro
     """
     from LightningDiT.sampling.options import describe_settings
 
-    config, classes = plan
+    config, classes, conditions = plan
     folder = absolute(grid.parent)
     processes.from_main(lambda: check_space(folder, len(classes), config.data.image_size))
     processes.say(describe_settings(config, len(classes), folder / grid.name))
@@ -124,7 +124,7 @@ def sample(plan: Plan, seed: int, grid: Path, minutes: float, dry_run: bool, pro
     from LightningDiT.sampling.dry_run import check_run
 
     if dry_run:
-        processes.from_main(lambda: check_run(config, classes))
+        processes.from_main(lambda: check_run(config, classes, conditions))
         return None
     processes.from_main(lambda: require_writable(folder))
-    return sample_demo(config, classes, seed, folder, grid.name, minutes, processes)
+    return sample_demo(config, classes, seed, folder, grid.name, minutes, processes, conditions=conditions)

@@ -40,7 +40,7 @@ ROWS: dict[str, set[str]] = {
     "loading": {"checkpoint", "config", "errors", "models", "tokenizer", "transport"},
     "metrics": {*GROUND, "data", "radar", "tokenizer"},  # judges of windows
     "radar": {*GROUND, "data"},
-    "sampling": BELOW,
+    "sampling": {*BELOW, "radar"},  # levels are shown in a colour map
     "training": {*BELOW, "metrics", "radar", "sampling"},  # a run shows and judges samples of its average
     "verdict": {*GROUND, "data", "metrics", "radar", "sampling"},  # the look of a report is that of a demonstration
     "__init__": {"config", "sampling"},

@@ -47,7 +47,13 @@ def _is_none(one: int | str | None, labels: Labels) -> bool:
     return one is None or (one == NO_CONDITION and NO_CONDITION not in (labels.names or ()))
 
 
-def condition_text(labels: Labels, numbers: Sequence[int | None]) -> str:
-    """Return the conditions of a run in one line, each once."""
+def condition_text(labels: Labels, numbers: Sequence[int | None], given: bool = True) -> str:
+    """Return the conditions of a run in one line, each once.
+
+    Args:
+        given: whether a person named them; else the line says how to.
+    """
+    if not given:
+        return f"{NO_CONDITION}; --conditions chooses of {labels.listing(range(labels.count))}"
     known = [number for number in numbers if number is not None]
     return "; ".join(filter(None, [labels.listing(known), NO_CONDITION if None in numbers else ""]))

@@ -17,15 +17,15 @@ from PIL import Image
 
 from LightningDiT.config import Config
 from LightningDiT.console import duration
-from LightningDiT.data.image_files import open_image
-from LightningDiT.data.labels import CLASS_NAMES
 from LightningDiT.device import gpu_name, processor_name
 from LightningDiT.distributed import ALONE, Processes
 from LightningDiT.files import read_json, write_text
 from LightningDiT.images import caption_note, image_grid, save_png
+from LightningDiT.sampling.conditions import Conditions, condition_text, numbers_of_conditions
 from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from LightningDiT.sampling.preview import Preview
-from LightningDiT.sampling.resumable_run import UNFINISHED, RunResult, manifest_of, run_name, sample_run
+from LightningDiT.sampling.resumable_run import UNFINISHED, RunResult, label_names, manifest_of, run_name, sample_run
+from LightningDiT.sampling.views import shown_file
 
 RECORD = "made.json"  # beside the images: who made them when, and their copies
 MOST_COLUMNS = 12  # of a grid with a class in each column
@@ -137,6 +137,7 @@ def sample_demo(
     minutes: float | None,
     processes: Processes = ALONE,
     preview: Preview | None = None,
+    conditions: Conditions = None,
 ) -> Demo:
     """Sample one image per class and write the grid `name` into `folder`.
 
@@ -152,14 +153,23 @@ def sample_demo(
     labels = pipe.labels.numbers(classes)
     processes.say(f"classes        {pipe.labels.listing(labels)}")
     devices = processes.share(lambda: _device_words(pipe.device))
+    numbers = processes.agree(
+        lambda: numbers_of_conditions(pipe.conditions, conditions, len(labels), pipe.null_failure)
+    )
+    if pipe.conditions and numbers:
+        processes.say(f"conditions     {condition_text(pipe.conditions, numbers, conditions is not None)}")
     captions = [pipe.labels.caption(label) for label in labels]
+    if pipe.conditions and numbers:
+        captions = [
+            caption if number is None else f"{caption}, {pipe.conditions.caption(number)}"
+            for caption, number in zip(captions, numbers, strict=True)
+        ]
     if note := processes.from_main(lambda: caption_note(captions)):
         processes.say(f"captions       {note}")
-    names = pipe.labels.identity
-    manifest = manifest_of(config, labels, seed, pipe.precision.name) | ({CLASS_NAMES: list(names)} if names else {})
+    manifest = manifest_of(config, labels, seed, pipe.precision.name, numbers) | label_names(pipe)
     run_folder = folder / run_name(manifest)
     load_seconds = time.perf_counter() - started
-    run = sample_run(pipe, labels, seed, run_folder, minutes, processes, preview)
+    run = sample_run(pipe, labels, seed, run_folder, minutes, processes, preview, conditions=numbers)
     target = folder / name
     if not run.complete and target.exists():
         target = folder / f"{target.stem}_unfinished{target.suffix}"
@@ -206,8 +216,7 @@ def _grid(paths: Sequence[Path | None], captions: Sequence[str], labels: Sequenc
         if path is None:
             images.append(Image.new("RGB", (side, side), GAP_COLOUR))
             continue
-        with open_image(path) as image:  # closed at once: a contact sheet has a thousand files
-            images.append(image.convert("RGB"))
+        images.append(shown_file(path))
     return image_grid(images, captions, _columns(captions), [f"class {label}" for label in labels])
 
 

@@ -24,7 +24,7 @@ from LightningDiT.tokenizer.latent_space import check_tokenizer_of_latents
 from LightningDiT.tokenizer.vavae import check_tokenizer_file
 
 
-def check_run(config: Config, classes: Sequence[int | str], conditions: Conditions | None = None) -> int:
+def check_run(config: Config, classes: Sequence[int | str], conditions: Conditions = None) -> int:
     """Print the lines of `verify` and return the exit code of success.
 
     Args:
@@ -37,7 +37,7 @@ def check_run(config: Config, classes: Sequence[int | str], conditions: Conditio
     print(f"classes        {labels.listing(labels.numbers(classes))}")
     numbers = numbers_of_conditions(second, conditions, len(classes))
     if second and numbers:
-        print(f"conditions     {condition_text(second, numbers)}")
+        print(f"conditions     {condition_text(second, numbers, conditions is not None)}")
     print("\n".join(verify(config)))
     return 0
 

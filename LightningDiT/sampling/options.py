@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from LightningDiT.config import (
@@ -90,6 +91,13 @@ def add_class_options(parser: argparse.ArgumentParser) -> None:
         metavar="CLASS",
         help=f"numbers or names; `{CONTACT_SHEET}` is a contact sheet of every class",
     )
+    parser.add_argument(
+        "--conditions",
+        nargs="+",
+        metavar="CONDITION",
+        help="second label, by numbers or names: one for all images, or in turn, each for a round of the classes;"
+        f" `{CONTACT_SHEET}` is every one, `none` the null condition, which is the default",
+    )
     parser.add_argument("--count", type=positive, help="number of images; the classes take turns")
 
 
@@ -103,16 +111,46 @@ def apply_options(config: Config, args: argparse.Namespace) -> Config:
     return dataclasses.replace(config, sample=with_overrides(config.sample, OPTIONS, **given))
 
 
-def classes_of(args: argparse.Namespace, num_classes: int) -> list[int | str]:
-    """Return the classes to sample, as given or the demonstration's, `--count` of them."""
-    if args.classes and [name.lower() for name in args.classes] == [CONTACT_SHEET]:
-        chosen: list[int | str] = list(range(num_classes))
-    elif args.classes:
-        chosen = list(args.classes)
-    else:
-        chosen = demo_classes(num_classes)
-    count = args.count or len(chosen)
+def classes_of(args: argparse.Namespace, num_classes: int, rounds: int = 1) -> list[int | str]:
+    """Return the classes to sample, as given or the demonstration's: `--count` of them, or `rounds` times all."""
+    chosen = chosen_classes(args, num_classes)
+    count = args.count or rounds * len(chosen)
     return [chosen[index % len(chosen)] for index in range(count)]
+
+
+def chosen_classes(args: argparse.Namespace, num_classes: int) -> list[int | str]:
+    """Return the classes of one round, as given or the demonstration's."""
+    if not args.classes:
+        return demo_classes(num_classes)
+    return list(range(num_classes)) if _is_all(args.classes) else list(args.classes)
+
+
+def chosen_conditions(args: argparse.Namespace, num_conditions: int) -> list[int | str] | None:
+    """Return the conditions that are given, None without any."""
+    if not args.conditions:
+        return None
+    return list(range(num_conditions)) if num_conditions and _is_all(args.conditions) else list(args.conditions)
+
+
+def grid_of(args: argparse.Namespace, config: Config) -> tuple[list[int | str], list[int | str] | None]:
+    """Return class and condition of each image of a grid: every class of a round under the first condition, and so on.
+
+    By default there are as many rounds as conditions. Without conditions on the command line these are None.
+    """
+    conditions = chosen_conditions(args, config.data.num_conditions)
+    classes = classes_of(args, config.data.num_classes, len(conditions or [0]))
+    if conditions is None:
+        return classes, None
+    return classes, in_rounds(conditions, len(chosen_classes(args, config.data.num_classes)), len(classes))
+
+
+def in_rounds(conditions: Sequence[int | str], round_length: int, count: int) -> list[int | str]:
+    """Return the condition of each of `count` images: each condition stays for a round and gives way to the next."""
+    return [conditions[index // round_length % len(conditions)] for index in range(count)]
+
+
+def _is_all(given: Sequence[str]) -> bool:
+    return [name.lower() for name in given] == [CONTACT_SHEET]
 
 
 def demo_classes(num_classes: int) -> list[int | str]:

@@ -319,6 +319,11 @@ class LightningDiTPipeline:
         settings = self.transformer.settings
         return settings.in_channels, settings.input_size, settings.input_size
 
+    @property
+    def channels(self) -> int:
+        """Channels of the images: 3, or 1 for levels."""
+        return self.tokenizer.model.settings.out_ch
+
     @cached_property
     def _weights_fingerprint(self) -> str:
         return weights_fingerprint(required(self.config, "ckpt_path"), self.config.adapter_path)

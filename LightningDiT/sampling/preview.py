@@ -8,8 +8,9 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from LightningDiT.images import image_grid, save_png, to_pil, to_uint8
+from LightningDiT.images import image_grid, save_png
 from LightningDiT.sampling.pipeline import LightningDiTPipeline
+from LightningDiT.sampling.views import views
 from LightningDiT.seeds import generator_for
 from LightningDiT.transport import draw_noise, sampling_times
 
@@ -54,7 +55,7 @@ class Preview:
         now = state[:count]
         shown = now + (1 - t) * (now - self._state) / (t - self._t) if self._predicts else now
         if (step + 1) % self.every == 0 or self._is_end(t):
-            self._panels.append(to_pil(to_uint8(self.pipe.tokenizer.decode(shown)).cpu().numpy()))
+            self._panels.append(views(self.pipe.tokenizer.decode(shown)))
             self._times.append(t)
         self._t, self._state = t, now.clone()
 

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from LightningDiT.compiling import WHOLE, Plan
 from LightningDiT.config import Config, as_dict, as_mapping, resolved_solver, setting_differences, typed
 from LightningDiT.console import Progress, StopRequest
 from LightningDiT.data.image_sets import Classes, FileImages
-from LightningDiT.data.labels import CLASS_NAMES, Labels
+from LightningDiT.data.labels import CLASS_NAMES, CONDITION_NAMES, Labels
 from LightningDiT.data.npz import write_npz
 from LightningDiT.distributed import ALONE, Processes
 from LightningDiT.errors import LightningDiTError, fixed_by
@@ -40,8 +41,10 @@ from LightningDiT.files import (
     rename_command,
     write_text,
 )
-from LightningDiT.images import save_png
+from LightningDiT.images import save_levels, save_png
 from LightningDiT.loading import STATS_NAME
+from LightningDiT.sampling.conditions import numbers_of_conditions
+from LightningDiT.sampling.null_row import check_guidance
 from LightningDiT.sampling.options import images_at_once
 from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from LightningDiT.sampling.preview import Preview
@@ -49,6 +52,8 @@ from LightningDiT.tokenizer.config import load_tokenizer_config, tokenizer_confi
 
 MANIFEST = "manifest.json"
 ACCELERATION = "acceleration"  # key of the plan in the manifest; it belongs to the run, not to its settings
+CONDITIONS = "conditions"  # key of the second label of each image in the manifest
+PIXELS, LEVELS = "pixels", "grey of 16 bits, 0 is level 0 and 65535 level 1"  # key and value, for one channel
 LAYOUT, BY_CLASS = "layout", "by class"  # key and value in the manifest of a run with a folder for each class
 MOST_LETTERS = 60  # of a class's name in that of its folder: 240 bytes at most
 UNFINISHED = "The time budget is over; run the same command again to continue."
@@ -83,11 +88,14 @@ class RunResult:
         return all(path is not None for path in self.paths)
 
 
-def manifest_of(config: Config, labels: Sequence[int], seed: int, precision: str) -> dict[str, Any]:
+def manifest_of(
+    config: Config, labels: Sequence[int], seed: int, precision: str, conditions: Sequence[int | None] | None = None
+) -> dict[str, Any]:
     """Return everything that the pixels of a run depend on, as plain values.
 
     Args:
         precision: `Precision.name`; `auto` in the configuration depends on the machine.
+        conditions: of each image, None for none; None for a model without conditions.
     """
     spelt = as_dict(resolved_solver(config.sample)) | {"sampling_method": config.sample.sampling_method}
     sample = {name: value for name, value in spelt.items() if name not in WITHOUT_EFFECT}
@@ -99,9 +107,12 @@ def manifest_of(config: Config, labels: Sequence[int], seed: int, precision: str
         files["solvers"] = config.sample.solver_file
     if config.sample.guide_ckpt:
         files["guide"] = config.sample.guide_ckpt
+    if config.adapter_path:
+        files["adapter"] = config.adapter_path
     return {
         "seed": seed,
         "labels": list(labels),
+        **({} if conditions is None else {CONDITIONS: list(conditions)}),
         "precision": precision,
         "sample": sample,
         "transport": as_dict(config.transport),
@@ -109,6 +120,12 @@ def manifest_of(config: Config, labels: Sequence[int], seed: int, precision: str
         "latents": {"norm": config.data.latent_norm, "multiplier": config.data.latent_multiplier},
         "weights": {name: fingerprint(path) for name, path in files.items() if path},
     }
+
+
+def label_names(pipe: LightningDiTPipeline) -> dict[str, list[str]]:
+    """Return what the manifest of a run says of the names of classes and conditions, as far as they have names."""
+    names = {CLASS_NAMES: pipe.labels.identity, CONDITION_NAMES: pipe.conditions and pipe.conditions.identity}
+    return {key: list(value) for key, value in names.items() if value}
 
 
 def run_name(manifest: dict[str, Any]) -> str:
@@ -178,6 +195,7 @@ def sample_run(
     processes: Processes = ALONE,
     preview: Preview | None = None,
     by_class: bool = False,
+    conditions: Sequence[int | None] | None = None,
 ) -> RunResult:
     """Sample the image of every label into `folder` as `000000.png`, ..., except those that are there unchanged.
 
@@ -190,17 +208,23 @@ def sample_run(
             left to a rerun; every call samples at least one batch.
         preview: shows the first images that this call samples.
         by_class: a subfolder for each class, named after it; a run that has begun keeps its layout.
+        conditions: of each image, None for none; None: no image has one.
 
     Raises:
-        LightningDiTError: the folder cannot be written, holds another run, or the disk is too small.
+        LightningDiTError: the folder cannot be written, holds another run, or the disk is too small; or guidance by
+            null labels that were never trained.
     """
     started = time.monotonic()
     deadline = started + 60 * minutes if minutes is not None else float("inf")
     by_class = processes.from_main(lambda: kept_layout(folder, by_class))
     paths = _image_paths(folder, labels, class_folders(pipe.labels) if by_class else None)
+    processes.agree(lambda: check_guidance(pipe.config.sample, pipe.null_failure))
+    asked = Asked(
+        labels, numbers_of_conditions(pipe.conditions, conditions, len(labels), pipe.null_failure), seed, folder, paths
+    )
     made, nfe, interrupted = 0, 0, False
     with contextlib.ExitStack() as stack:
-        opened = _missing_batches(pipe, labels, seed, folder, paths, processes.count)
+        opened = _missing_batches(pipe, asked, processes.count)
         plan, batches = processes.from_main(lambda: stack.enter_context(opened))
         processes.agree(lambda: stack.enter_context(pipe.settled(plan, f"the run in {folder}")))
         processes.say(f"acceleration   {plan.describe()}")
@@ -209,7 +233,7 @@ def sample_run(
         shown = preview if batches and processes.is_main else None
         if shown:
             shown.start(pipe, seed, batches[0])
-        sampler = _BatchSampler(pipe, labels, seed, folder, paths, progress, shown)
+        sampler = _BatchSampler(pipe, asked, progress, shown)
         for first in range(0, len(batches), processes.count):
             turn = batches[first : first + processes.count]
 
@@ -228,6 +252,24 @@ def sample_run(
             processes.from_main(lambda: _require_all(folder, paths))
     there = [path if _is_there(path) else None for path in paths]
     return RunResult(there, made, nfe, time.monotonic() - started, interrupted)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a run is to make.
+
+    Attributes:
+        labels, conditions: of each image; see `sample_run`.
+        seed: of the noise.
+        folder: of the run.
+        paths: of each image.
+    """
+
+    labels: Sequence[int]
+    conditions: list[int | None] | None
+    seed: int
+    folder: Path
+    paths: Sequence[Path]
 
 
 def _image_paths(folder: Path, labels: Sequence[int], subfolders: Sequence[str] | None) -> list[Path]:
@@ -254,15 +296,11 @@ class _BatchSampler:
     def __init__(
         self,
         pipe: LightningDiTPipeline,
-        labels: Sequence[int],
-        seed: int,
-        folder: Path,
-        paths: Sequence[Path],
+        asked: Asked,
         progress: Progress,
         preview: Preview | None,
     ) -> None:
-        self.pipe, self.labels, self.seed = pipe, labels, seed
-        self.folder, self.paths = folder, paths
+        self.pipe, self.asked = pipe, asked
         self.progress, self.preview = progress, preview
         self._done, self._note = 0, ""
         self._steps = pipe.solver(pipe.config.sample).steps  # of a batch, until the first one has shown it
@@ -292,16 +330,32 @@ class _BatchSampler:
             if self.preview is not None:
                 self.preview(step, t, state)
 
-        labels = [self.labels[index] for index in indices]
-        out = self.pipe(labels, seed=self.seed, indices=indices, batch_size=len(indices), callback=watch)
+        asked, levels = self.asked, self.pipe.channels == 1
+        out = self.pipe(
+            [asked.labels[index] for index in indices],
+            seed=asked.seed,
+            indices=indices,
+            batch_size=len(indices),
+            callback=watch,
+            output_type="pt" if levels else "pil",
+            conditions=asked.conditions and [asked.conditions[index] for index in indices],
+        )
         self._steps = last + 1
-        if not (self.folder / MANIFEST).is_file():  # else the images would come to lie in a folder of no run
-            raise _removed(self.folder)
+        if not (asked.folder / MANIFEST).is_file():  # else the images would come to lie in a folder of no run
+            raise _removed(asked.folder)
         saved = {}
-        for image, path in zip(out.images, (self.paths[index] for index in indices), strict=True):
+        for image, path in zip(out.images, (asked.paths[index] for index in indices), strict=True):
             if not _is_there(path):
-                saved[path.name] = digest(save_png(image, path))
+                saved[path.name] = digest(_save(image, path))
         return saved, out.nfe
+
+
+def _save(image: Image.Image | Tensor, path: Path) -> Path:
+    """Write an image as PNG, levels (1, H, W) as one of 16 bits, and return its path."""
+    if isinstance(image, Tensor):
+        save_levels(image.unsqueeze(0), [path])
+        return path
+    return save_png(image, path)
 
 
 def _require_all(folder: Path, paths: Sequence[Path]) -> None:
@@ -319,17 +373,16 @@ def _removed(folder: Path) -> LightningDiTError:
 
 @contextlib.contextmanager
 def _missing_batches(
-    pipe: LightningDiTPipeline, labels: Sequence[int], seed: int, folder: Path, paths: Sequence[Path], processes: int
+    pipe: LightningDiTPipeline, asked: Asked, processes: int
 ) -> Iterator[tuple[Plan, list[list[int]]]]:
     """Hold the run's folder and yield its plan, and the batches, as indices, in which an image is missing."""
-    sample = pipe.config.sample
+    sample, folder, paths = pipe.config.sample, asked.folder, asked.paths
     at_most, by_memory = pipe.batch_size(sample, processes), pipe.batch_follows_memory(sample)
     size = images_at_once(len(paths), at_most, processes if pipe.device.type != "cpu" else 1)
     fixed = at_most if sample.deterministic else size  # the same in a run of any length
-    described = manifest_of(pipe.config, labels, seed, pipe.precision.name)
+    described = manifest_of(pipe.config, asked.labels, asked.seed, pipe.precision.name, asked.conditions)
     described[ACCELERATION] = asdict(pipe.plan(math.ceil(len(paths) / processes), fixed))
-    if names := pipe.labels.identity:
-        described[CLASS_NAMES] = list(names)
+    described |= label_names(pipe) | ({PIXELS: LEVELS} if pipe.channels == 1 else {})
     if paths[0].parent != folder:
         described[LAYOUT] = BY_CLASS
     with opened_run(folder, described):
@@ -426,7 +479,7 @@ def _known_manifest(file: Path) -> dict[str, Any]:
 def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
     known, now = ({**content, ACCELERATION: None} for content in (_known_manifest(file), manifest))
     # manifests of earlier releases have no names, and those of models without names have none
-    ignored = set() if CLASS_NAMES in known and CLASS_NAMES in manifest else {CLASS_NAMES}
+    ignored = {key for key in (CLASS_NAMES, CONDITION_NAMES) if not (key in known and key in manifest)}
     # and those of earlier releases have the setting that is now part of the plan
     if changed := setting_differences(known, json.loads(json.dumps(now)), {*ignored, "sample.compile"}):
         raise LightningDiTError(

@@ -1,0 +1,31 @@
+"""Pictures of samples for people: levels of one channel in a colour map, other images as they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from LightningDiT.data.image_files import open_image
+from LightningDiT.images import WHITE_16_BIT, to_pil, to_uint8
+from LightningDiT.radar.colour_maps import coloured
+
+COLOUR_MAP = "jet"
+
+
+def views(images: Tensor) -> list[Image.Image]:
+    """Return PIL images of images (N, 3, H, W), or of levels (N, 1, H, W), in [-1, 1]."""
+    if images.shape[1] != 1:
+        return to_pil(to_uint8(images).cpu().numpy())
+    levels = (images[:, 0].float().cpu().numpy() + 1) / 2  # (N, H, W)
+    return [Image.fromarray(picture) for picture in coloured(levels, COLOUR_MAP)]
+
+
+def shown_file(path: Path) -> Image.Image:
+    """Return the picture of a sample's file, RGB; the file is closed at once, since a contact sheet has a thousand."""
+    with open_image(path) as image:
+        if not image.mode.startswith("I"):  # "I;16", or "I", as which older releases of Pillow open 16 bits
+            return image.convert("RGB")
+        return Image.fromarray(coloured(np.asarray(image, np.float64) / WHITE_16_BIT, COLOUR_MAP))
