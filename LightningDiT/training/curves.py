@@ -12,6 +12,7 @@ from LightningDiT.errors import LightningDiTError
 from LightningDiT.files import atomic_path, read_text
 
 HIDDEN = ("step", "seconds_left")
+BESIDE = {"copies": ("copies_real", "of real windows")}  # what is drawn in the same panel, and its legend
 PANEL_INCHES = (6.0, 2.6)
 PNG_SECONDS = 120.0  # between two drawings during a run
 
@@ -48,9 +49,10 @@ def read_log(path: str | Path) -> list[Row]:
 
 
 def quantities(runs: Mapping[str, list[Row]]) -> list[str]:
-    """Return the names of everything that the runs logged, in the order of their first appearance."""
+    """Return the names of what the runs logged and has a panel, in the order of their first appearance."""
     names = [name for rows in runs.values() for row in rows for name in row]
-    return [name for name in dict.fromkeys(names) if name not in HIDDEN]
+    beside = {second for first, (second, _) in BESIDE.items() if first in names}
+    return [name for name in dict.fromkeys(names) if name not in {*HIDDEN, *beside}]
 
 
 def save_curves(runs: Mapping[str, list[Row]], path: str | Path) -> None:
@@ -78,12 +80,22 @@ def draw(runs: Mapping[str, list[Row]]) -> Any:
             points = [(row["step"], row[name]) for row in rows if name in row]
             if points:
                 panel.plot(*zip(*points, strict=True), label=run, color=f"C{number}")
+            if name in BESIDE:
+                _draw_beside(panel, rows, *BESIDE[name], color=f"C{number}")
         panel.set_ylabel(name.replace("_", " "))
         panel.grid(alpha=0.3)
     panels[-1].set_xlabel("step")
     if len(runs) > 1:
         panels[0].legend()
     return figure
+
+
+def _draw_beside(panel: Any, rows: list[Row], name: str, legend: str, color: str) -> None:
+    """Draw a second quantity as a dashed line of the same colour."""
+    points = [(row["step"], row[name]) for row in rows if name in row]
+    if points:
+        panel.plot(*zip(*points, strict=True), label=legend, color=color, linestyle="--")
+        panel.legend()
 
 
 class LiveCurves:
