@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from LightningDiT.console import OK, natural, positive
+from LightningDiT.console import OK, natural, positive, reads_chinese
 from LightningDiT.files import require_writable
 from setup_steps import project
 
@@ -28,6 +31,8 @@ OUTPUT = project.PROJECT / "spectrograms"
 MAPS = ("jet", "jet-matplotlib", "viridis", "turbo", "parula", "inferno", "gray")
 MOST_PIXELS = 4096  # of a side
 MOST_FOLDS = 20
+SQUARES = "下一步：网络只接受正方形的窗口，边长为 8 的倍数："
+COMMANDS = "下一步：训练这些窗口的 tokenizer，提取潜变量，再训练："
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -103,22 +108,71 @@ def main(argv: list[str] | None = None) -> int:
         return OK
     files = write(options, prepared)
     print(f"wrote {', '.join(path.name for path in files)} to {files[0].parent}")
-    print(next_line(prepared, files, bool(options.write)))
+    for line in next_lines(options, prepared, files[0].parent):
+        print(line)
     return OK
 
 
-def next_line(prepared: Prepared, files: list[Path], is_written: bool) -> str:
-    """Return what comes next, as far as there is something."""
-    if len(files) == 1:
-        return "Next: run this again with --write FOLDER, which gives the lists that extract_features takes"
-    square = is_written or all(height == width for height, width in prepared.sizes)
-    crop = "" if square else "\nIt crops windows to squares; --write FOLDER --size 256 keeps both ends of each axis."
-    output = files[0].parent / "latents"
-    command = f"{project.interpreter()} -m LightningDiT.extract_features --config YAML --list {files[1]}"
-    return (
-        "Next: no step trains by split.json yet. Today the training windows alone become latents by\n"
-        f"  {command} --output {output}{crop}"
-    )
+def next_lines(options: argparse.Namespace, prepared: Prepared, folder: Path) -> Iterator[str]:
+    """Yield what comes next: the way to square levels, or the commands from these to a training; also in Chinese.
+
+    Args:
+        folder: of split.json; takes the configuration of the training.
+    """
+    from LightningDiT.radar.training_file import NAME, TrainingData, is_fitting, write_training_file
+
+    height, width = written_size(options, prepared)
+    if not (options.write and is_fitting(height, width)):
+        written = f"the levels have {width}x{height} pixels: " if options.write else ""
+        again = project.again(
+            SCRIPT, *(() if options.write else ("--write", "LEVELS")), "--size", "64", without=("--size",)
+        )
+        yield from _in_both(f"Next: {written}networks take squares, whose sides are multiples of 8", SQUARES)
+        yield f"  {again}"
+        return
+    parts = Counter(row.part for row in prepared.rows)
+    people, conditions = ({getattr(row, key) for row in prepared.rows} for key in ("person", "condition"))
+    levels, is_validated = project.absolute(options.write), parts["validation"] > 0
+    data = TrainingData(height, len(people), len(conditions), is_validated, levels)
+    file, fits = write_training_file(folder, data)
+    if fits:
+        yield f"wrote {NAME}, the configuration of a training on these windows"
+    else:
+        yield f"warning: {NAME} is kept as it is, and was edited or is of other windows; delete it for a new one"
+    yield from _in_both("Next: a tokenizer of these windows, their latents, and a training", COMMANDS)
+    yield from (f"  {command}" for command in commands(levels, folder, file, is_validated))
+
+
+def written_size(options: argparse.Namespace, prepared: Prepared) -> tuple[int, int]:
+    """Return height and width of the levels that are written."""
+    if options.size:
+        return options.size
+    height, width = prepared.sizes.most_common(1)[0][0]
+    columns = prepared.columns.count if prepared.columns and not options.keep_columns else width
+    return height, min(columns, width)
+
+
+def commands(levels: Path, folder: Path, file: Path, is_validated: bool) -> list[str]:
+    """Return the commands from levels to a trained network."""
+    quote, module = shlex.quote, f"{project.interpreter()} -m LightningDiT"
+    source = f"--levels {quote(str(levels))} --split-file {quote(str(folder / 'split.json'))}"
+    tokenizer, latents, valid = (quote(str(folder / name)) for name in ("tokenizer", "latents", "latents_valid"))
+    config, bundled = quote(str(file)), quote(str(project.PROJECT / "models" / "fashion-mnist"))
+    extract = f"{module}.extract_features --config {config} {source}"
+    own = quote(str(project.PROJECT / "LightningDiT" / "tokenizer" / "configs" / "levels_f4d6.yaml"))
+    return [
+        f"{module}.train_tokenizer --config {own} --init {bundled} {source} --output {tokenizer}",
+        f"{extract} --draws 8 --output {latents}",
+        *([f"{extract} --part validation --output {valid}"] if is_validated else []),
+        f"{module}.train --config {config}",
+    ]
+
+
+def _in_both(english: str, chinese: str) -> Iterator[str]:
+    """Yield a line, and the same in Chinese for those who read it."""
+    yield english
+    if reads_chinese():
+        yield chinese
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -189,22 +190,40 @@ def summary(result: ExtractionResult, manifest: dict[str, Any], output: Path) ->
     return "\n".join(lines)
 
 
-def next_step(args: argparse.Namespace, manifest: Mapping[str, Any]) -> str:
-    """Return the line that says how a training uses the latents: those of a test split are validated on."""
-    settings = f"data.data_path: {args.output} and data.num_classes: {manifest['classes']}"
-    if args.levels and args.part != VALIDATION:
-        conditions, vector = manifest.get(CONDITION_NAMES), manifest.get("augmentation")
-        more = [f"data.num_conditions: {len(conditions)}"] if conditions else []
-        more += [f"model.augmentation: {len(vector)}"] if vector else []
-        paths = (args.output, args.split_file, args.levels)
-        latents, split_file, levels = (Path(path).absolute() for path in paths)
-        more += [f"data.split_file: {split_file}", f"data.fold: {args.fold or 0}", f"data.levels_path: {levels}"]
-        settings = f"data.data_path: {latents}, data.num_classes: {manifest['classes']}, {', '.join(more)}"
-    elif args.levels or args.split != "train":
+def next_step(args: argparse.Namespace, manifest: Mapping[str, Any], config: Config | None = None) -> str:
+    """Return the line that says how a training uses the latents: those of a test split are validated on.
+
+    Args:
+        config: of the command line; settings of levels that it has already are not named.
+    """
+    train = f"python -m LightningDiT.train --config {shlex.quote(args.config)}"
+    if args.levels:
+        wanted = _settings_of_levels(args, manifest)
+        missing = [f"{key}: {value}" for key, value in wanted.items() if attrgetter(key)(config or Config()) != value]
+        if not missing:
+            return f"Next: {train}"
+        settings = ", ".join(missing)
+    elif args.split != "train":
         settings = f"data.valid_path: {args.output} and train.valid_every"
-    return (
-        f"Next: set {settings} in {args.config}, and python -m LightningDiT.train --config {shlex.quote(args.config)}"
-    )
+    else:
+        settings = f"data.data_path: {args.output} and data.num_classes: {manifest['classes']}"
+    return f"Next: set {settings} in {args.config}, and {train}"
+
+
+def _settings_of_levels(args: argparse.Namespace, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a training on latents of levels."""
+    latents, split_file, levels = (str(Path(path).absolute()) for path in (args.output, args.split_file, args.levels))
+    if args.part == VALIDATION:
+        return {"data.valid_path": latents}
+    return {
+        "data.data_path": latents,
+        "data.num_classes": manifest["classes"],
+        "data.num_conditions": len(manifest.get(CONDITION_NAMES) or ()),
+        "model.augmentation": len(manifest.get("augmentation") or ()),
+        "data.split_file": split_file,
+        "data.fold": args.fold or 0,
+        "data.levels_path": levels,
+    }
 
 
 def checked(args: argparse.Namespace, config: Config, tokenizer: TokenizerConfig, weights: str | None) -> str:
@@ -282,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if result.manifest is None:
             processes.end_by_interrupt()
         processes.say(summary(result, result.manifest, output))
-        processes.say(next_step(args, result.manifest))
+        processes.say(next_step(args, result.manifest, config))
     return 0
 
 

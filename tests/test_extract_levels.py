@@ -88,7 +88,7 @@ def test_validation_latents_have_no_statistics_to_be_mistaken(
         assert main(command(tiny_folder, *options)) == 0
         said = capsys.readouterr().out
         assert "normalises them by those of data.data_path" in said
-        assert f"Next: set data.valid_path: {output} and train.valid_every" in said
+        assert f"Next: set data.valid_path: {output} in" in said
     assert not (output / "latents_stats.pt").exists()
     manifest = json.loads((output / LATENTS_MANIFEST).read_text())
     assert manifest["split"]["fold"] == 1

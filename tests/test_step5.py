@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,10 +15,14 @@ import pytest
 from PIL import Image
 
 import step5_prepare_spectrograms as step5
+from LightningDiT import extract_features, train, train_tokenizer
+from LightningDiT.config import load_config
 from LightningDiT.console import run_main
 from LightningDiT.radar.arrays import read_raw
+from LightningDiT.radar.augmentation import NAMES
 from LightningDiT.radar.colour_maps import coloured
 from LightningDiT.radar.split import load_split
+from LightningDiT.radar.training_file import is_fitting
 from tests.conftest import PROJECT
 from tests.walkers import NATIVE, SIDE, enlarged, render, windows_of
 
@@ -47,7 +52,7 @@ def test_the_audit_names_what_the_folder_was_made_of(
         f"neighbours share 75 %: window {SIDE}, stride 32 columns",
         "windows share pixels up to a distance of 3",
         "people with one pass train only and are in no verdict (1): ID_4",
-        "Next: no step trains by split.json yet",
+        "Next: networks take squares",
     ):
         assert line in said
     split = load_split(tmp_path / "out" / "split.json")
@@ -81,6 +86,52 @@ def test_levels_are_written_in_one_channel(folder: Path, tmp_path: Path, capsys:
     foreign = render(tmp_path / "foreign", {"1": [1]})
     assert "has files of other programs" in run(capsys, *options[:4], "--write", foreign, code=1)
     assert sorted(path.name for path in folder.iterdir()) == ["ID_1", "ID_2", "ID_4"]
+
+
+def test_next_come_the_commands_from_square_levels_to_a_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them is taken by the module that it names, with a configuration that has the data's numbers."""
+    monkeypatch.setenv("LIGHTNINGDIT_LANG", "zh")
+    data = render(tmp_path / "data", {"1": [3, 3, 3], "2": [3]})
+    own = ("--data", data, "--output", tmp_path / "out", "--write", tmp_path / "w")
+    said = run(capsys, *own)
+    assert f"the levels have {NATIVE}x{SIDE} pixels: networks take squares" in said
+    assert "网络只接受正方形的窗口" in said
+    assert not (tmp_path / "out" / "training.yaml").exists()
+    assert not is_fitting(60, 60)  # no multiple of 8
+    said = run(capsys, *own, "--size", "64")
+    assert "提取潜变量" in said
+    commands = [shlex.split(line)[1:] for line in said.splitlines() if line.startswith("  ")][-4:]
+    parsers = (train_tokenizer, extract_features, extract_features, train)
+    tokenizer, latents, valid, training = (
+        module.parse(command[2:]) for module, command in zip(parsers, commands, strict=True)
+    )
+    assert [command[:2] for command in commands] == [["-m", module.__name__] for module in parsers]
+    config = load_config(tmp_path / "out" / "training.yaml")
+    assert (config.data.image_size, config.data.num_classes, config.data.num_conditions) == (64, 2, 0)
+    assert (config.data.data_path, config.data.valid_path) == (latents.output, valid.output)
+    assert (config.data.levels_path, config.data.split_file) == (str(tmp_path / "w"), latents.split_file)
+    assert str(Path(config.vae.ckpt_path or "").parent) == tokenizer.output
+    assert (latents.draws, valid.part, training.config) == (8, "validation", latents.config)
+    assert Path(config.train.weight_init or "").is_file()
+    assert config.model.augmentation == len(NAMES)
+    with (tmp_path / "out" / "training.yaml").open("a") as file:
+        file.write("# mine")
+    said = run(capsys, *own, "--size", "64")
+    assert "training.yaml is kept as it is" in said
+    assert (tmp_path / "out" / "training.yaml").read_text().endswith("# mine")
+
+
+def test_people_of_one_pass_have_a_training_without_validation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = render(tmp_path / "alone", {"1": [4], "2": [3]})
+    said = run(capsys, "--data", alone, "--output", tmp_path / "out", "--write", tmp_path / "w", "--size", "16")
+    assert "nobody has two passes" in said
+    assert "--part validation" not in said
+    config = load_config(tmp_path / "out" / "training.yaml")
+    assert (config.data.valid_path, config.train.valid_every) == (None, 0)
 
 
 def test_bad_files_are_one_line_each_and_nothing_else_is_lost(

@@ -82,7 +82,8 @@ def parsed(text: str, zero_doppler: float | None = None) -> Augmentation:
             value = math.nan
         if not 0 < value <= limit:
             raise LightningDiTError(
-                f"{part.strip()} is given; a number above 0 and up to {limit:g} is expected", f"name kinds such as {EXAMPLE}"
+                f"{part.strip()} is given; a number above 0 and up to {limit:g} is expected",
+                f"name kinds such as {EXAMPLE}",
             )
         chosen[kind] = True if kind == "shift" else value
     return Augmentation(**chosen, zero_doppler=zero_doppler)
