@@ -74,7 +74,7 @@ def parsed(text: str, zero_doppler: float | None = None) -> Augmentation:
     for part in text.split(","):
         kind, _, amount = part.strip().partition("=")
         if kind not in KINDS or (kind == "shift" and amount):
-            raise LightningDiTError(f"{text!r} is no augmentation: {part.strip()!r}", f"name kinds such as {EXAMPLE}")
+            raise LightningDiTError(f"{text!r} is no augmentation: {part.strip()!r}", f"name kinds such as '{EXAMPLE}'")
         limit = MOST_SCALE if kind == "doppler" else MOST_DB
         try:
             value = float(amount or usual[kind])
@@ -83,7 +83,7 @@ def parsed(text: str, zero_doppler: float | None = None) -> Augmentation:
         if not 0 < value <= limit:
             raise LightningDiTError(
                 f"{part.strip()} is given; a number above 0 and up to {limit:g} is expected",
-                f"name kinds such as {EXAMPLE}",
+                f"name kinds such as '{EXAMPLE}'",
             )
         chosen[kind] = True if kind == "shift" else value
     return Augmentation(**chosen, zero_doppler=zero_doppler)
