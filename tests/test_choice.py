@@ -213,7 +213,6 @@ def utilities(values: Mapping[int, float], killed_at: int | None = None) -> Moni
             "utility": values[step],
             "copies": 0.0,
             "copies_real": 0.05,
-            "average": toy.ema.weights["weight"].item(),
         }
 
     return Monitor(2, observe)
