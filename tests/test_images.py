@@ -21,10 +21,14 @@ from LightningDiT.images import (
     fit_text,
     grid_columns,
     image_grid,
+    levels_of,
+    save_levels,
     save_png,
     save_reconstructions,
     to_float,
+    to_pil,
     to_uint8,
+    with_channels,
 )
 
 
@@ -50,6 +54,39 @@ def test_reconstructions_are_drawn_below_their_originals(tmp_path: Path) -> None
     picture = np.asarray(Image.open(tmp_path / "r.png"))[:, :, 0]
     cells = picture[4 + 64 :: 132, 4 + 64 :: 132]
     assert cells.tolist() == [[10, 20], [110, 120], [30, 130]]
+
+
+def test_one_channel_is_drawn_grey(tmp_path: Path) -> None:
+    levels = torch.tensor([-1.0, 0.0, 1.0]).view(3, 1, 1, 1).expand(3, 1, 128, 128)
+    pixels = to_uint8(levels)
+    assert pixels.shape == (3, 128, 128, 1)
+    assert [image.mode for image in to_pil(pixels.numpy())] == ["L"] * 3
+    save_reconstructions(pixels, 255 - pixels, tmp_path / "r.png", columns=3)
+    picture = np.asarray(Image.open(tmp_path / "r.png"))
+    assert (picture == picture[..., :1]).all()
+    assert picture[4 + 64 :: 132, 4 + 64 :: 132, 0].tolist() == [[0, 128, 255], [255, 127, 0]]
+
+
+def test_floating_pixels_are_levels_already() -> None:
+    levels = torch.rand(2, 1, 4, 4)
+    assert to_float(levels) is levels
+
+
+def test_channels_are_replicated_or_averaged() -> None:
+    levels = torch.rand(2, 1, 4, 4)
+    assert torch.equal(with_channels(levels, 3), levels.repeat(1, 3, 1, 1))
+    colours = torch.rand(2, 3, 4, 4)
+    assert with_channels(colours, 3) is colours
+    assert torch.equal(with_channels(colours, 1), colours.mean(1, keepdim=True))
+    assert levels_of(levels) is levels
+
+
+def test_levels_are_saved_in_sixteen_bits(tmp_path: Path) -> None:
+    """-1 is 0, 1 is 65535; steps of 1/65535 survive, values beyond are clipped, and NumPy and radar read the same."""
+    steps = torch.tensor([-1.5, -1.0, -1 + 2 / 65535, 0.0, 1 - 2 / 65535, 1.0, 2.0]).view(1, 1, 1, 7)
+    save_levels(torch.cat([steps, -steps]), [tmp_path / "a.png", tmp_path / "b.png"])
+    values = [np.asarray(Image.open(tmp_path / name)).astype(int)[0].tolist() for name in ("a.png", "b.png")]
+    assert values == [[0, 0, 1, 32768, 65534, 65535, 65535], [65535, 65535, 65534, 32768, 1, 0, 0]]
 
 
 @pytest.mark.parametrize("size", [(64, 64), (200, 64), (64, 131), (640, 480), (50, 40)])

@@ -117,6 +117,18 @@ def test_encode_and_decode_own_the_normalisation(tiny_tokenizer: Path) -> None:
     )
 
 
+@torch.no_grad()
+def test_levels_are_seen_replicated_and_come_back_as_the_mean(tiny_tokenizer: Path) -> None:
+    tokenizer = VA_VAE(tiny_tokenizer)
+    levels = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latents = tokenizer.encode_images(levels, sample=False)
+    torch.testing.assert_close(latents, tokenizer.model.encode(levels.repeat(1, 3, 1, 1)).mean, atol=1e-6, rtol=1e-6)
+    decoded = tokenizer.decode_latents(latents)
+    assert decoded.shape == (2, 3, 16, 16)
+    assert float((decoded - decoded.mean(1, keepdim=True)).abs().max()) > 0.01
+    torch.testing.assert_close(tokenizer.decode_levels(latents)[:, 0], decoded.mean(1), atol=1e-6, rtol=0)
+
+
 @pytest.fixture
 def two_at_once(tiny_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> VA_VAE:
     """The small tokenizer, which takes two of its images of 16x16 at once."""

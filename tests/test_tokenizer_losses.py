@@ -19,9 +19,11 @@ from LightningDiT.tokenizer.losses import (
     adaptive_weight,
     cosine_alignment,
     distance_matrix_alignment,
+    high_pass,
     hinge_discriminator_loss,
     hinge_generator_loss,
     negative_log_likelihood,
+    texture_distance,
 )
 
 
@@ -96,6 +98,34 @@ def test_a_rotation_of_the_features_costs_nothing_in_the_distance_matrix() -> No
     turned = torch.einsum("dc,nchw->ndhw", rotation, latents) * 3.0
     assert float(distance_matrix_alignment(latents, turned, 0.0)) < 1e-6
     assert float(cosine_alignment(latents, turned, 0.0)) > 0.1
+
+
+def test_the_high_pass_has_its_gain() -> None:
+    """`1 - cos^2(pi f) cos^2(pi g)`: 0 for flat images, 1 for alternating pixels, 1/2 at a quarter cycle a pixel."""
+    time = torch.arange(32, dtype=torch.float64)
+    for f, g in ((0.0, 0.0), (0.5, 0.0), (0.25, 0.0), (0.125, 0.25), (0.5, 0.5)):
+        wave = torch.cos(2 * math.pi * f * time)[:, None] * torch.cos(2 * math.pi * g * time)
+        gain = 1 - math.cos(math.pi * f) ** 2 * math.cos(math.pi * g) ** 2
+        passed = high_pass(wave.expand(2, 3, 32, 32))
+        inner = (..., slice(1, -1), slice(1, -1))
+        torch.testing.assert_close(passed[inner], gain * wave.expand(2, 3, 32, 32)[inner], atol=1e-12, rtol=0)
+
+
+def test_the_texture_term_is_the_log_ratio_of_local_energies() -> None:
+    """Speckle that is `s` times as strong costs `|log s^2|`, in other places nothing, and none at all most."""
+    noise = random(2, 1, 64, 64)
+    shifted = noise.roll((8, 16), dims=(2, 3))
+    assert number(texture_distance(noise, noise)) == 0.0
+    for scale in (0.5, 3.0):
+        assert math.isclose(number(texture_distance(noise, scale * noise)), abs(math.log(scale**2)), rel_tol=2e-3)
+    moved, gone = number(texture_distance(noise, shifted)), number(texture_distance(noise, 0 * noise))
+    assert moved < 0.3
+    energy = (F.avg_pool2d(high_pass(noise).square(), 8, 4) + 1e-4).double()
+    assert math.isclose(gone, float((energy / 1e-4).log().mean()), rel_tol=1e-5)
+    assert float((noise - shifted).square().mean()) > 1.8 * float(noise.square().mean())  # pixels prefer none
+    local = noise.clone()
+    local[..., :32] *= 3  # in one half: energies are compared place by place, not on average
+    assert number(texture_distance(local, local.flip(3))) > 1.0
 
 
 def test_hinge_losses_have_their_values() -> None:
@@ -204,6 +234,42 @@ def test_the_small_recipe_is_the_sum_of_its_terms() -> None:
     expected = 2 * np.abs(error).mean() + 4 * np.square(error).mean() + 0.01 * kl
     assert math.isclose(number(terms["loss"]), expected, rel_tol=1e-5)
     assert not list(criterion.own_parameters())
+
+
+def test_the_texture_term_enters_with_its_weight_and_scale() -> None:
+    model, images = Halves(), random(2, 3, 16, 16)
+    result = model.run(images)
+    criterion = Criterion(settings(l1_weight=1.0, texture_weight=0.25, sum_values=True, logvar_init=0.3), 2)
+    terms = criterion.autoencoder_loss(result, model, step=0)
+    assert terms.keys() == {"loss", "l1", "l2", "kl", "texture"}
+    texture = texture_distance(images, result.reconstructions)
+    assert torch.equal(terms["texture"], texture)
+    distance = number((result.reconstructions - images).abs().mean()) + 0.25 * number(texture)
+    assert math.isclose(number(terms["loss"]), 768 * (distance * math.exp(-0.3) + 0.3), rel_tol=1e-5)
+
+
+def test_networks_of_colours_see_one_channel_three_times() -> None:
+    """LPIPS, the discriminator and the vision model."""
+    levels, seen = random(2, 1, 32, 32), []
+    mean = random(2, 2, 4, 4)
+    result = Pass(levels, DiagonalGaussian(mean, torch.zeros_like(mean)), mean, levels + 1)
+
+    class Sees(nn.Module):
+        width = 3
+
+        def forward(self, *images: Tensor) -> Tensor:
+            seen.extend(images)
+            return images[0]
+
+    options = {"lpips_weight": 1.0, "vf_weight": 1.0, "adaptive_vf": False, "disc_weight": 1.0, "disc_layers": 1}
+    criterion = Criterion(settings(**options), 2, vision=Sees(), perceptual=Sees())
+    criterion.loss.discriminator = Sees()
+    criterion._distances(result)
+    criterion._frozen["vision"](result.coloured()[0])
+    criterion.discriminator_loss(result)
+    expected = [levels, levels + 1, levels, levels, levels + 1]
+    assert len(seen) == 5
+    assert all(torch.equal(one, two.repeat(1, 3, 1, 1)) for one, two in zip(seen, expected, strict=True))
 
 
 def test_the_alignment_enters_with_its_adaptive_weight() -> None:

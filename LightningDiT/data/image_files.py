@@ -14,8 +14,8 @@ from PIL import Image, UnidentifiedImageError
 
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.files import LOCK, open_regular
+from LightningDiT.images import WHITE_16_BIT
 
-WHITE_16_BIT = 65535
 BAND_PIXELS = 2**20  # of 16 bits that are converted at once
 #: Limit of width over height, or the reverse. The square crop of a longer image shows next to nothing of it, and
 #: enlarges it to gigabytes first.

@@ -129,7 +129,7 @@ def check_sizes(settings: AutoencoderSettings, config: TokenizerTrainConfig) -> 
         if channels not in IMAGE_CHANNELS:
             raise LightningDiTError(
                 f"ddconfig.{name} is {channels}; images have {IMAGE_CHANNELS[1]} channels, levels {IMAGE_CHANNELS[0]}",
-                "set it to 3, or to 1 for levels",
+                f"set it to {IMAGE_CHANNELS[1]}",
             )
     if settings.in_channels != settings.out_ch:
         raise LightningDiTError(
