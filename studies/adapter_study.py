@@ -211,7 +211,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--part", nargs="+", choices=list(MEASURED), default=list(MEASURED))
     parser.add_argument("--model", default="models/fashion-mnist", help="folder of the model to start from")
     parser.add_argument("--output", default="docs", help="folder of the results; default: %(default)s")
-    parser.add_argument("--people", type=positive, default=10, help="default: %(default)s")
+    parser.add_argument(
+        "--people", type=positive, default=12, help="not as many as the model has classes; default: %(default)s"
+    )
     parser.add_argument("--windows", type=positive, default=40, help="of each person; default: %(default)s")
     parser.add_argument("--steps", type=positive, default=120, help="of a training; default: %(default)s")
     parser.add_argument("--batch", type=positive, default=16, help="images of a step; default: %(default)s")
