@@ -1,0 +1,168 @@
+"""The verdict in words, English and Chinese: by how much it helps and how sure that is, or that it does not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from LightningDiT.verdict.fidelity import Fidelity
+from LightningDiT.verdict.intervals import HELPS, HURTS, NO_EFFECT, Interval
+from LightningDiT.verdict.results import Results
+from LightningDiT.verdict.rows import ROWS
+
+Text = tuple[str, str]  # English and Chinese
+SMOOTH = 0.9  # of the real texture: below it generated windows are smoother than real ones
+FAR = 1.5  # ratio of distances above which a quantity is named
+
+
+def points(share: float) -> str:
+    """Return a difference of shares in percentage points, with its sign: `+3.1`."""
+    return f"{100 * share:+.1f}"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def ends(interval: Interval, write: Callable[[float], str] = percent, joint: str = "to") -> str:
+    """Return the interval's ends; a dash if there are none."""
+    if math.isinf(interval.low):
+        return "–"
+    return f"{write(interval.low)} {joint} {write(interval.high)}"
+
+
+def headline(results: Results) -> Text:
+    """Return the sentence at the top of a report."""
+    verdict = results.verdict
+    if verdict is None:
+        return "No row with real and generated windows was tried.", "没有测试真实与生成数据混合的方案。"
+    row = results[results.judged or ""]
+    this, base = ROWS[row.row], ROWS[row.base]
+    difference, wanted = verdict.difference, 100 * verdict.wanted
+    size, is_above = f"{abs(100 * difference.value):.1f}", difference.value >= 0
+    english = f"{this.title} is {size} points {'above' if is_above else 'below'} {base.title}"
+    english += f" (95 % interval {ends(difference, points)})"
+    chinese = f"“{this.chinese}”比“{base.chinese}”{'高' if is_above else '低'} {size} 个百分点"
+    chinese += f"（95 % 区间 {ends(difference, points, '至')}）"
+    if verdict.outcome == HELPS:
+        less = (
+            ("", "") if verdict.is_enough else (f", less than the {wanted:g} asked for", f"，低于要求的 {wanted:g} 个")
+        )
+        return f"Generated windows help: {english}{less[0]}.", f"生成数据有帮助：{chinese}{less[1]}。"
+    if verdict.outcome == HURTS:
+        return f"Generated windows hurt: {english}.", f"生成数据有害：{chinese}。"
+    if verdict.outcome == NO_EFFECT:
+        return f"Generated windows do not help: {english}.", f"生成数据没有帮助：{chinese}。"
+    return f"No verdict: {english}, too unsure to tell.", f"无法判定：{chinese}，不确定性过大。"
+
+
+def certainty(results: Results) -> Text:
+    """Return how small a difference the data can show, and from how many passes, people and seeds that is."""
+    verdict = results.verdict
+    if verdict is None:
+        return "", ""
+    tested, wanted = verdict.difference, 100 * verdict.wanted
+    people, seeds = len(results.rows[0].people), len(results.rows[0].seeds)
+    if math.isinf(tested.smallest):
+        return (
+            f"One pass alone was tested, so that no difference can be shown; {wanted:g} points are asked for.",
+            f"仅测试了一段行走，无法显示任何差异；要求为 {wanted:g} 个百分点。",
+        )
+    size = f"{100 * tested.smallest:.1f}"
+    return (
+        f"The smallest difference that this data can show is {size} points (80 % power); {wanted:g} are asked for."
+        f" Tested: {tested.windows} windows from {tested.passes} passes of {people} people; seeds averaged: {seeds}."
+        " The interval comes from passes, not from windows.",
+        f"这些数据能显示的最小差异为 {size} 个百分点（检验功效 80 %）；要求为 {wanted:g}。测试：{people} 人的"
+        f" {tested.passes} 段行走，共 {tested.windows} 个窗口；平均的随机种子数：{seeds}。"
+        "区间按行走段计算，而非按窗口。",
+    )
+
+
+def advice(results: Results, found: Fidelity | None, filtered: float | None) -> list[Text]:
+    """Return what to try next, by what was measured; nothing if it helps as much as was asked for.
+
+    Args:
+        filtered: difference in accuracy of a filtered row to the same row unfiltered; None without one.
+    """
+    verdict = results.verdict
+    if verdict is None or verdict.is_enough:
+        return []
+    texts = list(_more_passes(results))
+    texts += _by_fidelity(found) if found else []
+    if filtered is not None and filtered > 0:
+        texts.append(
+            (
+                f"Use the filter: filtered windows are {points(filtered)} points better than unfiltered ones here.",
+                f"使用筛选：筛选后的窗口在此比未筛选的好 {points(filtered)} 个百分点。",
+            )
+        )
+    rows = {row.row: row.accuracy.value for row in results.rows}
+    if "alone" in rows and rows["alone"] < 0.8 * rows[results[results.judged or ""].base]:
+        texts.append(
+            (
+                "Generated windows alone teach little about who walks: start from a pretrained model, train longer, or"
+                " raise the guidance scale.",
+                "仅用生成数据几乎学不到行走者身份：可从预训练模型开始、延长训练或提高引导强度。",
+            )
+        )
+    if not texts:
+        texts.append(
+            (
+                "Try more and fewer generated windows, another guidance scale, and a generator that starts from a"
+                " pretrained model.",
+                "可尝试更多或更少的生成窗口、其他引导强度，以及从预训练模型开始的生成器。",
+            )
+        )
+    return texts
+
+
+def _more_passes(results: Results) -> Sequence[Text]:
+    """Return how many passes would show what is asked for: the error falls with the root of their number."""
+    verdict = results.verdict
+    if verdict is None or verdict.difference.smallest <= verdict.wanted or math.isinf(verdict.difference.smallest):
+        return ()
+    needed = math.ceil(verdict.difference.passes * (verdict.difference.smallest / verdict.wanted) ** 2)
+    wanted = f"{100 * verdict.wanted:g}"
+    return (
+        (
+            f"Test all folds, or record more: about {needed} passes show {wanted} points;"
+            f" {verdict.difference.passes} were tested.",
+            f"测试所有折，或采集更多数据：约需 {needed} 段行走才能显示 {wanted} 个百分点；目前测试了"
+            f" {verdict.difference.passes} 段。",
+        ),
+    )
+
+
+def _by_fidelity(found: Fidelity) -> list[Text]:
+    texts: list[Text] = []
+    by_name = {distance.quantity: distance for distance in found.distances}
+    texture = by_name.get("texture")
+    if texture and texture.means[0] < SMOOTH * texture.means[2]:
+        share = f"{100 * texture.means[0] / texture.means[2]:.0f} %"
+        texts.append(
+            (
+                f"Generated windows have {share} of the texture of real ones: use a tokenizer that keeps speckle"
+                " (adversarial or spectral loss).",
+                f"生成窗口的纹理只有真实窗口的 {share}：请使用能保留散斑的 tokenizer（对抗或谱损失）。",
+            )
+        )
+    if not found.copies.passes:
+        copied, held = percent(found.copies.samples), percent(found.copies.held_out)
+        texts.append(
+            (
+                f"{copied} of the generated windows are as near to a training window as a copy ({held} of real held-out"
+                " ones are): take earlier weights, or augment more.",
+                f"{copied} 的生成窗口与训练窗口近似到可视为复制（真实留出窗口为 {held}）："
+                "请使用更早的权重或加强数据增强。",
+            )
+        )
+    if any(name in by_name and by_name[name].ratio > FAR for name in ("ridge", "upper", "lower", "cadence")):
+        texts.append(
+            (
+                "The gait of generated windows is farther from training windows than that of other real passes: train"
+                " longer, or condition on the pass.",
+                "生成窗口的步态与训练窗口的距离大于其他真实行走段：请延长训练，或以行走段为条件。",
+            )
+        )
+    return texts
