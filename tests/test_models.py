@@ -263,3 +263,116 @@ def test_in_float32_nothing_is_converted(unit_model: Build, golden: dict[str, Te
             model(golden["x"], golden["t"], golden["y"])
         counts.append(conversions.count)
     assert counts[0] == 0 < counts[1]
+
+
+# ---- a second label, augmentation and dropout
+
+
+def labelled(manifest: dict[str, Any], **changes: Any) -> LightningDiT:
+    """The small model of the golden values with three conditions and two values of augmentation."""
+    given = {"num_conditions": 3, "augmentation": 2, "class_dropout_prob": 0.0, **changes}
+    return LightningDiT(**{**manifest["common_kwargs"], **given})
+
+
+def test_further_labels_leave_the_other_tensors_and_their_draws(manifest: dict[str, Any]) -> None:
+    states = []
+    for settings in ({"num_conditions": 0, "augmentation": 0}, {}):
+        torch.manual_seed(3)
+        states.append(labelled(manifest, **settings).state_dict())
+    plain, more = states
+    assert [name for name in more if name not in plain] == ["c_embedder.embedding_table.weight", "a_embedder.weight"]
+    assert all(torch.equal(value, more[name]) for name, value in plain.items())
+    table = more["c_embedder.embedding_table.weight"]
+    assert table.shape == (4, plain["y_embedder.embedding_table.weight"].shape[1])
+    assert abs(float(table.std()) / 0.02 - 1) < 0.2 and not more["a_embedder.weight"].any()
+    found = settings_from_shapes({name: tuple(value.shape) for name, value in more.items()})
+    assert (found.num_conditions, found.augmentation) == (3, 2)
+
+
+def test_all_labels_add_to_the_embedding_of_the_time(manifest: dict[str, Any], golden: dict[str, Tensor]) -> None:
+    """A model of one label whose class rows are the sums gives the same prediction."""
+    both, one = seed_weights(labelled(manifest)), seed_weights(labelled(manifest, num_conditions=0, augmentation=0))
+    x, t, a = golden["x"][:2], golden["t"][:2], torch.tensor([[0.5, -1.0], [0.0, 2.0]])
+    y = torch.tensor([[3, 1], [7, 3]])
+    with torch.no_grad():
+        added = both.c_embedder.embedding_table.weight[y[:, 1]] + a @ both.a_embedder.weight.T
+        one.y_embedder.embedding_table.weight[y[:, 0]] += added
+        torch.testing.assert_close(both(x, t, y, a), one(x, t, y[:, 0]), atol=1e-5, rtol=0)
+        assert torch.equal(both(x, t, y), both(x, t, y, torch.zeros(2, 2)))
+        assert not torch.equal(both(x, t, y), both(x, t, y, a))
+
+
+def test_null_labels_have_the_shape_of_the_labels(manifest: dict[str, Any], unit_model: Build) -> None:
+    assert labelled(manifest).null_labels(torch.tensor([[1, 2], [5, 3]])).tolist() == [[10, 3], [10, 3]]
+    assert unit_model("default").null_labels(torch.tensor([1, 2, 3])).tolist() == [10, 10, 10]
+
+
+@pytest.mark.parametrize(
+    ("settings", "labels", "augmentation", "message"),
+    [
+        ({}, (2,), None, r"labels have the shape \[2\]; \[2, 2\] is expected, class and condition of each latent"),
+        ({}, (2, 3), None, r"labels have the shape \[2, 3\]; \[2, 2\] is expected"),
+        ({"num_conditions": 0}, (2, 2), None, r"labels have the shape \[2, 2\]; \[2\] is expected, the class of each"),
+        ({}, (2, 2), (2, 3), r"the augmentation has the shape \[2, 3\]; \[2, 2\] is expected"),
+        ({"augmentation": 0}, (2, 2), (2, 2), r"the augmentation has the shape \[2, 2\]; none is expected"),
+    ],
+)
+def test_labels_of_a_wrong_shape_are_named(
+    settings: dict[str, int],
+    labels: tuple[int, ...],
+    augmentation: tuple[int, ...] | None,
+    message: str,
+    manifest: dict[str, Any],
+    golden: dict[str, Tensor],
+) -> None:
+    a = None if augmentation is None else torch.zeros(augmentation)
+    with pytest.raises(ValueError, match=message):
+        labelled(manifest, **settings)(golden["x"][:2], golden["t"][:2], torch.zeros(labels, dtype=torch.long), a)
+
+
+def test_dropout_zeroes_its_share_after_attention_and_mlp_in_training_alone(
+    manifest: dict[str, Any], golden: dict[str, Tensor], unit_model: Build
+) -> None:
+    """With gates of 1 and attention and MLP that give ones, a token gains 0, 1/0.75 or 2/0.75."""
+    x, t, y = golden["x"], golden["t"], golden["y"]
+    model = seed_weights(labelled(manifest, num_conditions=0, augmentation=0, dropout=0.25))
+    with torch.no_grad():
+        assert torch.equal(model(x, t, y), unit_model("default")(x, t, y))
+        model.train()
+        block, tokens = model.blocks[0], torch.zeros(8, 16, model.settings.hidden_size)
+        for layer in (block.attn.proj, block.mlp.w3 if hasattr(block.mlp, "w3") else block.mlp.fc2):
+            layer.weight.zero_()
+            layer.bias.fill_(1.0)
+        modulation = block.adaLN_modulation[1]
+        modulation.weight.zero_()
+        modulation.bias.fill_(1.0)
+        gained = block(tokens, torch.zeros(8, model.settings.hidden_size), None) * 0.75
+        counts = [int((gained - value).abs().lt(1e-5).sum()) for value in (0, 1, 2)]
+    assert sum(counts) == gained.numel()
+    shares = [count / gained.numel() for count in counts]
+    for share, expected in zip(shares, (0.0625, 0.375, 0.5625), strict=True):
+        assert abs(share - expected) < 4 * (expected * (1 - expected) / gained.numel()) ** 0.5
+
+
+def test_recomputed_activations_drop_the_same(manifest: dict[str, Any], golden: dict[str, Tensor]) -> None:
+    gradients = []
+    for use_checkpoint in (False, True):
+        model = labelled(manifest, num_conditions=0, augmentation=0, dropout=0.5, use_checkpoint=use_checkpoint)
+        seed_weights(model).train()
+        torch.manual_seed(1)
+        model(golden["x"], golden["t"], golden["y"]).square().sum().backward()
+        gradients.append(model.blocks[0].attn.qkv.weight.grad)
+    torch.testing.assert_close(gradients[0], gradients[1], atol=0, rtol=0)
+
+
+def test_the_work_of_a_forward_is_that_of_its_products() -> None:
+    """Counted by torch; the smaller rest is patches, time, and modulation once a latent."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        model = LightningDiT(input_size=16, patch_size=1, hidden_size=192, depth=2, num_heads=3).eval()
+        x = torch.zeros(1, 256, 192)
+    with torch.no_grad(), math_kernel(), FlopCounterMode(display=False) as counter:
+        model.blocks[0].mlp(model.blocks[0].attn(x, None))
+    assert 2 * counter.get_total_flops() / 1e9 == pytest.approx(model.settings.gflop, rel=1e-9)
+    assert model.attention_shape == (3, 256, 64)
