@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -13,7 +15,14 @@ from LightningDiT.checkpoint import load_weights, save_weights
 from LightningDiT.data.image_sets import ArrayImages
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import to_float
-from LightningDiT.tokenizer.config import TokenizerTrainConfig, load_tokenizer_config, tokenizer_training
+from LightningDiT.tokenizer.autoencoder import AutoencoderKL
+from LightningDiT.tokenizer.config import (
+    TokenizerTrainConfig,
+    idle_tokenizer_settings,
+    load_tokenizer_config,
+    tokenizer_training,
+)
+from LightningDiT.tokenizer.latent_space import encoder_values, same_latents
 from LightningDiT.training import tokenizer_training as stage
 from LightningDiT.training.guard import NotFiniteError
 from LightningDiT.training.tokenizer_training import Networks, TokenizerTrainer, build_networks
@@ -120,6 +129,109 @@ def test_half_of_the_images_are_mirrored(tmp_path: Path) -> None:
     plain = [torch.equal(seen, original) for seen, original in zip(batch, originals, strict=True)]
     assert all(one != other for one, other in zip(mirrored, plain, strict=True))
     assert 16 < sum(mirrored) < 48
+
+
+def levels_yaml(path: Path, train: dict[str, object]) -> Path:
+    return write_yaml(path, train, ddconfig={**DDCONFIG, "in_channels": 1, "out_ch": 1})
+
+
+def test_one_channel_is_trained_with_every_term(every_term: Path, tmp_path: Path) -> None:
+    """Colours become their mean; levels stay floats."""
+    train = {**yaml.safe_load(every_term.read_text())["train"], "texture_weight": 0.1}
+    networks, config = networks_of(levels_yaml(tmp_path / "levels.yaml", train))
+    images = noise_images()
+    trainer = TokenizerTrainer(config, networks, images)
+    trainer.step(1)
+    row = trainer.step(2)
+    assert {"l1", "l2", "texture", "lpips", "gan", "disc", "vf_cos"} <= row.keys()
+    unflipped = TokenizerTrainer(replace(config, flip=False), networks, images)
+    pixels = images.batch(unflipped.order.indices(0).tolist()).pixels
+    torch.testing.assert_close(unflipped._batch(0), to_float(pixels).mean(1, keepdim=True))
+    trainer.save_picture(tmp_path / "r.png")
+    assert (tmp_path / "r.png").is_file()
+
+
+def test_the_decoder_alone_is_trained_and_latents_stay(tmp_path: Path) -> None:
+    whole, _ = networks_of(levels_yaml(tmp_path / "a.yaml", SHORT))
+    save_weights(whole.model.state_dict(), tmp_path / "start.safetensors")
+    train = {**SHORT, "trainable": "decoder", "weight_init": str(tmp_path / "start.safetensors")}
+    networks, config = networks_of(levels_yaml(tmp_path / "b.yaml", train))
+    trainer = TokenizerTrainer(config, networks, noise_images())
+    losses = [float(trainer.step(0)["loss"]) for _ in range(6)]
+    assert losses[-1] < losses[0]
+    before = load_weights(tmp_path / "start.safetensors")
+    for weights in (trainer.model.state_dict(), trainer.ema.weights):
+        changed = {name.split(".")[0] for name, value in weights.items() if not torch.equal(value, before[name])}
+        assert changed == {"decoder", "post_quant_conv"}
+    assert same_latents(encoder_values(before), encoder_values(trainer.ema.weights))
+    with pytest.raises(LightningDiTError, match="keeps an encoder, and no weights are named that have one; fix: give"):
+        networks_of(levels_yaml(tmp_path / "c.yaml", {**SHORT, "trainable": "decoder"}))
+
+
+def test_settings_that_the_decoder_alone_cannot_have(tmp_path: Path) -> None:
+    path = levels_yaml(tmp_path / "a.yaml", {"trainable": "decoder", "kl_weight": 1e-3})
+    [line] = idle_tokenizer_settings(load_tokenizer_config(path))
+    assert line.startswith("train.kl_weight: no effect with train.trainable decoder")
+    aligned = {"trainable": "decoder", "vf_weight": 0.5, "vision_model": "dinov2"}
+    with pytest.raises(LightningDiTError, match="vf_weight is 0.5, but train.trainable: decoder leaves the latents"):
+        tokenizer_training(load_tokenizer_config(levels_yaml(tmp_path / "b.yaml", aligned)))
+    for train in ({"trainable": "encoder"}, {"texture_weight": -1.0}):
+        with pytest.raises(LightningDiTError, match=rf"train.{next(iter(train))} is "):
+            tokenizer_training(load_tokenizer_config(levels_yaml(tmp_path / "c.yaml", train)))
+
+
+def test_windows_of_a_size_that_does_not_come_back_are_refused(tmp_path: Path) -> None:
+    networks, config = networks_of(levels_yaml(tmp_path / "a.yaml", SHORT))
+    settings = networks.model.settings
+
+    def windows(height: int, width: int) -> ArrayImages:
+        return ArrayImages("windows", np.zeros((2, height, width, 3), np.uint8))
+
+    stage.check_windows(settings, config, windows(16, 32))
+    with pytest.raises(LightningDiTError, match=r"57x64 pixels; sides that are multiples of 2 .* --size 56x64"):
+        stage.check_windows(settings, config, windows(64, 57))
+    with pytest.raises(LightningDiTError, match="the alignment needs those of ddconfig.resolution, 32"):
+        stage.check_windows(settings, replace(config, vf_weight=1.0), windows(16, 16))
+    with pytest.raises(LightningDiTError, match="images of 4 pixels are too small for the texture's energy"):
+        stage.check_windows(settings, replace(config, texture_weight=1.0), windows(4, 8))
+
+
+def test_channels_go_together(tmp_path: Path) -> None:
+    with pytest.raises(LightningDiTError, match="in_channels is 1 and ddconfig.out_ch 3; both see the same images"):
+        networks_of(write_yaml(tmp_path / "a.yaml", SHORT, ddconfig={**DDCONFIG, "in_channels": 1}))
+    with pytest.raises(LightningDiTError, match="out_ch is 2; images have 3 channels, levels 1"):
+        networks_of(write_yaml(tmp_path / "b.yaml", SHORT, ddconfig={**DDCONFIG, "out_ch": 2}))
+
+
+def test_the_validation_is_the_mean_ratio_of_the_averaged_weights(tmp_path: Path) -> None:
+    """By hand: the posterior's mode, clipped to the range, `10 log10(4 / mse)` of each image."""
+    networks, config = networks_of(levels_yaml(tmp_path / "a.yaml", SHORT))
+    images = noise_images(6)
+    trainer = TokenizerTrainer(config, networks, images)
+    trainer.step(0)
+    model = AutoencoderKL(networks.model.settings).eval()
+    model.load_state_dict(trainer.ema.weights)
+    with torch.no_grad():
+        originals = to_float(images.batch(range(6)).pixels).mean(1, keepdim=True)
+        errors = (model.decode(model.encode(originals).mean).clamp(-1, 1) - originals).square().mean((1, 2, 3))
+    assert math.isclose(trainer.validate(images), float((10 * torch.log10(4 / errors)).mean()), rel_tol=1e-5)
+
+
+def test_the_best_weights_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ratios of 5, 7 and 6 dB: those of the second look stay, whatever a resumed run sees again."""
+    networks, config = networks_of(levels_yaml(tmp_path / "a.yaml", SHORT))
+    trainer = TokenizerTrainer(config, networks, noise_images())
+    looks = stage._Looks(trainer, tmp_path, noise_images())
+    assert looks.best() == (-math.inf, 0)
+    seen = []
+    for step, ratio in ((2, 5.0), (4, 7.0), (6, 6.0), (4, 7.0)):
+        monkeypatch.setattr(trainer, "validate", lambda images, ratio=ratio: ratio)
+        trainer.step(step)
+        seen.append({name: value.clone() for name, value in trainer.ema.weights.items()})
+        assert looks.observe(step) == {"valid_psnr": ratio}
+    assert looks.best() == (7.0, 4)
+    kept = load_weights(tmp_path / "best.safetensors")
+    assert all(torch.equal(kept[name], value) for name, value in seen[1].items())
 
 
 def test_a_published_checkpoint_gives_each_part_by_name(

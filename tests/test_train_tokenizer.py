@@ -16,13 +16,14 @@ from LightningDiT import train_tokenizer
 from LightningDiT.checkpoint import load_training_state, load_weights
 from LightningDiT.data.reading import ReadingProcesses
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.tokenizer.config import load_tokenizer_config
+from LightningDiT.radar.split import load_split
+from LightningDiT.tokenizer.config import TOKENIZER_CONFIGS, load_tokenizer_config
 from LightningDiT.tokenizer.config import tokenizer_training as training_of
 from LightningDiT.tokenizer.starting_weights import read_starting_weights
 from LightningDiT.tokenizer.vavae import load_autoencoder
 from LightningDiT.train_tokenizer import STAGES
 from LightningDiT.training import tokenizer_training
-from LightningDiT.training.curves import LiveCurves
+from LightningDiT.training.curves import LiveCurves, read_log
 from tests.conftest import BUNDLED, PROJECT
 from tests.test_perceptual import vgg_file  # noqa: F401 - a fixture
 from tests.test_tokenizer_training import (
@@ -34,6 +35,7 @@ from tests.test_tokenizer_training import (
     write_yaml,
 )
 from tests.test_vision import vit_file  # noqa: F401 - a fixture
+from tests.walkers import prepared
 
 
 @pytest.fixture(autouse=True)
@@ -286,3 +288,60 @@ def test_a_dry_run_looks_at_the_images(tmp_path: Path, capsys: pytest.CaptureFix
     assert train_tokenizer.main([*options, "--data-root", str(tmp_path)]) == 0
     assert "has no photographs of Fashion-MNIST yet" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def walkers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepared(tmp_path_factory.mktemp("walkers"), {"1": [4, 4, 4], "2": [4, 4, 4]}, "--db-range", "-45", "0")
+
+
+def levels_command(walkers: Path, config: Path, output: Path, *more: str) -> list[str]:
+    where = ["--levels", str(walkers / "levels"), "--split-file", str(walkers / "out" / "split.json")]
+    return ["--config", str(config), *where, "--output", str(output), *more]
+
+
+def test_levels_are_trained_on_and_validated(walkers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From the bundled weights; in parts and at once; the log has the PSNR of the validation windows."""
+    config = TOKENIZER_CONFIGS / "levels_f4d6.yaml"
+    short = write_yaml(tmp_path / "s.yaml", {**SHORT, "trainable": "decoder", "texture_weight": 0.05})
+    content = yaml.safe_load(short.read_text()) | {"model": yaml.safe_load(config.read_text())["model"]}
+    short.write_text(yaml.safe_dump(content))
+    options = ("--init", str(BUNDLED))
+    assert train_tokenizer.main(levels_command(walkers, short, tmp_path / "whole", *options)) == 0
+    said = capsys.readouterr().out
+    windows = load_split(walkers / "out" / "split.json")
+    assert f"{len(windows.part('training', 0))} images of training windows of fold 0" in said
+    assert "first kernel summed over its 3 inputs" in said
+    before = float(said.split("validation PSNR before the training: ")[1].split()[0])
+    assert train_tokenizer.main(levels_command(walkers, short, tmp_path / "parts", *options, "--max-steps", "2")) == 0
+    assert train_tokenizer.main(levels_command(walkers, short, tmp_path / "parts")) == 0  # the checkpoint knows all
+    for name in ("tokenizer.safetensors", "training.safetensors", "best.safetensors"):
+        assert equal(tmp_path / "whole" / name, tmp_path / "parts" / name), name
+    ratios = [row["valid_psnr"] for row in read_log(tmp_path / "whole" / "log.jsonl") if "valid_psnr" in row]
+    assert len(ratios) == 2
+    assert ratios[-1] > before
+    first = load_weights(BUNDLED / "tokenizer.safetensors")["quant_conv.weight"]
+    assert torch.equal(load_weights(tmp_path / "whole" / "tokenizer.safetensors")["quant_conv.weight"], first)
+
+
+def test_a_mirrored_spectrogram_and_half_an_option_are_refused(
+    walkers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_yaml(tmp_path / "s.yaml", {**SHORT, "flip": True})
+    with pytest.raises(LightningDiTError, match="a mirrored spectrogram runs backwards in time; fix: set train.flip"):
+        train_tokenizer.main(levels_command(walkers, config, tmp_path / "out"))
+    for options in (["--levels", "L"], ["--split-file", "S"], ["--fold", "1"]):
+        with pytest.raises(SystemExit):
+            train_tokenizer.main(["--config", str(config), *options])
+        assert "--levels" in capsys.readouterr().err
+
+
+def test_a_dry_run_looks_at_the_windows(walkers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_yaml(tmp_path / "s.yaml", SHORT, ddconfig={**DDCONFIG, "ch_mult": [1, 1, 1, 1, 1, 1]})
+    with pytest.raises(LightningDiTError, match="have 16x16 pixels; sides that are multiples of 32 are expected"):
+        train_tokenizer.main(levels_command(walkers, config, tmp_path / "out", "--dry-run"))
+    grey = write_yaml(tmp_path / "g.yaml", SHORT, ddconfig={**DDCONFIG, "in_channels": 1, "out_ch": 1})
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    capsys.readouterr()
+    assert train_tokenizer.main(["--config", str(grey), "--images", str(tmp_path), "--dry-run"]) == 0
+    assert "note: colours are averaged, since the tokenizer has one channel" in capsys.readouterr().out

@@ -284,7 +284,11 @@ def _earlier(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
         report = read_json(path)
         changed = setting_differences(report["settings"], now)
         candidates = report["candidates"]
-        known = {name: figures for name, figures in candidates.items() if {"psnr_mean", "judge_lost"} <= figures.keys()}
+        known = {
+            name: figures
+            for name, figures in candidates.items()
+            if {*MEASURED, "texture", "judge_lost"} <= figures.keys()
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise LightningDiTError(f"{path} is no report of this command ({error})", "choose another --output") from error
     if changed:
