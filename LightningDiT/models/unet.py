@@ -4,6 +4,14 @@ Convolutions look at neighbours from the first step on, which a transformer has 
 condition and augmentation reach each residual block as one vector, which scales and shifts its second norm (Dhariwal
 and Nichol, arXiv 2105.05233).
 
+The presets cost what a transformer costs, at the latents that they are meant for: sides 8 and 16, 4 channels, 31
+classes, patch side 2. Parameters in millions; GFLOP of one state at both sides, and over those of the transformer:
+
+| preset | parameters | GFLOP 8 | GFLOP 16 | transformer | its parameters | ratio 8 | ratio 16 |
+|---|--:|--:|--:|---|--:|--:|--:|
+| UNet-S | 4.19 | 0.103 | 0.414 | LightningDiT-XS/2 | 4.85 | 0.99 | 0.98 |
+| UNet-B | 31.50 | 0.673 | 2.678 | LightningDiT-S/2 | 32.51 | 0.95 | 0.95 |
+
 diffusers is imported when a U-Net is built, not before: settings and shapes need no package.
 """
 
@@ -32,7 +40,7 @@ UNET_WITHOUT_TENSORS = ("input_size", "dropout", "class_dropout_prob")
 #: Channels of each level, the largest first, residual blocks of a level on the way down, and levels with attention.
 UNET_PRESETS = {
     "S": ((64, 96, 128), 1, (False, True, True)),
-    "B": ((192, 224, 320), 1, (False, True, True)),
+    "B": ((128, 192, 320), 2, (False, True, True)),
 }
 
 
