@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from LightningDiT.checkpoint import save_weights
+from LightningDiT.config import Config, DataConfig
 from LightningDiT.console import run_main
 from LightningDiT.data.labels import LATENTS_MANIFEST
 from LightningDiT.data.shards import LatentShards, shard_path
@@ -25,9 +26,10 @@ from LightningDiT.tokenizer.autoencoder import AutoencoderKL
 from LightningDiT.tokenizer.config import load_tokenizer_config
 from LightningDiT.tokenizer.latents import LatentStats
 from LightningDiT.tokenizer.vavae import VA_VAE, autoencoder_settings
+from LightningDiT.training.parts import check_parts
 from tests.conftest import seed_weights
 from tests.test_extract_features import command, contents, interrupt_at
-from tests.walkers import prepared, render
+from tests.walkers import levels_of, prepared, render, scroll
 
 
 @pytest.fixture(scope="module")
@@ -182,3 +184,38 @@ def test_a_dry_run_refuses_windows_of_another_size(
     (tiny_folder / "config.yaml").write_text(text.replace("image_size: 16", "image_size: 32"))
     assert run_main(lambda: main(own)) == 1
     assert "16x16 pixels, 32x32 are asked for" in capsys.readouterr().err
+
+
+def test_two_hundred_people_some_of_them_odd_are_a_line_each(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One window of most people, of one nothing but NaN, of one no finite value, and two with equal windows."""
+    people = [*range(1, 201), *[200] * 8]
+    windows = np.stack([scroll(at, 24, 32) * 50 - 60 for at in range(len(people))]).astype(np.float32)
+    windows[6], windows[8], windows[12] = np.nan, -np.inf, windows[9]
+    windows[20, 0, 0] = np.inf
+    numbers = [0] * 200 + [1, 2, 30, 31, 32, 60, 61, 62]
+    (tmp_path / "data").mkdir()
+    np.savez(tmp_path / "data" / "x.npz", dB=windows, person=[f"ID_{one}" for one in people], number=numbers)
+    capsys.readouterr()
+    levels_of(tmp_path, "16")
+    said = capsys.readouterr().out
+    for line in (
+        "people without a window that can be used (5): ID_7, ID_9, ID_10 and 2 more",
+        "x.npz[6] has 768 values that are NaN or infinite",
+        "x.npz[8] has no finite value",
+        "x.npz[20] has 1 values that are NaN or infinite",
+        "x.npz[9] has the pixels of several people: ID_10, ID_13, and 1 more",
+        "people with one pass train only and are in no verdict (194): ID_1, ID_2, ID_3 and 191 more",
+    ):
+        assert said.count(line) == 1, line
+    for part in ("training", "validation"):
+        assert main(command(tiny_folder, *levels(tmp_path, "--part", part, "--output", tmp_path / part))) == 0
+    said = capsys.readouterr().out
+    assert "of 195 classes" in said
+    assert "people without validation windows in fold 0: ID_1, ID_2, ID_3, ID_4, ID_5 and 189 more" in said
+    shards = LatentShards(tmp_path / "training")
+    assert (len(shards), len(shards.labels.unique())) == (197, 195)
+    where = {"data_path": tmp_path / "training", "valid_path": tmp_path / "validation"}
+    data = DataConfig(**{key: str(path) for key, path in where.items()}, split_file=str(tmp_path / "out/split.json"))
+    assert check_parts(Config(data=data)) == []

@@ -142,6 +142,8 @@ def test_without_a_split_file_the_latents_own_words_count(split: Split, tmp_path
         f"classes without a latent in {plain}, which are never trained: b, c"
     ]
     assert check_parts(Config()) == []
+    assert check_parts(config(tmp_path, str(tmp_path / "nowhere"), str(tmp_path / "nothing"))) == []  # said by others
+    assert check_parts(config(tmp_path, trained, str(tmp_path / "nothing"))) == []
 
 
 def test_labels_and_rows_that_are_not_the_splits(split: Split, tmp_path: Path) -> None:

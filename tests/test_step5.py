@@ -131,7 +131,7 @@ def test_people_of_one_pass_have_a_training_without_validation(
     assert "nobody has two passes" in said
     assert "--part validation" not in said
     config = load_config(tmp_path / "out" / "training.yaml")
-    assert (config.data.valid_path, config.train.valid_every) == (None, 0)
+    assert (config.data.valid_path, config.train.valid_every, config.train.judge_every) == (None, 0, 0)
 
 
 def test_bad_files_are_one_line_each_and_nothing_else_is_lost(

@@ -62,9 +62,14 @@ def render(
 
 def prepared(root: Path, passes: Mapping[str, Sequence[int]], *options: str, size: str = "16", **named: Any) -> Path:
     """Write walkers, their split (out/split.json) and their levels (levels/) into a folder by step 5, and return it."""
+    render(root / "data", passes, **named)
+    return levels_of(root, size, *options)
+
+
+def levels_of(root: Path, size: str, *options: str) -> Path:
+    """Write split and levels of the folder `data` in `root`, see `prepared`."""
     import step5_prepare_spectrograms as step5
 
-    render(root / "data", passes, **named)
     own = ("--data", root / "data", "--output", root / "out", "--write", root / "levels", "--size", size, *options)
     assert step5.main([str(option) for option in own]) == 0
     return root

@@ -68,7 +68,7 @@ def _text(folder: Path, data: TrainingData) -> str:
     rest = read_text(TEMPLATE).partition("\nvae:\n")[2]
     rest = rest.replace("../../spectrograms/", "").replace("output_dir: ../../output", "output_dir: runs")
     if not data.is_validated:
-        rest = re.sub(r"  valid_every: .*\n", "", rest)
+        rest = re.sub(r"  (valid_every|judge_every|patience): .*\n", "", rest)
     return HEADER + "data:\n" + "\n".join(lines) + "\nvae:\n" + re.sub(r"\.\./\.\./\S+", _absolute, rest)
 
 

@@ -25,7 +25,7 @@ from LightningDiT.radar.split import PARTS, Split, load_split
 
 TRAINING, VALIDATION = "training", "validation"
 EXTRACT = (
-    "python -m LightningDiT.extract_features --config YAML --levels LEVELS --split-file split.json --output FOLDER"
+    "python -m LightningDiT.extract_features --config YAML --levels LEVELS --split-file SPLIT --output FOLDER"
 )
 LISTED = 5  # people in a note
 
@@ -92,6 +92,8 @@ def check_parts(config: Config) -> list[str]:
 def _checked(origin: _Origin, split: Split | None, fold: int, part: str, config: Config) -> list[str]:
     """Refuse latents of another part, or of another split or fold than the configuration names."""
     key = "data.data_path" if part == TRAINING else "data.valid_path"
+    if not shard_files(origin.folder):
+        return []  # who opens them says so
     if not origin.is_known:
         if split:
             raise LightningDiTError(
@@ -148,7 +150,7 @@ def _check_windows(origin: _Origin, split: Split, fold: int, part: str, key: str
 
 
 def _check_same(trained: _Origin, valid: _Origin) -> None:
-    if (trained.digest, trained.fold) != (valid.digest, valid.fold):
+    if shard_files(valid.folder) and (trained.digest, trained.fold) != (valid.digest, valid.fold):
         raise LightningDiTError(
             f"data.data_path {trained.folder} is of {_named(trained)}, data.valid_path {valid.folder} of"
             f" {_named(valid)}",
