@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import os
 import re
 import shutil
@@ -19,13 +20,17 @@ from safetensors.torch import load_file
 
 from LightningDiT import inference
 from LightningDiT.checkpoint import load_weights, save_weights
-from LightningDiT.compiling import is_compiled
+from LightningDiT.compiling import Plan, Work, is_compiled
 from LightningDiT.config import SampleConfig, load_config
+from LightningDiT.device import Abilities
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.files import UNFINISHED
 from LightningDiT.images import to_uint8
-from LightningDiT.loading import guidance_of, model_settings
+from LightningDiT.loading import guidance_of, make_model, model_settings
+from LightningDiT.models.adapters import base_digest
 from LightningDiT.models.lightningdit import LightningDiT
+from LightningDiT.models.unet import UNet
+from LightningDiT.sampling import networks
 from LightningDiT.sampling.calibrated import (
     CalibratedSolver,
     SolverFile,
@@ -37,6 +42,7 @@ from LightningDiT.sampling.calibrated import (
 from LightningDiT.sampling.dry_run import verify, verify_config
 from LightningDiT.sampling.options import apply_options
 from LightningDiT.sampling.pipeline import LightningDiTPipeline
+from LightningDiT.sampling.resumable_run import manifest_of
 from LightningDiT.sampling.solver_choice import solver_of
 from LightningDiT.transport import GuidanceSettings
 from tests.conftest import BUNDLED, COMPUTED, PROJECT, seeded_tensor
@@ -702,3 +708,108 @@ def test_warnings_name_the_line_of_the_users_script(tiny_folder: Path, tmp_path:
         if "  # " in line:
             warning = rf"{re.escape(str(script))}:{number}: UserWarning: .*{line.rpartition('  # ')[2]}"
             assert re.search(warning, done.stderr), done.stderr
+
+
+# ---- other networks, and adapters
+
+
+@pytest.fixture
+def unet_folder(tiny_folder: Path) -> Path:
+    """The small pipeline's folder with a U-Net in the transformer's place."""
+    pytest.importorskip("diffusers")
+    file = edit(tiny_folder, "LightningDiT-XS/2", "UNet-S")
+    model = make_model(model_settings(load_config(file)))
+    torch.manual_seed(0)
+    weights = {name: 0.1 * torch.randn_like(value) for name, value in model.state_dict().items()}
+    save_weights(weights, tiny_folder / "transformer.safetensors")
+    return tiny_folder
+
+
+def test_a_unet_samples_as_a_transformer_does(unet_folder: Path, tmp_path: Path) -> None:
+    """Guided Euler steps by hand, in every batch, saved and opened again."""
+    unet = LightningDiTPipeline.from_config(unet_folder / "config.yaml", "cpu")
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    state, labels, null = noise, torch.tensor([0, 2]), torch.tensor([3, 3])
+    with torch.no_grad():
+        for start, end in itertools.pairwise(torch.linspace(0, 1, 4)):
+            t = start.expand(2)
+            weak = unet.transformer(state, t, null)
+            state = state + (end - start) * (weak + 2.0 * (unet.transformer(state, t, labels) - weak))
+    out = unet([0, 2], latents=noise, output_type="latent").images
+    torch.testing.assert_close(out, state, atol=1e-4, rtol=1e-4)
+    alone = unet([2], latents=noise[1:], output_type="latent").images
+    torch.testing.assert_close(alone[0], out[1], atol=1e-4, rtol=1e-4)
+    unet.save_pretrained(tmp_path / "saved")
+    again = LightningDiTPipeline.from_pretrained(tmp_path / "saved", "cpu")
+    assert torch.equal(again([0, 2], latents=noise, output_type="latent").images, out)
+
+
+def test_a_plan_of_a_unet_compiles_it_whole(unet_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no blocks of one shape; what it computes is asked of its own settings and attention."""
+    unet = LightningDiTPipeline.from_config(unet_folder / "config.yaml", "cpu")
+    able = Abilities("a card", (9, 0), (2, 11), "", "")
+    seen = list[Work]()
+    monkeypatch.setattr(networks, "abilities", lambda device: able)
+    monkeypatch.setattr(networks, "attention_failure", lambda kernel, *shape: str(shape))
+    monkeypatch.setattr(networks, "choose", lambda work, *rest: seen.append(work) or Plan(compiled="block"))
+    plan = networks.plan_of(unet.solver(unet.config.sample), unet.transformer, unet.precision, 4, 4)
+    assert plan.compiled == "whole"
+    assert seen[0].gflop == unet.transformer.settings.gflop and seen[0].kernels == ()
+    heads, tokens, width = unet.transformer.attention_shape
+    assert networks._attention_failure("flash", unet.transformer).startswith(f"({heads}, {tokens}, {width}, ")
+    monkeypatch.setattr(UNet, "attention_shape", None)
+    assert networks._attention_failure("flash", unet.transformer) == "the network has no attention"
+
+
+@pytest.fixture
+def adapted(tiny_folder: Path) -> Path:
+    """The small pipeline with an adapter that changes one matrix by B A, and no tensor of one dimension."""
+    name = "blocks.1.mlp.w3"
+    base = load_weights(tiny_folder / "transformer.safetensors")
+    out, inner = base[f"{name}.weight"].shape
+    changes = {f"{name}.lora_A.weight": torch.full((1, inner), 0.5), f"{name}.lora_B.weight": torch.full((out, 1), 0.5)}
+    told = {"adapter_kind": '"lora"', "base_weights": json.dumps(base_digest(base, changes, list(base)))}
+    save_weights(changes, tiny_folder / "adapter.safetensors", told)
+    path = tiny_folder / "config.yaml"
+    path.write_text("adapter_path: adapter.safetensors\n" + path.read_text())
+    return path
+
+
+def test_an_adapter_is_part_of_what_a_run_depends_on(adapted: Path, pipe: LightningDiTPipeline, tmp_path: Path) -> None:
+    config = load_config(adapted)
+    manifest = manifest_of(config, [0], 0, "float32")
+    assert set(manifest["weights"]) - set(manifest_of(pipe.config, [0], 0, "float32")["weights"]) == {"adapter"}
+    with_it, without = LightningDiTPipeline.from_config(config, "cpu"), pipe
+    images = with_it([0], output_type="latent").images
+    assert (images - without([0], output_type="latent").images).abs().max() > 1e-3
+    base = weights_fingerprint(config.ckpt_path)
+    both = weights_fingerprint(config.ckpt_path, config.adapter_path)
+    assert base == weights_fingerprint(pipe.config.ckpt_path) != both == with_it._weights_fingerprint
+    with_it.save_pretrained(tmp_path / "merged")
+    merged = LightningDiTPipeline.from_pretrained(tmp_path / "merged", "cpu")
+    assert merged.config.adapter_path is None
+    assert torch.equal(merged([0], output_type="latent").images, images)
+    assert weights_fingerprint(tmp_path / "merged" / "transformer.safetensors") != base
+
+
+def test_a_solver_of_other_weights_is_not_taken_for_an_adapter(adapted: Path, tmp_path: Path) -> None:
+    config = load_config(adapted)
+    solver = CalibratedSolver(guidance_of(config.sample), "Linear", (0.0, 1.0), ((1.0,),), 0.1, 4)
+    of_base, of_both = (
+        SolverFile(weights_fingerprint(config.ckpt_path, adapter), (solver,)) for adapter in (None, config.adapter_path)
+    )
+    for file, fits in ((of_base, False), (of_both, True)):
+        save_solvers(file, tmp_path / "solvers.yaml")
+        sample = dataclasses.replace(
+            config.sample, sampling_method="calibrated", solver_file=str(tmp_path / "solvers.yaml")
+        )
+        if not fits:
+            with pytest.raises(LightningDiTError, match="solvers.yaml belongs to weights"):
+                solver_of(config, sample)
+            continue
+        assert solver_of(config, sample).calibrated == solver
+        changed = dataclasses.replace(config, sample=sample)
+        saved = LightningDiTPipeline.from_config(changed, "cpu")
+        saved.save_pretrained(tmp_path / "merged")
+        again = LightningDiTPipeline.from_pretrained(tmp_path / "merged", "cpu")
+        assert again.solver(again.config.sample).calibrated == solver
