@@ -706,3 +706,25 @@ def test_latents_of_a_test_split_are_named_for_validation() -> None:
     )
     said = next_step(parse([*arguments, "--split", "test"]), {"classes": 10})
     assert "data.valid_path: latents and train.valid_every in my" in said
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_that_are_resized_or_padded_keep_their_ends(
+    workers: int, tiny_folder: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Against the tokenizer called on each image, resized by Pillow; the manifest has the way and no image is cut."""
+    output = tmp_path / "latents"
+    own = command(tiny_folder, "--images", images, "--output", output, "--posterior", "mode", "--workers", str(workers))
+    assert main([*own, "--fit", "resize"]) == 0
+    said = capsys.readouterr().out
+    assert "leaves out both ends" not in said
+    assert json.loads((output / LATENTS_MANIFEST).read_text())["settings"]["fit"] == "resize"
+    latents, _ = LatentShards(output).batch(torch.arange(11))
+    tokenizer = VA_VAE(tiny_folder / "tokenizer.yaml")
+    for place, path in enumerate(sorted(images.rglob("*.png"))[:3]):
+        pixels = np.asarray(Image.open(path).convert("RGB").resize((16, 16), Image.Resampling.BICUBIC))
+        values = torch.from_numpy(pixels.astype(np.float64) / 127.5 - 1).permute(2, 0, 1)[None].float()
+        expected = tokenizer.encode_images(values, sample=False)
+        torch.testing.assert_close(latents[place : place + 1], expected, atol=1e-5, rtol=1e-5)
+    assert run_main(lambda: main([*own, "--fit", "pad"])) == 1
+    assert "fit: resize there, pad now" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from PIL import Image
 from LightningDiT import images as module
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import (
+    FITS,
     FONT,
     as_images,
     caption_fonts,
@@ -25,6 +26,7 @@ from LightningDiT.images import (
     save_levels,
     save_png,
     save_reconstructions,
+    square,
     to_float,
     to_pil,
     to_uint8,
@@ -87,6 +89,25 @@ def test_levels_are_saved_in_sixteen_bits(tmp_path: Path) -> None:
     save_levels(torch.cat([steps, -steps]), [tmp_path / "a.png", tmp_path / "b.png"])
     values = [np.asarray(Image.open(tmp_path / name)).astype(int)[0].tolist() for name in ("a.png", "b.png")]
     assert values == [[0, 0, 1, 32768, 65534, 65535, 65535], [65535, 65535, 65534, 32768, 1, 0, 0]]
+
+
+@pytest.mark.parametrize("side", [(64, 16), (16, 64)])
+def test_a_square_that_is_not_cropped_keeps_both_ends(side: tuple[int, int]) -> None:
+    """A grey picture four times as long as wide; an eighth of it is white at one end, and black at the other."""
+    wide = side[0] > side[1]
+    pixels = np.full((16, 64), 128, np.uint8)
+    pixels[:, :8], pixels[:, -8:] = 255, 0
+    image = Image.fromarray(pixels if wide else pixels.T)
+    found = {fit: np.asarray(square(image, 32, fit)) for fit in FITS}
+    found = {fit: values if wide else values.T for fit, values in found.items()}
+    assert {values.shape for values in found.values()} == {(32, 32)}
+    assert set(found["crop"].flat) == {128}
+    np.testing.assert_array_equal(found["crop"], np.asarray(centre_crop(image, 32)))
+    assert found["resize"][:, [0, 2, 8, 24, 29, 31]].tolist() == [[255, 255, 128, 128, 0, 0]] * 32
+    inner = found["pad"][12:20]
+    assert inner[:, [0, 2, 8, 24, 29, 31]].tolist() == [[255, 255, 128, 128, 0, 0]] * 8
+    assert not found["pad"][:12].any()
+    assert not found["pad"][20:].any()
 
 
 @pytest.mark.parametrize("size", [(64, 64), (200, 64), (64, 131), (640, 480), (50, 40)])

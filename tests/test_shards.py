@@ -130,3 +130,50 @@ def test_shards_of_two_shapes_are_no_set(tmp_path: Path) -> None:
     write_shard(shard_path(tmp_path, 0, 1), torch.zeros(1, 4, 4, 4), torch.tensor([0]))
     with pytest.raises(LightningDiTError, match=r"shapes \(4, 2, 2\) and \(4, 4, 4\)"):
         LatentShards(tmp_path)
+
+
+def test_what_is_known_of_each_latent_comes_back_over_all_shards(tmp_path: Path) -> None:
+    told = {
+        "conditions": torch.tensor([2, 0, 1]),
+        "augmentation": torch.arange(6.0).view(3, 2),
+        "windows": torch.tensor([7, 7, 9], dtype=torch.int32),
+    }
+    for index, rows in enumerate((slice(0, 2), slice(2, 3))):
+        extras = {name: tensor[rows] for name, tensor in told.items()}
+        latents = torch.zeros(len(extras["windows"]), 1, 2, 2)
+        write_shard(
+            shard_path(tmp_path, 0, index), torch.zeros(count, 1, 2, 2), torch.zeros(count).long(), extras=extras
+        )
+    write_shard(shard_path(tmp_path, 0, 2), torch.zeros(0, 1, 2, 2), torch.zeros(0).long())  # none readable
+    shards = LatentShards(tmp_path)
+    for name, tensor in told.items():
+        assert torch.equal(getattr(shards, name), tensor.float() if name == "augmentation" else tensor.long())
+    write_shard(shard_path(tmp_path, 0, 3), torch.zeros(1, 1, 2, 2), torch.zeros(1).long())
+    with pytest.raises(LightningDiTError, match="2 of 3 shards in .* have conditions"):
+        LatentShards(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("extras", "message"),
+    [
+        ({"conditions": torch.tensor([0])}, r"conditions is \[1\] \(int64\); \[N\] whole numbers with N = 2"),
+        ({"conditions": torch.tensor([0.0, 1.0])}, r"conditions is \[2\] \(float32\)"),
+        ({"windows": torch.tensor([0, -3])}, "windows has -3; 0 and more"),
+        ({"augmentation": torch.zeros(2)}, r"augmentation is \[2\] \(float32\); \[N, A\] fractions"),
+        ({"augmentation": torch.zeros(2, 5, dtype=torch.long)}, "augmentation is .*int64"),
+        ({"augmentation": torch.tensor([[0.0], [torch.nan]])}, "augmentation has values that are NaN"),
+    ],
+)
+def test_what_is_known_of_latents_has_a_row_for_each(
+    extras: dict[str, torch.Tensor], message: str, tmp_path: Path
+) -> None:
+    path = shard_path(tmp_path, 0, 0)
+    write_shard(path, torch.zeros(2, 1, 2, 2), torch.tensor([0, 1]), extras=extras)
+    with pytest.raises(LightningDiTError, match=message) as caught:
+        LatentShards(tmp_path)
+    assert str(path) in str(caught.value)
+
+
+def test_ordinary_shards_say_no_more_than_before(shard_folder: Path) -> None:
+    shards = LatentShards(shard_folder)
+    assert (shards.conditions, shards.augmentation, shards.windows) == (None, None, None)
