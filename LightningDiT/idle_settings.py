@@ -29,6 +29,13 @@ IN_TRAINING: tuple[Idle, ...] = (
     ),
     (("data.valid_path", "train.valid_samples"), lambda c: not c.train.valid_every, "without train.valid_every"),
     (("train.valid_share",), lambda c: bool(c.data.valid_path), "with data.valid_path"),
+    (("train.lora_rank", "train.lora_targets"), lambda c: c.train.trainable != "lora", "without train.trainable: lora"),
+    (("train.new_classes",), lambda c: not c.train.weight_init, "without train.weight_init"),
+    (
+        ("optimizer.weight_decay",),
+        lambda c: c.train.trainable == "bias",
+        "with train.trainable: bias, without matrices",
+    ),
     (("train.sample_count",), lambda c: not c.train.sample_every, "without train.sample_every"),
     (("train.valid_every",), lambda c: c.train.valid_every > c.train.max_steps, "beyond train.max_steps"),
     (("train.sample_every",), lambda c: c.train.sample_every > c.train.max_steps, "beyond train.max_steps"),

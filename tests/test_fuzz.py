@@ -633,6 +633,7 @@ PROGRAMS: dict[str, list[str]] = {
     "LightningDiT.extract_features": ["--config", "config.yaml", "--output", "o", "--images", "images", "--dry-run"],
     "LightningDiT.evaluate": ["--samples", "images", "--reference", "missing"],
     "LightningDiT.evaluate_tokenizer": ["--config", "tokenizer.yaml", "--images", "missing"],
+    "LightningDiT.tools.merge_adapter": ["--config", "missing.yaml", "--output", "o", "--dry-run"],
     "LightningDiT.tools.prune_latents": ["--latents", "shards", "--output", "o", "--dry-run"],
     "LightningDiT.tools.plot_training": ["missing"],
     "LightningDiT.tools.calibrate_solver": ["--config", "missing.yaml"],

@@ -43,6 +43,21 @@ def notes(folder: Path, text: str) -> list[str]:
             "train.valid_share: no effect with data.valid_path",
         ),
         (
+            "train: {lora_rank: 4, lora_targets: [qkv], trainable: bias}",
+            "train: {lora_rank: 4, lora_targets: [qkv], trainable: lora}",
+            "train.lora_rank, train.lora_targets: no effect without train.trainable: lora",
+        ),
+        (
+            "train: {new_classes: mean}",
+            "train: {new_classes: mean, weight_init: x}",
+            "train.new_classes: no effect without train.weight_init",
+        ),
+        (
+            "train: {trainable: bias}\noptimizer: {weight_decay: 0.1}",
+            "train: {trainable: lora}\noptimizer: {weight_decay: 0.1}",
+            "optimizer.weight_decay: no effect with train.trainable: bias, without matrices",
+        ),
+        (
             "train: {sample_count: 4}",
             "train: {sample_count: 4, sample_every: 5}",
             "train.sample_count: no effect without train.sample_every",
