@@ -141,9 +141,7 @@ def test_what_is_known_of_each_latent_comes_back_over_all_shards(tmp_path: Path)
     for index, rows in enumerate((slice(0, 2), slice(2, 3))):
         extras = {name: tensor[rows] for name, tensor in told.items()}
         latents = torch.zeros(len(extras["windows"]), 1, 2, 2)
-        write_shard(
-            shard_path(tmp_path, 0, index), torch.zeros(count, 1, 2, 2), torch.zeros(count).long(), extras=extras
-        )
+        write_shard(shard_path(tmp_path, 0, index), latents, torch.zeros(len(latents)).long(), extras=extras)
     write_shard(shard_path(tmp_path, 0, 2), torch.zeros(0, 1, 2, 2), torch.zeros(0).long())  # none readable
     shards = LatentShards(tmp_path)
     for name, tensor in told.items():
