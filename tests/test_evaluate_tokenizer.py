@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from LightningDiT.checkpoint import save_weights
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.evaluate_tokenizer import main
 from LightningDiT.images import to_float
@@ -23,11 +24,16 @@ from LightningDiT.metrics.reconstruction import (
     normalised_positions,
     structural_similarity,
 )
+from LightningDiT.radar.split import load_split
 from LightningDiT.tokenizer import perceptual
+from LightningDiT.tokenizer.autoencoder import AutoencoderKL
+from LightningDiT.tokenizer.config import TOKENIZER_CONFIGS, load_tokenizer_config
 from LightningDiT.tokenizer.latents import LatentStats
-from LightningDiT.tokenizer.vavae import VA_VAE
-from tests.conftest import BUNDLED
+from LightningDiT.tokenizer.losses import high_pass
+from LightningDiT.tokenizer.vavae import VA_VAE, autoencoder_settings
+from tests.conftest import BUNDLED, seed_weights
 from tests.test_perceptual import vgg_file  # noqa: F401 - a fixture
+from tests.walkers import prepared
 
 
 def test_positions_are_normalised_by_channel() -> None:
@@ -103,6 +109,58 @@ def test_the_frechet_distance_is_that_of_two_gaussians() -> None:
     assert report["features"] == "means"
     moved = 19.5  # trunc(v - 20 + 0.5), which is v - 20 or v - 19 by rounding in float32
     assert math.sqrt(report["frechet_distance"] / 3) == pytest.approx(moved, abs=0.6)
+
+
+class Grey:
+    """A tokenizer of three channels whose latents are the levels, and whose channels are off by -0.02, 0 and 0.05."""
+
+    device = torch.device("cpu")
+
+    def encode_images(self, levels: Tensor, sample: bool) -> Tensor:
+        return levels
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        return latents + torch.tensor([-0.02, 0.0, 0.05]).view(1, 3, 1, 1)
+
+
+def test_levels_are_compared_as_they_are() -> None:
+    """The mean of the channels is off by 0.01, which 8 bits would not give: -20 log10(0.01 / 2) dB."""
+    scores = ReconstructionScores(Grey(), Measures())
+    levels = torch.rand(3, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 1.8 - 0.9
+    copies = scores.add(levels)
+    assert (copies.shape, copies.dtype) == (levels.shape, torch.float32)
+    torch.testing.assert_close(copies, levels + 0.01)
+    report = scores.report()
+    assert math.isclose(report["psnr_mean"], 20 * math.log10(2 / 0.01), rel_tol=1e-4)
+    assert report["ridge_error"] == 0.0
+    assert math.isclose(report["high_pass_ratio"], 1.0, rel_tol=1e-4)
+    passed = high_pass(levels.double()) / 2  # in levels of 0 to 1
+    assert math.isclose(report["high_pass_std_of_originals"], float(passed.square().mean().sqrt()), rel_tol=1e-5)
+    scores = ReconstructionScores(Grey(), Measures())
+    scores.tokenizer.decode_latents = lambda latents: 0.5 * latents.roll(2, dims=2)
+    scores.add(levels)
+    report = scores.report()
+    assert report["high_pass_ratio"] == pytest.approx(0.5, abs=0.02)
+    rows = levels.argmax(2).double()
+    assert report["ridge_error"] == pytest.approx(float((rows - (rows + 2) % 16).abs().mean()))
+
+
+def test_windows_of_step_five_are_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    walkers = prepared(tmp_path / "walkers", {"1": [4, 4, 4], "2": [4, 4, 4]}, "--db-range", "-45", "0")
+    config = TOKENIZER_CONFIGS / "levels_f4d6.yaml"
+    model = AutoencoderKL(autoencoder_settings(load_tokenizer_config(config)))
+    save_weights(seed_weights(model).state_dict(), tmp_path / "w.safetensors")
+    split = walkers / "out" / "split.json"
+    options = ["--levels", str(walkers / "levels"), "--split-file", str(split), "--part", "test", "--fold", "1"]
+    report = evaluate(tmp_path / "out", "--config", str(config), "--weights", str(tmp_path / "w.safetensors"), *options)
+    assert report["images"] == len(load_split(split).part("test", 1))
+    assert report["source"].startswith("test windows of fold 1")
+    assert report["ridge_error"] > 0
+    assert (report["lpips"], report["rfid"]) == (None, None)
+    assert sum("photographs" in note for note in report["notes"]) == 2  # nothing is downloaded for levels
+    with pytest.raises(SystemExit):
+        main(["--config", str(config), "--levels", "L"])
+    assert "--levels and --split-file are given together" in capsys.readouterr().err
 
 
 def evaluate(folder: Path, *more: str) -> dict[str, object]:
