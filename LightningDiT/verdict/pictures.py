@@ -76,11 +76,12 @@ STYLE = """
 .ldit-report .plot img { grid-column: 2; width: 100%; aspect-ratio: 1; image-rendering: pixelated }
 .ldit-report .plot .up, .ldit-report .plot .across { position: relative; font-size: .72rem; line-height: 1 }
 .ldit-report .plot .up { grid-column: 1; grid-row: 1 }
-.ldit-report .plot .up span { position: absolute; right: .3rem; transform: translateY(-50%) }
-.ldit-report .plot .up .unit { right: auto; left: 0; top: 50%; transform: translate(-35%, -50%) rotate(-90deg) }
-.ldit-report .plot .across { grid-column: 2; height: 1.9rem }
-.ldit-report .plot .across span { position: absolute; top: .25rem; transform: translateX(-50%) }
-.ldit-report .plot .across .unit { left: 50%; top: 1.1rem }
+.ldit-report .plot .up > span { position: absolute; right: .3rem; transform: translateY(-50%) }
+.ldit-report .plot .up > .unit { right: auto; left: .5rem; top: 50%; white-space: nowrap;
+  transform: translate(-50%, -50%) rotate(-90deg) }
+.ldit-report .plot .across { grid-column: 2; height: 2.2rem }
+.ldit-report .plot .across > span { position: absolute; top: .25rem; transform: translateX(-50%); white-space: nowrap }
+.ldit-report .plot .across > .unit { left: 50%; top: 1.2rem }
 .ldit-report .plot figcaption { grid-column: 2; max-width: none }
 """.strip()
 

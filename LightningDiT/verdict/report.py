@@ -38,8 +38,11 @@ PAGE_STYLE = f"""
   transform: translateX(-50%) }}
 .ldit-report .chart .label {{ font-size: .9rem }}
 .ldit-report .ends {{ display: flex; justify-content: space-between; font-size: .8rem }}
-.ldit-report .narrow th {{ font-weight: normal; white-space: normal; min-width: 8rem }}
+.ldit-report .narrow th {{ font-weight: normal; white-space: normal }}
+.ldit-report .narrow th:first-child {{ min-width: 8rem; position: sticky; left: 0; background: Canvas }}
 .ldit-report .narrow td {{ white-space: nowrap }}
+.ldit-report .narrow th > [lang] {{ display: block; margin-left: 0 }}
+.ldit-report .notes {{ font-size: .85rem; opacity: .8 }}
 @media (max-width: 40rem) {{ .ldit-report .chart {{ grid-template-columns: 1fr; gap: .1rem }}
   .ldit-report .chart .label {{ margin-top: .5rem }} }}
 {pictures.STYLE}
@@ -255,10 +258,8 @@ def _table(rows: Sequence[str]) -> str:
 def _rows_table(rows: Sequence[RowResult]) -> str:
     head = _head(
         ("Training data", "训练数据"),
-        ("Accuracy", "准确率"),
-        ("95 % interval", "95 % 区间"),
-        ("Difference, points", "差异（百分点）"),
-        ("95 % interval", "95 % 区间"),
+        ("Accuracy, 95 % interval", "准确率，95 % 区间"),
+        ("Difference in points, interval", "差异（百分点），区间"),
         ("to", "相对于"),
         ("Seeds", "各种子"),
         ("Real", "真实"),
@@ -271,10 +272,8 @@ def _rows_table(rows: Sequence[RowResult]) -> str:
         lines.append(
             html_row(
                 both_languages(escaped(place.title), escaped(place.chinese)),
-                percent(row.accuracy.value),
-                ends(row.accuracy),
-                points(difference.value) if difference else "",
-                ends(difference, points) if difference else "",
+                f"{percent(row.accuracy.value)} ({ends(row.accuracy)})",
+                f"{points(difference.value)} ({ends(difference, points)})" if difference else "",
                 ROWS[row.base].title if difference else "",
                 ", ".join(percent(seed) for seed in row.seeds),
                 *(f"{count:.0f}" for count in (row.real, row.generated, row.validation)),
@@ -367,7 +366,7 @@ def _fidelity(report: Report) -> str:
     values.append(("copies", (percent(copies.samples), percent(copies.held_out))))
     lines = [_head(("Measure", "指标"), ("Generated", "生成"), ("Real, other passes", "真实（其他行走段）"))]
     lines += [html_row(both_languages(*map(escaped, titles[name])), *pair) for name, pair in values]
-    notes = "".join(f"<p>{escaped(note)}</p>" for note in found.notes)
+    notes = "".join(f'<p class="notes">{escaped(note)}</p>' for note in found.notes)
     explained = _paragraph(
         (
             "Wasserstein-1 distances, person by person, then averaged. Equally many generated and real windows of other"

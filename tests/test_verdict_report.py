@@ -1,0 +1,224 @@
+"""The verdict in words, as a page and as JSON."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from LightningDiT.metrics.copies import CopyRates
+from LightningDiT.metrics.scores import Score
+from LightningDiT.radar.sensor import Sensor
+from LightningDiT.verdict.fidelity import Distance, FeatureScores, Fidelity
+from LightningDiT.verdict.gait import axes_of
+from LightningDiT.verdict.intervals import HELPS, HURTS, NO_EFFECT, NO_VERDICT, Interval, conclude
+from LightningDiT.verdict.pictures import encoded, ticks, triples
+from LightningDiT.verdict.report import FilterReport, Report, as_json, filter_gain, write_report
+from LightningDiT.verdict.results import Results, RowResult
+from LightningDiT.verdict.rows import Generated
+from LightningDiT.verdict.sentences import advice, certainty, headline
+from tests.test_demo_report import Page
+from tests.test_verdict_trials import walkers
+
+AXES = axes_of({"native_columns": 16}, (16, 16), Sensor())
+
+
+def interval(value: float, error: float = 0.01) -> Interval:
+    return Interval(value, value - 1.96 * error, value + 1.96 * error, error, 400, 40)
+
+
+def results(difference: float, error: float = 0.01, alone: float = 0.8) -> Results:
+    """Return results whose row 2x differs from real + classical augmentation by `difference`."""
+    values = {"augmented": 0.85, "2x": 0.85 + difference, "filtered-2x": 0.85 + difference + 0.01, "alone": alone}
+    groups = {0: interval(0.9), 1: interval(0.8)}
+    rows = tuple(
+        RowResult(
+            row,
+            interval(value),
+            (value - 0.01, value + 0.01),
+            groups,
+            {0: interval(value)},
+            "augmented",
+            interval(value - 0.85, error) if row != "augmented" else None,
+            60,
+            120 if row != "augmented" else 0,
+            24,
+            0.7,
+        )
+        for row, value in values.items()
+    )
+    return Results("usual", 30, rows, "2x", conclude(interval(difference, error)), 0)
+
+
+def found(texture: float = 0.05, copies: float = 0.05, ratio: float = 1.0) -> Fidelity:
+    distances = [
+        Distance("ridge", "m/s", 0.1 * ratio, 0.1, {0: (0.1, 0.1)}, (1.2, 1.3, 1.3), (0.0, 0.0)),
+        Distance("texture", "levels", 0.01, 0.0, {0: (0.01, 0.0)}, (texture, 0.05, 0.05), (0.0, 0.0)),
+    ]
+    score = Score(0.5, 0.4, 0.6)
+    scores = FeatureScores((9.0, 7.0), (score, score), None, 24)
+    return Fidelity(distances, scores, CopyRates(copies, 0.05, 0.3), ["a note & more"])
+
+
+@pytest.mark.parametrize(
+    ("difference", "error", "outcome", "english", "chinese"),
+    [
+        (
+            0.05,
+            0.01,
+            HELPS,
+            "help: real + generated 2x is 5.0 points above real + classical augmentation (95 % inter",
+            "有帮助",
+        ),
+        (0.02, 0.005, HELPS, "interval +1.0 to +3.0), less than the 3 asked for.", "低于要求的 3 个"),
+        (
+            -0.04,
+            0.01,
+            HURTS,
+            "Generated windows hurt: real + generated 2x is 4.0 points below real +",
+            "低 4.0 个百分点",
+        ),
+        (0.004, 0.01, NO_EFFECT, "Generated windows do not help: real + generated 2x is 0.4 points above", "没有帮助"),
+        (0.04, 0.03, NO_VERDICT, "(95 % interval -1.9 to +9.9), too unsure to tell.", "无法判定"),
+    ],
+)
+def test_the_first_sentence_says_by_how_much_and_how_sure(
+    difference: float, error: float, outcome: str, english: str, chinese: str
+) -> None:
+    one = results(difference, error)
+    assert one.verdict is not None
+    assert one.verdict.outcome == outcome
+    said = headline(one)
+    assert english in said[0]
+    assert chinese in said[1]
+    assert (said[0].startswith("No verdict")) == (outcome == NO_VERDICT)
+
+
+def test_the_second_sentence_says_what_could_be_shown() -> None:
+    said = certainty(results(0.0, 0.03))
+    assert said[0].startswith(
+        "The smallest difference that this data can show is 8.4 points (80 % power); 3 are asked for."
+    )
+    assert "400 windows from 40 passes of 2 people; seeds averaged: 2." in said[0]
+    assert "8.4" in said[1] and "40 段行走" in said[1]
+    endless = Interval(0.1, -math.inf, math.inf, math.inf, 9, 1)
+    alone = replace(results(0.0), verdict=conclude(endless))
+    assert certainty(alone)[0].startswith("One pass alone was tested")
+    assert "(95 % interval –)" in headline(alone)[0]
+    assert advice(alone, None, None)[0][0].startswith("Try more and fewer")
+    nothing = replace(results(0.0), judged=None, verdict=None)
+    assert headline(nothing)[0] == "No row with real and generated windows was tried."
+    assert advice(nothing, found(), None) == []
+
+
+def test_what_to_try_follows_from_what_was_measured() -> None:
+    def tried(one: Results, *args: object) -> str:
+        return "\n".join(text[0] for text in advice(one, *args))
+
+    assert tried(results(0.05), found(0.01, 0.9, 9.0), 0.1) == ""  # it helps enough
+    assert "about 314 passes show 3 points; 40 were tested" in tried(results(0.0, 0.03), None, None)  # 40 (8.4 / 3)^2
+    assert "about" not in tried(results(0.0), None, None)
+    assert "Generated windows have 80 % of the texture" in tried(results(0.0), found(texture=0.04), None)
+    assert "20.0 % of the generated windows are as near" in tried(results(0.0), found(copies=0.2), None)
+    assert "gait of generated windows is farther" in tried(results(0.0), found(ratio=1.6), None)
+    assert "filtered windows are +1.0 points better" in tried(results(0.0), found(), 0.01)
+    assert "teach little about who walks" in tried(results(0.0, alone=0.6), found(), None)
+    assert tried(results(0.0), found(), -0.01).startswith("Try more and fewer generated windows")
+    assert all(re.search("[\u4e00-\u9fff]", text[1]) for text in advice(results(0.0, 0.03), found(0.01, 0.9, 9), 0.1))
+
+
+def report() -> Report:
+    real, held = walkers(3, 2, 4), walkers(2, 1, 4, 10, seed=1)
+    made = Generated(real.pixels[:16].roll(3, -1) * 0.5, real.people[:16], real.conditions[:16])
+    kept = FilterReport(0.75, {0: 0.5, 1: 1.0}, 0.88, 0.3, -0.2)
+    shown = triples(made, held, real, 2)
+    facts = [("Classifier", "分类器", "small <b>")]
+    names = ("ID_1<", "ID_2", "ID_3")
+    return Report([results(0.05)], names, ("line", "free"), AXES, "jet", found(), kept, shown, facts, "step7 'a b'")
+
+
+def test_the_page_holds_everything_in_both_languages(tmp_path: Path) -> None:
+    html, _ = write_report(report(), tmp_path)
+    page, text = Page(html), html.read_text(encoding="utf-8")
+    english, chinese = " ".join(page.texts["en"]), " ".join(page.texts["zh-CN"])
+    assert not re.search("[\u4e00-\u9fff]", english)
+    assert not re.search(r"https?:|<script|<link|url\(", text)
+    for said in ("Generated windows help: ", "90.0 % (", "+5.0 (+3.0 to +7.0)", "75.0 %", "a note & more", "small <b>"):
+        assert said in english, said
+    for said in ("生成数据有帮助", "按人员", "按条件", "真实 + 传统增强", "最近的训练窗口", "重现命令"):
+        assert said in chinese, said
+    assert {"speed, m/s", "time, s", "ID_1<"} <= set(page.texts["en"])
+    images = page.images()
+    assert len(images) == 3 * 3
+    assert [image["alt"] for image in images][:2] == ["ID_1<: real, held out", "ID_1<: generated"]
+    assert page.texts["en"][-1] == "step7 'a b'"
+    dots = [tag for tag in page.tags if tag[1].get("class") == "dot"]
+    assert len(dots) == 4
+
+
+def test_every_rule_of_the_page_holds_within_it_alone(tmp_path: Path) -> None:
+    style = (
+        write_report(report(), tmp_path)[0].read_text(encoding="utf-8").partition("<style>")[2].partition("</style>")[0]
+    )
+    selectors = [one for rule in re.findall(r"([^{}]+)\{[^{}]*\}", style) for one in rule.split(",")]
+    assert len(selectors) > 30
+    assert all(one.strip().startswith(".ldit-report") for one in selectors)
+
+
+def test_the_json_has_every_number_by_name_and_no_infinity(tmp_path: Path) -> None:
+    _, path = write_report(report(), tmp_path)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert content["outcome"] == HELPS
+    (one,) = content["results"]
+    assert one["verdict"]["smallest_difference"] == pytest.approx(0.028)
+    assert one["verdict"]["is_enough"] is True
+    assert [row["row"] for row in one["rows"]] == ["augmented", "2x", "filtered-2x", "alone"]
+    assert one["rows"][1]["people"]["ID_1<"]["value"] == 0.9
+    assert one["rows"][1]["conditions"]["line"]["value"] == pytest.approx(0.9)
+    assert content["filter"]["kept"] == 0.75
+    assert content["fidelity"]["copies"] == {"samples": 0.05, "held_out": 0.05, "threshold": 0.3}
+    endless = Interval(0.1, -math.inf, math.inf, math.inf, 9, 1)
+    unsure = replace(report(), results=[replace(results(0.05), verdict=conclude(endless))], fidelity=None, filter=None)
+    verdict = as_json(unsure)["results"][0]["verdict"]
+    assert verdict["difference"]["low"] is verdict["smallest_difference"] is None
+    write_report(unsure, tmp_path)
+
+
+def test_the_gain_of_the_filter_is_that_of_the_same_amount() -> None:
+    assert filter_gain(results(0.05)) == pytest.approx(0.01)
+    without = replace(results(0.05), rows=results(0.05).rows[:2])
+    assert filter_gain(without) is None
+
+
+def test_nearest_windows_are_shown_where_they_are_nearest() -> None:
+    generator = torch.Generator().manual_seed(0)
+    known = replace(walkers(2, 1, 4), pixels=torch.rand(8, 1, 16, 16, generator=generator) * 2 - 1)
+    made = Generated(known.pixels[[2, 6]].roll(5, -1), known.people[[2, 6]], known.conditions[[2, 6]])
+    shown = triples(made, known, known, 6)
+    assert [one.person for one in shown[:2]] == [0, 1]
+    assert len(shown) == 3
+    for one in shown:
+        assert one.distance == pytest.approx(0, abs=1e-6)
+        assert one.shift == 5
+        assert torch.allclose(one.nearest, one.generated)
+    assert torch.equal(shown[0].real, (known.pixels[0, 0] + 1) / 2)
+    alone = triples(made, replace(known, people=known.people + 5), known, 1)
+    assert alone[0].real is None
+
+
+def test_pictures_have_the_colours_of_the_map_and_axes_round_numbers() -> None:
+    content = base64.b64decode(encoded(torch.tensor([[0.0, 1.0]]), "gray"))
+    assert np.asarray(Image.open(io.BytesIO(content))).tolist() == [[[0, 0, 0], [255, 255, 255]]]
+    assert ticks(0, 1.42, 4) == [0, 0.5, 1]
+    assert ticks(-5.09, 5.09, 6) == [-4, -2, 0, 2, 4]
+    assert ticks(0, 57, 4) == [0, 20, 40]
+    assert ticks(-500, 500, 4) == pytest.approx([-500, -250, 0, 250, 500])
