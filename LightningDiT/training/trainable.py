@@ -90,7 +90,7 @@ def kind_of_part(config: Config) -> str:
         raise LightningDiTError(
             f"{config.source}: train.trainable trains a part of the network, and without train.weight_init the rest"
             " stays random",
-            "set train.weight_init, or train.trainable: all",
+            "set train.weight_init, or remove train.trainable",
         )
     return wish if isinstance(wish, str) else "patterns"
 
