@@ -63,6 +63,7 @@ from LightningDiT.training.tokenizer_training import (
 CONFIG = TOKENIZER_CONFIGS / "levels_f4d6.yaml"
 BUNDLED = Path(__file__).resolve().parents[2] / "models" / BUNDLED_FOLDER
 REPORT, CHOSEN = "choice.json", "chosen.yaml"
+OF_STEP_5 = "training.yaml"  # a configuration beside the split
 #: Figures of `ReconstructionScores` that are kept.
 MEASURED = (
     *("images", "psnr_mean", "psnr_pooled", "ssim", "ridge_error"),
@@ -340,18 +341,24 @@ def verdict(search: Search, report: dict[str, Any], thresholds: Thresholds) -> l
     lines += [f"{key} does not pass: {'; '.join(texts)}" for key, texts in failures.items() if texts]
     reason = "the cheapest that passes" if passes else "warning: none passes, and it comes nearest; give more --steps"
     lines.append(f"chosen: {name}, {CANDIDATES[name].title} ({reason})")
-    return [*lines, *next_lines(search, yaml)]
+    return [*lines, *next_lines(search, name)]
 
 
-def next_lines(search: Search, yaml: Path) -> list[str]:
+def next_lines(search: Search, name: str) -> list[str]:
     """Return what a configuration of a training says to use the chosen tokenizer, and the command for the latents."""
     settings, side = autoencoder_settings(search.tokenizer), search.training.opened.size[0]
-    files = [str(search.training.opened.folder), str(search.split_file)]
-    levels = f"--levels {shlex.quote(files[0])} --split-file {shlex.quote(files[1])} --fold {search.training.fold}"
+    written = search.split_file.parent / OF_STEP_5
+    config = shlex.quote(str(written)) if written.is_file() else "YAML"
+    files = (shlex.quote(str(file)) for file in (search.training.opened.folder, search.split_file))
+    fold = f" --fold {search.training.fold}" if search.training.fold else ""
+    yaml, weights = (search.output.resolve() / file for file in (CHOSEN, f"{name}/{AVERAGE}"))
     return [
-        f"Next: set vae.model_name: {yaml}, vae.downsample_ratio: {settings.downsample_factor},"
-        f" model.in_chans: {settings.embed_dim} and data.image_size: {side} in a configuration YAML, then",
-        f"  python -m LightningDiT.extract_features --config YAML {levels} --output LATENTS",
+        f"Next: set vae.model_name: {yaml}, vae.ckpt_path: {weights}, vae.downsample_ratio:"
+        f" {settings.downsample_factor}, model.in_chans: {settings.embed_dim} and data.image_size: {side} in {config},"
+        " then",
+        "  python -m LightningDiT.extract_features --config {} --levels {} --split-file {}{} --output LATENTS".format(
+            config, *files, fold
+        ),
     ]
 
 
