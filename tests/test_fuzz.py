@@ -2,7 +2,7 @@
 
 Real small files of each kind are changed byte by byte, cut, and filled with values of other types, and hypothesis draws
 the changes from fixed seeds (`derandomize`): `EXAMPLES` inputs a reader for each way of changing, and `OPTIONS` command
-lines an entry point, up to 1,782 inputs in all. An input that once showed a fault is kept in `KEPT` and always tried.
+lines an entry point, up to 1,842 inputs in all. An input that once showed a fault is kept in `KEPT` and always tried.
 No input may take more than `SECONDS`, `MEMORY` bytes of address space, or change a file that was there.
 """
 
@@ -47,6 +47,9 @@ from LightningDiT.data.shards import LatentShards, write_shard
 from LightningDiT.images import centre_crop
 from LightningDiT.metrics.cache import cached
 from LightningDiT.metrics.sources import open_source
+from LightningDiT.radar.level_images import load_windows, open_levels
+from LightningDiT.radar.split import rows_digest, save_split
+from LightningDiT.radar.written import FORMAT, levels_digest
 from LightningDiT.sampling.calibrated import load_solvers
 from LightningDiT.sampling.resumable_run import ACCELERATION, kept_layout, kept_plan, opened_run
 from LightningDiT.tokenizer.config import load_tokenizer_config, tokenizer_training
@@ -64,6 +67,7 @@ from LightningDiT.training.run_dir import (
 )
 from setup_steps.downloads import PartFile, RemoteFile
 from tests.conftest import TINY_CONFIG, TINY_TOKENIZER, write_idx
+from tests.test_split import rows_of
 
 EXAMPLES = 30
 SECONDS = 10
@@ -375,6 +379,25 @@ def read_samples(path: Path) -> None:
         pass
 
 
+def save_level_files(folder: Path) -> None:
+    """Two windows with their split."""
+    rows = rows_of({"a": [2]})
+    save_split(folder / "split.json", folder, folder, rows, {})
+    grey, files = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257, {row.name: f"{row.number}.png" for row in rows}
+    (folder / "levels").mkdir(exist_ok=True)
+    for name in files.values():
+        Image.fromarray(grey).save(folder / "levels" / name)
+    told = {"format": FORMAT, "split": rows_digest(rows), "files": files, "pixels": [16, 16], "db_range": [-50, 0]}
+    digests = dict.fromkeys(files, levels_digest(grey))
+    (folder / "manifest.json").write_text(json.dumps({**told, "digests": digests, "db_range_of": None}))
+
+
+def read_level_files(path: Path) -> None:
+    split_file = path.with_name("split.json")
+    load_windows(path.parent, split_file, "training")
+    open_levels(path.parent, split_file, "training", draws=2).batch([0, 1])
+
+
 REMOTE = RemoteFile("w.pt", "http://127.0.0.1/a/b/resolve/c/w.pt", 8, "0" * 64, "c")
 
 
@@ -515,6 +538,7 @@ READERS = [
     Reader("solvers.yaml", lambda to: into(to, "solvers.yaml", SOLVERS), read_solvers),
     Reader(LATENTS_MANIFEST, lambda to: into(to, LATENTS_MANIFEST, json.dumps(EXTRACTED)), read_extracted),
     Reader("manifest.json", save_samples, read_samples),
+    Reader("manifest.json", save_level_files, read_level_files),
     Reader("w.pt.part.json", save_part, read_part),
     Reader(CACHE, lambda to: into(to, CACHE, "[1, 2.5]"), lambda path: cached(path, list, list)),
     Reader(

@@ -163,6 +163,9 @@ def test_levels_of_another_split_or_release_or_unfinished_are_refused(copied: Pa
         ({**whole, "files": {k: v for k, v in whole["files"].items() if k != first}}, "lack windows of"),
         ({**whole, "format": "x"}, "holds no levels of step 5"),
         ([], "holds no levels of step 5"),
+        ({**whole, "pixels": [16, 16.5]}, "or say them wrongly"),
+        ({**whole, "db_range": [0, 0]}, r"or say them wrongly \(a range from 0.0 to 0.0 dB"),
+        ({**whole, "files": {**whole["files"], first: 3}}, r"or say them wrongly \(files and digests are no texts"),
     ):
         manifest.write_text(json.dumps(changed))
         with pytest.raises(LightningDiTError, match=said):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from LightningDiT.radar.written import FORMAT, MANIFEST, MEASURED, levels_digest
 
 NO_CONDITION = "none"  # name of the condition of windows without one, beside others
 LISTED = 5  # people in a note
+MOST_SIDE = 2**15  # pixels
 PROBED = 16  # windows whose draws are looked at before the first is used
 
 #: (height, width), and by the row of each window in the split its file and the digest of its levels.
@@ -132,13 +134,27 @@ def open_level_files(levels: Path, split_file: Path) -> LevelFiles:
         raise LightningDiTError(f"the levels in {levels} are not complete", fix)
     try:
         found = {at: (files[row.name], digests[row.name]) for at, row in enumerate(split.rows)}
-        height, width = map(int, size)
-        known = (float(db_range[0]), float(db_range[1])) if db_range else None
-    except (KeyError, TypeError, ValueError) as error:
+        known = _checked_numbers(found, size, db_range)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise LightningDiTError(
-            f"the levels in {levels} lack windows of {split_file} ({first_line(error)})", fix
+            f"the levels in {levels} lack windows of {split_file} or say them wrongly ({first_line(error)})", fix
         ) from error
-    return LevelFiles(levels, split, (height, width), found, known, content.get("db_range_of") == MEASURED, split_file)
+    is_measured = content.get("db_range_of") == MEASURED
+    return LevelFiles(levels, split, (size[0], size[1]), found, known, is_measured, split_file)
+
+
+def _checked_numbers(files: _Files, size: Any, db_range: Any) -> tuple[float, float] | None:
+    """Return the dB range of a manifest, None where it is unknown; raises ValueError for what cannot be."""
+    if not all(isinstance(text, str) for texts in files.values() for text in texts):
+        raise ValueError("files and digests are no texts")
+    if len(size) != 2 or not all(type(side) is int and 0 < side < MOST_SIDE for side in size):
+        raise ValueError(f"windows of {str(size)[:40]} pixels")
+    if db_range is None:
+        return None
+    low, high = map(float, db_range)
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(f"a range from {low} to {high} dB")
+    return low, high
 
 
 def again(split: Split, split_file: Path, levels: Path) -> str:

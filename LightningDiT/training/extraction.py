@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -62,6 +63,7 @@ STATS_NAME = "latents_stats.pt"
 PART = ".part"  # suffix of an unfinished shard
 PART_SECONDS = 300.0  # between two savings of an unfinished shard
 FEWEST_CORES = 3  # of a process whose images are read by others
+NO_EXTRAS: Mapping[str, Tensor] = MappingProxyType({})
 MOMENTS_ROWS = 256  # latents that are in memory as float64 at once
 #: What JSON and tensors of another form raise.
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError, RuntimeError)
@@ -310,7 +312,7 @@ class _ShardRows:
     """
 
     def __init__(
-        self, path: Path, size: int, shape: tuple[int, int, int], flips: bool, extras: Mapping[str, Tensor]
+        self, path: Path, size: int, shape: tuple[int, int, int], flips: bool, extras: Mapping[str, Tensor] = NO_EXTRAS
     ) -> None:
         self.path, self.size, self.extras = path, size, tuple(extras)
         self.done, self.unreadable = 0, list[list[str]]()
