@@ -39,7 +39,7 @@ def test_axes_follow_from_sensor_and_native_columns_and_are_pixels_without_them(
     no_time, nothing = axes_of({}, (128, 64), SENSOR), axes_of({"native_columns": 57}, (128, 64), None)
     assert (no_time.time_unit, no_time.speed_unit, no_time.rate_unit) == ("columns", "m/s", "cycles a column")
     assert (nothing.time_unit, nothing.speed_unit, nothing.speed(np.array([65.0]))[0]) == ("columns", "rows", 1.0)
-    assert "unknown" in no_time.note and "unknown" in nothing.note and "57 native columns" in known.note
+    assert "unknown" in no_time.note[0] and "unknown" in nothing.note[0] and "57 native columns" in known.note[0]
 
 
 def test_ridge_envelopes_and_bounds_of_bars_of_known_power() -> None:
@@ -149,8 +149,8 @@ def test_fidelity_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.copies.samples == 1.0
     assert found.copies.held_out < 0.2
     assert found.features.precision is None
-    assert any("pip install torch-fidelity" in note for note in found.notes)
-    assert "people without generated or held-out windows, who are left out: 1" in found.notes
+    assert any("pip install torch-fidelity" in note[0] for note in found.notes)
+    assert found.notes[-1][0] == "people without generated or held-out windows, who are left out: 1"
     with pytest.raises(LightningDiTError, match="nobody has generated"):
         gait_distances(generated(training)[torch.tensor([], dtype=torch.long)], held, training, axes)
 

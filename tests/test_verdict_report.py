@@ -66,7 +66,7 @@ def found(texture: float = 0.05, copies: float = 0.05, ratio: float = 1.0) -> Fi
     ]
     score = Score(0.5, 0.4, 0.6)
     scores = FeatureScores((9.0, 7.0), (score, score), None, 24)
-    return Fidelity(distances, scores, CopyRates(copies, 0.05, 0.3), ["a note & more"])
+    return Fidelity(distances, scores, CopyRates(copies, 0.05, 0.3), [("a note & more", "说明")])
 
 
 @pytest.mark.parametrize(

@@ -217,12 +217,16 @@ def feature_scores(generated: Tensor, held_out: Tensor, training: Tensor) -> Fea
 
 @dataclass(frozen=True)
 class Fidelity:
-    """All that is said about generated windows without training on them; `notes` has what could not be computed."""
+    """All that is said about generated windows without training on them.
+
+    Attributes:
+        notes: the axes, and what could not be computed, in English and Chinese.
+    """
 
     distances: Sequence[Distance]
     features: FeatureScores
     copies: CopyRates
-    notes: Sequence[str]
+    notes: Sequence[tuple[str, str]]
 
 
 def fidelity(
@@ -245,8 +249,10 @@ def fidelity(
     scores = feature_scores(*(features_of(judge, part) for part in parts))
     notes = [axes.note]
     if scores.precision is None:
-        notes.append(f"precision and recall need torch-fidelity: pip install {FIDELITY_PIN}")
+        how = f"pip install {FIDELITY_PIN}"
+        notes.append((f"precision and recall need torch-fidelity: {how}", f"精确率与召回率需要 torch-fidelity：{how}"))
     lacking = len(training.people.unique()) - len(chosen)
     if lacking:
-        notes.append(f"people without generated or held-out windows, who are left out: {lacking}")
+        english = f"people without generated or held-out windows, who are left out: {lacking}"
+        notes.append((english, f"没有生成窗口或留出窗口而未计入的人数：{lacking}"))
     return Fidelity(distances, scores, copy_rates(generated.pixels, held_out.pixels, training.pixels), notes)

@@ -34,13 +34,13 @@ class Axes:
         column_seconds: None if unknown; times are then columns.
         row_speed: m/s from one row to the next; None if unknown; speeds are then rows.
         size: (height, width) of the windows; velocity zero is row height / 2, rows below it are positive speeds.
-        note: how that is known, or that it is not.
+        note: how that is known, or that it is not, in English and Chinese.
     """
 
     column_seconds: float | None
     row_speed: float | None
     size: tuple[int, int]
-    note: str
+    note: tuple[str, str]
 
     @property
     def time_unit(self) -> str:
@@ -73,12 +73,16 @@ def axes_of(settings: Mapping[str, Any], size: tuple[int, int], sensor: Sensor |
     height, width = size
     native = settings.get("native_columns")
     if sensor is None:
-        return Axes(None, None, size, "the sensor is unknown: time in columns, speed in rows")
+        unknown = "the sensor is unknown: time in columns, speed in rows", "传感器未知：时间以列计，速度以行计"
+        return Axes(None, None, size, unknown)
     row_speed = sensor.speed_step * sensor.rows / height
-    known = f"sensor of {sensor.carrier / 1e9:g} GHz, {1e3 * sensor.column_seconds:.3g} ms a column"
+    carrier, milliseconds = f"{sensor.carrier / 1e9:g} GHz", f"{1e3 * sensor.column_seconds:.3g} ms"
+    english, chinese = f"sensor of {carrier}, {milliseconds} a column", f"传感器 {carrier}，每列 {milliseconds}"
     if not native:
-        return Axes(None, row_speed, size, f"{known}; the native columns of a window are unknown: time in columns")
-    return Axes(sensor.column_seconds * native / width, row_speed, size, f"{known}, {native} native columns a window")
+        english += "; the native columns of a window are unknown: time in columns"
+        return Axes(None, row_speed, size, (english, f"{chinese}；窗口的原始列数未知：时间以列计"))
+    note = f"{english}, {native} native columns a window", f"{chinese}，每个窗口原始 {native} 列"
+    return Axes(sensor.column_seconds * native / width, row_speed, size, note)
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def _levels(pixels: Tensor) -> Tensor:
 
 
 STYLE = """
-.ldit-report .triple { display: flex; flex-wrap: wrap; gap: .5rem 1.2rem; margin: .6rem 0 }
+.ldit-report .triple { display: flex; flex-wrap: wrap; align-items: flex-start; gap: .5rem 1.2rem; margin: .6rem 0 }
 .ldit-report .plot { display: grid; grid-template-columns: 3.2rem minmax(7rem, 15rem); margin: 0; text-align: left }
 .ldit-report .plot img { grid-column: 2; width: 100%; aspect-ratio: 1; image-rendering: pixelated }
 .ldit-report .plot .up, .ldit-report .plot .across { position: relative; font-size: .72rem; line-height: 1 }

@@ -366,7 +366,7 @@ def _fidelity(report: Report) -> str:
     values.append(("copies", (percent(copies.samples), percent(copies.held_out))))
     lines = [_head(("Measure", "指标"), ("Generated", "生成"), ("Real, other passes", "真实（其他行走段）"))]
     lines += [html_row(both_languages(*map(escaped, titles[name])), *pair) for name, pair in values]
-    notes = "".join(f'<p class="notes">{escaped(note)}</p>' for note in found.notes)
+    notes = "".join(_paragraph(note, ' class="notes"') for note in found.notes)
     explained = _paragraph(
         (
             "Wasserstein-1 distances, person by person, then averaged. Equally many generated and real windows of other"
