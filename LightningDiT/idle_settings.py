@@ -29,6 +29,7 @@ IN_TRAINING: tuple[Idle, ...] = (
     ),
     (("data.valid_path", "train.valid_samples"), lambda c: not c.train.valid_every, "without train.valid_every"),
     (("train.valid_share",), lambda c: bool(c.data.valid_path), "with data.valid_path"),
+    (("data.fold",), lambda c: not c.data.split_file, "without data.split_file"),
     (("train.lora_rank", "train.lora_targets"), lambda c: c.train.trainable != "lora", "without train.trainable: lora"),
     (("train.new_classes",), lambda c: not c.train.weight_init, "without train.weight_init"),
     (

@@ -43,6 +43,11 @@ def notes(folder: Path, text: str) -> list[str]:
             "train.valid_share: no effect with data.valid_path",
         ),
         (
+            "data: {fold: 1}",
+            "data: {fold: 1, split_file: x}",
+            "data.fold: no effect without data.split_file",
+        ),
+        (
             "train: {lora_rank: 4, lora_targets: [qkv], trainable: bias}",
             "train: {lora_rank: 4, lora_targets: [qkv], trainable: lora}",
             "train.lora_rank, train.lora_targets: no effect without train.trainable: lora",
