@@ -145,7 +145,8 @@ def sample_of(sample: SampleConfig, setting: Setting) -> SampleConfig:
     changed = with_overrides(sample, NAMES, cfg_scale=setting.scale, cfg_interval_start=setting.start)
     if changed.cfg_interval_start > changed.cfg_interval_end:
         raise LightningDiTError(
-            f"--starts {setting.start:g} is after sample.cfg_interval_end {changed.cfg_interval_end:g}", "edit either"
+            f"--starts {setting.start:g} is after sample.cfg_interval_end {changed.cfg_interval_end:g}",
+            "edit either value",
         )
     return changed
 

@@ -192,7 +192,7 @@ def choice_of(config: Config) -> Choice | None:
     if not getattr(train, every):
         raise LightningDiTError(
             f"{config.source}: train.choose is {rule}, and train.{every} is 0, so that nothing measures it",
-            f"set train.{every}: 100, or train.choose: last",
+            f"set train.{every}: 100",
         )
     if rule == "utility":
         measured = f"{train.judge_samples} samples of each class, guidance {describe_guidance(config.sample)}"
