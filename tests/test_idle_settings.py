@@ -68,6 +68,26 @@ def notes(folder: Path, text: str) -> list[str]:
             "train.sample_count: no effect without train.sample_every",
         ),
         (
+            "train: {judge_samples: 4}\ndata: {levels_path: x}",
+            "train: {judge_samples: 4, judge_every: 5}\ndata: {levels_path: x}",
+            "train.judge_samples, data.levels_path: no effect without train.judge_every",
+        ),
+        (
+            "train: {judge_every: 9, max_steps: 8}",
+            "train: {judge_every: 8, max_steps: 8}",
+            "train.judge_every: no effect beyond train.max_steps",
+        ),
+        (
+            "train: {patience: 4}",
+            "train: {patience: 4, judge_every: 5}",
+            "train.patience: no effect with the last weights, which train.choose keeps: nothing is compared",
+        ),
+        (
+            "train: {patience: 4, valid_every: 5, judge_every: 5, choose: last}",
+            "train: {patience: 4, valid_every: 5, choose: valid_loss}",
+            "train.patience: no effect with the last weights, which train.choose keeps: nothing is compared",
+        ),
+        (
             "train: {keep_every: 30, ckpt_every: 20, max_steps: 50}",
             "train: {keep_every: 30, ckpt_every: 20, max_steps: 60}",
             "train.keep_every: no effect at this train.ckpt_every and train.max_steps, which save no such step",
