@@ -106,7 +106,7 @@ def test_absent_files_and_folders_are_named(tmp_path: Path) -> None:
 
 def test_an_unknown_tokenizer_names_the_known_ones(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, "vae: {model_name: vavae_f8}"))
-    with pytest.raises(LightningDiTError, match=r"'vavae_f8' is neither one of vavae_f16d32 nor"):
+    with pytest.raises(LightningDiTError, match=r"'vavae_f8' is neither one of levels_f4d6, vavae_f16d32 nor"):
         tokenizer_config_path(config)
 
 

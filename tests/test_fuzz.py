@@ -662,6 +662,7 @@ PROGRAMS: dict[str, list[str]] = {
     "LightningDiT.tools.plot_training": ["missing"],
     "LightningDiT.tools.calibrate_solver": ["--config", "missing.yaml"],
     "LightningDiT.tools.match_guidance": ["--config", "missing.yaml"],
+    "LightningDiT.tools.choose_tokenizer": ["--levels", "missing", "--split-file", "missing.json"],
     "LightningDiT.tools.training_memory": ["--config", "missing.yaml"],
     "LightningDiT.tools.simulate_walkers": ["--output", "o", "--dry-run"],
     "fix_latents_stats": ["--stats", "latents_stats.pt", "--dry-run"],

@@ -281,7 +281,7 @@ class ReconstructionSettings:
     part: str = "validation"
     fold: int = 0
 
-    def open(self, side: int) -> ImageSet:
+    def image_set(self, side: int) -> ImageSet:
         """Return the images to evaluate; those of a folder are cropped to `side` pixels."""
         if self.levels:
             return open_levels(Path(self.levels), Path(self.split_file or ""), self.part, self.fold)
@@ -304,7 +304,7 @@ def evaluate_reconstructions(settings: ReconstructionSettings) -> list[str]:
     if not weights:
         raise LightningDiTError(f"{config.source} names no ckpt_path", "give --weights FILE")
     tokenizer = VA_VAE(config, ckpt_path=weights)
-    images = settings.open(tokenizer.img_size)
+    images = settings.image_set(tokenizer.img_size)
     with disk_errors(folder):  # before anything long begins
         folder.mkdir(parents=True, exist_ok=True)
     numbers = evenly_spaced(images.count, min(settings.count or images.count, images.count))
