@@ -14,6 +14,7 @@ from LightningDiT.errors import LightningDiTError
 from LightningDiT.models import lightningdit
 from LightningDiT.models.lightningdit import LightningDiT, LightningDiTSettings
 from LightningDiT.models.positions import sincos_table
+from LightningDiT.models.unet import UNet, UNetSettings
 from LightningDiT.training.fine_tuning import Plan, initialise, plan
 from tests.conftest import seed_weights
 
@@ -213,3 +214,64 @@ def test_tensors_of_another_kind_are_named_by_the_plan(source: tuple[LightningDi
     torch.save(odd, tmp_path / "odd.pt")
     with pytest.raises(LightningDiTError, match=rf"odd\.pt: tensor {name} is whole; real numbers are expected"):
         plan(LightningDiT(SETTINGS), inspect(tmp_path / "odd.pt"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("start", ["null", "mean", "random"])
+def test_new_classes_start_as_asked(start: str, source: tuple[LightningDiT, Path], tmp_path: Path) -> None:
+    file, key = tmp_path / "named.safetensors", "y_embedder.embedding_table.weight"
+    save_weights(source[0].state_dict(), file, {"class_names": '["a", "b", "c", "d", "e"]'})
+    old = source[0].state_dict()[key]
+    torch.manual_seed(1)
+    model = LightningDiT(replace(SETTINGS, num_classes=3))
+    own = model.state_dict()[key][:3].clone()
+    made = initialise(model, file, ["x", "d", "y"], new_classes=start)
+    table, new = model.state_dict()[key], [0, 2]
+    assert torch.equal(table[1], old[3]) and torch.equal(table[-1], old[-1])
+    expected = {"null": old[-1].expand(2, -1), "mean": old[:5].mean(0).expand(2, -1), "random": own[new]}[start]
+    assert torch.equal(table[new], expected)
+    words = {"null": "start from the null class", "mean": "the mean of the file's classes", "random": "at random"}
+    assert words[start] in made.text()
+
+
+@torch.no_grad()
+def test_a_second_label_and_an_augmentation_change_nothing_at_the_start(source: tuple[LightningDiT, Path]) -> None:
+    model, made = adapted(source[1], num_conditions=3, augmentation=2)
+    assert kinds(made) == {"c_embedder.embedding_table.weight": "new", "a_embedder.weight": "new"}
+    x, told = torch.randn(2, 4, 8, 8), torch.rand(2, 2)
+    old = source[0](x, TIMES, torch.tensor([4, 1]))
+    torch.testing.assert_close(model(x, TIMES, torch.tensor([[4, 0], [1, 2]]), told), old)
+
+
+@torch.no_grad()
+def test_conditions_are_taken_by_name(tmp_path: Path) -> None:
+    key, file = "c_embedder.embedding_table.weight", tmp_path / "named.safetensors"
+    old = seed_weights(LightningDiT(replace(SETTINGS, num_conditions=2)))
+    save_weights(old.state_dict(), file, {"condition_names": '["line", "bag"]'})
+    table = old.state_dict()[key]
+    for names, rows in ((("bag", "line"), [1, 0, 2]), (("coat", "line", "bag"), [2, 0, 1, 2])):
+        model = LightningDiT(replace(SETTINGS, num_conditions=len(names)))
+        made = initialise(model, file, None, names)
+        assert kinds(made) == {key: "resized"}
+        assert torch.equal(model.state_dict()[key], table[rows])  # a new one starts from the null condition, row 2
+    assert "2 conditions and the null class are taken by name, those of 1 are new" in made.text()
+
+
+@torch.no_grad()
+def test_a_unet_starts_from_a_unet(source: tuple[LightningDiT, Path], tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    settings = UNetSettings(4, 4, 5, widths=(32, 64), layers=1, attends=(False, True))
+    old, key = UNet(settings), "y_embedder.embedding_table.weight"
+    save_weights(old.state_dict(), tmp_path / "unet.safetensors", {"class_names": '["a", "b", "c", "d", "e"]'})
+    model = UNet(replace(settings, num_classes=2, input_size=8, num_conditions=1))
+    made = initialise(model, tmp_path / "unet.safetensors", ["e", "new"])
+    assert kinds(made) == {key: "resized", "c_embedder.embedding_table.weight": "new"}
+    assert torch.equal(model.state_dict()[key], old.state_dict()[key][[4, 5, 5]])
+    taken = [name for name in old.state_dict() if name != key]
+    assert all(torch.equal(model.state_dict()[name], old.state_dict()[name]) for name in taken)
+    with pytest.raises(
+        LightningDiTError, match=r"unet.safetensors holds .*; the configuration describes 2 layers of 16"
+    ):
+        adapted(tmp_path / "unet.safetensors")
+    with pytest.raises(LightningDiTError, match=r"does not fit: layers: 1 in the file, 2 in the configuration"):
+        initialise(UNet(replace(settings, layers=2)), tmp_path / "unet.safetensors")
