@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from LightningDiT.config import Config, load_config
 from LightningDiT.console import positive, run_main
+from LightningDiT.data.fashion_mnist import fashion_mnist, pad_to_32
 from LightningDiT.data.shards import shard_path, write_shard
 from LightningDiT.distributed import ALONE
 from LightningDiT.loading import STATS_NAME, load_stats
@@ -61,9 +62,24 @@ def walkers(people: int, windows: int, seed: int) -> tuple[Tensor, Tensor, Tenso
     return torch.cat(pictures).float(), torch.tensor(persons), torch.tensor(held_out)
 
 
+def photographs(root: str, windows: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return photographs (N, 1, 32, 32) in [-1, 1] of nine classes of Fashion-MNIST, their classes, and held-out ones.
+
+    The model knows these pictures, and has to learn what their classes are called. Half of them is held out.
+    """
+    images, labels = fashion_mnist(root, train=False)
+    draws = torch.Generator().manual_seed(seed)
+    rows = torch.cat([(labels == kind).nonzero().flatten()[:windows] for kind in range(9)])
+    held_out = torch.rand(len(rows), generator=draws) < 0.5
+    return pad_to_32(images[rows])[:, :1], labels[rows], held_out
+
+
 def write_latents(folder: Path, config: Config, args: argparse.Namespace) -> None:
     """Write the latents of walkers by the bundled tokenizer: `folder`/train and `folder`/held."""
-    images, labels, held_out = walkers(args.people, args.windows, args.seed)
+    if args.data_root:
+        images, labels, held_out = photographs(args.data_root, args.windows, args.seed)
+    else:
+        images, labels, held_out = walkers(args.people, args.windows, args.seed)
     stats = load_stats(config)
     tokenizer = VA_VAE(tokenizer_config_path(config), config.data.image_size, config.vae.ckpt_path, stats, "cpu")
     latents = tokenizer.encode_images(images.expand(-1, 3, -1, -1), sample=False)
@@ -78,7 +94,7 @@ def configured(folder: Path, config: Config, args: argparse.Namespace, seed: int
         config.data,
         data_path=str(folder / "train"),
         valid_path=str(folder / "held"),
-        num_classes=args.people,
+        num_classes=9 if args.data_root else args.people,
         class_names=None,
     )
     rate = changes.pop("lr", 1e-3)
@@ -167,6 +183,8 @@ def parts(args: argparse.Namespace) -> Figures:
 
 def described(args: argparse.Namespace) -> str:
     """Return the settings in a few words."""
+    if args.data_root:
+        return f"nine classes of Fashion-MNIST, {args.windows} photographs each, {args.steps} steps of {args.batch}"
     return f"{args.people} walkers, {args.windows} windows each, {args.steps} steps of {args.batch}"
 
 
@@ -215,6 +233,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--people", type=positive, default=12, help="not as many as the model has classes; default: %(default)s"
     )
     parser.add_argument("--windows", type=positive, default=40, help="of each person; default: %(default)s")
+    parser.add_argument("--data-root", help="folder of Fashion-MNIST, whose photographs take the place of walkers")
     parser.add_argument("--steps", type=positive, default=120, help="of a training; default: %(default)s")
     parser.add_argument("--batch", type=positive, default=16, help="images of a step; default: %(default)s")
     parser.add_argument("--looks", type=positive, default=4, help="held-out losses of a run; default: %(default)s")
