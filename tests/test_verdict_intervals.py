@@ -15,6 +15,7 @@ from LightningDiT.verdict.intervals import (
     Interval,
     PassBootstrap,
     conclude,
+    student_quantile,
 )
 
 MANY = 20_000  # resamples: the standard error is then known within about 0.5 %
@@ -57,9 +58,26 @@ def test_the_error_of_unequal_passes_is_that_of_a_ratio() -> None:
     expected = math.sqrt(30 / 29 * (residuals**2).sum()) / sizes.sum()
     found = PassBootstrap(np.zeros_like(numbers), numbers, MANY).interval(right)
     assert found.standard_error == pytest.approx(expected, rel=0.03)
+    expected *= student_quantile(29) / 1.96
     assert (found.low, found.high) == pytest.approx(
         (right.mean() - 1.96 * expected, right.mean() + 1.96 * expected), abs=0.01
     )
+
+
+def test_quantiles_of_students_distribution() -> None:
+    """The table of any book on statistics."""
+    known = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 10: 2.228, 30: 2.042}
+    assert {freedom: student_quantile(freedom) for freedom in known} == pytest.approx(known, rel=0.01)
+    assert student_quantile(10_000) == pytest.approx(1.96, abs=1e-3)
+
+
+def test_few_passes_move_the_ends_out() -> None:
+    """Four passes of one stratum: the ends leave 0.00074 of the resamples, as 3.18 leaves of a normal distribution."""
+    people, numbers = np.array([0, 0, 0, 0]), np.arange(4)
+    values = np.array([0.0, 1.0, 2.0, 10.0])
+    found = PassBootstrap(people, numbers, MANY).interval(values)
+    draws = np.random.default_rng(0).multinomial(3, np.full(4, 0.25), MANY) @ values / 3
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(draws, [0.00074, 1 - 0.00074])), abs=0.01)
 
 
 def test_what_differs_between_people_alone_is_no_error() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Numbers = NDArray[np.int64]
 LEVEL = 0.95  # of the intervals
+NORMAL = NormalDist()
 RESAMPLES = 2000
 #: Standard errors in the smallest difference that a test at 5 % (two sides) shows in 80 % of experiments: 1.96 + 0.84
 #: (Bloom, Evaluation Review 19, 1995, "minimum detectable effect"; Gelman and Hill 2007, section 20.1).
@@ -73,7 +75,10 @@ class PassBootstrap:
     Each person is a stratum. In a stratum of m passes, m - 1 are drawn with replacement and count m / (m - 1) times:
     the variance of a mean is then unbiased, while plain resampling gives (m - 1) / m of it (Rao and Wu, JASA 83, 1988),
     half with two passes. People with one tested pass make one stratum together (collapsed strata; Cochran, Sampling
-    Techniques, 1977, section 5A.12), which errs towards wide intervals.
+    Techniques, 1977, section 5A.12), which errs towards wide intervals. The ends are quantiles of the resamples, moved
+    out to those that Student's distribution has with as many degrees of freedom as there are passes beyond the strata
+    (expanded percentiles; Hesterberg, The American Statistician 69, 2015, section 5.3): without that, ten to twenty
+    passes give 90 % in place of 95.
 
     Args:
         people, passes: (N,) of each window; no pass number belongs to two people.
@@ -91,6 +96,8 @@ class PassBootstrap:
         strata, self.joined = _strata(people[first])
         self._counts = np.bincount(self._pass, minlength=len(numbers)).astype(np.float64)  # (P,) windows
         self._weights = _weights(strata, resamples, np.random.default_rng(seed)) if len(numbers) > 1 else None
+        beyond = NORMAL.cdf(-student_quantile(max(1, len(numbers) - len(np.unique(strata)))))
+        self._tails = beyond, 1 - beyond
 
     @property
     def passes(self) -> int:
@@ -106,8 +113,28 @@ class PassBootstrap:
         if self._weights is None:
             return Interval(mean, -math.inf, math.inf, math.inf, windows, self.passes)
         drawn = (self._weights @ sums) / (self._weights @ self._counts)  # (R,)
-        low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        low, high = np.quantile(drawn, self._tails)
         return Interval(mean, float(low), float(high), float(drawn.std(ddof=1)), windows, self.passes)
+
+
+def student_quantile(freedom: int) -> float:
+    """Return the quantile of Student's distribution that leaves half of 1 - LEVEL above it.
+
+    For 1 and 2 degrees of freedom it has a closed form; from 3 on a series in 1 / freedom (Abramowitz and Stegun,
+    26.7.5) is right within 1 %.
+    """
+    share = (1 + LEVEL) / 2
+    if freedom == 1:
+        return math.tan(math.pi * (share - 0.5))
+    if freedom == 2:
+        return (2 * share - 1) * math.sqrt(2 / (4 * share * (1 - share)))
+    z = NORMAL.inv_cdf(share)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return z + sum(term / freedom ** (at + 1) for at, term in enumerate(terms))
 
 
 def _strata(people: Numbers) -> tuple[Numbers, int]:
