@@ -197,6 +197,22 @@ def test_processes_and_micro_batches_change_nothing_but_rounding(small: Path, nu
     assert [row["step"] for row in rows_of(configs[1])] == [5, 10, 15, 20]
 
 
+def test_processes_train_a_part_of_the_network_together(small: Path, nursery: subprocess.Popen[str]) -> None:
+    """What is frozen has no gradient, and no process waits for one."""
+    source = train.Trainer(load_config(configured(small, "source"))).model
+    for value in source.parameters():  # biases and norms have no gradient behind layers of zeros
+        value.data += 0.05 * torch.randn(value.shape, generator=torch.Generator().manual_seed(0))
+    save_weights(source.state_dict(), small / "source.safetensors")
+    part = "ckpt_every: 10, precision: fp32, trainable: bias, weight_init: source.safetensors"
+    configs = [configured(small, "alone", 10, part), configured(small, "together", 10, part)]
+    assert [nursed(nursery, config, count) for config, count in zip(configs, (1, 2), strict=True)] == [[0], [0, 0]]
+    one, two = (load_weights(small / "runs" / config.stem / "adapter.safetensors") for config in configs)
+    assert one.keys() == two.keys()
+    assert not any(torch.equal(value, source.state_dict()[name]) for name, value in one.items())
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=0, atol=1e-4)
+
+
 def test_the_learning_rate_stands_in_line_and_log(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = configured(small, "rates", 20, "warmup_steps: 0.5, decay_steps: 5, ckpt_every: 20")
     config.write_text(config.read_text().replace("lr: 1.0e-3", "lr: 3.0e-7"))
