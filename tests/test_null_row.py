@@ -51,7 +51,7 @@ def test_settings_without_label_dropout_make_initial_values_enough() -> None:
     assert "and train.label_dropout is 0 in a.yaml" in null_failure(config, {CLASS_TABLE: table(0.03, 0.02)})
     assert null_failure(config, {CLASS_TABLE: table(0.03, 0.03)}) == ""  # a row that came with weight_init
     found = null_failure(config, {CLASS_TABLE: table(0.1, 0.1), CONDITION_TABLE: table(0.1, 0.02)})
-    assert found.startswith("the null condition of the model was never trained")
+    assert found.startswith("training never reached the null condition of the model: ")
 
 
 def test_the_bundled_model_has_a_null_class_and_loses_it(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_31_people_trained_with_32_rows_are_not_guided_by_row_31(tiny_folder: Pa
     weights = {name: value.clone() for name, value in load_weights(tiny_folder / "transformer.safetensors").items()}
     save_weights(weights | {CLASS_TABLE: table(0.1, 0.02)}, tiny_folder / "transformer.safetensors")
     pipe = LightningDiTPipeline.from_config(file, "cpu")
-    with pytest.raises(LightningDiTError, match=f"the null class of .*{REFUSED}"):
+    with pytest.raises(LightningDiTError, match=f"training never reached the null class of .*{REFUSED}"):
         pipe([0])
     with pytest.raises(LightningDiTError, match=REFUSED):
         pipe.guided([0], pipe.config.sample)
@@ -85,13 +85,13 @@ def test_a_file_says_whether_its_null_labels_were_trained(tiny_folder: Path, tmp
     """Also after save_pretrained, and for images that were to have no condition."""
     file = write_model(tiny_folder, {"null_trained": "false"})
     pipe = LightningDiTPipeline.from_config(file, "cpu")
-    with pytest.raises(LightningDiTError, match=f"never trained, as the file says; {REFUSED}"):
+    with pytest.raises(LightningDiTError, match=f"never reached the null labels of .*, as the file says; {REFUSED}"):
         pipe([0], conditions=0)
     with pytest.raises(LightningDiTError, match="images without a condition need it; fix: name a condition for each"):
         pipe([0], guidance_scale=1.0, conditions=[None])
     pipe.with_sample(dataclasses.replace(pipe.config.sample, cfg_scale=1.0)).save_pretrained(tmp_path / "saved")
     again = LightningDiTPipeline.from_pretrained(tmp_path / "saved", "cpu")
-    with pytest.raises(LightningDiTError, match=f"never trained, as the file says; {REFUSED}"):
+    with pytest.raises(LightningDiTError, match=f"never reached the null labels of .*, as the file says; {REFUSED}"):
         again([0], guidance_scale=2.0, conditions=0)
     write_model(tiny_folder, {"null_trained": "true"})
     config = load_config(file)

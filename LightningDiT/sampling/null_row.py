@@ -39,7 +39,8 @@ def null_failure(config: Config, weights: Mapping[str, Tensor]) -> str:
     """
     where, told = config.adapter_path or config.ckpt_path or "the model", trained_nulls(config)
     if told is not None:
-        return "" if told else f"the null class of {where} was never trained, as the file says"
+        what = "null labels" if config.data.num_conditions else "null class"
+        return "" if told else f"training never reached the {what} of {where}, as the file says"
     without_dropout = config.train.label_dropout == 0
     for name, kind in TABLES.items():
         if name not in weights or not is_initial(weights[name]):
@@ -50,7 +51,7 @@ def null_failure(config: Config, weights: Mapping[str, Tensor]) -> str:
             reason = f"train.label_dropout is 0 in {config.source}"
         if without_dropout or size >= GROWN * INITIAL_STD:
             return (
-                f"the null {kind} of {where} was never trained: its row has the initial values of std"
+                f"training never reached the null {kind} of {where}: its row has the initial values of std"
                 f" {INITIAL_STD:g}, and {reason}"
             )
     return ""

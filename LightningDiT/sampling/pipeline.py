@@ -346,11 +346,12 @@ class LightningDiTPipeline:
             labels: classes, without a condition; or labels (N,) or (N, 2) as the network takes them.
 
         Raises:
-            LightningDiTError: guidance by null labels that were never trained.
+            LightningDiTError: null labels that were never trained are needed.
         """
         check_guidance(sample, self.null_failure)
-        given = labels if isinstance(labels, Tensor) else self.label_tensor(labels)
-        y = given.to(self.device)
+        if not isinstance(labels, Tensor):
+            labels = self.label_tensor(labels, self.condition_numbers(None, len(labels)))
+        y = labels.to(self.device)
         model, *guide = [partial(self._networks.predict, network, plan, len(y)) for network in self._both]
         return GuidedVelocity(model, y, self.transformer.null_labels(y), guidance_of(sample), *guide)
 

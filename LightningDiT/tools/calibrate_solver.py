@@ -241,7 +241,7 @@ def as_solver(found: Candidate, sample: SampleConfig, path_type: str, noises: in
 
 def calibrate(pipe: LightningDiTPipeline, args: argparse.Namespace, output: Path) -> None:
     """Fit a solver for each of `args.evaluations`, and write each one that is better than the file's."""
-    file = opened(output, weights_fingerprint(pipe.config.ckpt_path or ""))
+    file = opened(output, weights_fingerprint(pipe.config.ckpt_path or "", pipe.config.adapter_path))
     sample, path_type = pipe.config.sample, pipe.transport.path_type
     check = make_problem(pipe, (args.seed, CHECK_STREAM), args.checks, args.reference_steps)
     fit = make_problem(pipe, (args.seed, FIT_STREAM), args.noises, args.reference_steps)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: A conditional network: model(x (N, C, ...), t (N,), y=labels (N,)) -> (N, C, ...).
+#: A conditional network: model(x (N, C, ...), t (N,), y=labels (N,) or (N, 2)) -> (N, C, ...).
 ConditionalModel = Callable[..., Tensor]
 
 
@@ -79,8 +79,8 @@ class GuidedVelocity:
     """
 
     model: ConditionalModel
-    y: Tensor  # labels (N,)
-    null_y: Tensor  # null labels (N,), for classifier-free guidance
+    y: Tensor  # labels (N,), or with a second label (N, 2)
+    null_y: Tensor  # null labels in the shape of y, for classifier-free guidance
     settings: GuidanceSettings
     guide: ConditionalModel | None = None  # a weaker network for autoguidance, which sees the same labels as the model
 
@@ -104,7 +104,7 @@ class GuidedVelocity:
         """Return the strong and the weak prediction (N, C, ...) at states x (N, C, ...) and times t (N,)."""
         if self.guide is not None:
             return self.model(x, t, y=self.y), self.guide(x, t, y=self.y)
-        labels = torch.cat([self.y, self.null_y])  # (2N,)
+        labels = torch.cat([self.y, self.null_y])  # (2N,) or (2N, 2)
         strong, weak = self.model(torch.cat([x, x]), torch.cat([t, t]), y=labels).chunk(2)
         return strong, weak
 
