@@ -16,7 +16,7 @@ from tests.conftest import BUNDLED, PACKAGE
 def notes(folder: Path, text: str) -> list[str]:
     (folder / "config.yaml").write_text(text)
     config = load_config(folder / "config.yaml")
-    return training_notes(config) + sampling_notes(config)
+    return list(dict.fromkeys(training_notes(config) + sampling_notes(config)))  # some are said by both commands
 
 
 @pytest.mark.parametrize(
@@ -101,6 +101,11 @@ def notes(folder: Path, text: str) -> list[str]:
             "train: {label_dropout: 0.0}\nsample: {cfg_scale: 2}",
             "sample: {cfg_scale: 2}",
             "sample.cfg_scale guides by the null class, which train.label_dropout 0 never trains",
+        ),
+        (
+            "model: {model_type: UNet-S, use_rope: false, use_checkpoint: true}",
+            "model: {model_type: LightningDiT-XS/2, use_rope: false, use_checkpoint: true}",
+            "model.use_rope, model.use_checkpoint: no effect with a U-Net, only with a transformer",
         ),
         (
             "sample: {last_step: None}",
