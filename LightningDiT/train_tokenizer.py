@@ -22,7 +22,7 @@ from LightningDiT.data.image_sets import ImageSet, Unreadable, evenly_spaced, op
 from LightningDiT.device import best_device
 from LightningDiT.distributed import launched_processes
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.radar.level_images import open_levels
+from LightningDiT.radar.level_images import has_windows, open_levels
 from LightningDiT.tokenizer.config import (
     TOKENIZER_CONFIGS,
     TRAINABLE,
@@ -73,6 +73,8 @@ def check_images(args: argparse.Namespace, tokenizers: Sequence[TokenizerConfig]
         images = open_images(args, settings.resolution)
         if args.levels:
             check_windows(settings, tokenizer_training(tokenizer), images)
+            if not has_windows(Path(args.split_file), "validation", args.fold):
+                lines[f"note: fold {args.fold} has no validation windows, so the last weights are all there are"] = None
         elif settings.in_channels == 1:
             lines["note: colours are averaged, since the tokenizer has one channel"] = None
         looked_at = images.batch(evenly_spaced(images.count, LOOKED_AT), Unreadable.NEXT)
@@ -96,8 +98,10 @@ def make_stage(tokenizer: TokenizerConfig, args: argparse.Namespace, folder: Pat
     if args.without_lpips:
         config = replace(config, lpips_weight=0.0)
     images = open_images(args, autoencoder_settings(tokenizer).resolution)
-    valid = open_levels(Path(args.levels), Path(args.split_file), "validation", args.fold) if args.levels else None
-    if valid is not None and config.flip:
+    valid = None
+    if args.levels and has_windows(Path(args.split_file), "validation", args.fold):
+        valid = open_levels(Path(args.levels), Path(args.split_file), "validation", args.fold)
+    if args.levels and config.flip:
         raise LightningDiTError(
             f"{tokenizer.source}: train.flip is true, and a mirrored spectrogram runs backwards in time",
             "set train.flip: false",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,8 @@ from LightningDiT.data.image_sets import Unreadable
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import to_float
 from LightningDiT.radar.augmentation import NAMES, parsed
-from LightningDiT.radar.level_images import load_windows, open_levels
-from LightningDiT.radar.split import load_split
+from LightningDiT.radar.level_images import has_windows, load_windows, open_levels
+from LightningDiT.radar.split import load_split, rows_digest, save_split
 from tests.walkers import prepared, render
 
 PASSES = {"1": [4, 5, 3], "10": [3, 3, 3], "2": [6, 4]}
@@ -175,6 +176,19 @@ def test_levels_of_another_split_or_release_or_unfinished_are_refused(copied: Pa
         open_levels(levels, split_file, "training")
 
 
+def test_a_training_window_with_the_pixels_of_a_test_window_is_refused(copied: Path) -> None:
+    levels, split_file = places(copied)
+    split, told = load_split(split_file), json.loads((levels / "manifest.json").read_text())
+    rows, [first, *_], [tested, *_] = list(split.rows), split.part("training"), split.part("test")
+    rows[rows.index(first)] = replace(first, digest=tested.digest)
+    save_split(split_file, Path(split.data), Path(split.root), rows, split.settings)
+    (levels / "manifest.json").write_text(json.dumps({**told, "split": rows_digest(rows)}))
+    for opened in (load_windows, open_levels):
+        with pytest.raises(LightningDiTError, match="is a test window of fold 0"):
+            opened(levels, split_file, "training")
+        opened(levels, split_file, "validation")
+
+
 def test_squares_of_their_own_size_alone_and_draws_of_the_training_alone(folder: Path, tmp_path: Path) -> None:
     levels, split_file = places(folder)
     with pytest.raises(LightningDiTError, match="16x16 pixels, 32x32 are asked for; fix: set data.image_size: 16, or"):
@@ -190,6 +204,8 @@ def test_squares_of_their_own_size_alone_and_draws_of_the_training_alone(folder:
 def test_a_part_that_nobody_has_is_one_line(tmp_path: Path) -> None:
     single = prepared(tmp_path, {"1": [4], "2": [5]})
     assert load_windows(*places(single), "training").people.tolist() == [0] * 4 + [1] * 5
+    assert has_windows(places(single)[1], "training")
     for part in ("validation", "test"):
+        assert not has_windows(places(single)[1], part)
         with pytest.raises(LightningDiTError, match=f"has no {part} windows: nobody has enough passes"):
             load_windows(*places(single), part)

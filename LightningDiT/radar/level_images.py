@@ -198,6 +198,11 @@ def _of_part(split: Split, split_file: Path, part: str, fold: int) -> list[int]:
     return rows
 
 
+def has_windows(split_file: Path, part: str, fold: int = 0) -> bool:
+    """Whether a part of a split has windows; with one pass each, people have no validation."""
+    return bool(load_split(split_file).part(part, fold))
+
+
 def load_windows(levels: Path, split_file: Path, part: str, fold: int = 0) -> Windows:
     """Return the windows of a part of a split.
 
