@@ -33,9 +33,11 @@ from LightningDiT.tokenizer.autoencoder import AutoencoderKL
 from LightningDiT.tokenizer.config import load_tokenizer_config
 from LightningDiT.tokenizer.latents import LatentStats
 from LightningDiT.tokenizer.vavae import autoencoder_settings
+from quickstart import ensure_venv
 from tests.other_versions import other_python as other_python
 from tests.published import good_stats, light_checkpoint
 from tests.workers import pytest_cmdline_main as pytest_cmdline_main
+from tests.workers import shared_folder
 
 VISIBLE, ASKED = "CUDA_VISIBLE_DEVICES", "LIGHTNINGDIT_TESTS_ON_GPU"
 if "--gpu" in sys.argv:
@@ -157,6 +159,14 @@ def fashion_folder(tmp_path: Path) -> Path:
         write_idx(tmp_path / f"{prefix}-images-idx3-ubyte.gz", images)
         write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte.gz", np.arange(12) % 3)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def made_venv(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole virtual environment that has pip alone; tests change copies of it, which makes each a moved one, too."""
+    with shared_folder(request, tmp_path_factory, "made") as folder:
+        ensure_venv(folder / ".venv")
+    return folder / ".venv"
 
 
 @pytest.fixture(scope="session")

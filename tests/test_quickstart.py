@@ -275,14 +275,6 @@ def test_a_rerun_needs_no_room_for_what_is_there(tmp_path: Path, monkeypatch: py
             assert walks == [attached]
 
 
-@pytest.fixture(scope="module")
-def made_venv(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole environment; tests damage copies of it, which makes each a moved one, too."""
-    folder = tmp_path_factory.mktemp("made") / ".venv"
-    quickstart.ensure_venv(folder)
-    return folder
-
-
 @pytest.fixture
 def venv(made_venv: Path, tmp_path: Path) -> Path:
     """The copy, with a package that somebody installed."""
