@@ -149,14 +149,9 @@ def train_classifier(
         best, kept = Trained(model, recipe.steps, None), None
         for step in range(1, recipe.steps + 1):
             rows = torch.randint(len(pixels), (recipe.batch,), generator=batches)
-            batch = classically_augmented(pixels[rows], changes) if augmented else pixels[rows]
-            with torch.enable_grad():
-                loss = F.cross_entropy(
-                    model.train()(batch.to(device)), labels[rows].to(device), label_smoothing=SMOOTHING
-                )
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
+            batch = pixels[rows].to(device)
+            batch = classically_augmented(batch, changes) if augmented else batch
+            _update(model, optimizer, batch, labels[rows].to(device))
             schedule.step()
             if step in looks and len(valid[1]):
                 share = float((predicted(model, valid[0]) == valid[1]).double().mean())
@@ -168,22 +163,36 @@ def train_classifier(
     return best
 
 
+def _update(model: nn.Module, optimizer: torch.optim.Optimizer, pixels: Tensor, labels: Tensor) -> None:
+    with torch.enable_grad():
+        loss = F.cross_entropy(model.train()(pixels), labels, label_smoothing=SMOOTHING)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+
+
 def classically_augmented(pixels: Tensor, generator: torch.Generator) -> Tensor:
     """Return windows (N, 1, H, W), each shifted in time (circularly), its velocities scaled, with gain and noise.
 
     Never a mirror: a mirrored window is another walk.
+
+    Args:
+        generator: on the CPU; the noise of windows on a GPU is drawn there, from a seed that it gives.
     """
-    count, _, height, width = pixels.shape
+    device, (count, _, height, width) = pixels.device, pixels.shape
     shifts = torch.randint(width, (count, 1), generator=generator)
-    columns = (torch.arange(width) + shifts) % width  # (N, W)
-    shifted = pixels.gather(3, columns[:, None, None].expand_as(pixels))
     scale = 1 + DOPPLER * (2 * torch.rand(count, 1, generator=generator) - 1)
-    rows = (torch.linspace(-1, 1, height) / scale).clamp(-1, 1)  # (N, H), 0 is velocity zero
-    across = torch.linspace(-1, 1, width).expand(count, height, width)
+    gain = GAIN * torch.randn(count, 1, 1, 1, generator=generator).to(device)
+    columns = ((torch.arange(width) + shifts) % width).to(device)  # (N, W)
+    shifted = pixels.gather(3, columns[:, None, None].expand_as(pixels))
+    rows = (torch.linspace(-1, 1, height) / scale).clamp(-1, 1).to(device)  # (N, H), 0 is velocity zero
+    across = torch.linspace(-1, 1, width, device=device).expand(count, height, width)
     grid = torch.stack([across, rows[:, :, None].expand(count, height, width)], 3)  # (N, H, W, 2)
     scaled = F.grid_sample(shifted, grid, align_corners=True, padding_mode="border")
-    gain = GAIN * torch.randn(count, 1, 1, 1, generator=generator)
-    noise = NOISE * torch.randn(pixels.shape, generator=generator)
+    if device.type != "cpu":
+        seed = int(torch.randint(2**62, (1,), generator=generator))
+        generator = torch.Generator(device).manual_seed(seed)
+    noise = NOISE * torch.randn(pixels.shape, generator=generator, device=device)
     return (scaled + gain + noise).clamp(-1, 1)
 
 
