@@ -12,8 +12,8 @@ import pytest
 
 from LightningDiT.files import try_lock
 
-#: Each holds torch and the models of its tests, which is 1 to 2 GB.
-MOST = 4
+#: Each takes up to 2.5 GB, and there are tests that start processes of their own.
+MOST = 2
 
 
 def usable_cores() -> int:
@@ -23,7 +23,7 @@ def usable_cores() -> int:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Let one process a core, at most MOST, share a run of the whole suite, if pytest-xdist is installed.
+    """Let MOST processes, but no more than cores, share a run of the whole suite, if pytest-xdist is installed.
 
     A run of named files, of the tests on a GPU or in a debugger stays in one process, and options of pytest-xdist are
     left as they are given: `-n 0` is one process too. Processes that share a run have one thread each.
@@ -34,9 +34,10 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
     alone = cores == 1 or option.gpu or option.usepdb or option.trace
     if option.numprocesses is None and option.dist == "no" and whole and not alone:
-        option.numprocesses, option.dist = min(MOST, cores), "worksteal"
+        option.numprocesses = min(MOST, cores)
     if option.numprocesses:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # they and the processes of their tests inherit it
+        option.dist = "worksteal" if option.dist == "no" else option.dist  # the tests of a file stay together
 
 
 @contextlib.contextmanager
