@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 from LightningDiT.checkpoint import save_weights
 from LightningDiT.config import Config, DataConfig
@@ -133,8 +134,11 @@ def test_an_interrupted_extraction_of_draws_ends_in_the_bytes_of_an_unbroken_one
         assert run_main(lambda: main(broken)) == 130
     assert main(broken) == 0
     assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
-    torn = shard_path(tmp_path / "broken", 0, 1)
+    torn, other = (shard_path(tmp_path / "broken", 0, number) for number in range(2))
     torn.write_bytes(torn.read_bytes()[:-8])
+    with safe_open(other, framework="pt") as opened:
+        rows, record = {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()  # noqa: SIM118
+    save_weights({**rows, "windows": rows["windows"] + 1}, other, record)  # whole, but with other rows of the split
     assert main(broken) == 0
     assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
 
@@ -146,7 +150,9 @@ def test_other_draws_are_other_latents(
     assert main([*own, "--augment", "gain=3"]) == 0
     assert "2 draws of each window: gain up to 3 dB;" in capsys.readouterr().out
     assert run_main(lambda: main(own)) == 1
-    assert "holds latents of other settings" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "holds latents of other settings" in said
+    assert "augmentation.gain: 3.0 there, 6.0 now" in said
 
 
 @pytest.mark.parametrize(
@@ -214,6 +220,8 @@ def test_two_hundred_people_some_of_them_odd_are_a_line_each(
     said = capsys.readouterr().out
     assert "of 195 classes" in said
     assert "people without validation windows in fold 0: ID_1, ID_2, ID_3, ID_4, ID_5 and 189 more" in said
+    [*_, note] = open_levels(tmp_path / "levels", tmp_path / "out" / "split.json", "training", 1).notes
+    assert note == f"the dB range of {tmp_path / 'levels'} is that of the training windows of fold 0"
     shards = LatentShards(tmp_path / "training")
     assert (len(shards), len(shards.labels.unique())) == (197, 195)
     where = {"data_path": tmp_path / "training", "valid_path": tmp_path / "validation"}
