@@ -75,6 +75,7 @@ def write_report(demo: Demo, path: Path, command: str) -> Path:
     facts = (
         ("Images", "图像", f"{done} / {len(demo.captions)}" + ("" if demo.run.complete else f". {UNFINISHED}")),
         ("Model", "模型", f"{demo.config.model.model_type}, {demo.config.ckpt_path}"),
+        ("Adapter", "适配器", demo.config.adapter_path or ""),
         ("Configuration", "配置文件", demo.config.source),
         ("Seed", "随机种子", str(demo.seed)),
         ("Solver", "求解器", describe_solver(sample)),

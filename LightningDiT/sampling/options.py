@@ -182,7 +182,8 @@ def describe_settings(config: Config, images: int, output: Path) -> str:
     return "\n".join(
         (
             f"configuration  {config.source}",
-            f"model          {config.model.model_type} from {config.ckpt_path}",
+            f"model          {config.model.model_type} from {config.ckpt_path}"
+            + (f" with {config.adapter_path}" if config.adapter_path else ""),
             f"sampling       {describe_solver(sample)}; {guidance} {describe_guidance(sample)}",
             f"precision      {sample.precision}, compile {sample.compile},"
             f" {'deterministic, ' if sample.deterministic else ''}{at_once}",
