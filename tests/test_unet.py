@@ -91,7 +91,7 @@ def table() -> list[list[str]]:
 
 @pytest.mark.parametrize("row", table(), ids=lambda row: row[0])
 def test_a_preset_costs_what_its_transformer_costs(row: list[str]) -> None:
-    """The table's numbers are torch's own counts, and so is the property."""
+    """The table's numbers, apart from times, are torch's own counts, and so is the property."""
     name, *cells = row
     sizes = {"in_channels": 4, "num_classes": 31}
     model = on_meta(unet_settings(name, input_size=8, **sizes))  # of all sides
@@ -99,7 +99,7 @@ def test_a_preset_costs_what_its_transformer_costs(row: list[str]) -> None:
     work = {side: counted(model, side) for side in others}
     ratios = [work[side] / counted(other, side) for side, other in others.items()]
     assert cells[:3] == [parameters(model), *(f"{work[side]:.3f}" for side in others)]
-    assert cells[4:] == [parameters(others[8]), *(f"{ratio:.2f}" for ratio in ratios)]
+    assert cells[4:7] == [parameters(others[8]), *(f"{ratio:.2f}" for ratio in ratios)]
     assert all(0.85 <= ratio <= 1.15 for ratio in ratios)
     for side, gflop in work.items():
         assert replace(model.settings, input_size=side).gflop == pytest.approx(gflop, rel=1e-9)
