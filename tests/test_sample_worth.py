@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from LightningDiT import train
-from LightningDiT.checkpoint import load_weights
+from LightningDiT.checkpoint import load_weights, save_weights
 from LightningDiT.config import load_config
 from LightningDiT.data.labels import Labels
+from LightningDiT.distributed import Processes
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.loading import make_model, model_settings
 from LightningDiT.metrics import sample_worth
 from LightningDiT.metrics.copies import copy_rates
 from LightningDiT.metrics.sample_worth import SampleJudge, share_and_error
@@ -27,7 +29,7 @@ from LightningDiT.radar.level_images import Windows, load_windows
 from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from LightningDiT.training import judged_samples
 from LightningDiT.training.curves import LiveCurves, read_log
-from LightningDiT.training.judged_samples import JudgedSamples, class_numbers, drawn_conditions, windows_of
+from LightningDiT.training.judged_samples import JudgedSamples, Looks, class_numbers, drawn_conditions, windows_of
 from tests.test_window_judge import walkers
 from tests.walkers import prepared, render
 
@@ -48,19 +50,19 @@ def windows(pixels: Tensor, people: Tensor, conditions: Sequence[str] | None = N
     return Windows(pixels, people, numbers, torch.arange(count) // 6, torch.arange(count), names, told, None)
 
 
-def halved(pixels: Tensor) -> Tensor:
-    return pixels / 2
+def reversed_in_time(pixels: Tensor) -> Tensor:
+    return pixels.flip(-1)
 
 
 def test_the_three_numbers_are_those_of_their_parts() -> None:
     training, validation = windows(*walkers(6, 0)), windows(*walkers(4, 1))
-    judge = SampleJudge(training, validation, 3, halved, CPU)
+    judge = SampleJudge(training, validation, 3, reversed_in_time, CPU)
     samples, asked = walkers(5, 2)
     asked = asked.clone()
     asked[0] = 2  # one of 15 shows another than was asked for
     worth = judge.worth(samples, asked)
     assert worth.judge_accuracy == pytest.approx(14 / 15)
-    assert worth.copies == copy_rates(samples, halved(validation.pixels), training.pixels)
+    assert worth.copies == copy_rates(samples, reversed_in_time(validation.pixels), training.pixels)
     assert worth.utility == quick_accuracy(samples, asked, validation.pixels, validation.people)
     assert worth.row()["copies_real"] == worth.copies.held_out
     assert judge.real_accuracy == 1.0
@@ -216,15 +218,36 @@ def test_windows_of_another_size_are_refused(levels: Path, walking: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("before", "after", "said"),
     [
-        ("label_dropout: 0.0", "train.label_dropout 0 never trains the null class"),
-        ("label_dropout: 0.1", ""),
+        ("judge_samples", "label_dropout: 0.0, judge_samples", "train.label_dropout 0 never trains the null class"),
+        (
+            "judge_samples",
+            "weight_init: there.safetensors, label_dropout: 0.0, judge_samples",
+            "training never reached the null class of .*there.safetensors",
+        ),
+        ("cfg_scale", "guide_ckpt: guide.safetensors, cfg_scale", "that of sample.guide_ckpt is not used"),
+        ("judge_samples", "label_dropout: 0.1, judge_samples", ""),
     ],
 )
 def test_guidance_that_means_nothing_is_left_out_of_looks(
-    changes: str, said: str, walking: Path, capsys: pytest.CaptureFixture[str]
+    before: str, after: str, said: str, walking: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    walking.write_text(walking.read_text().replace("judge_samples: 3", f"judge_samples: 3, max_skips: 5, {changes}"))
+    network = make_model(model_settings(load_config(walking)))
+    save_weights(network.state_dict(), walking.with_name("there.safetensors"), {"null_trained": "false"})
+    walking.write_text(walking.read_text().replace(before, after))
     assert train.main(["--config", str(walking), "--max-steps", "1"]) == 0
-    assert (f"looks sample without guidance: {said}" in capsys.readouterr().out) == bool(said)
+    notes = re.findall(f"looks sample without guidance: {said}", capsys.readouterr().out)
+    assert len(notes) == bool(said)
+
+
+def test_all_processes_learn_the_numbers_that_the_main_one_measures(capsys: pytest.CaptureFixture[str]) -> None:
+    class Other(Processes):
+        def from_main(self, action: Callable[[], object]) -> object:
+            return {"utility": 0.5}
+
+    def make() -> tuple[JudgedSamples, LightningDiTPipeline]:
+        raise AssertionError("only the main process reads windows and trains a judge")
+
+    assert Looks(make, Other(rank=1, count=2)).observe(3) == {"utility": 0.5}
+    assert capsys.readouterr().out == ""
