@@ -23,7 +23,7 @@ from LightningDiT.data.labels import Labels
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.loading import make_model, model_settings
 from LightningDiT.sampling import networks
-from LightningDiT.sampling.pipeline import LightningDiTPipeline
+from LightningDiT.sampling.pipeline import LightningDiTPipeline, captions_of
 from LightningDiT.sampling.resumable_run import sample_run
 from tests.conftest import TINY_CONFIG, seed_weights
 from tests.test_networks import GPU, Replay
@@ -132,6 +132,12 @@ def test_names_are_checked_and_kept(conditional: Path, tmp_path: Path) -> None:
     assert torch.equal(latents(again, [1], conditions="Bag"), latents(pipe, [1], conditions="Bag"))
     with pytest.raises(LightningDiTError, match="condition_names has 1 names, data.num_conditions is 3; fix: set"):
         load_config(edit(conditional.parent, "num_conditions: 3", "num_conditions: 3, condition_names: [Normal]"))
+
+
+def test_captions_name_class_and_condition(conditional: Path) -> None:
+    pipe = LightningDiTPipeline.from_config(conditional, "cpu")
+    assert captions_of(pipe, [0, 2, 1], [2, None, 0]) == ["cat, Bag", "sea lion", "dog, Normal"]
+    assert captions_of(pipe, [0], None) == ["cat"]
 
 
 # ---- runs

@@ -22,7 +22,7 @@ from LightningDiT.distributed import ALONE, Processes
 from LightningDiT.files import read_json, write_text
 from LightningDiT.images import caption_note, image_grid, save_png
 from LightningDiT.sampling.conditions import Conditions, condition_text, numbers_of_conditions
-from LightningDiT.sampling.pipeline import LightningDiTPipeline
+from LightningDiT.sampling.pipeline import LightningDiTPipeline, captions_of
 from LightningDiT.sampling.preview import Preview
 from LightningDiT.sampling.resumable_run import UNFINISHED, RunResult, label_names, manifest_of, run_name, sample_run
 from LightningDiT.sampling.views import shown_file
@@ -158,12 +158,7 @@ def sample_demo(
     )
     if pipe.conditions and numbers:
         processes.say(f"conditions     {condition_text(pipe.conditions, numbers, conditions is not None)}")
-    captions = [pipe.labels.caption(label) for label in labels]
-    if pipe.conditions and numbers:
-        captions = [
-            caption if number is None else f"{caption}, {pipe.conditions.caption(number)}"
-            for caption, number in zip(captions, numbers, strict=True)
-        ]
+    captions = captions_of(pipe, labels, numbers)
     if note := processes.from_main(lambda: caption_note(captions)):
         processes.say(f"captions       {note}")
     manifest = manifest_of(config, labels, seed, pipe.precision.name, numbers) | label_names(pipe)

@@ -577,6 +577,19 @@ class LightningDiTPipeline:
         return to_pil(pixels) if output_type == "pil" else pixels
 
 
+def captions_of(
+    pipe: LightningDiTPipeline, labels: Sequence[int], conditions: Sequence[int | None] | None
+) -> list[str]:
+    """Return what stands below each image: its class and, if it has one, its condition."""
+    captions = [pipe.labels.caption(label) for label in labels]
+    if pipe.conditions is None or conditions is None:
+        return captions
+    return [
+        caption if number is None else f"{caption}, {pipe.conditions.caption(number)}"
+        for caption, number in zip(captions, conditions, strict=True)
+    ]
+
+
 def _too_large(images: int, error: BaseException) -> LightningDiTError:
     return LightningDiTError(
         f"the memory does not hold {images} images at once, which --deterministic keeps to ({first_line(error)})",

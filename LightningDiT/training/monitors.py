@@ -20,7 +20,8 @@ from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import image_grid, save_png
 from LightningDiT.loading import Network, build_transport, check_latent_shape
 from LightningDiT.sampling.null_row import null_failure_of
-from LightningDiT.sampling.pipeline import LightningDiTPipeline
+from LightningDiT.sampling.pipeline import LightningDiTPipeline, captions_of
+from LightningDiT.sampling.views import views
 from LightningDiT.seeds import generator_for
 from LightningDiT.tokenizer.config import load_tokenizer_config, tokenizer_config_path
 from LightningDiT.tokenizer.vavae import VA_VAE
@@ -199,13 +200,16 @@ def training_pipeline(config: Config, data: LatentBatches, model: Network) -> Li
 
 
 class SampleGrids:
-    """Images from noise and classes that never change, by the solver `fast`."""
+    """Images from noise, classes and conditions that never change, by the solver `fast`."""
 
     def __init__(self, config: Config, data: LatentBatches, model: Network, folder: Path) -> None:
         self.folder = folder
         count = config.train.sample_count
         self.classes = [index * config.data.num_classes // count for index in range(count)]
         self.pipe = training_pipeline(config, data, model)
+        many = config.data.num_conditions
+        self.conditions = [index % many for index in range(count)] if many else None
+        self.captions = captions_of(self.pipe, self.classes, self.conditions)
         self.seed = config.train.global_seed
 
     def observe(self, step: int) -> dict[str, float]:
@@ -213,12 +217,11 @@ class SampleGrids:
         try:
             with warnings.catch_warnings(), self.pipe.settled(PLAIN, "training"):  # no graph keeps a training's memory
                 warnings.simplefilter("ignore")
-                images = self.pipe(self.classes, seed=self.seed).images
+                drawn = self.pipe(self.classes, seed=self.seed, output_type="pt", conditions=self.conditions).images
         except LightningDiTError as error:
             print(f"note: no samples at step {step}: {error.message}", flush=True)
             return {}
-        captions = [self.pipe.labels.caption(label) for label in self.classes]
-        grid = image_grid(images, captions, spares=[f"class {label}" for label in self.classes])
+        grid = image_grid(views(drawn), self.captions, spares=[f"class {label}" for label in self.classes])
         save_png(grid, self.folder / f"step-{step:07d}.png")
         return {}
 
