@@ -192,8 +192,10 @@ def test_windows_of_a_size_that_does_not_come_back_are_refused(tmp_path: Path) -
         stage.check_windows(settings, config, windows(64, 57))
     with pytest.raises(LightningDiTError, match="the alignment needs those of ddconfig.resolution, 32"):
         stage.check_windows(settings, replace(config, vf_weight=1.0), windows(16, 16))
-    with pytest.raises(LightningDiTError, match="images of 4 pixels are too small for the texture's energy"):
-        stage.check_windows(settings, replace(config, texture_weight=1.0), windows(4, 8))
+    with pytest.raises(
+        LightningDiTError, match="images of 8 pixels are too small for the energies of texture, which needs 9"
+    ):
+        stage.check_windows(settings, replace(config, texture_weight=1.0), windows(8, 10))
 
 
 def test_channels_go_together(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ class TokenizerTrainConfig:
     sum_values: bool = False  # sum the reconstruction terms over an image's values, as published; False: mean
     logvar_init: float = 0.0  # logarithm of the divisor of the reconstruction terms
     learn_logvar: bool = False
-    texture_weight: float = 0.0  # on the distance between local log energies of texture, which keeps speckle
+    texture_weight: float = 0.0  # on the distance between log energies of local texture, which keeps speckle
     lpips_weight: float = 0.0
     lpips_weights: str | None = None  # file with VGG-16; default: torch.hub's cache, else a download
     disc_weight: float = 0.0  # on the adversarial term, times the adaptive weight

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 ADAPTIVE_OFFSET = 1e-4  # keeps the ratio of two gradient norms finite
 TEXTURE_WINDOW, TEXTURE_STRIDE = 8, 4  # pixels of the patches whose energies are compared
-TEXTURE_FLOOR = 1e-4  # energy of texture that nobody sees: 1 % of the half range
+SMALLEST_TEXTURE_SIDE = TEXTURE_WINDOW + 1  # pixels
+TEXTURE_FLOOR = 0.25e-4  # the energy of white noise with a standard deviation of 0.01, which nobody sees
 GAN_CEILING, ALIGNMENT_CEILING = 1e4, 1e8  # of the two adaptive weights
 
 
@@ -73,23 +74,33 @@ def high_pass(images: Tensor) -> Tensor:
 
 
 def texture_distance(images: Tensor, reconstructions: Tensor) -> Tensor:
-    """Return the mean over positions of `|log(E(x') + e) - log(E(x) + e)|`, a scalar.
+    """Return the mean of `|log(E(x') + e) - log(E(x) + e)|` over places and three subbands, a scalar.
 
-    E is the mean square of the high-passed image over 8x8 pixels, every 4 pixels: by Parseval's theorem the power
-    spectrum around a place, times the squared gain of `high_pass`, summed over frequencies. Such local energies of
-    subbands are what texture models keep (Portilla and Simoncelli, 2000). A distance of pixels prefers a smooth mean to
-    speckle in other places; this one asks for as much speckle, wherever its grains lie.
+    E is the mean square, over 8x8 pixels every 4 pixels, of a subband of the undecimated Haar transform: differences
+    along time, along Doppler, and along both. By Parseval's theorem that is the power spectrum around a place, summed
+    over the frequencies of the subband. Such local energies of oriented subbands are what texture models keep (Portilla
+    and Simoncelli, 2000). A distance of pixels prefers a smooth mean to speckle in other places; this one asks for as
+    much speckle in each direction, wherever its grains lie. With one energy for all directions, stripes would do.
 
     Args:
-        images, reconstructions: (N, C, H, W) in [-1, 1], with sides of 8 pixels or more.
+        images, reconstructions: (N, C, H, W) in [-1, 1], with sides of `SMALLEST_TEXTURE_SIDE` or more.
     """
-    difference = texture_energy(reconstructions).log() - texture_energy(images).log()
-    return difference.abs().mean()
+    return (texture_energies(reconstructions).log() - texture_energies(images).log()).abs().mean()
 
 
-def texture_energy(images: Tensor) -> Tensor:
-    """Return the local energy of the high-passed images (N, C, h, w), at least `TEXTURE_FLOOR`."""
-    return F.avg_pool2d(high_pass(images.float()).square(), TEXTURE_WINDOW, TEXTURE_STRIDE) + TEXTURE_FLOOR
+def texture_energies(images: Tensor) -> Tensor:
+    """Return the local energies of three subbands (N C, 3, h, w), with `TEXTURE_FLOOR` added.
+
+    White noise of standard deviation s has `s^2 / 4` in each.
+    """
+    images = images.float().flatten(0, 1)  # (N C, H, W)
+    above, below = images[:, :-1], images[:, 1:]
+    mean, difference = (above + below) / 2, (above - below) / 2  # (N C, H - 1, W)
+    along_time = (mean[..., :-1] - mean[..., 1:]) / 2  # (N C, H - 1, W - 1)
+    along_doppler = (difference[..., :-1] + difference[..., 1:]) / 2
+    along_both = (difference[..., :-1] - difference[..., 1:]) / 2
+    squares = torch.stack([along_time, along_doppler, along_both], 1).square()  # (N C, 3, H - 1, W - 1)
+    return F.avg_pool2d(squares, TEXTURE_WINDOW, TEXTURE_STRIDE) + TEXTURE_FLOOR
 
 
 def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:

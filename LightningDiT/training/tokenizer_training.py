@@ -28,7 +28,7 @@ from LightningDiT.tokenizer.autoencoder import AutoencoderKL, AutoencoderSetting
 from LightningDiT.tokenizer.config import TokenizerConfig, TokenizerTrainConfig
 from LightningDiT.tokenizer.criterion import Criterion, Pass
 from LightningDiT.tokenizer.discriminator import smallest_side
-from LightningDiT.tokenizer.losses import TEXTURE_WINDOW
+from LightningDiT.tokenizer.losses import SMALLEST_TEXTURE_SIDE
 from LightningDiT.tokenizer.perceptual import PUBLISHED_PREFIX as PERCEPTUAL_PREFIX
 from LightningDiT.tokenizer.perceptual import SMALLEST_SIDE, PerceptualDistance, load_perceptual
 from LightningDiT.tokenizer.starting_weights import StartingWeights, read_starting_weights, start_from
@@ -139,7 +139,7 @@ def check_sizes(settings: AutoencoderSettings, config: TokenizerTrainConfig) -> 
         )
     disc = f"a discriminator of {config.disc_layers} layers"
     for weight, least, network, fix in (
-        (config.texture_weight, TEXTURE_WINDOW, "the texture's energy", "set train.texture_weight: 0"),
+        (config.texture_weight, SMALLEST_TEXTURE_SIDE, "the energies of texture", "set train.texture_weight: 0"),
         (config.lpips_weight, SMALLEST_SIDE, "LPIPS", "set train.lpips_weight: 0"),
         (config.disc_weight, smallest_side(config.disc_layers), disc, "set train.disc_layers lower"),
     ):
