@@ -21,6 +21,7 @@ from LightningDiT.files import LOCK
 from LightningDiT.sampling import all_gpus
 from LightningDiT.sampling.all_gpus import Gpu, check_gpus, choose, describe, report, run_on_all_gpus, share_run
 from LightningDiT.sampling.options import images_at_once
+from tests.test_conditions import write_model
 
 T4 = [Gpu(number, "Tesla T4", "float16") for number in range(4)]
 BROKEN = Gpu(1, None, None, "no kernel image is available")
@@ -171,8 +172,10 @@ def test_the_end_of_a_run_is_said_once(
 def test_a_grid_of_two_processes_is_that_of_one(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """Of a model with conditions, which take turns."""
+    write_model(tiny_folder)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    options = ["--demo", "--count", "5"]
+    options = ["--demo", "--count", "5", "--conditions", "Bag", "none"]
     assert inference.main(command(tiny_folder, "one", *options)) == 0
     assert shared(*command(tiny_folder, "two", *options)) == 0
     assert capfd.readouterr().out.count("5 of 5 images, 5 made now") == 2
