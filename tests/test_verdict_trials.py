@@ -95,15 +95,18 @@ def test_unseen_conditions_and_pairs_are_neither_trained_nor_validated() -> None
     assert scenario.seen(windows).conditions.unique().tolist() == [0]
     assert scenario.tested(windows).conditions.unique().tolist() == [1]
     assert len(Scenario().tested(windows).people) == len(windows.people)
-    pairs = unseen_pairs(windows)
+    pairs = unseen_pairs(windows, windows)
     assert pairs.held_out == {(0, 0), (1, 1), (2, 0)}
+    line = windows.conditions == 0
+    lacking = subset(windows, torch.nonzero(line | (windows.people == 2))[:, 0])  # 0 and 1 train under one condition
+    assert unseen_pairs(lacking, windows).held_out == {(0, 1), (1, 1), (2, 0)}
     seen, tested = pairs.seen(windows), pairs.tested(windows)
     assert len(seen.people) + len(tested.people) == len(windows.people)
     assert set(zip(tested.people.tolist(), tested.conditions.tolist(), strict=True)) == pairs.held_out
     with pytest.raises(LightningDiTError, match="'c9' is to be unseen; there is c0, c1"):
         unseen_condition(windows, "c9")
     with pytest.raises(LightningDiTError, match="nobody has two conditions"):
-        unseen_pairs(walkers(3, 2, 2))
+        unseen_pairs(walkers(3, 2, 2), walkers(3, 2, 2))
 
 
 def test_a_classifier_learns_who_walks_and_the_seed_decides_everything() -> None:
@@ -197,6 +200,20 @@ def test_trials_are_kept_and_go_on_where_they_were(tmp_path: Path, monkeypatch: 
     )
     run_trials(plan, changed.__getitem__, path)
     assert sorted(trained[12:]) == [(0, "2x", 0), (0, "2x", 1), (0, "alone", 0), (0, "alone", 1)]
+
+
+def test_who_has_no_training_windows_in_a_scenario_is_not_tested(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = fold(0, conditions=2)
+    kept = torch.nonzero((data.training.conditions == 0) | (data.training.people > 0))[:, 0]
+    alone = replace(data, training=subset(data.training, kept))  # person 0 trains under condition 0 alone
+    plan = Plan((0,), (3,), ("real",), 1, SHORT, unseen_condition(data.test, "c0"))
+    (found,) = run_trials(plan, lambda number: alone, tmp_path / "trials.json")
+    assert set(found.people) == {1, 2}
+    assert set(found.conditions) == {0}
+    assert found.validation == 24
+    assert "1 people have no training windows in the scenario 'unseen c0'" in capsys.readouterr().out
 
 
 def test_a_trial_is_the_same_however_the_plan_was_cut(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -175,18 +174,24 @@ def unseen_condition(windows: Windows, condition: str) -> Scenario:
     return Scenario(f"unseen {condition}", frozenset((person, at) for person in range(len(windows.class_names))))
 
 
-def unseen_pairs(*parts: Windows) -> Scenario:
+def unseen_pairs(training: Windows, test: Windows) -> Scenario:
     """Return the scenario in which each person lacks one condition that others show.
 
-    Person p lacks the condition p mod C of the C that the person has; people with one condition lack none.
+    It is one in which the person has test windows, and has training windows of another one; of several such conditions
+    person p lacks number p mod their count. Other people lack none.
 
     Args:
-        parts: training, validation and test windows of a fold.
+        training, test: of one fold.
 
     Raises:
-        LightningDiTError: nobody has two conditions.
+        LightningDiTError: nobody has such a condition.
     """
-    held = set(_pairs(parts))
+    trained, tested = _conditions(training), _conditions(test)
+    held = set()
+    for person, conditions in tested.items():
+        possible = [one for one in sorted(conditions) if trained.get(person, set()) - {one}]
+        if possible:
+            held.add((person, possible[person % len(possible)]))
     if not held:
         raise LightningDiTError(
             "unseen pairs of person and condition are asked for, and nobody has two conditions",
@@ -195,12 +200,9 @@ def unseen_pairs(*parts: Windows) -> Scenario:
     return Scenario("unseen pairs", frozenset(held))
 
 
-def _pairs(parts: Iterable[Windows]) -> Iterable[tuple[int, int]]:
-    """Yield the pair of each person who has two conditions or more."""
+def _conditions(windows: Windows) -> dict[int, set[int]]:
+    """Return the conditions of each person."""
     found: dict[int, set[int]] = {}
-    for windows in parts:
-        for person, condition in zip(windows.people.tolist(), windows.conditions.tolist(), strict=True):
-            found.setdefault(person, set()).add(condition)
-    for person, conditions in sorted(found.items()):
-        if len(conditions) > 1:
-            yield person, sorted(conditions)[person % len(conditions)]
+    for person, condition in zip(windows.people.tolist(), windows.conditions.tolist(), strict=True):
+        found.setdefault(person, set()).add(condition)
+    return found

@@ -154,6 +154,10 @@ def _order(plan: Plan) -> Iterator[tuple[int | None, int, str]]:
 def _of_scenario(data: FoldData, scenario: Scenario) -> FoldData:
     training, validation = scenario.seen(data.training), scenario.seen(data.validation)
     test = scenario.tested(data.test)
+    known = torch.isin(test.people, training.people)
+    if scenario.held_out and not known.all():
+        print(f"{len(test.people[~known].unique())} people have no training windows in the scenario {scenario.name!r}")
+        test = subset(test, torch.nonzero(known)[:, 0])
     if not len(test.people) or not len(training.people):
         what = "training" if len(test.people) else "test"
         raise LightningDiTError(
