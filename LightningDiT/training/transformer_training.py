@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,13 +86,19 @@ class Trainer:
             weight_decay=0.0,
             fused=self.device.type != "cpu",
         )
+        waits = processes.count > 1 and self._leaves_out_parameters()  # before a forward is compiled
         self.code = self._compile()
         self.network: nn.Module = self.model  # with the gradients of all processes
         if processes.count > 1:
             self.network = nn.parallel.DistributedDataParallel(
-                self.model, gradient_as_bucket_view=True, find_unused_parameters=self._leaves_out_parameters()
+                self.model, gradient_as_bucket_view=True, find_unused_parameters=waits
             )
-        self.settings = {
+        self.settings = self._kept_settings()
+
+    def _kept_settings(self) -> dict[str, Any]:
+        """Return what a resumed run must have in common with its checkpoint."""
+        config = self.config
+        settings = {
             "model": as_dict(config.model),
             "transport": as_dict(config.transport),
             "lognorm_until_step": config.train.lognorm_until_step,
@@ -100,8 +107,7 @@ class Trainer:
             "latents": self.data.description,
             "data": {name: value for name, value in as_dict(config.data).items() if name in SCALING},
         }
-        if not whole:
-            self.settings["trained"] = self.part.metadata
+        return settings if self.part.kind == ALL else settings | {"trained": self.part.metadata}
 
     def _initial_model(self, starts: bool, names: Names | None, conditions: Names | None) -> tuple[Network, Part]:
         """Return the model with random weights or those of `train.weight_init`, and what of it is trained.
@@ -141,10 +147,7 @@ class Trainer:
             return f"; not compiled: {machine.no_compiler}"
         if wish == "auto" and steps < COMPILED_FROM:
             return f"; not compiled: {steps} steps are few for it"
-        if machine.torch < BLOCKS_SHARE:
-            compile_forward(self.model)
-            return "; the first step compiles the model"
-        if not hasattr(self.model, "blocks"):
+        if machine.torch < BLOCKS_SHARE or not hasattr(self.model, "blocks"):
             compile_forward(self.model)
             return "; the first step compiles the model"
         compile_forward(*self.model.blocks)
