@@ -189,3 +189,16 @@ def test_a_model_carries_its_class_names(tiny_folder: Path) -> None:
     save_weights(weights, model, {"class_names": "{"})
     with pytest.raises(LightningDiTError, match="its class names cannot be read"):
         Labels.of(configured(tiny_folder, None, latents=["ant", "bee", "cat"]))
+
+
+def test_the_names_of_an_adapter_go_before_those_of_its_weights(tiny_folder: Path) -> None:
+    """An adapter may be one for other people than the weights that it changes."""
+    model, adapter = tiny_folder / "transformer.safetensors", tiny_folder / "adapter.safetensors"
+    weights = {name: tensor.clone() for name, tensor in load_weights(model).items()}
+    save_weights(weights, model, {"class_names": json.dumps(["ant", "bee", "cat"])})
+    save_weights({"x": torch.zeros(1)}, adapter, {"class_names": json.dumps(["ID_1", "ID_2", "ID_10"])})
+    adapted = dataclasses.replace(configured(tiny_folder, None), adapter_path=str(adapter))
+    assert Labels.of(adapted).names == ("ID_1", "ID_2", "ID_10")
+    save_weights({"x": torch.zeros(1)}, adapter)
+    assert Labels.of(adapted).names == ("ant", "bee", "cat")
+    assert Labels.of(adapted, trained=False).names is None

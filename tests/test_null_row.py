@@ -98,6 +98,20 @@ def test_a_file_says_whether_its_null_labels_were_trained(tiny_folder: Path, tmp
     assert null_failure(config, {CLASS_TABLE: table(0.1, 0.02)}) == ""
 
 
+def test_an_adapter_comes_before_the_weights_that_it_changes(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base.safetensors", tmp_path / "adapter.safetensors"
+    config = Config(ckpt_path=str(base), adapter_path=str(adapter))
+    save_weights({CLASS_TABLE: table(0.1, 0.02)}, base)
+    save_weights({CLASS_TABLE: table(0.1, 0.1)}, adapter)
+    assert null_failure_of(config) == "" != null_failure_of(dataclasses.replace(config, adapter_path=None))
+    save_weights({CLASS_TABLE: table(0.1, 0.02)}, adapter)
+    assert f"the null class of {adapter}: its row has" in null_failure_of(config)
+    save_weights({CLASS_TABLE: table(0.1, 0.02)}, base, {"null_trained": "false"})
+    assert f"the null class of {adapter}, as the file says" in null_failure_of(config)
+    save_weights({CLASS_TABLE: table(0.1, 0.02)}, adapter, {"null_trained": "true"})
+    assert null_failure_of(config) == ""
+
+
 def test_a_guide_needs_no_null_class() -> None:
     check_guidance(SampleConfig(cfg_scale=2.0, guide_ckpt="a"), "a reason")
     check_guidance(SampleConfig(cfg_scale=1.0), "a reason")

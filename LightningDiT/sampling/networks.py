@@ -138,7 +138,7 @@ def plan_of(solver: Solver, network: Network, precision: Precision, images: int,
     sample, weight = solver.sample, next(network.parameters())
     work = _work(solver, network, images, batch)
     warm = []
-    for compiled in (BLOCK, WHOLE) if _has_blocks(network) else (WHOLE,):
+    for compiled in (BLOCK, WHOLE):
         stamp = stamp_of(_facts(network, compiled, min(batch, images), work.shapes))
         if stamp is not None and stamp.exists():
             warm.append(compiled)
