@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -63,6 +64,27 @@ def test_the_cheapest_that_passes_is_taken() -> None:
     }
     assert choose(missing, usual) == ("scratch", False)  # as many misses, and the higher PSNR
     assert choose({**missing, "fine_tuned": {**BAD, "psnr_mean": 40.0}}, usual) == ("scratch", False)
+
+
+def test_the_estimate_counts_the_steps_that_are_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """3 s a step, 10 steps of which one candidate has taken 4; half a second a step of a judge with 100."""
+    clock = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(module, "build_networks", lambda *_, **__: None)
+
+    def spend(seconds: float) -> None:
+        clock[0] += seconds
+
+    monkeypatch.setattr(module, "TokenizerTrainer", lambda *_: SimpleNamespace(step=lambda step: spend(3.0)))
+    there = {"fine_tuned": Path("checkpoint-0000004.pt")}
+    monkeypatch.setattr(module, "RunDir", lambda folder: SimpleNamespace(newest=lambda: there.get(folder.name)))
+    search = SimpleNamespace(
+        **{"output": tmp_path, "tokenizer": None, "training": None, "steps": 10, "judge_steps": 100},
+        train_config=lambda name: None,
+        judge=lambda steps: spend(0.5 * steps),
+    )
+    assert module.estimate(search, list(CANDIDATES)) == 3 * (10 + 6 + 10) + 0.5 * 100
+    assert module.estimate(search, ["as_it_is"]) == 0.5 * 100
 
 
 def command(walkers: Path, output: Path, *more: str) -> list[str]:
