@@ -113,16 +113,56 @@ def test_the_work_of_another_shape_is_counted_too() -> None:
 # ---- the network
 
 
+def counterpart(model: UNet) -> nn.Module:
+    """Return diffusers' network with every size spelt out, and the same weights."""
+    from diffusers.models.unets.unet_2d import UNet2DModel
+
+    reference = UNet2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        attention_head_dim=32,
+        norm_num_groups=16,
+        attn_norm_num_groups=16,
+        norm_eps=1e-5,
+        resnet_time_scale_shift="scale_shift",
+        class_embed_type="identity",
+    )
+    reference.load_state_dict(model.unet.state_dict())
+    return reference.eval().requires_grad_(False)
+
+
 def test_it_is_diffusers_network_with_the_sum_of_the_embeddings() -> None:
     model, (x, t, y) = seeded(), inputs(6)
     a = torch.linspace(-1, 1, 30).view(6, 5)
     tables = [model.y_embedder.embedding_table.weight, model.c_embedder.embedding_table.weight]
     total = tables[0][y[:, 0]] + tables[1][y[:, 1]] + a @ model.a_embedder.weight.T
-    wanted = model.unet(x, 1000 * t, class_labels=total).sample
+    wanted = counterpart(model)(x, 1000 * t, class_labels=total).sample
     torch.testing.assert_close(model(x, t, y, a), wanted, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(model(x, t, y), model(x, t, y, torch.zeros(6, 5)), atol=0, rtol=0)
     assert float((model(x, t, y) - wanted).abs().max()) > 1e-3
     torch.testing.assert_close(model(x, t[:1], y), model(x, t[:1].expand(6), y), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("attends", [(False, True), (True, False), (False, False)], ids=str)
+def test_the_shape_of_attention_is_that_of_the_largest(
+    attends: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without attention at a level the middle, at the last one, has some."""
+    plain, shapes = nn.functional.scaled_dot_product_attention, []
+
+    def noted(query: Tensor, *others: object, **options: object) -> Tensor:
+        shapes.append(tuple(query.shape[1:]))
+        return plain(query, *others, **options)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", noted)
+    model = seeded(replace(SMALL, attends=attends))
+    model(*inputs(2))
+    assert model.attention_shape == max(shapes, key=lambda shape: shape[1])
 
 
 def test_the_time_is_a_thousand_waves_long() -> None:
@@ -139,6 +179,8 @@ def test_a_new_one_predicts_zero_and_learns_in_every_branch() -> None:
     """The output and each branch's last layer are zero; a gradient reaches the output alone."""
     torch.manual_seed(0)
     model, (x, t, y) = UNet(SMALL).eval(), inputs(3)
+    for embedder in (model.y_embedder, model.c_embedder):
+        assert float(embedder.embedding_table.weight.std()) == pytest.approx(0.02, rel=0.15)  # 4 deviations
     out = model(x, t, y, torch.ones(3, 5))
     assert torch.equal(out, torch.zeros_like(x)) and not model.a_embedder.weight.any()
     (out - x).square().sum().backward()
@@ -201,7 +243,7 @@ def test_latents_of_each_side_are_computed_by_the_same_weights(side: int) -> Non
 
 
 def test_a_side_that_cannot_be_halved_is_refused() -> None:
-    with pytest.raises(ValueError, match="latent side 10 is no multiple of 4; the U-Net halves it 2 times"):
+    with pytest.raises(ValueError, match="latent side 10 is no multiple of 4, which a U-Net of 3 levels needs"):
         unet_settings("UNet-S", input_size=10)
 
 

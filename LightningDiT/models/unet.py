@@ -65,8 +65,8 @@ class UNetSettings:
         halved = 2 ** (len(self.widths) - 1)
         if self.input_size % halved:
             raise ValueError(
-                f"latent side {self.input_size} is no multiple of {halved}; the U-Net halves it {len(self.widths) - 1}"
-                " times"
+                f"latent side {self.input_size} is no multiple of {halved}, which a U-Net of {len(self.widths)} levels"
+                " needs"
             )
 
     @property
