@@ -98,7 +98,7 @@ def cell_values(cell: Cell, plan: Plan) -> dict[str, Any]:
             "image_size": plan.size,
             "num_classes": plan.people,
         },
-        "vae": {"model_name": str(plan.folder / "tokenizer.yaml"), "downsample_ratio": RATIO},
+        "vae": {"model_name": str(plan.folder / "tokenizer/chosen.yaml"), "downsample_ratio": RATIO},
         "model": {"model_type": cell.model, "in_chans": CHANNELS, "augmentation": len(NAMES)},
         "train": {
             "max_steps": plan.steps,
