@@ -15,8 +15,8 @@ from LightningDiT.radar.population import pass_of, person_of, relative_speed
 from LightningDiT.radar.recording import Cutting, recording
 from LightningDiT.radar.sensor import Sensor
 from LightningDiT.radar.walker import cycle_seconds
-from LightningDiT.verdict.classifiers import Recipe
-from LightningDiT.verdict.fidelity import equal_numbers, feature_scores, fidelity, gait_distances
+from LightningDiT.verdict.classifiers import Recipe, SmallResidual
+from LightningDiT.verdict.fidelity import equal_numbers, feature_scores, features_of, fidelity, gait_distances
 from LightningDiT.verdict.filter import KEPT, PARTS, fit_filter, parts_of, scores_of, shares_kept
 from LightningDiT.verdict.gait import axes_of, cadence, measure
 from LightningDiT.verdict.rows import Generated
@@ -138,6 +138,14 @@ def test_feature_scores_of_points_far_away_and_of_the_reference_itself() -> None
     assert [score.value for score in (*found.precision, *found.recall)] == [0, 1, 0, 1]
     few = feature_scores(known[:3], known[3:6], known)
     assert few.precision is None and few.recall is None
+
+
+def test_features_are_means_over_the_bands_of_doppler() -> None:
+    model = SmallResidual(2, (16, 16)).eval()
+    pixels = walkers(2, 1, 2).pixels
+    whole, found = model.features(pixels), features_of(model, pixels)
+    assert (whole.shape, found.shape) == ((4, 2048), (4, 256))
+    assert torch.allclose(found[:, 3], whole[:, 24:32].mean(1), atol=1e-6)
 
 
 def test_fidelity_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:

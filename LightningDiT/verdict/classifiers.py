@@ -18,7 +18,10 @@ SMALL, RESNET = "small", "resnet18"
 CLASSIFIERS = (SMALL, RESNET)
 WIDTHS = (16, 32, 64, 128)  # channels of the stem and of the three residual blocks
 STEM_SIZE = (32, 16)  # rows and columns of the stem's maps, whatever the window's size
-BANDS = 4  # of Doppler, over each of which time is averaged and maximised
+STRIDES = ((2, 2), (2, 2), (1, 2))  # of the blocks, in Doppler and time
+#: Of Doppler, over each of which time is averaged and maximised. With 4, and (2, 2) in the last block, the accuracy on
+#: 6 simulated walkers was 70.5 % in place of 75.7 % (mean of two folds, 30 images a person, augmented).
+BANDS = 8
 RATE, WEIGHT_DECAY, SMOOTHING = 2e-3, 0.05, 0.1
 CHUNK = 250  # windows classified at once
 #: First numbers of the seeds, so that neither weights nor batches are those of a judge that selected.
@@ -29,19 +32,20 @@ GAIN, NOISE, DOPPLER = 0.2, 0.05, 0.05
 
 
 class Block(nn.Module):
-    """Residual block with normalisation first (He et al., arXiv 1603.05027), which halves the size."""
+    """Residual block with normalisation first (He et al., arXiv 1603.05027), which makes maps smaller by its stride."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: tuple[int, int]) -> None:
         super().__init__()
+        self.stride = stride
         self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in (in_channels, out_channels))
-        self.first = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1, bias=False)
+        self.first = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
         self.second = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = self.first(F.relu(self.norms[0](x)))  # (N, out, H/2, W/2)
-        inner = self.second(F.relu(self.norms[1](inner)))  # (N, out, H/2, W/2)
-        return inner + self.shortcut(F.avg_pool2d(x, 2, ceil_mode=True))  # (N, out, H/2, W/2)
+        inner = self.first(F.relu(self.norms[0](x)))  # (N, out, h, w)
+        inner = self.second(F.relu(self.norms[1](inner)))  # (N, out, h, w)
+        return inner + self.shortcut(F.avg_pool2d(x, self.stride, ceil_mode=True))  # (N, out, h, w)
 
 
 class SmallResidual(nn.Module):
@@ -61,13 +65,14 @@ class SmallResidual(nn.Module):
         stride = tuple(max(1, round(side / wanted)) for side, wanted in zip(size, STEM_SIZE, strict=True))
         kernel = tuple(2 * one + 1 for one in stride)
         self.stem = nn.Conv2d(1, WIDTHS[0], kernel, stride, stride, bias=False)
-        self.blocks = nn.Sequential(*(Block(*pair) for pair in itertools.pairwise(WIDTHS)))
+        pairs = zip(itertools.pairwise(WIDTHS), STRIDES, strict=True)
+        self.blocks = nn.Sequential(*(Block(*widths, stride) for widths, stride in pairs))
         self.norm = nn.BatchNorm2d(WIDTHS[-1])
         self.output = nn.Linear(2 * BANDS * WIDTHS[-1], classes)
 
     def features(self, pixels: Tensor) -> Tensor:
-        """Return the penultimate layer (N, 1024) for pixels (N, 1, H, W) in [-1, 1]."""
-        maps = F.relu(self.norm(self.blocks(self.stem(pixels))))  # (N, 128, 4, 2) or so
+        """Return the penultimate layer (N, 2048) for pixels (N, 1, H, W) in [-1, 1]."""
+        maps = F.relu(self.norm(self.blocks(self.stem(pixels))))  # (N, 128, 8, 2) or so
         pools = (F.adaptive_avg_pool2d(maps, (BANDS, 1)), F.adaptive_max_pool2d(maps, (BANDS, 1)))
         return torch.cat(pools, 1).flatten(1)  # (N, 2 * 128 * BANDS)
 

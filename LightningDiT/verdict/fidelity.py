@@ -17,7 +17,7 @@ from LightningDiT.metrics.scores import FIDELITY_PIN, NEIGHBOURHOOD, Score, prop
 from LightningDiT.radar.arrays import SCIPY_PIN
 from LightningDiT.radar.level_images import Windows
 from LightningDiT.seeds import generator_for
-from LightningDiT.verdict.classifiers import CHUNK, Recipe, SmallResidual, train_classifier
+from LightningDiT.verdict.classifiers import BANDS, CHUNK, Recipe, SmallResidual, train_classifier
 from LightningDiT.verdict.gait import Axes, Gait, measure
 from LightningDiT.verdict.rows import Generated
 
@@ -184,9 +184,13 @@ def feature_judge(training: Windows, recipe: Recipe | None = None) -> SmallResid
 
 @torch.no_grad()
 def features_of(model: SmallResidual, pixels: Tensor) -> Tensor:
-    """Return the features (N, F) of windows (N, 1, H, W), on the CPU."""
+    """Return features (N, 256) of windows (N, 1, H, W) on the CPU: those of the last layer, averaged over Doppler.
+
+    Without the average they would be more than most sets have windows, and a Frechet distance would take minutes.
+    """
     device = next(model.parameters()).device
-    return torch.cat([model.features(part.to(device)).float().cpu() for part in pixels.split(CHUNK)])
+    parts = [model.features(part.to(device)).unflatten(1, (-1, BANDS)).mean(2) for part in pixels.split(CHUNK)]
+    return torch.cat(parts).float().cpu()
 
 
 def feature_scores(generated: Tensor, held_out: Tensor, training: Tensor) -> FeatureScores:
