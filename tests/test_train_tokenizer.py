@@ -232,7 +232,7 @@ def test_training_takes_a_folder_of_images(
     asked, real = list[str](), ReadingProcesses.read
     monkeypatch.setattr(tokenizer_training, "default_workers", lambda device, processes: 2)
     monkeypatch.setattr(
-        ReadingProcesses, "read", lambda self, file, size: asked.append(file.name) or real(self, file, size)
+        ReadingProcesses, "read", lambda self, file, *how: asked.append(file.name) or real(self, file, *how)
     )
     assert train_tokenizer.main([*command[:-1], str(tmp_path / "again")]) == 0
     assert set(asked) == {f"{index}.png" for index in range(5)}
