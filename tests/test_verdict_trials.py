@@ -200,6 +200,9 @@ def test_trials_are_kept_and_go_on_where_they_were(tmp_path: Path, monkeypatch: 
     )
     run_trials(plan, changed.__getitem__, path)
     assert sorted(trained[12:]) == [(0, "2x", 0), (0, "2x", 1), (0, "alone", 0), (0, "alone", 1)]
+    monkeypatch.setattr(module, "VERSION", 0)
+    run_trials(Plan((1,), (3,), ("real",), 1, SHORT), folds.__getitem__, path)
+    assert trained[16:] == [(1, "real", 0)]
 
 
 def test_who_has_no_training_windows_in_a_scenario_is_not_tested(

@@ -16,6 +16,7 @@ from LightningDiT.seeds import generator_for
 
 SMALL, RESNET = "small", "resnet18"
 CLASSIFIERS = (SMALL, RESNET)
+VERSION = 1  # of networks and training: a change of either makes trials that are kept obsolete
 WIDTHS = (16, 32, 64, 128)  # channels of the stem and of the three residual blocks
 STEM_SIZE = (32, 16)  # rows and columns of the stem's maps, whatever the window's size
 STRIDES = ((2, 2), (2, 2), (1, 2))  # of the blocks, in Doppler and time
@@ -49,7 +50,7 @@ class Block(nn.Module):
 
 
 class SmallResidual(nn.Module):
-    """Residual network with 0.3 M weights that reports.
+    """Residual network with 0.3 M weights, and 2,049 a class, that reports.
 
     It is not the network that selects weights during training (`metrics.window_judge`): batch norm in place of group
     norm, normalisation before the convolutions, a block more, twice the width, mean and maximum over time, seeds of its

@@ -21,7 +21,7 @@ from LightningDiT.console import Progress, duration
 from LightningDiT.errors import LightningDiTError, first_line
 from LightningDiT.files import read_json, write_text
 from LightningDiT.radar.level_images import Windows
-from LightningDiT.verdict.classifiers import Recipe, predicted, train_classifier
+from LightningDiT.verdict.classifiers import VERSION, Recipe, predicted, train_classifier
 from LightningDiT.verdict.rows import ROWS, USUAL, Generated, Scenario, spread, subset, taken
 
 FORMAT = "predictions of test windows, 1"
@@ -223,7 +223,7 @@ def _trial(
 
 def _key(pool: _Pool, data: FoldData, recipe: Recipe) -> str:
     """Return a digest of all that the trial depends on, apart from its name."""
-    found = hashlib.sha256(json.dumps([asdict(recipe), pool.real, pool.augmented]).encode())
+    found = hashlib.sha256(json.dumps([VERSION, asdict(recipe), pool.real, pool.augmented]).encode())
     valid, test = data.validation, data.test
     for part in (pool.pixels, pool.people, valid.pixels, valid.people, test.pixels, test.people, test.passes):
         found.update(part.contiguous().numpy().tobytes())
