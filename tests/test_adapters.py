@@ -246,6 +246,8 @@ def test_what_no_training_could_change_is_refused(more: str, message: str, folde
         path.write_text(re.sub("weight_init: source.safetensors, ", "", path.read_text()))
     with pytest.raises(LightningDiTError, match=message):
         train.Trainer(load_config(path))
+    with pytest.raises(LightningDiTError, match=message):
+        train.main(["--config", str(path), "--dry-run"])
 
 
 def test_peft_is_named_where_it_is_missing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -251,7 +251,7 @@ def test_conditions_are_taken_by_name(tmp_path: Path) -> None:
     table = old.state_dict()[key]
     for names, rows in ((("bag", "line"), [1, 0, 2]), (("coat", "line", "bag"), [2, 0, 1, 2])):
         model = LightningDiT(replace(SETTINGS, num_conditions=len(names)))
-        made = initialise(model, file, None, names)
+        made = initialise(model, file, None, names, "null")
         assert kinds(made) == {key: "resized"}
         assert torch.equal(model.state_dict()[key], table[rows])  # a new one starts from the null condition, row 2
     assert "2 conditions and the null class are taken by name, those of 1 are new" in made.text()
@@ -264,7 +264,7 @@ def test_a_unet_starts_from_a_unet(source: tuple[LightningDiT, Path], tmp_path: 
     old, key = UNet(settings), "y_embedder.embedding_table.weight"
     save_weights(old.state_dict(), tmp_path / "unet.safetensors", {"class_names": '["a", "b", "c", "d", "e"]'})
     model = UNet(replace(settings, num_classes=2, input_size=8, num_conditions=1))
-    made = initialise(model, tmp_path / "unet.safetensors", ["e", "new"])
+    made = initialise(model, tmp_path / "unet.safetensors", ["e", "new"], new_classes="null")
     assert kinds(made) == {key: "resized", "c_embedder.embedding_table.weight": "new"}
     assert torch.equal(model.state_dict()[key], old.state_dict()[key][[4, 5, 5]])
     taken = [name for name in old.state_dict() if name != key]

@@ -113,15 +113,11 @@ def restrict(model: nn.Module, config: Config, new: Collection[str]) -> Part:
     kind, train = kind_of_part(config), config.train
     if kind == ALL:
         return whole_part(model)
-    with as_user_error(f"{config.source}: train.trainable"):
-        whole = _whole_names(model, kind, train.trainable)
+    whole, products = chosen_names(model, config)
     trained = [name for name in parameter_names(model) if name in {*whole, *new}]
     names = {name: name for name in model.state_dict() if name in {*trained, *new}}
     base = base_digest(model.state_dict(), names, model.state_dict())
-    products: tuple[str, ...] = ()
     if kind == LORA:
-        with as_user_error(f"{config.source}: train.lora_targets"):
-            products = tuple(product_names(model, train.lora_targets))
         add_adapters(model, products, train.lora_rank)
         pairs = [name for name in parameter_names(model) if ".lora_" in name]
         names = {_in_file(name): name for name in pairs} | {name: _in_model(name, products) for name in names}
@@ -131,10 +127,22 @@ def restrict(model: nn.Module, config: Config, new: Collection[str]) -> Part:
     return Part(kind, names, tuple(trained), products, train.lora_rank if products else 0, base)
 
 
-def _whole_names(model: nn.Module, kind: str, patterns: str | tuple[str, ...]) -> list[str]:
+def chosen_names(model: nn.Module, config: Config) -> tuple[list[str], tuple[str, ...]]:
+    """Return the tensors that are trained as a whole, and the layers with an adapter; the model needs no values.
+
+    Raises:
+        LightningDiTError: a pattern or target matches nothing.
+    """
+    kind, train = kind_of_part(config), config.train
+    if kind == ALL:
+        return parameter_names(model), ()
+    if kind == BIAS:
+        return bias_names(model), ()
     if kind == LORA:
-        return table_names(model)
-    return bias_names(model) if kind == BIAS else matching_names(model, patterns)
+        with as_user_error(f"{config.source}: train.lora_targets"):
+            return table_names(model), tuple(product_names(model, train.lora_targets))
+    with as_user_error(f"{config.source}: train.trainable"):
+        return matching_names(model, train.trainable), ()
 
 
 def add_adapters(model: nn.Module, products: Collection[str], rank: int) -> None:

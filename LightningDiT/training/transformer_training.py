@@ -40,7 +40,16 @@ from LightningDiT.training.parts import check_parts
 from LightningDiT.training.run_dir import RunDir, load_optimizer
 from LightningDiT.training.scaler import LossScaler
 from LightningDiT.training.schedule import learning_rate, schedule_lengths
-from LightningDiT.training.trainable import ADAPTER_NAME, ALL, Part, add_adapters, kind_of_part, restrict, whole_part
+from LightningDiT.training.trainable import (
+    ADAPTER_NAME,
+    ALL,
+    Part,
+    add_adapters,
+    chosen_names,
+    kind_of_part,
+    restrict,
+    whole_part,
+)
 
 WEIGHTS_NAME = "transformer.safetensors"
 TERMS = ("loss", "cos_loss")
@@ -370,6 +379,7 @@ def settings_text(config: Config, dry_run: bool, max_steps: int | None = None) -
         names = Labels.of(config, trained=False).identity
         info, conditions = inspect(config.train.weight_init), condition_names_of(config)
         lines.append(plan(model, info, names, conditions, config.train.new_classes).text())
+        chosen_names(model, config)  # refuses what matches nothing
     return "\n".join(lines)
 
 
