@@ -143,10 +143,10 @@ class ImageSet:
     @property
     def state(self) -> str:
         """A text that changes with everything that the pixels depend on: names, times, size and fit."""
-        return f"{self.key} {self._shape}"
+        return f"{self.key} {self._square}"
 
     @property
-    def _shape(self) -> str:
+    def _square(self) -> str:
         return str(self.size) if self.fit == "crop" else f"{self.size} {self.fit}"
 
     @property
@@ -336,7 +336,7 @@ class FileImages(ImageSet):
     @property
     def state(self) -> str:
         rows = [(name, *_stamp(file)) for name, file in zip(self._names, self.files, strict=True)]
-        return f"folder {hashlib.sha256(json.dumps(rows).encode()).hexdigest()} {self._shape}"
+        return f"folder {hashlib.sha256(json.dumps(rows).encode()).hexdigest()} {self._square}"
 
 
 def _stamp(file: Path) -> tuple[int, int]:
