@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from LightningDiT.radar.colour_maps import colours
 from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from LightningDiT.sampling.preview import Preview
 from LightningDiT.sampling.resumable_run import sample_run
-from LightningDiT.sampling.views import shown_file, views
+from LightningDiT.sampling.views import shown_bytes, shown_file, views
 from LightningDiT.tokenizer.autoencoder import AutoencoderKL
 from LightningDiT.tokenizer.config import load_tokenizer_config
 from LightningDiT.tokenizer.vavae import autoencoder_settings
@@ -71,8 +72,12 @@ def test_the_grid_of_levels_is_in_colour(levels_folder: Path) -> None:
     assert inference.main(command) == 0
     grid = np.asarray(Image.open(levels_folder / "out" / "demo_samples.png")).astype(int)
     assert (np.ptp(grid.reshape(-1, 3), axis=1) > 100).mean() > 0.1
+    file = next((levels_folder / "out").glob("run-*/000000.png"))
+    with Image.open(io.BytesIO(shown_bytes(file))) as picture:  # that of the report
+        np.testing.assert_array_equal(np.asarray(picture), np.asarray(shown_file(file)))
 
 
 def test_a_photo_is_shown_as_it_is(tmp_path: Path) -> None:
     Image.new("RGB", (2, 2), (1, 2, 3)).save(tmp_path / "a.png")
     assert np.asarray(shown_file(tmp_path / "a.png")).reshape(-1, 3).tolist() == [[1, 2, 3]] * 4
+    assert shown_bytes(tmp_path / "a.png") == (tmp_path / "a.png").read_bytes()

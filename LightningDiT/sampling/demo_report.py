@@ -12,9 +12,10 @@ from pathlib import Path
 from LightningDiT.config import describe_guidance, describe_solver
 from LightningDiT.console import duration, printable
 from LightningDiT.data.image_files import open_image
-from LightningDiT.files import atomic_path, digest, kind_of, read_bytes, write_text
+from LightningDiT.files import atomic_path, digest, kind_of, write_text
 from LightningDiT.sampling.demo import RECORD, Demo, Record, Session
 from LightningDiT.sampling.resumable_run import UNFINISHED
+from LightningDiT.sampling.views import shown_bytes
 
 SMALLEST = 128  # pixels; smaller images are shown enlarged by a whole factor
 MOST_LETTERS = 50  # of a class's name in that of a file: 200 bytes at most
@@ -106,7 +107,7 @@ def _figures(demo: Demo) -> str:
             width, height = image.size
         factor = max(1, SMALLEST // width)
         kind = ' class="small"' if factor > 1 else ""
-        data = base64.b64encode(read_bytes(file)).decode()
+        data = base64.b64encode(shown_bytes(file)).decode()
         words = escaped(caption)
         figures.append(
             f'<figure><img{kind} width="{factor * width}" height="{factor * height}" alt="Sample {number}: {words}"'

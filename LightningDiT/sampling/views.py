@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from LightningDiT.data.image_files import open_image
+from LightningDiT.files import read_bytes
 from LightningDiT.images import WHITE_16_BIT, to_pil, to_uint8
 from LightningDiT.radar.colour_maps import coloured
 
@@ -26,6 +28,20 @@ def views(images: Tensor) -> list[Image.Image]:
 def shown_file(path: Path) -> Image.Image:
     """Return the picture of a sample's file, RGB; the file is closed at once, since a contact sheet has a thousand."""
     with open_image(path) as image:
-        if not image.mode.startswith("I"):  # "I;16", or "I", as which older releases of Pillow open 16 bits
+        if not _is_levels(image):
             return image.convert("RGB")
         return Image.fromarray(coloured(np.asarray(image, np.float64) / WHITE_16_BIT, COLOUR_MAP))
+
+
+def shown_bytes(path: Path) -> bytes:
+    """Return the picture of a sample's file as a PNG: the file itself, of levels one in the colour map."""
+    with open_image(path) as image:
+        if not _is_levels(image):
+            return read_bytes(path)
+    picture = io.BytesIO()
+    shown_file(path).save(picture, "PNG")
+    return picture.getvalue()
+
+
+def _is_levels(image: Image.Image) -> bool:
+    return image.mode.startswith("I")  # "I;16", or "I", as which older releases of Pillow open 16 bits
