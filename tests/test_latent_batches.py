@@ -183,6 +183,22 @@ def test_weight_decay_is_that_of_adamw_on_matrices_alone(config: Config) -> None
     assert len(ours.optimizer.param_groups) == 1  # so that checkpoints go on with any decay
 
 
+def test_dropout_depends_on_seed_step_and_process_alone(config: Config) -> None:
+    def norms(rank: int, dropout: float = 0.5) -> list[float]:
+        trainer = train.Trainer(changed(config, "model", dropout=dropout))
+        for value in trainer.model.parameters():  # else no branch has an effect yet
+            value.data += 0.05
+        trainer.processes = replace(ALONE, rank=rank)
+        torch.rand(rank + 3)  # what others draw in between
+        return [float(trainer.step(step)["gradient_norm"]) for step in range(2)]
+
+    first = norms(0)
+    torch.rand(5)
+    assert norms(0) == first
+    assert norms(1) != first
+    assert norms(0, 0.0) == norms(1, 0.0) != first
+
+
 def test_parameters_without_a_part_are_found(config: Config) -> None:
     trainer = train.Trainer(config)
     assert not trainer._leaves_out_parameters()
