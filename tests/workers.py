@@ -12,7 +12,7 @@ import pytest
 
 from LightningDiT.files import try_lock
 
-#: Each takes up to 2.5 GB, and there are tests that start processes of their own.
+#: Each, or a process that its test starts, takes up to 5 GB.
 MOST = 2
 
 
