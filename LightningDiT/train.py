@@ -21,6 +21,7 @@ from LightningDiT.console import positive, run_main
 from LightningDiT.device import best_device
 from LightningDiT.distributed import launched_processes
 from LightningDiT.training.choice import CHOICE_NAME, LAST_NAME, choice_of
+from LightningDiT.training.judged_samples import check_windows
 from LightningDiT.training.loop import train as run_loop
 from LightningDiT.training.monitors import configured_monitors
 from LightningDiT.training.run_dir import RunDir
@@ -67,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.dry_run:
             processes.say(processes.from_main(lambda: settings_text(config, True, args.max_steps)))
             processes.from_main(lambda: check_data(config, run))
+            processes.from_main(lambda: check_windows(config))
             return 0
         starts = processes.from_main(lambda: run.newest() is None)
         trainer = processes.agree(lambda: Trainer(config, processes, starts))

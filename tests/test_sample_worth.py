@@ -38,7 +38,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sample_worth, "train_judge", lambda *args, seed: train_judge(*args, steps=25, seed=seed))
+    monkeypatch.setattr(sample_worth, "train_judge", lambda *args, seed: train_judge(*args, steps=15, seed=seed))
     monkeypatch.setattr(LiveCurves, "_draw", lambda self: None)
 
 
@@ -205,6 +205,13 @@ def test_what_looks_need_is_said(before: str, after: str, said: str, walking: Pa
     walking.write_text(re.sub(before, after, walking.read_text()))
     with pytest.raises(LightningDiTError, match=said):
         train.main(["--config", str(walking)])
+
+
+def test_a_dry_run_reads_the_windows(walking: Path) -> None:
+    assert train.main(["--config", str(walking), "--dry-run"]) == 0
+    walking.write_text(re.sub("split_file: [^,]*,", "", walking.read_text()))
+    with pytest.raises(LightningDiTError, match=r"data\.split_file is not set"):
+        train.main(["--config", str(walking), "--dry-run"])
 
 
 def test_windows_of_another_size_are_refused(levels: Path, walking: Path) -> None:

@@ -132,6 +132,13 @@ def windows_of(config: Config, part: str) -> Windows:
     return windows
 
 
+def check_windows(config: Config) -> None:
+    """Raise what a training would of the windows that its looks need."""
+    if config.train.judge_every:
+        for part in ("training", "validation"):
+            windows_of(config, part)
+
+
 def class_numbers(labels: Labels, training: Windows) -> dict[int, int]:
     """Return the model's class of each person of the split who has training windows.
 
