@@ -365,6 +365,8 @@ def test_a_training_keeps_what_autograd_keeps() -> None:
     need = training_need(SMALL, torch.float32, False)
     assert need.activations == kept_bytes(SMALL, torch.float32) + SMALL.working_values * 4
     assert need.parameters == sum(value.numel() for value in UNet(SMALL).parameters())
+    assert need.framework == 720_000_000 + 180_000_000  # torch and diffusers
+    assert training_need(SMALL, torch.float32, True).framework == 1_000_000_000
 
 
 def test_the_report_of_memory_has_one_line_of_activations(folder: Path) -> None:

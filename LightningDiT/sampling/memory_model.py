@@ -48,6 +48,7 @@ RESIDUAL_MAPS = 8  # of a residual block of the decoder: the input, twice norm, 
 # each convolution, are fp16.
 DECODER_BYTES = {FLOAT32: RESIDUAL_MAPS * FLOAT32, HALF: 4 * FLOAT32 + 6 * HALF}
 FRAMEWORK_BYTES = 700_000_000  # docs/memory.md, row "framework" (about 600 MB), and libraries of the first computation
+DIFFUSERS_BYTES = 180_000_000  # what a U-Net's package adds: measured 0.06 to 0.16 GiB by tools/training_memory
 GPU_CONTEXT_BYTES = 1_000_000_000  # an allowance, not measured: driver, cuBLAS and cuDNN beside torch's tensors
 
 
@@ -81,6 +82,11 @@ def block_bytes(settings: LightningDiTSettings, rows: int, value_bytes: int) -> 
     hidden = int(settings.hidden_size * settings.mlp_ratio)
     inner = SWIGLU_TENSORS * int(2 / 3 * hidden) if settings.use_swiglu else PLAIN_MLP_TENSORS * hidden
     return rows * settings.side**2 * (BLOCK_TENSORS * settings.hidden_size + inner) * value_bytes
+
+
+def package_bytes(settings: NetworkSettings) -> int:
+    """Return the bytes of the package that a network needs beside torch."""
+    return DIFFUSERS_BYTES if hasattr(settings, "working_values") else 0
 
 
 def step_bytes(settings: NetworkSettings, rows: int, value_bytes: int) -> int:
@@ -150,10 +156,11 @@ def sampling_need(config: Config, on_gpu: bool, value_bytes: int) -> Need:
 
     transformer, tokenizer = parameters_of(config)
     networks = 2 if config.sample.guide_ckpt else 1
+    settings = model_settings(config)
     decoder = autoencoder_settings(load_tokenizer_config(tokenizer_config_path(config)))
     return replace(
-        working_need(model_settings(config), decoder, config.data.image_size, on_gpu, value_bytes),
-        framework=GPU_CONTEXT_BYTES if on_gpu else FRAMEWORK_BYTES,
+        working_need(settings, decoder, config.data.image_size, on_gpu, value_bytes),
+        framework=GPU_CONTEXT_BYTES if on_gpu else FRAMEWORK_BYTES + package_bytes(settings),
         weights=networks * transformer * value_bytes + tokenizer * FLOAT32,
         loading=0 if on_gpu else PORTION_BYTES,
     )

@@ -12,7 +12,7 @@ activations(b)    b x (depth x block + rest + block): what autograd keeps for on
                   one and of two layers, at the real width, run on the CPU, and every tensor that autograd keeps counts
                   once. With activation checkpointing, each layer keeps its input alone, and one layer at a time is
                   computed again: b x (depth x input + block + rest + block).
-framework         the interpreter and torch, on a GPU the driver's context.
+framework         the interpreter and torch, and for a U-Net diffusers; on a GPU the driver's context.
 
 `python -m LightningDiT.tools.training_memory --config C --measure 1 4` compares it with measured peaks.
 """
@@ -28,6 +28,7 @@ from LightningDiT.checkpoint import without_values
 from LightningDiT.device import autocast
 from LightningDiT.loading import Network, NetworkSettings, make_model
 from LightningDiT.models.lightningdit import LightningDiTSettings
+from LightningDiT.sampling.memory_model import package_bytes
 
 FLOAT32, HALF = 4, 2
 STATE_BYTES = 4 * FLOAT32  # a parameter: weight, two moments, average
@@ -73,7 +74,7 @@ def training_need(settings: NetworkSettings, dtype: torch.dtype, on_gpu: bool) -
         model = make_model(settings)
     linear = [module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     return TrainingNeed(
-        framework=GPU_CONTEXT_BYTES if on_gpu else FRAMEWORK_BYTES,
+        framework=GPU_CONTEXT_BYTES if on_gpu else FRAMEWORK_BYTES + package_bytes(settings),
         parameters=sum(value.numel() for value in model.parameters()),
         half_copies=0 if dtype == torch.float32 else HALF * sum(linear),
         activations=activation_bytes(settings, dtype),
