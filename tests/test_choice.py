@@ -148,6 +148,8 @@ def test_looks_of_another_measure_do_not_count() -> None:
     patient = choice(patience=3)
     assert patient.load_state_dict(state, first.weights) == ""
     assert (patient.best, patient.looks) == (5, first.looks)
+    state["weights"]["weight"].fill_(9)  # a checkpoint's tensors lie in its file
+    assert patient.weights["weight"].item() == 5
     assert patient.load_state_dict({}, first.weights) == ""  # of a run that began without a choice
     assert patient.best is None
 
