@@ -21,21 +21,25 @@ workers.usable_cores = lambda: int(os.environ["CORES"])
 def pytest_addoption(parser):
     parser.addoption("--gpu", action="store_true")
 """
-#: Each test says which process it is in, and how many threads that was told to use.
+#: Each test says which process it is in, how many threads that was told to use, and which folder it shares with whom.
 SAYING = """
-import os
+import os, time
 from pathlib import Path
 import pytest
+from tests.workers import shared_folder
 @pytest.mark.parametrize("number", range(4))
-def test_place(number):
-    folder = Path(os.environ["PLACES"])
+def test_place(number, request, tmp_path_factory):
     place = [os.environ.get(name, "own") for name in ("PYTEST_XDIST_WORKER", "OMP_NUM_THREADS")]
-    (folder / str(number)).write_text(" ".join(place))
+    with shared_folder(request, tmp_path_factory, "shared") as folder:
+        with (folder / "held").open("x"):  # fails while another test is within
+            time.sleep(0.05)
+        (folder / "held").unlink()
+    (Path(os.environ["PLACES"]) / str(number)).write_text("\\n".join([" ".join(place), str(folder)]))
 """
 
 
 def places(folder: Path, *options: str, cores: int = 2) -> set[str]:
-    """Run a suite with the project's hook in a process and return where its tests ran."""
+    """Run a suite with the project's hook in a process and return where its tests ran; they share one folder."""
     (folder / "tests").mkdir()
     (folder / "places").mkdir()
     (folder / "pytest.ini").write_text("[pytest]\ntestpaths = tests\n")
@@ -47,7 +51,9 @@ def places(folder: Path, *options: str, cores: int = 2) -> set[str]:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options]
     done = subprocess.run(command, cwd=folder, env={**kept, **added}, capture_output=True, text=True, check=False)
     assert " 4 passed" in done.stdout, done.stdout + done.stderr
-    return {path.read_text() for path in (folder / "places").iterdir()}
+    ran, shared = zip(*(path.read_text().splitlines() for path in (folder / "places").iterdir()), strict=True)
+    assert len(set(shared)) == 1
+    return set(ran)
 
 
 def test_two_processes_share_the_whole_suite(tmp_path: Path) -> None:
