@@ -24,6 +24,7 @@ KINDS = ("shift", "gain", "noise", "doppler")
 ASSUMED_SPAN = 45.0  # dB from level 0 to 1 where the range of the levels is unknown
 FLOOR = 20.0  # percentile of a window that counts as its noise floor
 MOST_DB, MOST_SCALE = 40.0, 0.5  # limits of the limits
+FIX = "python -m LightningDiT.extract_features --help"
 EXAMPLE = "shift,gain=6,noise=6,doppler=0.05"
 
 Vector = NDArray[np.float32]
@@ -74,7 +75,7 @@ def parsed(text: str, zero_doppler: float | None = None) -> Augmentation:
     for part in text.split(","):
         kind, _, amount = part.strip().partition("=")
         if kind not in KINDS or (kind == "shift" and amount):
-            raise LightningDiTError(f"{text!r} is no augmentation: {part.strip()!r}", f"name kinds such as '{EXAMPLE}'")
+            raise LightningDiTError(f"{part.strip()!r} is no kind of augmentation; {EXAMPLE} names all", FIX)
         limit = MOST_SCALE if kind == "doppler" else MOST_DB
         try:
             value = float(amount or usual[kind])
@@ -82,8 +83,7 @@ def parsed(text: str, zero_doppler: float | None = None) -> Augmentation:
             value = math.nan
         if not 0 < value <= limit:
             raise LightningDiTError(
-                f"{part.strip()} is given; a number above 0 and up to {limit:g} is expected",
-                f"name kinds such as '{EXAMPLE}'",
+                f"{part.strip()} is given; a number above 0 and up to {limit:g} is expected, as in {EXAMPLE}", FIX
             )
         chosen[kind] = True if kind == "shift" else value
     return Augmentation(**chosen, zero_doppler=zero_doppler)
