@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from LightningDiT import train
-from LightningDiT.checkpoint import load_weights, save_weights
+from LightningDiT.checkpoint import inspect, load_weights, save_weights
 from LightningDiT.config import load_config
 from LightningDiT.data.labels import Labels
 from LightningDiT.distributed import Processes
@@ -28,6 +28,7 @@ from LightningDiT.models import lightningdit
 from LightningDiT.radar.level_images import Windows, load_windows
 from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from LightningDiT.training import judged_samples
+from LightningDiT.training.choice import CHOSEN
 from LightningDiT.training.curves import LiveCurves, read_log
 from LightningDiT.training.judged_samples import JudgedSamples, Looks, class_numbers, drawn_conditions, windows_of
 from tests.test_window_judge import walkers
@@ -83,7 +84,7 @@ def test_the_error_counts_passes_not_windows() -> None:
 
 def test_people_are_matched_by_name_and_only_those_with_training_windows() -> None:
     split = windows(*walkers(2, 0))
-    split = replace(split, people=split.people.where(split.people != 1, 0))  # nobody trains for ID_1
+    split = replace(split, people=torch.where(split.people != 1, split.people, 0))  # nobody trains for ID_1
     assert class_numbers(Labels(3, ("ID_2", "ID_9", "ID_0")), split) == {0: 2, 2: 0}
     assert class_numbers(Labels(3), split) == {0: 0, 2: 2}
     with pytest.raises(LightningDiTError, match="does not know: ID_2"):
@@ -166,6 +167,20 @@ def test_a_training_logs_what_its_samples_are_worth(walking: Path, capsys: pytes
     assert judged.worth(pipe).row() == {name: looks[1][name] for name in judged.worth(pipe).row()}
     assert judged.worth(pipe, draw=1) != judged.worth(pipe)
     assert load_weights(folder / "transformer.safetensors").keys() == load_weights(folder / "last.safetensors").keys()
+
+
+def test_the_chosen_part_of_a_network_is_an_adapter(walking: Path) -> None:
+    network = make_model(model_settings(load_config(walking)))
+    save_weights(network.state_dict(), walking.with_name("there.safetensors"))
+    more = "weight_init: there.safetensors, trainable: bias, judge_samples"
+    walking.write_text(walking.read_text().replace("judge_samples", more))
+    assert train.main(["--config", str(walking)]) == 0
+    folder = walking.parent / "runs" / "lightningdit"
+    chosen, last = (inspect(folder / name) for name in ("adapter.safetensors", "last.safetensors"))
+    assert chosen.shapes == last.shapes
+    assert "blocks.0.attn.qkv.weight" not in chosen.shapes
+    assert chosen.metadata == last.metadata | {CHOSEN: chosen.metadata[CHOSEN]}
+    assert json.loads(chosen.metadata[CHOSEN])["step"] == json.loads((folder / "choice.json").read_text())["chosen"]
 
 
 def test_looks_change_nothing_of_the_training(walking: Path) -> None:
