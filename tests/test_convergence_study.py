@@ -23,9 +23,9 @@ from LightningDiT.loading import model_settings
 from LightningDiT.models.lightningdit import LightningDiT
 from LightningDiT.tokenizer.config import load_tokenizer_config, tokenizer_training
 from LightningDiT.tokenizer.vavae import autoencoder_settings
+from LightningDiT.verdict.jobs import Job, run_jobs
 from studies.convergence import arms, evaluate_checkpoints, jobs, page
 from studies.convergence.__main__ import parse
-from studies.jobs import Job, run_jobs
 from tests.conftest import BUNDLED, PROJECT
 from tests.test_evaluate_bundled import data_root  # noqa: F401 - a fixture
 
@@ -122,7 +122,7 @@ def test_a_stop_reaches_the_job_under_way(number: signal.Signals, tmp_path: Path
     )
     code = (
         "import sys; from pathlib import Path; from LightningDiT.console import run_main\n"
-        "from studies.jobs import Job, run_jobs\n"
+        "from LightningDiT.verdict.jobs import Job, run_jobs\n"
         f"job = Job('waiting', ('waiting', {str(tmp_path / 'began')!r}), Path({str(tmp_path / 'never')!r}))\n"
         "sys.exit(run_main(lambda: run_jobs([job]) or 0))"
     )

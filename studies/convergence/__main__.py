@@ -17,10 +17,10 @@ from pathlib import Path
 from LightningDiT.console import positive, run_main
 from LightningDiT.data.fashion_mnist import fashion_mnist
 from LightningDiT.tools.report import check_marks
+from LightningDiT.verdict.jobs import run_jobs
 from studies.convergence.arms import START_PARTS, Plan, write_configs
 from studies.convergence.jobs import jobs_of
 from studies.convergence.page import MARK, write_page
-from studies.jobs import run_jobs
 from studies.pages import add_data_option, equal_numbers
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from LightningDiT.verdict.jobs import Job
 from studies.convergence.arms import (
     ALIGNED,
     ARMS,
@@ -14,7 +15,6 @@ from studies.convergence.arms import (
     run_name,
     start_name,
 )
-from studies.jobs import Job
 
 
 def jobs_of(plan: Plan) -> list[Job]:

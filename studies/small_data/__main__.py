@@ -15,7 +15,7 @@ from pathlib import Path
 
 from LightningDiT.console import natural, positive, run_main
 from LightningDiT.tools.report import check_marks
-from studies.jobs import run_jobs
+from LightningDiT.verdict.jobs import run_jobs
 from studies.small_data.cells import Plan, write_configs
 from studies.small_data.jobs import jobs_of
 from studies.small_data.page import MARK, write_page

@@ -13,7 +13,7 @@ from typing import Any
 from LightningDiT.config import read_yaml
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.radar.augmentation import NAMES
-from studies.jobs import PROJECT
+from LightningDiT.verdict.jobs import PROJECT
 from studies.pages import write_json
 
 RATIO, CHANNELS = 4, 6  # of the bundled tokenizer

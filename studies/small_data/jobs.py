@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from studies.jobs import Job
+from LightningDiT.verdict.jobs import Job
 from studies.small_data.cells import CELLS, CHOSEN, FOLD, OTHERS, SPLIT, Plan
 
 #: Options of the two populations. Their people have other names, so that no class of a start is taken for one of them.

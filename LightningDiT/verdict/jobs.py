@@ -1,6 +1,6 @@
-"""Jobs of a study: commands that a user could give, run one after another, each in a process of its own.
+"""Jobs of step 6 and of studies: commands that a user could give, one after another, each in a process of its own.
 
-A job that was stopped goes on by itself; the file that it makes says that it is done.
+A job that was stopped goes on by itself; the file that it makes, or the number of its images, says that it is done.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from LightningDiT.console import duration
 from LightningDiT.errors import LightningDiTError
 
-PROJECT = Path(__file__).parents[1]
+PROJECT = Path(__file__).parents[2]  # the folder that holds the package
 STOPPED = 130  # exit code of a command that Ctrl-C ended
 
 
@@ -26,12 +26,20 @@ class Job:
 
     Attributes:
         command: the module that `python -m` runs, with its arguments.
-        makes: the file that it writes at its end.
+        makes: the file that it writes at its end, or the folder of its images.
+        images: how many PNG files, in subfolders of `makes`, are all; 0: `makes` is a file.
     """
 
     name: str
     command: tuple[str, ...]
     makes: Path
+    images: int = 0
+
+    @property
+    def is_done(self) -> bool:
+        if not self.images:
+            return self.makes.exists()
+        return sum(1 for _ in self.makes.glob("*/*.png")) >= self.images
 
 
 def run_jobs(jobs: Sequence[Job]) -> None:
@@ -41,14 +49,14 @@ def run_jobs(jobs: Sequence[Job]) -> None:
         LightningDiTError: a job failed.
         KeyboardInterrupt: Ctrl-C or SIGTERM ended a job.
     """
-    missing = [job for job in jobs if not job.makes.exists()]
+    missing = [job for job in jobs if not job.is_done]
     print(f"{len(jobs) - len(missing)} of {len(jobs)} parts are there", flush=True)
     for job in missing:
         print(f"{job.name}: python -m {' '.join(job.command)}", flush=True)
         started, code = time.monotonic(), exit_code(job.command)
         if code == STOPPED:
             raise KeyboardInterrupt
-        if code or not job.makes.exists():
+        if code or not job.is_done:
             raise LightningDiTError(f"{job.name} failed with exit code {code}", "see above, and give the command again")
         print(f"{job.name}: done in {duration(time.monotonic() - started)}", flush=True)
 
