@@ -51,6 +51,7 @@ from LightningDiT.tokenizer.vavae import autoencoder_settings
 from LightningDiT.transport import GuidanceSettings, Transport, create_transport
 
 STATS_NAME = "latents_stats.pt"
+LATENT_SIDE = "latent_side"  # key in the metadata of a U-Net's weights, whose tensors do not show it
 ADAPTER_FIX = "set ckpt_path to the file that train.weight_init named, or set the adapter_path that belongs to it"
 
 Network = LightningDiT | UNet
@@ -147,6 +148,11 @@ def model_differences(wanted: NetworkSettings, found: NetworkSettings) -> list[s
     return setting_differences(_by_name(found), _by_name(wanted), ignored, sides)
 
 
+def network_metadata(settings: NetworkSettings) -> dict[str, str]:
+    """Return what the metadata of weights say of a network beyond its tensors."""
+    return {LATENT_SIDE: str(settings.input_size)} if isinstance(settings, UNetSettings) else {}
+
+
 def _by_name(settings: NetworkSettings) -> dict[str, Any]:
     """Return settings as values that a message can show."""
     values = dataclasses.asdict(settings)
@@ -174,6 +180,11 @@ def check_transformer_file(config: Config, path: str | Path) -> str:
     except (ValueError, KeyError, IndexError) as error:
         raise LightningDiTError(f"{path}: {error}", "name the transformer's weights in ckpt_path") from error
     _refuse_another_network(config, path, wanted, found)
+    if (side := info.metadata.get(LATENT_SIDE, str(wanted.input_size))) != str(wanted.input_size):
+        raise LightningDiTError(
+            f"{path} was trained on latents of side {side}; {config.source} describes {wanted.input_size}",
+            "set the data.image_size and vae.downsample_ratio that belong to the file",
+        )
     with without_values():
         model = make_model(wanted)
     check_shapes(model, info.shapes, path)
@@ -215,7 +226,11 @@ def _with_adapter(config: Config, info: CheckpointInfo) -> CheckpointInfo:
     shapes = {name: shape for name, shape in merged_shapes(info.shapes, adapter.shapes).items() if name in wanted}
     kinds = {name: kind for name, kind in (info.kinds | adapter.kinds).items() if name in wanted}
     return dataclasses.replace(
-        info, shapes=shapes, kinds=kinds, notes=(*info.notes, *adapter.notes, f"adapter {adapter.path}")
+        info,
+        shapes=shapes,
+        kinds=kinds,
+        metadata=info.metadata | adapter.metadata,
+        notes=(*info.notes, *adapter.notes, f"adapter {adapter.path}"),
     )
 
 

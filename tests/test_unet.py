@@ -403,6 +403,9 @@ def test_a_run_from_latents_to_guided_images(folder: Path) -> None:
 
     save_weights(whole.model.state_dict(), folder / "unet.safetensors", whole.metadata)
     assert_guided(config, load_transformer(config))
+    larger = replace(config, data=replace(config.data, image_size=32))
+    with pytest.raises(LightningDiTError, match=r"was trained on latents of side 8; .* describes 16"):
+        load_transformer(larger)
 
 
 def assert_guided(config: Config, network: Network) -> None:
@@ -412,6 +415,7 @@ def assert_guided(config: Config, network: Network) -> None:
     known, unknown = (network(noise, torch.zeros(1), given) for given in (labels, null))
     assert float((known - unknown).abs().max()) > 1e-4
     pipe = LightningDiTPipeline.from_config(config, device="cpu")
+    assert pipe._metadata()["latent_side"] == "8"
     out = pipe([0, 2, 1], conditions=[1, 0, 1], latents=noise, output_type="latent").images
     torch.testing.assert_close(out, noise + unknown + 3 * (known - unknown), atol=1e-5, rtol=1e-5)
     assert load_weights(config.ckpt_path or "").keys() == network.state_dict().keys()

@@ -54,6 +54,7 @@ from LightningDiT.loading import (
     load_guide,
     load_stats,
     load_transformer,
+    network_metadata,
     required,
 )
 from LightningDiT.sampling.calibrated import (
@@ -234,7 +235,7 @@ class LightningDiTPipeline:
             found[NULL_TRAINED] = json.dumps(not self.null_failure and told)
         if self.config.adapter_path:
             found[ADAPTER] = adapter_digest(self.config.adapter_path)
-        return found
+        return found | network_metadata(self.transformer.settings)
 
     def with_sample(self, sample: SampleConfig) -> LightningDiTPipeline:
         """Return a pipeline of the same networks with other sampling settings; another guide is loaded."""

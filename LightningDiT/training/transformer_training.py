@@ -21,7 +21,7 @@ from LightningDiT.device import PRECISIONS, abilities, autocast, best_device, tr
 from LightningDiT.distributed import ALONE, Processes
 from LightningDiT.errors import LightningDiTError, is_out_of_memory
 from LightningDiT.idle_settings import training_notes
-from LightningDiT.loading import Network, build_transport, make_model, model_settings
+from LightningDiT.loading import Network, build_transport, make_model, model_settings, network_metadata
 from LightningDiT.models.adapters import matrix_names
 from LightningDiT.sampling.null_row import null_failure_of
 from LightningDiT.seeds import generator_for
@@ -81,6 +81,7 @@ class Trainer:
         model, self.part = self._initial_model(starts, names, conditions)
         self.model = model.float().to(self.device)
         self.metadata = weights_metadata(config, names, conditions) | self.part.metadata
+        self.metadata |= network_metadata(self.model.settings)
         self.ema = Ema(self.model, config.train.ema_decay, self.part.names)
         self.scaler = LossScaler(self.dtype == torch.float16)
         self.rate_scale, self.learning_rate = 1.0, 0.0
