@@ -40,8 +40,9 @@ from studies.pages import Figures, run_parts
 
 SHOWN = 45.0  # dB of a window, as in the simulator's pictures
 STARTS = ("null", "mean", "random")
-#: What is trained, and the learning rates (for `all` its own), of which the better by the held-out loss is shown.
-PARTS = {"all": (1e-3,), "lora": (3e-3, 1e-2), "bias": (3e-3, 1e-2)}
+#: What is trained, and the learning rates of which the better one by the held-out loss is shown.
+PARTS = {"all": (3e-4, 1e-3), "lora": (1e-3, 3e-3), "bias": (1e-3, 3e-3)}
+PARTS_START = "null"  # of the new classes in these trainings
 MEGABYTE = 1e6
 
 
@@ -165,14 +166,15 @@ def starts(args: argparse.Namespace) -> Figures:
 
 
 def parts(args: argparse.Namespace) -> Figures:
-    """Measure what is trained: all, adapters, or biases; these at two learning rates."""
+    """Measure what is trained: all, adapters, or biases; each at two learning rates."""
     config = load_config(Path(args.model) / "config.yaml")
     with tempfile.TemporaryDirectory() as folder:
         write_latents(Path(folder), config, args)
         found = {
             kind: {
                 f"{rate:g}": in_a_process(
-                    configured(Path(folder), config, args, args.seed, trainable=kind, lr=rate), args
+                    configured(Path(folder), config, args, args.seed, trainable=kind, lr=rate, new_classes=PARTS_START),
+                    args,
                 )
                 for rate in rates
             }
