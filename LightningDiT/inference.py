@@ -31,6 +31,7 @@ from LightningDiT.sampling.options import (  # noqa: E402
     describe_settings,
     grid_of,
     in_rounds,
+    read_label_file,
 )
 
 if TYPE_CHECKING:
@@ -53,6 +54,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", help="folder of the images")
     parser.add_argument("--by-class", action="store_true", help="a subfolder for each class, named after it")
     parser.add_argument(
+        "--labels", metavar="FILE", help="CSV with the class of each image, and its condition: `class,condition`"
+    )
+    parser.add_argument(
         "--npz",
         nargs="?",
         const="",
@@ -72,6 +76,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--npz goes with a folder of images, not with --demo")
     if args.demo and args.by_class:
         parser.error("--by-class goes with a folder of images, not with --demo")
+    if args.demo and args.labels:
+        parser.error("--labels goes with a folder of images, not with --demo")
+    if args.labels and (args.classes or args.conditions or args.num_samples or args.count):
+        parser.error("--labels says class, condition and number of the images: omit the other options of these")
     if args.demo and args.num_samples:
         parser.error("--num-samples goes with a folder of images; --demo takes --count")
     if args.num_samples and args.count:
@@ -107,6 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def planned(args: argparse.Namespace) -> tuple[Config, int]:
     """Return the settings and the number of images."""
     config = apply_options(load_config(args.config), args)
+    if args.labels:
+        return config, len(read_label_file(args.labels)[0])
     count = args.num_samples or args.count  # asked for first: no list of as many classes is made
     if args.demo and not count:
         count = len(grid_of(args, config)[0])
@@ -146,7 +156,8 @@ def run_folder(config: Config, args: argparse.Namespace, processes: Processes, c
     if file is not None:
         processes.from_main(lambda: _check_npz(file))
     if args.dry_run:
-        return processes.from_main(lambda: check_run(config, *grid_of(args, config)))
+        asked = read_label_file(args.labels) if args.labels else grid_of(args, config)
+        return processes.from_main(lambda: check_run(config, *asked))
     pipe = processes.agree(lambda: LightningDiTPipeline.from_config(config))
     labels = processes.agree(lambda: labels_of(pipe, args, count))
     preview = Preview(args.preview, _beside(output, "_preview.png")) if args.preview else None
@@ -154,7 +165,9 @@ def run_folder(config: Config, args: argparse.Namespace, processes: Processes, c
         processes.say(f"classes        {pipe.labels.listing(labels)}")
     conditions = processes.agree(lambda: conditions_of(pipe, args, count))
     if pipe.conditions and conditions:
-        processes.say(f"conditions     {condition_text(pipe.conditions, conditions, bool(args.conditions))}")
+        processes.say(
+            f"conditions     {condition_text(pipe.conditions, conditions, bool(args.conditions or args.labels))}"
+        )
     result = sample_run(
         pipe, labels, args.seed, output, args.time_budget, processes, preview, args.by_class, conditions
     )
@@ -174,7 +187,9 @@ def run_folder(config: Config, args: argparse.Namespace, processes: Processes, c
 
 
 def labels_of(pipe: LightningDiTPipeline, args: argparse.Namespace, count: int) -> list[int]:
-    """Return the class of each image: those of the command line in turn, or random ones."""
+    """Return the class of each image: those of a file, those of the command line in turn, or random ones."""
+    if args.labels:
+        return pipe.labels.numbers(read_label_file(args.labels)[0])
     classes = pipe.config.data.num_classes
     if not args.classes:
         return random_labels(count, classes, args.seed)
@@ -189,6 +204,9 @@ def conditions_of(pipe: LightningDiTPipeline, args: argparse.Namespace, count: i
     """
     from LightningDiT.sampling.conditions import numbers_of_conditions
 
+    if args.labels:
+        given = read_label_file(args.labels)[1]
+        return numbers_of_conditions(pipe.conditions, given, count, pipe.null_failure)
     chosen = chosen_conditions(args, pipe.config.data.num_conditions)
     turn = len(chosen_classes(args, pipe.config.data.num_classes)) if args.classes else 1
     given = in_rounds(chosen, turn, count) if chosen else None

@@ -192,3 +192,24 @@ def test_a_grid_has_every_class_under_every_condition(conditional: Path, capsys:
     assert "conditions     none; --conditions chooses of 0 Normal; 1 Backpack; 2 Bag" in capsys.readouterr().out
     assert sample(conditional, "--demo", "--conditions", "Bog", "--dry-run") == 1
     assert "condition 'Bog' is unknown" in capsys.readouterr().err
+
+
+def test_a_file_says_class_and_condition_of_each_image(conditional: Path, tmp_path: Path) -> None:
+    """The images are those of a call with the same labels; other tables are one line."""
+    listed = tmp_path / "labels.csv"
+    listed.write_text("class,condition\n2,Bag\n0,none\n2,Normal\n")
+    options = ["--config", str(conditional), "--labels", str(listed), "--output", str(tmp_path / "run")]
+    assert run_main(lambda: inference.main([*options, "--by-class", "--batch-size", "3"])) == 0
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert (manifest["labels"], manifest["conditions"]) == ([2, 0, 2], [2, None, 0])
+    pipe = LightningDiTPipeline.from_config(conditional)
+    expected = sample_run(pipe, [2, 0, 2], 0, tmp_path / "other", None, by_class=True, conditions=[2, None, 0])
+    for path in filter(None, expected.paths):
+        found = tmp_path / "run" / path.relative_to(tmp_path / "other")
+        assert np.array_equal(np.asarray(Image.open(found)), np.asarray(Image.open(path)))
+    assert run_main(lambda: inference.main([*options, "--dry-run"])) == 0
+    for text in ("label\n1\n", "class,condition\n1\n", "class,condition\n1,Bag,2\n", "class\n", "class\n7\n"):
+        listed.write_text(text)
+        assert run_main(lambda: inference.main([*options, "--dry-run"])) == 1, text
+    with pytest.raises(SystemExit):
+        inference.parse([*options, "--classes", "1"])

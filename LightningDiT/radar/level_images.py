@@ -27,7 +27,7 @@ from LightningDiT.errors import LightningDiTError, first_line
 from LightningDiT.files import read_json
 from LightningDiT.radar.arrays import Levels
 from LightningDiT.radar.augmentation import ASSUMED_SPAN, NAMES, Augmentation, augmented
-from LightningDiT.radar.split import FOLDS, MOST_BYTES, Row, Split, load_split
+from LightningDiT.radar.split import FOLDS, MOST_BYTES, PARENT_FILE, Row, Split, load_split
 from LightningDiT.radar.written import FORMAT, MANIFEST, MEASURED, levels_digest
 
 NO_CONDITION = "none"  # name of the condition of windows without one, beside others
@@ -114,6 +114,8 @@ class LevelFiles:
 def open_level_files(levels: Path, split_file: Path) -> LevelFiles:
     """Return the files of a folder that `step5_prepare_spectrograms.py --write` made, by the rows of its split.
 
+    A restricted split has the windows, and so the levels, of the split that it is of.
+
     Raises:
         LightningDiTError: the folder is no such folder, is not complete, or is of another split.
     """
@@ -127,7 +129,7 @@ def open_level_files(levels: Path, split_file: Path) -> LevelFiles:
         files, size, db_range = content["files"], content.get("pixels"), content["db_range"]
     except (OSError, ValueError, KeyError) as error:
         raise LightningDiTError(f"{levels} holds no levels of step 5 ({first_line(error)})", fix) from error
-    if digest != split.digest:
+    if digest not in (split.digest, split.parent or split.digest):
         reason = "another split than" if digest else "an earlier release, which did not name the split;"
         raise LightningDiTError(f"the levels in {levels} are of {reason} {split_file}", fix)
     if not digests or not size:
@@ -159,7 +161,10 @@ def _checked_numbers(files: _Files, size: Any, db_range: Any) -> tuple[float, fl
 
 def again(split: Split, split_file: Path, levels: Path) -> str:
     """Return the command that writes the levels of a split; options of other settings are those of the first run."""
-    data, output, folder = (shlex.quote(str(path)) for path in (split.data, split_file.parent, levels))
+    whole = Path(
+        str(split.settings.get(PARENT_FILE, split_file))
+    )  # not the restricted split, which step 5 does not write
+    data, output, folder = (shlex.quote(str(path)) for path in (split.data, whole.parent, levels))
     seed, folds = split.settings.get("seed", 0), split.folds
     more = f" --seed {seed}" * (seed != 0) + f" --folds {folds}" * (folds != FOLDS)
     return f"python step5_prepare_spectrograms.py --data {data} --output {output}{more} --write {folder}"

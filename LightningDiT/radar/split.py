@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ BLOCK = 0.2  # of a training pass: the end that validates where a person has two
 LEAST = 0.5  # of an equal share: what the smallest fold of a person holds at least
 RERUN = "run step5_prepare_spectrograms.py again"
 MOST_BYTES = 2**28
+PARENT, PARENT_FILE = "parent", "parent_file"  # settings of a restricted split: digest and file of the whole one
 
 
 @dataclass(frozen=True)
@@ -213,6 +214,11 @@ class Split:
             )
         return [row for row in self.rows if row.parts[fold] == name]
 
+    @property
+    def parent(self) -> str | None:
+        """The digest of the split that this one restricts, None for a split of its own."""
+        return self.settings.get(PARENT)
+
     def refuse_tested(self, names: Iterable[str], digests: Iterable[str] = (), fold: int = 0) -> None:
         """Raise LightningDiTError if a window that is to be trained on is one of the test, by name or by pixels.
 
@@ -230,6 +236,39 @@ class Split:
                 f" windows, as {len({row.name for row in found})} do",
                 "train on the windows of the part training alone",
             )
+
+
+def restricted(split: Split, kept: Collection[int], fold: int) -> list[Row]:
+    """Return the rows of a split in which only some windows of a fold train: the others become guards, used by nothing.
+
+    All other parts and folds stay as they are.
+
+    Args:
+        kept: rows of the split, from 0.
+
+    Raises:
+        LightningDiTError: one of them is no training window of the fold.
+    """
+    chosen = set(kept)
+    if odd := [at for at in sorted(chosen) if split.rows[at].parts[fold] != "training"]:
+        row = split.rows[odd[0]]
+        raise LightningDiTError(
+            f"{row.name} is to be trained on and is a {row.parts[fold]} window of fold {fold}",
+            "choose training windows alone",
+        )
+    rows = []
+    for at, row in enumerate(split.rows):
+        parts = list(row.parts)
+        if parts[fold] == "training" and at not in chosen:
+            parts[fold] = "guard"
+        rows.append(replace(row, parts=tuple(parts)))
+    return rows
+
+
+def save_restricted(path: Path, split: Split, split_file: Path, kept: Collection[int], fold: int) -> None:
+    """Write the split that `restricted` gives; it names the one that it is of, whose levels it shares."""
+    settings = {**split.settings, PARENT: split.digest, PARENT_FILE: str(split_file)}
+    save_split(path, Path(split.data), Path(split.root), restricted(split, kept, fold), settings)
 
 
 def save_split(path: Path, data: Path, root: Path, rows: Sequence[Row], settings: Mapping[str, Any]) -> None:

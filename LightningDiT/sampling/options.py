@@ -6,6 +6,7 @@ Nothing here needs torch, so that `--help` answers at once.
 from __future__ import annotations
 
 import argparse
+import csv
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -20,12 +21,15 @@ from LightningDiT.config import (
     with_overrides,
 )
 from LightningDiT.console import natural, positive
+from LightningDiT.errors import LightningDiTError, first_line
+from LightningDiT.files import read_text
 from LightningDiT.idle_settings import sampling_notes
 
 #: Classes that the published demo shows.
 IMAGENET_DEMO_CLASSES = (975, 3, 207, 387, 388, 88, 979, 279)
 MOST_DEMO_CLASSES = 10
 CONTACT_SHEET = "all"
+LABEL_FILE_FIX = "name a CSV file with a column class and a row for each image"
 #: Option of each sampling setting that the command line can override.
 OPTIONS = {
     "num_sampling_steps": "--steps",
@@ -142,6 +146,25 @@ def grid_of(args: argparse.Namespace, config: Config) -> tuple[list[int | str], 
     if conditions is None:
         return classes, None
     return classes, in_rounds(conditions, len(chosen_classes(args, config.data.num_classes)), len(classes))
+
+
+def read_label_file(path: str) -> tuple[list[str], list[str] | None]:
+    """Return class and condition of each image as a CSV file names them; None in place of conditions without a column.
+
+    Raises:
+        LightningDiTError: it cannot be read, has other columns than `class` and `condition`, or no row.
+    """
+    try:
+        table = csv.DictReader(read_text(path, encoding="utf-8-sig").splitlines(), strict=True)
+        columns, rows = table.fieldnames or [], list(table)
+    except (OSError, ValueError, csv.Error) as error:
+        raise LightningDiTError(f"labels {path} cannot be read ({first_line(error)})", LABEL_FILE_FIX) from error
+    if sorted(columns) not in (["class"], ["class", "condition"]) or not rows:
+        raise LightningDiTError(f"labels {path} has {len(rows)} rows of {', '.join(columns)[:80]}", LABEL_FILE_FIX)
+    if any(None in row or None in row.values() for row in rows):
+        raise LightningDiTError(f"labels {path} has rows with fewer or more values than its header", LABEL_FILE_FIX)
+    conditions = [row["condition"] for row in rows] if "condition" in columns else None
+    return [row["class"] for row in rows], conditions
 
 
 def in_rounds(conditions: Sequence[int | str], round_length: int, count: int) -> list[int | str]:
