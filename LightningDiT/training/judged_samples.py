@@ -89,10 +89,10 @@ class Looks:
 
     def __init__(self, make: Callable[[], tuple[JudgedSamples, LightningDiTPipeline]], processes: Processes) -> None:
         self.processes = processes
-        self._held: list[tuple[JudgedSamples, LightningDiTPipeline]] = []
-        processes.from_main(lambda: self._held.append(make()))
-        if processes.is_main:
-            print(self._held[0][0].text(), flush=True)
+        # no exchange here: whoever makes the monitors shares an error
+        self._held = [make()] if processes.is_main else []
+        for judged, _ in self._held:
+            print(judged.text(), flush=True)
 
     def observe(self, step: int) -> dict[str, float]:
         """Return the numbers of a look for the log; none if samples are not finite, which is said."""
