@@ -53,8 +53,8 @@ def notes(folder: Path, text: str) -> list[str]:
             "train.lora_rank, train.lora_targets: no effect without train.trainable: lora",
         ),
         (
-            "train: {new_classes: mean}",
-            "train: {new_classes: mean, weight_init: x}",
+            "train: {new_classes: random}",
+            "train: {new_classes: random, weight_init: x}",
             "train.new_classes: no effect without train.weight_init",
         ),
         (

@@ -13,8 +13,8 @@ A file of the same shapes is loaded strictly. Otherwise each tensor is taken, re
 
 So the model's first prediction of the shared channels is the old model's, whatever the further channels hold.
 
-New rows of the class table start as `train.new_classes` says: as the null row, which has seen every class; as the mean
-of the table; or at random, small, which was best in `studies/adapter_study.py`.
+New rows of the class table start as `train.new_classes` says: as the mean of the table; as the null row, which has seen
+every class; or at random, small. `studies/adapter_study.py` compares them.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def plan(
     info: CheckpointInfo,
     names: Names | None = None,
     conditions: Names | None = None,
-    new_classes: str = "random",
+    new_classes: str = "mean",
 ) -> Plan:
     """Return what becomes of the tensors in a weights file; the model may be on the meta device.
 
@@ -148,7 +148,7 @@ def initialise(
     path: str | Path,
     names: Names | None = None,
     conditions: Names | None = None,
-    new_classes: str = "random",
+    new_classes: str = "mean",
 ) -> Plan:
     """Load what fits of the weights file at `path` into `model`, in float32, and return what became of each tensor.
 

@@ -68,8 +68,8 @@ class Plan:
     windows: int = 80  # of a person
     size: int = 32  # pixels a side
     tokenizer_steps: int = 600
-    steps: int = 1500  # of each training
-    looks: int = 6  # at samples during a training
+    steps: int = 800  # of each training
+    looks: int = 5  # at samples during a training
     patience: int = 2
     seed: int = 0
 
