@@ -32,7 +32,13 @@ def jobs_of(plan: Plan) -> list[Job]:
     trainings = [
         Job(
             cell.name,
-            ("LightningDiT.train", *("--config", str(plan.folder / f"{cell.name}.yaml"))),
+            (
+                "LightningDiT.train",
+                "--config",
+                str(plan.folder / f"{cell.name}.yaml"),
+                "--output",
+                str(plan.folder / cell.name),
+            ),
             plan.folder / cell.name / CHOSEN,
         )
         for cell in CELLS
