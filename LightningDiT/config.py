@@ -229,7 +229,7 @@ class TrainConfig:
     trainable: str | tuple[str, ...] = "all"  # all | lora | bias | patterns of names, such as blocks.*.mlp.*
     lora_rank: int = 8  # of each adapter's two matrices
     lora_targets: tuple[str, ...] | None = None  # layers with an adapter, by ends of their names; None: all products
-    new_classes: str = "mean"  # rows of classes that weight_init lacks start as: mean (of its rows) | null (row) | random
+    new_classes: str = "mean"  # rows of classes that weight_init lacks: mean (of its rows) | null (row) | random
     judge_every: int = 0  # steps between two looks at what samples are worth (data.levels_path); 0: off
     judge_samples: int = 8  # of each class in such a look
     choose: str = "auto"  # weights to keep: last | valid_loss | utility | auto (utility with judge_every, else last)

@@ -24,9 +24,7 @@ from LightningDiT.radar.level_images import open_level_files
 from LightningDiT.radar.split import PARTS, Split, load_split
 
 TRAINING, VALIDATION = "training", "validation"
-EXTRACT = (
-    "python -m LightningDiT.extract_features --config YAML --levels LEVELS --split-file SPLIT --output FOLDER"
-)
+EXTRACT = "python -m LightningDiT.extract_features --config YAML --levels LEVELS --split-file SPLIT --output FOLDER"
 LISTED = 5  # people in a note
 
 
