@@ -108,7 +108,34 @@ IMAGES = Pair(
         "Captions": "图注",
     },
 )
-PAIRS = (README, SETUP, IMAGES)
+RADAR = Pair(
+    "docs/radar.md",
+    "docs/radar.zh-CN.md",
+    {
+        "Spectrograms of people who walk": "行走者的时频图",
+        "From a folder to samples": "从文件夹到样本",
+        "Data": "数据",
+        "Audit": "检查",
+        "Split": "划分",
+        "Levels and draws": "电平与变体",
+        "Augmentation": "数据增强",
+        "What a training refuses": "训练拒绝什么",
+        "Tokenizer": "Tokenizer",
+        "Training on few images": "用少量图像训练",
+        "Conditions": "条件",
+        "U-Net": "U-Net",
+        "Part of the network": "只训练一部分",
+        "Choosing the weights": "选择权重",
+        "Sweep of guidance": "引导的扫描",
+        "Transformer or U-Net, with and without augmentation": "Transformer 或 U-Net，有无数据增强",
+        "Simulator": "仿真器",
+        "What is simulated": "仿真了什么",
+        "What is not": "没有仿真什么",
+        "How well walkers can be told apart": "行走者能在多大程度上区分",
+        "Limits": "局限",
+    },
+)
+PAIRS = (README, SETUP, IMAGES, RADAR)
 PROMISES = "docs/promises.md"  # its table has an English and a Chinese column
 NOTEBOOK = "kaggle_reproduction.ipynb"  # each of its cells of text is English first, then Chinese
 FIXES = "LightningDiT/fixes_zh.json"  # from English to Chinese
@@ -121,6 +148,7 @@ PAGES = sorted(
 )
 
 FENCE = "```"
+MEASURED = re.compile(r"(?s)<!-- (.+?): begin -->.*?<!-- \1: end -->")  # by a study, on the English page alone
 CODE = re.compile(r"`([^`]+)`")
 LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
 ITEM = re.compile(r"- |\d+\. ")
@@ -216,7 +244,8 @@ def sections(page: str) -> list[Section]:
 def matched(pair: Pair) -> list[tuple[Section, Section]]:
     """Return each English section with its Chinese one; the test of sections finds those without a counterpart."""
     chinese = {section.heading: section for section in sections(read(pair.chinese))}
-    both = [(section, chinese.get(pair.headings.get(section.heading))) for section in sections(read(pair.english))]
+    page = MEASURED.sub("", read(pair.english))
+    both = [(section, chinese.get(pair.headings.get(section.heading))) for section in sections(page)]
     return [(english, found) for english, found in both if found]
 
 
