@@ -42,7 +42,7 @@ ROWS: dict[str, set[str]] = {
     "radar": {*GROUND, "data"},
     "sampling": {*BELOW, "radar"},  # levels are shown in a colour map
     "training": {*BELOW, "metrics", "radar", "sampling"},  # a run shows and judges samples of its average
-    "verdict": {*GROUND, "data", "metrics", "radar", "sampling"},  # the look of a report is that of a demonstration
+    "verdict": {*BELOW, "metrics", "radar", "sampling"},  # times networks; a report looks as that of a demonstration
     "__init__": {"config", "sampling"},
     "pipeline": {"sampling"},
     "inference": {*GROUND, "data", "sampling"},

@@ -1,0 +1,414 @@
+"""The plan of step 6: which networks are trained on which images, and the files and commands that follow from it.
+
+A cell is one fold with one number of real images a person. Its networks see these images alone: the split in its folder
+is that of step 5 with all other training windows made guards, which nothing may train on.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from LightningDiT.config import as_yaml, read_yaml
+from LightningDiT.errors import LightningDiTError, first_line
+from LightningDiT.files import read_json, write_text
+from LightningDiT.radar.augmentation import NAMES
+from LightningDiT.radar.level_images import LevelFiles, condition_names, load_windows, open_level_files
+from LightningDiT.radar.split import Split, save_restricted
+from LightningDiT.radar.training_file import DOWNSAMPLING, PATCH, ROOT, TEMPLATE
+from LightningDiT.verdict.jobs import Job
+from LightningDiT.verdict.rows import spread, subset
+
+FORMAT = "adapted models, 1"
+PLAN, SPLIT, LABELS = "plan.json", "split.json", "labels.csv"
+TOKENIZER, LATENTS, VALID, GENERATED = "tokenizer", "latents", "latents_valid", "generated"
+CHOSEN, TRAINED = "transformer.safetensors", "training.safetensors"
+TOKENIZER_TEMPLATE = Path(__file__).parents[1] / "tokenizer" / "configs" / "levels_f4d6.yaml"
+MODELS = ROOT / "models"
+STARTS = ("walkers", "fashion-mnist")  # folders of pretrained models, the better one first
+TRANSFORMER, UNET = "transformer", "unet"
+#: What `model.model_type` is called, and the pixels that a side must be a multiple of.
+NETWORKS = {TRANSFORMER: ("LightningDiT-XS/2", DOWNSAMPLING * PATCH), UNET: ("UNet-S", DOWNSAMPLING * 4)}
+OTHER_OUTPUT = "choose another --output, or give the options of the first call"
+PASS_DEVIATION = 10.0  # points by which the differences of test passes vary, on simulated walkers
+SHOWN_DEVIATIONS = 2.8  # standard errors that a difference must have to be shown (80 % power at 5 %)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a call trains unless its options say otherwise.
+
+    Attributes:
+        folds: None: all of the split.
+        images: of a person; None: all.
+        steps, tokenizer_steps: of each training.
+        seeds: trainings of each classifier that step 7 should do.
+        for_: the machine that it is for.
+    """
+
+    folds: tuple[int, ...] | None
+    images: tuple[int | None, ...]
+    models: tuple[str, ...]
+    steps: int
+    tokenizer_steps: int
+    seeds: int
+    for_: str
+
+
+QUICK = "quick"
+PRESETS = {
+    QUICK: Preset((0,), (30,), (TRANSFORMER,), 500, 200, 3, "2 CPU cores"),
+    "standard": Preset((0, 1), (30, 50, None), (TRANSFORMER, UNET), 1500, 600, 3, "a T4"),
+    "full": Preset(None, (30, 50, 100, None), (TRANSFORMER, UNET), 3000, 1000, 3, "a GPU and a night"),
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """One network that each cell trains.
+
+    Attributes:
+        name: of its folder.
+        model_type: of the configuration.
+        start: weights that it starts from; None: random ones.
+    """
+
+    name: str
+    model_type: str
+    start: str | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that step 6 does, and that step 7 must know of it.
+
+    Attributes:
+        split: digest of the split of step 5.
+        levels: folder of its levels; size: side of a window in pixels.
+        images: of a person; None: all.
+        tokenizer_start: folder of the model whose tokenizer is adapted; None: random weights.
+        steps, tokenizer_steps: of each training, at most.
+        looks: at the samples of a training; patience: looks without a better one that end it.
+        draws: latents of each training window.
+        generated: windows for each real one.
+        guidance: of the samples.
+        seed: of trainings and samples; seeds: trainings of each classifier in step 7.
+    """
+
+    preset: str
+    split: str
+    split_file: Path
+    levels: Path
+    size: int
+    folds: tuple[int, ...]
+    images: tuple[int | None, ...]
+    models: tuple[Model, ...]
+    tokenizer_start: str | None
+    steps: int
+    tokenizer_steps: int
+    looks: int = 4
+    patience: int = 3
+    batch: int = 64
+    draws: int = 8
+    generated: int = 4
+    guidance: float = 1.5
+    seed: int = 0
+    seeds: int = 3
+
+    @property
+    def cells(self) -> list[tuple[int, int | None]]:
+        return [(fold, images) for fold in self.folds for images in self.images]
+
+    @property
+    def look_every(self) -> int:
+        return max(1, self.steps // self.looks)
+
+
+def make_plan(preset: str, opened: LevelFiles, pretrained: Path = MODELS, **given: Any) -> Plan:
+    """Return the plan of a preset for the levels of a split.
+
+    Args:
+        pretrained: folder of pretrained models.
+        given: fields of `Plan` that replace the preset's, `models` by their names in `NETWORKS`; None is not given.
+
+    Raises:
+        LightningDiTError: a fold is not there, or the windows have a size that a network does not take.
+    """
+    known, split = PRESETS[preset], opened.split
+    given = {key: value for key, value in given.items() if value is not None}
+    folds = tuple(given.pop("folds", known.folds or range(split.folds)))
+    names = tuple(given.pop("models", known.models))
+    for fold in folds:
+        if not split.part("training", fold) or not split.part("test", fold):
+            raise LightningDiTError(
+                f"fold {fold} of {opened.split_file} lacks training or test windows", "choose other --folds"
+            )
+    _check_size(opened, names)
+    values = {
+        "images": known.images,
+        "steps": known.steps,
+        "tokenizer_steps": known.tokenizer_steps,
+        "seeds": known.seeds,
+        **given,
+    }
+    found = next(
+        (pretrained / name for name in STARTS if (pretrained / name / "tokenizer.safetensors").is_file()), None
+    )
+    return Plan(
+        preset=preset,
+        split=split.digest,
+        split_file=opened.split_file,
+        levels=opened.folder,
+        size=opened.size[0],
+        folds=folds,
+        models=tuple(Model(name, NETWORKS[name][0], _start(pretrained, name)) for name in names),
+        tokenizer_start=str(found) if found else None,
+        **values,
+    )
+
+
+def _start(pretrained: Path, name: str) -> str | None:
+    """Return the pretrained weights that a network starts from, None where there are none."""
+    own = [pretrained / STARTS[0] / name / CHOSEN]
+    files = [pretrained / start / CHOSEN for start in STARTS] if name == TRANSFORMER else own
+    return next((str(file) for file in files if file.is_file()), None)
+
+
+def _check_size(opened: LevelFiles, names: Sequence[str]) -> None:
+    height, width = opened.size
+    for name in names:
+        if height != width or height % NETWORKS[name][1]:
+            raise LightningDiTError(
+                f"the windows in {opened.folder} have {width}x{height} pixels; {name} takes squares whose sides are"
+                f" multiples of {NETWORKS[name][1]}",
+                f"{opened.again()} --size 64",
+            )
+
+
+# ---- the file of the plan
+
+
+def save_plan(plan: Plan, folder: Path) -> None:
+    """Write `plan.json`."""
+    values = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(plan).items()}
+    write_text(folder / PLAN, json.dumps({"format": FORMAT, **values}, indent=1, ensure_ascii=False) + "\n")
+
+
+def load_plan(folder: Path) -> Plan:
+    """Return the plan of a folder of step 6.
+
+    Raises:
+        LightningDiTError: there is none, or it cannot be read.
+    """
+    path = folder / PLAN
+    try:
+        content = read_json(path)
+        if content.pop("format", None) != FORMAT:
+            raise ValueError(f"its format is not {FORMAT!r}")
+        models = tuple(Model(**model) for model in content.pop("models"))
+        paths = {key: Path(content.pop(key)) for key in ("split_file", "levels")}
+        lists = {key: tuple(content.pop(key)) for key in ("folds", "images")}
+        return Plan(models=models, **paths, **lists, **content)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LightningDiTError(
+            f"{path} is no plan of step 6 ({first_line(error)})", "run step6_adapt_models.py first"
+        ) from error
+
+
+def asked_plan(folder: Path, levels: Path, split_file: Path, preset: str | None, **given: Any) -> tuple[Plan, bool]:
+    """Return the plan that a command line asks for, and whether its folder has begun with it.
+
+    Where the folder has a plan, what the command line leaves out is that of the folder.
+
+    Args:
+        preset: None: not given.
+        given: as for `make_plan`.
+
+    Raises:
+        LightningDiTError: see `make_plan` and `continued`; or the levels are not those of the split.
+    """
+    opened = open_level_files(levels, split_file)
+    if not (folder / PLAN).exists():
+        return make_plan(preset or QUICK, opened, **given), False
+    kept = load_plan(folder)
+    own = {name: getattr(kept, name) for name in ("folds", "images", "generated", "guidance", "seed")}
+    own |= {"models": [model.name for model in kept.models]}
+    given = own | {key: value for key, value in given.items() if value is not None}
+    return continued(make_plan(preset or kept.preset, opened, **given), kept), True
+
+
+def continued(plan: Plan, kept: Plan) -> Plan:
+    """Return the plan that a folder goes on with: its own, whose trainings may be shorter than those asked for.
+
+    Raises:
+        LightningDiTError: the folder holds something else than what is asked for.
+    """
+    same = replace(plan, steps=kept.steps, tokenizer_steps=kept.tokenizer_steps, tokenizer_start=kept.tokenizer_start)
+    if [model.name for model in plan.models] == [model.name for model in kept.models]:
+        same = replace(same, models=kept.models)  # a start that came since then changes nothing
+    if same != kept:
+        odd = [item.name for item in fields(Plan) if getattr(same, item.name) != getattr(kept, item.name)]
+        raise LightningDiTError(f"the folder has a plan of other settings ({', '.join(odd)})", OTHER_OUTPUT)
+    return kept
+
+
+# ---- cells
+
+
+def cell_folder(folder: Path, fold: int, images: int | None) -> Path:
+    """Return the folder of a cell."""
+    return folder / f"fold{fold}-{'all' if images is None else images}"
+
+
+def has_validation(split: Split, fold: int) -> bool:
+    return bool(split.part("validation", fold))
+
+
+def counts_of(plan: Plan, split: Split) -> dict[tuple[int, int | None], int]:
+    """Return the number of real windows that each cell trains on."""
+    counts = {}
+    for fold, images in plan.cells:
+        people = Counter(row.person for row in split.part("training", fold))
+        counts[fold, images] = sum(min(number, images or number) for number in people.values())
+    return counts
+
+
+def write_cells(plan: Plan, folder: Path, split: Split) -> None:
+    """Write split, configurations and labels of every cell.
+
+    Raises:
+        LightningDiTError: see `load_windows`.
+    """
+    for fold in plan.folds:
+        windows = load_windows(plan.levels, plan.split_file, "training", fold)
+        for images in plan.images:
+            cell, chosen = cell_folder(folder, fold, images), subset(windows, spread(windows, images))
+            save_restricted(cell / SPLIT, split, plan.split_file, chosen.rows.tolist(), fold)
+            people = [chosen.class_names[at] for at in chosen.people.tolist()]
+            conditions = [names[at] for at in chosen.conditions.tolist()] if (names := chosen.condition_names) else None
+            write_text(cell / LABELS, labels_text(people, conditions, plan.generated))
+            write_text(cell / f"{TOKENIZER}.yaml", as_yaml(tokenizer_values(plan, len(people))))
+            for model in plan.models:
+                values = training_values(plan, model, split, fold, len(people))
+                write_text(cell / f"{model.name}.yaml", as_yaml(values))
+
+
+def labels_text(people: Sequence[str], conditions: Sequence[str] | None, times: int) -> str:
+    """Return the table of what is generated: `times` rows for each real window, with its person and condition.
+
+    Each round has all windows once, so the first N rounds are N for each.
+    """
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["class", "condition"] if conditions else ["class"])
+    for _ in range(times):
+        table.writerows(zip(people, conditions, strict=True) if conditions else ([name] for name in people))
+    return text.getvalue()
+
+
+def tokenizer_values(plan: Plan, count: int) -> dict[str, Any]:
+    """Return the configuration of a tokenizer's training on `count` windows."""
+    values, every = read_yaml(TOKENIZER_TEMPLATE), max(1, plan.tokenizer_steps // 2)
+    train = values["train"]
+    train |= {"max_steps": plan.tokenizer_steps, "ckpt_every": every, "log_every": max(1, every // 4)}
+    train |= {"seed": plan.seed, "batch_size": min(train["batch_size"], count)}
+    return values
+
+
+def training_values(plan: Plan, model: Model, split: Split, fold: int, count: int) -> dict[str, Any]:
+    """Return the configuration of a network's training and sampling; paths are relative to the cell's folder.
+
+    Args:
+        count: windows that it is trained on, each in `plan.draws` draws.
+    """
+    values, every, conditions = read_yaml(TEMPLATE), plan.look_every, condition_names(split)
+    values["ckpt_path"] = f"{model.name}/{CHOSEN}"
+    values["data"] = {
+        "data_path": LATENTS,
+        "valid_path": VALID,
+        "image_size": plan.size,
+        "num_classes": len(split.people),
+        "num_conditions": len(conditions or ()),
+        "split_file": SPLIT,
+        "fold": fold,
+        "levels_path": str(plan.levels),
+    }
+    values["vae"]["ckpt_path"] = f"{TOKENIZER}/tokenizer.safetensors"
+    values["model"] |= {"model_type": model.model_type, "augmentation": len(NAMES)}
+    train = values["train"]
+    batch = min(plan.batch, plan.draws * count)
+    train |= {"max_steps": plan.steps, "global_batch_size": batch, "global_seed": plan.seed}
+    train |= {"output_dir": ".", "exp_name": model.name, "weight_init": model.start}
+    train |= {"log_every": max(1, every // 4), "ckpt_every": every, "valid_every": every, "judge_every": every}
+    train |= {"choose": "utility", "patience": plan.patience}
+    values["sample"] |= {"cfg_scale": plan.guidance}
+    if not has_validation(split, fold):  # nobody has a window that the weights could be chosen by
+        values["data"]["valid_path"] = None
+        train |= {"valid_every": 0, "judge_every": 0, "choose": "last", "patience": 0}
+    return values
+
+
+def jobs_of(plan: Plan, folder: Path, split: Split) -> list[Job]:
+    """Return every job, in the order in which each finds what it needs."""
+    jobs, counts = [], counts_of(plan, split)
+    for fold, images in plan.cells:
+        cell = cell_folder(folder, fold, images)
+        source = ("--levels", str(plan.levels), "--split-file", str(cell / SPLIT), "--fold", str(fold))
+        start = ("--init", plan.tokenizer_start) if plan.tokenizer_start else ()
+        make = ("--config", str(cell / f"{TOKENIZER}.yaml"), *start, *source, "--output", str(cell / TOKENIZER))
+        jobs.append(Job(f"{cell.name} tokenizer", ("LightningDiT.train_tokenizer", *make), cell / TOKENIZER / TRAINED))
+        extract = ("LightningDiT.extract_features", "--config", str(cell / f"{plan.models[0].name}.yaml"), *source)
+        parts = [(LATENTS, ("--draws", str(plan.draws), "--seed", str(plan.seed)))]
+        parts += [(VALID, ("--part", "validation"))] if has_validation(split, fold) else []
+        for name, more in parts:
+            command = (*extract, *more, "--output", str(cell / name))
+            jobs.append(Job(f"{cell.name} {name}", command, cell / name / "manifest.json"))
+        for model in plan.models:
+            jobs += _model_jobs(plan, cell, model, plan.generated * counts[fold, images])
+    return jobs
+
+
+def _model_jobs(plan: Plan, cell: Path, model: Model, count: int) -> list[Job]:
+    """Return the jobs that train a network and sample from its chosen weights."""
+    config, run = ("--config", str(cell / f"{model.name}.yaml")), cell / model.name
+    sample = ("--labels", str(cell / LABELS), "--by-class", "--seed", str(plan.seed), "--output", str(run / GENERATED))
+    return [
+        Job(f"{cell.name} {model.name}", ("LightningDiT.train", *config), run / CHOSEN),
+        Job(f"{cell.name} {model.name} samples", ("LightningDiT.inference", *config, *sample), run / GENERATED, count),
+    ]
+
+
+# ---- what a plan says
+
+
+def describe(plan: Plan, split: Split) -> list[str]:
+    """Return what a plan does in a few lines, with the difference that its verdict will be able to show."""
+    images = ", ".join("all" if number is None else str(number) for number in plan.images)
+    folds = ", ".join(map(str, plan.folds))
+    lines = [
+        f"preset         {plan.preset}, for {PRESETS[plan.preset].for_}: {images} images a person; fold {folds}",
+        f"windows        {len(split.people)} people, {plan.size}x{plan.size} pixels, of {plan.levels}",
+        f"tokenizer      {plan.tokenizer_steps} steps from {plan.tokenizer_start or 'random weights'}",
+    ]
+    lines += [
+        f"{model.name:<15}{model.model_type}, at most {plan.steps} steps from {model.start or 'random weights'}"
+        for model in plan.models
+    ]
+    passes = len({(row.person, row.pass_number) for fold in plan.folds for row in split.part("test", fold)})
+    least = SHOWN_DEVIATIONS * PASS_DEVIATION / passes**0.5
+    lines.append(
+        f"power          {passes} test passes: differences of about {least:.0f} points and more will show, if the"
+        f" passes differ as those of simulated walkers do"
+    )
+    lines += [
+        f"note: fold {fold} has no validation windows, so its last weights are taken"
+        for fold in plan.folds
+        if not has_validation(split, fold)
+    ]
+    return lines

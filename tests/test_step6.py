@@ -1,0 +1,194 @@
+"""Step 6 from levels to generated windows: three people, two training steps, and every file that step 7 reads."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+import step6_adapt_models as step6
+from LightningDiT.console import run_main
+from LightningDiT.data.shards import LatentShards
+from LightningDiT.errors import LightningDiTError
+from LightningDiT.files import fingerprint
+from LightningDiT.radar.level_images import load_windows, open_level_files
+from LightningDiT.radar.split import load_split, save_restricted
+from LightningDiT.verdict import adapting, jobs, time_needed
+from LightningDiT.verdict.adapting import PRESETS, counts_of, labels_text, load_plan, make_plan
+from LightningDiT.verdict.generated import find_generated
+from LightningDiT.verdict.rows import spread
+from LightningDiT.verdict.time_needed import Costs, Estimate, estimate, fitted
+from tests.walkers import prepared
+
+PASSES = {"1": [5, 4, 4], "2": [4, 4, 4], "3": [2, 1, 1]}
+IMAGES = 3
+OPTIONS = ("--images", str(IMAGES), "--steps", "2", "--tokenizer-steps", "2", "--generated", "2")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepared(tmp_path_factory.mktemp("step6"), PASSES)
+
+
+class InProcess:
+    """Runs the commands of jobs here in place of processes of their own.
+
+    Attributes:
+        ran: the module of each.
+        dies: the module that is killed before it starts.
+    """
+
+    def __init__(self, dies: str = "") -> None:
+        self.dies, self.ran = dies, list[str]()
+
+    def __call__(self, command: Sequence[str]) -> int:
+        self.ran.append(command[0].rpartition(".")[2])
+        if self.ran[-1] == self.dies:
+            return -9
+        return importlib.import_module(command[0]).main(list(command[1:]))
+
+
+def call(data: Path, output: Path, *options: str) -> int:
+    own = ("--levels", str(data / "levels"), "--split-file", str(data / "out" / "split.json"))
+    return run_main(lambda: step6.main([*own, "--output", str(output), *options]))
+
+
+def test_a_run_that_was_killed_goes_on_and_makes_what_step_7_reads(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "adapted"
+    monkeypatch.setenv("LIGHTNINGDIT_LANG", "zh")
+    monkeypatch.setattr(jobs, "exit_code", killed := InProcess(dies="train"))
+    assert call(data, output, *OPTIONS) == 1
+    assert killed.ran == ["train_tokenizer", "extract_features", "extract_features", "train"]
+    assert "failed with exit code -9" in capsys.readouterr().err
+    monkeypatch.setattr(jobs, "exit_code", rest := InProcess())
+    assert run_main(lambda: step6.main(["--output", str(output)])) == 0  # the folder knows what it is to hold
+    assert rest.ran == ["train", "inference"]
+    said = capsys.readouterr().out
+    assert "3 of 5 parts are there" in said
+    assert "下一步：判断生成的数据" in said
+    assert said.splitlines()[-1].endswith(f"step7_judge_generated.py --adapted {output}")
+    monkeypatch.setattr(jobs, "exit_code", again := InProcess())
+    assert call(data, output, *OPTIONS) == 0
+    assert again.ran == []
+    assert call(data, output, "--images", "2") == 1
+    assert "a plan of other settings (images)" in capsys.readouterr().err
+
+    plan, cell = load_plan(output), output / "fold0-3"
+    assert (plan.images, plan.folds, plan.generated, plan.steps) == ((IMAGES,), (0,), 2, 2)
+    windows = load_windows(data / "levels", plan.split_file, "training")
+    chosen = windows.rows[spread(windows, IMAGES)].tolist()
+    whole, own = load_split(plan.split_file), load_split(cell / "split.json")
+    assert own.parent == whole.digest == plan.split
+    assert [at for at, row in enumerate(own.rows) if row.part == "training"] == chosen
+    assert [row for row in own.rows if row.part in ("validation", "test")] == [
+        row for row in whole.rows if row.part in ("validation", "test")
+    ]
+    shards = LatentShards(cell / "latents")
+    assert shards.windows is not None
+    assert sorted(set(shards.windows.tolist())) == chosen
+    run = cell / "transformer"
+    assert json.loads((run / "choice.json").read_text())["chosen"] in (1, 2)
+    made = find_generated(run / "generated")
+    real = Counter(whole.rows[at].person for at in chosen)
+    assert real == {"ID_1": 3, "ID_2": 3, "ID_3": 2}
+    assert Counter(made.people) == {person: 2 * number for person, number in real.items()}
+    manifest = json.loads((run / "generated" / "manifest.json").read_text())
+    assert manifest["weights"]["transformer"] == fingerprint(run / "transformer.safetensors")
+    assert manifest["sample"]["cfg_scale"] == plan.guidance == 1.5
+
+
+def test_levels_are_those_of_the_whole_split_alone(data: Path, tmp_path: Path) -> None:
+    split = load_split(data / "out" / "split.json")
+    kept = [at for at, row in enumerate(split.rows) if row.part == "training"][::2]
+    save_restricted(tmp_path / "own.json", split, data / "out" / "split.json", kept, 0)
+    windows = load_windows(data / "levels", tmp_path / "own.json", "training")
+    assert windows.rows.tolist() == kept
+    text = (tmp_path / "own.json").read_text()
+    (tmp_path / "own.json").write_text(text.replace(split.digest, "of others"))
+    with pytest.raises(LightningDiTError, match=f"another split than.*--output {data / 'out'} "):
+        open_level_files(data / "levels", tmp_path / "own.json")
+
+
+def test_each_round_of_labels_has_every_real_window_once() -> None:
+    assert labels_text(["a", "b", "b"], None, 2).split() == ["class", *"abb" * 2]
+    assert labels_text(["a", "b"], ["x", "y, z"], 1) == 'class,condition\na,x\nb,"y, z"\n'
+
+
+def test_starts_are_the_walkers_then_the_garments(data: Path, tmp_path: Path) -> None:
+    opened = open_level_files(data / "levels", data / "out" / "split.json")
+
+    def starts() -> tuple[str | None, ...]:
+        plan = make_plan("quick", opened, tmp_path, models=["transformer", "unet"])
+        return plan.tokenizer_start, *(model.start for model in plan.models)
+
+    assert starts() == (None, None, None)
+    for name in ("fashion-mnist", "walkers"):
+        for file in ("tokenizer.safetensors", "transformer.safetensors", "unet/transformer.safetensors"):
+            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / file).touch()
+        unet = str(tmp_path / name / "unet" / "transformer.safetensors") if name == "walkers" else None
+        assert starts() == (str(tmp_path / name), str(tmp_path / name / "transformer.safetensors"), unet)
+
+
+def test_what_does_not_go_is_said_before_the_first_step(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened = open_level_files(data / "levels", data / "out" / "split.json")
+    with pytest.raises(LightningDiTError, match="lacks training or test windows"):
+        make_plan("quick", opened, folds=(4,))
+    odd = prepared(tmp_path / "odd", {"1": [2, 2, 2]}, size="24")
+    opened = open_level_files(odd / "levels", odd / "out" / "split.json")
+    assert make_plan("quick", opened).size == 24
+    with pytest.raises(LightningDiTError, match=r"24x24 pixels; unet takes squares whose sides are multiples of 16"):
+        make_plan("quick", opened, models=["unet"])
+    monkeypatch.setattr(time_needed, "measure", lambda plan, split: Costs(1.0, {"transformer": 1.0}))
+    assert call(data, tmp_path / "o", "--dry-run", "--time-budget", "1") == 1
+    assert "1 min leave 0% of the trainings' steps" in capsys.readouterr().err
+    assert call(data, tmp_path / "o", "--dry-run", "--time-budget", "10") == 0
+    assert "--time-budget 10 shortens the trainings" in (said := capsys.readouterr().out)
+    assert re.search(r"time           about (9 min 5\d|10 min 0) s on this machine", said)
+    assert not (tmp_path / "o").exists()
+
+
+def test_time_by_hand(data: Path) -> None:
+    """One tokenizer and two networks in two cells: every term written out, with numbers that no two share."""
+    opened = open_level_files(data / "levels", data / "out" / "split.json")
+    plan = make_plan("quick", opened, models=["transformer", "unet"], images=(2, None), steps=700, tokenizer_steps=110)
+    split = opened.split
+    counts = counts_of(plan, split)
+    training, validating = len(split.part("training")), len(split.part("validation"))
+    assert counts == {(0, 2): 6, (0, None): training}
+    costs = Costs(4.8, {"transformer": 1.92, "unet": 3.84})
+    found = estimate(plan, split, costs)
+    assert found.trainings == pytest.approx(2 * (110 * 4.8 + 700 * (1.92 + 3.84)))
+    coded = 4.8 / 3 / 16  # of a window
+    sampled = [2 * 26 * seconds / 3 / 64 + coded for seconds in (1.92, 3.84)]
+    rest = coded * (8 * (6 + training) + 2 * validating)
+    rest += sum(4 * (6 + training) * one + 2 * 4 * (time_needed.LOOK + 8 * 3 * one) for one in sampled)
+    rest += 2 * 7 * time_needed.PROCESS  # tokenizer, two of latents, and training and sampling of each network
+    assert found.rest == pytest.approx(rest)
+    shorter = fitted(plan, found, (rest + found.trainings / 2) / 60)
+    assert (shorter.steps, shorter.tokenizer_steps) == (350, 55)
+    assert fitted(plan, found, found.total / 60 + 1) is plan
+    with pytest.raises(LightningDiTError, match=r"3 min leave 10% .*fix: give --time-budget 6 or"):
+        fitted(plan, Estimate(1000, 80), 3)
+
+
+def test_timing_gives_a_time_for_each_network(data: Path) -> None:
+    opened = open_level_files(data / "levels", data / "out" / "split.json")
+    costs = time_needed.measure(make_plan("quick", opened, batch=2), opened.split)
+    assert costs.tokenizer > 0
+    assert costs.networks.keys() == {"transformer"}
+
+
+def test_presets_are_those_of_the_command() -> None:
+    assert tuple(PRESETS) == step6.PRESETS
+    assert step6.images("all") == "all"
+    assert adapting.cell_folder(Path("a"), 1, None) == Path("a/fold1-all")
