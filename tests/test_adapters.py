@@ -108,7 +108,7 @@ def test_merged_weights_predict_as_peft_does(settings: LightningDiTSettings | UN
     whole.load_state_dict(merged({name: value.float() for name, value in base.items()}, adapter, 1.0))
     after = predictions(plain)
     assert float((after - before).abs().max()) > 0.01
-    torch.testing.assert_close(predictions(whole), after, rtol=1e-6, atol=1e-6 * float(after.abs().max()))
+    torch.testing.assert_close(predictions(whole), after, rtol=0, atol=1e-5 * float(after.abs().max()))
 
 
 def test_halves_that_do_not_fit_are_named() -> None:
