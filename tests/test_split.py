@@ -12,7 +12,18 @@ import pytest
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.radar.layouts import Window
 from LightningDiT.radar.overlap import Overlap, Passes
-from LightningDiT.radar.split import Row, load_split, make_split, overlapping_pair, save_split
+from LightningDiT.radar.split import (
+    PARENT,
+    Row,
+    Split,
+    load_split,
+    make_split,
+    overlapping_pair,
+    restricted,
+    rows_digest,
+    save_restricted,
+    save_split,
+)
 
 OVERLAP = Overlap(256, 1, 63.0)
 FOLDS = 5
@@ -138,3 +149,25 @@ def test_a_test_window_in_the_training_is_refused_by_name_and_by_pixels(rows: li
         split.refuse_tested(["renamed.png"], [tested[0].digest])
     with pytest.raises(LightningDiTError, match="folds 0 to 4 are there"):
         split.part("test", 5)
+
+
+def test_a_restricted_split_trains_on_the_kept_windows_alone(rows: list[Row], tmp_path: Path) -> None:
+    """Part by part and fold by fold: only training windows of that fold change, and only to guards."""
+    split, fold = Split("data", "root", tuple(rows), FOLDS, {"seed": 3}, rows_digest(rows)), 2
+    training = [at for at, row in enumerate(rows) if row.parts[fold] == "training"]
+    kept = training[::3]
+    guards = {*training} - {*kept}
+    for at, (row, own) in enumerate(zip(rows, restricted(split, kept, fold), strict=True)):
+        expected = list(row.parts)
+        expected[fold] = "guard" if at in guards else expected[fold]
+        assert own.parts == tuple(expected)
+        assert (own.name, own.digest, own.fold) == (row.name, row.digest, row.fold)
+    for part in ("validation", "test", "guard"):
+        odd = next(at for at, row in enumerate(rows) if row.parts[fold] == part)
+        with pytest.raises(LightningDiTError, match=f"to be trained on and is a {part} window of fold {fold}"):
+            restricted(split, [*kept, odd], fold)
+    save_restricted(tmp_path / "own.json", split, tmp_path / "split.json", kept, fold)
+    own = load_split(tmp_path / "own.json")
+    assert own.parent == split.digest != own.digest
+    assert (split.parent, own.settings["seed"], PARENT) == (None, 3, "parent")
+    assert [row.name for row in own.part("training", fold)] == [rows[at].name for at in kept]
