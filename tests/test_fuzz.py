@@ -671,6 +671,7 @@ PROGRAMS: dict[str, list[str]] = {
     "step4_run_inference": ["--config", "config.yaml", "--dry-run"],
     "step4_demo_inference": ["--dry-run"],
     "step6_adapt_models": ["--levels", "missing", "--split-file", "missing.json", "--dry-run"],
+    "step7_judge_generated": ["--generated", "images", "--levels", "missing", "--split-file", "missing.json"],
 }
 TEXTS = [
     *(

@@ -186,7 +186,7 @@ def _verdict(report: Report) -> str:
     return f'<div class="verdict"{style}>{first}{second}</div>\n{below}'
 
 
-def _of_images(results: Results) -> tuple[str, str]:
+def of_images(results: Results) -> tuple[str, str]:
     if results.images is None:
         english, chinese = "all images of a person", "每人全部图像"
     else:
@@ -198,7 +198,7 @@ def _of_images(results: Results) -> tuple[str, str]:
 
 def _section(results: Results, report: Report) -> str:
     """Return chart, table of rows, and tables of people and conditions of one scenario and number of images."""
-    english, chinese = _of_images(results)
+    english, chinese = of_images(results)
     parts = [_heading(f"Accuracy on passes that nobody has seen: {english}", f"在未见行走段上的准确率：{chinese}")]
     parts += [_chart(results.rows), _rows_table(results.rows)]
     if results.joined:

@@ -110,17 +110,19 @@ class Trial:
         return self.scenario, self.fold, self.images, self.row, self.seed
 
 
-def run_trials(plan: Plan, load: Callable[[int], FoldData], path: Path) -> list[Trial]:
+def run_trials(plan: Plan, load: Callable[[int], FoldData], path: Path, known: Sequence[Trial] = ()) -> list[Trial]:
     """Return every trial of a plan, in its order; those in `path` are not trained again.
 
     Args:
         load: gives the data of a fold.
         path: JSON file of the trials so far; those of other plans in it stay.
+        known: further finished trials, taken where they are of the same data and settings.
 
     Raises:
         LightningDiTError: the file is of another kind, or generated windows are asked for and there are none.
     """
     kept = {trial.name: trial for trial in load_trials(path)} if path.exists() else {}
+    by_key = {(trial.name, trial.key): trial for trial in known}
     found, again, announced = [], 0, False
     with Progress(plan.count, "trial", label="classifiers") as progress:
         for fold in plan.folds:
@@ -128,7 +130,8 @@ def run_trials(plan: Plan, load: Callable[[int], FoldData], path: Path) -> list[
             for images, seed, row in _order(plan):
                 pool = _pool(data, images, row)
                 key = _key(pool, data, plan.recipe)
-                old = kept.get((plan.scenario.name, fold, images, row, seed))
+                name = (plan.scenario.name, fold, images, row, seed)
+                old = by_key.get((name, key)) or kept.get(name)
                 if old is None or old.key != key:
                     again += old is not None
                     if not announced:
@@ -228,6 +231,12 @@ def _key(pool: _Pool, data: FoldData, recipe: Recipe) -> str:
     for part in (pool.pixels, pool.people, valid.pixels, valid.people, test.pixels, test.people, test.passes):
         found.update(part.contiguous().numpy().tobytes())
     return found.hexdigest()[:16]
+
+
+def announce(plan: Plan, load: Callable[[int], FoldData]) -> None:
+    """Say what a plan trains and about how long it takes, without training it."""
+    data = _of_scenario(load(plan.folds[0]), plan.scenario)
+    _announce(plan, _pool(data, plan.images[0], plan.rows[0]), data, plan.count)
 
 
 def _announce(plan: Plan, pool: _Pool, data: FoldData, left: int) -> None:

@@ -1,0 +1,307 @@
+"""From folders of generated windows to the report: trials, filter, fidelity, pictures, and the sentence."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from LightningDiT.errors import LightningDiTError
+from LightningDiT.metrics.window_judge import STEPS as FILTER_STEPS
+from LightningDiT.radar.colour_maps import NAMES
+from LightningDiT.radar.level_images import LevelFiles, Windows, has_windows, load_windows, open_level_files
+from LightningDiT.radar.sensor import Sensor
+from LightningDiT.radar.split import Split
+from LightningDiT.verdict.classifiers import Recipe
+from LightningDiT.verdict.fidelity import fidelity
+from LightningDiT.verdict.filter import Filter, fit_filter, shares_kept
+from LightningDiT.verdict.gait import axes_of
+from LightningDiT.verdict.generated import lacking, read_generated
+from LightningDiT.verdict.intervals import WANTED
+from LightningDiT.verdict.pictures import triples
+from LightningDiT.verdict.report import FilterReport, Report, filter_gain, of_images, write_report
+from LightningDiT.verdict.results import Results, summarise
+from LightningDiT.verdict.rows import ROWS, USUAL, Generated, Scenario, spread, subset, unseen_condition, unseen_pairs
+from LightningDiT.verdict.sentences import Text, advice, certainty, headline
+from LightningDiT.verdict.trials import FoldData, Plan, Trial, announce, run_trials
+
+TRIALS = "trials.json"
+FILTERED = "filtered-1x"  # the row that reports the filter
+PAIRS = "pairs"  # value of `Asked.unseen`
+SEEDS = 3
+COLOUR_MAP = "jet"  # of data without one
+ADAPT_AGAIN = "run step6_adapt_models.py with the same images, or name rows without generated windows by --rows"
+Cell = tuple[int, int | None]  # fold, and images a person
+Fact = tuple[str, str, str]  # English, Chinese, value
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Real windows, and the generated ones of one model in all folds and numbers of images.
+
+    Attributes:
+        levels, split_file: of step 5.
+        folds, images: which cells there are; images a person, None: all.
+        folders: of the generated windows, by fold and images.
+        trained: rows of the split that their generator saw; nothing where that is unknown.
+        facts: how they were made.
+        seeds: trainings of each row, unless others are asked for.
+    """
+
+    levels: Path
+    split_file: Path
+    folds: tuple[int, ...]
+    images: tuple[int | None, ...]
+    folders: Mapping[Cell, Path]
+    trained: Mapping[Cell, frozenset[int]] = field(default_factory=dict)
+    facts: tuple[Fact, ...] = ()
+    seeds: int = SEEDS
+
+
+def folder_of_windows(folder: Path, levels: Path, split_file: Path, fold: int = 0, images: int | None = None) -> Judged:
+    """Return what is judged of a folder that any generator wrote; what that saw is unknown.
+
+    Args:
+        images: of a person that the generator saw, and that classifiers are to see; None: all training windows.
+    """
+    return Judged(
+        levels,
+        split_file,
+        (fold,),
+        (images,),
+        {(fold, images): folder},
+        facts=(("Generated", "生成窗口", str(folder)),),
+    )
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is trained and asked for.
+
+    Attributes:
+        rows: names of `ROWS`; None: the usual ones, and a filtered one where a filter can be learnt.
+        seeds: trainings of each row; None: those of `Judged`.
+        wanted: difference in accuracy that is worth the effort.
+        unseen: `PAIRS`, or a condition, that training must lack; None: all is trained on.
+        known_sensor: whether axes are those of the simulator's sensor; else rows and columns.
+        command: that repeats it.
+    """
+
+    rows: tuple[str, ...] | None = None
+    seeds: int | None = None
+    recipe: Recipe = field(default_factory=Recipe)
+    wanted: float = WANTED
+    unseen: str | None = None
+    known_sensor: bool = True
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was found, in English and Chinese, and where it is written.
+
+    Attributes:
+        main: the results that the page begins with.
+        sentences: of each number of images.
+        tried: what to try next.
+    """
+
+    main: Results
+    sentences: Sequence[Text]
+    tried: Sequence[Text]
+    page: Path
+
+    @property
+    def outcome(self) -> str | None:
+        """Of `intervals`; None where no row has real and generated windows."""
+        return self.main.verdict.outcome if self.main.verdict else None
+
+    @property
+    def judged(self) -> str:
+        return self.main.judged or ""
+
+
+class Loader:
+    """Gives the windows of folds to trials; keeps what the filter did, for the report."""
+
+    def __init__(self, judged: Judged, asked: Asked) -> None:
+        self.judged, self.unseen, self.steps = judged, asked.unseen, asked.recipe.steps
+        self.opened: LevelFiles = open_level_files(judged.levels, judged.split_file)
+        self.filters: dict[Cell, FilterReport] = {}
+
+    @property
+    def split(self) -> Split:
+        return self.opened.split
+
+    def part(self, name: str, fold: int) -> Windows:
+        """Return the windows of a part; of validation there may be none."""
+        if name == "validation" and not has_windows(self.judged.split_file, name, fold):
+            training = self.part("training", fold)
+            return subset(training, torch.empty(0, dtype=torch.long))
+        return load_windows(self.judged.levels, self.judged.split_file, name, fold)
+
+    def scenario(self, fold: int) -> Scenario:
+        """Return what is held out of training in a fold."""
+        if self.unseen is None:
+            return Scenario()
+        test = self.part("test", fold)
+        if self.unseen == PAIRS:
+            return unseen_pairs(self.part("training", fold), test)
+        return unseen_condition(test, self.unseen)
+
+    def __call__(self, fold: int) -> FoldData:
+        """Return the windows of a fold, the generated ones read when they are first asked for."""
+        training = self.scenario(fold).seen(self.part("training", fold))
+        validation, test = self.part("validation", fold), self.part("test", fold)
+
+        @functools.cache
+        def generated(images: int | None) -> Generated | None:
+            folder = self.judged.folders.get((fold, images))
+            if folder is None:
+                return None
+            self._check_trained(training, fold, images)
+            return read_generated(folder, self.opened, fold)
+
+        @functools.cache
+        def filtered(images: int | None) -> Generated | None:
+            made = generated(images)
+            if made is None:
+                return None
+            learnt = fit_filter(subset(training, spread(training, images)), min(FILTER_STEPS, self.steps))
+            keeps = learnt.keeps(made)
+            self.filters[fold, images] = _filter_report(learnt, keeps, made)
+            return made[torch.nonzero(keeps)[:, 0]]
+
+        return FoldData(training, validation, test, generated, filtered)
+
+    def _check_trained(self, training: Windows, fold: int, images: int | None) -> None:
+        """Raise LightningDiTError unless the generator of a cell saw just the images that its classifiers see."""
+        saw, seen = self.judged.trained.get((fold, images)), training.rows[spread(training, images)].tolist()
+        if saw is None or saw == frozenset(seen):
+            return
+        name = self.split.rows[min(saw.symmetric_difference(seen))].name
+        unseen = f" without what is unseen ({self.unseen})" if self.unseen else ""
+        raise LightningDiTError(
+            f"the generator of fold {fold} saw {len(saw)} images, the classifiers see {len(seen)}{unseen}, and {name}"
+            " is not among both",
+            ADAPT_AGAIN,
+        )
+
+
+def _filter_report(learnt: Filter, keeps: torch.Tensor, made: Generated) -> FilterReport:
+    people = shares_kept(keeps, made.people)
+    return FilterReport(float(keeps.double().mean()), people, learnt.real_kept, learnt.confidence, learnt.margin)
+
+
+def rows_of(asked: Asked, judged: Judged, split: Split) -> tuple[str, ...]:
+    """Return the rows that are trained: those that were asked for, or the usual ones.
+
+    The filtered one is left out, which is said, where nobody has two training passes in a fold, or one image is taken.
+    """
+    if asked.rows is not None:
+        return asked.rows
+    for fold in judged.folds:
+        passes: dict[str, set[int]] = {}
+        for row in split.part("training", fold):
+            passes.setdefault(row.person, set()).add(row.pass_number)
+        if max(map(len, passes.values()), default=0) < 2 or 1 in judged.images:
+            print("note: a filter is learnt across training passes, of which nobody has two: no filtered row")
+            return USUAL
+    return (*USUAL, FILTERED)
+
+
+def plans_of(asked: Asked, judged: Judged, loader: Loader) -> list[Plan]:
+    """Return what is trained; unseen pairs are others in each fold."""
+    rows = rows_of(asked, judged, loader.split)
+    folds = [(fold,) for fold in judged.folds] if asked.unseen == PAIRS else [judged.folds]
+    seeds = asked.seeds or judged.seeds
+    return [Plan(part, judged.images, rows, seeds, asked.recipe, loader.scenario(part[0])) for part in folds]
+
+
+def preview(judged: Judged, asked: Asked) -> None:
+    """Read everything once, and say what would be trained and about how long it takes."""
+    loader = Loader(judged, asked)
+    for plan in plans_of(asked, judged, loader):
+        for fold in plan.folds:
+            data = loader(fold)
+            for images in plan.images:
+                _shown(data, images, plan.rows)
+        announce(plan, loader)
+
+
+def judge(judged: Judged, asked: Asked, folder: Path, known: Sequence[Trial] = ()) -> tuple[Outcome, list[Trial]]:
+    """Train what is not trained yet, and write report.html and report.json into a folder.
+
+    Args:
+        known: finished trials of another model; those without generated windows are the same here.
+
+    Raises:
+        LightningDiTError: see `open_level_files`, `read_generated` and `run_trials`.
+    """
+    loader = Loader(judged, asked)
+    trials: list[Trial] = []
+    for plan in plans_of(asked, judged, loader):
+        trials += run_trials(plan, loader, folder / TRIALS, known)
+    results = summarise(trials, asked.wanted)
+    report = _report(judged, asked, loader, results)
+    page, _ = write_report(report, folder)
+    found = [_sentence(one, len(results) > 1) for one in results]
+    return Outcome(results[0], found, advice(results[0], report.fidelity, filter_gain(results[0])), page), trials
+
+
+def _sentence(results: Results, is_one_of_several: bool) -> Text:
+    """Return the verdict in words, and of how many images it is if there are several."""
+    english, chinese = zip(headline(results), certainty(results), strict=True)
+    before = of_images(results) if is_one_of_several else ("", "")
+    parts = [part for part in (f"{before[0]}:" * bool(before[0]), *english) if part]
+    return " ".join(parts), f"{before[1]}：" * bool(before[1]) + "".join(chinese)
+
+
+def _report(judged: Judged, asked: Asked, loader: Loader, results: Sequence[Results]) -> Report:
+    """Return the report, whose fidelity, filter and pictures are of the first fold and number of images."""
+    fold, images = judged.folds[0], judged.images[0]
+    data, settings = loader(fold), loader.split.settings
+    made = _shown(data, images, [row.row for row in results[0].rows])
+    seen = subset(data.training, spread(data.training, images))
+    axes = axes_of(settings, loader.opened.size, Sensor() if asked.known_sensor else None)
+    maps = {name: count for name, count in (settings.get("colour_maps") or {}).items() if name in NAMES}
+    return Report(
+        results,
+        data.test.class_names,
+        data.test.condition_names,
+        axes,
+        max(maps, key=lambda name: maps[name], default=COLOUR_MAP),
+        fidelity(made, data.test, seen, axes, asked.recipe) if made else None,
+        loader.filters.get((fold, images)),
+        triples(made, data.test, seen) if made else (),
+        (*judged.facts, *_facts(judged, asked, results)),
+        asked.command,
+    )
+
+
+def _shown(data: FoldData, images: int | None, rows: Sequence[str]) -> Generated | None:
+    """Return the generated windows if one of the rows has some; say where they are fewer than rows take."""
+    times = max((ROWS[row].generated for row in rows if row in ROWS), default=0)
+    made = data.generated(images) if times else None
+    if made is not None:
+        real = data.training.people[spread(data.training, images)]
+        if note := lacking(made.people, real, times, data.training.class_names):
+            print(note, flush=True)
+    return made
+
+
+def _facts(judged: Judged, asked: Asked, results: Sequence[Results]) -> list[Fact]:
+    recipe, fold = asked.recipe, judged.folds[0]
+    validation = results[0].rows[0].validation
+    numbers = ", ".join("all" if images is None else str(images) for images in judged.images)
+    return [
+        ("Real windows", "真实窗口", f"{judged.levels}, {judged.split_file}"),
+        ("Folds", "折", ", ".join(map(str, judged.folds))),
+        ("Images a person", "每人图像数", numbers),
+        ("Classifier", "分类器", f"{recipe.classifier}; {recipe.steps} x {recipe.batch}"),
+        ("Looks at the validation windows", "验证次数", f"{recipe.looks}; {validation:.0f}"),
+        ("Fidelity, filter and pictures: fold", "相似程度、筛选与图片所用的折", str(fold)),
+    ]

@@ -1,0 +1,162 @@
+#!/usr/bin/env python3
+"""Step 7: does generated data help a classifier on walking passes that nobody has seen? By how much, and how sure?
+
+It trains classifiers on real windows, with and without generated ones, and tests each on the passes that the split of
+step 5 holds out. report.html and report.json say by how much generated windows help and how sure that is. What is
+trained is kept: the same command goes on after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from LightningDiT.console import OK, natural, positive, reads_chinese
+from LightningDiT.files import held_folder, require_writable
+from setup_steps import project
+
+if TYPE_CHECKING:
+    from LightningDiT.verdict.judging import Asked, Judged, Outcome
+    from LightningDiT.verdict.trials import Trial
+
+SCRIPT = "step7_judge_generated.py"
+ADAPTED, OUTPUT = project.PROJECT / "adapted", project.PROJECT / "verdict"
+SPLIT, LEVELS = (project.PROJECT / "spectrograms" / name for name in ("split.json", "levels"))
+STEPS = 500
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--adapted", type=Path, metavar="FOLDER", help=f"of step 6; default: {ADAPTED.name}")
+    add("--generated", type=Path, metavar="FOLDER", help="in place of --adapted: any generator's, a folder a person")
+    add("--split-file", type=Path, metavar="FILE", help="with --generated; default: spectrograms/split.json")
+    add("--fold", type=natural, metavar="N", help="with --generated: the one whose training it saw; default: 0")
+    add("--images", type=positive, metavar="N", help="with --generated: images of a person that it saw; default: all")
+    add("--levels", type=Path, metavar="FOLDER", help="of step 5; default: those of step 6, or spectrograms/levels")
+    add("--output", type=Path, default=OUTPUT, metavar="FOLDER", help=f"for the report; default: {OUTPUT.name}")
+    add("--classifier", choices=("small", "resnet18"), default="small", help="default: small")
+    add("--seeds", type=positive, metavar="N", help="trainings of each row; default: those of step 6's preset, 3")
+    add("--rows", metavar="NAMES", help="such as real,augmented,2x; default: the usual ones, and filtered-1x")
+    add("--steps", type=positive, default=STEPS, metavar="N", help=f"updates of each training; default: {STEPS}")
+    add("--wanted", type=float, default=0.03, metavar="SHARE", help="difference in accuracy worth the effort; 0.03")
+    add("--unseen", metavar="NAME", help="a condition that training must lack, or pairs: of person and condition")
+    add("--axes", choices=("sensor", "rows"), default="sensor", help="m/s and s of a 77.5 GHz radar, or rows; sensor")
+    add("--dry-run", action="store_true", help="only check what there is and estimate the time")
+    options = parser.parse_args(argv)
+    own = [f"--{name}" for name in ("split-file", "fold", "images") if getattr(options, name.replace("-", "_"))]
+    for wrong, message in (
+        (bool(options.adapted and options.generated), "--adapted and --generated exclude each other"),
+        (bool(own) and not options.generated, f"{', '.join(own)} goes with --generated"),
+        (not 0 < options.wanted < 1, f"--wanted takes a share such as 0.03 for 3 points, {options.wanted:g} given"),
+    ):
+        if wrong:
+            parser.error(message)
+    return options
+
+
+def judged_of(options: argparse.Namespace) -> Mapping[str, Judged]:
+    """Return what is judged, by the name of its model."""
+    from LightningDiT.verdict.judging import folder_of_windows
+
+    levels = project.absolute(options.levels) if options.levels else None
+    if options.generated:
+        split = project.absolute(options.split_file or SPLIT)
+        folder = project.absolute(options.generated)
+        print("note: nothing shows what this generator saw; training windows of this fold alone are assumed")
+        judged = folder_of_windows(folder, levels or LEVELS, split, options.fold or 0, options.images)
+        return {"generated": judged}
+    from LightningDiT.verdict.cells import judged_models
+
+    return judged_models(project.absolute(options.adapted or ADAPTED), levels)
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
+    from LightningDiT.verdict.judging import judge, preview
+
+    print("Step 7: does generated data help?", flush=True)
+    output, asked = project.absolute(options.output), asked_of(options)
+    judged = judged_of(options)
+    if options.dry_run:
+        for name, one in judged.items():
+            print(f"{name}:")
+            preview(one, asked)
+        return OK
+    require_writable(output)
+    trials: list[Trial] = []
+    found: dict[str, Outcome] = {}
+    with held_folder(output, "verdict"):
+        for name, one in judged.items():
+            found[name], new = judge(one, asked, output / name if len(judged) > 1 else output, trials)
+            trials += new
+    for name, outcome in found.items():
+        for line in lines_of(name, outcome):
+            print(line)
+    for line in next_lines(options, judged, found):
+        print(line)
+    return OK
+
+
+def asked_of(options: argparse.Namespace) -> Asked:
+    """Return what is trained and asked for."""
+    from LightningDiT.verdict.classifiers import Recipe
+    from LightningDiT.verdict.judging import Asked
+
+    rows = tuple(options.rows.split(",")) if options.rows else None
+    recipe, known = Recipe(options.classifier, options.steps), options.axes == "sensor"
+    return Asked(rows, options.seeds, recipe, options.wanted, options.unseen, known, project.again(SCRIPT))
+
+
+def lines_of(name: str, outcome: Outcome) -> Iterator[str]:
+    """Yield what was found of a model: the verdict, what to try, and where the report is."""
+    yield f"{name}:"
+    for text in outcome.sentences:
+        yield from _in_both(*text)
+    for text in outcome.tried:
+        yield from _in_both(f"  try: {text[0]}", f"  可尝试：{text[1]}")
+    yield f"wrote {outcome.page.name}, report.json and trials.json to {outcome.page.parent}"
+
+
+def next_lines(
+    options: argparse.Namespace, judged: Mapping[str, Judged], found: Mapping[str, Outcome]
+) -> Iterator[str]:
+    """Yield what comes next: use of what helps, or another generator."""
+    from LightningDiT.verdict.intervals import HELPS
+    from LightningDiT.verdict.rows import ROWS
+
+    helping = [name for name, outcome in found.items() if outcome.outcome == HELPS]
+    if helping:
+        row = ROWS[found[helping[0]].judged]
+        folder = next(iter(judged[helping[0]].folders.values()))
+        english = f"train your classifier on real windows and {row.generated} generated ones for each, such as {folder}"
+        yield from _in_both(
+            f"Next: {english}", f"下一步：用真实窗口加每个对应 {row.generated} 个生成窗口训练分类器，如 {folder}"
+        )
+        return
+    adapted = project.step_command("step6_adapt_models.py", "--help")
+    if options.generated:
+        yield from _in_both(
+            f"Next: adapt a generator to these windows: {adapted}", f"下一步：在这些窗口上适配生成模型：{adapted}"
+        )
+        return
+    yield from _in_both(
+        f"Next: look at the report; step 6 has larger presets and further settings: {adapted}",
+        f"下一步：查看报告；步骤 6 有更大的预设和更多设置：{adapted}",
+    )
+
+
+def _in_both(english: str, chinese: str) -> Iterator[str]:
+    """Yield a line, and the same in Chinese for those who read it."""
+    yield english
+    if reads_chinese():
+        yield chinese
+
+
+if __name__ == "__main__":
+    project.run(main)

@@ -1,0 +1,230 @@
+"""Step 7 from a folder of step 6, or of another generator, to its report; what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import step7_judge_generated as step7
+from LightningDiT.console import run_main
+from LightningDiT.errors import LightningDiTError
+from LightningDiT.files import fingerprint
+from LightningDiT.images import save_levels
+from LightningDiT.radar.level_images import load_windows, open_level_files
+from LightningDiT.radar.split import load_split, save_restricted
+from LightningDiT.sampling.resumable_run import BY_CLASS, LAYOUT, LEVELS, PIXELS
+from LightningDiT.verdict.adapting import cell_folder, load_plan, make_plan, save_plan, write_cells
+from LightningDiT.verdict.cells import judged_models
+from LightningDiT.verdict.generated import read_generated
+from LightningDiT.verdict.judging import Asked, Loader
+from LightningDiT.verdict.rows import spread, subset
+from tests.walkers import levels_of, prepared, render
+
+SIDE, IMAGES, TIMES = 16, 6, 2
+PASSES = {"1": [4, 4, 4, 4], "2": [4, 4, 4, 4], "10": [4, 4, 4, 4]}
+SHORT = ("--steps", 2, "--seeds", 2)
+
+
+@pytest.fixture(scope="module")
+def walkers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepared(tmp_path_factory.mktemp("walkers"), PASSES)
+
+
+@pytest.fixture(scope="module")
+def made(walkers: Path) -> Path:
+    """Return a folder as step 6 leaves it: `TIMES` copies of each image, turned in time, as what was generated."""
+    folder = walkers / "adapted"
+    opened = open_level_files(walkers / "levels", walkers / "out" / "split.json")
+    plan = make_plan("quick", opened, images=(IMAGES,), generated=TIMES, seeds=1)
+    save_plan(plan, folder)
+    write_cells(plan, folder, opened.split)
+    cell = cell_folder(folder, 0, IMAGES)
+    latents = {"split": {"digest": load_split(cell / "split.json").digest, "fold": 0, "part": "training"}}
+    write(cell / "latents" / "manifest.json", latents)
+    run = cell / "transformer"
+    run.mkdir()
+    (run / "transformer.safetensors").write_bytes(b"weights")
+    write(run / "choice.json", {"text": "weights of step 7 are kept"})
+    windows = load_windows(walkers / "levels", walkers / "out" / "split.json", "training")
+    seen = subset(windows, spread(windows, IMAGES))
+    pixels = torch.cat([seen.pixels.roll(3 + turn, -1) for turn in range(TIMES)])
+    labels = seen.people.repeat(TIMES).tolist()
+    names = list(seen.class_names)
+    for at, label in enumerate(labels):
+        path = run / "generated" / names[label] / f"{at:06d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_levels(pixels[at : at + 1], [path])
+    facts = {"labels": labels, "class_names": names, "sample": {"cfg_scale": 1.5}, "seed": 0, LAYOUT: BY_CLASS}
+    weights = {"transformer": fingerprint(run / "transformer.safetensors")}
+    write(run / "generated" / "manifest.json", {**facts, PIXELS: LEVELS, "weights": weights})
+    return folder
+
+
+def write(path: Path, content: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def run(capsys: pytest.CaptureFixture[str], *options: object, code: int = 0) -> str:
+    assert run_main(lambda: step7.main([str(option) for option in options])) == code
+    captured = capsys.readouterr()
+    return captured.out + captured.err
+
+
+def test_a_folder_of_step_6_is_judged_and_the_same_command_trains_nothing_again(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIGHTNINGDIT_LANG", "zh")
+    options = ("--adapted", made, "--output", tmp_path, "--rows", "real,1x,filtered-1x,4x", "--steps", 2)
+    said = run(capsys, *options)
+    assert "4 trainings of 2 steps" in said
+    assert "fewer generated windows than 4 for each real one of 3 people, such as ID_1: 12 for 6" in said
+    assert "No verdict: real + generated" in said or "do not help: real" in said
+    assert "The smallest difference that this data can show is" in said
+    assert "这些数据能显示的最小差异" in said
+    assert said.splitlines()[-2].startswith("Next: ")
+    report = json.loads((tmp_path / "report.json").read_text())
+    rows = {row["row"]: row for row in report["results"][0]["rows"]}
+    assert [rows[name]["generated"] for name in ("real", "1x", "4x")] == [0, 18, 36]
+    assert {row["real"] for row in rows.values()} == {18}
+    assert rows["real"]["accuracy"]["windows"] == len(load_split(made.parent / "out" / "split.json").part("test"))
+    assert report["facts"]["Chosen weights, sampling"] == "fold0-6: guidance 1.5, seed 0; weights of step 7 are kept"
+    assert report["fidelity"]["copies"]["samples"] == 1.0  # they are training windows, turned
+    assert report["filter"]["kept"] <= 1
+    assert (tmp_path / "report.html").read_text().count('<div class="triple">') == 4  # three people and the nearest
+    before = (tmp_path / "trials.json").stat().st_mtime_ns
+    assert "trainings of" not in run(capsys, *options)
+    assert (tmp_path / "trials.json").stat().st_mtime_ns == before
+
+
+def test_what_is_read_is_what_was_generated(made: Path, walkers: Path) -> None:
+    opened = open_level_files(walkers / "levels", walkers / "out" / "split.json")
+    windows = load_windows(walkers / "levels", walkers / "out" / "split.json", "training")
+    seen = subset(windows, spread(windows, IMAGES))
+    found = read_generated(cell_folder(made, 0, IMAGES) / "transformer" / "generated", opened, 0)
+    assert torch.equal(found.people, seen.people.repeat(TIMES))
+    torch.testing.assert_close(found.pixels[: len(seen.people)], seen.pixels.roll(3, -1), rtol=0, atol=2 / 65535)
+
+
+def test_any_generators_folders_are_judged(
+    made: Path, walkers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = cell_folder(made, 0, IMAGES) / "transformer" / "generated"
+    shutil.copytree(folder, tmp_path / "own", ignore=shutil.ignore_patterns("*.json"))
+    own = ("--generated", tmp_path / "own", "--levels", walkers / "levels")
+    own = (*own, "--split-file", walkers / "out" / "split.json", "--images", IMAGES)
+    said = run(capsys, *own, "--rows", "real,1x", "--output", tmp_path / "v", *SHORT, "--dry-run")
+    assert "nothing shows what this generator saw" in said
+    assert "4 trainings of 2 steps" in said
+    assert not (tmp_path / "v").exists()
+    test = load_windows(walkers / "levels", walkers / "out" / "split.json", "test")
+    save_levels(test.pixels[:1], [tmp_path / "own" / "ID_10" / "000000.png"])
+    said = run(capsys, *own, "--output", tmp_path / "v", *SHORT, code=1)
+    assert "000000.png is the real window" in said
+    (tmp_path / "own" / "ID_3").mkdir()
+    save_levels(test.pixels[:1], [tmp_path / "own" / "ID_3" / "1.png"])
+    assert "windows of 'ID_3', and the split has no such person" in run(
+        capsys, *own, "--output", tmp_path / "v", *SHORT, code=1
+    )
+
+
+def spoil(folder: Path, how: str) -> None:
+    """Change one thing in a folder of step 6."""
+    cell = cell_folder(folder, 0, IMAGES)
+    run, split = cell / "transformer", load_split(cell / "split.json")
+    if how == "weights":
+        (run / "transformer.safetensors").write_bytes(b"other weights")
+    elif how == "missing":
+        shutil.rmtree(run / "generated")
+    elif how == "incomplete":
+        next((run / "generated" / "ID_2").glob("*.png")).unlink()
+    elif how == "latents":
+        write(cell / "latents" / "manifest.json", {"split": {"digest": split.digest, "fold": 0, "part": "test"}})
+    elif how == "plan":
+        write(folder / "plan.json", {**json.loads((folder / "plan.json").read_text()), "split": "another"})
+    else:
+        plan = load_plan(folder)
+        whole = load_split(plan.split_file)
+        training = [at for at, row in enumerate(whole.rows) if row.part == "training"]
+        save_restricted(cell / "split.json", whole, plan.split_file, training[:-1], 0)
+        digest = load_split(cell / "split.json").digest
+        write(cell / "latents" / "manifest.json", {"split": {"digest": digest, "fold": 0, "part": "training"}})
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("weights", "was generated by other weights than"),
+        ("missing", "has no generated windows yet"),
+        ("incomplete", "lacks 1 of 36 generated windows"),
+        ("latents", "are not those of its training windows"),
+        ("plan", "is another split than the one that"),
+        ("images", "the generator of fold 0 saw 23 images, the classifiers see 18"),
+    ],
+)
+def test_cells_that_say_nothing_about_unseen_passes_are_refused(
+    made: Path, tmp_path: Path, how: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(made, tmp_path / "adapted")
+    spoil(tmp_path / "adapted", how)
+    said = run(capsys, "--adapted", tmp_path / "adapted", "--output", tmp_path / "v", *SHORT, code=1)
+    assert message in said
+    assert "step6_adapt_models.py" in said or how == "incomplete"
+    assert not (tmp_path / "v" / "report.html").exists()
+
+
+def test_a_cell_that_trains_on_a_test_window_is_refused(made: Path, tmp_path: Path) -> None:
+    """The split of the cell is one of another fold, whose training windows are tested in this one."""
+    shutil.copytree(made, tmp_path / "adapted")
+    plan = load_plan(tmp_path / "adapted")
+    whole = load_split(plan.split_file)
+    swapped = [type(row)(**{**row.__dict__, "parts": (row.parts[1], *row.parts[1:])}) for row in whole.rows]
+    from LightningDiT.radar.split import PARENT, save_split
+
+    cell = cell_folder(tmp_path / "adapted", 0, IMAGES)
+    save_split(cell / "split.json", Path("d"), Path("r"), swapped, {PARENT: whole.digest})
+    with pytest.raises(LightningDiTError, match="is a test window of fold 0 and stands among the training"):
+        judged_models(tmp_path / "adapted")
+
+
+def test_an_unseen_condition_is_neither_trained_nor_validated(tmp_path: Path) -> None:
+    for person, condition, key in (("1", "fast", "1"), ("2", "fast", "2"), ("1", "slow", "3"), ("2", "slow", "4")):
+        name = f"ID_{person}/ID{person}_case1_1_Doppler{{number}}.jpg"
+        render(tmp_path / "data" / condition, {key: [4, 4, 4]}, name=name)
+    levels_of(tmp_path, str(SIDE))
+    judged = step7.judged_of(
+        step7.parse(
+            [
+                *("--generated", str(tmp_path), "--levels", str(tmp_path / "levels")),
+                *("--split-file", str(tmp_path / "out" / "split.json")),
+            ]
+        )
+    )["generated"]
+    loader = Loader(judged, Asked(unseen="slow"))
+    assert loader(0).training.conditions.unique().tolist() == [0]
+    assert loader.scenario(0).tested(loader(0).test).conditions.unique().tolist() == [1]
+    pairs = Loader(judged, Asked(unseen="pairs"))
+    held = pairs.scenario(0).held_out
+    seen = set(zip(pairs(0).training.people.tolist(), pairs(0).training.conditions.tolist(), strict=True))
+    assert held
+    assert not held & seen
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--adapted", "a", "--generated", "b"), "exclude each other"),
+        (("--fold", "1"), "--fold goes with --generated"),
+        (("--wanted", "3"), "--wanted takes a share"),
+    ],
+)
+def test_options_that_go_with_others_are_refused(
+    options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        step7.parse(list(options))
+    assert message in capsys.readouterr().err
