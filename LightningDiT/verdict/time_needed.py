@@ -26,8 +26,8 @@ JUDGED = 8  # samples of a person in a look
 TOKENIZER_BATCH = 16
 FORWARD = 1 / 3  # of a training step: the backward pass costs two forward passes
 UPKEEP = 1.2  # a training step over its two passes: optimizer, average, reading
-PROCESS = 10.0  # seconds until a process has its libraries and weights
-LOOK = 20.0  # seconds of a look beside its samples: the judge's share, a classifier, distances to training windows
+PROCESS = 6.0  # seconds until a process has its libraries and weights
+LOOK = 10.0  # seconds of a look beside its samples: the judge's share, a classifier, distances to training windows
 LEAST = 0.2  # of the preset's steps: a budget that leaves fewer is refused
 
 
