@@ -97,7 +97,7 @@ def courses(windows: Tensor) -> Tensor:
     found = torch.cat(parts)
     squares = found.abs().square() * _weights(width, count).to(found).real
     length = squares.sum((1, 2), keepdim=True).sqrt()
-    return found / torch.where(length > FLAT * width, length, torch.inf)
+    return torch.where(length > FLAT * width, found / length, 0)
 
 
 def _weights(width: int, count: int) -> Tensor:
