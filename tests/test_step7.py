@@ -15,13 +15,18 @@ from LightningDiT.errors import LightningDiTError
 from LightningDiT.files import fingerprint
 from LightningDiT.images import save_levels
 from LightningDiT.radar.level_images import load_windows, open_level_files
-from LightningDiT.radar.split import load_split, save_restricted
+from LightningDiT.radar.split import PARENT, load_split, save_restricted, save_split
 from LightningDiT.sampling.resumable_run import BY_CLASS, LAYOUT, LEVELS, PIXELS
 from LightningDiT.verdict.adapting import cell_folder, load_plan, make_plan, save_plan, write_cells
 from LightningDiT.verdict.cells import judged_models
+from LightningDiT.verdict.classifiers import Recipe
 from LightningDiT.verdict.generated import read_generated
-from LightningDiT.verdict.judging import Asked, Loader
+from LightningDiT.verdict.judging import Asked, Loader, Outcome, folder_of_windows
 from LightningDiT.verdict.rows import spread, subset
+from LightningDiT.verdict.trials import Plan, load_trials, run_trials
+from tests.test_verdict_report import results
+from tests.test_verdict_trials import fold
+from tests.test_verdict_trials import made as generated
 from tests.walkers import levels_of, prepared, render
 
 SIDE, IMAGES, TIMES = 16, 6, 2
@@ -183,8 +188,6 @@ def test_a_cell_that_trains_on_a_test_window_is_refused(made: Path, tmp_path: Pa
     plan = load_plan(tmp_path / "adapted")
     whole = load_split(plan.split_file)
     swapped = [type(row)(**{**row.__dict__, "parts": (row.parts[1], *row.parts[1:])}) for row in whole.rows]
-    from LightningDiT.radar.split import PARENT, save_split
-
     cell = cell_folder(tmp_path / "adapted", 0, IMAGES)
     save_split(cell / "split.json", Path("d"), Path("r"), swapped, {PARENT: whole.digest})
     with pytest.raises(LightningDiTError, match="is a test window of fold 0 and stands among the training"):
@@ -212,6 +215,30 @@ def test_an_unseen_condition_is_neither_trained_nor_validated(tmp_path: Path) ->
     seen = set(zip(pairs(0).training.people.tolist(), pairs(0).training.conditions.tolist(), strict=True))
     assert held
     assert not held & seen
+
+
+def test_a_second_model_takes_the_rows_without_generated_windows_from_the_first(tmp_path: Path) -> None:
+    plan = Plan((0,), (4,), ("real", "1x"), 1, Recipe(steps=1, batch=4, looks=1))
+    first = run_trials(plan, lambda number: fold(number, generated()), tmp_path / "a.json")
+    other = run_trials(plan, lambda number: fold(number, generated(9)), tmp_path / "b.json", first)
+    assert other[0] is first[0]
+    assert other[1].key != first[1].key
+    assert [trial.row for trial in load_trials(tmp_path / "b.json")] == ["1x"]
+
+
+@pytest.mark.parametrize(
+    ("difference", "given", "line"),
+    [
+        (0.05, (), "train your classifier on real windows and 2 generated ones for each, such as here"),
+        (0.0, (), "look at the report; step 6 has larger presets"),
+        (0.0, ("--generated", "g"), "adapt a generator to these windows"),
+    ],
+)
+def test_what_comes_next_follows_from_the_verdict(difference: float, given: tuple[str, ...], line: str) -> None:
+    judged = {"m": folder_of_windows(Path("here"), Path("l"), Path("s"))}
+    found = {"m": Outcome(results(difference), [], [("a", "b")], Path("v/report.html"))}
+    assert line in next(step7.next_lines(step7.parse(list(given)), judged, found))
+    assert list(step7.lines_of("m", found["m"]))[-1] == "wrote report.html, report.json and trials.json to v"
 
 
 @pytest.mark.parametrize(
