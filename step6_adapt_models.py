@@ -99,7 +99,8 @@ def main(argv: list[str] | None = None) -> int:
     output = project.absolute(options.output)
     plan, split, began = asked(options, output)
     if began:
-        idle = "; --time-budget and numbers of steps have no effect" if options.time_budget or options.steps else ""
+        given = options.time_budget or options.steps or options.tokenizer_steps
+        idle = "; its numbers of steps stay, whatever --time-budget and --steps say" if given else ""
         print(f"note: {output} has begun with this plan, which goes on{idle}")
     else:
         plan = within(plan, split, options.time_budget)

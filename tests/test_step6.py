@@ -77,6 +77,7 @@ def test_a_run_that_was_killed_goes_on_and_makes_what_step_7_reads(
     monkeypatch.setattr(jobs, "exit_code", again := InProcess())
     assert call(data, output, *OPTIONS) == 0
     assert again.ran == []
+    assert "its numbers of steps stay" in capsys.readouterr().out
     assert call(data, output, "--images", "2") == 1
     assert "a plan of other settings (images)" in capsys.readouterr().err
 
@@ -145,7 +146,8 @@ def test_what_does_not_go_is_said_before_the_first_step(
         make_plan("quick", opened, folds=(4,))
     odd = prepared(tmp_path / "odd", {"1": [2, 2, 2]}, size="24")
     opened = open_level_files(odd / "levels", odd / "out" / "split.json")
-    assert make_plan("quick", opened).size == 24
+    twice = make_plan("quick", opened, folds=(1, 0, 1), images=(30, None, 30), models=["transformer"] * 2)
+    assert (twice.size, twice.folds, twice.images, len(twice.models)) == (24, (1, 0), (30, None), 1)
     with pytest.raises(LightningDiTError, match=r"24x24 pixels; unet takes squares whose sides are multiples of 16"):
         make_plan("quick", opened, models=["unet"])
     monkeypatch.setattr(time_needed, "measure", lambda plan, split: Costs(1.0, {"transformer": 1.0}))

@@ -142,6 +142,7 @@ def make_plan(preset: str, opened: LevelFiles, pretrained: Path = MODELS, **give
     """
     known, split = PRESETS[preset], opened.split
     given = {key: value for key, value in given.items() if value is not None}
+    given |= {key: tuple(dict.fromkeys(given[key])) for key in ("folds", "images", "models") if key in given}
     folds = tuple(given.pop("folds", known.folds or range(split.folds)))
     names = tuple(given.pop("models", known.models))
     for fold in folds:
