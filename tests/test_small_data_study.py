@@ -32,6 +32,7 @@ def test_cells_differ_from_the_reference_in_what_they_say(plan: cells.Plan) -> N
     assert (reference.train.patience, plain.train.patience) == (plan.patience, 0)
     assert (Path(reference.data.data_path).name, Path(plain.data.data_path).name) == ("8", "1")
     assert reference.train.weight_init == plain.train.weight_init == found["walkers"].ckpt_path
+    assert (reference.model.augmentation, unet.model.augmentation, plain.model.augmentation) == (5, 5, 0)
     assert unet.train.weight_init == found["walkers-unet"].ckpt_path
     assert found["walkers-unet"].train.weight_init is None
     assert (Path(__file__).parents[1] / cells.GARMENTS).is_file()

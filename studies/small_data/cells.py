@@ -99,7 +99,7 @@ def cell_values(cell: Cell, plan: Plan) -> dict[str, Any]:
             "num_classes": plan.people,
         },
         "vae": {"model_name": str(plan.folder / "tokenizer/chosen.yaml"), "downsample_ratio": RATIO},
-        "model": {"model_type": cell.model, "in_chans": CHANNELS, "augmentation": len(NAMES)},
+        "model": {"model_type": cell.model, "in_chans": CHANNELS, "augmentation": len(NAMES) if cell.draws > 1 else 0},
         "train": {
             "max_steps": plan.steps,
             "global_batch_size": BATCH,
