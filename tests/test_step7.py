@@ -97,7 +97,7 @@ def test_a_folder_of_step_6_is_judged_and_the_same_command_trains_nothing_again(
     assert [rows[name]["generated"] for name in ("real", "1x", "4x")] == [0, 18, 36]
     assert {row["real"] for row in rows.values()} == {18}
     assert rows["real"]["accuracy"]["windows"] == len(load_split(made.parent / "out" / "split.json").part("test"))
-    assert report["facts"]["Chosen weights, sampling"] == "fold0-6: guidance 1.5, seed 0; weights of step 7 are kept"
+    assert report["facts"]["Weights and sampling, fold0-6"] == "guidance 1.5, seed 0; weights of step 7 are kept"
     assert report["fidelity"]["copies"]["samples"] == 1.0  # they are training windows, turned
     assert report["filter"]["kept"] <= 1
     assert (tmp_path / "report.html").read_text().count('<div class="triple">') == 4  # three people and the nearest

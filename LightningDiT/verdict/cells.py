@@ -106,8 +106,8 @@ def _facts(adapted: Path, plan: Plan, model: str) -> tuple[Fact, ...]:
         run = cell_folder(adapted, *cell) / model
         content = manifest_of(run / GENERATED)
         guidance = content.get("sample", {}).get("cfg_scale")
-        text = f"{run.parent.name}: guidance {guidance}, seed {content.get('seed')}"
+        text = f"guidance {guidance}, seed {content.get('seed')}"
         if (run / CHOICE).is_file():
             text += f"; {_json(run / CHOICE, adapted).get('text')}"
-        facts.append(("Chosen weights, sampling", "所选权重与采样", text))
+        facts.append((f"Weights and sampling, {run.parent.name}", f"权重与采样，{run.parent.name}", text))
     return tuple(facts)
