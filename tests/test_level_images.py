@@ -16,7 +16,7 @@ from LightningDiT.data.image_sets import Unreadable
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import to_float
 from LightningDiT.radar.augmentation import NAMES, parsed
-from LightningDiT.radar.level_images import has_windows, load_windows, open_levels
+from LightningDiT.radar.level_images import has_windows, load_windows, open_level_files, open_levels
 from LightningDiT.radar.split import load_split, rows_digest, save_split
 from tests.walkers import prepared, render
 
@@ -141,7 +141,9 @@ def test_a_damaged_window_is_one_line_wherever_it_is_read(harm: object, said: st
     levels, split_file = places(copied)
     split, files = load_split(split_file), json.loads((levels / "manifest.json").read_text())["files"]
     harm(levels / "levels" / files[split.part("training")[1].name])  # type: ignore[operator]
-    with pytest.raises(LightningDiTError, match=f"{said}.*fix: python step5_prepare_spectrograms.py --data"):
+    with pytest.raises(
+        LightningDiTError, match=f"{said}.*fix: python step5_prepare_spectrograms.py --data .* --size 16x16$"
+    ):
         load_windows(levels, split_file, "training")
     images = open_levels(levels, split_file, "training")
     for way in Unreadable:
@@ -150,12 +152,21 @@ def test_a_damaged_window_is_one_line_wherever_it_is_read(harm: object, said: st
     load_windows(levels, split_file, "test")
 
 
+def test_the_command_that_writes_levels_again_keeps_a_range_that_was_given(copied: Path) -> None:
+    opened = open_level_files(*places(copied))
+    given = replace(opened, db_range=(-45.0, 0.0), is_measured=False)
+    assert given.again().endswith(" --db-range -45 0 --size 16x16")
+    assert "--db-range" not in replace(given, is_measured=True).again() + replace(given, db_range=None).again()
+
+
 def test_levels_of_another_split_or_release_or_unfinished_are_refused(copied: Path, tmp_path: Path) -> None:
     levels, split_file = places(copied)
     manifest = levels / "manifest.json"
     whole = json.loads(manifest.read_text())
     other = prepared(tmp_path / "other", PASSES, "--seed", "5")
-    with pytest.raises(LightningDiTError, match="are of another split than"):
+    with pytest.raises(
+        LightningDiTError, match="are of another split than .*; fix: name the split of these levels, or "
+    ):
         load_windows(levels, places(other)[1], "training")
     first = next(iter(whole["files"]))
     for changed, said in (

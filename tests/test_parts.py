@@ -162,6 +162,25 @@ def test_labels_and_rows_that_are_not_the_splits(split: Split, tmp_path: Path) -
             check_parts(config(tmp_path, str(where)))
 
 
+def test_names_and_conditions_that_are_not_the_splits(tmp_path: Path) -> None:
+    rows = [replace(row, condition=("Bag", "Normal")[at % 2]) for at, row in enumerate(rows_of(PEOPLE))]
+    save_split(tmp_path / "split.json", tmp_path, tmp_path, rows, {})
+    split = load_split(tmp_path / "split.json")
+    odd = [at for at in rows_in(split, "training") if at % 2]  # those of condition 1, which `latents` writes
+    fit = latents(folder(tmp_path, "fit"), split, odd, "training", conditions=True)
+    assert check_parts(config(tmp_path, fit)) == [f"conditions without a latent in {fit}, which are never trained: Bag"]
+    for name, chosen, told, said in (
+        ("names", odd, {"class_names": ["b", "a", "c"]}, "class 0 is b by its manifest.json, and a by the split"),
+        ("fewer", odd, {"class_names": ["a", "b"]}, "class 2 is missing by its manifest.json, and c by the split"),
+        ("more", odd, {"class_names": ["a", "b", "c", "d"]}, "class 3 is d by its manifest.json, and missing by"),
+        ("kinds", odd, {"condition_names": ["Normal", "Bag"]}, "condition 0 is Normal by its .* and Bag by the split"),
+        ("numbers", rows_in(split, "training"), {}, "has the condition 1, and its condition is number 0"),
+    ):
+        where = latents(folder(tmp_path, name), split, chosen, "training", conditions=True, **told)
+        with pytest.raises(LightningDiTError, match=said):
+            check_parts(config(tmp_path, where))
+
+
 def test_people_who_are_never_trained_and_random_validation_are_said(split: Split, tmp_path: Path) -> None:
     rows = [row for row in rows_in(split, "training") if split.rows[row].person != "b"]
     where = latents(folder(tmp_path, "t"), split, rows, "training")

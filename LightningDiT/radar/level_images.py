@@ -82,8 +82,14 @@ class LevelFiles:
     split_file: Path
 
     def again(self) -> str:
-        """Return the command that writes the folder."""
-        return again(self.split, self.split_file, self.folder)
+        """Return the command that writes the folder, with the same size and range."""
+        return f"{self.again_in()} --size {self.size[1]}x{self.size[0]}"
+
+    def again_in(self) -> str:
+        """Return the command that writes the folder in another size, which is to be added."""
+        given = self.db_range if self.db_range and not self.is_measured else ()
+        ranged = f" --db-range {' '.join(f'{value:g}' for value in given)}" if given else ""
+        return again(self.split, self.split_file, self.folder) + ranged
 
     def read(self, row: int) -> Levels:
         """Return levels (H, W) in 0 to 1 of a row of the split.
@@ -131,7 +137,9 @@ def open_level_files(levels: Path, split_file: Path) -> LevelFiles:
         raise LightningDiTError(f"{levels} holds no levels of step 5 ({first_line(error)})", fix) from error
     if digest not in (split.digest, split.parent or split.digest):
         reason = "another split than" if digest else "an earlier release, which did not name the split;"
-        raise LightningDiTError(f"the levels in {levels} are of {reason} {split_file}", fix)
+        raise LightningDiTError(
+            f"the levels in {levels} are of {reason} {split_file}", f"name the split of these levels, or {fix}"
+        )
     if not digests or not size:
         raise LightningDiTError(f"the levels in {levels} are not complete", fix)
     try:
@@ -266,7 +274,7 @@ def open_levels(
     if height != width:
         raise LightningDiTError(
             f"the windows in {levels} have {width}x{height} pixels, and networks take squares",
-            f"{opened.again()} --size {_near_square(height, width)}",
+            f"{opened.again_in()} --size {_near_square(height, width)}",
         )
     if draws > 1 and part != "training":
         raise LightningDiTError(
@@ -357,7 +365,7 @@ class LevelImages(ImageSet):
         if size not in (None, side):
             raise LightningDiTError(
                 f"the windows in {self.opened.folder} have {side}x{side} pixels, {size}x{size} are asked for",
-                f"set data.image_size: {side}, or {self.opened.again()} --size {size}",
+                f"set data.image_size: {side}, or {self.opened.again_in()} --size {size}",
             )
         images = copy.copy(self)
         images.size, images.fit = size, fit

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from LightningDiT.data.labels import CLASS_NAMES, CONDITION_NAMES, LATENTS_MANIF
 from LightningDiT.data.shards import shard_files
 from LightningDiT.errors import LightningDiTError, first_line
 from LightningDiT.files import read_json, require_regular
-from LightningDiT.radar.level_images import open_level_files
+from LightningDiT.radar.level_images import NO_CONDITION, condition_names, open_level_files
 from LightningDiT.radar.split import PARTS, Split, load_split
 
 TRAINING, VALIDATION = "training", "validation"
@@ -136,15 +137,42 @@ def _check_windows(origin: _Origin, split: Split, fold: int, part: str, key: str
             f" {len(odd) - 1} more; {part} windows are expected",
             EXTRACT,
         )
-    people = {name: number for number, name in enumerate(split.people)}
-    expected = torch.tensor([people[row.person] for row in split.rows])[origin.windows]
-    if wrong := (expected != origin.labels).nonzero().flatten().tolist():
-        name = split.rows[int(origin.windows[wrong[0]])].name
-        raise LightningDiTError(
-            f"{key} {origin.folder}: {shown(name)} has the class {int(origin.labels[wrong[0]])}, and its person is"
-            f" number {int(expected[wrong[0]])}",
-            EXTRACT,
-        )
+    _check_labels(origin, split, key)
+
+
+def _check_labels(origin: _Origin, split: Split, key: str) -> None:
+    """Compare names, classes and conditions of the latents with those of the split's rows."""
+    conditions = condition_names(split) or ()
+    people = [row.person for row in split.rows]
+    of_rows = [row.condition or NO_CONDITION for row in split.rows]
+    for kind, owner, names, told, found, owned in (
+        ("class", "person", split.people, origin.class_names, origin.labels, people),
+        ("condition", "condition", conditions, origin.condition_names, origin.conditions, of_rows),
+    ):
+        _check_names(origin, key, kind, told, names)
+        if found is None or not names:
+            continue
+        numbers = {name: number for number, name in enumerate(names)}
+        expected = torch.tensor([numbers[name] for name in owned])[origin.windows]
+        if wrong := (expected != found).nonzero().flatten().tolist():
+            name = split.rows[int(origin.windows[wrong[0]])].name
+            raise LightningDiTError(
+                f"{key} {origin.folder}: {shown(name)} has the {kind} {int(found[wrong[0]])}, and its {owner} is"
+                f" number {int(expected[wrong[0]])}",
+                EXTRACT,
+            )
+
+
+def _check_names(origin: _Origin, key: str, kind: str, told: Sequence[str], names: Sequence[str]) -> None:
+    """Refuse names that a manifest tells in another order or number than the split, unless one of both has none."""
+    for at, (here, there) in enumerate(zip_longest(told, names)) if told and names else ():
+        if here != there:
+            words = [shown(name) if name is not None else "missing" for name in (here, there)]
+            raise LightningDiTError(
+                f"{key} {origin.folder}: {kind} {at} is {words[0]} by its {LATENTS_MANIFEST}, and {words[1]} by the"
+                " split",
+                EXTRACT,
+            )
 
 
 def _check_same(trained: _Origin, valid: _Origin) -> None:
