@@ -188,7 +188,7 @@ def _check_size(opened: LevelFiles, names: Sequence[str]) -> None:
             raise LightningDiTError(
                 f"the windows in {opened.folder} have {width}x{height} pixels; {name} takes squares whose sides are"
                 f" multiples of {NETWORKS[name][1]}",
-                f"{opened.again()} --size 64",
+                f"{opened.again_in()} --size 64",
             )
 
 
