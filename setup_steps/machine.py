@@ -28,7 +28,8 @@ from setup_steps.project import PROJECT, environments, fix_packages
 PROBE_SECONDS = 300
 MODULE_SUFFIXES = (".py", ".so", ".pyd")
 UNKNOWN = "unknown"  # the version of a distribution with damaged metadata
-IMPORT_NAMES = {"pillow": "PIL", "torch-fidelity": "torch_fidelity"}  # distributions whose module has another name
+#: Distributions whose module has another name.
+IMPORT_NAMES = {"pillow": "PIL", "torch-fidelity": "torch_fidelity", "pytest-xdist": "xdist"}
 NATIVE_BF16 = (8, 0)  # torch's own is_bf16_supported() is also true for emulated bf16
 SMI_SECONDS = 60
 SMI_FIELDS = ("name", "compute_cap", "memory.total", "driver_version")

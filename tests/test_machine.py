@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -229,3 +230,6 @@ def test_every_pin_is_imported_by_the_name_of_its_module() -> None:
     names = [pin.name for pin in read_pins(PROJECT / "requirements.txt") if installed_version(pin.name)]
     assert {"pillow", "torch"} <= set(names)
     assert {name: fault for name, fault in try_imports(names).items() if fault} == {}
+    names = [pin.name for pin in read_pins(PROJECT / "requirements-dev.txt") if installed_version(pin.name)]
+    modules = {name: machine.IMPORT_NAMES.get(name, name) for name in names}
+    assert {name for name, module in modules.items() if find_spec(module) is None} == set()
