@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from LightningDiT.console import OK, natural, positive, reads_chinese
+from LightningDiT.console import OK, natural, positive
 from LightningDiT.files import require_writable
 from setup_steps import project
 
@@ -127,7 +127,7 @@ def next_lines(options: argparse.Namespace, prepared: Prepared, folder: Path) ->
         again = project.again(
             SCRIPT, *(() if options.write else ("--write", "LEVELS")), "--size", "64", without=("--size",)
         )
-        yield from _in_both(f"Next: {written}networks take squares, whose sides are multiples of 8", SQUARES)
+        yield from project.in_both(f"Next: {written}networks take squares, whose sides are multiples of 8", SQUARES)
         yield f"  {again}"
         return
     parts = Counter(row.part for row in prepared.rows)
@@ -139,7 +139,7 @@ def next_lines(options: argparse.Namespace, prepared: Prepared, folder: Path) ->
         yield f"wrote {NAME}, the configuration of a training on these windows"
     else:
         yield f"warning: {NAME} is kept as it is, and was edited or is of other windows; delete it for a new one"
-    yield from _in_both("Next: a tokenizer of these windows, their latents, and a training", COMMANDS)
+    yield from project.in_both("Next: a tokenizer of these windows, their latents, and a training", COMMANDS)
     yield from (f"  {command}" for command in commands(levels, folder, file, is_validated))
 
 
@@ -166,13 +166,6 @@ def commands(levels: Path, folder: Path, file: Path, is_validated: bool) -> list
         *([f"{extract} --part validation --output {valid}"] if is_validated else []),
         f"{module}.train --config {config}",
     ]
-
-
-def _in_both(english: str, chinese: str) -> Iterator[str]:
-    """Yield a line, and the same in Chinese for those who read it."""
-    yield english
-    if reads_chinese():
-        yield chinese
 
 
 if __name__ == "__main__":

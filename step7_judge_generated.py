@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from LightningDiT.console import OK, natural, positive, reads_chinese
+from LightningDiT.console import OK, natural, positive
 from LightningDiT.files import held_folder, require_writable
 from setup_steps import project
 
@@ -117,9 +117,9 @@ def lines_of(name: str, outcome: Outcome) -> Iterator[str]:
     """Yield what was found of a model: the verdict, what to try, and where the report is."""
     yield f"{name}:"
     for text in outcome.sentences:
-        yield from _in_both(*text)
+        yield from project.in_both(*text)
     for text in outcome.tried:
-        yield from _in_both(f"  try: {text[0]}", f"  可尝试：{text[1]}")
+        yield from project.in_both(f"  try: {text[0]}", f"  可尝试：{text[1]}")
     yield f"wrote {outcome.page.name}, report.json and trials.json to {outcome.page.parent}"
 
 
@@ -135,27 +135,20 @@ def next_lines(
         row = ROWS[found[helping[0]].judged]
         folder = next(iter(judged[helping[0]].folders.values()))
         english = f"train your classifier on real windows and {row.generated} generated ones for each, such as {folder}"
-        yield from _in_both(
+        yield from project.in_both(
             f"Next: {english}", f"下一步：用真实窗口加每个对应 {row.generated} 个生成窗口训练分类器，如 {folder}"
         )
         return
     adapted = project.step_command("step6_adapt_models.py", "--help")
     if options.generated:
-        yield from _in_both(
+        yield from project.in_both(
             f"Next: adapt a generator to these windows: {adapted}", f"下一步：在这些窗口上适配生成模型：{adapted}"
         )
         return
-    yield from _in_both(
+    yield from project.in_both(
         f"Next: look at the report; step 6 has larger presets and further settings: {adapted}",
         f"下一步：查看报告；步骤 6 有更大的预设和更多设置：{adapted}",
     )
-
-
-def _in_both(english: str, chinese: str) -> Iterator[str]:
-    """Yield a line, and the same in Chinese for those who read it."""
-    yield english
-    if reads_chinese():
-        yield chinese
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import NoReturn, TypeVar
 
-from LightningDiT.console import run_main
+from LightningDiT.console import reads_chinese, run_main
 from LightningDiT.errors import LightningDiTError
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -81,6 +81,13 @@ def hide_credentials(text: str) -> str:
 def step_command(script: str, *options: str) -> str:
     """Return a step's command as a person would type it in the project's folder."""
     return f"{interpreter()} {shlex.join([script, *options])}"
+
+
+def in_both(english: str, chinese: str) -> Iterator[str]:
+    """Yield a line, and the same in Chinese for those who read it."""
+    yield english
+    if reads_chinese():
+        yield chinese
 
 
 def absolute(path: Path) -> Path:

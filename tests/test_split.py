@@ -120,6 +120,8 @@ def test_the_same_seed_gives_the_same_split_and_sizes_are_balanced() -> None:
 
 def test_the_file_comes_back_and_is_refused_when_it_was_changed(rows: list[Row], tmp_path: Path) -> None:
     file = tmp_path / "split.json"
+    with pytest.raises(LightningDiTError, match=r"does not exist; fix: python step5_prepare_spectrograms.py --data"):
+        load_split(file)
     save_split(file, tmp_path / "data", tmp_path / "data", rows, {"seed": 0, "db_range": [-60, 0]})
     split = load_split(file)
     assert list(split.rows) == rows

@@ -6,8 +6,10 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import step7_judge_generated as step7
 from LightningDiT.console import run_main
@@ -135,6 +137,30 @@ def test_any_generators_folders_are_judged(
     assert "windows of 'ID_3', and the split has no such person" in run(
         capsys, *own, "--output", tmp_path / "v", *SHORT, code=1
     )
+    shutil.rmtree(tmp_path / "own")
+    said = run(capsys, *own, "--output", tmp_path / "v", *SHORT, code=1)
+    assert f"{tmp_path / 'own'} is no folder of generated windows that is there; fix: generate them as levels" in said
+    assert not (tmp_path / "v" / "trials.json").exists()  # none of these cost a training
+
+
+def test_windows_of_8_bits_are_widened_and_counted(
+    made: Path, walkers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened = open_level_files(walkers / "levels", walkers / "out" / "split.json")
+    (tmp_path / "ID_1").mkdir()
+    Image.fromarray(np.full((SIDE, SIDE), 51, np.uint8)).save(tmp_path / "ID_1" / "0.png")
+    found = read_generated(tmp_path, opened, 0)
+    torch.testing.assert_close(found.pixels, torch.full((1, 1, SIDE, SIDE), 51 / 255 * 2 - 1))
+    assert "note: 1 of 1 generated windows have 8 bits, the real ones have 16" in capsys.readouterr().out
+
+
+def test_what_is_not_there_names_the_command_that_makes_it(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = run(capsys, "--adapted", tmp_path, code=1)
+    assert f"there is no {tmp_path / 'plan.json'}, which step 6 writes; fix: python step6_adapt_models.py" in said
+    said = run(capsys, "--adapted", made, "--unseen", "Bag", "--dry-run", code=1)
+    assert "condition 'Bag' is to be unseen; the data has one condition alone; fix: omit --unseen" in said
 
 
 def spoil(folder: Path, how: str) -> None:
@@ -180,6 +206,7 @@ def test_cells_that_say_nothing_about_unseen_passes_are_refused(
     assert message in said
     assert "step6_adapt_models.py" in said or how == "incomplete"
     assert not (tmp_path / "v" / "report.html").exists()
+    assert not (tmp_path / "v" / "trials.json").exists()
 
 
 def test_a_cell_that_trains_on_a_test_window_is_refused(made: Path, tmp_path: Path) -> None:

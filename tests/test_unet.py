@@ -395,7 +395,7 @@ def test_a_run_from_latents_to_guided_images(folder: Path) -> None:
     half, first = trained(config, range(2))
     torch.save(half.state_dict(), folder / "state.pt")
     torch.manual_seed(7)
-    resumed, last = trained(config, range(2, 4), torch.load(folder / "state.pt"))
+    resumed, last = trained(config, range(2, 4), torch.load(folder / "state.pt", weights_only=True))
     assert first + last == losses
     averages = [trainer.averaged_model().state_dict() for trainer in (whole, resumed)]
     assert [name for name, value in averages[0].items() if not torch.equal(value, averages[1][name])] == []

@@ -103,7 +103,7 @@ def test_unseen_conditions_and_pairs_are_neither_trained_nor_validated() -> None
     seen, tested = pairs.seen(windows), pairs.tested(windows)
     assert len(seen.people) + len(tested.people) == len(windows.people)
     assert set(zip(tested.people.tolist(), tested.conditions.tolist(), strict=True)) == pairs.held_out
-    with pytest.raises(LightningDiTError, match="'c9' is to be unseen; there is c0, c1"):
+    with pytest.raises(LightningDiTError, match="'c9' is to be unseen; there are c0, c1"):
         unseen_condition(windows, "c9")
     with pytest.raises(LightningDiTError, match="nobody has two conditions"):
         unseen_pairs(walkers(3, 2, 2), walkers(3, 2, 2))

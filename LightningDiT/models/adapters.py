@@ -84,7 +84,7 @@ def _ends_with(name: str, target: str) -> bool:
 
 
 def matrix_names(model: nn.Module) -> list[str]:
-    """Return the names of what weight decay acts on: matrices and kernels, but no embeddings, biases or norms."""
+    """Return the names of the tensors with weight decay: matrices and kernels, no embeddings, biases or norms."""
     return [
         name
         for name, value in model.named_parameters()
@@ -119,7 +119,7 @@ def merged(base: Mapping[str, Tensor], adapter: Mapping[str, Tensor], scale: flo
 def merged_shapes(
     base: Mapping[str, tuple[int, ...]], adapter: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of what `merged` returns."""
+    """Return the shapes of the tensors that `merged` returns."""
     return {**base, **{name: shape for name, shape in adapter.items() if not name.endswith((DOWN, UP))}}
 
 

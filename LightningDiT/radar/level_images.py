@@ -99,13 +99,7 @@ class LevelFiles:
         """
         name, digest = self.files[row]
         path = self.folder / "levels" / name
-        try:
-            with open_image(path) as image:
-                grey = np.asarray(image)
-        except (MemoryError, LightningDiTError):
-            raise
-        except Exception as error:  # arbitrary bytes make Pillow's readers fail in arbitrary ways
-            raise LightningDiTError(f"{shown(path)} cannot be read ({first_line(error)})", self.again()) from error
+        grey = raw_pixels(path, self.again())
         if grey.shape != self.size:
             sides = "x".join(map(str, grey.shape[:2][::-1]))
             raise LightningDiTError(
@@ -115,6 +109,24 @@ class LevelFiles:
         if levels_digest(grey) != digest:
             raise LightningDiTError(f"{shown(path)} does not hold the levels that step 5 wrote", self.again())
         return (grey / WHITE_16_BIT).astype(np.float32)
+
+
+def raw_pixels(path: Path, fix: str) -> NDArray[Any]:
+    """Return the pixels of an image as they are: (H, W), or (H, W, C) in colours.
+
+    Args:
+        fix: for the message.
+
+    Raises:
+        LightningDiTError: the file is missing or damaged.
+    """
+    try:
+        with open_image(path) as image:
+            return np.asarray(image)
+    except (MemoryError, LightningDiTError):
+        raise
+    except Exception as error:  # arbitrary bytes make Pillow's readers fail in arbitrary ways
+        raise LightningDiTError(f"{shown(path)} cannot be read ({first_line(error)})", fix) from error
 
 
 def open_level_files(levels: Path, split_file: Path) -> LevelFiles:

@@ -24,6 +24,7 @@ PARTS = ("training", "validation", "test", "guard")
 BLOCK = 0.2  # of a training pass: the end that validates where a person has two passes
 LEAST = 0.5  # of an equal share: what the smallest fold of a person holds at least
 RERUN = "run step5_prepare_spectrograms.py again"
+STEP5 = "python step5_prepare_spectrograms.py --data FOLDER --write spectrograms/levels --size 64"
 MOST_BYTES = 2**28
 PARENT, PARENT_FILE = "parent", "parent_file"  # settings of a restricted split: digest and file of the whole one
 
@@ -316,6 +317,8 @@ def load_split(path: Path) -> Split:
         rows = tuple(_row(entry) for entry in content.pop("windows"))
         data, root, digest = (str(content.pop(key)) for key in ("data", "root", "digest"))
         folds = len(rows[0].parts)
+    except FileNotFoundError as error:
+        raise LightningDiTError(f"the split {path} does not exist", STEP5) from error
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise LightningDiTError(f"the split {path} cannot be read ({first_line(error)})", RERUN) from error
     if digest != rows_digest(rows) or any(len(row.parts) != folds or not {*row.parts} <= {*PARTS} for row in rows):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from LightningDiT.checkpoint import inspect, save_weights
-from LightningDiT.config import Config, load_config
+from LightningDiT.config import TRAINING_FIX, Config, load_config
 from LightningDiT.console import run_main
 from LightningDiT.data.labels import CLASS_NAMES, CONDITION_NAMES, NULL_TRAINED
 from LightningDiT.errors import LightningDiTError
@@ -33,7 +33,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def read_config(path: str) -> Config:
     """Return the configuration; raises LightningDiTError if it names no adapter."""
-    config = load_config(path)
+    config = load_config(path, TRAINING_FIX)
     if not config.adapter_path:
         raise LightningDiTError(
             f"{config.source} names no adapter_path", "set it to the adapter.safetensors of a training"

@@ -20,7 +20,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from LightningDiT.config import Config, SampleConfig, describe_solver, load_config, setting_differences, with_overrides
+from LightningDiT.config import (
+    TRAINING_FIX,
+    Config,
+    SampleConfig,
+    describe_solver,
+    load_config,
+    setting_differences,
+    with_overrides,
+)
 from LightningDiT.console import Progress, duration, natural, positive, run_main
 from LightningDiT.errors import LightningDiTError, first_line
 from LightningDiT.files import check_target, fingerprint, held_folder, read_json, write_text
@@ -289,7 +297,7 @@ def run(config: Config, args: argparse.Namespace, sweep: Sweep, pipe: LightningD
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, build, run."""
     args = parse(argv)
-    config = load_config(args.config)
+    config = load_config(args.config, TRAINING_FIX)
     wanted = settings_of(args.scales, args.starts)
     samples = [sample_of(config.sample, setting) for setting in wanted]
     windows_of(config, "validation")  # before anything that takes long

@@ -216,6 +216,10 @@ def load_plan(folder: Path) -> Plan:
         paths = {key: Path(content.pop(key)) for key in ("split_file", "levels")}
         lists = {key: tuple(content.pop(key)) for key in ("folds", "images")}
         return Plan(models=models, **paths, **lists, **content)
+    except FileNotFoundError as error:
+        raise LightningDiTError(
+            f"there is no {path}, which step 6 writes", "python step6_adapt_models.py, or name its folder by --adapted"
+        ) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise LightningDiTError(
             f"{path} is no plan of step 6 ({first_line(error)})", "run step6_adapt_models.py first"
@@ -301,7 +305,7 @@ def write_cells(plan: Plan, folder: Path, split: Split) -> None:
 
 
 def labels_text(people: Sequence[str], conditions: Sequence[str] | None, times: int) -> str:
-    """Return the table of what is generated: `times` rows for each real window, with its person and condition.
+    """Return the table of the windows to generate: `times` rows for each real one, with its person and condition.
 
     Each round has all windows once, so the first N rounds are N for each.
     """

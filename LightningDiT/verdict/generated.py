@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from LightningDiT.data.image_files import WHITE_16_BIT, find_images, open_image, shown
+from LightningDiT.data.image_files import WHITE_16_BIT, find_images, shown
 from LightningDiT.data.labels import CLASS_NAMES, CONDITION_NAMES, Labels, natural_key
 from LightningDiT.errors import LightningDiTError, first_line
 from LightningDiT.files import read_json
-from LightningDiT.radar.level_images import LevelFiles, condition_names
+from LightningDiT.radar.level_images import LevelFiles, condition_names, raw_pixels
 from LightningDiT.radar.split import MOST_BYTES
 from LightningDiT.radar.written import levels_digest
 from LightningDiT.sampling.resumable_run import BY_CLASS, CONDITIONS, LAYOUT, LEVELS, MANIFEST, PIXELS, class_folders
@@ -89,6 +89,8 @@ def _of_run(folder: Path, content: Mapping[str, Any]) -> Files:
 
 
 def _of_folders(folder: Path) -> Files:
+    if not folder.is_dir():
+        raise LightningDiTError(f"{folder} is no folder of generated windows that is there", GENERATE)
     paths, people = [], []
     for person in sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: natural_key(path.name)):
         own = sorted(find_images(person).files, key=lambda path: natural_key(str(path)))
@@ -118,15 +120,20 @@ def read_generated(folder: Path, opened: LevelFiles, fold: int) -> Generated:
     names = condition_names(split) or ()
     numbers = [names.index(name) if name in names else UNKNOWN for name in files.conditions]
     tested = {opened.files[at][1]: row.name for at, row in enumerate(split.rows) if row.parts[fold] not in UNTESTED}
-    pixels = torch.empty(len(files.paths), 1, *opened.size)
+    pixels, coarse = torch.empty(len(files.paths), 1, *opened.size), 0
     for at, path in enumerate(files.paths):
         grey = _grey(path, opened.size)
+        is_coarse = grey.dtype == np.uint8
+        coarse += is_coarse
+        grey = grey.astype(np.int64) * 257 if is_coarse else grey.astype(np.int64).clip(0, WHITE_16_BIT)
         if (known := tested.get(levels_digest(grey))) is not None:
             raise LightningDiTError(
                 f"{shown(path)} is the real window {known}, which fold {fold} tests or validates on",
                 "generate windows by a model that saw training windows alone",
             )
         pixels[at, 0] = torch.from_numpy((grey / WHITE_16_BIT * 2 - 1).astype(np.float32))
+    if coarse:
+        print(f"note: {coarse} of {len(pixels)} generated windows have 8 bits, the real ones have 16", flush=True)
     return Generated(
         pixels,
         torch.tensor([people[name] for name in files.people]),
@@ -135,14 +142,8 @@ def read_generated(folder: Path, opened: LevelFiles, fold: int) -> Generated:
 
 
 def _grey(path: Path, size: tuple[int, int]) -> np.ndarray:
-    """Return the levels (H, W) of a file, 0 to 65535; those of 8 bits are widened."""
-    try:
-        with open_image(path) as image:
-            grey = np.asarray(image)
-    except (MemoryError, LightningDiTError):
-        raise
-    except Exception as error:  # arbitrary bytes make Pillow's readers fail in arbitrary ways
-        raise LightningDiTError(f"{shown(path)} cannot be read ({first_line(error)})", GENERATE) from error
+    """Return the pixels (H, W) of a file, which has one channel and the size of the real windows."""
+    grey = raw_pixels(path, GENERATE)
     if grey.shape != size:
         sides = "x".join(map(str, grey.shape[1::-1]))
         channels = f" and {grey.shape[2]} channels" if grey.ndim == 3 else ""
@@ -150,7 +151,7 @@ def _grey(path: Path, size: tuple[int, int]) -> np.ndarray:
             f"{shown(path)} has {sides} pixels{channels}, the real windows have {size[1]}x{size[0]} and one channel",
             GENERATE,
         )
-    return grey.astype(np.int64) * 257 if grey.dtype == np.uint8 else grey.astype(np.int64).clip(0, WHITE_16_BIT)
+    return grey
 
 
 def lacking(people: torch.Tensor, real: torch.Tensor, times: int, names: Sequence[str]) -> str:

@@ -224,12 +224,21 @@ def plans_of(asked: Asked, judged: Judged, loader: Loader) -> list[Plan]:
 def preview(judged: Judged, asked: Asked) -> None:
     """Read everything once, and say what would be trained and about how long it takes."""
     loader = Loader(judged, asked)
-    for plan in plans_of(asked, judged, loader):
+    for plan in _checked_plans(asked, judged, loader):
+        announce(plan, loader)
+
+
+def _checked_plans(asked: Asked, judged: Judged, loader: Loader) -> list[Plan]:
+    """Return what is trained, after all generated windows were read once: a bad one costs no training."""
+    plans = plans_of(asked, judged, loader)
+    for plan in plans:
         for fold in plan.folds:
             data = loader(fold)
             for images in plan.images:
-                _shown(data, images, plan.rows)
-        announce(plan, loader)
+                made = _generated(data, images, plan.rows)
+                if made is not None and (note := _lacking(data, images, plan.rows, made)):
+                    print(note, flush=True)
+    return plans
 
 
 def judge(judged: Judged, asked: Asked, folder: Path, known: Sequence[Trial] = ()) -> tuple[Outcome, list[Trial]]:
@@ -243,7 +252,7 @@ def judge(judged: Judged, asked: Asked, folder: Path, known: Sequence[Trial] = (
     """
     loader = Loader(judged, asked)
     trials: list[Trial] = []
-    for plan in plans_of(asked, judged, loader):
+    for plan in _checked_plans(asked, judged, loader):
         trials += run_trials(plan, loader, folder / TRIALS, known)
     results = summarise(trials, asked.wanted)
     report = _report(judged, asked, loader, results)
@@ -264,7 +273,7 @@ def _report(judged: Judged, asked: Asked, loader: Loader, results: Sequence[Resu
     """Return the report, whose fidelity, filter and pictures are of the first fold and number of images."""
     fold, images = judged.folds[0], judged.images[0]
     data, settings = loader(fold), loader.split.settings
-    made = _shown(data, images, [row.row for row in results[0].rows])
+    made = _generated(data, images, [row.row for row in results[0].rows])
     seen = subset(data.training, spread(data.training, images))
     axes = axes_of(settings, loader.opened.size, Sensor() if asked.known_sensor else None)
     maps = {name: count for name, count in (settings.get("colour_maps") or {}).items() if name in NAMES}
@@ -282,15 +291,20 @@ def _report(judged: Judged, asked: Asked, loader: Loader, results: Sequence[Resu
     )
 
 
-def _shown(data: FoldData, images: int | None, rows: Sequence[str]) -> Generated | None:
-    """Return the generated windows if one of the rows has some; say where they are fewer than rows take."""
-    times = max((ROWS[row].generated for row in rows if row in ROWS), default=0)
-    made = data.generated(images) if times else None
-    if made is not None:
-        real = data.training.people[spread(data.training, images)]
-        if note := lacking(made.people, real, times, data.training.class_names):
-            print(note, flush=True)
-    return made
+def _most(rows: Sequence[str]) -> int:
+    """Return how many generated windows for each real one some of the rows take at most."""
+    return max((ROWS[row].generated for row in rows if row in ROWS), default=0)
+
+
+def _generated(data: FoldData, images: int | None, rows: Sequence[str]) -> Generated | None:
+    """Return the generated windows if one of the rows has some."""
+    return data.generated(images) if _most(rows) else None
+
+
+def _lacking(data: FoldData, images: int | None, rows: Sequence[str], made: Generated) -> str:
+    """Return a line about people with fewer generated windows than rows take; empty without any."""
+    real = data.training.people[spread(data.training, images)]
+    return lacking(made.people, real, _most(rows), data.training.class_names)
 
 
 def _facts(judged: Judged, asked: Asked, results: Sequence[Results]) -> list[Fact]:

@@ -167,9 +167,14 @@ def unseen_condition(windows: Windows, condition: str) -> Scenario:
         LightningDiTError: there is no such condition, or one alone.
     """
     names = windows.condition_names or ()
+    if not names:
+        raise LightningDiTError(
+            f"condition {condition!r} is to be unseen; the data has one condition alone", "omit --unseen"
+        )
     if condition not in names:
-        there = ", ".join(names) or "one condition alone"
-        raise LightningDiTError(f"condition {condition!r} is to be unseen; there is {there}", "choose one of these")
+        raise LightningDiTError(
+            f"condition {condition!r} is to be unseen; there are {', '.join(names)}", "choose one of these"
+        )
     at = names.index(condition)
     return Scenario(f"unseen {condition}", frozenset((person, at) for person in range(len(windows.class_names))))
 
