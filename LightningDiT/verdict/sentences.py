@@ -90,7 +90,7 @@ def advice(results: Results, found: Fidelity | None, filtered: float | None) -> 
         return []
     texts = list(_more_passes(results))
     texts += _by_fidelity(found) if found else []
-    if filtered is not None and filtered > 0:
+    if filtered is not None and filtered >= verdict.difference.smallest:  # less is what trainings vary by
         texts.append(
             (
                 f"Use the filter: filtered windows are {points(filtered)} points better than unfiltered ones here.",
