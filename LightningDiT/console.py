@@ -12,7 +12,8 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ STOPPED = "stopped; finished work is kept, and the same command goes on from the
 SEE_HELP = "run the command with --help, which lists all options and their values"
 INSTALL = "python step1_install_environment.py"
 PLAIN_INTERVAL, MOVING_INTERVAL = 10.0, 0.2  # seconds between two lines of a log, and of a terminal's moving line
+_CALLED_AS: ContextVar[str | None] = ContextVar("called_as", default=None)
 
 
 def run_main(main: Callable[[], int], install: Callable[[], str] = lambda: INSTALL) -> int:
@@ -86,6 +88,25 @@ def _known(error: Exception, install: Callable[[], str]) -> LightningDiTError | 
     if isinstance(error, RecursionError):
         return LightningDiTError("a file is nested without end", "name another file")
     return None
+
+
+def program(module: str) -> str:
+    """Return what a person typed to start a module: `lightningdit sample`, or `python -m LightningDiT.inference`.
+
+    Args:
+        module: its name below LightningDiT.
+    """
+    return _CALLED_AS.get() or f"python -m LightningDiT.{module}"
+
+
+@contextlib.contextmanager
+def called_as(words: str) -> Iterator[None]:
+    """Let the usage lines of the block name these words."""
+    token = _CALLED_AS.set(words)
+    try:
+        yield
+    finally:
+        _CALLED_AS.reset(token)
 
 
 def printable(text: str) -> str:

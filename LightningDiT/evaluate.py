@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from LightningDiT.console import natural, positive, run_main
+from LightningDiT.console import natural, positive, program, run_main
 from LightningDiT.metrics.options import FEATURES, add_evaluation_options
 
 SOURCES = "folder of images, .npz file of ADM, or FOLDER:train / FOLDER:test of Fashion-MNIST"
@@ -20,7 +20,7 @@ SOURCES = "folder of images, .npz file of ADM, or FOLDER:train / FOLDER:test of 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's arguments."""
-    parser = argparse.ArgumentParser(prog="python -m LightningDiT.evaluate", description=__doc__)
+    parser = argparse.ArgumentParser(prog=program("evaluate"), description=__doc__)
     parser.add_argument("--samples", required=True, metavar="A", help=f"generated images: {SOURCES}")
     parser.add_argument("--reference", metavar="B", help=f"real images: {SOURCES}; or .npz file with mu and sigma")
     parser.add_argument("--features", default="inception", help=f"{FEATURES}; default: %(default)s")

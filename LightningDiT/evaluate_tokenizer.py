@@ -11,13 +11,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from LightningDiT.console import natural, positive, run_main
+from LightningDiT.console import natural, positive, program, run_main
 from LightningDiT.metrics.options import FEATURES, add_evaluation_options
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's arguments."""
-    parser = argparse.ArgumentParser(prog="python -m LightningDiT.evaluate_tokenizer", description=__doc__)
+    parser = argparse.ArgumentParser(prog=program("evaluate_tokenizer"), description=__doc__)
     parser.add_argument("--config", required=True, help="tokenizer YAML; its ckpt_path names the weights")
     parser.add_argument("--weights", metavar="FILE", help="replaces ckpt_path")
     source = parser.add_mutually_exclusive_group(required=True)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from LightningDiT.config import TRAINING_FIX, Config, load_config
-from LightningDiT.console import duration, natural, positive, run_main
+from LightningDiT.console import duration, natural, positive, program, run_main
 from LightningDiT.data.labels import CONDITION_NAMES
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import FITS
@@ -39,7 +39,7 @@ VALIDATION = PARTS[1]
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's arguments."""
-    parser = argparse.ArgumentParser(prog="python -m LightningDiT.extract_features", description=__doc__)
+    parser = argparse.ArgumentParser(prog=program("extract_features"), description=__doc__)
     parser.add_argument("--config", required=True, help="YAML of the published schema; its tokenizer encodes")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--images", metavar="FOLDER", help="folder with one subfolder of images per class")

@@ -19,7 +19,7 @@ if __package__ in (None, ""):
     sys.path.append(str(HERE.parent))  # run as a script, as the published repository does
 
 from LightningDiT.config import Config, load_config  # noqa: E402
-from LightningDiT.console import duration, positive, run_main  # noqa: E402
+from LightningDiT.console import duration, positive, program, run_main  # noqa: E402
 from LightningDiT.files import check_space  # noqa: E402
 from LightningDiT.sampling.options import (  # noqa: E402
     add_class_options,
@@ -47,7 +47,7 @@ PREVIEW_NAME = "demo_preview.png"
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's arguments."""
-    parser = argparse.ArgumentParser(prog="python -m LightningDiT.inference", description=__doc__)
+    parser = argparse.ArgumentParser(prog=program("inference"), description=__doc__)
     parser.add_argument("--config", required=True, help="YAML of the published schema")
     parser.add_argument("--demo", action="store_true", help="one grid of a few classes")
     parser.add_argument("--num-samples", type=positive, help="images without --demo; default: sample.fid_num")

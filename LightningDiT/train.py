@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from LightningDiT.config import TRAINING_FIX, Config, load_config
-from LightningDiT.console import positive, run_main
+from LightningDiT.console import positive, program, run_main
 from LightningDiT.device import best_device
 from LightningDiT.distributed import launched_processes
 from LightningDiT.training.choice import CHOICE_NAME, LAST_NAME, choice_of
@@ -36,7 +36,7 @@ from LightningDiT.training.transformer_training import (
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's arguments."""
-    parser = argparse.ArgumentParser(prog="python -m LightningDiT.train", description=__doc__)
+    parser = argparse.ArgumentParser(prog=program("train"), description=__doc__)
     parser.add_argument("--config", required=True, help="YAML of the published schema")
     parser.add_argument("--data-path", help="folder of shards and statistics, in place of data.data_path")
     parser.add_argument("--output", help="folder of the run, in place of train.output_dir/exp_name")

@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from LightningDiT.console import natural, positive, run_main
+from LightningDiT.console import natural, positive, program, run_main
 from LightningDiT.data.fashion_mnist import holds_fashion_mnist
 from LightningDiT.data.image_sets import ImageSet, Unreadable, evenly_spaced, open_fashion_mnist, open_files
 from LightningDiT.device import best_device
@@ -117,7 +117,7 @@ def settings_text(tokenizer: TokenizerConfig) -> str:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's arguments."""
-    parser = argparse.ArgumentParser(prog="python -m LightningDiT.train_tokenizer", description=__doc__)
+    parser = argparse.ArgumentParser(prog=program("train_tokenizer"), description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", nargs="+", help="tokenizer YAML (model.params and train); several are stages")
     what.add_argument("--stages", dest="config", action="store_const", const=STAGES, help="the three published stages")

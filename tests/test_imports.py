@@ -51,6 +51,8 @@ ROWS: dict[str, set[str]] = {
     "extract_features": {*GROUND, "data", "radar", "tokenizer", "training"},
     "evaluate": {*GROUND, "metrics"},
     "evaluate_tokenizer": {*GROUND, "metrics"},
+    "hub": {*GROUND},
+    "command": {*BELOW, "__init__", "hub", "metrics", "radar", "sampling", "training"},
     "tools": {*BELOW, "metrics", "radar", "sampling", "training"},  # the benchmark times the trainer's steps
 }
 SET_UP_MAY_USE = {f"{LIBRARY}.{name}" for name in ("errors", "console", "files")}

@@ -1,0 +1,1 @@
+"""Where weights lie: published repositories, folders like them, and the bundled model."""
