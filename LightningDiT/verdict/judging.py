@@ -11,7 +11,6 @@ import torch
 
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.metrics.window_judge import STEPS as FILTER_STEPS
-from LightningDiT.radar.colour_maps import NAMES
 from LightningDiT.radar.level_images import LevelFiles, Windows, has_windows, load_windows, open_level_files
 from LightningDiT.radar.sensor import Sensor
 from LightningDiT.radar.split import Split
@@ -21,7 +20,7 @@ from LightningDiT.verdict.filter import Filter, fit_filter, shares_kept
 from LightningDiT.verdict.gait import axes_of
 from LightningDiT.verdict.generated import lacking, read_generated
 from LightningDiT.verdict.intervals import WANTED
-from LightningDiT.verdict.pictures import triples
+from LightningDiT.verdict.pictures import colour_map_of, triples
 from LightningDiT.verdict.report import FilterReport, Report, filter_gain, of_images, write_report
 from LightningDiT.verdict.results import Results, summarise
 from LightningDiT.verdict.rows import ROWS, USUAL, Generated, Scenario, spread, subset, unseen_condition, unseen_pairs
@@ -32,7 +31,6 @@ TRIALS = "trials.json"
 FILTERED = "filtered-1x"  # the row that reports the filter
 PAIRS = "pairs"  # value of `Asked.unseen`
 SEEDS = 3
-COLOUR_MAP = "jet"  # of data without one
 ADAPT_AGAIN = "run step6_adapt_models.py with the same images, or name rows without generated windows by --rows"
 Cell = tuple[int, int | None]  # fold, and images a person
 Fact = tuple[str, str, str]  # English, Chinese, value
@@ -276,13 +274,12 @@ def _report(judged: Judged, asked: Asked, loader: Loader, results: Sequence[Resu
     made = _generated(data, images, [row.row for row in results[0].rows])
     seen = subset(data.training, spread(data.training, images))
     axes = axes_of(settings, loader.opened.size, Sensor() if asked.known_sensor else None)
-    maps = {name: count for name, count in (settings.get("colour_maps") or {}).items() if name in NAMES}
     return Report(
         results,
         data.test.class_names,
         data.test.condition_names,
         axes,
-        max(maps, key=lambda name: maps[name], default=COLOUR_MAP),
+        colour_map_of(settings),
         fidelity(made, data.test, seen, axes, asked.recipe) if made else None,
         loader.filters.get((fold, images)),
         triples(made, data.test, seen) if made else (),
