@@ -1,4 +1,4 @@
-"""The registry of weights: name, source and purpose of each file, and the search for them."""
+"""The search for the weights that the registry of the library names, and the folders that they lie in."""
 
 from __future__ import annotations
 
@@ -8,66 +8,36 @@ import re
 import time
 from argparse import ArgumentParser
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from LightningDiT.console import format_bytes
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.files import rename_command
+from LightningDiT.hub.registry import (  # noqa: F401 - the steps read the registry from here
+    DIT,
+    MODELS_VARIABLE,
+    PRECISIONS,
+    ROLES,
+    SETS,
+    STATS,
+    VAVAE,
+    WeightFile,
+    converted_name,
+    files_of,
+    usable_names,
+)
 from setup_steps.project import PROJECT, STEP2, absolute, again, step_command
 
 MODELS = PROJECT / "models"
 BUNDLED = MODELS / "fashion-mnist"
-MODELS_VARIABLE = "LIGHTNINGDIT_MODELS"
 KAGGLE_INPUT, KAGGLE_WORKING = Path("/kaggle/input"), Path("/kaggle/working")
 KEPT_BYTES = 20_000_000_000  # the most that Kaggle keeps of /kaggle/working
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # lines break at some, others are no UTF-8
 ATTACHED_VARIABLE = "LIGHTNINGDIT_ATTACHED"
 SAY_EVERY = 5.0  # seconds between two lines of a long walk
-PRECISIONS = ("fp32", "bf16", "fp16")  # of converted transformers, the one with the same numbers first
 
 
-@dataclass(frozen=True)
-class WeightFile:
-    """One published file.
-
-    Args:
-        name: file name on the hub and in models/.
-        repo: repository on the hub.
-        approx_bytes: size for dry runs; the exact one comes from the hub.
-        role: "vavae" (tokenizer), "stats" (latent statistics) or "dit" (diffusion transformer).
-        table: section of LightningDiT/checkpoint_keys.json with its tensors' names and shapes.
-    """
-
-    name: str
-    repo: str
-    approx_bytes: int
-    role: str
-    table: str | None
-
-
-_VAVAE_REPO = "hustvl/vavae-imagenet256-f16d32-dinov2"
-VAVAE = WeightFile("vavae-imagenet256-f16d32-dinov2.pt", _VAVAE_REPO, 800_000_000, "vavae", "vavae-f16d32")
-STATS = WeightFile("latents_stats.pt", _VAVAE_REPO, 1_000, "stats", None)
-DIT = {
-    epochs: WeightFile(
-        f"lightningdit-xl-imagenet256-{epochs}.pt",
-        f"hustvl/lightningdit-xl-imagenet256-{epochs}",
-        6_000_000_000,
-        "dit",
-        "LightningDiT-XL/1",
-    )
-    for epochs in ("800ep", "64ep")
-}
-
-SETS: dict[str, tuple[WeightFile, ...]] = {
-    "800ep": (VAVAE, STATS, DIT["800ep"]),
-    "64ep": (VAVAE, STATS, DIT["64ep"]),
-    "all": (VAVAE, STATS, DIT["800ep"], DIT["64ep"]),
-    "bundled": (),  # comes with the project, see BUNDLED_FILES
-}
-ROLES = ("vavae", "stats", "dit")
 RESTORE_BUNDLED = "git restore models/fashion-mnist, or clone the project again"
 BUNDLED_FILES = (
     "config.yaml",
@@ -77,11 +47,6 @@ BUNDLED_FILES = (
     "latents_stats.pt",
     "solvers.yaml",
 )
-
-
-def files_of(model: str, only: str | None = None) -> tuple[WeightFile, ...]:
-    """Return the published files of a model, or those of one role among them."""
-    return tuple(file for file in SETS[model] if only in (None, file.role))
 
 
 def published_in(folder: Path) -> list[str]:
@@ -179,21 +144,6 @@ def attached_folder() -> Path | None:
     if named:
         return absolute(Path(named))
     return KAGGLE_INPUT if "KAGGLE_KERNEL_RUN_TYPE" in os.environ else None
-
-
-def converted_name(name: str, precision: str) -> str:
-    """Return the name of a converted copy: `a.fp16.safetensors` for `a.pt`."""
-    return f"{Path(name).stem}.{precision}.safetensors"
-
-
-def usable_names(file: WeightFile) -> tuple[str, ...]:
-    """Return the names that the file may have, the best first: of a transformer also those of converted copies, fp32
-    (same numbers, mapped faster) before the original and the others after it.
-    """
-    if file.role != "dit":
-        return (file.name,)
-    exact, *rounded = (converted_name(file.name, precision) for precision in PRECISIONS)
-    return (exact, file.name, *rounded)
 
 
 def walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import graphlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -40,7 +40,7 @@ ROWS: dict[str, set[str]] = {
     "loading": {"checkpoint", "config", "errors", "models", "tokenizer", "transport"},
     "metrics": {*GROUND, "data", "radar", "tokenizer"},  # judges of windows
     "radar": {*GROUND, "data"},
-    "sampling": {*BELOW, "radar"},  # levels are shown in a colour map
+    "sampling": {*BELOW, "hub", "radar"},  # levels are shown in a colour map
     "training": {*BELOW, "metrics", "radar", "sampling"},  # a run shows and judges samples of its average
     "verdict": {*BELOW, "metrics", "radar", "sampling"},  # times networks; a report looks as that of a demonstration
     "__init__": {"config", "sampling"},
@@ -55,7 +55,7 @@ ROWS: dict[str, set[str]] = {
     "command": {*BELOW, "__init__", "hub", "metrics", "radar", "sampling", "training"},
     "tools": {*BELOW, "metrics", "radar", "sampling", "training"},  # the benchmark times the trainer's steps
 }
-SET_UP_MAY_USE = {f"{LIBRARY}.{name}" for name in ("errors", "console", "files")}
+SET_UP_MAY_USE = {f"{LIBRARY}.{name}" for name in ("errors", "console", "files", "hub.registry")}
 STEPS = sorted(path.stem for path in PROJECT.glob("*.py"))
 
 
@@ -139,6 +139,11 @@ def spoken_words(tree: ast.AST) -> Iterator[str]:
             word = getattr(node, field, None)
             if isinstance(word, str):
                 yield word
+
+
+def beyond_set_up(names: Iterable[str]) -> set[str]:
+    """Return those of some dotted names that lie in no module which set-up may use."""
+    return {name for name in names if not any(f"{name}.".startswith(f"{module}.") for module in SET_UP_MAY_USE)}
 
 
 def names_cuda(code: str) -> bool:
@@ -246,17 +251,18 @@ def test_steps_and_set_up_need_nothing_installed_to_start(name: str) -> None:
     standard = {*sys.stdlib_module_names, "setup_steps"}
     for path in sorted((PROJECT / name).glob("*.py")) or [PROJECT / f"{name}.py"]:
         names = imports_of(path, PROJECT, at_import=True)
-        library = {".".join(name.split(".")[:2]) for name in names if name.startswith(f"{LIBRARY}.")}
-        assert library <= SET_UP_MAY_USE, path
+        assert not beyond_set_up(name for name in names if name.startswith(f"{LIBRARY}.")), path
         assert {name.partition(".")[0] for name in names} - {LIBRARY} <= standard, path
 
 
 def test_what_set_up_uses_of_the_library_needs_the_standard_library_alone() -> None:
-    for name in (LIBRARY, *SET_UP_MAY_USE):
-        path = PACKAGE / "__init__.py" if name == LIBRARY else PROJECT / f"{name.replace('.', '/')}.py"
+    packages = {name.rpartition(".")[0] for name in SET_UP_MAY_USE}  # run when a module in them is imported
+    assert packages == {LIBRARY, f"{LIBRARY}.hub"}
+    for name in (*packages, *SET_UP_MAY_USE):
+        place = PROJECT / name.replace(".", "/")
+        path = place / "__init__.py" if name in packages else place.with_suffix(".py")
         names = imports_of(path, PROJECT, at_import=True)
-        outside = {name for name in names if name.partition(".")[0] not in sys.stdlib_module_names}
-        assert {".".join(name.split(".")[:2]) for name in outside} <= SET_UP_MAY_USE, path
+        assert not beyond_set_up(name for name in names if name.partition(".")[0] not in sys.stdlib_module_names), path
 
 
 def test_cuda_is_named_in_one_module() -> None:

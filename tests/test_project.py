@@ -51,7 +51,7 @@ def test_the_interpreter_of_an_environment_on_both_systems() -> None:
     assert str(project.venv_python(PurePosixPath(".venv"), "posix")) == ".venv/bin/python"
 
 
-def test_set_up_loads_without_torch_and_of_the_library_three_modules() -> None:
+def test_set_up_loads_without_torch_and_of_the_library_four_modules_and_a_package() -> None:
     program = (
         "import sys, quickstart, step1_install_environment, step2_download_models\n"
         "from setup_steps import configs, downloads, checks, install, machine, stats_repair\n"
@@ -60,11 +60,12 @@ def test_set_up_loads_without_torch_and_of_the_library_three_modules() -> None:
         "print(*sorted(name for name in sys.modules if name.startswith('LightningDiT.')))\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, check=True)
-    assert done.stdout == "set()\nLightningDiT.console LightningDiT.errors LightningDiT.files\n"
+    loaded = [f"LightningDiT.{name}" for name in ("console", "errors", "files", "hub", "hub.registry")]
+    assert done.stdout == f"set()\n{' '.join(loaded)}\n"
 
 
 LOADED_FIRST = [path.name for path in PROJECT.glob("*.py")] + ["setup_steps/__init__.py"]
-LOADED_FIRST += [f"LightningDiT/{name}.py" for name in ("__init__", "console", "errors", "files")]
+LOADED_FIRST += [f"LightningDiT/{name}.py" for name in ("__init__", "console", "errors", "files", "hub/__init__", "hub/registry")]
 
 
 @pytest.mark.parametrize("name", LOADED_FIRST)
