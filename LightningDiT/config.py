@@ -380,7 +380,7 @@ def load_config(path: str | Path, fix: str = STEP3) -> Config:
     values = read_yaml(path, fix)
     notes = _drop_unread_keys(values)
     config = typed(Config, values, str(path), hidden=("source", "notes"))
-    config = dataclasses.replace(config, source=str(Path(path).resolve()), notes=tuple(notes))
+    config = dataclasses.replace(config, source=str(real_path(Path(path))), notes=tuple(notes))
     _check_values(config)
     return _with_absolute_paths(config)
 
@@ -562,7 +562,14 @@ def _with_absolute_paths(config: Config) -> Config:
 
 
 def absolute_path(value: str, source: Path) -> str:
-    return str((source.resolve().parent / Path(value).expanduser()).resolve())
+    return str(real_path(real_path(source).parent / Path(value).expanduser()))
+
+
+def real_path(path: Path) -> Path:
+    """Return a path without links, but for a link to a file without an ending: the cache of the hub keeps files under
+    their hashes, and links with their names in the folder of a commit."""
+    real = path.resolve()
+    return real if real.suffix or not path.suffix else path.parent.resolve() / path.name
 
 
 def as_mapping(value: Any, where: str) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The modules behind steps 1 to 3, the repair of the statistics and quickstart.
 
 They load on a machine where step 1 has not run yet: at import they use the standard library, and of the library its
-`errors`, `console`, `files` and `hub.registry`. An older Python ends here, before it meets what it cannot parse or import.
+`errors`, `console`, `files` and `hub.registry`. An older Python ends here, before it meets what it cannot parse or
+import.
 """
 
 import sys

@@ -65,7 +65,9 @@ def test_set_up_loads_without_torch_and_of_the_library_four_modules_and_a_packag
 
 
 LOADED_FIRST = [path.name for path in PROJECT.glob("*.py")] + ["setup_steps/__init__.py"]
-LOADED_FIRST += [f"LightningDiT/{name}.py" for name in ("__init__", "console", "errors", "files", "hub/__init__", "hub/registry")]
+LOADED_FIRST += [
+    f"LightningDiT/{name}.py" for name in ("__init__", "console", "errors", "files", "hub/__init__", "hub/registry")
+]
 
 
 @pytest.mark.parametrize("name", LOADED_FIRST)

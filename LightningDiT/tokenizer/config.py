@@ -22,6 +22,7 @@ from LightningDiT.config import (
     is_seed,
     is_share,
     read_yaml,
+    real_path,
     refuse_unknown,
     typed,
 )
@@ -257,7 +258,7 @@ def load_tokenizer_config(path: str | Path) -> TokenizerConfig:
         lossconfig=as_mapping(params.get("lossconfig") or {}, f"{where}.lossconfig"),
         train=dataclasses.replace(train, **{name: absolute_path(file, source) for name, file in files.items() if file}),
         train_keys=tuple(section),
-        source=str(source.resolve()),
+        source=str(real_path(source)),
     )
 
 
