@@ -244,6 +244,20 @@ def test_a_second_label_and_an_augmentation_change_nothing_at_the_start(source: 
 
 
 @torch.no_grad()
+def test_without_conditions_the_model_is_that_of_the_null_condition(tmp_path: Path) -> None:
+    file = tmp_path / "conditional.safetensors"
+    old = seed_weights(LightningDiT(replace(SETTINGS, num_conditions=2))).eval()
+    save_weights(old.state_dict(), file)
+    model, made = adapted(file, num_conditions=0)
+    assert kinds(made) == {lightningdit.CONDITION_TABLE: "left out"}
+    assert "the model has no conditions; the null condition is added to every class" in made.text()
+    x, classes = torch.randn(3, 4, 8, 8), torch.tensor([0, 4, SETTINGS.num_classes])  # the null class too
+    labels = torch.stack([classes, torch.full_like(classes, 2)], dim=1)
+    times = torch.tensor([0.1, 0.5, 0.9])
+    torch.testing.assert_close(model(x, times, classes), old(x, times, labels), rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
 def test_conditions_are_taken_by_name(tmp_path: Path) -> None:
     key, file = "c_embedder.embedding_table.weight", tmp_path / "named.safetensors"
     old = seed_weights(LightningDiT(replace(SETTINGS, num_conditions=2)))

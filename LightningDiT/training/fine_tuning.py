@@ -6,6 +6,7 @@ A file of the same shapes is loaded strictly. Otherwise each tensor is taken, re
 |---|---|---|
 | class table | classes | the rows of the same name if the file has names, and new ones; the null class is taken |
 | condition table | none in the file | new, zero: without a change of the prediction |
+| condition table | none in the model | its null row is added to all rows of the class table |
 | augmentation layer | none in the file | new, zero |
 | patch embedding, final layer | number of channels | the shared channels' weights; further channels start at zero |
 | position table, rotary tables | latent size | computed for the new size; a learnt table is interpolated |
@@ -49,6 +50,8 @@ CLASS_TABLE, PATCHES, POSITIONS = "y_embedder.embedding_table.weight", "x_embedd
 OUTPUT = ("final_layer.linear.weight", "final_layer.linear.bias")
 ROTARY = ("feat_rope.freqs_cos", "feat_rope.freqs_sin")
 QK_NORMS = (".attn.q_norm.", ".attn.k_norm.")
+NO_TENSOR = "the model has no such tensor"
+LEFT_OUT_HOW = {CONDITION_TABLE: "the model has no conditions; the null condition is added to every class"}
 LISTED = 6
 
 
@@ -132,7 +135,7 @@ def plan(
     for table, rows in by_name.items():
         if table in info.shapes and table in wanted:
             changes[table] = Change(table, RESIZED, _taken_by_name(table, rows, STARTS[new_classes]))
-    left_out = [Change(name, LEFT_OUT, "the model has no such tensor") for name in info.shapes if name not in wanted]
+    left_out = [Change(name, LEFT_OUT, LEFT_OUT_HOW.get(name, NO_TENSOR)) for name in info.shapes if name not in wanted]
     return Plan(info.path, (*changes.values(), *left_out))
 
 
@@ -173,6 +176,8 @@ def initialise(
             result[name] = _resized(name, weights, result[name], model.settings)
         elif name in (CONDITION_TABLE, AUGMENTATION) and change.kind == NEW:
             result[name] = torch.zeros_like(result[name])
+    if CONDITION_TABLE in weights and CONDITION_TABLE not in result:
+        result[CLASS_TABLE] = result[CLASS_TABLE] + weights[CONDITION_TABLE][-1]  # both are summed in the network
     load_into(model, result, path)
     return made
 

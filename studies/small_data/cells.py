@@ -1,6 +1,7 @@
 """The cells of the study, its size, and the YAML files that follow from both.
 
 A cell is one training of a network on windows of few people. It differs from the first cell in what its title says.
+Each cell is trained once for each seed.
 """
 
 from __future__ import annotations
@@ -10,19 +11,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from LightningDiT.config import read_yaml
+from LightningDiT.config import as_yaml, read_yaml
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.files import write_text
 from LightningDiT.radar.augmentation import NAMES
 from LightningDiT.verdict.jobs import PROJECT
-from studies.pages import write_json
 
-RATIO, CHANNELS = 4, 6  # of the bundled tokenizer
-BATCH, RATE = 64, 1e-3
-CHOSEN, LOOKS = "transformer.safetensors", "choice.json"
-SPLIT, FOLD = "parts/split.json", 0
+RATIO, CHANNELS = 4, 6  # of the tokenizer of models/walkers
+BATCH = 32
+RATE, FAR_RATE, PART_RATE = 5e-4, 1e-3, 3e-3  # learning rates: from the walkers' weights; from others; of a part
+CHOSEN, ADAPTER, LOOKS = "transformer.safetensors", "adapter.safetensors", "choice.json"
+FOLD = 0
 TRANSFORMER, UNET = "LightningDiT-XS/2", "UNet-S"
-GARMENTS = "models/fashion-mnist/transformer.safetensors"  # the bundled transformer
-OTHERS = "others"  # the walkers of another population, who are in no test
+MODELS = PROJECT / "models"
+WALKERS = str(MODELS / "walkers/transformer.safetensors")
+GARMENTS = str(MODELS / "fashion-mnist/transformer.safetensors")
+WALKERS_UNET = "unet"  # stands for `Plan.unet_start`
 
 
 @dataclass(frozen=True)
@@ -32,105 +36,147 @@ class Cell:
     Attributes:
         title: in the table.
         model: `model.model_type`.
-        start: cell whose weights it starts from; "" for random ones, `GARMENTS` for the bundled transformer.
+        start: weights that it starts from; "" for random ones.
+        images: of a person.
         draws: of each training window; 1 is without augmentation.
         chooses: keep the best weights and end early.
-        others: train on the other population, as a start for other cells.
+        rate: learning rate.
         train: further keys of `train`.
     """
 
     name: str
     title: str
     model: str = TRANSFORMER
-    start: str = "walkers"
+    start: str = WALKERS
+    images: int = 30
     draws: int = 8
     chooses: bool = True
-    others: bool = False
+    rate: float = RATE
     train: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def is_adapter(self) -> bool:
+        return "trainable" in self.train
 
-#: Starts first: each cell comes after that from which it starts.
+
+REFERENCE = "reference"
 CELLS = (
-    Cell("walkers", "transformer, other walkers", start=GARMENTS, chooses=False, others=True),
-    Cell("walkers-unet", "U-Net, other walkers", UNET, "", chooses=False, others=True),
-    Cell("reference", "transformer"),
-    Cell("unet", "U-Net", UNET, "walkers-unet"),
-    Cell("plain", "transformer, no augmentation, no early stop", draws=1, chooses=False),
+    Cell(REFERENCE, "transformer from models/walkers"),
+    Cell("scratch", "transformer from random weights", start="", rate=FAR_RATE),
+    Cell("garments", "transformer from models/fashion-mnist", start=GARMENTS, rate=FAR_RATE),
+    Cell("plain", "no augmentation, no choice of weights", draws=1, chooses=False),
+    Cell("lora", "LoRA", rate=PART_RATE, train={"trainable": "lora"}),
+    Cell("bias", "biases", rate=PART_RATE, train={"trainable": "bias"}),
+    Cell("many", "100 images a person", images=100),
+    Cell("unet", "U-Net from the same walkers", UNET, WALKERS_UNET),
 )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The size of a study, and its folder."""
+    """The size of a study, its folder, and the U-Net that was pretrained beside models/walkers."""
 
     folder: Path
+    unet_start: Path = Path("output/pretrain_walkers/unet/transformer.safetensors")
     people: int = 31
-    windows: int = 80  # of a person
-    size: int = 32  # pixels a side
-    tokenizer_steps: int = 600
-    steps: int = 800  # of each training
-    looks: int = 5  # at samples during a training
-    patience: int = 2
-    seed: int = 0
+    windows: int = 160  # of a person
+    size: int = 64  # pixels a side
+    tokenizer_steps: int = 200
+    steps: int = 400  # of each training
+    looks: int = 2  # at samples during a training
+    seeds: int = 2
+
+    @property
+    def runs(self) -> list[tuple[Cell, int]]:
+        """Every training: all cells of one seed before those of the next."""
+        return [(cell, seed) for seed in range(self.seeds) for cell in CELLS]
+
+    @property
+    def levels(self) -> Path:
+        return self.folder / "levels"
+
+    @property
+    def split(self) -> Path:
+        return self.folder / "parts/split.json"
+
+    def few(self, images: int) -> Path:
+        """Return the split in which each person has so many training windows."""
+        return self.folder / f"few-{images}" / "split.json"
 
     def latents(self, cell: Cell, part: str) -> Path:
         """Return the folder of latents that a cell trains on, or is validated on."""
-        whose = f"{OTHERS}-" if cell.others else ""
-        return self.folder / f"{whose}latents-{part}" / (str(cell.draws) if part == "training" else "1")
+        return self.folder / f"few-{cell.images}" / (f"latents-{cell.draws}" if part == "training" else "validation")
 
-    def data(self, cell: Cell) -> Path:
-        """Return the folder of the walkers of a cell."""
-        return self.folder / (OTHERS if cell.others else "own")
+    def run(self, cell: Cell, seed: int) -> Path:
+        """Return the folder of a training."""
+        return self.folder / f"{cell.name}-{seed}"
+
+    def config(self, cell: Cell, seed: int) -> Path:
+        return self.folder / f"{cell.name}-{seed}.yaml"
 
 
-def cell_values(cell: Cell, plan: Plan) -> dict[str, Any]:
-    """Return the YAML of a cell's training."""
+def cell_values(cell: Cell, seed: int, plan: Plan) -> dict[str, Any]:
+    """Return the YAML of a training."""
     every = max(1, plan.steps // plan.looks)
-    start = {"": None, GARMENTS: str(PROJECT / GARMENTS)}.get(cell.start, str(plan.folder / cell.start / CHOSEN))
-    values: dict[str, Any] = {
-        "ckpt_path": str(plan.folder / cell.name / CHOSEN),
+    start = str(plan.unet_start) if cell.start == WALKERS_UNET else cell.start or None
+    return {
         "data": {
             "data_path": str(plan.latents(cell, "training")),
             "valid_path": str(plan.latents(cell, "validation")),
-            "split_file": str(plan.data(cell) / SPLIT),
+            "split_file": str(plan.few(cell.images)),
             "fold": FOLD,
-            "levels_path": str(plan.data(cell) / "levels"),
+            "levels_path": str(plan.levels),
             "image_size": plan.size,
             "num_classes": plan.people,
         },
-        "vae": {"model_name": str(plan.folder / "tokenizer/chosen.yaml"), "downsample_ratio": RATIO},
-        "model": {"model_type": cell.model, "in_chans": CHANNELS, "augmentation": len(NAMES) if cell.draws > 1 else 0},
+        "vae": {
+            "model_name": "levels_f4d6",
+            "ckpt_path": str(plan.folder / "tokenizer/tokenizer.safetensors"),
+            "downsample_ratio": RATIO,
+        },
+        "model": {
+            "model_type": cell.model,
+            "in_chans": CHANNELS,
+            "augmentation": len(NAMES) if cell.draws > 1 else 0,
+            "dropout": 0.1,
+        },
         "train": {
             "max_steps": plan.steps,
             "global_batch_size": BATCH,
-            "global_seed": plan.seed,
-            "ema_decay": 0.999,
+            "global_seed": seed,
+            "ema_decay": 0.99,
             "warmup_steps": 0.05,
             "decay_steps": 0.5,
-            "log_every": 50,
+            "log_every": max(1, every // 4),
             "ckpt_every": every,
             "valid_every": every,
-            **({} if cell.others else {"judge_every": every}),
-            **({"choose": "utility", "patience": plan.patience} if cell.chooses else {"choose": "last"}),
+            "judge_every": every,
+            "judge_samples": 4,
+            "choose": "utility" if cell.chooses else "last",
             **({"weight_init": start} if start else {}),
             **cell.train,
         },
         "transport": {"use_cosine_loss": True, "use_lognorm": True},
-        "optimizer": {"lr": RATE, "max_grad_norm": 1.0},
+        "optimizer": {"lr": cell.rate, "max_grad_norm": 1.0, "weight_decay": 0.01},
         "sample": {"sampling_method": "fast", "cfg_scale": 1.5, "guided_channels": "all", "per_proc_batch_size": 62},
     }
-    return values
 
 
 def write_configs(plan: Plan) -> None:
-    """Write the YAML of every cell into the folder of the study.
+    """Write the YAML of every training into the folder of the study.
 
     Raises:
-        LightningDiTError: the folder holds a study of other settings.
+        LightningDiTError: the folder holds a study of other settings, or a pretrained network is missing.
     """
-    files = {plan.folder / f"{cell.name}.yaml": cell_values(cell, plan) for cell in CELLS}
+    for path, fix in (
+        (Path(WALKERS), "python -m studies.pretrain_walkers"),
+        (plan.unet_start, "python -m studies.pretrain_walkers, or name the file by --unet-start"),
+    ):
+        if not path.is_file():
+            raise LightningDiTError(f"there is no {path}, from which trainings start", fix)
+    files = {plan.config(*run): cell_values(*run, plan) for run in plan.runs}
     for path, values in files.items():
         if path.exists() and read_yaml(path) != values:
             raise LightningDiTError(f"{path} is of a study with other settings", "choose another --output")
     for path, values in files.items():
-        write_json(path, values)  # YAML reads JSON
+        write_text(path, as_yaml(values))

@@ -4,66 +4,72 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from LightningDiT.radar.level_images import load_windows
+from LightningDiT.radar.split import load_split, save_restricted
+from LightningDiT.verdict.adapting import TOKENIZER_TEMPLATE
 from LightningDiT.verdict.jobs import Job
-from studies.small_data.cells import CELLS, CHOSEN, FOLD, OTHERS, SPLIT, Plan
+from LightningDiT.verdict.rows import spread
+from studies.small_data.cells import ADAPTER, CELLS, CHOSEN, FOLD, MODELS, Cell, Plan
 
-#: Options of the two populations. Their people have other names, so that no class of a start is taken for one of them.
-POPULATIONS = {
-    "own": ("--seed", "31"),
-    OTHERS: ("--seed", "7", "--layout", "people-conditions", "--conditions", "Normal_line"),
-}
+SEED = 31  # of the population, none of whom is in models/walkers
 DB_RANGE = ("-45", "0")
 
 
-def jobs_of(plan: Plan) -> list[Job]:
-    """Return every job of the study: walkers, tokenizer, latents, trainings."""
-    jobs = [job for name in POPULATIONS for job in _data_jobs(name, plan)]
-    jobs.append(_tokenizer_job(plan))
-    folders: dict[Path, Job] = {}
-    for cell in CELLS:
-        data = plan.data(cell)
-        for part, draws in (("training", cell.draws), ("validation", 1)):
-            output = plan.latents(cell, part)
-            options = ("--levels", str(data / "levels"), "--split-file", str(data / SPLIT), "--fold", str(FOLD))
-            config = ("--config", str(plan.folder / f"{cell.name}.yaml"))
-            extract = ("LightningDiT.extract_features", *config, *options, "--part", part, "--output", str(output))
-            extract += ("--draws", str(draws)) if part == "training" else ()
-            folders.setdefault(output, Job(output.name, extract, output / "manifest.json"))
-    trainings = [
-        Job(
-            cell.name,
-            (
-                "LightningDiT.train",
-                "--config",
-                str(plan.folder / f"{cell.name}.yaml"),
-                "--output",
-                str(plan.folder / cell.name),
-            ),
-            plan.folder / cell.name / CHOSEN,
-        )
-        for cell in CELLS
-    ]
-    return [*jobs, *folders.values(), *trainings]
-
-
-def _data_jobs(name: str, plan: Plan) -> list[Job]:
-    """Return the jobs that simulate a population, split it by pass, and write its levels."""
-    folder = plan.folder / name
-    walkers, counts = folder / "walkers", ("--people", str(plan.people), "--windows", str(plan.windows))
-    simulate = ("LightningDiT.tools.simulate_walkers", "--output", str(walkers), *counts, *POPULATIONS[name])
-    prepare = ("step5_prepare_spectrograms", "--data", str(walkers), "--output", str(folder / "parts"))
-    prepare += ("--write", str(folder / "levels"), "--size", str(plan.size), "--db-range", *DB_RANGE)
+def data_jobs(plan: Plan) -> list[Job]:
+    """Return the jobs that simulate the people, split them by pass, and write their levels."""
+    walkers = plan.folder / "walkers"
+    counts = ("--people", str(plan.people), "--windows", str(plan.windows), "--seed", str(SEED))
+    prepare = ("--data", str(walkers), "--output", str(plan.split.parent), "--write", str(plan.levels))
+    prepare += ("--size", str(plan.size), "--db-range", *DB_RANGE)
     return [
-        Job(f"{name}-walkers", simulate, walkers / "walkers.json"),
-        Job(f"{name}-levels", prepare, folder / SPLIT),
+        Job(
+            "walkers",
+            ("LightningDiT.tools.simulate_walkers", "--output", str(walkers), *counts),
+            walkers / "walkers.json",
+        ),
+        Job("levels", ("step5_prepare_spectrograms", *prepare), plan.split),
     ]
+
+
+def write_splits(plan: Plan) -> None:
+    """Write the splits in which each person has few training windows, evenly from the training passes."""
+    split, windows = load_split(plan.split), load_windows(plan.levels, plan.split, "training", FOLD)
+    for images in sorted({cell.images for cell in CELLS}):
+        kept = windows.rows[spread(windows, images)].tolist()
+        save_restricted(plan.few(images), split, plan.split, kept, FOLD)
+
+
+def training_jobs(plan: Plan) -> list[Job]:
+    """Return the jobs of the tokenizer, the latents and every training."""
+    return [_tokenizer_job(plan), *_latents_jobs(plan), *(_training_job(plan, *run) for run in plan.runs)]
+
+
+def _source(plan: Plan, images: int) -> tuple[str, ...]:
+    return ("--levels", str(plan.levels), "--split-file", str(plan.few(images)), "--fold", str(FOLD))
 
 
 def _tokenizer_job(plan: Plan) -> Job:
-    """Return the job that adapts the bundled tokenizer, by the first population's training windows."""
-    data = plan.folder / "own"
-    options = ("--levels", str(data / "levels"), "--split-file", str(data / SPLIT), "--fold", str(FOLD))
-    output = ("--steps", str(plan.tokenizer_steps), "--output", str(plan.folder / "tokenizer"))
-    return Job(
-        "tokenizer", ("LightningDiT.tools.choose_tokenizer", *options, *output), plan.folder / "tokenizer/chosen.yaml"
-    )
+    """Return the job that adapts the walkers' tokenizer to the fewest images; all trainings share it."""
+    output = plan.folder / "tokenizer"
+    command = ("LightningDiT.train_tokenizer", "--config", str(TOKENIZER_TEMPLATE), "--init", str(MODELS / "walkers"))
+    command += (*_source(plan, min(cell.images for cell in CELLS)), "--max-steps", str(plan.tokenizer_steps))
+    return Job("tokenizer", (*command, "--output", str(output)), output / "training.safetensors")
+
+
+def _latents_jobs(plan: Plan) -> list[Job]:
+    jobs: dict[Path, Job] = {}
+    for cell in CELLS:
+        for part, draws in (("training", cell.draws), ("validation", 1)):
+            output = plan.latents(cell, part)
+            extract = ("LightningDiT.extract_features", "--config", str(plan.config(cell, 0)))
+            extract += (*_source(plan, cell.images), "--part", part, "--output", str(output))
+            extract += ("--draws", str(draws)) if part == "training" else ()
+            name = f"{output.parent.name} {output.name}"
+            jobs.setdefault(output, Job(name, extract, output / "manifest.json"))
+    return list(jobs.values())
+
+
+def _training_job(plan: Plan, cell: Cell, seed: int) -> Job:
+    config, folder = plan.config(cell, seed), plan.run(cell, seed)
+    command = ("LightningDiT.train", "--config", str(config), "--output", str(folder))
+    return Job(folder.name, command, folder / (ADAPTER if cell.is_adapter else CHOSEN))

@@ -1,80 +1,82 @@
-"""The results of the study: a table for docs/radar.md."""
+"""The results of the study: a table for docs/radar.md and docs/radar.zh-CN.md."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from LightningDiT.checkpoint import inspect
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.tools.report import put_between_marks, table
-from studies.small_data.cells import CELLS, CHOSEN, LOOKS, Cell, Plan
+from studies.small_data.cells import ADAPTER, CELLS, CHOSEN, LOOKS, Cell, Plan
 
 MARK = "few images"
-HEAD = (
-    "training",
-    "step kept",
-    "of steps",
-    "held-out loss",
-    "at the end",
-    "copies",
-    "at the end",
-    "held-out copies",
-    "utility",
-    "seen as asked",
-    "MB",
-)
+PAGES = {  # name of the page: title of its section, head of the table, first line
+    "radar.md": (
+        "Spectrograms of people who walk",
+        ("training", "step kept", "held-out loss", "seen as asked", "utility", "copies", "held-out copies", "MB"),
+        "**{people} people, {size}x{size} pixels, {steps} steps of 32, mean of {seeds} seeds (each of them):**",
+    ),
+    "radar.zh-CN.md": (
+        "行走者的时频图",
+        ("训练", "保留的步", "留出损失", "认作所要求的人", "效用", "复制", "留出窗口的复制", "MB"),
+        "**{people} 人，{size}x{size} 像素，{steps} 步，每步 32 个，{seeds} 个随机种子的平均（括号内是各个值）：**",
+    ),
+}
+CHINESE = {
+    "reference": "Transformer，从 models/walkers 开始",
+    "scratch": "Transformer，随机权重",
+    "garments": "Transformer，从 models/fashion-mnist 开始",
+    "plain": "不增强，不挑选权重",
+    "lora": "LoRA",
+    "bias": "只训练偏置",
+    "many": "每人 100 张",
+    "unet": "U-Net，用同样的行走者预训练",
+}
 
 Row = Mapping[str, Any]
 
 
 def write_page(plan: Plan, page: Path) -> None:
-    """Put the table of all cells that were looked at between the marks of `page`."""
-    rows = [cell_row(cell, plan) for cell in CELLS if not cell.others]
-    head = (
-        f"**{plan.people} people, {plan.windows} windows of each, {plan.size}x{plan.size} pixels, at most {plan.steps}"
-        f" steps, seed {plan.seed}:**"
-    )
-    put_between_marks(page, [head, "", *table(HEAD, rows)], "Spectrograms of people who walk", MARK)
+    """Put the table of all cells between the marks of `page`, in the language of its name."""
+    section, head, first = PAGES[page.name]
+    rows = [cell_row(cell, plan, is_chinese=page.name != "radar.md") for cell in CELLS]
+    line = first.format(people=plan.people, size=plan.size, steps=plan.steps, seeds=plan.seeds)
+    put_between_marks(page, [line, "", *table(head, rows)], section, MARK)
 
 
-def cell_row(cell: Cell, plan: Plan) -> list[str]:
-    """Return the cells of a training's row in the table."""
-    folder = plan.folder / cell.name
-    looks = looks_of(folder / "log.jsonl")
-    last = looks[-1]
-    kept = next(look for look in looks if look["step"] == kept_step(folder, last))
+def cell_row(cell: Cell, plan: Plan, is_chinese: bool = False) -> list[str]:
+    """Return the cells of a row: the weights that each seed's training kept."""
+    kept = [kept_look(plan.run(cell, seed)) for seed in range(plan.seeds)]
+    file = plan.run(cell, 0) / (ADAPTER if cell.is_adapter else CHOSEN)
     return [
-        cell.title,
-        f"{kept['step']:.0f}",
-        f"{last['step']:.0f}",
-        f"{kept['valid_loss']:.3f}",
-        f"{last['valid_loss']:.3f}",
-        f"{kept['copies']:.1%}",
-        f"{last['copies']:.1%}",
-        f"{kept['copies_real']:.1%}",
-        f"{kept['utility']:.1%}",
-        f"{kept['judge_accuracy']:.1%}",
-        f"{inspect(folder / CHOSEN).parameters * 4 / 1e6:.1f}",
+        CHINESE[cell.name] if is_chinese else cell.title,
+        " / ".join(f"{look['step']:.0f}" for look in kept),
+        of_seeds([look["valid_loss"] for look in kept], "{:.3f}"),
+        *(of_seeds([look[name] for look in kept], "{:.1%}") for name in ("judge_accuracy", "utility", "copies")),
+        f"{fmean(look['copies_real'] for look in kept):.1%}",
+        f"{file.stat().st_size / 1e6:.1f}",
     ]
 
 
-def looks_of(log: Path) -> list[Row]:
-    """Return the rows of a log in which samples were judged.
+def of_seeds(values: Sequence[float], form: str) -> str:
+    """Return the mean of the seeds' values, and each of them."""
+    each = ", ".join(form.format(value) for value in values)
+    return f"{form.format(fmean(values))} ({each})"
+
+
+def kept_look(folder: Path) -> Row:
+    """Return the row of a training's log at the step whose weights it kept.
 
     Raises:
-        LightningDiTError: there are none.
+        LightningDiTError: the log has no look.
     """
+    log, choice = folder / "log.jsonl", folder / LOOKS
     rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    looks = [row for row in rows if "utility" in row and "valid_loss" in row]
+    looks = {row["step"]: row for row in rows if "utility" in row and "valid_loss" in row}
     if not looks:
         raise LightningDiTError(f"{log} has no row with utility and valid_loss", "give the command again")
-    return looks
-
-
-def kept_step(folder: Path, last: Row) -> float:
-    """Return the step of the weights that a training kept."""
-    choice = folder / LOOKS
-    return json.loads(choice.read_text(encoding="utf-8"))["chosen"] if choice.exists() else last["step"]
+    step = json.loads(choice.read_text(encoding="utf-8"))["chosen"] if choice.exists() else max(looks)
+    return looks[step]
