@@ -22,15 +22,16 @@ GROUND: dict[str, set[str]] = {
     "device": {"errors", "files"},
     "compiling": {"device", "errors", "files"},
     "distributed": {"console", "errors"},
-    "config": {"errors", "files"},
+    "config": {"errors", "files", "formats"},
     "idle_settings": {"config"},
-    "checkpoint": {"errors", "files"},
+    "formats": {"errors", "files"},
+    "checkpoint": {"errors", "files", "formats"},
     "images": {"errors", "files"},
 }
 PARTS: dict[str, set[str]] = {
     "models": set(),
     "transport": set(),
-    "tokenizer": {"checkpoint", "compiling", "config", "device", "errors", "files", "images"},
+    "tokenizer": {"checkpoint", "compiling", "config", "device", "errors", "files", "formats", "images"},
     "data": {"checkpoint", "config", "errors", "files", "images"},
 }
 BELOW = {*GROUND, *PARTS, "loading"}
@@ -271,7 +272,10 @@ def test_cuda_is_named_in_one_module() -> None:
             assert not names_cuda(path.read_text(encoding="utf-8")), path
 
 
-def test_an_installed_package_holds_the_library_alone() -> None:
+def test_an_installed_package_holds_all_of_the_library_and_nothing_else() -> None:
+    """`LightningDiT.bundled` is the bundled model, which a clone has in models/."""
     pyproject = pytest.importorskip("setuptools.config.pyprojecttoml")
-    packages = pyproject.read_configuration(PROJECT / "pyproject.toml")["tool"]["setuptools"]["packages"]
-    assert {name.partition(".")[0] for name in packages} == {LIBRARY}
+    settings = pyproject.read_configuration(PROJECT / "pyproject.toml")["tool"]["setuptools"]
+    packages = {module_name(path, PROJECT) for path in PACKAGE.rglob("__init__.py")}
+    assert {*settings["packages"]} == {*packages, f"{LIBRARY}.bundled"}
+    assert settings["package-dir"] == {f"{LIBRARY}.bundled": "models"}
