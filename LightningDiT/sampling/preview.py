@@ -17,12 +17,47 @@ from LightningDiT.transport import draw_noise, sampling_times
 SHOWN = 4  # images of a strip, one row each
 
 
-class Preview:
-    """Decodes the first images of a batch after every `every`-th step and after the last one; a pipeline's callback.
+class Predictions:
+    """What the model predicts as the finished latents of some images at each step of the solver.
 
     On the linear path x_t = t x_1 + (1 - t) x_0 the velocity is x_1 - x_0, so the model predicts x_t + (1 - t) v as
     the data; v is the slope of the last step, which costs no evaluation. On other paths and for the SDE, whose steps
     hold noise of their own, the state itself is shown.
+
+    Args:
+        indices: image k starts from the noise of (seed, indices[k]).
+
+    Attributes:
+        state: the last one seen, of these images.
+    """
+
+    def __init__(self, pipe: LightningDiTPipeline, seed: int, indices: Sequence[int]) -> None:
+        self._shape = pipe.latent_shape
+        sample, transport = pipe.config.sample, pipe.transport
+        stochastic = sample.mode == "SDE"
+        times = (0.0, 1.0) if stochastic else sampling_times(transport, 2, reverse=sample.reverse).tolist()
+        self._start, self._end = times
+        self._predicts = not stochastic and transport.path_type == "Linear"
+        self._seeds = [(seed, index) for index in indices]
+
+    def at(self, step: int, t: float, state: Tensor) -> Tensor:
+        """Return the prediction (M, C, h, w) of the first M images at a state (N, C, h, w) that was reached at t."""
+        count = min(len(self._seeds), len(state))
+        if step == 0:  # also when a batch starts again, in halves or in float32
+            noise = draw_noise((count, *self._shape), [generator_for(*pair) for pair in self._seeds[:count]])
+            self._t, self.state = self._start, noise.to(state)
+        now = state[:count]
+        shown = now + (1 - t) * (now - self.state) / (t - self._t) if self._predicts else now
+        self._t, self.state = t, now.clone()
+        return shown
+
+    def is_end(self, t: float) -> bool:
+        """Return whether the solver ends at t."""
+        return abs(t - self._end) < 1e-6
+
+
+class Preview:
+    """Decodes the first images of a batch after every `every`-th step and after the last one; a pipeline's callback.
 
     Attributes:
         path: the file of the strip.
@@ -35,40 +70,27 @@ class Preview:
 
     def start(self, pipe: LightningDiTPipeline, seed: int, indices: Sequence[int]) -> None:
         """Show the first images of a batch, image k of which starts from the noise of (seed, indices[k])."""
-        self.pipe = pipe
-        sample, transport = pipe.config.sample, pipe.transport
-        stochastic = sample.mode == "SDE"
-        times = (0.0, 1.0) if stochastic else sampling_times(transport, 2, reverse=sample.reverse).tolist()
-        self._start, self._end = times
-        self._predicts = not stochastic and transport.path_type == "Linear"
-        self._seeds = [(seed, index) for index in indices[:SHOWN]]
+        self.pipe, self._predictions = pipe, Predictions(pipe, seed, indices[:SHOWN])
 
     def __call__(self, step: int, t: float, state: Tensor) -> None:
         """Keep the images of the state (N, C, h, w) that the solver reached at time t."""
         if self.is_complete:
             return
-        count = min(SHOWN, len(state))
-        if step == 0:  # also when a batch starts again, in halves or in float32
+        if step == 0:
             self._panels, self._times = [], []
-            noise = draw_noise((count, *self.pipe.latent_shape), [generator_for(*pair) for pair in self._seeds[:count]])
-            self._t, self._state = self._start, noise.to(state)
-        now = state[:count]
-        shown = now + (1 - t) * (now - self._state) / (t - self._t) if self._predicts else now
-        if (step + 1) % self.every == 0 or self._is_end(t):
+        shown = self._predictions.at(step, t, state)
+        if (step + 1) % self.every == 0 or self._predictions.is_end(t):
             self._panels.append(views(self.pipe.tokenizer.decode(shown)))
             self._times.append(t)
-        self._t, self._state = t, now.clone()
 
     @property
     def is_complete(self) -> bool:
         """Whether the strip has reached its end, with states that are not sampled again."""
-        return bool(self._times) and self._is_end(self._times[-1]) and bool(self._state.isfinite().all())
+        ended = bool(self._times) and self._predictions.is_end(self._times[-1])
+        return ended and bool(self._predictions.state.isfinite().all())
 
     def save(self) -> None:
         """Write the strip, an image a row and a step a column."""
         images = [panel[row] for row in range(len(self._panels[0])) for panel in self._panels]
         captions = [f"t = {t:.2f}" for t in self._times] * len(self._panels[0])
         save_png(image_grid(images, captions, columns=len(self._panels)), self.path)
-
-    def _is_end(self, t: float) -> bool:
-        return abs(t - self._end) < 1e-6

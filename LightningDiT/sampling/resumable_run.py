@@ -346,11 +346,11 @@ class _BatchSampler:
         saved = {}
         for image, path in zip(out.images, (asked.paths[index] for index in indices), strict=True):
             if not _is_there(path):
-                saved[path.name] = digest(_save(image, path))
+                saved[path.name] = digest(save_image(image, path))
         return saved, out.nfe
 
 
-def _save(image: Image.Image | Tensor, path: Path) -> Path:
+def save_image(image: Image.Image | Tensor, path: Path) -> Path:
     """Write an image as PNG, levels (1, H, W) as one of 16 bits, and return its path."""
     if isinstance(image, Tensor):
         save_levels(image.unsqueeze(0), [path])
