@@ -8,8 +8,6 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,135 +19,29 @@ from LightningDiT.metrics.judge import load_judge
 from setup_steps import weights
 from tests.conftest import BUNDLED, PROJECT
 from tests.hub_server import Fault, running_hub
+from tests.kaggle import (
+    NOTEBOOK,
+    NOWHERE,
+    RADAR_NOTEBOOK,
+    SECONDS,
+    Kaggle,
+    cell,
+    everything,
+    kaggle_folders,
+    nbclient,
+    nbformat,
+    place_project,
+    said,
+)
 from tests.other_versions import other_pins
 from tests.project_copy import copy_project
 
-nbformat = pytest.importorskip("nbformat")
-nbclient = pytest.importorskip("nbclient")
-from jupyter_client.kernelspec import KernelSpecManager  # noqa: E402
-from jupyter_client.manager import AsyncKernelManager  # noqa: E402
-
-NOTEBOOK = PROJECT / "kaggle_reproduction.ipynb"
-NOWHERE = "http://127.0.0.1:9"  # a closed port: every connection is refused at once
-HERE_ALONE = "127.0.0.1,localhost"
-SECONDS = 300  # for one cell
-PROXIES = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "all_proxy")
 GRID_SIZE = (5 * (128 + 4) + 4, 2 * (128 + 19 + 4) + 4)  # ten pictures of 32 pixels, enlarged four times, with captions
-
-
-@dataclass(frozen=True)
-class Kaggle:
-    """Folders as on Kaggle: read-only inputs, the working folder in which the kernel starts, temp."""
-
-    root: Path
-
-    @property
-    def inputs(self) -> Path:
-        return self.root / "input"
-
-    @property
-    def working(self) -> Path:
-        return self.root / "working"
-
-    def close_inputs(self) -> dict[str, int]:
-        """Make the inputs read-only; their files with the time of their last change."""
-        paths = [self.inputs, *self.inputs.rglob("*")]
-        for path in paths:
-            path.chmod(0o555 if path.is_dir() else 0o444)
-        return self.state_of_inputs()
-
-    def state_of_inputs(self) -> dict[str, int]:
-        return {str(path): path.stat().st_mtime_ns for path in self.inputs.rglob("*")}
-
-    def run(
-        self,
-        hub: str,
-        before: Callable[[str], None] | None = None,
-        python: Path | None = None,
-        cells: int | None = None,
-        **settings: str,
-    ) -> nbformat.NotebookNode:
-        """Run the cells with the hub at this address and no other way out; returns the notebook with its outputs.
-
-        Args:
-            before: is called with each cell's id before the cell runs.
-            python: of the kernel; by default that of the tests.
-            cells: run no more than these first ones.
-            settings: more environment variables.
-        """
-        book = nbformat.read(NOTEBOOK, as_version=4)
-        book.cells = book.cells[:cells]
-        client = nbclient.NotebookClient(
-            book,
-            km=self.kernels(python) if python else None,
-            timeout=SECONDS,
-            resources={"metadata": {"path": str(self.working)}},
-            on_cell_start=lambda cell, cell_index: before(cell["id"]) if before else None,
-        )
-        mine = ("LIGHTNINGDIT_", "HF_", "COLAB_", "JUPYTER_")
-        environment = {key: value for key, value in os.environ.items() if not key.startswith(mine)}
-        environment.update(dict.fromkeys(PROXIES, NOWHERE), no_proxy=HERE_ALONE, NO_PROXY=HERE_ALONE)
-        environment.update(
-            KAGGLE_KERNEL_RUN_TYPE="Interactive",
-            LIGHTNINGDIT_ATTACHED=str(self.inputs),
-            HF_ENDPOINT=hub,
-            HF_HOME=str(self.root / "temp" / "hub"),
-            IPYTHONDIR=str(self.root / "temp" / "ipython"),
-            PATH=f"{self.false_python()}{os.pathsep}{environment['PATH']}",
-            PIP_NO_INDEX="1",
-            **settings,
-        )
-        try:
-            client.execute(env=environment)
-        except nbclient.exceptions.CellExecutionError:
-            book.metadata["stopped"] = True
-        return book
-
-    def kernels(self, python: Path) -> AsyncKernelManager:
-        """A manager of one kernel, which this interpreter runs."""
-        folder = self.root / "temp" / "kernels" / "other"
-        folder.mkdir(parents=True)
-        argv = [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-        (folder / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "other", "language": "python"}))
-        return AsyncKernelManager(
-            kernel_name="other", kernel_spec_manager=KernelSpecManager(kernel_dirs=[str(folder.parent)])
-        )
-
-    def false_python(self) -> Path:
-        """A folder whose `python` fails: the notebook must run the steps with its own."""
-        folder = self.root / "temp" / "bin"
-        folder.mkdir(exist_ok=True)
-        (folder / "python").write_text("#!/bin/sh\necho another Python\nexit 99\n")
-        (folder / "python").chmod(0o755)
-        return folder
 
 
 @pytest.fixture
 def kaggle(tmp_path: Path) -> Kaggle:
-    for name in ("input", "working", "temp"):
-        (tmp_path / "kaggle" / name).mkdir(parents=True)
-    return Kaggle(tmp_path / "kaggle")
-
-
-def place_project(folder: Path) -> Path:
-    """A clone of the project without any output, in `folder`."""
-    return copy_project(folder, "models/fashion-mnist")
-
-
-def cell(book: nbformat.NotebookNode, ident: str) -> nbformat.NotebookNode:
-    return next(cell for cell in book.cells if cell.id == ident)
-
-
-def said(book: nbformat.NotebookNode, ident: str) -> str:
-    """What a cell printed, with the error that ended it."""
-    texts = []
-    for output in cell(book, ident).outputs:
-        texts.append(output.text if output.output_type == "stream" else "\n".join(output.get("traceback", [])))
-    return "".join(texts)
-
-
-def everything(book: nbformat.NotebookNode) -> str:
-    return "\n".join(said(book, cell.id) for cell in book.cells if cell.cell_type == "code")
+    return kaggle_folders(tmp_path, NOTEBOOK)
 
 
 def assert_shows_ten_classes(book: nbformat.NotebookNode, ident: str, file: Path) -> None:
@@ -312,8 +204,13 @@ def test_a_repository_is_cloned_where_no_project_is(kaggle: Kaggle) -> None:
     assert (kaggle.working / "lightningdit" / "step1_install_environment.py").read_text() == "print('cloned')"
 
 
-def test_the_notebook_is_valid_and_empty_and_names_every_step() -> None:
-    book = nbformat.read(NOTEBOOK, as_version=4)
+@pytest.mark.parametrize(
+    ("notebook", "scripts"),
+    [(NOTEBOOK, ["step[1-4]_*.py", "fix_*.py"]), (RADAR_NOTEBOOK, ["step1_*.py", "step[5-7]_*.py"])],
+    ids=lambda given: given.stem if isinstance(given, Path) else "",
+)
+def test_the_notebook_is_valid_and_empty_and_names_every_step(notebook: Path, scripts: list[str]) -> None:
+    book = nbformat.read(notebook, as_version=4)
     nbformat.validate(book)
     assert (book.nbformat, book.nbformat_minor) == (4, 5)
     assert book.metadata.kernelspec.name == "python3"
@@ -331,9 +228,16 @@ def test_the_notebook_is_valid_and_empty_and_names_every_step() -> None:
             if line.strip().startswith("!"):
                 commands += re.findall(r"^\s*!python (\w+\.py)", line)
                 assert following.strip() == "go_on_if_ok()"
-    steps = sorted(path.name for path in PROJECT.glob("step[1-4]_*.py"))
-    assert sorted(set(commands)) == sorted(["fix_latents_stats.py", *steps])
-    assert [name for name in dict.fromkeys(commands) if name.startswith("step")][:3] == steps[:3]
+    names = [sorted(path.name for path in PROJECT.glob(pattern)) for pattern in scripts]
+    assert sorted(set(commands)) == sorted(name for some in names for name in some)
+    numbered = [name for name in dict.fromkeys(commands) if name.startswith("step")]
+    assert [name[:5] for name in numbered] == sorted(name[:5] for name in numbered)
+
+
+def test_both_notebooks_find_the_project_and_install_in_the_same_way() -> None:
+    books = [nbformat.read(notebook, as_version=4) for notebook in (NOTEBOOK, RADAR_NOTEBOOK)]
+    for ident in ("project-words", "project", "step1-words", "step1"):
+        assert cell(books[0], ident) == cell(books[1], ident)
 
 
 def test_run_in_the_kernel_ends_in_one_line_and_replaces_no_imported_torch(tmp_path: Path) -> None:

@@ -138,10 +138,11 @@ RADAR = Pair(
 )
 PAIRS = (README, SETUP, IMAGES, RADAR)
 PROMISES = "docs/promises.md"  # its table has an English and a Chinese column
-NOTEBOOK = "kaggle_reproduction.ipynb"  # each of its cells of text is English first, then Chinese
+#: Each of their cells of text is English first, then Chinese.
+NOTEBOOKS = ("kaggle_reproduction.ipynb", "kaggle_micro_doppler.ipynb")
 FIXES = "LightningDiT/fixes_zh.json"  # from English to Chinese
 CHINESE_PAGES = tuple(pair.chinese for pair in PAIRS)
-CHINESE_TEXTS = (*CHINESE_PAGES, PROMISES, NOTEBOOK, FIXES)
+CHINESE_TEXTS = (*CHINESE_PAGES, PROMISES, *NOTEBOOKS, FIXES)
 PAGES = sorted(
     path.relative_to(PROJECT).as_posix()
     for folder in (PROJECT, PROJECT / "docs", PROJECT / "models" / "fashion-mnist")
@@ -206,8 +207,8 @@ class Section:
 def read(name: str) -> str:
     """Return a page, or a notebook's text, or the Chinese texts of a catalogue, as Markdown."""
     text = (PROJECT / name).read_text(encoding="utf-8")
-    if name == NOTEBOOK:
-        return "\n\n".join(notebook_texts())
+    if name in NOTEBOOKS:
+        return "\n\n".join(notebook_texts(name))
     if name == FIXES:
         return "\n\n".join(
             BARE_CODE.sub(lambda code: f"`{code[0].strip('`')}`", fix) for fix in json.loads(text).values()
@@ -215,8 +216,8 @@ def read(name: str) -> str:
     return text
 
 
-def notebook_texts() -> list[str]:
-    cells = json.loads((PROJECT / NOTEBOOK).read_text(encoding="utf-8"))["cells"]
+def notebook_texts(name: str) -> list[str]:
+    cells = json.loads((PROJECT / name).read_text(encoding="utf-8"))["cells"]
     return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
 
 
@@ -307,9 +308,10 @@ def test_the_promises_are_the_same_in_both_languages() -> None:
         assert both[0].links() == both[1].links(), english
 
 
-def test_the_notebook_says_the_same_in_both_languages() -> None:
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_says_the_same_in_both_languages(name: str) -> None:
     """Its headings have both languages in one line."""
-    for text in notebook_texts():
+    for text in notebook_texts(name):
         lines = [line for line in text.splitlines() if not line.startswith(("#", "---"))]
         english = Section("", 1, [line for line in lines if not re.search(HAN, line)])
         chinese = Section("", 1, [line for line in lines if not line or re.search(HAN, line)])
@@ -415,7 +417,7 @@ def test_every_term_is_in_use() -> None:
     assert [term for term in TERMS if term not in text] == []
 
 
-@pytest.mark.parametrize("name", [*CHINESE_PAGES, PROMISES, NOTEBOOK])
+@pytest.mark.parametrize("name", [*CHINESE_PAGES, PROMISES, *NOTEBOOKS])
 def test_a_chinese_paragraph_is_one_line(name: str) -> None:
     """A line break between two Chinese characters would be shown as a space."""
     for section in sections(read(name)):
