@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from LightningDiT.metrics.copies import nearest_under_shift
-from LightningDiT.radar.colour_maps import NAMES, coloured
+from LightningDiT.radar.colour_maps import coloured
 from LightningDiT.radar.level_images import Windows
 from LightningDiT.sampling.demo_report import both_languages, escaped
 from LightningDiT.verdict.gait import Axes
@@ -107,6 +106,18 @@ def triple_html(triple: Triple, names: Sequence[str], axes: Axes, colour_map: st
 
 def plot_html(levels: Tensor, axes: Axes, colour_map: str, english: str, chinese: str) -> str:
     """Return levels (H, W) as a figure with both axes: time across, speed down."""
+    image = f'<img alt="{escaped(english)}" src="data:image/png;base64,{encoded(levels, colour_map)}">'
+    names = both_languages(f"time, {axes.time_unit}", "时间"), both_languages(f"speed, {axes.speed_unit}", "速度")
+    return plot_figure(image, axes, names, both_languages(escaped(english), escaped(chinese)))
+
+
+def plot_figure(image: str, axes: Axes, names: tuple[str, str], caption: str) -> str:
+    """Return the HTML of an image as a figure with both axes.
+
+    Args:
+        image: HTML, as is `caption`.
+        names: of the axis of time and that of speed, with their units, HTML.
+    """
     height, width = axes.size
     seconds, speed = axes.column_seconds or 1.0, axes.row_speed or 1.0
     across = [
@@ -114,20 +125,11 @@ def plot_html(levels: Tensor, axes: Axes, colour_map: str, english: str, chinese
     ]
     low, high = -height / 2 * speed, height / 2 * speed
     up = [f'<span style="top:{100 * (at - low) / (high - low):.2f}%">{at:g}</span>' for at in ticks(low, high, 6)]
-    time = both_languages(f"time, {axes.time_unit}", "时间")
-    velocity = both_languages(f"speed, {axes.speed_unit}", "速度")
     return (
-        f'<figure class="plot"><div class="up">{"".join(up)}<span class="unit">{velocity}</span></div>'
-        f'<img alt="{escaped(english)}" src="data:image/png;base64,{encoded(levels, colour_map)}">'
-        f'<div class="across">{"".join(across)}<span class="unit">{time}</span></div>'
-        f"<figcaption>{both_languages(escaped(english), escaped(chinese))}</figcaption></figure>"
+        f'<figure class="plot"><div class="up">{"".join(up)}<span class="unit">{names[1]}</span></div>{image}'
+        f'<div class="across">{"".join(across)}<span class="unit">{names[0]}</span></div>'
+        f"<figcaption>{caption}</figcaption></figure>"
     )
-
-
-def colour_map_of(settings: Mapping[str, Any]) -> str:
-    """Return the colour map that most windows of a split had, by the split's settings."""
-    maps = {name: count for name, count in (settings.get("colour_maps") or {}).items() if name in NAMES}
-    return max(maps, key=lambda name: maps[name], default=COLOUR_MAP)
 
 
 def encoded(levels: Tensor, colour_map: str) -> str:
