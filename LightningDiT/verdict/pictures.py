@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from LightningDiT.metrics.copies import nearest_under_shift
-from LightningDiT.radar.colour_maps import coloured
+from LightningDiT.radar.colour_maps import NAMES, coloured
 from LightningDiT.radar.level_images import Windows
 from LightningDiT.sampling.demo_report import both_languages, escaped
 from LightningDiT.verdict.gait import Axes
@@ -130,6 +131,12 @@ def plot_figure(image: str, axes: Axes, names: tuple[str, str], caption: str) ->
         f'<div class="across">{"".join(across)}<span class="unit">{names[0]}</span></div>'
         f"<figcaption>{caption}</figcaption></figure>"
     )
+
+
+def colour_map_of(settings: Mapping[str, Any]) -> str:
+    """Return the colour map that most windows of a split had, by the split's settings."""
+    maps = {name: count for name, count in (settings.get("colour_maps") or {}).items() if name in NAMES}
+    return max(maps, key=lambda name: maps[name], default=COLOUR_MAP)
 
 
 def encoded(levels: Tensor, colour_map: str) -> str:
