@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import json
 import math
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from LightningDiT.checkpoint import save_weights
+from LightningDiT.checkpoint import load_weights, save_weights
 from LightningDiT.compiling import PLAIN, WHOLE, Plan
 from LightningDiT.config import (
     CPU_BATCH,
@@ -26,8 +27,8 @@ from LightningDiT.config import (
     SampleConfig,
     as_dict,
     as_yaml,
+    describe_guidance,
     load_config,
-    read_yaml,
     with_overrides,
 )
 from LightningDiT.data.labels import CLASS_NAMES, CONDITION_NAMES, NULL_TRAINED, Labels
@@ -43,7 +44,18 @@ from LightningDiT.device import (
 )
 from LightningDiT.errors import LightningDiTError, first_line, is_out_of_memory, warn_user
 from LightningDiT.files import remove_leftovers, write_text
-from LightningDiT.images import to_pil, to_uint8
+from LightningDiT.hub.bundled import PLACES
+from LightningDiT.hub.card import CARD_NAME, KNOWN, PICTURE_NAME, Facts, Subject, is_own_card, model_card
+from LightningDiT.hub.registry import DIT, usable_names
+from LightningDiT.hub.repository import (
+    CONFIG_NAME,
+    TOKENIZER_NAME,
+    TOKENIZER_PATHS,
+    Repository,
+    pretrained_config,
+    without_files,
+)
+from LightningDiT.images import image_grid, save_png, to_pil, to_uint8
 from LightningDiT.loading import (
     STATS_NAME,
     Network,
@@ -55,6 +67,7 @@ from LightningDiT.loading import (
     load_stats,
     load_transformer,
     network_metadata,
+    network_name,
     required,
 )
 from LightningDiT.sampling.calibrated import (
@@ -72,15 +85,16 @@ from LightningDiT.sampling.networks import Networks, note_code, objection_to, pa
 from LightningDiT.sampling.non_finite import all_finite, first_not_finite
 from LightningDiT.sampling.null_row import check_guidance, null_failure, trained_nulls
 from LightningDiT.sampling.solver_choice import Solver, check_solver
+from LightningDiT.sampling.views import views
 from LightningDiT.seeds import generator_for
-from LightningDiT.tokenizer.config import tokenizer_config_path
+from LightningDiT.tokenizer.config import tokenizer_config_path, tokenizer_values
 from LightningDiT.tokenizer.latent_space import check_tokenizer_of_latents
 from LightningDiT.tokenizer.vavae import VA_VAE
 from LightningDiT.transport import GuidedVelocity, StepCallback, Transport, draw_noise
 
-CONFIG_NAME = "config.yaml"
 GUIDE_NAME = "guide.safetensors"
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+SHOWN, SHOWN_PARAMETERS = 8, 10_000_000  # images of a model card; the largest network that a CPU samples them with
 #: What `LightningDiTPipeline.__call__` calls the settings that it can override.
 ARGUMENTS = {
     "cfg_scale": "guidance_scale",
@@ -184,20 +198,41 @@ class LightningDiTPipeline:
         return pipe
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: torch.device | str | None = None) -> LightningDiTPipeline:
-        """Return the pipeline that `save_pretrained` wrote into `folder`."""
-        config = Path(folder) / CONFIG_NAME
-        if Path(folder).is_file():
-            raise LightningDiTError(
-                f"{folder} is a file; the folder that save_pretrained wrote is expected",
-                f"LightningDiTPipeline.from_config({str(folder)!r}) for a configuration",
-            )
-        if not config.is_file():
-            raise LightningDiTError(f"{folder} holds no {CONFIG_NAME}", "name a folder that save_pretrained wrote")
-        return cls.from_config(config, device)
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        device: torch.device | str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> LightningDiTPipeline:
+        """Return the pipeline of a folder that `save_pretrained` wrote, or of a repository on the hub (docs/hub.md).
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write configuration, weights (as they are in memory, an adapter among them) and statistics into `folder`."""
+        Args:
+            source: a folder, which wins, or owner/name: in the layout of `save_pretrained`, or a published transformer.
+            device: see `from_config`.
+            revision: branch, tag or commit of the repository.
+            token: of an account on the hub; by default the one that `hf auth login` stored.
+            cache_dir: folder of the downloads; by default the cache of huggingface_hub.
+
+        Raises:
+            LightningDiTError: nothing has the name, the hub does not give its files, or they do not fit together.
+        """
+        return cls.from_config(pretrained_config(source, revision, token, cache_dir), device)
+
+    def save_pretrained(
+        self, folder: str | Path, facts: Facts | None = None, picture: bool | None = None, name: str | None = None
+    ) -> None:
+        """Write configuration, weights (as they are in memory, an adapter among them), statistics and a model card into
+        `folder`, which names no file outside of it.
+
+        Args:
+            facts: what the card says of data, licence and figures; default: what is known of a bundled or published
+                model whose weights these are.
+            picture: sample one image each of up to `SHOWN` classes for the card; default: on a GPU and for small
+                networks.
+            name: what the card tells `from_pretrained`; default: the name of the folder.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
@@ -216,14 +251,103 @@ class LightningDiTPipeline:
             sample = dataclasses.replace(sample, solver_file="solvers.yaml")
         if self.config.data.latent_norm and stats:
             stats.save(folder / STATS_NAME)
-        data = dataclasses.replace(self.config.data, data_path=".")
-        vae = dataclasses.replace(self.config.vae, model_name="tokenizer.yaml", ckpt_path=None)
-        config = dataclasses.replace(
-            self.config, ckpt_path="transformer.safetensors", adapter_path=None, data=data, vae=vae, sample=sample
+        config = without_files(self.config)
+        data = dataclasses.replace(config.data, data_path=".")
+        vae = dataclasses.replace(config.vae, model_name=TOKENIZER_NAME)
+        config = dataclasses.replace(config, ckpt_path="transformer.safetensors", data=data, vae=vae, sample=sample)
+        tokenizer = tokenizer_values(self.tokenizer.config) | {"ckpt_path": "tokenizer.safetensors"}
+        if isinstance(train := tokenizer.get("train"), dict):
+            tokenizer["train"] = {key: value for key, value in train.items() if f"train.{key}" not in TOKENIZER_PATHS}
+        for file, values in ((TOKENIZER_NAME, tokenizer), (CONFIG_NAME, as_dict(config))):
+            write_text(folder / file, as_yaml(values))
+        self._write_card(folder, facts, picture, name or folder.resolve().name)
+
+    def push_to_hub(
+        self,
+        repository: str,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        message: str = "A pipeline of LightningDiT",
+        facts: Facts | None = None,
+        picture: bool | None = None,
+    ) -> str:
+        """Upload what `save_pretrained` writes to a repository of the hub, and return the address of the commit.
+
+        Args:
+            repository: owner/name; it is made if it does not exist.
+            private: of a new repository; by default as the account is set.
+            token: of an account that may write; by default the one that `hf auth login` stored.
+            message: of the commit.
+            facts, picture: see `save_pretrained`.
+
+        Raises:
+            LightningDiTError: the hub refuses or is out of reach.
+        """
+        place = Repository.named(repository, token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, facts, picture, repository)
+            return place.push(Path(folder), private, message)
+
+    def _write_card(self, folder: Path, facts: Facts | None, picture: bool | None, name: str) -> None:
+        """Write the model card and its picture into `folder`; a card that somebody wrote there stays."""
+        if (folder / CARD_NAME).is_file() and not is_own_card(folder / CARD_NAME):
+            warn_user(f"this program did not write {folder / CARD_NAME}; it stays")
+            return
+        if picture is None:
+            small = _parameters(self.transformer) <= SHOWN_PARAMETERS
+            picture = not self.config.sample.reverse and (small or self.device.type != "cpu")
+        subject = self._subject(name, self._picture(folder) if picture else [])
+        write_text(folder / CARD_NAME, model_card(subject, facts or self._known_facts()))
+
+    def _picture(self, folder: Path) -> list[int]:
+        """Write the picture of the model card and return its labels, none if the settings do not allow to sample."""
+        count = self.labels.count
+        labels = [index * count // min(SHOWN, count) for index in range(min(SHOWN, count))]
+        conditions = self._shown_conditions(labels)
+        try:
+            images = self(labels, seed=0, output_type="pt", conditions=conditions).images
+            grid = image_grid(views(images), captions_of(self, labels, conditions))
+        except LightningDiTError as error:
+            warn_user(f"the model card has no picture: {error.message}")
+            return []
+        save_png(grid, folder / PICTURE_NAME)
+        return labels
+
+    def _shown_conditions(self, labels: Sequence[int]) -> list[int] | None:
+        """Return a condition for each image of the picture, all in turn; None for a model without them."""
+        return [index % self.conditions.count for index in range(len(labels))] if self.conditions else None
+
+    def _subject(self, name: str, shown: Sequence[int]) -> Subject:
+        """Return what the model card says of this pipeline."""
+        settings, side, channels = self.transformer.settings, self.config.data.image_size, self.channels
+        latent = f"{settings.input_size}x{settings.input_size} latents of {settings.in_channels} channels"
+        others = self.conditions
+        return Subject(
+            source=name,
+            network=network_name(settings),
+            parameters=_parameters(self.transformer),
+            tokenizer=f"KL autoencoder, {side}x{side}x{channels} to {latent}",
+            side=side,
+            channels=channels,
+            classes=[self.labels.caption(label) for label in range(self.labels.count)],
+            conditions=[others.caption(number) for number in range(others.count)] if others else (),
+            solver=self.solver(self.config.sample).describe(),
+            guidance=describe_guidance(self.config.sample) + (" by a guide" if self.guide is not None else ""),
+            shown=shown,
+            shown_conditions=self._shown_conditions(shown) or (),
         )
-        tokenizer = read_yaml(self.tokenizer.config.source) | {"ckpt_path": "tokenizer.safetensors"}
-        for name, values in (("tokenizer.yaml", tokenizer), (CONFIG_NAME, as_dict(config))):
-            write_text(folder / name, as_yaml(values))
+
+    def _known_facts(self) -> Facts:
+        """Return what is known of a bundled or published model, if the weights in memory are those of its file."""
+        path = Path(self.config.ckpt_path or "")
+        known = {name: model for model, file in DIT.items() for name in usable_names(file)}
+        known |= {"transformer.safetensors": path.parent.name} if path.parent in PLACES else {}
+        model = known.get(path.name, "")
+        if model not in KNOWN or self.config.adapter_path or not path.is_file():
+            return Facts()
+        ours, theirs = self.transformer.state_dict(), load_weights(path)
+        same = all(name in theirs and torch.equal(theirs[name].to(x.dtype), x.cpu()) for name, x in ours.items())
+        return KNOWN[model] if same else Facts()
 
     def _metadata(self) -> dict[str, str]:
         """Return the metadata of the network's weights: names of its labels, whether the null ones were trained, and
@@ -589,6 +713,10 @@ def captions_of(
         caption if number is None else f"{caption}, {pipe.conditions.caption(number)}"
         for caption, number in zip(captions, conditions, strict=True)
     ]
+
+
+def _parameters(network: Network) -> int:
+    return sum(value.numel() for value in network.parameters())
 
 
 def _too_large(images: int, error: BaseException) -> LightningDiTError:
