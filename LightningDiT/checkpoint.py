@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from LightningDiT.errors import OS_FIXES, LightningDiTError, first_line, is_out_of_memory, warn_user
 from LightningDiT.files import atomic_path, open_regular, read_json, require_unicode
+from LightningDiT.formats import diffusers_vae
 
 #: Entries in which training scripts keep weights, the best first.
 WEIGHT_KEYS = ("ema", "model_ema", "ema_model", "model", "module", "state_dict")
@@ -367,7 +368,7 @@ def _open(path: str | Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:
     if not tensors:
         listed = ", ".join(map(str, list(content)[:LISTED_NAMES])) or "none"
         raise LightningDiTError(f"{file} holds no tensors (entries: {listed})", "name a weights file")
-    _refuse_diffusers_names(tensors, file)
+    tensors = _from_diffusers(tensors, metadata, file, notes)
     tensors = _with_average(_part_of_ldm(tensors, notes), notes)
     others = [name for name, value in content.items() if name != key and (key or not isinstance(value, Tensor))]
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -417,13 +418,20 @@ def _part_of_ldm(tensors: dict[str, Tensor], notes: list[str]) -> dict[str, Tens
     return part or tensors
 
 
-def _refuse_diffusers_names(tensors: Mapping[str, Tensor], file: Path) -> None:
+def _from_diffusers(
+    tensors: dict[str, Tensor], metadata: Mapping[str, str], file: Path, notes: list[str]
+) -> dict[str, Tensor]:
+    """Return the tensors of diffusers' AutoencoderKL under our names, others as they are; refuse its transformers."""
+    if diffusers_vae.is_theirs(list(tensors)):
+        notes.append(f"took the {len(tensors)} tensors of diffusers' AutoencoderKL under their names here")
+        return diffusers_vae.ours(tensors, metadata)
     found = next((name for name in tensors if DIFFUSERS_NAMES.search(name)), None)
     if found and not found.startswith(UNET_PREFIX):
         raise LightningDiTError(
             f"{file} has the tensor names of diffusers ({found}); those of the original code are expected",
-            "take the file in the original format, such as LDM's for an AutoencoderKL, or rename its tensors",
+            "take the file in the original format, or rename its tensors",
         )
+    return tensors
 
 
 def _existing_file(path: str | Path) -> Path:

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.files import read_text
+from LightningDiT.formats import diffusers_vae
 
 MOST_YAML, MOST_BRACKETS = 2**20, 100  # bytes of a file, brackets within brackets
 MOST_VALUES = 10_000  # of a file with aliases, each alias counted as what it stands for
@@ -557,6 +558,8 @@ def _with_absolute_paths(config: Config) -> Config:
     if config.vae.model_name.endswith((".yaml", ".yml")):
         changed.setdefault("vae", {})["model_name"] = absolute_path(config.vae.model_name, source)
     own = changed.pop("", {})
+    if tokenizer := changed.get("vae", {}).get("ckpt_path"):
+        changed["vae"]["ckpt_path"] = str(diffusers_vae.weights_file(tokenizer))
     sections = {name: dataclasses.replace(getattr(config, name), **values) for name, values in changed.items()}
     return dataclasses.replace(config, **own, **sections)
 

@@ -324,10 +324,15 @@ def load_guide(config: Config, dtype: torch.dtype | None = None) -> Network | No
 
 
 def load_stats(config: Config) -> LatentStats:
-    """Return the statistics of the latents that the configuration names; without normalisation mean 0 and std 1."""
+    """Return the statistics of the latents that the configuration names; without normalisation mean 0 and std 1.
+
+    Without data.data_path they are those that a tokenizer in diffusers' layout tells.
+    """
     channels = config.model.in_chans
     if not config.data.latent_norm:
         return dataclasses.replace(LatentStats.identity(channels), multiplier=config.data.latent_multiplier)
+    if not config.data.data_path and (told := LatentStats.of_diffusers(config.vae.ckpt_path)):
+        return dataclasses.replace(told, multiplier=config.data.latent_multiplier)
     folder = Path(required(config, "data.data_path"))
     if folder.is_file():
         raise LightningDiTError(

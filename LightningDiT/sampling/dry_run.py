@@ -77,5 +77,6 @@ def verify(config: Config) -> list[str]:
             f'set guided_channels to {channels} at most, or to "all"',
         )
     lines.append(f"solver {solver_of(config, config.sample).describe()}")
-    lines.append(f"latent statistics in {config.data.data_path}: {channels} channels")
+    where = config.data.data_path or config.vae.ckpt_path
+    lines.append(f"latent statistics in {where}: {channels} channels")
     return lines

@@ -27,6 +27,7 @@ from LightningDiT.config import (
     typed,
 )
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.formats import diffusers_vae
 
 TOKENIZER_CONFIGS = Path(__file__).parent / "configs"
 TOKENIZER_FIX = f"name a tokenizer YAML, such as those in {TOKENIZER_CONFIGS}"
@@ -238,9 +239,14 @@ def _published_loss(config: TokenizerConfig) -> dict[str, Any]:
 def load_tokenizer_config(path: str | Path) -> TokenizerConfig:
     """Return the settings in the tokenizer YAML at `path`, its relative paths made absolute.
 
+    Args:
+        path: a YAML file; or a folder, or the config.json in it, of diffusers' AutoencoderKL.
+
     Raises:
         LightningDiTError: the file is missing or no YAML, a key is unknown, or a value has the wrong type.
     """
+    if folder := diffusers_vae.folder_of(path):
+        return _of_diffusers(folder)
     source, where = Path(path), f"{path}: model.params"
     values = read_yaml(path, TOKENIZER_FIX)
     refuse_unknown(values, ("ckpt_path", "model", "train"), str(path))
@@ -262,12 +268,29 @@ def load_tokenizer_config(path: str | Path) -> TokenizerConfig:
     )
 
 
+def _of_diffusers(folder: Path) -> TokenizerConfig:
+    """Return the settings of an AutoencoderKL in diffusers' layout."""
+    sizes = diffusers_vae.read_sizes(folder)
+    weights = str(diffusers_vae.weights_file(folder).resolve())
+    source = str((folder / diffusers_vae.CONFIG_NAME).resolve())
+    return TokenizerConfig(weights, sizes.pop("embed_dim"), ddconfig=sizes, source=source)
+
+
+def tokenizer_values(config: TokenizerConfig) -> dict[str, Any]:
+    """Return the content of a tokenizer YAML with these settings: that of its own file, if it is one."""
+    if not diffusers_vae.folder_of(config.source):
+        return read_yaml(config.source)
+    return {"model": {"params": {"embed_dim": config.embed_dim, "ddconfig": config.ddconfig}}}
+
+
 def tokenizer_config_path(config: Config) -> Path:
-    """Return the tokenizer YAML that `config.vae.model_name` names.
+    """Return the tokenizer YAML that `config.vae.model_name` names, or config.json beside weights in diffusers' layout.
 
     Raises:
         LightningDiTError: it is neither a shipped name nor an existing file.
     """
+    if config.vae.ckpt_path and (folder := diffusers_vae.folder_of(config.vae.ckpt_path)):
+        return folder / diffusers_vae.CONFIG_NAME
     name = config.vae.model_name
     shipped = TOKENIZER_CONFIGS / f"{name}.yaml"
     if shipped.is_file():

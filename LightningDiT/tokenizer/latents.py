@@ -15,6 +15,7 @@ from torch import Tensor
 from LightningDiT.checkpoint import kind_of, load_training_state
 from LightningDiT.errors import LightningDiTError, fixed_by
 from LightningDiT.files import atomic_path
+from LightningDiT.formats import diffusers_vae
 
 METADATA_KEYS = ("latents_mean", "latents_std")
 MOST_CHANNELS = 2**16  # far beyond any tokenizer
@@ -71,6 +72,20 @@ class LatentStats:
             raise LightningDiTError(f"{path} carries no latent statistics in its metadata", fix_of(path)) from error
         _refuse(_problems(*values), f"latent statistics in {path}", path)
         return cls(*values)
+
+    @classmethod
+    def of_diffusers(cls, path: str | Path | None) -> LatentStats | None:
+        """Return the statistics in the config.json of an AutoencoderKL in diffusers' layout; None without any.
+
+        Args:
+            path: its folder, or its weights.
+        """
+        folder = diffusers_vae.folder_of(path) if path else None
+        told = diffusers_vae.read_statistics(folder) if folder else None
+        if told is None:
+            return None
+        metadata = {key: json.dumps(values) for key, values in zip(METADATA_KEYS, told, strict=True)}
+        return cls.from_metadata(metadata, str(folder))
 
     def as_metadata(self) -> dict[str, str]:
         """Return the numbers as text for the metadata of the tokenizer's weights file."""

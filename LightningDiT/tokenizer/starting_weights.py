@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from LightningDiT.checkpoint import check_kinds, kind_of, load_into, load_weights
 from LightningDiT.errors import LightningDiTError, fixed_by
+from LightningDiT.formats import diffusers_vae
 
 from .autoencoder import AutoencoderKL
 from .criterion import Criterion
@@ -66,11 +67,13 @@ def read_starting_weights(path: str | Path) -> StartingWeights:
     """Return the tensors of a weights file by parts.
 
     Args:
-        path: a folder stands for its tokenizer.safetensors.
+        path: a folder stands for its tokenizer.safetensors, or for its weights in diffusers' layout.
 
     Raises:
         LightningDiTError: see `load_weights`.
     """
+    if diffusers_vae.folder_of(path):
+        path = diffusers_vae.weights_file(path)
     path = Path(path) / OF_FOLDER if Path(path).is_dir() else path
     with fixed_by("name a published checkpoint or a run's training.safetensors by --init or train.weight_init"):
         tensors = load_weights(path)

@@ -20,6 +20,7 @@ from LightningDiT.compiling import uncompiled
 from LightningDiT.config import typed
 from LightningDiT.device import autocast, best_device, float32_products
 from LightningDiT.errors import LightningDiTError, warn_user
+from LightningDiT.formats import diffusers_vae
 from LightningDiT.images import centre_crop, levels_of, to_uint8, with_channels
 from LightningDiT.tokenizer.config import TokenizerConfig, load_tokenizer_config
 
@@ -82,7 +83,7 @@ class VA_VAE:  # noqa: N801 - the published name
         device: torch.device | str | None = None,
     ) -> None:
         self.config = config if isinstance(config, TokenizerConfig) else load_tokenizer_config(config)
-        path = ckpt_path or self.config.ckpt_path
+        path = diffusers_vae.weights_file(ckpt_path) if ckpt_path else self.config.ckpt_path
         if not path:
             raise LightningDiTError(
                 f"{self.config.source} names no ckpt_path; the tokenizer's weights are expected there",

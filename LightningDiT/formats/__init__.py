@@ -1,0 +1,1 @@
+"""File layouts of other programs, told and read without those programs."""
