@@ -17,20 +17,20 @@ from LightningDiT.radar.colour_maps import coloured
 COLOUR_MAP = "jet"
 
 
-def views(images: Tensor) -> list[Image.Image]:
-    """Return PIL images of images (N, 3, H, W), or of levels (N, 1, H, W), in [-1, 1]."""
+def views(images: Tensor, colour_map: str = COLOUR_MAP) -> list[Image.Image]:
+    """Return PIL images of images (N, 3, H, W), or of levels (N, 1, H, W) in a colour map, in [-1, 1]."""
     if images.shape[1] != 1:
         return to_pil(to_uint8(images).cpu().numpy())
     levels = (images[:, 0].float().cpu().numpy() + 1) / 2  # (N, H, W)
-    return [Image.fromarray(picture) for picture in coloured(levels, COLOUR_MAP)]
+    return [Image.fromarray(picture) for picture in coloured(levels, colour_map)]
 
 
-def shown_file(path: Path) -> Image.Image:
-    """Return the picture of a sample's file, RGB; the file is closed at once, since a contact sheet has a thousand."""
+def shown_file(path: Path, colour_map: str = COLOUR_MAP) -> Image.Image:
+    """Return the picture of a sample's file, RGB, levels in a colour map; the file is closed at once, since a contact sheet has a thousand."""
     with open_image(path) as image:
         if not _is_levels(image):
             return image.convert("RGB")
-        return Image.fromarray(coloured(np.asarray(image, np.float64) / WHITE_16_BIT, COLOUR_MAP))
+        return Image.fromarray(coloured(np.asarray(image, np.float64) / WHITE_16_BIT, colour_map))
 
 
 def shown_bytes(path: Path) -> bytes:
