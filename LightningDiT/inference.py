@@ -1,9 +1,9 @@
 """Sample images: `python -m LightningDiT.inference --config C [--demo]`.
 
-`--demo` writes one grid of a few classes to demo_images/demo_samples.png beside this file. Without it,
-`--num-samples` images of random classes go to a folder; the same command continues a run that was stopped.
-`python inference.py` inside this folder does the same. All GPUs that work share the images; `torchrun` and `accelerate
-launch` share them among the processes that they start.
+`--demo` writes one grid of a few classes to demo_images/demo_samples.png beside this file, or below the working
+directory if the package is installed. Without it, `--num-samples` images of random classes go to a folder; the same
+command continues a run that was stopped. `python inference.py` inside this folder does the same. All GPUs that work
+share the images; `torchrun` and `accelerate launch` share them among the processes that they start.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ if __package__ in (None, ""):
 from LightningDiT.config import Config, load_config  # noqa: E402
 from LightningDiT.console import duration, positive, program, run_main  # noqa: E402
 from LightningDiT.files import check_space  # noqa: E402
+from LightningDiT.hub.bundled import config_file, results_folder  # noqa: E402
 from LightningDiT.sampling.options import (  # noqa: E402
     add_class_options,
     add_sampling_options,
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from LightningDiT.sampling.preview import Preview
     from LightningDiT.sampling.resumable_run import RunResult
 
-DEMO_FOLDER = HERE / "demo_images"
 DEMO_NAME = "demo_samples.png"
 PREVIEW_NAME = "demo_preview.png"
 
@@ -48,7 +48,7 @@ PREVIEW_NAME = "demo_preview.png"
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(prog=program("inference"), description=__doc__)
-    parser.add_argument("--config", required=True, help="YAML of the published schema")
+    parser.add_argument("--config", required=True, type=config_file, help="YAML of the published schema, or `bundled`")
     parser.add_argument("--demo", action="store_true", help="one grid of a few classes")
     parser.add_argument("--num-samples", type=positive, help="images without --demo; default: sample.fid_num")
     parser.add_argument("--output", help="folder of the images")
@@ -129,7 +129,7 @@ def run_demo(config: Config, args: argparse.Namespace, processes: Processes) -> 
     from LightningDiT.sampling.dry_run import check_run
     from LightningDiT.sampling.preview import Preview
 
-    folder = Path(args.output or DEMO_FOLDER)
+    folder = Path(args.output or results_folder(HERE) / "demo_images")
     processes.from_main(lambda: check_space(folder, args.count or 0, config.data.image_size))
     classes, conditions = grid_of(args, config)
     processes.say(describe_settings(config, len(classes), folder / DEMO_NAME))
@@ -149,7 +149,7 @@ def run_folder(config: Config, args: argparse.Namespace, processes: Processes, c
     from LightningDiT.sampling.preview import Preview
     from LightningDiT.sampling.resumable_run import UNFINISHED, sample_run, write_samples
 
-    output = Path(args.output or HERE.parent / "output" / "samples")
+    output = Path(args.output or results_folder(HERE.parent) / "output" / "samples")
     file = Path(args.npz or _beside(output, ".npz")) if args.npz is not None else None
     processes.say(describe_settings(config, count, output))
     processes.from_main(lambda: check_space(output, count, config.data.image_size))

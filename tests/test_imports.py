@@ -44,9 +44,9 @@ ROWS: dict[str, set[str]] = {
     "sampling": {*BELOW, "hub", "radar"},  # levels are shown in a colour map
     "training": {*BELOW, "metrics", "radar", "sampling"},  # a run shows and judges samples of its average
     "verdict": {*BELOW, "metrics", "radar", "sampling"},  # times networks; a report looks as that of a demonstration
-    "__init__": {"config", "sampling"},
+    "__init__": {"config", "device", "hub", "sampling"},
     "pipeline": {"sampling"},
-    "inference": {*GROUND, "data", "sampling"},
+    "inference": {*GROUND, "data", "hub", "sampling"},
     "train": {*GROUND, "training"},
     "train_tokenizer": {*GROUND, "data", "radar", "tokenizer", "training"},
     "extract_features": {*GROUND, "data", "radar", "tokenizer", "training"},
@@ -54,7 +54,7 @@ ROWS: dict[str, set[str]] = {
     "evaluate_tokenizer": {*GROUND, "metrics"},
     "hub": {*GROUND},
     "command": {*BELOW, "__init__", "hub", "metrics", "radar", "sampling", "training"},
-    "tools": {*BELOW, "metrics", "radar", "sampling", "training"},  # the benchmark times the trainer's steps
+    "tools": {*BELOW, "metrics", "radar", "sampling", "training", "verdict"},  # the benchmark times the trainer's steps
 }
 SET_UP_MAY_USE = {f"{LIBRARY}.{name}" for name in ("errors", "console", "files", "hub.registry")}
 STEPS = sorted(path.stem for path in PROJECT.glob("*.py"))

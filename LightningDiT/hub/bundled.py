@@ -1,4 +1,4 @@
-"""The bundled model: in the installed package, or beside it in a clone."""
+"""What an installed package has inside and a clone beside it: the bundled model, and the folder of results."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from LightningDiT.errors import LightningDiTError
 
 NAME = "fashion-mnist"
+ALIAS = "bundled"  # names the bundled model's configuration on a command line
 PACKAGE = Path(__file__).resolve().parents[1]
 #: Where it may lie: the wheel has it as package data, a clone (or an editable installation) among its models.
 PLACES = (PACKAGE / "bundled" / NAME, PACKAGE.parent / "models" / NAME)
@@ -25,3 +26,18 @@ def bundled_model() -> Path:
         f"the bundled model is neither {PLACES[0]} nor {PLACES[1]}",
         "pip install --force-reinstall --no-deps lightningdit-runnable, or clone the project again",
     )
+
+
+def config_file(text: str) -> str:
+    """Return the path of a configuration that a command line names: a file, or `bundled` for the bundled model's."""
+    return str(bundled_model() / "config.yaml") if text == ALIAS and not Path(text).exists() else text
+
+
+def is_installed() -> bool:
+    """Return whether this is the package of a wheel, without a project around it."""
+    return PLACES[0].is_dir()
+
+
+def results_folder(of_a_clone: Path) -> Path:
+    """Return where results go by default: that folder of a clone, but the working directory of an installed package."""
+    return Path() if is_installed() else of_a_clone
