@@ -1,8 +1,9 @@
-"""Intervals over passes: closed forms of their standard error, strata, pairs, and what a difference means."""
+"""Intervals over passes and trainings: closed forms of their error, strata, pairs, and what a difference means."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from LightningDiT.verdict.intervals import (
     conclude,
     student_quantile,
 )
+from studies import interval_study
 
 MANY = 20_000  # resamples: the standard error is then known within about 0.5 %
 
@@ -66,9 +68,10 @@ def test_the_error_of_unequal_passes_is_that_of_a_ratio() -> None:
 
 def test_quantiles_of_students_distribution() -> None:
     """The table of any book on statistics."""
-    known = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 10: 2.228, 30: 2.042}
-    assert {freedom: student_quantile(freedom) for freedom in known} == pytest.approx(known, rel=0.01)
-    assert student_quantile(10_000) == pytest.approx(1.96, abs=1e-3)
+    known = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 10: 2.228, 30: 2.042, 10_000: 1.960, math.inf: 1.960}
+    assert {freedom: student_quantile(freedom) for freedom in known} == pytest.approx(known, rel=3e-4)
+    assert student_quantile(2.5) == pytest.approx(3.5747, abs=1e-3)  # scipy.stats.t.ppf(0.975, 2.5)
+    assert student_quantile(10, 0.8) == pytest.approx(0.879, abs=1e-3)
 
 
 def test_few_passes_move_the_ends_out() -> None:
@@ -112,11 +115,83 @@ def test_equal_predictions_differ_by_nothing_and_pairs_are_narrower_than_two_row
     bootstrap = PassBootstrap(people, numbers)
     same = bootstrap.interval(first - first)
     assert (same.value, same.low, same.high, same.smallest) == (0, 0, 0, 0)
-    assert conclude(same).outcome == NO_EFFECT
+    assert conclude(replace(same, seeds=3)).outcome == NO_EFFECT
     paired = bootstrap.interval(second - first)
     assert abs(paired.value) == pytest.approx(1 / 15)
     assert paired.standard_error < bootstrap.interval(first).standard_error
     assert paired.standard_error == pytest.approx(math.sqrt(5 / 4 * (0.8**2 + 4 * 0.2**2)) / 15, rel=0.1)
+
+
+def test_a_row_of_the_study_holds_the_truth_and_passes_alone_do_not() -> None:
+    """300 intervals of three trainings, which vary as much as the passes: 93 to 97 % within 2.6 standard errors."""
+    row = interval_study.row_of(interval_study.LAYOUTS[0], interval_study.PARTS[3], seeds=3, tests=300, resamples=200)
+    both, alone, error = (float(cell.rstrip("%")) for cell in row[3:])
+    assert 93 - 3.3 < both < 97 + 2.6
+    assert alone < 90
+    assert 0.8 < error < 1.2  # standard error that the intervals say, over the true one
+
+
+def test_the_study_prints_its_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interval_study, "LAYOUTS", interval_study.LAYOUTS[1:2])
+    assert interval_study.main(["--tests", "3", "--seeds", "2"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[1] for row in rows[1:]] == [name for name, _ in interval_study.PARTS]
+
+
+def test_the_error_of_passes_and_trainings_is_that_of_variance_components() -> None:
+    """Mean squares by hand: of passes within people, of trainings, and of the rest within people."""
+    people, passes, seeds = 6, 3, 4
+    count = people * passes
+    values = interval_study.drawn(np.random.default_rng(7), seeds, count, (1, 0.7, 0.5)) + 2
+    found = PassBootstrap(*layout(people, passes, 1), MANY).interval(values)
+    within = values.reshape(seeds, people, passes)
+    of_passes = within.mean(0).var(1, ddof=1).mean() / count
+    rest = within - within.mean(0) - within.mean(2, keepdims=True) + within.mean((0, 2))[:, None]
+    of_one_pass = (rest**2).sum() / ((seeds - 1) * people * (passes - 1)) / (count * seeds)
+    of_seeds = values.mean(1).var(ddof=1) / seeds - of_one_pass
+    assert found.value == pytest.approx(values.mean())
+    assert found.seed_error == pytest.approx(math.sqrt(of_seeds), rel=0.02)
+    assert found.standard_error == pytest.approx(math.sqrt(of_passes + of_seeds), rel=0.02)
+    freedom = (of_passes + of_seeds) ** 2 / (of_passes**2 / (count - people) + of_seeds**2 / (seeds - 1))
+    assert found.freedom == pytest.approx(freedom, rel=0.03)
+    quantile = student_quantile(found.freedom)
+    expected = quantile * found.standard_error
+    assert (found.value - found.low, found.high - found.value) == pytest.approx((expected, expected), rel=0.06)
+    assert found.smallest == pytest.approx((quantile + student_quantile(found.freedom, 0.8)) * found.standard_error)
+    assert (found.seeds, found.passes, found.windows) == (seeds, count, count)
+
+
+def test_trainings_that_answer_alike_leave_the_interval_of_the_passes() -> None:
+    people, numbers = layout(3, 4, 4)
+    right = (np.random.default_rng(5).random(48) < 0.6).astype(float)
+    bootstrap = PassBootstrap(people, numbers)
+    one, three = bootstrap.interval(right), bootstrap.interval(np.stack([right] * 3))
+    assert (three.low, three.high, three.standard_error, three.smallest) == (
+        one.low,
+        one.high,
+        one.standard_error,
+        one.smallest,
+    )
+    assert (one.seeds, three.seeds, three.seed_error, three.freedom) == (1, 3, 0, 12 - 3)
+    half = np.tile([0.0, 0, 1, 1], 12)  # trainings that answer other windows of each pass, and as many
+    assert bootstrap.interval(np.stack([half, 1 - half])).standard_error == 0
+
+
+def test_trainings_alone_have_the_interval_of_student() -> None:
+    """No pass differs from another: mean and t_2 * s / sqrt(3) of three numbers."""
+    values = np.array([0.1, 0.2, 0.6])
+    found = PassBootstrap(*layout(5, 2, 3)).interval(np.repeat(values[:, None], 30, 1))
+    error = values.std(ddof=1) / math.sqrt(3)
+    assert (found.value, found.standard_error, found.freedom) == pytest.approx((0.3, error, 2))
+    assert (found.low, found.high) == pytest.approx((0.3 - 4.303 * error, 0.3 + 4.303 * error), rel=1e-3)
+
+
+def test_one_training_gives_no_verdict() -> None:
+    people, numbers = layout(10, 4, 10)
+    found = PassBootstrap(people, numbers).interval(np.where(numbers % 2, 0.3, 0.29))
+    assert found.low > 0
+    assert conclude(found).outcome == NO_VERDICT
+    assert conclude(replace(found, seeds=2)).outcome == HELPS
 
 
 def test_the_seed_alone_decides_the_draws() -> None:
@@ -147,6 +222,6 @@ def test_a_pass_of_two_people_is_refused() -> None:
     ],
 )
 def test_what_a_difference_means(value: float, error: float, outcome: str, enough: bool) -> None:
-    found = conclude(Interval(value, value - 1.96 * error, value + 1.96 * error, error, 100, 10), wanted=0.03)
+    found = conclude(Interval(value, value - 1.96 * error, value + 1.96 * error, error, 100, 10, 3), wanted=0.03)
     assert (found.outcome, found.is_enough) == (outcome, enough)
-    assert found.difference.smallest == pytest.approx(2.8 * error)
+    assert found.difference.smallest == pytest.approx(2.8 * error, rel=1e-3)

@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from LightningDiT.config import as_yaml, read_yaml
 from LightningDiT.errors import LightningDiTError, first_line
 from LightningDiT.files import read_json, write_text
@@ -22,6 +24,7 @@ from LightningDiT.radar.augmentation import NAMES
 from LightningDiT.radar.level_images import LevelFiles, condition_names, load_windows, open_level_files
 from LightningDiT.radar.split import Split, save_restricted
 from LightningDiT.radar.training_file import DOWNSAMPLING, PATCH, ROOT, TEMPLATE
+from LightningDiT.verdict.intervals import PassBootstrap
 from LightningDiT.verdict.jobs import Job
 from LightningDiT.verdict.rows import spread, subset
 
@@ -36,8 +39,7 @@ TRANSFORMER, UNET = "transformer", "unet"
 #: What `model.model_type` is called, and the pixels that a side must be a multiple of.
 NETWORKS = {TRANSFORMER: ("LightningDiT-XS/2", DOWNSAMPLING * PATCH), UNET: ("UNet-S", DOWNSAMPLING * 4)}
 OTHER_OUTPUT = "choose another --output, or give the options of the first call"
-PASS_DEVIATION = 10.0  # points by which the differences of test passes vary, on simulated walkers
-SHOWN_DEVIATIONS = 2.8  # standard errors that a difference must have to be shown (80 % power at 5 %)
+PASS_DEVIATION = 10.0  # points by which the differences of test passes vary, on simulated walkers, with three seeds
 
 
 @dataclass(frozen=True)
@@ -392,6 +394,17 @@ def _model_jobs(plan: Plan, cell: Path, model: Model, count: int) -> list[Job]:
 # ---- what a plan says
 
 
+def power_line(plan: Plan, split: Split) -> str:
+    """Return what difference the test passes of a plan can show."""
+    passes = sorted({(row.person, row.pass_number) for fold in plan.folds for row in split.part("test", fold)})
+    people = np.unique([person for person, _ in passes], return_inverse=True)[1]
+    least = PassBootstrap(people, np.arange(len(passes)), resamples=1).smallest(PASS_DEVIATION)
+    return (
+        f"power          {len(passes)} test passes: differences of about {least:.0f} points and more will show, if"
+        " passes and trainings differ as those of simulated walkers do"
+    )
+
+
 def describe(plan: Plan, split: Split) -> list[str]:
     """Return what a plan does in a few lines, with the difference that its verdict will be able to show."""
     images = ", ".join("all" if number is None else str(number) for number in plan.images)
@@ -405,12 +418,7 @@ def describe(plan: Plan, split: Split) -> list[str]:
         f"{model.name:<15}{model.model_type}, at most {plan.steps} steps from {model.start or 'random weights'}"
         for model in plan.models
     ]
-    passes = len({(row.person, row.pass_number) for fold in plan.folds for row in split.part("test", fold)})
-    least = SHOWN_DEVIATIONS * PASS_DEVIATION / passes**0.5
-    lines.append(
-        f"power          {passes} test passes: differences of about {least:.0f} points and more will show, if the"
-        f" passes differ as those of simulated walkers do"
-    )
+    lines.append(power_line(plan, split))
     lines += [
         f"note: fold {fold} has no validation windows, so its last weights are taken"
         for fold in plan.folds

@@ -1,16 +1,19 @@
-"""How sure a share of right answers is, and a difference between two: bootstrap over passes, not over windows.
+"""How sure a share of right answers is, and a difference between two: bootstrap over passes and trainings.
 
-Windows of one pass share the walk, and neighbours share pixels, so a pass is what was drawn at random. Intervals over
-windows would be several times too narrow.
+Windows of one pass share the walk, and neighbours share pixels, so a pass is what was drawn at random, not a window.
+Intervals over windows would be several times too narrow. The same classifier trained again, from another seed, answers
+otherwise, so trainings were drawn at random too.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
@@ -18,22 +21,28 @@ Numbers = NDArray[np.int64]
 LEVEL = 0.95  # of the intervals
 NORMAL = NormalDist()
 RESAMPLES = 2000
-#: Standard errors in the smallest difference that a test at 5 % (two sides) shows in 80 % of experiments: 1.96 + 0.84
-#: (Bloom, Evaluation Review 19, 1995, "minimum detectable effect"; Gelman and Hill 2007, section 20.1).
-POWER_FACTOR = 2.8
+POWER = 0.8  # of the smallest difference that data can show
+FEWEST_SEEDS = 2  # trainings of each row, for a verdict
 WANTED = 0.03  # difference in accuracy that is worth the effort
+NOTHING = 1e-12  # variance that rounding leaves where all trainings answer alike
+NORMAL_FREEDOM, ANGLES = 10_000, 20_001  # freedom from which a distribution counts as normal; points of an integral
+BISECTIONS = 50
 HELPS, HURTS, NO_EFFECT, NO_VERDICT = "helps", "hurts", "does not help", "no verdict"
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over windows and its interval by bootstrap over passes.
+    """A mean over windows and trainings, and its interval by bootstrap; see `PassBootstrap`.
 
     Attributes:
         value: the mean.
         low, high: ends of the 95 % interval; minus and plus infinity if fewer than two passes are there.
-        standard_error: standard deviation of the resamples; infinity if fewer than two passes are there.
+        standard_error: of the mean; infinity if fewer than two passes are there.
         windows, passes: how many were tested.
+        seeds: number of trainings; with one the interval is that of this training, whose luck it does not contain.
+        seed_error: the part of the standard error that other passes would not reduce: what all passes of a training
+            share.
+        freedom: degrees of freedom of the standard error.
     """
 
     value: float
@@ -42,11 +51,14 @@ class Interval:
     standard_error: float
     windows: int
     passes: int
+    seeds: int = 1
+    seed_error: float = 0.0
+    freedom: float = math.inf
 
     @property
     def smallest(self) -> float:
-        """The smallest difference that data like this shows with a power of 80 %; see `POWER_FACTOR`."""
-        return POWER_FACTOR * self.standard_error
+        """The smallest difference that data like this shows, see `smallest_shown`."""
+        return smallest_shown(self.standard_error, self.freedom)
 
 
 @dataclass(frozen=True)
@@ -69,16 +81,34 @@ class Verdict:
         return self.outcome == HELPS and self.difference.value >= self.wanted
 
 
-class PassBootstrap:
-    """Resamples of tested passes, the same ones for every value that is asked of them.
+def smallest_shown(standard_error: float, freedom: float) -> float:
+    """Return the smallest difference that a test at 5 % (two sides) shows in 80 % of experiments.
 
-    Each person is a stratum. In a stratum of m passes, m - 1 are drawn with replacement and count m / (m - 1) times:
-    the variance of a mean is then unbiased, while plain resampling gives (m - 1) / m of it (Rao and Wu, JASA 83, 1988),
-    half with two passes. People with one tested pass make one stratum together (collapsed strata; Cochran, Sampling
-    Techniques, 1977, section 5A.12), which errs towards wide intervals. The ends are quantiles of the resamples, moved
-    out to those that Student's distribution has with as many degrees of freedom as there are passes beyond the strata
-    (expanded percentiles; Hesterberg, The American Statistician 69, 2015, section 5.3): without that, ten to twenty
-    passes give 90 % in place of 95.
+    It is 2.8 standard errors with many degrees of freedom, 3.1 with ten (Bloom, Evaluation Review 19, 1995, "minimum
+    detectable effect").
+    """
+    return (student_quantile(freedom) + student_quantile(freedom, POWER)) * standard_error
+
+
+class PassBootstrap:
+    """Resamples of tested passes, the same ones for every value that is asked of them, crossed with trainings.
+
+    **Passes.** Each person is a stratum. In a stratum of m passes, m - 1 are drawn with replacement and count
+    m / (m - 1) times: the variance of a mean is then unbiased, while plain resampling gives (m - 1) / m of it (Rao and
+    Wu, JASA 83, 1988), half with two passes. People with one tested pass make one stratum together (collapsed strata;
+    Cochran, Sampling Techniques, 1977, section 5A.12), which errs towards wide intervals.
+
+    **Trainings.** The mean of S trainings and P passes has the variance `a / P + b / S + e / (P S)`: of passes, of
+    trainings, and of what a training does to one pass alone. Passes vary by `a + e / S`, so that the pass bootstrap of
+    the mean over trainings has the first and the last part. `b / S` is the variance of the trainings' means over S,
+    less the last part, which it has too, and which the passes tell within each training (variance components of a
+    crossed design; two-way clustering of Cameron, Gelbach and Miller, JBES 29, 2011). It is 0 at least. Few trainings
+    have few resamples, so their level is a normal distribution of that variance, added to each resample of passes.
+
+    **Ends.** They are quantiles of these resamples, moved out to those that Student's distribution has (expanded
+    percentiles; Hesterberg, The American Statistician 69, 2015, section 5.3): without that, ten to twenty passes give
+    90 % in place of 95. Its degrees of freedom are the passes beyond the strata, and with those of S - 1 trainings as
+    Satterthwaite joins them (Biometrics Bulletin 2, 1946).
 
     Args:
         people, passes: (N,) of each window; no pass number belongs to two people.
@@ -96,45 +126,83 @@ class PassBootstrap:
         strata, self.joined = _strata(people[first])
         self._counts = np.bincount(self._pass, minlength=len(numbers)).astype(np.float64)  # (P,) windows
         self._weights = _weights(strata, resamples, np.random.default_rng(seed)) if len(numbers) > 1 else None
-        beyond = NORMAL.cdf(-student_quantile(max(1, len(numbers) - len(np.unique(strata)))))
-        self._tails = beyond, 1 - beyond
+        self._freedom = max(1, len(numbers) - len(np.unique(strata)))
 
     @property
     def passes(self) -> int:
         return len(self._counts)
 
+    def smallest(self, deviation: float) -> float:
+        """Return the smallest difference that passes of a standard deviation show; see `smallest_shown`."""
+        return smallest_shown(deviation / math.sqrt(self.passes), self._freedom)
+
     def interval(self, values: Floats) -> Interval:
-        """Return the mean of values (N,) over windows with its interval.
+        """Return the mean of values (S, N) of trainings and windows with its interval; (N,) is of one training.
 
-        For the difference of two rows give the difference of each window: both rows then have the same resamples.
+        For the difference of two rows give the difference of each window and seed: both rows then have the same
+        resamples.
         """
-        sums = np.bincount(self._pass, values, len(self._counts))  # (P,)
-        mean, windows = float(sums.sum() / self._counts.sum()), len(values)
+        trained = np.atleast_2d(values)
+        mean, (seeds, windows) = float(trained.mean()), trained.shape
         if self._weights is None:
-            return Interval(mean, -math.inf, math.inf, math.inf, windows, self.passes)
-        drawn = (self._weights @ sums) / (self._weights @ self._counts)  # (R,)
-        low, high = np.quantile(drawn, self._tails)
-        return Interval(mean, float(low), float(high), float(drawn.std(ddof=1)), windows, self.passes)
+            return Interval(mean, -math.inf, math.inf, math.inf, windows, self.passes, seeds)
+        drawn = self._drawn(trained.mean(0))
+        of_passes = float(drawn.var(ddof=1))
+        of_seeds = self._seed_variance(trained) if seeds > 1 else 0.0
+        variance, freedom = of_passes + of_seeds, float(self._freedom)
+        if of_seeds:
+            freedom = variance**2 / (of_passes**2 / self._freedom + of_seeds**2 / (seeds - 1))
+        beyond = NORMAL.cdf(-student_quantile(freedom))
+        low, high = _quantiles(drawn, math.sqrt(of_seeds), (beyond, 1 - beyond))
+        errors = math.sqrt(variance), math.sqrt(of_seeds)
+        return Interval(mean, low, high, errors[0], windows, self.passes, seeds, errors[1], freedom)
+
+    def _drawn(self, values: Floats) -> Floats:
+        """Return the mean of values (N,) in each resample of the passes, (R,)."""
+        assert self._weights is not None
+        sums = np.bincount(self._pass, values, len(self._counts))  # (P,)
+        return (self._weights @ sums) / (self._weights @ self._counts)
+
+    def _seed_variance(self, values: Floats) -> float:
+        """Return b / S for values (S, N), see the class; 0 where passes explain how trainings differ."""
+        seeds = len(values)
+        own = [float(self._drawn(part - values.mean(0)).var(ddof=1)) for part in values]  # mean: e / P (S - 1) / S
+        of_one_pass = sum(own) / (seeds * (seeds - 1))
+        found = float(values.mean(1).var(ddof=1)) / seeds - of_one_pass
+        return found if found > NOTHING else 0.0
 
 
-def student_quantile(freedom: int) -> float:
-    """Return the quantile of Student's distribution that leaves half of 1 - LEVEL above it.
+@functools.cache
+def student_quantile(freedom: float, share: float = (1 + LEVEL) / 2) -> float:
+    """Return the quantile of Student's distribution with any number of degrees of freedom from 1 on.
 
-    For 1 and 2 degrees of freedom it has a closed form; from 3 on a series in 1 / freedom (Abramowitz and Stegun,
-    26.7.5) is right within 1 %.
+    With t = sqrt(freedom) tan(angle) its density is cos(angle) ** (freedom - 1), which is integrated.
     """
-    share = (1 + LEVEL) / 2
-    if freedom == 1:
-        return math.tan(math.pi * (share - 0.5))
-    if freedom == 2:
-        return (2 * share - 1) * math.sqrt(2 / (4 * share * (1 - share)))
-    z = NORMAL.inv_cdf(share)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
-    return z + sum(term / freedom ** (at + 1) for at, term in enumerate(terms))
+    if freedom > NORMAL_FREEDOM:
+        return NORMAL.inv_cdf(share)
+    angles = np.linspace(0, math.pi / 2, ANGLES)
+    density = np.cos(angles) ** (freedom - 1)
+    area = np.concatenate([[0], np.cumsum(density[1:] + density[:-1])])
+    return math.sqrt(freedom) * math.tan(float(np.interp(2 * share - 1, area / area[-1], angles)))
+
+
+def _quantiles(drawn: Floats, deviation: float, shares: tuple[float, float]) -> tuple[float, float]:
+    """Return two quantiles of resamples (R,) plus a normal value of that deviation, by bisection of their distribution.
+
+    With the deviation 0 they are those of the resamples.
+    """
+    if not deviation:
+        low, high = np.quantile(drawn, shares)
+        return float(low), float(high)
+    resamples, wanted = torch.from_numpy(drawn), torch.tensor(shares, dtype=torch.float64)
+    reach = 40 * deviation  # beyond it a normal distribution has nothing left
+    low = torch.full((2,), float(drawn.min()) - reach, dtype=torch.float64)
+    high = torch.full((2,), float(drawn.max()) + reach, dtype=torch.float64)
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        below = torch.special.ndtr((middle[:, None] - resamples) / deviation).mean(1) < wanted
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return float(low[0]), float(high[1])
 
 
 def _strata(people: Numbers) -> tuple[Numbers, int]:
@@ -162,8 +230,11 @@ def conclude(difference: Interval, wanted: float = WANTED) -> Verdict:
 
     It helps (or hurts) if the interval lies above (below) 0, and the data can show a difference of `wanted` or of what
     was found. Else, if the data cannot show `wanted`, there is no verdict, whatever was found: among small samples the
-    differences that look significant are mostly too large. Else it does not help.
+    differences that look significant are mostly too large. Else it does not help. Nor is there a verdict on one
+    training of each row, since nothing tells how much another one differs.
     """
+    if difference.seeds < FEWEST_SEEDS:
+        return Verdict(NO_VERDICT, difference, wanted)
     shown = abs(difference.value) >= difference.smallest or difference.smallest <= wanted
     if shown and difference.low > 0:
         outcome = HELPS

@@ -73,7 +73,7 @@ class RowResult:
         accuracy: mean over seeds.
         seeds: accuracy of each seed.
         people, conditions: accuracy by number.
-        difference: to the row `base`; None for that row itself.
+        difference: to the row `base`, seed by seed; None for that row itself.
         real, generated, validation: windows that a training used, mean over folds.
         valid_accuracy: mean over folds and seeds; None without validation windows.
     """
@@ -136,7 +136,7 @@ def _results(
 
 
 def _row_result(row: str, tested: Tested, bootstrap: PassBootstrap, resamples: int, seed: int) -> RowResult:
-    right, trials, base = tested.right[row].mean(0), tested.trials[row], base_of(row, tested.right)
+    right, trials, base = tested.right[row], tested.trials[row], base_of(row, tested.right)
     checked = [trial.valid_accuracy for trial in trials if trial.valid_accuracy is not None]
 
     def by(groups: Numbers) -> dict[int, Interval]:
@@ -144,17 +144,17 @@ def _row_result(row: str, tested: Tested, bootstrap: PassBootstrap, resamples: i
         for group in np.unique(groups).tolist():
             own = groups == group
             part = PassBootstrap(tested.people[own], tested.passes[own], resamples, seed)
-            found[group] = part.interval(right[own])
+            found[group] = part.interval(right[:, own])
         return found
 
     return RowResult(
         row=row,
         accuracy=bootstrap.interval(right),
-        seeds=tuple(tested.right[row].mean(1).tolist()),
+        seeds=tuple(right.mean(1).tolist()),
         people=by(tested.people),
         conditions=by(tested.conditions),
         base=base,
-        difference=bootstrap.interval(right - tested.right[base].mean(0)) if base != row else None,
+        difference=bootstrap.interval(right - tested.right[base]) if base != row else None,
         real=float(np.mean([trial.real for trial in trials])),
         generated=float(np.mean([trial.generated for trial in trials])),
         validation=float(np.mean([trial.validation for trial in trials])),

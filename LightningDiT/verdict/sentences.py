@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from LightningDiT.verdict.fidelity import Fidelity
-from LightningDiT.verdict.intervals import HELPS, HURTS, NO_EFFECT, Interval
+from LightningDiT.verdict.intervals import FEWEST_SEEDS, HELPS, HURTS, NO_EFFECT, Interval
 from LightningDiT.verdict.results import Results
 from LightningDiT.verdict.rows import ROWS
 
@@ -69,13 +69,19 @@ def certainty(results: Results) -> Text:
             f"仅测试了一段行走，无法显示任何差异；要求为 {wanted:g} 个百分点。",
         )
     size = f"{100 * tested.smallest:.1f}"
+    if tested.seeds < FEWEST_SEEDS:
+        return (
+            "One training of each row was tested, and nothing tells how much another one differs: give --seeds 3;"
+            f" {wanted:g} points are asked for.",
+            f"每个方案仅训练了一次，无法得知另一次训练会相差多少：请使用 --seeds 3；要求为 {wanted:g} 个百分点。",
+        )
     return (
         f"The smallest difference that this data can show is {size} points (80 % power); {wanted:g} are asked for."
         f" Tested: {tested.windows} windows from {tested.passes} passes of {people} people; seeds averaged: {seeds}."
-        " The interval comes from passes, not from windows.",
+        " The interval holds what passes and trainings vary by, and comes from these, not from windows.",
         f"这些数据能显示的最小差异为 {size} 个百分点（检验功效 80 %）；要求为 {wanted:g}。测试：{people} 人的"
         f" {tested.passes} 段行走，共 {tested.windows} 个窗口；平均的随机种子数：{seeds}。"
-        "区间按行走段计算，而非按窗口。",
+        "区间按行走段和训练次数计算，包含二者的波动，而非按窗口计算。",
     )
 
 
@@ -118,18 +124,33 @@ def advice(results: Results, found: Fidelity | None, filtered: float | None) -> 
 
 
 def _more_passes(results: Results) -> Sequence[Text]:
-    """Return how many passes would show what is asked for: the error falls with the root of their number."""
+    """Return how many trainings or passes would show what is asked for, by what the error mostly comes from.
+
+    The error falls with the root of either number.
+    """
     verdict = results.verdict
-    if verdict is None or verdict.difference.smallest <= verdict.wanted or math.isinf(verdict.difference.smallest):
+    if verdict is None or verdict.difference.seeds < FEWEST_SEEDS or math.isinf(verdict.difference.smallest):
         return ()
-    needed = math.ceil(verdict.difference.passes * (verdict.difference.smallest / verdict.wanted) ** 2)
-    wanted = f"{100 * verdict.wanted:g}"
+    tested, wanted = verdict.difference, f"{100 * verdict.wanted:g}"
+    times = (tested.smallest / verdict.wanted) ** 2
+    if times <= 1:
+        return ()
+    if tested.seed_error**2 > tested.standard_error**2 / 2:
+        needed = math.ceil(tested.seeds * times)
+        return (
+            (
+                f"Most of the uncertainty is what trainings of one classifier vary by: about {needed} seeds show"
+                f" {wanted} points (--seeds); {tested.seeds} were trained.",
+                f"不确定性主要来自同一分类器多次训练之间的差异：约需 {needed} 个随机种子（--seeds）才能显示"
+                f" {wanted} 个百分点；目前训练了 {tested.seeds} 个。",
+            ),
+        )
+    needed = math.ceil(tested.passes * times)
     return (
         (
-            f"Test all folds, or record more: about {needed} passes show {wanted} points;"
-            f" {verdict.difference.passes} were tested.",
+            f"Test all folds, or record more: about {needed} passes show {wanted} points; {tested.passes} were tested.",
             f"测试所有折，或采集更多数据：约需 {needed} 段行走才能显示 {wanted} 个百分点；目前测试了"
-            f" {verdict.difference.passes} 段。",
+            f" {tested.passes} 段。",
         ),
     )
 
