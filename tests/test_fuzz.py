@@ -665,6 +665,7 @@ PROGRAMS: dict[str, list[str]] = {
     "LightningDiT.tools.choose_tokenizer": ["--levels", "missing", "--split-file", "missing.json"],
     "LightningDiT.tools.training_memory": ["--config", "missing.yaml"],
     "LightningDiT.tools.simulate_walkers": ["--output", "o", "--dry-run"],
+    "LightningDiT.tools.export_windows": ["--samples", "images", "--output", "o.npz"],
     "LightningDiT.tools.sweep_guidance": ["--config", "missing.yaml", "--dry-run"],
     "fix_latents_stats": ["--stats", "latents_stats.pt", "--dry-run"],
     "step3_setup_configs": ["--dry-run"],
