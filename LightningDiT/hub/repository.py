@@ -144,9 +144,9 @@ class Repository:
         except LightningDiTError:
             raise
         except Exception as error:  # the client's own, and those of three HTTP libraries, by its version
-            raise LightningDiTError(*self._explained(error, file, writing)) from error
+            raise LightningDiTError(*self._refusal_of_hub(error, file, writing)) from error
 
-    def _explained(self, error: Exception, file: str | None, writing: bool) -> tuple[str, str]:
+    def _refusal_of_hub(self, error: Exception, file: str | None, writing: bool) -> tuple[str, str]:
         """Return what happened and what to do about it."""
         kinds, at = {kind.__name__ for kind in type(error).__mro__}, f"{self.name} on {endpoint() or HUB}"
         status = getattr(getattr(error, "response", None), "status_code", None)
@@ -162,12 +162,12 @@ class Repository:
         if "RepositoryNotFoundError" in kinds or status in (401, 403):
             return f"{at} does not exist, or is private and not open to this token", f"check the name, or {LOG_IN}"
         if "RevisionNotFoundError" in kinds:
-            return f"{at} has no revision {self.revision}", "name a branch, a tag or a commit, or leave revision out"
+            return f"{at} has no revision {self.revision}", "name a branch, a tag or a commit, or leave out revision="
         if "LocalEntryNotFoundError" not in kinds and "EntryNotFoundError" in kinds:
-            return f"{at} holds no {file or CONFIG_NAME}", f"{PUSHED}, or {' or '.join(published())}"
-        return self._unreached(error)
+            return f"{at} holds no {file or CONFIG_NAME}", f"{PUSHED}, or name {' or '.join(published())}"
+        return self._silence_of_hub(error)
 
-    def _unreached(self, error: Exception) -> tuple[str, str]:
+    def _silence_of_hub(self, error: Exception) -> tuple[str, str]:
         """Return what happened and what to do if the hub did not answer, or the disk took no more."""
         if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
             return f"{self.name} is not in the cache, and HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE"
