@@ -416,6 +416,20 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(_existing(folder)).free
 
 
+def memory_bytes() -> int | None:
+    """Return the memory of this machine, or the limit of its container; None if unknown."""
+    try:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            total = min(total, int(Path(limit).read_text()))
+        except (OSError, ValueError):
+            continue
+    return total
+
+
 def require_space(folder: Path, needed: int, what: str, fix: str) -> None:
     """Raise LightningDiTError if the disk of `folder` has fewer than `needed` bytes free.
 

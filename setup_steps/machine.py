@@ -22,7 +22,7 @@ from typing import Any
 
 from LightningDiT.console import format_bytes
 from LightningDiT.errors import LightningDiTError, first_line
-from LightningDiT.files import free_bytes
+from LightningDiT.files import free_bytes, memory_bytes
 from setup_steps.project import PROJECT, environments, fix_packages
 
 PROBE_SECONDS = 300
@@ -218,20 +218,6 @@ def require_torch(purpose: str) -> None:
     except Exception as error:
         message = f"{purpose} needs torch, which does not import ({first_line(error)})"
         raise LightningDiTError(message, fix_packages()) from error
-
-
-def memory_bytes() -> int | None:
-    """Return the memory of this machine, or the limit of its container; None if unknown."""
-    try:
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            total = min(total, int(Path(limit).read_text()))
-        except (OSError, ValueError):
-            continue
-    return total
 
 
 def try_imports(names: list[str]) -> dict[str, str]:

@@ -264,7 +264,6 @@ MAY: dict[str, str] = {
     "setup_steps/convert.py _compare": "opens what `_write` wrote, or `inspect` has opened",
     "setup_steps/downloads.py _open": "an address, which is http or https",
     "setup_steps/downloads.py PartFile": "renames its own open and locked part",
-    "setup_steps/machine.py memory_bytes": "files of /sys",
     "setup_steps/plans.py carry_out": "`link` of setup_steps/sources.py",
     "setup_steps/stats_repair.py Repair": "writes to the path that `atomic_path` gave",
 }
