@@ -368,7 +368,7 @@ def _open(path: str | Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:
     if not tensors:
         listed = ", ".join(map(str, list(content)[:LISTED_NAMES])) or "none"
         raise LightningDiTError(f"{file} holds no tensors (entries: {listed})", "name a weights file")
-    tensors = _from_diffusers(tensors, metadata, file, notes)
+    tensors = _from_diffusers(tensors, file)
     tensors = _with_average(_part_of_ldm(tensors, notes), notes)
     others = [name for name, value in content.items() if name != key and (key or not isinstance(value, Tensor))]
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -418,13 +418,10 @@ def _part_of_ldm(tensors: dict[str, Tensor], notes: list[str]) -> dict[str, Tens
     return part or tensors
 
 
-def _from_diffusers(
-    tensors: dict[str, Tensor], metadata: Mapping[str, str], file: Path, notes: list[str]
-) -> dict[str, Tensor]:
+def _from_diffusers(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
     """Return the tensors of diffusers' AutoencoderKL under our names, others as they are; refuse its transformers."""
     if diffusers_vae.is_theirs(list(tensors)):
-        notes.append(f"took the {len(tensors)} tensors of diffusers' AutoencoderKL under their names here")
-        return diffusers_vae.ours(tensors, metadata)
+        return diffusers_vae.ours(tensors, diffusers_vae.filled_channels(file))
     found = next((name for name in tensors if DIFFUSERS_NAMES.search(name)), None)
     if found and not found.startswith(UNET_PREFIX):
         raise LightningDiTError(

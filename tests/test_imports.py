@@ -54,7 +54,8 @@ ROWS: dict[str, set[str]] = {
     "evaluate_tokenizer": {*GROUND, "metrics"},
     "hub": {*GROUND},
     "command": {*BELOW, "__init__", "hub", "metrics", "radar", "sampling", "training"},
-    "tools": {*BELOW, "metrics", "radar", "sampling", "training", "verdict"},  # the benchmark times the trainer's steps
+    "interop": {*BELOW, "hub", "radar", "sampling"},
+    "tools": {*BELOW, "interop", "metrics", "radar", "sampling", "training", "verdict"},  # the benchmark times the trainer's steps
 }
 SET_UP_MAY_USE = {f"{LIBRARY}.{name}" for name in ("errors", "console", "files", "hub.registry")}
 STEPS = sorted(path.stem for path in PROJECT.glob("*.py"))

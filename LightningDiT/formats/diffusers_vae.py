@@ -2,20 +2,19 @@
 
 diffusers itself is not needed. The network is that of `tokenizer.autoencoder`: names differ, the decoder's levels are
 counted from the other end, the products of attention are linear layers instead of 1x1 convolutions, and the latent has
-one number of channels inside and outside. Where ours are two numbers, the smaller is filled up by zeros, and the
-metadata of the weights name both.
+one number of channels inside and outside. Where ours are two numbers, the smaller is filled up by zeros, and
+config.json names both under keys that diffusers keeps and does not read.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from LightningDiT.errors import LightningDiTError, first_line
-from LightningDiT.files import open_regular, read_json
+from LightningDiT.files import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +29,7 @@ WEIGHTS = (
     f"{STEM}.fp16.safetensors",
     f"{STEM}.bf16.safetensors",
 )
-EMBED_DIM, Z_CHANNELS = "embed_dim", "z_channels"  # keys in the metadata of weights whose latent was filled up
+EMBED_DIM, Z_CHANNELS = "_embed_dim", "_z_channels"  # keys of config.json if the latent was filled up
 DOWN_BLOCKS = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")  # without and with attention
 UP_BLOCKS = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
 #: Defaults of diffusers' constructor, for keys that a file leaves out.
@@ -56,7 +55,6 @@ DEFAULTS: dict[str, Any] = {
 }
 FIXED = {"act_fn": "silu", "norm_num_groups": 32, "mid_block_add_attention": True}
 THEIRS = re.compile(r"(?:encoder|decoder)\.(?:down_blocks|up_blocks|mid_block)\.")
-MOST_HEADER = 2**27  # bytes of names and shapes in a safetensors file
 NO_NOISE = -30.0  # log-variance of the channels that fill up
 FIX = "name an AutoencoderKL of the kind that this project has"
 
@@ -114,7 +112,7 @@ def weights_file(path: str | Path) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return config.json with diffusers' defaults for what it leaves out; keys of its own with `_` in front go.
+    """Return config.json with diffusers' defaults for what it leaves out; keys with `_` in front may be anything.
 
     Raises:
         LightningDiTError: it is no JSON, of another class, or has a key that is unknown here.
@@ -127,10 +125,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     name = values.get("_class_name") if isinstance(values, dict) else None
     if name != CLASS_NAME:
         raise LightningDiTError(f"{file} is of the class {name}; {CLASS_NAME} is expected", FIX)
-    own = {key: value for key, value in values.items() if not key.startswith("_")}
-    if unknown := [key for key in own if key not in DEFAULTS]:
+    if unknown := [key for key in values if not key.startswith("_") and key not in DEFAULTS]:
         raise LightningDiTError(f"{file}: {unknown[0]} is unknown; {', '.join(DEFAULTS)} are expected", FIX)
-    return {**DEFAULTS, **own}
+    return {**DEFAULTS, **values}
 
 
 def read_sizes(folder: Path) -> dict[str, Any]:
@@ -155,10 +152,10 @@ def read_sizes(folder: Path) -> dict[str, Any]:
     side = config["sample_size"]
     resolution = _whole_numbers(side if isinstance(side, list) else [side], "sample_size", file)[0]
     latent = _whole_numbers([config["latent_channels"]], "latent_channels", file)[0]
-    told = metadata_of(weights_file(folder))
+    embed, inside = _channels(config) or (latent, latent)
     return {
-        "embed_dim": _told_number(told, EMBED_DIM, latent),
-        "z_channels": _told_number(told, Z_CHANNELS, latent),
+        "embed_dim": embed,
+        "z_channels": inside,
         "resolution": resolution,
         "in_channels": _whole_numbers([config["in_channels"]], "in_channels", file)[0],
         "out_ch": _whole_numbers([config["out_channels"]], "out_channels", file)[0],
@@ -185,24 +182,18 @@ def _with_attention(names: Any, known: tuple[str, str], key: str, levels: int, f
     return [name == known[1] for name in names]
 
 
-def _told_number(metadata: Mapping[str, str], key: str, default: int) -> int:
-    """Return a number in the metadata of weights, at most `default`."""
-    text = metadata.get(key, "")
-    return min(int(text), default) if text.isdecimal() and int(text) else default
+def _channels(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return embed_dim and z_channels of a latent that was filled up, else None."""
+    found, most = (config.get(EMBED_DIM), config.get(Z_CHANNELS)), config["latent_channels"]
+    good = all(isinstance(value, int) and value > 0 for value in found) and max(found) == most
+    return found if good else None
 
 
-def metadata_of(file: Path) -> dict[str, str]:
-    """Return the metadata of a safetensors file; empty for other files, and for one that its reader will refuse."""
-    if file.suffix != ".safetensors" or not file.is_file():
-        return {}
-    with open_regular(file) as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = stream.read(length) if length <= MOST_HEADER else b""
-    try:
-        found = json.loads(header).get("__metadata__") or {}
-        return {str(key): str(value) for key, value in found.items()}
-    except (ValueError, AttributeError, RecursionError):
-        return {}
+def filled_channels(weights: Path) -> tuple[int, int] | None:
+    """Return embed_dim and z_channels of the latent that was filled up in a file of weights, else None."""
+    if not (weights.parent / CONFIG_NAME).is_file() or folder_of(weights) is None:
+        return None
+    return _channels(read_config(weights.parent))
 
 
 def read_statistics(folder: Path) -> tuple[list[float], list[float]] | None:
@@ -242,14 +233,14 @@ def is_theirs(names: Sequence[str]) -> bool:
     return any(THEIRS.match(name) for name in names)
 
 
-def ours(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
+def ours(tensors: Mapping[str, Tensor], filled: tuple[int, int] | None = None) -> dict[str, Tensor]:
     """Return an autoencoder's tensors under our names, as our network needs them.
 
     A file without quant_conv or post_quant_conv has none in its network, and gets the identity. A name that is unknown
     stays as it is, so that the match with the network names it.
 
     Args:
-        metadata: of the file, which tells the channels of a latent that was filled up.
+        filled: see `filled_channels`.
     """
     levels = 1 + max((int(number) for name in tensors for number in re.findall(r"up_blocks\.(\d+)", name)), default=0)
     found = {_our_name(name, levels): tensor for name, tensor in tensors.items()}
@@ -260,10 +251,7 @@ def ours(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str
         inner = found.get(f"{like}.weight")
         if f"{name}.weight" not in found and inner is not None and inner.dim() == 4:
             found |= _identity(name, inner, axis)
-    embed, inside = (metadata.get(key, "") for key in (EMBED_DIM, Z_CHANNELS))
-    if embed.isdecimal() and inside.isdecimal():
-        found = without_filling(found, int(embed), int(inside))
-    return found
+    return without_filling(found, *filled) if filled else found
 
 
 def _our_name(name: str, levels: int) -> str:
@@ -291,18 +279,17 @@ def _identity(name: str, inner: Tensor, axis: int) -> dict[str, Tensor]:
     return {f"{name}.weight": weight, f"{name}.bias": weight.new_zeros(size)}
 
 
-def theirs(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
-    """Return our autoencoder's tensors under diffusers' names, what they say for config.json, and metadata of the file.
+def theirs(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return our autoencoder's tensors under diffusers' names, and what they say for config.json.
 
     Args:
         tensors: of our network alone.
     """
     embed, inside = tensors["quant_conv.weight"].shape[0] // 2, tensors["decoder.conv_in.weight"].shape[1]
-    metadata = {"format": "pt"}
-    if embed != inside:
-        tensors, metadata = _filled_up(tensors), metadata | {EMBED_DIM: str(embed), Z_CHANNELS: str(inside)}
     levels = 1 + max(int(number) for name in tensors for number in re.findall(r"^decoder\.up\.(\d+)", name))
     told: dict[str, Any] = {"latent_channels": max(embed, inside)}
+    if embed != inside:
+        tensors, told = _filled_up(tensors), told | {EMBED_DIM: embed, Z_CHANNELS: inside}
     left_out: list[str] = []
     for name in ("quant_conv", "post_quant_conv"):
         told[f"use_{name}"] = not _is_identity(tensors, name)
@@ -311,7 +298,7 @@ def theirs(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
     for name, tensor in named.items():
         if "attentions." in name and tensor.dim() == 4:
             named[name] = tensor.flatten(1)
-    return named, told, metadata
+    return named, told
 
 
 def _is_identity(tensors: Mapping[str, Tensor], name: str) -> bool:
