@@ -162,4 +162,4 @@ def _note(text: tuple[str, str]) -> str:
 
 def _framed(parts: Sequence[str]) -> str:
     content = "\n".join(filter(None, parts))
-    return f'<style>\n{STYLE}\n{PAGE_STYLE}\n</style>\n<div class="ldit-report">\n{content}\n</div>'
+    return f'<style>\n{STYLE}\n{PAGE_STYLE}\n</style>\n<div class="ldit-report" lang="en">\n{content}\n</div>'
