@@ -20,6 +20,8 @@ ROLE_OPTIONS = {"dit": "checkpoint", "vavae": "tokenizer", "stats": "stats"}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    from LightningDiT.sampling.options import add_preset_option
+
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     auto = "auto (default): the published weights if they and a GPU are here, else the bundled model"
@@ -30,6 +32,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--checkpoint", type=Path, metavar="FILE", help="the transformer's weights")
     add("--tokenizer", type=Path, metavar="FILE", help="the tokenizer's weights")
     add("--stats", type=Path, metavar="FILE", help="a file named latents_stats.pt")
+    add_preset_option(parser)
     add("--output", type=Path, default=project.CONFIG, metavar="FILE")
     add("--print", action="store_true", dest="show", help="print the YAML on stdout, all else on stderr")
     add("--dry-run", action="store_true", help="check all, write nothing")
@@ -142,6 +145,8 @@ def settle(model: str, options: argparse.Namespace, torch: machine.TorchFacts) -
     if model == "bundled":
         weights.say_unused(options.models_dir)
     config = build(model, options)
+    if options.preset:
+        print(f"  {configs.apply_preset(config, options.preset)}")
     reason = configs.fit_to_machine(config, "bundled" if model == "bundled" else "published", torch)
     require_writable(target.parent)
     lines = (configs.check if options.dry_run else configs.write)(config, target, verify_config)

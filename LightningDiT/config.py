@@ -81,6 +81,8 @@ PATHS = (
     "sample.guide_ckpt",
 )
 CHOICES = ("auto", "last", "valid_loss", "utility")  # of train.choose
+LABELS = ("random", "balanced")  # of sample.labels
+TIME_GRIDS = ("shifted", "graded", "kumaraswamy")  # of sample.time_grid
 SAMPLING_PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 #: What a value must be, beyond its type: key, test, words for the message.
 COMPILES = ("sample.compile", "train.compile")
@@ -132,7 +134,8 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("sample.cfg_scale", lambda value: 0 <= value < 1e4, "a scale of 0 or more"),
     ("sample.cfg_interval_start", is_share, "a time between 0 and 1"),
     ("sample.cfg_interval_end", is_share, "a time between 0 and 1"),
-    ("sample.time_grid", lambda value: value in ("shifted", "graded"), "shifted or graded"),
+    ("sample.time_grid", lambda value: value in TIME_GRIDS, "shifted, graded or kumaraswamy"),
+    ("sample.labels", lambda value: value in LABELS, "random or balanced"),
     ("sample.timestep_shift", lambda value: value >= 0, "0 (off) or a positive shift"),
     ("sample.precision", lambda value: value in SAMPLING_PRECISIONS, "auto, fp32, tf32, bf16 or fp16"),
     *((name, lambda value: value in ("auto", "on", "off", True, False), "auto, on or off") for name in COMPILES),
@@ -142,8 +145,27 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 PUBLISHED_POINTS = 250
 CPU_BATCH = 4  # images at once on a CPU if a configuration names no number
 #: Solver, points and kind of the time grid under one name, which override those settings. `fast` is the calibrated
-#: solver with the most evaluations if sample.solver_file has one that fits, else its row here.
-NAMED_SOLVERS = {"fast": ("ab3", 26, "graded"), "published": ("euler", PUBLISHED_POINTS, "shifted")}
+#: solver with the most evaluations if sample.solver_file has one that fits, else its row here. `ucgm` is the sampler of
+#: arXiv 2505.07447 with 50 evaluations.
+NAMED_SOLVERS = {
+    "fast": ("ab3", 26, "graded"),
+    "published": ("euler", PUBLISHED_POINTS, "shifted"),
+    "ucgm": ("extrapolated", 51, "kumaraswamy"),
+}
+#: Settings of `sample` under one name: a solver together with the guidance that somebody published with it. The FIDs
+#: are those of docs/metrics.md, none measured here. A preset guides without a guide.
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo": {"sampling_method": "published", "cfg_scale": 9.0},
+    "64ep": {"sampling_method": "published", "timestep_shift": 0.3, "cfg_scale": 10.0, "cfg_interval_start": 0.1},
+    "800ep": {"sampling_method": "published", "timestep_shift": 0.3, "cfg_scale": 6.7, "cfg_interval_start": 0.125},
+    "ucgm": {"sampling_method": "ucgm", "cfg_scale": 6.7, "cfg_interval_start": 0.125},
+}
+PRESET_WORDS = {
+    "demo": "the published demonstration: Euler with 250 points, guidance 9 at all times",
+    "64ep": "the published figures of the 64-epoch weights: Euler with 250 points, shift 0.3, guidance 10 from t = 0.1",
+    "800ep": "the same of the 800-epoch weights: guidance 6.7 from t = 0.125",
+    "ucgm": "50 evaluations of arXiv 2505.07447 with guidance 6.7 from t = 0.125, for the 800-epoch weights",
+}
 
 T = TypeVar("T")
 
@@ -179,14 +201,14 @@ class VaeConfig:
 class ModelConfig:
     """Which transformer, and its switches."""
 
-    model_type: str = "LightningDiT-XL/1"
-    use_qknorm: bool = False
-    use_swiglu: bool = True
-    use_rope: bool = True
-    use_rmsnorm: bool = True
+    model_type: str = "LightningDiT-XL/1"  # a preset: LightningDiT-SIZE/PATCH or UNet-SIZE
+    use_qknorm: bool = False  # normalise queries and keys; prevents NaN, costs FID
+    use_swiglu: bool = True  # SwiGLU in place of a GELU MLP
+    use_rope: bool = True  # rotary positions of queries and keys
+    use_rmsnorm: bool = True  # RMSNorm in place of LayerNorm
     wo_shift: bool = False  # AdaLN without shift
     in_chans: int = 32  # channels of the latent
-    learn_sigma: bool = False
+    learn_sigma: bool = False  # twice the output channels, of which the second half is ignored
     use_checkpoint: bool = False  # recompute activations in the backward pass
     augmentation: int = 0  # values that tell the network how a latent was augmented; 0: none
     dropout: float = 0.0  # share of activations that are set to zero in training
@@ -202,18 +224,18 @@ def _spell_compile(self: TrainConfig | SampleConfig) -> None:
 class TrainConfig:
     """Length, batch, and upkeep of a training run."""
 
-    max_steps: int = 80_000
-    global_batch_size: int = 1024
-    global_seed: int = 0
-    output_dir: str = "output"
-    exp_name: str = "lightningdit"
-    log_every: int = 100
-    ckpt_every: int = 20_000
+    max_steps: int = 80_000  # optimiser steps of the whole run
+    global_batch_size: int = 1024  # latents of a step, in all processes together
+    global_seed: int = 0  # of the order of the latents, their times, noises and dropped labels
+    output_dir: str = "output"  # folder of the runs, unless --output names that of this run
+    exp_name: str = "lightningdit"  # name of the run's folder in it
+    log_every: int = 100  # steps between two lines of the log
+    ckpt_every: int = 20_000  # steps between two checkpoints
     resume: bool = True  # go on from the newest checkpoint of the run
     weight_init: str | None = None  # weights to start from
     use_checkpoint: bool = False  # another published spelling of model.use_checkpoint
     label_dropout: float = 0.1  # share of labels replaced by the null class; at 0 guidance cannot be learnt
-    ema_decay: float = 0.9999
+    ema_decay: float = 0.9999  # of the averaged weights, which are what is kept and sampled
     warmup_steps: int | float = 0  # linear rise of the learning rate; below 1: a share of max_steps
     decay_steps: int | float = 0  # cosine fall to zero over the last steps; below 1: a share of max_steps
     precision: str = "auto"  # of matrix products: auto (bf16 where it is native, else fp32) | fp32 | bf16 | fp16
@@ -246,8 +268,8 @@ class TrainConfig:
 class OptimizerConfig:
     """AdamW."""
 
-    lr: float = 2e-4
-    beta2: float = 0.95
+    lr: float = 2e-4  # learning rate after the warm-up
+    beta2: float = 0.95  # decay of the second moment; that of the first is 0.9
     max_grad_norm: float | None = None  # the gradient's norm is clipped to this
     weight_decay: float = 0.0  # of matrices; biases, norms and tables have none
 
@@ -270,28 +292,29 @@ class SampleConfig:
     """Solver, guidance and number of images."""
 
     mode: str = "ODE"  # ODE | SDE (SiT, arXiv 2401.08740)
-    sampling_method: str = "euler"  # euler, ab3, unipc2, dopri5, ... (docs/sampling.md), calibrated, fast or published
+    sampling_method: str = "euler"  # fast, published, ucgm, calibrated, or euler, ab3, dopri5, ...: docs/sampling.md
     solver_file: str | None = None  # calibrated solvers of these weights, written by tools/calibrate_solver
     atol: float = 1e-6  # of the adaptive solvers
-    rtol: float = 1e-3
+    rtol: float = 1e-3  # of the adaptive solvers too
     reverse: bool = False  # from data to noise; the call then needs latents
     num_sampling_steps: int = PUBLISHED_POINTS  # points of the time grid, so one evaluation fewer for Euler
     cfg_scale: float = 1.0  # 1: no guidance
     guide_ckpt: str | None = None  # weaker weights of the same shape, for autoguidance; None: classifier-free guidance
     per_proc_batch_size: int | None = None  # images at once; None: CPU_BATCH, and on a GPU as many as its memory holds
     fid_num: int = 50_000  # images of a run for the FID
+    labels: str = "random"  # of a run without --classes: random | balanced, each class equally often
     cfg_interval_start: float = 0.0  # no guidance before this time
     cfg_interval_end: float = 1.0  # no guidance after this time
-    time_grid: str = "shifted"  # shifted: by timestep_shift | graded: short steps where guidance sets in or ends
-    timestep_shift: float = 0.0  # 0: off
+    time_grid: str = "shifted"  # shifted: by timestep_shift | graded: short steps where guidance begins | kumaraswamy
+    timestep_shift: float = 0.0  # below 1: more points near the noise; 0: off
     guided_channels: int | str = 3  # the first N channels are guided, or "all"
     precision: str = "auto"  # auto | fp32 | tf32 | bf16 | fp16, docs/precision.md
     compile: bool | str = "auto"  # torch.compile of the networks: auto | on | off, docs/compile.md
     deterministic: bool = False  # an image's bits are the same in every batch; slower, docs/compile.md
     diffusion_form: str = "SBDM"  # of the SDE: constant | SBDM | sigma | linear | decreasing | increasing-decreasing
-    diffusion_norm: float = 1.0
+    diffusion_norm: float = 1.0  # of the SDE: factor on its diffusion
     last_step: str | None = "Mean"  # of the SDE: Mean | Tweedie | Euler | none
-    last_step_size: float = 0.04
+    last_step_size: float = 0.04  # of the SDE: length of the last step in time
 
     __post_init__ = _spell_compile
 
@@ -305,6 +328,25 @@ def resolved_solver(sample: SampleConfig) -> SampleConfig:
     return dataclasses.replace(
         sample, sampling_method=method, num_sampling_steps=points, time_grid=grid, timestep_shift=shift
     )
+
+
+def preset_values(name: str) -> dict[str, Any]:
+    """Return solver and guidance of a row of `PRESETS` by key of `SampleConfig`: what the row leaves out is default.
+
+    Raises:
+        LightningDiTError: no such preset.
+    """
+    if name not in PRESETS:
+        raise LightningDiTError(f"preset {name!r} is unknown; {', '.join(PRESETS)} are expected", "choose one of them")
+    solver = ("mode", "time_grid", "timestep_shift", "reverse")
+    guidance = ("cfg_scale", "cfg_interval_start", "cfg_interval_end", "guided_channels", "guide_ckpt")
+    usual = SampleConfig()
+    return {key: getattr(usual, key) for key in (*solver, *guidance)} | PRESETS[name]
+
+
+def with_preset(sample: SampleConfig, name: str) -> SampleConfig:
+    """Return the settings with solver and guidance of a preset; see `preset_values`."""
+    return dataclasses.replace(sample, **preset_values(name))
 
 
 def with_overrides(sample: SampleConfig, names: Mapping[str, str] | None = None, **given: Any) -> SampleConfig:
@@ -334,7 +376,7 @@ def describe_solver(sample: SampleConfig) -> str:
     if sample.sampling_method == "calibrated":
         return f"calibrated, at most {sample.num_sampling_steps - 1} evaluations"
     spelt = resolved_solver(sample)
-    grid = "graded grid" if spelt.time_grid == "graded" else f"shift {spelt.timestep_shift:g}"
+    grid = f"shift {spelt.timestep_shift:g}" if spelt.time_grid == "shifted" else f"{spelt.time_grid} grid"
     words = f"{spelt.sampling_method}, {spelt.num_sampling_steps} points, {grid}"
     if sample.mode == "SDE":
         return f"SDE {words}"

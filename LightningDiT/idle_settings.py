@@ -92,7 +92,7 @@ IN_SAMPLING: tuple[Idle, ...] = (
     ),
     (
         ("sample.timestep_shift",),
-        lambda c: c.sample.mode == "ODE" and c.sample.sampling_method in ("fast", "calibrated"),
+        lambda c: c.sample.mode == "ODE" and c.sample.sampling_method in ("fast", "ucgm", "calibrated"),
         "with this sample.sampling_method, which has a grid of its own",
     ),
 )

@@ -83,21 +83,22 @@ COMMENTS = {
     "transport.use_cosine_loss": "for training: adds the cosine loss over channels",
     "transport.use_lognorm": "for training: times from the logit-normal distribution",
     "sample.mode": "ODE or SDE",
-    "sample.sampling_method": "fast, published (Euler, 250 points), or a solver: euler, ab3, heun, dopri5, ...",
+    "sample.sampling_method": "fast, published (Euler, 250 points), ucgm, or a solver: euler, ab3, heun, dopri5, ...",
     "sample.solver_file": "calibrated solvers of these weights; sampling_method fast takes the best one",
     "sample.atol": "absolute tolerance of adaptive solvers",
     "sample.rtol": "relative tolerance of adaptive solvers",
     "sample.reverse": "from image to noise",
-    "sample.num_sampling_steps": "points of the time grid; fast and published have their own",
+    "sample.num_sampling_steps": "points of the time grid; fast, published and ucgm have their own",
     "sample.cfg_scale": "guidance; 1 is off",
     "sample.guide_ckpt": "autoguidance: weaker weights of the same shape; none is classifier-free guidance",
     "sample.cfg_interval_start": "no guidance before this time (0 = noise, 1 = image)",
     "sample.cfg_interval_end": "no guidance after this time",
     "sample.guided_channels": 'the first N channels are guided, or "all"',
-    "sample.time_grid": "shifted (by timestep_shift) or graded (short steps where guidance sets in)",
+    "sample.time_grid": "shifted (by timestep_shift), graded (short steps where guidance sets in) or kumaraswamy",
     "sample.timestep_shift": "0 is off",
     "sample.per_proc_batch_size": "batch size, chosen by this machine's memory",
     "sample.fid_num": "images of a run for the FID",
+    "sample.labels": "of images without --classes: random, or balanced, each class equally often",
     "sample.precision": "auto, fp32, tf32, bf16 or fp16, chosen by this machine's memory; auto is fp32 on the CPU",
     "sample.compile": "torch.compile of the networks: auto, on or off, docs/compile.md",
     "sample.deterministic": "the same bits in every batch of the same size: docs/compile.md",
@@ -185,6 +186,18 @@ def published_config(files: dict[str, Path]) -> Config:
     config["data"]["data_path"] = str(files["stats"].parent)
     config["vae"]["ckpt_path"] = str(files["vavae"])
     return config
+
+
+def apply_preset(config: Config, name: str) -> str:
+    """Put solver and guidance of a preset into the settings and return a line that says what it is."""
+    from LightningDiT.config import PRESET_WORDS, SampleConfig, preset_values
+
+    for key, value in preset_values(name).items():
+        if value is None:  # guide_ckpt: guided by no second network
+            config["sample"].pop(key, None)
+        elif key in config["sample"] or value != getattr(SampleConfig(), key):
+            config["sample"][key] = value
+    return f"preset {name}: {PRESET_WORDS[name]}"
 
 
 def bundled_config() -> Config:

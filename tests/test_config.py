@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import yaml
 
 import LightningDiT.config as settings
-from LightningDiT.config import Config, SampleConfig, as_dict, as_yaml, load_config, with_overrides
+from LightningDiT.config import (
+    PRESET_WORDS,
+    PRESETS,
+    Config,
+    SampleConfig,
+    as_dict,
+    as_yaml,
+    load_config,
+    resolved_solver,
+    with_overrides,
+    with_preset,
+)
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.loading import guidance_of
 from LightningDiT.tokenizer.config import load_tokenizer_config, tokenizer_config_path, tokenizer_training
@@ -76,7 +88,7 @@ def test_what_is_left_out_has_its_default(tmp_path: Path) -> None:
         ("data: {num_classes: 2, class_names: [1, 2]}", "class_names is 1; str is expected; fix: put it in quotes"),
         ("data: {image_size: 250}", "image_size 250 is no multiple of vae.downsample_ratio 16"),
         ("sample: {num_sampling_steps: 1}", "num_sampling_steps is 1; 2 or more"),
-        ("sample: {time_grid: curved}", "time_grid is 'curved'; shifted or graded"),
+        ("sample: {time_grid: curved}", "time_grid is 'curved'; shifted, graded or kumaraswamy"),
         (
             "sample: {cfg_interval_start: 0.9, cfg_interval_end: 0.5}",
             "cfg_interval_start is 0.9, after cfg_interval_end 0.5",
@@ -145,6 +157,31 @@ def test_overrides_are_held_to_the_rules_and_named_as_the_caller_does() -> None:
             with_overrides(sample, names, num_sampling_steps=1)
         with pytest.raises(LightningDiTError, match=f"^{called} is 1.5; int is expected"):
             with_overrides(sample, names, num_sampling_steps=1.5)
+
+
+@pytest.mark.parametrize(
+    ("preset", "name"),
+    [
+        ("demo", "demo"),
+        ("64ep", "lightningdit_xl_64ep"),
+        ("800ep", "lightningdit_xl_800ep"),
+        ("ucgm", "lightningdit_xl_800ep_ucgm"),
+    ],
+)
+def test_a_preset_is_what_the_configuration_of_its_name_samples_by(preset: str, name: str) -> None:
+    shipped = resolved_solver(load_config(PACKAGE / "configs" / f"{name}.yaml").sample)
+    changed = SampleConfig(cfg_scale=2.0, guided_channels="all", time_grid="graded", mode="SDE", cfg_interval_end=0.9)
+    found = resolved_solver(with_preset(dataclasses.replace(changed, precision="tf32"), preset))
+    assert dataclasses.replace(found, sampling_method=shipped.sampling_method) == shipped
+
+
+def test_ucgm_is_50_evaluations_and_a_preset_must_exist() -> None:
+    found = resolved_solver(with_preset(SampleConfig(), "ucgm"))
+    assert (found.sampling_method, found.num_sampling_steps, found.time_grid) == ("extrapolated", 51, "kumaraswamy")
+    assert guidance_of(found) == GuidanceSettings(6.7, 0.125, 1.0, 3)
+    assert PRESETS.keys() == PRESET_WORDS.keys()
+    with pytest.raises(LightningDiTError, match="preset 'fast' is unknown; demo, 64ep, 800ep, ucgm are expected"):
+        with_preset(SampleConfig(), "fast")
 
 
 @pytest.mark.parametrize(

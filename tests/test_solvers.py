@@ -3,13 +3,17 @@
 import dataclasses
 import itertools
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from LightningDiT.config import SampleConfig, with_preset
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.loading import guidance_of
 from LightningDiT.sampling.pipeline import LightningDiTPipeline
+from LightningDiT.sampling.solver_choice import Solver, check_solver
 from LightningDiT.seeds import generator_for
 from LightningDiT.transport import (
     OWN_METHODS,
@@ -29,6 +33,7 @@ from LightningDiT.transport import (
 from LightningDiT.transport.solvers import (
     MULTISTEP_METHODS,
     check_method,
+    kumaraswamy_grid,
     solve,
     step_weights,
     velocity_coefficients,
@@ -47,6 +52,7 @@ ORDERS = [
     ("dpmpp3m", "Linear", 2, 3),
     ("unipc2", "Linear", 1, 2),  # the last step, to sigma = 0, has no corrector
     ("unipc3", "Linear", 1, 3),
+    ("extrapolated", "Linear", 1, 1),
 ]
 
 
@@ -97,7 +103,7 @@ def test_evaluations_are_one_a_step_and_two_for_heun(method):
     assert model.calls == (16 if method == "heun" else 8)
 
 
-@pytest.mark.parametrize("method", OWN_METHODS)
+@pytest.mark.parametrize("method", [method for method in OWN_METHODS if method != "extrapolated"])
 def test_a_jump_of_the_velocity_costs_nothing_at_a_node(method):
     def velocity(x, t):
         return torch.where(t < 0.3, -2.0, 5.0)[:, None].expand_as(x)
@@ -178,7 +184,8 @@ def test_both_calls_agree_and_callbacks_see_every_step(method):
     # A corrector redoes steps after they were reported; the last one it leaves alone.
     torch.testing.assert_close(torch.stack([x for _, _, x in seen]), states[1:], rtol=0, atol=0)
     integrate_ode(model, x0, times, method, callback=lambda i, t, x: seen.append((i, t, x)), jumps=[0.1])
-    assert [t for _, t, _ in seen[8:]] == with_nodes(times, [0.1])[0][1:].tolist()
+    expected = times if method == "extrapolated" else with_nodes(times, [0.1])[0]  # UCGM's grid knows no guidance
+    assert [t for _, t, _ in seen[8:]] == expected[1:].tolist()
 
 
 @pytest.mark.parametrize("method", ["heun", "ab2", "ab3"])
@@ -198,7 +205,7 @@ def test_every_method_reaches_the_data(method, prediction):
     fn = Sampler(transport).sample_ode(sampling_method=method, num_steps=101)
     x0 = noise(2, 3)
     # A noise prediction keeps 0.001 from both ends, which costs about as much.
-    tolerance = 2e-3 if prediction == "velocity" else 5e-3
+    tolerance = 2e-2 if method == "extrapolated" else 2e-3 if prediction == "velocity" else 5e-3
     torch.testing.assert_close(fn(x0, Gaussian("Linear", prediction))[-1], MEAN + STD * x0, rtol=0, atol=tolerance)
 
 
@@ -302,3 +309,109 @@ def test_nothing_waits_for_a_value_of_the_device(method):
         last = integrate_ode(guided, x0, times, method, jumps=jumps_of(settings))
     assert last.device.type == "meta" and last.shape == x0.shape
     assert set(evaluations) == {2, 4}  # guided within the interval alone
+
+
+def ucgm_by_hand(velocity, z: float) -> tuple[float, list[float]]:
+    """UCGM's sampler of order 1 on one number, in its own time r = 1 - t (1 is noise), as arXiv 2505.07447 has it.
+
+    Returns the last prediction of the data, and the times t of the evaluations.
+    """
+    steps, ratio = 50, 0.5
+    grid = [1 - (1 - (1 - (0.001 + 0.998 * k / 49) ** 1.17) ** 0.8) ** 1.1 for k in range(steps)] + [0.0]
+    x, data, noises, called = z, [], [], []
+    for k in range(steps):
+        r = grid[k]
+        called.append(1 - r)
+        f = -velocity(x, 1 - r)  # d x / d r
+        data.append(x - r * f)
+        noises.append(x + (1 - r) * f)
+        d, e = data[-1], noises[-1]
+        if k >= 2:
+            d, e = d + ratio * (d - data[-2]), e + ratio * (e - noises[-2])
+        x = (1 - grid[k + 1]) * d + grid[k + 1] * e
+    return data[-1], called
+
+
+def test_the_grid_of_ucgm() -> None:
+    grid = kumaraswamy_grid(51)
+    assert grid.dtype == torch.float64 and len(grid) == 51 and grid[-1] == 1 and bool((grid.diff() > 0).all())
+    # by hand at u = 0.001 and u = 0.999: u^1.17 = 3.0903e-4 and 0.998830
+    ends = [(1 - (1 - 3.090295e-4) ** 0.8) ** 1.1, (1 - (1 - 0.9988301) ** 0.8) ** 1.1]
+    assert [float(grid[0]), float(grid[-2])] == pytest.approx(ends, rel=1e-5)
+    assert kumaraswamy_grid(2).tolist() == pytest.approx([ends[0], 1], rel=1e-5)
+    with pytest.raises(ValueError, match="num_steps=1 is too small"):
+        kumaraswamy_grid(1)
+
+
+def test_ucgm_is_its_published_sampler() -> None:
+    def velocity(x: float, t: float) -> float:
+        return math.sin(3 * x) - 2 * t**2 + 0.3 * x
+
+    starts, seen = [-1.3, 0.2, 2.5], []
+
+    def batched(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        seen.append(float(t[0]))
+        return torch.sin(3 * x) - 2 * t[:, None] ** 2 + 0.3 * x
+
+    x0 = torch.tensor(starts, dtype=torch.float64)[:, None]
+    last = integrate_ode(batched, x0, kumaraswamy_grid(51), "extrapolated", jumps=[0.125])
+    by_hand = [ucgm_by_hand(velocity, start) for start in starts]
+    assert last.flatten().tolist() == pytest.approx([end for end, _ in by_hand], abs=1e-12)
+    assert len(seen) == 50 and seen == pytest.approx(by_hand[0][1], abs=1e-12)
+
+
+def test_ucgm_is_exact_where_data_and_noise_are_predicted_alike() -> None:
+    """On a straight line, x_t = t d + (1 - t) z: every prediction of the data is d, whatever is extrapolated."""
+    z, d = noise(2, 3), noise(2, 3, seed=1)
+    times = kumaraswamy_grid(51)
+    start = z + times[0] * (d - z)
+    last = integrate_ode(lambda x, t: d - z, start, times, "extrapolated")
+    torch.testing.assert_close(last, d, rtol=0, atol=1e-12)
+
+
+def test_extrapolation_errs_to_the_other_side_of_euler() -> None:
+    """With v = 2 t the extra term of step n is q_n = (h dv + q_n-1) / 2 = h^2 (2 - 2^(2 - n)), Euler lacks h^2."""
+    steps, times = 64, time_grid(65, dtype=torch.float64)
+    h, start = 1 / steps, torch.zeros(1, 1, dtype=torch.float64)
+    ends = [
+        integrate_ode(lambda x, t: 2 * t[:, None], start, times, method).item() for method in ("euler", "extrapolated")
+    ]
+    added = sum(h**2 * 2 * (1 - 0.5 ** (n - 1)) for n in range(2, steps - 1))
+    assert ends == pytest.approx([1 - h, 1 - h + added], abs=1e-12) and added == pytest.approx(2 * h, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sampling_method": "ucgm", "reverse": True}, "from noise to data only"),
+        ({"time_grid": "kumaraswamy", "reverse": True}, "kumaraswamy runs from noise to data only"),
+        ({"time_grid": "kumaraswamy", "timestep_shift": 0.3}, "not with kumaraswamy"),
+        ({"mode": "SDE", "sampling_method": "ucgm"}, "ucgm goes with mode ODE"),
+    ],
+)
+def test_what_ucgm_does_not_go_with(change: dict[str, object], message: str) -> None:
+    with pytest.raises(LightningDiTError, match=message):
+        check_solver(SampleConfig(**change))
+
+
+def test_ucgm_needs_the_linear_path_and_its_own_ends() -> None:
+    with pytest.raises(LightningDiTError, match="needs path_type Linear, not GVP"):
+        check_solver(SampleConfig(sampling_method="ucgm"), "GVP")
+    sample = SampleConfig(sampling_method="ucgm")
+    assert Solver.of(sample, create_transport(), str).steps == 50
+    with pytest.raises(ValueError, match="from t = 0.00011 to 0.995, and transport.sample_eps keeps it in 0.001 to"):
+        Solver.of(sample, create_transport("Linear", "noise"), str)
+
+
+def test_the_preset_ucgm_takes_50_evaluations_with_the_published_guidance(tiny_folder: Path) -> None:
+    pipe = LightningDiTPipeline.from_pretrained(tiny_folder)
+    sample = with_preset(SampleConfig(cfg_scale=2.0, guided_channels="all", guide_ckpt="weak.pt"), "ucgm")
+    assert guidance_of(sample) == GuidanceSettings(6.7, 0.125, 1.0, 3) and sample.guide_ckpt is None
+    few = dataclasses.replace(sample, guided_channels=2)
+    together = pipe.with_sample(few)([0, 1, 2], seed=5, output_type="latent", batch_size=3)
+    assert together.nfe == 50
+    alone = pipe.with_sample(few)([2], seed=5, indices=[2], output_type="latent")
+    torch.testing.assert_close(alone.images, together.images[2:], rtol=0, atol=1e-5)
+    guided = pipe.guided([0], few)
+    acts = [guided.settings.acts_at(t[None]) for t in pipe.solver(few).times()[:-1].float()]
+    assert acts == [float(t) >= 0.125 for t in kumaraswamy_grid(51)[:-1]] and acts.count(False) == 12

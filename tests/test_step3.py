@@ -56,6 +56,17 @@ def test_step3_writes_what_the_library_reads(models: Path, tmp_path: Path, capsy
     assert [path.name for path in tmp_path.iterdir() if path.suffix] == ["config.yaml"]
 
 
+def test_step3_writes_a_preset(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "config.yaml"
+    assert write_config(models, output, "--preset", "ucgm") == 0
+    sample = load_config(output).sample
+    found = (sample.sampling_method, sample.cfg_scale, sample.cfg_interval_start, sample.guided_channels)
+    assert found == ("ucgm", 6.7, 0.125, 3)
+    said = capsys.readouterr().out
+    assert "preset ucgm: 50 evaluations of arXiv 2505.07447" in said
+    assert "solver extrapolated, 51 points, kumaraswamy grid" in said
+
+
 def test_step3_again_and_after_an_edit(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "config.yaml"
     write_config(models, output)

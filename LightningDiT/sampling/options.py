@@ -14,11 +14,15 @@ from pathlib import Path
 
 from LightningDiT.config import (
     CPU_BATCH,
+    NAMED_SOLVERS,
+    PRESET_WORDS,
+    PRESETS,
     SAMPLING_PRECISIONS,
     Config,
     describe_guidance,
     describe_solver,
     with_overrides,
+    with_preset,
 )
 from LightningDiT.console import natural, positive
 from LightningDiT.errors import LightningDiTError, first_line
@@ -47,7 +51,10 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that `apply_options` and `classes_of` read."""
     parser.add_argument("--seed", type=natural, default=0, help="noise of image i comes from (seed, i); default 0")
     parser.add_argument("--steps", type=positive, help="points of the time grid; `fast` is then ab3 with this number")
-    parser.add_argument("--solver", help="fast, published, euler, ab3, unipc2, dopri5, ...: docs/sampling.md")
+    parser.add_argument(
+        "--solver", help=f"{', '.join(NAMED_SOLVERS)}, euler, ab3, unipc2, dopri5, ...: docs/sampling.md"
+    )
+    add_preset_option(parser)
     parser.add_argument("--guidance-scale", type=float, help="1 is off")
     parser.add_argument(
         "--guide-ckpt", type=_file_name, metavar="FILE", help="weaker weights of the same shape, for autoguidance"
@@ -75,6 +82,12 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         help="stop after this time and keep what is done; the same command continues",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and exit")
+
+
+def add_preset_option(parser: argparse.ArgumentParser) -> None:
+    """Add the choice of solver and guidance that somebody published, which other options then change."""
+    rows = "; ".join(f"{name}: {words}" for name, words in PRESET_WORDS.items())
+    parser.add_argument("--preset", choices=PRESETS, help=f"solver and guidance together. {rows}")
 
 
 def add_gpus_option(parser: argparse.ArgumentParser) -> None:
@@ -106,11 +119,13 @@ def add_class_options(parser: argparse.ArgumentParser) -> None:
 
 
 def apply_options(config: Config, args: argparse.Namespace) -> Config:
-    """Return `config` with the sampling options of the command line in place of its own.
+    """Return `config` with the preset, then the sampling options of the command line in place of its own.
 
     Raises:
         LightningDiTError: an option has a value that the configuration could not have either.
     """
+    if args.preset:
+        config = dataclasses.replace(config, sample=with_preset(config.sample, args.preset))
     given = {key: getattr(args, option[2:].replace("-", "_")) for key, option in OPTIONS.items()}
     return dataclasses.replace(config, sample=with_overrides(config.sample, OPTIONS, **given))
 

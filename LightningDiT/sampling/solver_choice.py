@@ -26,13 +26,14 @@ from LightningDiT.transport import (
     graded_grid,
     integrate_ode,
     jumps_of,
+    kumaraswamy_grid,
     linear_multistep,
     sampling_times,
     sde_states,
 )
 
 CALIBRATED, FAST, PUBLISHED = "calibrated", "fast", "published"
-GRADED = "graded"
+SHIFTED, GRADED = "shifted", "graded"  # the third grid is Kumaraswamy's
 SOLVER_NAMES = (*NAMED_SOLVERS, CALIBRATED, *ODE_METHODS)
 
 
@@ -108,9 +109,17 @@ class Solver:
     def times(self) -> Tensor:
         """Return the grid of times, from noise to data unless in reverse."""
         sample, transport = self.sample, self.transport
-        if sample.time_grid != GRADED:
+        if sample.time_grid == SHIFTED:
             return sampling_times(transport, sample.num_sampling_steps, sample.timestep_shift, sample.reverse)
         ends = transport.interval(transport.sample_eps)
+        if sample.time_grid != GRADED:
+            times = kumaraswamy_grid(sample.num_sampling_steps)
+            if times[0] < ends[0] or times[-2] > ends[1]:
+                raise ValueError(
+                    f"time_grid {sample.time_grid} evaluates the model from t = {float(times[0]):.2g} to"
+                    f" {float(times[-2]):.4g}, and transport.sample_eps keeps it in {ends[0]:g} to {ends[1]:g}"
+                )
+            return times
         times, _ = graded_grid(sample.num_sampling_steps, jumps_of(guidance_of(sample)), ends=ends)
         return times.flip(0) if sample.reverse else times
 
@@ -171,9 +180,11 @@ def check_solver(sample: SampleConfig, path_type: str = "Linear") -> None:
             sde_settings(sample)
         else:
             check_choice("sampling_method", sample.sampling_method, SOLVER_NAMES)
-            check_method(sample.sampling_method, path_type, sample.reverse)
-            if sample.time_grid == GRADED and sample.timestep_shift:
-                raise ValueError("timestep_shift goes with time_grid shifted, not with graded")
+            check_method(resolved_solver(sample).sampling_method, path_type, sample.reverse)
+            if sample.time_grid != SHIFTED and sample.timestep_shift:
+                raise ValueError(f"timestep_shift goes with time_grid shifted, not with {sample.time_grid}")
+            if resolved_solver(sample).time_grid not in (SHIFTED, GRADED) and sample.reverse:
+                raise ValueError(f"time_grid {resolved_solver(sample).time_grid} runs from noise to data only")
         if sample.deterministic and sample.compile == "on":
             raise ValueError("deterministic goes without compile, since torch.compile chooses kernels by timing them")
     except ValueError as error:
@@ -188,8 +199,8 @@ def sde_settings(sample: SampleConfig) -> SdeSettings:
     """
     if sample.sampling_method in (*NAMED_SOLVERS, CALIBRATED):
         raise ValueError(f"sampling_method {sample.sampling_method} goes with mode ODE, not with SDE")
-    if sample.timestep_shift or sample.reverse or sample.time_grid == GRADED:
-        raise ValueError("timestep_shift, reverse and time_grid graded go with mode ODE, not with SDE")
+    if sample.timestep_shift or sample.reverse or sample.time_grid != SHIFTED:
+        raise ValueError("timestep_shift, reverse and time_grid graded or kumaraswamy go with mode ODE, not with SDE")
     return SdeSettings(
         sampling_method=sample.sampling_method.capitalize(),  # SiT writes Euler and Heun
         diffusion_form=sample.diffusion_form,

@@ -14,7 +14,7 @@ from .sampler import (
     time_grid,
 )
 from .sde import SdeSettings, sde_states
-from .solvers import OWN_METHODS, StepCallback, Velocity, check_method, graded_grid, linear_multistep
+from .solvers import OWN_METHODS, StepCallback, Velocity, check_method, graded_grid, kumaraswamy_grid, linear_multistep
 
 __all__ = [
     "ADAPTIVE_METHODS",
@@ -37,6 +37,7 @@ __all__ = [
     "graded_grid",
     "integrate_ode",
     "jumps_of",
+    "kumaraswamy_grid",
     "linear_multistep",
     "sampling_times",
     "sde_states",
