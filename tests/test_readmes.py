@@ -129,6 +129,7 @@ RADAR = Pair(
         "Sweep of guidance": "引导的扫描",
         "Transformer or U-Net, with and without augmentation": "Transformer 或 U-Net，有无数据增强",
         "Does generated data help?": "生成的数据有帮助吗",
+        "On Kaggle": "在 Kaggle 上",
         "Simulator": "仿真器",
         "What is simulated": "仿真了什么",
         "What is not": "没有仿真什么",
