@@ -53,7 +53,8 @@ ROWS: dict[str, set[str]] = {
     "evaluate": {*GROUND, "metrics"},
     "evaluate_tokenizer": {*GROUND, "metrics"},
     "hub": {*GROUND},
-    "command": {*BELOW, "__init__", "hub", "metrics", "radar", "sampling", "training"},
+    "demo": {*BELOW, "hub", "radar", "sampling", "verdict"},  # models of step 6 have the axes of their split
+    "command": {*BELOW, "__init__", "demo", "hub", "metrics", "radar", "sampling", "training"},
     "interop": {*BELOW, "hub", "radar", "sampling"},
     "tools": {*BELOW, "interop", "metrics", "radar", "sampling", "training", "verdict"},  # the benchmark times the trainer's steps
 }
