@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 if __package__ in (None, ""):
     sys.path.append(str(HERE.parent))  # run as a script, as the published repository does
 
-from LightningDiT.config import Config, load_config  # noqa: E402
+from LightningDiT.config import LABELS, Config, load_config, with_overrides  # noqa: E402
 from LightningDiT.console import duration, positive, program, run_main  # noqa: E402
 from LightningDiT.files import check_space  # noqa: E402
 from LightningDiT.hub.bundled import config_file, results_folder  # noqa: E402
@@ -54,7 +55,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", help="folder of the images")
     parser.add_argument("--by-class", action="store_true", help="a subfolder for each class, named after it")
     parser.add_argument(
-        "--labels", metavar="FILE", help="CSV with the class of each image, and its condition: `class,condition`"
+        "--labels",
+        metavar="random|balanced|FILE",
+        help="classes drawn at random (default), each equally often, or those of a CSV: `class`, or `class,condition`",
     )
     parser.add_argument(
         "--npz",
@@ -72,12 +75,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_class_options(parser)
     add_sampling_options(parser)
     args = parser.parse_args(argv)
+    args.draw = args.labels if args.labels in LABELS else None
+    if args.draw and args.classes:
+        parser.error(f"--labels {args.draw} draws among all classes: omit --classes, which take turns")
     if args.demo and args.npz is not None:
         parser.error("--npz goes with a folder of images, not with --demo")
     if args.demo and args.by_class:
         parser.error("--by-class goes with a folder of images, not with --demo")
     if args.demo and args.labels:
         parser.error("--labels goes with a folder of images, not with --demo")
+    args.labels = None if args.draw else args.labels
     if args.labels and (args.classes or args.conditions or args.num_samples or args.count):
         parser.error("--labels says class, condition and number of the images: omit the other options of these")
     if args.demo and args.num_samples:
@@ -85,16 +92,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.num_samples and args.count:
         parser.error("--num-samples and --count both set the number of images; give one of them")
     return args
-
-
-def random_labels(count: int, num_classes: int, seed: int) -> list[int]:
-    """Return a class per image; that of image i depends on (seed, i) alone."""
-    import torch
-
-    from LightningDiT.seeds import generator_for
-
-    draws = (torch.randint(num_classes, (), generator=generator_for(seed, index, 1)) for index in range(count))
-    return [int(draw) for draw in draws]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,6 +112,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def planned(args: argparse.Namespace) -> tuple[Config, int]:
     """Return the settings and the number of images."""
     config = apply_options(load_config(args.config), args)
+    given = args.classes or args.labels or args.demo
+    if given and config.sample.labels != LABELS[0] and not args.demo:
+        config = replace(config, notes=(*config.notes, "sample.labels: no effect with --classes or --labels FILE"))
+    drawn = LABELS[0] if given else args.draw
+    config = replace(config, sample=with_overrides(config.sample, {"labels": "--labels"}, labels=drawn))
     if args.labels:
         return config, len(read_label_file(args.labels)[0])
     count = args.num_samples or args.count  # asked for first: no list of as many classes is made
@@ -143,6 +145,7 @@ def run_demo(config: Config, args: argparse.Namespace, processes: Processes) -> 
 
 def run_folder(config: Config, args: argparse.Namespace, processes: Processes, count: int) -> int:
     """Sample many images into a folder, from where an earlier run stopped."""
+    from LightningDiT.data.labels import balance_of
     from LightningDiT.sampling.conditions import condition_text
     from LightningDiT.sampling.dry_run import check_run
     from LightningDiT.sampling.pipeline import LightningDiTPipeline
@@ -163,6 +166,9 @@ def run_folder(config: Config, args: argparse.Namespace, processes: Processes, c
     preview = Preview(args.preview, _beside(output, "_preview.png")) if args.preview else None
     if args.classes:
         processes.say(f"classes        {pipe.labels.listing(labels)}")
+    processes.say(f"labels         {balance_of(labels, pipe.labels.count)}")
+    if rest := remainder(config, args, count):
+        processes.say(f"note           {rest}")
     conditions = processes.agree(lambda: conditions_of(pipe, args, count))
     if pipe.conditions and conditions:
         processes.say(
@@ -190,11 +196,23 @@ def labels_of(pipe: LightningDiTPipeline, args: argparse.Namespace, count: int) 
     """Return the class of each image: those of a file, those of the command line in turn, or random ones."""
     if args.labels:
         return pipe.labels.numbers(read_label_file(args.labels)[0])
+    from LightningDiT.sampling.label_draws import drawn_labels
+
     classes = pipe.config.data.num_classes
     if not args.classes:
-        return random_labels(count, classes, args.seed)
+        return drawn_labels(pipe.config.sample.labels, count, classes, args.seed)
     chosen = pipe.labels.numbers(classes_of(args, classes))
     return [chosen[index % len(chosen)] for index in range(count)]
+
+
+def remainder(config: Config, args: argparse.Namespace, count: int) -> str:
+    """Return a line if balanced labels do not come out even for this number of images; else nothing."""
+    from LightningDiT.sampling.label_draws import BALANCED, remainder_line
+
+    if config.sample.labels != BALANCED:
+        return ""
+    conditions = chosen_conditions(args, config.data.num_conditions)
+    return remainder_line(count, config.data.num_classes, len(conditions or [0]))
 
 
 def conditions_of(pipe: LightningDiTPipeline, args: argparse.Namespace, count: int) -> list[int | None] | None:
@@ -203,12 +221,15 @@ def conditions_of(pipe: LightningDiTPipeline, args: argparse.Namespace, count: i
     Those of the command line take turns: each stays for a round of the classes, with random classes for one image.
     """
     from LightningDiT.sampling.conditions import numbers_of_conditions
+    from LightningDiT.sampling.label_draws import BALANCED
 
     if args.labels:
         given = read_label_file(args.labels)[1]
         return numbers_of_conditions(pipe.conditions, given, count, pipe.null_failure)
     chosen = chosen_conditions(args, pipe.config.data.num_conditions)
-    turn = len(chosen_classes(args, pipe.config.data.num_classes)) if args.classes else 1
+    classes = pipe.config.data.num_classes
+    turn = classes if pipe.config.sample.labels == BALANCED else 1
+    turn = len(chosen_classes(args, classes)) if args.classes else turn
     given = in_rounds(chosen, turn, count) if chosen else None
     return numbers_of_conditions(pipe.conditions, given, count, pipe.null_failure)
 

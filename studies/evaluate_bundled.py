@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -114,7 +114,7 @@ def evaluate_generated(args: argparse.Namespace, judge: Judge, test: ImageSet, c
     sets = {"generated": made, "real_training_images": reference, "reconstructed_test_images": copies}
     return {
         "settings": {
-            **asdict(pipe.config.sample),
+            **asdict(replace(pipe.config.sample, labels="balanced")),
             "count": args.count,
             "seed": args.seed,
             "evaluations": samples.nfe,

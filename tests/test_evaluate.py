@@ -398,6 +398,8 @@ def test_the_whole_on_images_by_class(tmp_path: Path, capsys: pytest.CaptureFixt
         assert picture.width > 1000
     said = capsys.readouterr()
     assert "16 generated images against 18 real ones; judge, penultimate layer, 96 dimensions" in said.out
+    words = "balanced, 8 images of each of 2 classes"
+    assert f"labels of the generated images: {words}" in said.out and report["samples"]["labels"] == words
     assert "warning: 16 generated images: below 10000" in said.err
     with mock.patch.object(JudgeExtractor, "activations", side_effect=AssertionError("computed again")):
         assert run(tmp_path / "out", tmp_path / "made", tmp_path / "real", *options) == report

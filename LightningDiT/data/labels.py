@@ -8,6 +8,7 @@ import itertools
 import json
 import operator
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +37,24 @@ def natural_key(name: str) -> tuple[list[tuple[int, str]], str]:
     # a number by its length and its digits: Python makes no integers of thousands of digits
     digits = [part.lstrip("0") for part in parts]
     return [(len(digits[at]), digits[at]) if at % 2 else (0, part) for at, part in enumerate(parts)], name
+
+
+def balance_of(labels: Iterable[int], names: Names | int | None = None) -> str:
+    """Return in a few words how evenly images lie on classes, as it belongs beside every figure.
+
+    Args:
+        labels: class of each image.
+        names: of all classes, or their number; None: the classes that occur are all.
+    """
+    counts = Counter(labels)
+    total = names if isinstance(names, int) else len(names) if names else len(counts)
+    fewest, most = (min(counts.values()), max(counts.values())) if len(counts) == total else (0, max(counts.values()))
+    if most - fewest <= 1:
+        each = f"{most}" if most == fewest else f"{fewest} or {most}"
+        return f"balanced, {each} images of each of {total} classes"
+    if len(set(counts.values())) == 1:
+        return f"balanced over {len(counts)} of {total} classes, {most} images of each"
+    return f"not balanced, {fewest} to {most} images of each of {total} classes"
 
 
 @dataclass(frozen=True)

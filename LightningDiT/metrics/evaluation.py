@@ -16,7 +16,7 @@ from torch import Tensor
 
 from LightningDiT.console import Progress
 from LightningDiT.data.image_sets import LISTED, Classes, ImageSet
-from LightningDiT.data.labels import CLASS_NAMES, match
+from LightningDiT.data.labels import CLASS_NAMES, balance_of, match
 from LightningDiT.data.npz import check_npz_target, write_npz
 from LightningDiT.errors import LightningDiTError, import_package
 from LightningDiT.files import disk_errors, write_text
@@ -81,6 +81,7 @@ class Evaluation:
         lines = [
             f"{report['samples']['count']} generated images against {real if real else 'statistics of'} real ones;"
             f" {features['network']}, {features['layer']}, {features['dimensions']} dimensions",
+            f"labels of the generated images: {report['samples']['labels']}",
             f"{'':<36}{'value':>10}{'bias':>10}  {LEVEL:.0%} interval",
         ]
         named = [(TITLES[name], score) for name, score in report["scores"].items()]
@@ -107,7 +108,7 @@ class Evaluation:
         report = self.report
         write_text(folder / REPORT, json.dumps(report, indent=1) + "\n")
         count, samples, reference = report["samples"]["count"], report["samples"]["from"], report["reference"]["from"]
-        title = f"{count} images of {samples} against {reference}"
+        title = f"{count} images of {samples} against {reference}\nlabels: {report['samples']['labels']}"
         if save_figure(folder / FIGURE, title, self.scores, report["classes"], self.picture):
             return f"wrote {folder / REPORT} and {folder / FIGURE}"
         return f"wrote {folder / REPORT}; no picture, matplotlib is missing: pip install matplotlib"
@@ -126,6 +127,7 @@ def evaluate(settings: EvaluationSettings) -> Evaluation:
     import_package("torch_fidelity", "FID, Inception Score, precision and recall", FIDELITY_PIN)
     samples, reference = open_images(settings.samples, settings.size), open_source(settings.reference, settings.size)
     training = open_images(settings.training, settings.size) if settings.training else None
+    balance = "not known" if samples.labels is None else balance_of(samples.labels.tolist(), samples.class_names)
     samples, reference, notes = with_common_classes(samples, reference)
     for images in (samples, reference.images):
         if images is not None and images.count < 2:
@@ -144,7 +146,7 @@ def evaluate(settings: EvaluationSettings) -> Evaluation:
     scores = scores_of(comparison, Bootstrap(settings.resamples, settings.seed, folder))
     shares, reasons = accuracies(samples, made, reference.images, real, extractor)
     report: Report = {
-        "samples": {"from": settings.samples, "count": samples.count},
+        "samples": {"from": settings.samples, "count": samples.count, "labels": balance},
         "reference": {"from": settings.reference, "count": reference.images.count if reference.images else None},
         "features": {"network": extractor.name, "layer": extractor.layer, "dimensions": made["features"].shape[1]},
         "settings": {
