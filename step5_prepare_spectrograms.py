@@ -26,13 +26,14 @@ from setup_steps import project
 if TYPE_CHECKING:
     from LightningDiT.radar.preparation import Prepared
 
-SCRIPT = "step5_prepare_spectrograms.py"
+SCRIPT, NEXT = "step5_prepare_spectrograms.py", "step6_adapt_models.py"
 OUTPUT = project.PROJECT / "spectrograms"
 MAPS = ("jet", "jet-matplotlib", "viridis", "turbo", "parula", "inferno", "gray")
 MOST_PIXELS = 4096  # of a side
 MOST_FOLDS = 20
 SQUARES = "下一步：网络只接受正方形的窗口，边长为 8 的倍数："
-COMMANDS = "下一步：训练这些窗口的 tokenizer，提取潜变量，再训练："
+ADAPT = "下一步：用每人的少量图像适配生成模型，再由步骤 7 判断是否有帮助："
+COMMANDS = "手动训练一个模型：训练这些窗口的 tokenizer，提取潜变量，再训练："
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -114,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def next_lines(options: argparse.Namespace, prepared: Prepared, folder: Path) -> Iterator[str]:
-    """Yield what comes next: the way to square levels, or the commands from these to a training; also in Chinese.
+    """Yield what comes next: the way to square levels, or step 6 and the commands of a training; also in Chinese.
 
     Args:
         folder: of split.json; takes the configuration of the training.
@@ -139,7 +140,11 @@ def next_lines(options: argparse.Namespace, prepared: Prepared, folder: Path) ->
         yield f"wrote {NAME}, the configuration of a training on these windows"
     else:
         yield f"warning: {NAME} is kept as it is, and was edited or is of other windows; delete it for a new one"
-    yield from project.in_both("Next: a tokenizer of these windows, their latents, and a training", COMMANDS)
+    if parts["test"]:
+        yield from project.in_both("Next: generators of a few images of each person; step 7 says if they help", ADAPT)
+        own = ("--levels", str(levels), "--split-file", str(folder / "split.json"))
+        yield f"  {project.step_command(NEXT, *(() if levels == OUTPUT / 'levels' and folder == OUTPUT else own))}"
+    yield from project.in_both("By hand: a tokenizer of these windows, their latents, and a training", COMMANDS)
     yield from (f"  {command}" for command in commands(levels, folder, file, is_validated))
 
 

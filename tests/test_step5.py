@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 import step5_prepare_spectrograms as step5
+import step6_adapt_models as step6
 from LightningDiT import extract_features, train, train_tokenizer
 from LightningDiT.config import load_config
 from LightningDiT.console import run_main
@@ -102,7 +103,10 @@ def test_next_come_the_commands_from_square_levels_to_a_training(
     assert not is_fitting(60, 60)  # no multiple of 8
     said = run(capsys, *own, "--size", "64")
     assert "提取潜变量" in said
-    commands = [shlex.split(line)[1:] for line in said.splitlines() if line.startswith("  ")][-4:]
+    adapt, *commands = [shlex.split(line)[1:] for line in said.splitlines() if line.startswith("  ")][-5:]
+    assert adapt[0] == "step6_adapt_models.py"
+    adapting = step6.parse(adapt[1:])
+    assert (adapting.levels, adapting.split_file) == (tmp_path / "w", tmp_path / "out" / "split.json")
     parsers = (train_tokenizer, extract_features, extract_features, train)
     tokenizer, latents, valid, training = (
         module.parse(command[2:]) for module, command in zip(parsers, commands, strict=True)
@@ -211,6 +215,11 @@ def test_options_that_do_not_go_together_and_data_that_is_not_there(
             step5.main(["--data", str(tmp_path), *wrong])
         assert stopped.value.code == 2
     assert "no images in" in run(capsys, "--data", tmp_path, "--output", tmp_path / "out", code=1)
+    for name in ("a.zip", "b.tar.gz"):
+        (tmp_path / name).touch()
+        said = run(capsys, "--data", tmp_path / name, "--output", tmp_path / "out", code=1)
+        assert "fix: unpack it, and name that folder" in said
+    assert "fix: unpack it" in run(capsys, "--data", tmp_path, "--output", tmp_path / "out", code=1)
     assert not (tmp_path / "out").exists()
 
 

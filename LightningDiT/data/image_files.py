@@ -27,6 +27,8 @@ LITTER = frozenset(
     ("__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 )
 LISTED = 5  # kinds of files in a note
+PACKED = frozenset((".zip", ".rar", ".7z", ".tar", ".gz", ".tgz"))
+UNPACK = "unpack it, and name that folder"
 
 
 @contextlib.contextmanager
@@ -134,7 +136,8 @@ def find_images(folder: str | Path, known: Collection[str] = (), more: Collectio
     if not files:
         named = f" ({_counted(others)} are)" if others else ""
         reason = f"no file there is called like an image{named}" if root.is_dir() else "it is not there"
-        raise LightningDiTError(f"no images in {root}: {reason}", "name a folder with images (.jpg, .png, ...)")
+        fix = UNPACK if PACKED & others.keys() else "name a folder with images (.jpg, .png, ...)"
+        raise LightningDiTError(f"no images in {root}: {reason}", fix)
     notes = []
     if litter:
         names = ", ".join(

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from LightningDiT.data.image_files import find_images, shown
+from LightningDiT.data.image_files import PACKED, UNPACK, find_images, shown
 from LightningDiT.data.labels import natural_key
 from LightningDiT.errors import LightningDiTError, first_line
 from LightningDiT.files import read_text
@@ -130,7 +130,7 @@ def collect(data: Path, pattern: str | None = None) -> Collected:
     else:
         raise LightningDiTError(
             f"{data} is no folder, list ({', '.join(LISTS)}) or array ({', '.join(ARRAYS)}) that is there",
-            DATA_FIX,
+            UNPACK if data.suffix.lower() in PACKED and data.is_file() else DATA_FIX,
         )
     rows, damaged = _with_arrays(root, rows)
     rows, used = _with_names(rows, expression, notes)
