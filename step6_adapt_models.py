@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from LightningDiT.console import OK, natural, positive, reads_chinese
+from LightningDiT.console import OK, natural, positive
 from LightningDiT.files import held_folder, require_writable
 from setup_steps import project
 
@@ -27,7 +27,6 @@ SCRIPT, NEXT = "step6_adapt_models.py", "step7_judge_generated.py"
 OUTPUT = project.PROJECT / "adapted"
 SPLIT, LEVELS = (project.PROJECT / "spectrograms" / name for name in ("split.json", "levels"))
 PRESETS = ("quick", "standard", "full")
-CHINESE_NEXT = "下一步：判断生成的数据是否有帮助："
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -44,6 +43,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--tokenizer-steps", type=positive, metavar="N", help="of each tokenizer's training")
     add("--generated", type=positive, metavar="N", help="windows for each real one; default: 4, which step 7 wants")
     add("--guidance-scale", type=float, metavar="S", help="of the generated windows; default: 1.5")
+    add("--unseen", metavar="NAME", help="a condition that no network may see, or pairs: of person and condition")
     add("--seed", type=natural, metavar="N", help="of trainings and generated windows; default: 0")
     add("--time-budget", type=float, metavar="MINUTES", help="shorten the trainings so that all is done within")
     add("--dry-run", action="store_true", help="only check, estimate the time and end")
@@ -85,6 +85,7 @@ def asked(options: argparse.Namespace, output: Path) -> tuple[Plan, Split, bool]
         generated=options.generated,
         guidance=options.guidance_scale,
         seed=options.seed,
+        unseen=options.unseen,
     )
     return plan, load_split(plan.split_file), began
 
@@ -114,9 +115,8 @@ def main(argv: list[str] | None = None) -> int:
         write_cells(plan, output, split)
         run_jobs(jobs_of(plan, output, split))
     command = project.step_command(NEXT, *(() if output == OUTPUT else ("--adapted", str(output))))
-    if reads_chinese():
-        print(CHINESE_NEXT)
-    print(f"Next: {command}")
+    for line in project.in_both(f"Next: {command}", f"下一步：判断生成的数据是否有帮助：{command}"):
+        print(line)
     return OK
 
 

@@ -45,7 +45,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--rows", metavar="NAMES", help="such as real,augmented,2x; default: the usual ones, and filtered-1x")
     add("--steps", type=positive, default=STEPS, metavar="N", help=f"updates of each training; default: {STEPS}")
     add("--wanted", type=float, default=0.03, metavar="SHARE", help="difference in accuracy worth the effort; 0.03")
-    add("--unseen", metavar="NAME", help="a condition that training must lack, or pairs: of person and condition")
+    add("--unseen", metavar="NAME", help="a condition that training must lack, or pairs; default: that of step 6")
     add("--axes", choices=("sensor", "rows"), default="sensor", help="m/s and s of a 77.5 GHz radar, or rows; sensor")
     add("--dry-run", action="store_true", help="only check what there is and estimate the time")
     options = parser.parse_args(argv)
@@ -83,6 +83,8 @@ def main(argv: list[str] | None = None) -> int:
     print("Step 7: does generated data help?", flush=True)
     output, asked = project.absolute(options.output), asked_of(options)
     judged = judged_of(options)
+    if unseen := next(iter(judged.values())).unseen:
+        print(f"unseen, by step 6: {unseen}; rows are tested on windows of it alone", flush=True)
     if options.dry_run:
         for name, one in judged.items():
             print(f"{name}:")
@@ -135,9 +137,11 @@ def next_lines(
         row = ROWS[found[helping[0]].judged]
         folder = next(iter(judged[helping[0]].folders.values()))
         english = f"train your classifier on real windows and {row.generated} generated ones for each, such as {folder}"
-        yield from project.in_both(
-            f"Next: {english}", f"下一步：用真实窗口加每个对应 {row.generated} 个生成窗口训练分类器，如 {folder}"
-        )
+        chinese = f"用真实窗口加每个对应 {row.generated} 个生成窗口训练分类器，如 {folder}"
+        if row.speckled:
+            english += ", after LightningDiT.verdict.speckle has put their speckle back"
+            chinese += "（先用 LightningDiT.verdict.speckle 补回散斑）"
+        yield from project.in_both(f"Next: {english}", f"下一步：{chinese}")
         return
     adapted = project.step_command("step6_adapt_models.py", "--help")
     if options.generated:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import re
 from collections import Counter
@@ -10,20 +11,31 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 import step6_adapt_models as step6
 from LightningDiT.console import run_main
 from LightningDiT.data.shards import LatentShards
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.files import fingerprint
-from LightningDiT.radar.level_images import load_windows, open_level_files
+from LightningDiT.radar.level_images import Windows, listed_windows, load_windows, open_level_files
 from LightningDiT.radar.split import load_split, save_restricted
 from LightningDiT.verdict import adapting, jobs, time_needed
-from LightningDiT.verdict.adapting import PRESETS, counts_of, labels_text, load_plan, make_plan
+from LightningDiT.verdict.adapting import (
+    PRESETS,
+    Seen,
+    counts_of,
+    labels_text,
+    load_plan,
+    make_plan,
+    save_plan,
+    seen_of,
+    write_cells,
+)
 from LightningDiT.verdict.generated import find_generated
-from LightningDiT.verdict.rows import spread
+from LightningDiT.verdict.rows import Scenario, spread
 from LightningDiT.verdict.time_needed import Costs, Estimate, estimate, fitted
-from tests.walkers import prepared
+from tests.walkers import levels_of, prepared, render
 
 PASSES = {"1": [5, 4, 4], "2": [4, 4, 4], "3": [2, 1, 1]}
 IMAGES = 3
@@ -73,7 +85,8 @@ def test_a_run_that_was_killed_goes_on_and_makes_what_step_7_reads(
     said = capsys.readouterr().out
     assert "3 of 5 parts are there" in said
     assert "下一步：判断生成的数据" in said
-    assert said.splitlines()[-1].endswith(f"step7_judge_generated.py --adapted {output}")
+    assert said.splitlines()[-2] == f"Next: {said.splitlines()[-1].rpartition(chr(0xFF1A))[2]}"
+    assert said.splitlines()[-2].endswith(f"step7_judge_generated.py --adapted {output}")
     monkeypatch.setattr(jobs, "exit_code", again := InProcess())
     assert call(data, output, *OPTIONS) == 0
     assert again.ran == []
@@ -117,9 +130,89 @@ def test_levels_are_those_of_the_whole_split_alone(data: Path, tmp_path: Path) -
         open_level_files(data / "levels", tmp_path / "own.json")
 
 
+def seen(people: list[int], conditions: list[int], held_out: set[tuple[int, int]] = frozenset()) -> Seen:
+    """Return training windows of people a, b under conditions x, "y, z"."""
+    count = len(people)
+    rows = torch.arange(count)
+    names = ("x", "y, z") if any(conditions) or held_out else None
+    windows = Windows(
+        torch.empty(count, 1, 0, 0), torch.tensor(people), torch.tensor(conditions), rows, rows, ("a", "b"), names, None
+    )
+    return Seen(windows, windows, Scenario("unseen", frozenset(held_out)))
+
+
 def test_each_round_of_labels_has_every_real_window_once() -> None:
-    assert labels_text(["a", "b", "b"], None, 2).split() == ["class", *"abb" * 2]
-    assert labels_text(["a", "b"], ["x", "y, z"], 1) == 'class,condition\na,x\nb,"y, z"\n'
+    assert labels_text(seen([0, 1, 1], [0, 0, 0]), 2, set()).split() == ["class", *"abb" * 2]
+    assert labels_text(seen([0, 1], [0, 1]), 1, {0, 1}) == 'class,condition\na,x\nb,"y, z"\n'
+
+
+def test_unseen_pairs_are_asked_for_in_turn_with_the_seen_ones() -> None:
+    """b lacks "y, z", which a shows; a lacks nothing. A condition that no network knows is not asked for."""
+    lacking = seen([0, 0, 1, 1, 1], [0, 1, 0, 0, 0], {(1, 1)})
+    rows = labels_text(lacking, 2, {0, 1}).splitlines()[1:]
+    assert rows[:5] == ["a,x", 'a,"y, z"', "b,x", 'b,"y, z"', "b,x"]
+    assert rows[7:] == ['b,"y, z"', "b,x", 'b,"y, z"']  # the turn goes on where the first round ended
+    assert labels_text(lacking, 2, {0}).splitlines()[3:6] == ["b,x"] * 3
+
+
+@pytest.fixture(scope="module")
+def conditions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return three people under two conditions, with their levels."""
+    root = tmp_path_factory.mktemp("conditions")
+    for at, (condition, person) in enumerate(itertools.product(("fast", "slow"), "123")):
+        name = f"ID_{person}/ID{person}_case1_1_Doppler{{number}}.jpg"
+        render(root / "data" / condition, {str(at): [4, 4, 4]}, name=name)
+    return levels_of(root, "16")
+
+
+@pytest.mark.parametrize(("unseen", "held"), [("pairs", None), ("slow", {(0, 1), (1, 1), (2, 1)})])
+def test_no_window_of_an_unseen_pair_trains_or_chooses(
+    conditions: Path, tmp_path: Path, unseen: str, held: set[tuple[int, int]] | None
+) -> None:
+    opened = open_level_files(conditions / "levels", conditions / "out" / "split.json")
+    plan = make_plan("quick", opened, tmp_path, images=(3,), folds=(0, 1), unseen=unseen)
+    save_plan(plan, tmp_path / "o")
+    assert load_plan(tmp_path / "o") == plan
+    write_cells(plan, tmp_path / "o", opened.split)
+    tested, asked = set(), set()
+    for fold in plan.folds:
+        lacking = set(seen_of(plan, opened.split, fold, 3).scenario.held_out)
+        assert lacking == held if held else lacking
+        own = load_split(tmp_path / "o" / f"fold{fold}-3" / "split.json")
+        for part in ("training", "validation"):
+            windows = listed_windows(own, part, fold)
+            pairs = set(zip(windows.people.tolist(), windows.conditions.tolist(), strict=True))
+            assert pairs and not pairs & lacking, part
+        assert Counter(row.person for row in own.part("training", fold)) == {"ID_1": 3, "ID_2": 3, "ID_3": 3}
+        assert own.part("test", fold) == opened.split.part("test", fold)
+        tested |= lacking
+        rows = (tmp_path / "o" / f"fold{fold}-3" / "labels.csv").read_text().splitlines()[1:]
+        assert len(rows) == 4 * 9
+        numbers = {(int(row[3]) - 1, ("fast", "slow").index(row[5:])) for row in rows}
+        asked |= numbers & lacking
+    assert asked == (tested if unseen == "pairs" else set())  # nobody teaches what slow is
+
+
+def test_what_is_unseen_is_said_and_kept(
+    conditions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(time_needed, "measure", lambda plan, split: Costs(1.0, {"transformer": 1.0}))
+    monkeypatch.setattr(adapting, "names_of_model", lambda path, key: None)
+    assert call(conditions, tmp_path / "o", "--unseen", "slow", "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "unseen         fold 0: ID_1 slow, ID_2 slow, ID_3 slow; neither trained nor validated on" in said
+    assert "note: no network learns what 'slow' is, so that no windows of it are generated" in said
+    monkeypatch.setattr(adapting, "names_of_model", lambda path, key: ("slow", "other"))
+    assert call(conditions, tmp_path / "o", "--unseen", "slow", "--dry-run") == 0
+    assert "note: no network" not in capsys.readouterr().out  # the weights that it starts from know
+    assert call(conditions, tmp_path / "o", "--unseen", "Bag", "--dry-run") == 1
+    assert "condition 'Bag' is to be unseen; there are fast, slow" in capsys.readouterr().err
+    opened = open_level_files(conditions / "levels", conditions / "out" / "split.json")
+    save_plan(make_plan("quick", opened, unseen="pairs"), tmp_path / "o")
+    assert call(conditions, tmp_path / "o", "--dry-run") == 0
+    assert "unseen         fold 0: ID_1" in capsys.readouterr().out
+    assert call(conditions, tmp_path / "o", "--unseen", "slow") == 1
+    assert "a plan of other settings (unseen)" in capsys.readouterr().err
 
 
 def test_starts_are_the_walkers_then_the_garments(data: Path, tmp_path: Path) -> None:

@@ -18,14 +18,14 @@ from PIL import Image
 from LightningDiT.metrics.copies import CopyRates
 from LightningDiT.metrics.scores import Score
 from LightningDiT.radar.sensor import Sensor
-from LightningDiT.verdict.fidelity import Distance, FeatureScores, Fidelity
+from LightningDiT.verdict.fidelity import Distance, FeatureScores, Fidelity, averaged
 from LightningDiT.verdict.gait import axes_of
 from LightningDiT.verdict.intervals import HELPS, HURTS, NO_EFFECT, NO_VERDICT, Interval, conclude
 from LightningDiT.verdict.pictures import encoded, ticks, triples
-from LightningDiT.verdict.report import FilterReport, Report, as_json, filter_gain, write_report
+from LightningDiT.verdict.report import FilterReport, Report, as_json, filter_gain, mean_filter, page, write_report
 from LightningDiT.verdict.results import Results, RowResult
 from LightningDiT.verdict.rows import Generated
-from LightningDiT.verdict.sentences import advice, certainty, headline
+from LightningDiT.verdict.sentences import advice, certainty, copied, headline
 from tests.test_demo_report import Page
 from tests.test_verdict_trials import walkers
 
@@ -138,13 +138,51 @@ def test_what_to_try_follows_from_what_was_measured() -> None:
     by_passes = replace(results(0.0), verdict=conclude(replace(luck, seed_error=0.021)))
     assert "about 314 passes" in tried(by_passes, None, None)
     assert "Generated windows have 80 % of the texture" in tried(results(0.0), found(texture=0.04), None)
-    assert "20.0 % of the generated windows are as near" in tried(results(0.0), found(copies=0.2), None)
+    assert "Against copies of training windows take earlier weights" in tried(results(0.0), found(copies=0.2), None)
     assert "gait of generated windows is farther" in tried(results(0.0), found(ratio=1.6), None)
     assert "filtered windows are +3.0 points better" in tried(results(0.0), found(), 0.03)
     assert "filter" not in tried(results(0.0), found(), 0.027)  # 2.8 standard errors of 0.01 can be shown
     assert "teach little about who walks" in tried(results(0.0, alone=0.6), found(), None)
     assert tried(results(0.0), found(), -0.01).startswith("Try more and fewer generated windows")
     assert all(re.search("[\u4e00-\u9fff]", text[1]) for text in advice(results(0.0, 0.03), found(0.01, 0.9, 9), 0.1))
+
+
+def test_more_copies_than_twice_the_held_out_rate_are_said_whatever_the_verdict_is() -> None:
+    assert copied(None) == copied(found(copies=0.1)) == ("", "")
+    said = copied(found(copies=0.11))
+    assert said[0].startswith("Warning: 11.0 % of the generated windows look like copies of training windows; 5.0 % of")
+    assert "10.0 % are allowed" in said[0]
+    assert "11.0 %" in said[1] and "10.0 %" in said[1]
+    one = replace(report(), fidelity={0: found(copies=0.08), 1: found(copies=0.14)})  # it helps, and is too like
+    assert copied(found(copies=0.11))[0] in as_json(one)["verdict"]["en"]
+    assert copied(found(copies=0.11))[1] in as_json(one)["verdict"]["zh"]
+    text = page(one)
+    assert text.index("Warning: 11.0 %") < text.index("</div>", text.index('<div class="verdict"'))
+    assert "counts as 5 % at least): not passed" in text
+    assert "not passed" not in page(report()) and "): passed." in page(report())
+
+
+def test_folds_are_averaged_and_each_shows_its_pictures() -> None:
+    first, other = found(0.02, 0.04), found(0.04, 0.08, 3.0)
+    lacking = replace(other, distances=[replace(other.distances[0], people={1: (0.4, 0.2)})])
+    mean = averaged([first, lacking])
+    ridge, texture = mean.distances
+    assert (ridge.generated, ridge.real) == pytest.approx((0.2, 0.1))
+    assert ridge.people == {0: (0.1, 0.1), 1: (0.4, 0.2)}
+    assert (texture.means[0], texture.people) == (0.02, first.distances[1].people)
+    assert (mean.copies.samples, mean.copies.held_out) == pytest.approx((0.06, 0.05))
+    assert (mean.features.frechet, mean.features.windows, mean.features.recall) == ((9.0, 7.0), 48, None)
+    assert mean.features.precision is not None and mean.features.precision[0] == Score(0.5)
+    assert mean.notes == (("a note & more", "说明"),)
+    assert averaged([first]) is first
+    kept = mean_filter([FilterReport(0.5, {0: 0.2, 1: 0.4}, 0.9, 0.3, 1.0), FilterReport(0.7, {1: 0.8}, 0.8, 0.5, 2.0)])
+    assert (kept.kept, kept.real_kept, kept.confidence, kept.margin) == pytest.approx((0.6, 0.85, 0.4, 1.5))
+    assert kept.people == pytest.approx({0: 0.2, 1: 0.6})
+    content, text = as_json(report()), page(report())
+    assert [content["fidelity_of_folds"][fold]["distances"][0]["generated"] for fold in "02"] == [0.1, 0.2]
+    assert content["fidelity"]["distances"][0]["generated"] == pytest.approx(0.15)
+    assert "Means of 2 folds." in text
+    assert text.index("Fold 2") > text.index("Real, generated, nearest")
 
 
 def report() -> Report:
@@ -154,25 +192,26 @@ def report() -> Report:
     shown = triples(made, held, real, 2)
     facts = [("Classifier", "分类器", "small <b>")]
     names = ("ID_1<", "ID_2", "ID_3")
-    return Report([results(0.05)], names, ("line", "free"), AXES, "jet", found(), kept, shown, facts, "step7 'a b'")
+    by_fold = {0: found(), 2: found(0.03, ratio=2.0)}, kept, {0: shown, 2: shown[:2]}
+    return Report([results(0.05)], names, ("line", "free"), AXES, "jet", *by_fold, facts, "step7 'a b'")
 
 
 def test_the_page_holds_everything_in_both_languages(tmp_path: Path) -> None:
     html, _ = write_report(report(), tmp_path)
-    page, text = Page(html), html.read_text(encoding="utf-8")
-    english, chinese = " ".join(page.texts["en"]), " ".join(page.texts["zh-CN"])
+    read, text = Page(html), html.read_text(encoding="utf-8")
+    english, chinese = " ".join(read.texts["en"]), " ".join(read.texts["zh-CN"])
     assert not re.search("[\u4e00-\u9fff]", english)
     assert not re.search(r"https?:|<script|<link|url\(", text)
     for said in ("Generated windows help: ", "90.0 % (", "+5.0 (+3.0 to +7.0)", "75.0 %", "a note & more", "small <b>"):
         assert said in english, said
     for said in ("生成数据有帮助", "按人员", "按条件", "真实 + 传统增强", "最近的训练窗口", "重现命令"):
         assert said in chinese, said
-    assert {"speed, m/s", "time, s", "ID_1<"} <= set(page.texts["en"])
-    images = page.images()
-    assert len(images) == 3 * 3
+    assert {"speed, m/s", "time, s", "ID_1<"} <= set(read.texts["en"])
+    images = read.images()
+    assert len(images) == 3 * 3 + 2 * 3  # two people and the nearest, and of the other fold one person fewer
     assert [image["alt"] for image in images][:2] == ["ID_1<: real, held out", "ID_1<: generated"]
-    assert page.texts["en"][-1] == "step7 'a b'"
-    dots = [tag for tag in page.tags if tag[1].get("class") == "dot"]
+    assert read.texts["en"][-1] == "step7 'a b'"
+    dots = [tag for tag in read.tags if tag[1].get("class") == "dot"]
     assert len(dots) == 4
 
 
@@ -198,7 +237,7 @@ def test_the_json_has_every_number_by_name_and_no_infinity(tmp_path: Path) -> No
     assert content["filter"]["kept"] == 0.75
     assert content["fidelity"]["copies"] == {"samples": 0.05, "held_out": 0.05, "threshold": 0.3}
     endless = Interval(0.1, -math.inf, math.inf, math.inf, 9, 1, 3)
-    unsure = replace(report(), results=[replace(results(0.05), verdict=conclude(endless))], fidelity=None, filter=None)
+    unsure = replace(report(), results=[replace(results(0.05), verdict=conclude(endless))], fidelity={}, filter=None)
     verdict = as_json(unsure)["results"][0]["verdict"]
     assert verdict["difference"]["low"] is verdict["smallest_difference"] is None
     write_report(unsure, tmp_path)
@@ -224,6 +263,7 @@ def test_nearest_windows_are_shown_where_they_are_nearest() -> None:
     assert torch.equal(shown[0].real, (known.pixels[0, 0] + 1) / 2)
     alone = triples(made, replace(known, people=known.people + 5), known, 1)
     assert alone[0].real is None
+    assert [triples(made, known, known, 1, turn)[0].person for turn in (0, 1, 2)] == [0, 1, 0]
 
 
 def test_pictures_have_the_colours_of_the_map_and_axes_round_numbers() -> None:

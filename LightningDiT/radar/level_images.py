@@ -242,18 +242,28 @@ def load_windows(levels: Path, split_file: Path, part: str, fold: int = 0) -> Wi
     pixels = torch.empty(len(rows), 1, *opened.size)
     for at, row in enumerate(rows):
         pixels[at, 0] = torch.from_numpy(opened.read(row) * 2 - 1)
+    return _windows(split, rows, pixels, opened.db_range)
+
+
+def listed_windows(split: Split, part: str, fold: int = 0) -> Windows:
+    """Return the windows of a part without their pixels, (N, 1, 0, 0); there may be none."""
+    rows = [at for at, row in enumerate(split.rows) if row.parts[fold] == part]
+    return _windows(split, rows, torch.empty(len(rows), 1, 0, 0), None)
+
+
+def _windows(split: Split, rows: Sequence[int], pixels: Tensor, db_range: tuple[float, float] | None) -> Windows:
     conditions, passes = condition_names(split), _pass_numbers(split)
     people = {name: number for number, name in enumerate(split.people)}
     chosen = [split.rows[row] for row in rows]
     return Windows(
         pixels,
-        torch.tensor([people[row.person] for row in chosen]),
-        torch.tensor([conditions.index(_condition(row)) if conditions else 0 for row in chosen]),
-        torch.tensor([passes[row.person, row.pass_number] for row in chosen]),
-        torch.tensor(rows),
+        torch.tensor([people[row.person] for row in chosen], dtype=torch.long),
+        torch.tensor([conditions.index(_condition(row)) if conditions else 0 for row in chosen], dtype=torch.long),
+        torch.tensor([passes[row.person, row.pass_number] for row in chosen], dtype=torch.long),
+        torch.tensor(rows, dtype=torch.long),
         tuple(people),
         conditions,
-        opened.db_range,
+        db_range,
     )
 
 

@@ -239,18 +239,20 @@ class Split:
             )
 
 
-def restricted(split: Split, kept: Collection[int], fold: int) -> list[Row]:
+def restricted(split: Split, kept: Collection[int], fold: int, validating: Collection[int] | None = None) -> list[Row]:
     """Return the rows of a split in which only some windows of a fold train: the others become guards, used by nothing.
 
     All other parts and folds stay as they are.
 
     Args:
         kept: rows of the split, from 0.
+        validating: rows that go on validating, the others become guards; None: all.
 
     Raises:
         LightningDiTError: one of them is no training window of the fold.
     """
     chosen = set(kept)
+    valid = None if validating is None else set(validating)
     if odd := [at for at in sorted(chosen) if split.rows[at].parts[fold] != "training"]:
         row = split.rows[odd[0]]
         raise LightningDiTError(
@@ -262,14 +264,23 @@ def restricted(split: Split, kept: Collection[int], fold: int) -> list[Row]:
         parts = list(row.parts)
         if parts[fold] == "training" and at not in chosen:
             parts[fold] = "guard"
+        if parts[fold] == "validation" and valid is not None and at not in valid:
+            parts[fold] = "guard"
         rows.append(replace(row, parts=tuple(parts)))
     return rows
 
 
-def save_restricted(path: Path, split: Split, split_file: Path, kept: Collection[int], fold: int) -> None:
+def save_restricted(
+    path: Path,
+    split: Split,
+    split_file: Path,
+    kept: Collection[int],
+    fold: int,
+    validating: Collection[int] | None = None,
+) -> None:
     """Write the split that `restricted` gives; it names the one that it is of, whose levels it shares."""
     settings = {**split.settings, PARENT: split.digest, PARENT_FILE: str(split_file)}
-    save_split(path, Path(split.data), Path(split.root), restricted(split, kept, fold), settings)
+    save_split(path, Path(split.data), Path(split.root), restricted(split, kept, fold, validating), settings)
 
 
 def save_split(path: Path, data: Path, root: Path, rows: Sequence[Row], settings: Mapping[str, Any]) -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,26 +18,29 @@ from typing import Any
 import numpy as np
 
 from LightningDiT.config import as_yaml, read_yaml
+from LightningDiT.data.labels import CONDITION_NAMES, names_of_model
 from LightningDiT.errors import LightningDiTError, first_line
 from LightningDiT.files import read_json, write_text
 from LightningDiT.radar.augmentation import NAMES
-from LightningDiT.radar.level_images import LevelFiles, condition_names, load_windows, open_level_files
+from LightningDiT.radar.level_images import LevelFiles, Windows, condition_names, listed_windows, open_level_files
 from LightningDiT.radar.split import Split, save_restricted
 from LightningDiT.radar.training_file import DOWNSAMPLING, PATCH, ROOT, TEMPLATE
 from LightningDiT.verdict.intervals import PassBootstrap
 from LightningDiT.verdict.jobs import Job
-from LightningDiT.verdict.rows import spread, subset
+from LightningDiT.verdict.rows import Scenario, scenario_of, spread, subset
 
 FORMAT = "adapted models, 1"
 PLAN, SPLIT, LABELS = "plan.json", "split.json", "labels.csv"
 TOKENIZER, LATENTS, VALID, GENERATED = "tokenizer", "latents", "latents_valid", "generated"
 CHOSEN, TRAINED = "transformer.safetensors", "training.safetensors"
+TOKENIZER_WEIGHTS = "tokenizer.safetensors"
 TOKENIZER_TEMPLATE = Path(__file__).parents[1] / "tokenizer" / "configs" / "levels_f4d6.yaml"
 MODELS = ROOT / "models"
 STARTS = ("walkers", "fashion-mnist")  # folders of pretrained models, the better one first
 TRANSFORMER, UNET = "transformer", "unet"
 #: What `model.model_type` is called, and the pixels that a side must be a multiple of.
 NETWORKS = {TRANSFORMER: ("LightningDiT-XS/2", DOWNSAMPLING * PATCH), UNET: ("UNet-S", DOWNSAMPLING * 4)}
+LISTED = 3  # unseen pairs of a fold
 OTHER_OUTPUT = "choose another --output, or give the options of the first call"
 PASS_DEVIATION = 10.0  # points by which the differences of test passes vary, on simulated walkers, with three seeds
 
@@ -101,6 +104,7 @@ class Plan:
         generated: windows for each real one.
         guidance: of the samples.
         seed: of trainings and samples; seeds: trainings of each classifier in step 7.
+        unseen: `PAIRS`, or a condition, whose windows neither train nor validate; see `rows.scenario_of`.
     """
 
     preset: str
@@ -122,6 +126,7 @@ class Plan:
     guidance: float = 1.5
     seed: int = 0
     seeds: int = 3
+    unseen: str | None = None
 
     @property
     def cells(self) -> list[tuple[int, int | None]]:
@@ -160,10 +165,8 @@ def make_plan(preset: str, opened: LevelFiles, pretrained: Path = MODELS, **give
         "seeds": known.seeds,
         **given,
     }
-    found = next(
-        (pretrained / name for name in STARTS if (pretrained / name / "tokenizer.safetensors").is_file()), None
-    )
-    return Plan(
+    found = next((pretrained / name for name in STARTS if (pretrained / name / TOKENIZER_WEIGHTS).is_file()), None)
+    plan = Plan(
         preset=preset,
         split=split.digest,
         split_file=opened.split_file,
@@ -174,6 +177,9 @@ def make_plan(preset: str, opened: LevelFiles, pretrained: Path = MODELS, **give
         tokenizer_start=str(found) if found else None,
         **values,
     )
+    for fold in folds:
+        seen_of(plan, split, fold, 1)  # what is unseen leaves something to train on
+    return plan
 
 
 def _start(pretrained: Path, name: str) -> str | None:
@@ -244,7 +250,7 @@ def asked_plan(folder: Path, levels: Path, split_file: Path, preset: str | None,
     if not (folder / PLAN).exists():
         return make_plan(preset or QUICK, opened, **given), False
     kept = load_plan(folder)
-    own = {name: getattr(kept, name) for name in ("folds", "images", "generated", "guidance", "seed")}
+    own = {name: getattr(kept, name) for name in ("folds", "images", "generated", "guidance", "seed", "unseen")}
     own |= {"models": [model.name for model in kept.models]}
     given = own | {key: value for key, value in given.items() if value is not None}
     return continued(make_plan(preset or kept.preset, opened, **given), kept), True
@@ -273,49 +279,97 @@ def cell_folder(folder: Path, fold: int, images: int | None) -> Path:
     return folder / f"fold{fold}-{'all' if images is None else images}"
 
 
-def has_validation(split: Split, fold: int) -> bool:
-    return bool(split.part("validation", fold))
+@dataclass(frozen=True)
+class Seen:
+    """The windows that the networks of a cell see, without pixels.
+
+    Attributes:
+        training: that they are trained on; validation: that their weights are chosen by, maybe none.
+        scenario: what they do not see.
+    """
+
+    training: Windows
+    validation: Windows
+    scenario: Scenario
+
+
+def seen_of(plan: Plan, split: Split, fold: int, images: int | None) -> Seen:
+    """Return what the networks of a cell see.
+
+    Raises:
+        LightningDiTError: there is nothing that could be unseen, or nothing else is left to train on or to test.
+    """
+    training, validation, test = (listed_windows(split, part, fold) for part in ("training", "validation", "test"))
+    scenario = scenario_of(plan.unseen, training, test)
+    seen = scenario.seen(training)
+    if not len(seen.people) or not len(scenario.tested(test).people):
+        raise LightningDiTError(
+            f"fold {fold} of {plan.split_file} has no {'test' if len(seen.people) else 'training'} windows of the"
+            f" scenario {scenario.name!r}",
+            "choose other --folds or another --unseen",
+        )
+    return Seen(subset(seen, spread(seen, images)), scenario.seen(validation), scenario)
 
 
 def counts_of(plan: Plan, split: Split) -> dict[tuple[int, int | None], int]:
     """Return the number of real windows that each cell trains on."""
-    counts = {}
-    for fold, images in plan.cells:
-        people = Counter(row.person for row in split.part("training", fold))
-        counts[fold, images] = sum(min(number, images or number) for number in people.values())
-    return counts
+    return {cell: len(seen_of(plan, split, *cell).training.people) for cell in plan.cells}
+
+
+def validating(plan: Plan, split: Split, fold: int) -> int:
+    """Return how many windows of a fold the weights are chosen by."""
+    return len(seen_of(plan, split, fold, 1).validation.people)
 
 
 def write_cells(plan: Plan, folder: Path, split: Split) -> None:
-    """Write split, configurations and labels of every cell.
+    """Write split, configurations and labels of every cell."""
+    for fold, images in plan.cells:
+        cell, seen = cell_folder(folder, fold, images), seen_of(plan, split, fold, images)
+        chosen = seen.training.rows.tolist(), fold, seen.validation.rows.tolist()
+        save_restricted(cell / SPLIT, split, plan.split_file, *chosen)
+        write_text(cell / LABELS, labels_text(seen, plan.generated, known_conditions(plan, seen)))
+        count = len(seen.training.people)
+        write_text(cell / f"{TOKENIZER}.yaml", as_yaml(tokenizer_values(plan, count)))
+        for model in plan.models:
+            write_text(cell / f"{model.name}.yaml", as_yaml(training_values(plan, model, split, fold, count)))
 
-    Raises:
-        LightningDiTError: see `load_windows`.
+
+def known_conditions(plan: Plan, seen: Seen) -> set[int]:
+    """Return the conditions that all networks of a cell learn: by its windows, or by the weights that they start from.
+
+    The label of another one has no meaning.
     """
-    for fold in plan.folds:
-        windows = load_windows(plan.levels, plan.split_file, "training", fold)
-        for images in plan.images:
-            cell, chosen = cell_folder(folder, fold, images), subset(windows, spread(windows, images))
-            save_restricted(cell / SPLIT, split, plan.split_file, chosen.rows.tolist(), fold)
-            people = [chosen.class_names[at] for at in chosen.people.tolist()]
-            conditions = [names[at] for at in chosen.conditions.tolist()] if (names := chosen.condition_names) else None
-            write_text(cell / LABELS, labels_text(people, conditions, plan.generated))
-            write_text(cell / f"{TOKENIZER}.yaml", as_yaml(tokenizer_values(plan, len(people))))
-            for model in plan.models:
-                values = training_values(plan, model, split, fold, len(people))
-                write_text(cell / f"{model.name}.yaml", as_yaml(values))
+    names = seen.training.condition_names or ()
+    known = set(range(len(names)))
+    for model in plan.models:
+        there = names_of_model(model.start, CONDITION_NAMES) if model.start else None
+        known &= {number for number, name in enumerate(names) if name in (there or ())}
+    return known | set(seen.training.conditions.tolist())
 
 
-def labels_text(people: Sequence[str], conditions: Sequence[str] | None, times: int) -> str:
-    """Return the table of the windows to generate: `times` rows for each real one, with its person and condition.
+def labels_text(seen: Seen, times: int, known: Collection[int]) -> str:
+    """Return the table of the windows to generate: `times` rounds, each with as many rows as there are real windows.
 
-    Each round has all windows once, so the first N rounds are N for each.
+    Each row has the person and the condition of a real window. Where conditions are unseen, a person's rows have in
+    turn all conditions that the person shows and the unseen ones, as far as they are in `known`: the networks take both
+    labels, so they can draw people under conditions that only others show.
     """
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["class", "condition"] if conditions else ["class"])
+    names, windows = seen.training.condition_names, seen.training
+    table.writerow(["class", "condition"] if names else ["class"])
+    people, own = windows.people.tolist(), windows.conditions.tolist()
+    turns = {
+        person: itertools.cycle(
+            sorted({condition for one, condition in zip(people, own, strict=True) if one == person} | wanted)
+        )
+        for person in set(people)
+        if (wanted := {condition for one, condition in seen.scenario.held_out if one == person and condition in known})
+    }
     for _ in range(times):
-        table.writerows(zip(people, conditions, strict=True) if conditions else ([name] for name in people))
+        for person, condition in zip(people, own, strict=True):
+            asked = next(turns[person]) if person in turns else condition
+            table.writerow([windows.class_names[person], *([names[asked]] if names else [])])
     return text.getvalue()
 
 
@@ -346,7 +400,7 @@ def training_values(plan: Plan, model: Model, split: Split, fold: int, count: in
         "fold": fold,
         "levels_path": str(plan.levels),
     }
-    values["vae"]["ckpt_path"] = f"{TOKENIZER}/tokenizer.safetensors"
+    values["vae"]["ckpt_path"] = f"{TOKENIZER}/{TOKENIZER_WEIGHTS}"
     values["model"] |= {"model_type": model.model_type, "augmentation": len(NAMES)}
     train = values["train"]
     batch = min(plan.batch, plan.draws * count)
@@ -355,7 +409,7 @@ def training_values(plan: Plan, model: Model, split: Split, fold: int, count: in
     train |= {"log_every": max(1, every // 4), "ckpt_every": every, "valid_every": every, "judge_every": every}
     train |= {"choose": "utility", "patience": plan.patience}
     values["sample"] |= {"cfg_scale": plan.guidance}
-    if not has_validation(split, fold):  # nobody has a window that the weights could be chosen by
+    if not validating(plan, split, fold):  # nobody has a window that the weights could be chosen by
         values["data"]["valid_path"] = None
         train |= {"valid_every": 0, "judge_every": 0, "choose": "last", "patience": 0}
     return values
@@ -372,7 +426,7 @@ def jobs_of(plan: Plan, folder: Path, split: Split) -> list[Job]:
         jobs.append(Job(f"{cell.name} tokenizer", ("LightningDiT.train_tokenizer", *make), cell / TOKENIZER / TRAINED))
         extract = ("LightningDiT.extract_features", "--config", str(cell / f"{plan.models[0].name}.yaml"), *source)
         parts = [(LATENTS, ("--draws", str(plan.draws), "--seed", str(plan.seed)))]
-        parts += [(VALID, ("--part", "validation"))] if has_validation(split, fold) else []
+        parts += [(VALID, ("--part", "validation"))] if validating(plan, split, fold) else []
         for name, more in parts:
             command = (*extract, *more, "--output", str(cell / name))
             jobs.append(Job(f"{cell.name} {name}", command, cell / name / "manifest.json"))
@@ -422,6 +476,24 @@ def describe(plan: Plan, split: Split) -> list[str]:
     lines += [
         f"note: fold {fold} has no validation windows, so its last weights are taken"
         for fold in plan.folds
-        if not has_validation(split, fold)
+        if not validating(plan, split, fold)
+    ]
+    return lines + unseen_lines(plan, split)
+
+
+def unseen_lines(plan: Plan, split: Split) -> list[str]:
+    """Return what is unseen in each fold, and what no network can draw."""
+    if plan.unseen is None:
+        return []
+    lines, untaught = [], set[str]()
+    for fold in plan.folds:
+        seen = seen_of(plan, split, fold, None)
+        names, held = seen.training.condition_names or (), sorted(seen.scenario.held_out)
+        pairs = [f"{seen.training.class_names[person]} {names[condition]}" for person, condition in held[:LISTED]]
+        more = f" and {len(held) - LISTED} more" if len(held) > LISTED else ""
+        lines.append(f"unseen         fold {fold}: {', '.join(pairs)}{more}; neither trained nor validated on")
+        untaught |= {names[one] for _, one in held} - {names[one] for one in known_conditions(plan, seen)}
+    lines += [
+        f"note: no network learns what {name!r} is, so that no windows of it are generated" for name in sorted(untaught)
     ]
     return lines

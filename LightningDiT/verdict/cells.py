@@ -10,8 +10,20 @@ from typing import Any
 from LightningDiT.data.labels import LATENTS_MANIFEST
 from LightningDiT.errors import LightningDiTError, first_line
 from LightningDiT.files import fingerprint, read_json
+from LightningDiT.radar.level_images import listed_windows
 from LightningDiT.radar.split import Split, load_split
-from LightningDiT.verdict.adapting import CHOSEN, GENERATED, LATENTS, SPLIT, Plan, cell_folder, load_plan
+from LightningDiT.verdict.adapting import (
+    CHOSEN,
+    GENERATED,
+    LATENTS,
+    SPLIT,
+    TOKENIZER,
+    TOKENIZER_WEIGHTS,
+    Plan,
+    cell_folder,
+    load_plan,
+    seen_of,
+)
 from LightningDiT.verdict.generated import manifest_of
 from LightningDiT.verdict.judging import Cell, Fact, Judged
 
@@ -39,6 +51,8 @@ def judged_models(adapted: Path, levels: Path | None = None) -> dict[str, Judged
             "run step6_adapt_models.py again with another --output",
         )
     trained = {cell: _trained(adapted, cell, whole) for cell in plan.cells}
+    for cell in plan.cells:
+        _refuse_unseen(adapted, plan, cell, whole)
     return {
         model.name: Judged(
             levels or plan.levels,
@@ -49,6 +63,8 @@ def judged_models(adapted: Path, levels: Path | None = None) -> dict[str, Judged
             trained,
             _facts(adapted, plan, model.name),
             plan.seeds,
+            plan.unseen,
+            {cell: _tokenizer(adapted, cell) for cell in plan.cells},
         )
         for model in plan.models
     }
@@ -87,6 +103,25 @@ def _trained(adapted: Path, cell: Cell, whole: Split) -> frozenset[int]:
             f"the latents in {folder} are not those of its training windows ({str(found)[:80]})", step6(adapted)
         )
     return frozenset(rows)
+
+
+def _refuse_unseen(adapted: Path, plan: Plan, cell: Cell, whole: Split) -> None:
+    """Raise LightningDiTError if a cell trains or chooses its weights on what its plan calls unseen."""
+    folder, fold = cell_folder(adapted, *cell), cell[0]
+    own, held = load_split(folder / SPLIT), seen_of(plan, whole, *cell).scenario.held_out
+    for part in ("training", "validation"):
+        windows = listed_windows(own, part, fold)
+        pairs = zip(windows.people.tolist(), windows.conditions.tolist(), strict=True)
+        if odd := [at for at, pair in enumerate(pairs) if pair in held]:
+            name = own.rows[int(windows.rows[odd[0]])].name
+            raise LightningDiTError(
+                f"{folder} has {name} among its {part} windows, and {plan.unseen} is to be unseen", step6(adapted)
+            )
+
+
+def _tokenizer(adapted: Path, cell: Cell) -> tuple[Path, Path]:
+    folder = cell_folder(adapted, *cell)
+    return folder / f"{TOKENIZER}.yaml", folder / TOKENIZER / TOKENIZER_WEIGHTS
 
 
 def _json(path: Path, adapted: Path) -> Mapping[str, Any]:

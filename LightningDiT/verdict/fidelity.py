@@ -260,3 +260,52 @@ def fidelity(
         english = f"people without generated or held-out windows, who are left out: {lacking}"
         notes.append((english, f"没有生成窗口或留出窗口而未计入的人数：{lacking}"))
     return Fidelity(distances, scores, copy_rates(generated.pixels, held_out.pixels, training.pixels), notes)
+
+
+def averaged(found: Sequence[Fidelity]) -> Fidelity:
+    """Return the means over folds; of each person, over the folds that have a number; each note once."""
+    if len(found) == 1:
+        return found[0]
+    names = [name for name in QUANTITIES if any(name == one.quantity for part in found for one in part.distances)]
+    distances = [
+        _mean_distance([one for part in found for one in part.distances if one.quantity == name]) for name in names
+    ]
+    scores = [part.features for part in found]
+    features = FeatureScores(
+        _pair([score.frechet for score in scores]),
+        _mean_scores([score.precision for score in scores]),
+        _mean_scores([score.recall for score in scores]),
+        sum(score.windows for score in scores),
+    )
+    copies = CopyRates(*(float(np.mean([getattr(part.copies, name) for part in found])) for name in COPY_NUMBERS))
+    return Fidelity(distances, features, copies, tuple(dict.fromkeys(note for part in found for note in part.notes)))
+
+
+COPY_NUMBERS = ("samples", "held_out", "threshold")
+
+
+def _pair(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    first, second = np.mean(pairs, 0).tolist()
+    return first, second
+
+
+def _mean_distance(found: Sequence[Distance]) -> Distance:
+    people = {person: None for one in found for person in one.people}
+    means = np.mean([one.means for one in found], 0).tolist()
+    return Distance(
+        found[0].quantity,
+        found[0].unit,
+        *_pair([(one.generated, one.real) for one in found]),
+        {person: _pair([one.people[person] for one in found if person in one.people]) for person in people},
+        (means[0], means[1], means[2]),
+        _pair([one.lacking for one in found]),
+    )
+
+
+def _mean_scores(found: Sequence[tuple[Score, Score] | None]) -> tuple[Score, Score] | None:
+    """Return the means of both scores without intervals, since folds share training windows; None if one is missing."""
+    pairs = [pair for pair in found if pair]
+    if len(pairs) < len(found):
+        return None
+    first, second = _pair([(pair[0].value, pair[1].value) for pair in pairs])
+    return Score(first), Score(second)

@@ -3,35 +3,45 @@
 from __future__ import annotations
 
 import functools
+import shlex
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.metrics.window_judge import STEPS as FILTER_STEPS
-from LightningDiT.radar.level_images import LevelFiles, Windows, has_windows, load_windows, open_level_files
+from LightningDiT.radar.level_images import (
+    LevelFiles,
+    Windows,
+    has_windows,
+    listed_windows,
+    load_windows,
+    open_level_files,
+)
 from LightningDiT.radar.sensor import Sensor
 from LightningDiT.radar.split import Split
 from LightningDiT.verdict.classifiers import Recipe
-from LightningDiT.verdict.fidelity import fidelity
+from LightningDiT.verdict.fidelity import Fidelity, fidelity
 from LightningDiT.verdict.filter import Filter, fit_filter, shares_kept
-from LightningDiT.verdict.gait import axes_of
+from LightningDiT.verdict.gait import Axes, axes_of
 from LightningDiT.verdict.generated import lacking, read_generated
 from LightningDiT.verdict.intervals import WANTED
-from LightningDiT.verdict.pictures import colour_map_of, triples
-from LightningDiT.verdict.report import FilterReport, Report, filter_gain, of_images, write_report
+from LightningDiT.verdict.pictures import Triple, colour_map_of, triples
+from LightningDiT.verdict.report import FilterReport, Report, filter_gain, mean_filter, of_images, write_report
 from LightningDiT.verdict.results import Results, summarise
-from LightningDiT.verdict.rows import ROWS, USUAL, Generated, Scenario, spread, subset, unseen_condition, unseen_pairs
-from LightningDiT.verdict.sentences import Text, advice, certainty, headline
+from LightningDiT.verdict.rows import PAIRS, ROWS, USUAL, Generated, Scenario, scenario_of, spread, subset
+from LightningDiT.verdict.sentences import Text, advice, certainty, copied, headline
+from LightningDiT.verdict.speckle import fit_speckle, put_back, reconstructed
 from LightningDiT.verdict.trials import FoldData, Plan, Trial, announce, run_trials
 
 TRIALS = "trials.json"
 FILTERED = "filtered-1x"  # the row that reports the filter
-PAIRS = "pairs"  # value of `Asked.unseen`
 SEEDS = 3
-ADAPT_AGAIN = "run step6_adapt_models.py with the same images, or name rows without generated windows by --rows"
+LOOK_SECONDS = 300.0  # for fidelity and pictures: further folds are left out, which the report says
+FIRST_SHOWN, SHOWN = 6, 2  # people in the pictures of the first fold, and of each other one
 Cell = tuple[int, int | None]  # fold, and images a person
 Fact = tuple[str, str, str]  # English, Chinese, value
 
@@ -47,6 +57,8 @@ class Judged:
         trained: rows of the split that their generator saw; nothing where that is unknown.
         facts: how they were made.
         seeds: trainings of each row, unless others are asked for.
+        unseen: what their generators did not see, see `rows.scenario_of`.
+        tokenizers: settings and weights of their tokenizer, by fold and images.
     """
 
     levels: Path
@@ -57,6 +69,8 @@ class Judged:
     trained: Mapping[Cell, frozenset[int]] = field(default_factory=dict)
     facts: tuple[Fact, ...] = ()
     seeds: int = SEEDS
+    unseen: str | None = None
+    tokenizers: Mapping[Cell, tuple[Path, Path]] = field(default_factory=dict)
 
 
 def folder_of_windows(folder: Path, levels: Path, split_file: Path, fold: int = 0, images: int | None = None) -> Judged:
@@ -83,7 +97,7 @@ class Asked:
         rows: names of `ROWS`; None: the usual ones, and a filtered one where a filter can be learnt.
         seeds: trainings of each row; None: those of `Judged`.
         wanted: difference in accuracy that is worth the effort.
-        unseen: `PAIRS`, or a condition, that training must lack; None: all is trained on.
+        unseen: `PAIRS`, or a condition, that training must lack; None: that of `Judged`.
         known_sensor: whether axes are those of the simulator's sensor; else rows and columns.
         command: that repeats it.
     """
@@ -126,7 +140,7 @@ class Loader:
     """Gives the windows of folds to trials; keeps what the filter did, for the report."""
 
     def __init__(self, judged: Judged, asked: Asked) -> None:
-        self.judged, self.unseen, self.steps = judged, asked.unseen, asked.recipe.steps
+        self.judged, self.unseen, self.steps = judged, asked.unseen or judged.unseen, asked.recipe.steps
         self.opened: LevelFiles = open_level_files(judged.levels, judged.split_file)
         self.filters: dict[Cell, FilterReport] = {}
 
@@ -143,12 +157,7 @@ class Loader:
 
     def scenario(self, fold: int) -> Scenario:
         """Return what is held out of training in a fold."""
-        if self.unseen is None:
-            return Scenario()
-        test = self.part("test", fold)
-        if self.unseen == PAIRS:
-            return unseen_pairs(self.part("training", fold), test)
-        return unseen_condition(test, self.unseen)
+        return scenario_of(self.unseen, *(listed_windows(self.split, part, fold) for part in ("training", "test")))
 
     def __call__(self, fold: int) -> FoldData:
         """Return the windows of a fold, the generated ones read when they are first asked for."""
@@ -173,7 +182,26 @@ class Loader:
             self.filters[fold, images] = _filter_report(learnt, keeps, made)
             return made[torch.nonzero(keeps)[:, 0]]
 
-        return FoldData(training, validation, test, generated, filtered)
+        @functools.cache
+        def speckled(images: int | None) -> Generated | None:
+            made = generated(images)
+            if made is None:
+                return None
+            seen = training.pixels[spread(training, images)]
+            lost = fit_speckle(seen, reconstructed(*self._tokenizer(fold, images), seen))
+            return replace(made, pixels=put_back(lost, made.pixels, fold))
+
+        return FoldData(training, validation, test, generated, filtered, speckled)
+
+    def _tokenizer(self, fold: int, images: int | None) -> tuple[Path, Path]:
+        """Return settings and weights of the tokenizer whose windows lack speckle."""
+        found = self.judged.tokenizers.get((fold, images))
+        if found is None:
+            raise LightningDiTError(
+                f"rows with speckle put back need the tokenizer of step 6, and that of fold {fold} is unknown",
+                "judge a folder of step 6 by --adapted, or leave out these rows",
+            )
+        return found
 
     def _check_trained(self, training: Windows, fold: int, images: int | None) -> None:
         """Raise LightningDiTError unless the generator of a cell saw just the images that its classifiers see."""
@@ -185,8 +213,17 @@ class Loader:
         raise LightningDiTError(
             f"the generator of fold {fold} saw {len(saw)} images, the classifiers see {len(seen)}{unseen}, and {name}"
             " is not among both",
-            ADAPT_AGAIN,
+            adapt_again(self.unseen),
         )
+
+
+def adapt_again(unseen: str | None) -> str:
+    """Return what makes generators that see what the classifiers see."""
+    option = f" --unseen {shlex.quote(unseen)}" if unseen else ""
+    return (
+        f"run step6_adapt_models.py{option} with the same images and another --output, or name rows without generated"
+        " windows by --rows"
+    )
 
 
 def _filter_report(learnt: Filter, keeps: torch.Tensor, made: Generated) -> FilterReport:
@@ -214,7 +251,7 @@ def rows_of(asked: Asked, judged: Judged, split: Split) -> tuple[str, ...]:
 def plans_of(asked: Asked, judged: Judged, loader: Loader) -> list[Plan]:
     """Return what is trained; unseen pairs are others in each fold."""
     rows = rows_of(asked, judged, loader.split)
-    folds = [(fold,) for fold in judged.folds] if asked.unseen == PAIRS else [judged.folds]
+    folds = [(fold,) for fold in judged.folds] if loader.unseen == PAIRS else [judged.folds]
     seeds = asked.seeds or judged.seeds
     return [Plan(part, judged.images, rows, seeds, asked.recipe, loader.scenario(part[0])) for part in folds]
 
@@ -256,6 +293,8 @@ def judge(judged: Judged, asked: Asked, folder: Path, known: Sequence[Trial] = (
     report = _report(judged, asked, loader, results)
     page, _ = write_report(report, folder)
     found = [_sentence(one, len(results) > 1) for one in results]
+    if (copies := copied(report.fidelity))[0]:
+        found.append(copies)
     return Outcome(results[0], found, advice(results[0], report.fidelity, filter_gain(results[0])), page), trials
 
 
@@ -268,24 +307,39 @@ def _sentence(results: Results, is_one_of_several: bool) -> Text:
 
 
 def _report(judged: Judged, asked: Asked, loader: Loader, results: Sequence[Results]) -> Report:
-    """Return the report, whose fidelity, filter and pictures are of the first fold and number of images."""
-    fold, images = judged.folds[0], judged.images[0]
-    data, settings = loader(fold), loader.split.settings
-    made = _generated(data, images, [row.row for row in results[0].rows])
-    seen = subset(data.training, spread(data.training, images))
+    """Return the report, whose fidelity, filter and pictures are of the first number of images."""
+    data, settings, images = loader(judged.folds[0]), loader.split.settings, judged.images[0]
     axes = axes_of(settings, loader.opened.size, Sensor() if asked.known_sensor else None)
+    looks = _looks(judged, asked, loader, axes) if _most([row.row for row in results[0].rows]) else {}
+    filters = [loader.filters[fold, images] for fold in judged.folds if (fold, images) in loader.filters]
     return Report(
         results,
         data.test.class_names,
         data.test.condition_names,
         axes,
         colour_map_of(settings),
-        fidelity(made, data.test, seen, axes, asked.recipe) if made else None,
-        loader.filters.get((fold, images)),
-        triples(made, data.test, seen) if made else (),
-        (*judged.facts, *_facts(judged, asked, results)),
+        {fold: found for fold, (found, _) in looks.items()},
+        mean_filter(filters) if filters else None,
+        {fold: shown for fold, (_, shown) in looks.items()},
+        (*judged.facts, *_facts(judged, asked, results, list(looks))),
         asked.command,
     )
+
+
+def _looks(judged: Judged, asked: Asked, loader: Loader, axes: Axes) -> dict[int, tuple[Fidelity, Sequence[Triple]]]:
+    """Return fidelity and pictures of each fold, as many as `LOOK_SECONDS` are enough for, and one at least."""
+    looks: dict[int, tuple[Fidelity, Sequence[Triple]]] = {}
+    images, began = judged.images[0], time.monotonic()
+    for at, fold in enumerate(judged.folds):
+        if at and (time.monotonic() - began) * (at + 1) / at > LOOK_SECONDS:
+            break
+        data = loader(fold)
+        made = data.generated(images)
+        if made is not None:
+            seen = subset(data.training, spread(data.training, images))
+            found = fidelity(made, data.test, seen, axes, asked.recipe)
+            looks[fold] = found, triples(made, data.test, seen, SHOWN if looks else FIRST_SHOWN, at)
+    return looks
 
 
 def _most(rows: Sequence[str]) -> int:
@@ -304,15 +358,21 @@ def _lacking(data: FoldData, images: int | None, rows: Sequence[str], made: Gene
     return lacking(made.people, real, _most(rows), data.training.class_names)
 
 
-def _facts(judged: Judged, asked: Asked, results: Sequence[Results]) -> list[Fact]:
-    recipe, fold = asked.recipe, judged.folds[0]
+def _facts(judged: Judged, asked: Asked, results: Sequence[Results], looked: Sequence[int]) -> list[Fact]:
+    recipe = asked.recipe
     validation = results[0].rows[0].validation
     numbers = ", ".join("all" if images is None else str(images) for images in judged.images)
+    folds, shown = (", ".join(map(str, part)) for part in (judged.folds, looked))
+    of = "" if len(looked) == len(judged.folds) else f" ({len(judged.folds)}; {LOOK_SECONDS / 60:g} min)"
     return [
         ("Real windows", "真实窗口", f"{judged.levels}, {judged.split_file}"),
-        ("Folds", "折", ", ".join(map(str, judged.folds))),
+        ("Folds", "折", folds),
         ("Images a person", "每人图像数", numbers),
         ("Classifier", "分类器", f"{recipe.classifier}; {recipe.steps} x {recipe.batch}"),
         ("Looks at the validation windows", "验证次数", f"{recipe.looks}; {validation:.0f}"),
-        ("Fidelity, filter and pictures: fold", "相似程度、筛选与图片所用的折", str(fold)),
+        *(
+            [("Fidelity and pictures: folds (of; time limit)", "相似程度与图片所用的折（总数；时间上限）", shown + of)]
+            if looked
+            else []
+        ),
     ]

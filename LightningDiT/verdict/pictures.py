@@ -20,7 +20,6 @@ from LightningDiT.sampling.demo_report import both_languages, escaped
 from LightningDiT.verdict.gait import Axes
 from LightningDiT.verdict.rows import Generated
 
-SHOWN = 6  # people
 COLOUR_MAP = "jet"  # of data without one
 STEPS = (0.1, 0.2, 0.25, 0.5, 1, 2, 2.5, 5, 10, 20, 25, 50, 100)  # between two ticks of an axis
 
@@ -46,12 +45,15 @@ class Triple:
     shift: int
 
 
-def triples(generated: Generated, held_out: Windows, training: Windows, shown: int = SHOWN) -> list[Triple]:
+def triples(generated: Generated, held_out: Windows, training: Windows, shown: int, turn: int = 0) -> list[Triple]:
     """Return the pictures of `shown` people, evenly from all, and last the generated window most like a training one.
 
     Each person's first generated window is shown, which nobody chose, beside the first held-out one.
+
+    Args:
+        turn: people by whom the choice is moved on, so that folds show different ones.
     """
-    people = generated.people.unique().tolist()
+    people = np.roll(generated.people.unique().numpy(), -turn).tolist()
     chosen = [
         people[at] for at in np.unique(np.linspace(0, len(people) - 1, min(shown, len(people))).round().astype(int))
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -9,16 +10,18 @@ from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from LightningDiT.files import write_text
 from LightningDiT.metrics.scores import Score
 from LightningDiT.sampling.demo_report import STYLE, both_languages, escaped, html_row, html_table
 from LightningDiT.verdict import pictures
-from LightningDiT.verdict.fidelity import QUANTITIES, Fidelity
+from LightningDiT.verdict.fidelity import QUANTITIES, Fidelity, averaged
 from LightningDiT.verdict.gait import Axes
 from LightningDiT.verdict.intervals import HELPS, HURTS, Interval
 from LightningDiT.verdict.results import Results, RowResult
 from LightningDiT.verdict.rows import ROWS
-from LightningDiT.verdict.sentences import advice, certainty, ends, headline, percent, points
+from LightningDiT.verdict.sentences import advice, certainty, copied, ends, headline, percent, points
 
 HTML, JSON = "report.html", "report.json"
 FORMAT = "verdict on generated windows, 1"
@@ -74,6 +77,8 @@ class Report:
     Attributes:
         results: the first one has the verdict of the page.
         class_names, condition_names: by number; condition_names is None if there is one condition.
+        fidelity, triples: of folds, by number; the page has the means, and the pictures of each.
+        filter: means over folds.
         facts: how it was made: English, Chinese and value.
         command: makes the same, as a person types it.
     """
@@ -83,11 +88,16 @@ class Report:
     condition_names: Sequence[str] | None
     axes: Axes
     colour_map: str
-    fidelity: Fidelity | None
+    fidelity: Mapping[int, Fidelity]
     filter: FilterReport | None
-    triples: Sequence[pictures.Triple]
+    triples: Mapping[int, Sequence[pictures.Triple]]
     facts: Sequence[tuple[str, str, str]]
     command: str
+
+    @functools.cached_property
+    def mean_fidelity(self) -> Fidelity | None:
+        """The means over folds; None without any."""
+        return averaged(list(self.fidelity.values())) if self.fidelity else None
 
 
 def write_report(report: Report, folder: Path) -> tuple[Path, Path]:
@@ -103,16 +113,16 @@ def write_report(report: Report, folder: Path) -> tuple[Path, Path]:
 def as_json(report: Report) -> dict[str, Any]:
     """Return every number of the report by names; what is infinite or no number is null."""
     main = report.results[0]
-    english = [headline(main)[0], certainty(main)[0]]
-    chinese = [headline(main)[1], certainty(main)[1]]
-    tried = advice(main, report.fidelity, filter_gain(main))
+    said = [text for text in (headline(main), certainty(main), copied(report.mean_fidelity)) if text[0]]
+    tried = advice(main, report.mean_fidelity, filter_gain(main))
     return {
         "format": FORMAT,
-        "verdict": {"en": " ".join(english), "zh": "".join(chinese)},
+        "verdict": {"en": " ".join(text[0] for text in said), "zh": "".join(text[1] for text in said)},
         "outcome": main.verdict.outcome if main.verdict else None,
         "what_to_try": [{"en": text[0], "zh": text[1]} for text in tried],
         "results": [_results_json(results, report) for results in report.results],
-        "fidelity": _plain(report.fidelity),
+        "fidelity": _plain(report.mean_fidelity),
+        "fidelity_of_folds": _plain(report.fidelity),
         "filter": _plain(report.filter),
         "axes": _plain(report.axes),
         "facts": {fact[0]: fact[2] for fact in report.facts},
@@ -179,11 +189,12 @@ def _verdict(report: Report) -> str:
     main = report.results[0]
     colour = COLOURS.get(main.verdict.outcome, "") if main.verdict else ""
     style = f' style="border-color: {colour}"' if colour else ""
-    first, second = _paragraph(headline(main), ' class="first"'), _paragraph(certainty(main))
-    tried = advice(main, report.fidelity, filter_gain(main))
+    said = _paragraph(headline(main), ' class="first"') + _paragraph(certainty(main))
+    said += _paragraph(copied(report.mean_fidelity))
+    tried = advice(main, report.mean_fidelity, filter_gain(main))
     items = "".join(f"<li>{both_languages(escaped(text[0]), escaped(text[1]))}</li>" for text in tried)
     below = f"<p>{both_languages('What to try:', '可尝试：')}</p>\n<ul>{items}</ul>" if items else ""
-    return f'<div class="verdict"{style}>{first}{second}</div>\n{below}'
+    return f'<div class="verdict"{style}>{said}</div>\n{below}'
 
 
 def of_images(results: Results) -> tuple[str, str]:
@@ -304,6 +315,17 @@ def filter_gain(results: Results) -> float | None:
     return pairs[0][1] - pairs[0][0] if pairs else None
 
 
+def mean_filter(found: Sequence[FilterReport]) -> FilterReport:
+    """Return the means of what the filters of folds did; of each person, over the folds that have windows of it."""
+    people = {person for one in found for person in one.people}
+    shares = {
+        person: float(np.mean([one.people[person] for one in found if person in one.people]))
+        for person in sorted(people)
+    }
+    kept, *others = np.mean([(one.kept, one.real_kept, one.confidence, one.margin) for one in found], 0).tolist()
+    return FilterReport(kept, shares, *others)
+
+
 def _filter(report: Report) -> str:
     found = report.filter
     if found is None:
@@ -334,7 +356,7 @@ def _number(value: float) -> str:
 
 
 def _fidelity(report: Report) -> str:
-    found = report.fidelity
+    found = report.mean_fidelity
     if found is None:
         return ""
     head = _head(
@@ -366,7 +388,7 @@ def _fidelity(report: Report) -> str:
     values.append(("copies", (percent(copies.samples), percent(copies.held_out))))
     lines = [_head(("Measure", "指标"), ("Generated", "生成"), ("Real, other passes", "真实（其他行走段）"))]
     lines += [html_row(both_languages(*map(escaped, titles[name])), *pair) for name, pair in values]
-    notes = "".join(_paragraph(note, ' class="notes"') for note in found.notes)
+    notes = "".join(_paragraph(note, ' class="notes"') for note in (_allowed(found), *found.notes))
     explained = _paragraph(
         (
             "Wasserstein-1 distances, person by person, then averaged. Equally many generated and real windows of other"
@@ -376,7 +398,19 @@ def _fidelity(report: Report) -> str:
         )
     )
     heading = _heading("How like real windows they are", "与真实窗口的相似程度")
+    if len(report.fidelity) > 1:
+        heading += _paragraph((f"Means of {len(report.fidelity)} folds.", f"{len(report.fidelity)} 折的均值。"))
     return "\n".join([heading, explained, _table(rows), _table(lines), notes])
+
+
+def _allowed(found: Fidelity) -> tuple[str, str]:
+    """Return whether copies are rare enough."""
+    most, passes = percent(found.copies.allowed), found.copies.passes
+    return (
+        f"Copies: at most {most} are allowed, twice the share of real held-out windows (which counts as 5 % at least):"
+        f" {'passed' if passes else 'not passed'}.",
+        f"复制：允许上限为 {most}，即真实留出窗口比例（至少按 5 % 计）的两倍：{'通过' if passes else '未通过'}。",
+    )
 
 
 def _share(score: Score) -> str:
@@ -386,9 +420,20 @@ def _share(score: Score) -> str:
 
 
 def _pictures(report: Report) -> str:
-    if not report.triples:
+    folds = {fold: shown for fold, shown in report.triples.items() if shown}
+    if not folds:
         return ""
-    shown = [pictures.triple_html(one, report.class_names, report.axes, report.colour_map) for one in report.triples]
+    parts = [_heading("Real, generated, nearest", "真实、生成、最近")]
+    for at, (fold, shown) in enumerate(folds.items()):
+        figures = _fold_pictures(shown, report)
+        title = both_languages(f"Fold {fold}", f"第 {fold} 折")
+        parts.append(f"<details><summary>{title}</summary>\n{figures}\n</details>" if at else figures)
+    return "\n".join(parts)
+
+
+def _fold_pictures(triples: Sequence[pictures.Triple], report: Report) -> str:
+    """Return the pictures of one fold: of people, and of the window nearest to a training window."""
+    shown = [pictures.triple_html(one, report.class_names, report.axes, report.colour_map) for one in triples]
     first = _paragraph(
         (
             "The first generated window of each person, which nobody chose.",
@@ -401,8 +446,7 @@ def _pictures(report: Report) -> str:
             "所有生成窗口中与训练窗口最接近的一个：",
         )
     )
-    heading = _heading("Real, generated, nearest", "真实、生成、最近")
-    return "\n".join([heading, first, *shown[:-1], last, shown[-1]])
+    return "\n".join([first, *shown[:-1], last, shown[-1]])
 
 
 def _made(report: Report) -> str:

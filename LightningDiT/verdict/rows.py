@@ -21,6 +21,7 @@ class Row:
         augmented: classical augmentation of every image, real or generated.
         generated: how many generated images for each real one of a person.
         filtered: of these, only such as pass the filter.
+        speckled: their speckle is put back, see `speckle`.
     """
 
     title: str
@@ -29,9 +30,11 @@ class Row:
     augmented: bool = True
     generated: int = 0
     filtered: bool = False
+    speckled: bool = False
 
 
 REAL, BASE, ALONE = "real", "augmented", "alone"
+FILTERED, PLAIN, SPECKLED = "filtered-", "plain-", "speckle-"  # first parts of names
 #: By name. With generated images everything is augmented as in `BASE`, so that the difference to it is theirs alone;
 #: the plain rows differ from `REAL` in the same way.
 ROWS = {
@@ -39,12 +42,18 @@ ROWS = {
     BASE: Row("real + classical augmentation", "真实 + 传统增强"),
     **{
         f"{name}{times}x": Row(
-            f"real + generated {times}x{english}", f"真实 + 生成 {times} 倍{chinese}", True, augmented, times, filtered
+            f"real + generated {times}x{english}",
+            f"真实 + 生成 {times} 倍{chinese}",
+            augmented=name != PLAIN,
+            generated=times,
+            filtered=name == FILTERED,
+            speckled=name == SPECKLED,
         )
-        for name, english, chinese, augmented, filtered in (
-            ("", "", "", True, False),
-            ("filtered-", ", filtered", "，经筛选", True, True),
-            ("plain-", ", no augmentation", "，无增强", False, False),
+        for name, english, chinese in (
+            ("", "", ""),
+            (FILTERED, ", filtered", "，经筛选"),
+            (PLAIN, ", no augmentation", "，无增强"),
+            (SPECKLED, ", speckle put back", "，补回散斑"),
         )
         for times in (1, 2, 4)
     },
@@ -61,7 +70,7 @@ def spread(windows: Windows, images: int | None) -> Tensor:
     Args:
         images: None: all.
     """
-    if images is None:
+    if images is None or not len(windows.people):
         return torch.arange(len(windows.people))
     chosen = []
     for person in windows.people.unique().tolist():
@@ -129,6 +138,9 @@ def taken(generated: Generated, people: Tensor, times: int) -> Tensor:
 # ---- which windows train and which are tested
 
 
+PAIRS = "pairs"  # in place of the name of an unseen condition
+
+
 @dataclass(frozen=True)
 class Scenario:
     """Pairs of person and condition that nothing but the test sees: neither classifier, nor validation, nor generator.
@@ -158,6 +170,21 @@ def subset(windows: Windows, rows: Tensor) -> Windows:
     """Return some of the windows."""
     parts = (windows.pixels, windows.people, windows.conditions, windows.passes, windows.rows)
     return Windows(*(part[rows] for part in parts), windows.class_names, windows.condition_names, windows.db_range)
+
+
+def scenario_of(unseen: str | None, training: Windows, test: Windows) -> Scenario:
+    """Return what nothing but the test of a fold sees.
+
+    Args:
+        unseen: `PAIRS`, or the name of a condition; None: everything is seen.
+        training, test: of the fold.
+
+    Raises:
+        LightningDiTError: see `unseen_condition` and `unseen_pairs`.
+    """
+    if unseen is None:
+        return Scenario()
+    return unseen_pairs(training, test) if unseen == PAIRS else unseen_condition(test, unseen)
 
 
 def unseen_condition(windows: Windows, condition: str) -> Scenario:

@@ -85,6 +85,21 @@ def certainty(results: Results) -> Text:
     )
 
 
+def copied(found: Fidelity | None) -> Text:
+    """Return a sentence if more windows look like copies than may; empty otherwise."""
+    if found is None or found.copies.passes:
+        return "", ""
+    share, held, most = (
+        percent(value) for value in (found.copies.samples, found.copies.held_out, found.copies.allowed)
+    )
+    return (
+        f"Warning: {share} of the generated windows look like copies of training windows; {held} of real held-out"
+        f" windows do, and {most} are allowed. What they gain or lose may be that of copies.",
+        f"警告：{share} 的生成窗口近似训练窗口的复制；真实留出窗口为 {held}，允许上限为 {most}。"
+        "其得失可能只是复制的效果。",
+    )
+
+
 def advice(results: Results, found: Fidelity | None, filtered: float | None) -> list[Text]:
     """Return what to try next, by what was measured; nothing if it helps as much as was asked for.
 
@@ -163,19 +178,17 @@ def _by_fidelity(found: Fidelity) -> list[Text]:
         share = f"{100 * texture.means[0] / texture.means[2]:.0f} %"
         texts.append(
             (
-                f"Generated windows have {share} of the texture of real ones: use a tokenizer that keeps speckle"
-                " (adversarial or spectral loss).",
-                f"生成窗口的纹理只有真实窗口的 {share}：请使用能保留散斑的 tokenizer（对抗或谱损失）。",
+                f"Generated windows have {share} of the texture of real ones: put speckle back (a row such as"
+                " speckle-1x), or use a tokenizer that keeps it (adversarial or spectral loss).",
+                f"生成窗口的纹理只有真实窗口的 {share}：请补回散斑（如方案 speckle-1x），"
+                "或使用能保留散斑的 tokenizer（对抗或谱损失）。",
             )
         )
     if not found.copies.passes:
-        copied, held = percent(found.copies.samples), percent(found.copies.held_out)
         texts.append(
             (
-                f"{copied} of the generated windows are as near to a training window as a copy ({held} of real held-out"
-                " ones are): take earlier weights, or augment more.",
-                f"{copied} 的生成窗口与训练窗口近似到可视为复制（真实留出窗口为 {held}）："
-                "请使用更早的权重或加强数据增强。",
+                "Against copies of training windows take earlier weights, or augment more.",
+                "为减少对训练窗口的复制，请使用更早的权重或加强数据增强。",
             )
         )
     if any(name in by_name and by_name[name].ratio > FAR for name in ("ridge", "upper", "lower", "cadence")):

@@ -19,7 +19,7 @@ from LightningDiT.radar.training_file import DOWNSAMPLING
 from LightningDiT.tokenizer.autoencoder import AutoencoderKL
 from LightningDiT.tokenizer.config import load_tokenizer_config
 from LightningDiT.tokenizer.vavae import autoencoder_settings
-from LightningDiT.verdict.adapting import TOKENIZER_TEMPLATE, Plan, counts_of, has_validation, jobs_of
+from LightningDiT.verdict.adapting import TOKENIZER_TEMPLATE, Plan, counts_of, jobs_of, validating
 
 CHANNELS = 6  # of a latent of the template's tokenizer
 JUDGED = 8  # samples of a person in a look
@@ -97,10 +97,11 @@ def estimate(plan: Plan, split: Split, costs: Costs) -> Estimate:
     for fold, images in plan.cells:
         real, generated = counts[fold, images], plan.generated * counts[fold, images]
         trainings += plan.tokenizer_steps * costs.tokenizer
-        rest += per_pixels * (plan.draws * real + len(split.part("validation", fold)))
+        valid = validating(plan, split, fold)
+        rest += per_pixels * (plan.draws * real + valid)
         for seconds in costs.networks.values():
             sample = 2 * points * FORWARD * seconds / plan.batch + per_pixels  # guidance asks the network twice
-            looks = plan.looks if has_validation(split, fold) else 0
+            looks = plan.looks if valid else 0
             trainings += plan.steps * seconds
             rest += generated * sample + looks * (LOOK + JUDGED * len(split.people) * sample)
     return Estimate(trainings, rest + PROCESS * len(jobs_of(plan, plan.levels, split)))
