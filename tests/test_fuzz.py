@@ -658,6 +658,8 @@ PROGRAMS: dict[str, list[str]] = {
     "LightningDiT.evaluate": ["--samples", "images", "--reference", "missing"],
     "LightningDiT.evaluate_tokenizer": ["--config", "tokenizer.yaml", "--images", "missing"],
     "LightningDiT.tools.merge_adapter": ["--config", "missing.yaml", "--output", "o", "--dry-run"],
+    "LightningDiT.tools.convert_tokenizer": ["--tokenizer", "tokenizer.yaml", "--output", "o", "--dry-run"],
+    "LightningDiT.tools.convert_pipeline": ["--config", "config.yaml", "--output", "o", "--dry-run"],
     "LightningDiT.tools.prune_latents": ["--latents", "shards", "--output", "o", "--dry-run"],
     "LightningDiT.tools.plot_training": ["missing"],
     "LightningDiT.tools.calibrate_solver": ["--config", "missing.yaml"],

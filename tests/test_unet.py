@@ -415,7 +415,7 @@ def assert_guided(config: Config, network: Network) -> None:
     known, unknown = (network(noise, torch.zeros(1), given) for given in (labels, null))
     assert float((known - unknown).abs().max()) > 1e-4
     pipe = LightningDiTPipeline.from_config(config, device="cpu")
-    assert pipe._metadata()["latent_side"] == "8"
+    assert pipe.metadata()["latent_side"] == "8"
     out = pipe([0, 2, 1], conditions=[1, 0, 1], latents=noise, output_type="latent").images
     torch.testing.assert_close(out, noise + unknown + 3 * (known - unknown), atol=1e-5, rtol=1e-5)
     assert load_weights(config.ckpt_path or "").keys() == network.state_dict().keys()

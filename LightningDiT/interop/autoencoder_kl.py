@@ -68,7 +68,7 @@ def diffusers_config(settings: AutoencoderSettings, stats: LatentStats | None, t
         "scaling_factor": stats.multiplier if stats else 1.0,
         **told,
     }
-    if stats:
+    if stats and not stats.is_identity:
         more = told["latent_channels"] - stats.mean.numel()
         config["latents_mean"] = stats.mean.flatten().tolist() + [0.0] * more
         config["latents_std"] = stats.std.flatten().tolist() + [1.0] * more

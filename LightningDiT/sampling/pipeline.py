@@ -237,7 +237,7 @@ class LightningDiTPipeline:
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
         stats, sample = self.tokenizer.stats, self.config.sample
-        save_weights(self.transformer.state_dict(), folder / "transformer.safetensors", self._metadata())
+        save_weights(self.transformer.state_dict(), folder / "transformer.safetensors", self.metadata())
         metadata = stats.as_metadata() if stats else {}
         save_weights(self.tokenizer.model.state_dict(), folder / "tokenizer.safetensors", metadata)
         if self.guide is not None:
@@ -349,7 +349,7 @@ class LightningDiTPipeline:
         same = all(name in theirs and torch.equal(theirs[name].to(x.dtype), x.cpu()) for name, x in ours.items())
         return KNOWN[model] if same else Facts()
 
-    def _metadata(self) -> dict[str, str]:
+    def metadata(self) -> dict[str, str]:
         """Return the metadata of the network's weights: names of its labels, whether the null ones were trained, and
         which adapter they hold."""
         names = {CLASS_NAMES: self.labels.identity, CONDITION_NAMES: self.conditions and self.conditions.identity}

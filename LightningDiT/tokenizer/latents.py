@@ -49,6 +49,11 @@ class LatentStats:
         """Return mean 0 and deviation 1, for `data.latent_norm: false`."""
         return cls(torch.zeros(1, channels, 1, 1), torch.ones(1, channels, 1, 1))
 
+    @property
+    def is_identity(self) -> bool:
+        """Whether they change nothing but by the multiplier."""
+        return bool((self.mean == 0).all() and (self.std == 1).all())
+
     @classmethod
     def load(cls, path: str | Path, channels: int | None = None, multiplier: float = 1.0) -> LatentStats:
         """Return the statistics in `path`, a dictionary of `mean` and `std`: (C,), (C, 1, 1) or (1, C, 1, 1).
@@ -220,6 +225,6 @@ def _problems(mean: Tensor, std: Tensor, channels: int | None = None) -> list[st
         return problems
     if (std <= 0).any():
         return [f"std is not positive in {int((std <= 0).sum())} of {std.numel()} channels"]
-    if (mean == 0).all() and (std == 1).all():
+    if LatentStats(mean, std).is_identity:
         return ["mean is 0 and std is 1 in every channel: placeholder numbers, which ruin every image"]
     return []

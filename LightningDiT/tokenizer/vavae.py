@@ -72,6 +72,7 @@ class VA_VAE:  # noqa: N801 - the published name
         ckpt_path: weights; default: the YAML's `ckpt_path`.
         stats: statistics of the latents, which `encode` and `decode` need.
         device: default: a GPU that works, as in the published code, else the CPU.
+        model: the network with its weights, if they are in memory already; no file is read then.
     """
 
     def __init__(
@@ -81,15 +82,16 @@ class VA_VAE:  # noqa: N801 - the published name
         ckpt_path: str | Path | None = None,
         stats: LatentStats | None = None,
         device: torch.device | str | None = None,
+        model: AutoencoderKL | None = None,
     ) -> None:
         self.config = config if isinstance(config, TokenizerConfig) else load_tokenizer_config(config)
         path = diffusers_vae.weights_file(ckpt_path) if ckpt_path else self.config.ckpt_path
-        if not path:
+        if not path and model is None:
             raise LightningDiTError(
                 f"{self.config.source} names no ckpt_path; the tokenizer's weights are expected there",
                 "python step3_setup_configs.py",
             )
-        self.model = load_autoencoder(self.config, path).to(device or best_device())
+        self.model = (model or load_autoencoder(self.config, path)).to(device or best_device())
         self.embed_dim = self.model.settings.embed_dim
         self.downsample_factor = self.model.settings.downsample_factor
         self.img_size = img_size or self.model.settings.resolution
