@@ -216,7 +216,8 @@ def format_bytes(count: float) -> str:
 
 
 class Progress:
-    """Work that goes by, with rate and time left: a moving line on a terminal, else a line every ten seconds.
+    """Work that goes by, with rate and time left: a moving line on a terminal, tqdm's bar in a notebook, else (in a
+    pipe or a log) a line every ten seconds.
 
     Args:
         total: amount in all.
@@ -236,6 +237,7 @@ class Progress:
         self._interval = MOVING_INTERVAL if self._moving else PLAIN_INTERVAL
         self._began = self._shown = time.monotonic()
         self._width = 0
+        self._bar = None if quiet or self._moving else notebook_bar(total, unit, label, start)
 
     def __enter__(self) -> Progress:
         return self
@@ -251,6 +253,10 @@ class Progress:
         """Show that `done` units are finished, a part of one included, and `note` behind them."""
         self.done = done
         now = time.monotonic()
+        if self._bar is not None:
+            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(round(done) - self._bar.n)
+            return
         if self._quiet or now - self._shown < self._interval or done <= self._start:
             return
         self._shown = now
@@ -263,7 +269,9 @@ class Progress:
             print(line, flush=True)
 
     def close(self) -> None:
-        """Wipe the moving line, so that what follows starts on a line of its own."""
+        """Wipe the moving line or the bar, so that what follows starts on a line of its own."""
+        if self._bar is not None:
+            self._bar.close()
         if self._width:
             sys.stderr.write("\r" + " " * self._width + "\r")
             sys.stderr.flush()
@@ -280,6 +288,30 @@ class Progress:
         share = f"{100 * self.done / self.total:.0f} %"
         left = f"about {duration(seconds * (self.total - self.done))} left"
         return f"  {self._prefix}" + ", ".join(part for part in (amount, share, rate, note, left) if part)
+
+
+def in_notebook() -> bool:
+    """Return whether this process is the kernel of a notebook."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return getattr(shell, "kernel", None) is not None
+
+
+def notebook_bar(total: int, unit: str, label: str, start: float) -> Any:
+    """Return a bar of tqdm that moves in a notebook, by widgets if they are installed; None elsewhere or without tqdm.
+
+    Args: see `Progress`.
+    """
+    if not in_notebook():
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # tqdm warns that ipywidgets is absent, and then writes text
+            from tqdm.auto import tqdm
+    except ImportError:
+        return None
+    kind = {"unit": "B", "unit_scale": True} if unit == "byte" else {"unit": f" {unit}s"}
+    pace = {"mininterval": MOVING_INTERVAL, "miniters": 0, "delay": MOVING_INTERVAL}
+    return tqdm(total=total, desc=label or None, initial=start, leave=False, **kind, **pace)
 
 
 class StopRequest:

@@ -311,6 +311,93 @@ def test_progress_needs_no_tqdm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         assert "1 of 2 images" in capsys.readouterr()[moving]
 
 
+class Shell:
+    """What IPython says of itself; only in the kernel of a notebook has it a `kernel`."""
+
+    def __init__(self, **parts: object) -> None:
+        vars(self).update(parts)
+
+
+@pytest.fixture
+def in_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "IPython", Shell(get_ipython=lambda: Shell(kernel=object())))
+    monkeypatch.setattr(console, "MOVING_INTERVAL", 0.0)
+
+
+def test_a_notebook_is_told_from_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    for answer, expected in ((None, False), (Shell(), False), (Shell(kernel=object()), True)):
+        monkeypatch.setitem(sys.modules, "IPython", Shell(get_ipython=lambda answer=answer: answer))
+        assert console.in_notebook() == expected
+    monkeypatch.delitem(sys.modules, "IPython")
+    assert not console.in_notebook()
+
+
+@pytest.mark.parametrize(
+    ("total", "unit", "start", "words"),
+    [(4, "image", 0, "  75%"), (4, "image", 2, "3/4"), (4_000_000, "byte", 0, "3.00M/4.00M")],
+)
+def test_in_a_notebook_one_line_moves(
+    total: int, unit: str, start: int, words: str, in_kernel: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Progress(total, unit, label="work", start=start) as progress:
+        progress.reach(0.75 * total, "a note")
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "\n" not in shown.err
+    line = shown.err.split("\r")[-3]  # before the one of blanks
+    assert line.startswith("work: ")
+    assert words in line
+    assert line.rstrip().endswith(", a note]")
+    assert ("B/s" if unit == "byte" else " images/s") in line or f"/ {unit}s" in line
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_a_notebook_without_tqdm_gets_plain_lines(
+    quiet: bool, in_kernel: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    monkeypatch.setattr(console, "PLAIN_INTERVAL", 0.0)
+    with Progress(2, "image", quiet=quiet) as progress:
+        progress.update()
+    shown = capsys.readouterr()
+    assert shown.out.startswith("" if quiet else "  1 of 2 images, 50 %")
+    assert bool(shown.out) != quiet
+    assert shown.err == ""
+
+
+def test_lines_of_a_pipe_keep_their_distance(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A hundred images in 25 s make a line at 10 s and one at 20 s."""
+    clock = iter([0.0, *(0.25 * number for number in range(1, 101))])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    with Progress(100, "image") as progress:
+        for _ in range(100):
+            progress.update()
+    shown = capsys.readouterr()
+    assert [line[:14] for line in shown.out.splitlines()] == ["  40 of 100 im", "  80 of 100 im"]
+    assert shown.err == ""
+
+
+def test_a_kernel_shows_a_bar_in_one_output() -> None:
+    """A real kernel; the program runs in it, and its messages come back as those of a cell."""
+    manager = pytest.importorskip("jupyter_client.manager", reason="requirements-dev.txt brings it by ipykernel")
+    code = (
+        "import time\nfrom LightningDiT.console import Progress\nwith Progress(3, 'image', label='work') as progress:\n"
+        "    for _ in range(3):\n        time.sleep(0.25)\n        progress.update()\nprint('behind')"
+    )
+    outputs: list[dict[str, object]] = []
+    with manager.run_kernel(cwd=str(PROJECT)) as client:
+        client.execute_interactive(code, timeout=120, output_hook=lambda message: outputs.append(message["content"]))
+    text = {
+        name: "".join(str(one["text"]) for one in outputs if one.get("name") == name) for name in ("stdout", "stderr")
+    }
+    assert text["stdout"] == "behind\n"
+    widgets = [one for one in outputs if "application/vnd.jupyter.widget-view+json" in str(one)]
+    assert widgets or ("work: " in text["stderr"] and "\n" not in text["stderr"])
+    assert "Warning" not in text["stderr"]
+
+
 def test_the_first_ctrl_c_is_a_request_and_the_second_an_end(capfd: pytest.CaptureFixture[str]) -> None:
     with StopRequest() as stop:
         assert not stop.asked
