@@ -293,9 +293,9 @@ def judge(judged: Judged, asked: Asked, folder: Path, known: Sequence[Trial] = (
     report = _report(judged, asked, loader, results)
     page, _ = write_report(report, folder)
     found = [_sentence(one, len(results) > 1) for one in results]
-    if (copies := copied(report.fidelity))[0]:
+    if (copies := copied(report.mean_fidelity))[0]:
         found.append(copies)
-    return Outcome(results[0], found, advice(results[0], report.fidelity, filter_gain(results[0])), page), trials
+    return Outcome(results[0], found, advice(results[0], report.mean_fidelity, filter_gain(results[0])), page), trials
 
 
 def _sentence(results: Results, is_one_of_several: bool) -> Text:
