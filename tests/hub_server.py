@@ -333,7 +333,8 @@ class _Handler(BaseHTTPRequestHandler):
         there = repo in self.hub.repos()
         if not there:
             self.hub.commit(repo, {".gitattributes": Stored(b"*.safetensors filter=lfs\n", False)})
-            self.hub.private |= {repo} if asked.get("private") else set()
+            is_private = asked.get("private") or asked.get("visibility") == "private"  # by the client
+            self.hub.private |= {repo} if is_private else set()
         answer = {"url": f"{self.hub.endpoint}/{repo}", "name": repo, "id": "0" * 24}
         self._json({**answer, "error": "it exists"} if there else answer, 409 if there else 200)
 

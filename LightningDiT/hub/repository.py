@@ -11,8 +11,12 @@ import contextlib
 import dataclasses
 import os
 import re
+import ssl
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from operator import getitem
 from pathlib import Path
 from typing import Any
@@ -39,6 +43,7 @@ REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 PACKAGE = Path(__file__).resolve().parents[1]
 STEP2 = "python step2_download_models.py"
 HUB = "https://huggingface.co"
+PATIENCE = 10.0  # seconds
 PUSHED = "name a repository that push_to_hub wrote"
 LOG_IN = "run hf auth login, or give token="
 Token = str | bool | None
@@ -76,7 +81,10 @@ class Repository:
         with self.errors(name):
             from huggingface_hub import hf_hub_download
 
-            return Path(hf_hub_download(self.name, name, **self._asked, revision=self.revision))
+            found = Path(hf_hub_download(self.name, name, **self._asked, revision=self.revision))
+        if not self._answers:
+            warn_user(f"{endpoint() or HUB} does not answer: {name} of {self.name} comes from the cache")
+        return found
 
     def snapshot(self) -> Path:
         """Return the folder with the files of `LAYOUT`, downloaded unless the cache has them.
@@ -129,7 +137,13 @@ class Repository:
 
     @property
     def _asked(self) -> dict[str, Any]:
-        return {"token": self.token, "cache_dir": self.cache_dir, "endpoint": endpoint()}
+        """What every download is told: the client would ask a hub that is out of reach for half a minute."""
+        where = {"cache_dir": self.cache_dir, "endpoint": endpoint()}
+        return {"token": self.token, **where, "local_files_only": not self._answers}
+
+    @cached_property
+    def _answers(self) -> bool:
+        return answers(endpoint() or HUB)
 
     @contextlib.contextmanager
     def errors(self, file: str | None = None, writing: bool = False) -> Iterator[None]:
@@ -169,13 +183,30 @@ class Repository:
 
     def _silence_of_hub(self, error: Exception) -> tuple[str, str]:
         """Return what happened and what to do if the hub did not answer, or the disk took no more."""
-        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        from huggingface_hub import constants
+
+        if constants.HF_HUB_OFFLINE:
             return f"{self.name} is not in the cache, and HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE"
         if isinstance(error, OSError) and error.errno in OS_FIXES:
             return f"{self.name} cannot be kept ({first_line(error)})", OS_FIXES[error.errno]
         reason = f"{type(error).__name__}: {first_line(error.__cause__ or error)}"
+        if not self.__dict__.get("_answers", True):
+            reason = "it does not answer, and the cache has not all of it"
         fix = "check the internet connection (Kaggle: Settings, Internet, On) and HF_ENDPOINT"
         return f"{self.name} on {endpoint() or HUB} cannot be had ({reason})", fix
+
+
+def answers(address: str) -> bool:
+    """Return whether a server answers within `PATIENCE` seconds, whatever it says."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=PATIENCE).close()
+    except urllib.error.HTTPError:
+        return True
+    except urllib.error.URLError as error:
+        return isinstance(error.reason, ssl.SSLError)  # the client may have other certificates
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def endpoint() -> str | None:
