@@ -140,7 +140,7 @@ def next_lines(options: argparse.Namespace, prepared: Prepared, folder: Path) ->
         yield f"wrote {NAME}, the configuration of a training on these windows"
     else:
         yield f"warning: {NAME} is kept as it is, and was edited or is of other windows; delete it for a new one"
-    if parts["test"]:
+    if parts["test"] and len(people) > 1:
         yield from project.in_both("Next: generators of a few images of each person; step 7 says if they help", ADAPT)
         own = ("--levels", str(levels), "--split-file", str(folder / "split.json"))
         yield f"  {project.step_command(NEXT, *(() if levels == OUTPUT / 'levels' and folder == OUTPUT else own))}"

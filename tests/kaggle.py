@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +59,7 @@ class Kaggle:
         python: Path | None = None,
         cells: int | None = None,
         lines: Mapping[str, object] | None = None,
+        again: Sequence[str] = (),
         **settings: str,
     ) -> nbformat.NotebookNode:
         """Run the cells with the hub at this address and no other way out; returns the notebook with its outputs.
@@ -68,6 +69,7 @@ class Kaggle:
             python: of the kernel; by default that of the tests.
             cells: run no more than these first ones.
             lines: values of names that the cell of settings sets, in place of its own; one line each.
+            again: cells to run once more at the end, under their own names with `-again`.
             settings: more environment variables.
         """
         book = nbformat.read(self.notebook, as_version=4)
@@ -76,6 +78,7 @@ class Kaggle:
             own = cell(book, "settings")
             own.source, count = re.subn(rf"(?m)^{name} = .*$", lambda _, text=f"{name} = {value!r}": text, own.source)
             assert count == 1, name
+        book.cells += [nbformat.from_dict(cell(book, name) | {"id": f"{name}-again"}) for name in again]
         client = nbclient.NotebookClient(
             book,
             km=self.kernels(python) if python else None,

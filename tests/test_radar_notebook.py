@@ -60,23 +60,24 @@ def pictures(html: str) -> list[np.ndarray]:
     return [np.asarray(Image.open(io.BytesIO(base64.b64decode(one)))) for one in found]
 
 
-def test_simulated_walkers_from_a_read_only_project_to_the_verdict_in_two_sessions(kaggle: Kaggle) -> None:
-    """Offline; the second session finds what the first one made and goes on."""
+def test_simulated_walkers_from_a_read_only_project_to_the_verdict(kaggle: Kaggle) -> None:
+    """Offline; cells that run again find what they made."""
     place_project(kaggle.inputs / "datasets" / "someone" / "my project 图像")
     before = kaggle.close_inputs()
     lines = {**TINY, "RESULTS": str(kaggle.working / "my results")}
-    first = kaggle.run(NOWHERE, cells=until("step6"), lines=lines)
-    assert "stopped" not in first.metadata, everything(first)
-    book = kaggle.run(NOWHERE, lines=lines)
+    book = kaggle.run(NOWHERE, lines=lines, again=("data", "step6", "step7"))
     assert "stopped" not in book.metadata, everything(book)
     assert kaggle.state_of_inputs() == before
     folder = kaggle.working / "my results" / "walkers-3x24-16px-quick"
     assert f"Preset 'quick', data {folder.parent / 'walkers-3x24'}, results in {folder}" in said(book, "choice")
-    assert "wrote 72 files, 0 were there" in said(first, "data")
-    assert "wrote 0 files, 72 were there" in said(book, "data")
-    assert "0 of 5 parts are there" in said(first, "step6")
-    assert "5 of 5 parts are there" in said(book, "step6")
-    assert "3 trainings of 2 steps" in said(book, "step7")
+    for ident, first, again in (
+        ("data", "wrote 72 files, 0 were there", "wrote 0 files, 72 were there"),
+        ("step6", "0 of 5 parts are there", "5 of 5 parts are there"),
+        ("step7", "3 trainings of 2 steps", "wrote report.html"),
+    ):
+        assert first in said(book, ident)
+        assert again in said(book, f"{ident}-again")
+    assert "trainings of" not in said(book, "step7-again")
 
     levels, split = folder / "spectrograms" / "levels", folder / "spectrograms" / "split.json"
     windows = load_windows(levels, split, "training")

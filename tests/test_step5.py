@@ -136,6 +136,11 @@ def test_people_of_one_pass_have_a_training_without_validation(
     assert "--part validation" not in said
     config = load_config(tmp_path / "out" / "training.yaml")
     assert (config.data.valid_path, config.train.valid_every, config.train.judge_every) == (None, 0, 0)
+    one = render(tmp_path / "one", {"1": [2, 2]})
+    with_one = run(capsys, "--data", one, "--output", tmp_path / "o", "--write", tmp_path / "v", "--size", "16")
+    for spoken in (said, with_one):  # nobody is tested, or there is nobody to be taken for another
+        assert "By hand:" in spoken
+        assert "step6_adapt_models.py" not in spoken
 
 
 def test_bad_files_are_one_line_each_and_nothing_else_is_lost(
