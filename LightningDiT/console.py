@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import locale
 import os
+import re
 import shlex
 import signal
 import sys
@@ -27,11 +28,23 @@ LANGUAGE = "LIGHTNINGDIT_LANG"  # the variable that wants fixes in Chinese too (
 STOPPED = "stopped; finished work is kept, and the same command goes on from there"
 SEE_HELP = "run the command with --help, which lists all options and their values"
 INSTALL = "python step1_install_environment.py"
+INSTALL_ALL = "python -m pip install 'lightningdit-runnable[all]'"  # beside an installed package
+STEP = re.compile(r"\b(step\d|fix)_\w+\.py")
 PLAIN_INTERVAL, MOVING_INTERVAL = 10.0, 0.2  # seconds between two lines of a log, and of a terminal's moving line
 _CALLED_AS: ContextVar[str | None] = ContextVar("called_as", default=None)
 
 
-def run_main(main: Callable[[], int], install: Callable[[], str] = lambda: INSTALL) -> int:
+def is_installed() -> bool:
+    """Return whether this is the package of a wheel, without a project and its steps around it."""
+    return (Path(__file__).parent / "bundled").is_dir()
+
+
+def installation() -> str:
+    """Return the command that installs what the library needs."""
+    return INSTALL_ALL if is_installed() else INSTALL
+
+
+def run_main(main: Callable[[], int], install: Callable[[], str] = installation) -> int:
     """Return the exit code of `main`: its own, 1 for an error that a person can fix, 130 for Ctrl-C.
 
     Such an error (LightningDiTError, OSError, an absent package, text that has no encoding, memory that ran out, data
@@ -65,6 +78,8 @@ def run_main(main: Callable[[], int], install: Callable[[], str] = lambda: INSTA
             raise
         _say_on_stderr(f"error: {known}")
         _say_in_chinese(known.fix)
+        if is_installed() and known.fix and (step := STEP.search(known.fix)):
+            _say_on_stderr(f"note: {step[0]} belongs to a clone of the project; this is an installed package")
     return FAILED
 
 

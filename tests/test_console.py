@@ -16,7 +16,7 @@ import pytest
 
 from LightningDiT import console
 from LightningDiT.console import Progress, StopRequest, describe_os_error, duration, format_bytes, printable, run_main
-from LightningDiT.errors import in_chinese
+from LightningDiT.errors import LightningDiTError, in_chinese
 from setup_steps.project import PROJECT
 
 #: A program as the library's commands and as the steps end; both have one set of rules.
@@ -309,6 +309,31 @@ def test_progress_needs_no_tqdm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         with Progress(2, "image") as progress:
             progress.update()
         assert "1 of 2 images" in capsys.readouterr()[moving]
+
+
+def test_an_installed_package_names_what_it_has(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A clone has steps, and a package in their place pip."""
+
+    def fail(error: Exception) -> str:
+        def main() -> int:
+            raise error
+
+        assert run_main(main) == 1
+        return capsys.readouterr().err
+
+    absent = ModuleNotFoundError(name="no_such_package")
+    steps = LightningDiTError("no weights", "name a file, or python step2_download_models.py")
+    others = LightningDiTError("3 is wrong", "give 4")
+    assert not console.is_installed()
+    assert fail(absent).endswith("; fix: python step1_install_environment.py\n")
+    assert fail(steps) == f"error: {steps}\n"
+    monkeypatch.setattr(console, "is_installed", lambda: True)
+    assert fail(absent).endswith("; fix: python -m pip install 'lightningdit-runnable[all]'\n")
+    note = "note: step2_download_models.py belongs to a clone of the project; this is an installed package\n"
+    assert fail(steps) == f"error: {steps}\n{note}"
+    assert fail(others) == f"error: {others}\n"
 
 
 class Shell:

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 
 from LightningDiT import __version__
 from LightningDiT.command import versions
-from LightningDiT.console import FAILED, OK, duration, format_bytes, program, reads_chinese, run_main
+from LightningDiT.console import FAILED, OK, duration, format_bytes, is_installed, program, reads_chinese, run_main
 from LightningDiT.errors import LightningDiTError, first_line, in_chinese
 from LightningDiT.files import free_bytes, memory_bytes
-from LightningDiT.hub.bundled import PACKAGE, is_installed
+from LightningDiT.hub.bundled import PACKAGE
 from LightningDiT.hub.registry import SETS, usable_names
 from LightningDiT.hub.repository import models_folder
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from LightningDiT.console import is_installed
 from LightningDiT.errors import LightningDiTError
 
 NAME = "fashion-mnist"
@@ -31,11 +32,6 @@ def bundled_model() -> Path:
 def config_file(text: str) -> str:
     """Return the path of a configuration that a command line names: a file, or `bundled` for the bundled model's."""
     return str(bundled_model() / "config.yaml") if text == ALIAS and not Path(text).exists() else text
-
-
-def is_installed() -> bool:
-    """Return whether this is the package of a wheel, without a project around it."""
-    return PLACES[0].is_dir()
 
 
 def results_folder(of_a_clone: Path) -> Path:
