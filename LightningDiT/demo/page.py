@@ -25,7 +25,7 @@ CSS = f"""
 .gradio-container {{ max-width: 76rem !important; margin: 0 auto }}
 .ldit-head {{ align-items: center; flex-wrap: wrap }}
 .ldit-head > :first-child {{ flex: 1 1 16rem }}
-.ldit-head > :last-child {{ flex: 0 0 auto }}
+.ldit-head > :last-child {{ flex: 0 0 13.5rem }}
 .ldit-buttons button {{ font-size: .95rem; padding-inline: .4rem; white-space: nowrap }}
 .ldit-head h1 {{ font-size: 1.5rem; font-weight: 600; margin: .2rem 0 }}
 #command textarea {{ font-family: ui-monospace, Consolas, monospace; font-size: .85rem }}
@@ -55,7 +55,8 @@ def accepted(function: Any, **values: Any) -> dict[str, Any]:
 def look() -> dict[str, Any]:
     """Return theme and style, which gradio 5 takes when the page is made, 6 when it starts."""
     gr = gradio()
-    return {"theme": gr.themes.Default(font=FONTS, font_mono=MONO), "css": CSS}
+    fonts = ([gr.themes.Font(name) for name in names] for names in (FONTS, MONO))  # of the system: none is fetched
+    return {"theme": gr.themes.Default(**dict(zip(("font", "font_mono"), fonts, strict=True))), "css": CSS}
 
 
 class Page:

@@ -31,7 +31,7 @@ STYLE = (
 .ldit-page img.small { image-rendering: pixelated }
 .ldit-page img.forming { outline: 2px dashed color-mix(in srgb, currentColor 45%, transparent) }
 .ldit-page .gap { aspect-ratio: 1; background: color-mix(in srgb, currentColor 8%, transparent) }
-.ldit-page a { display: block; line-height: 0 }
+.ldit-page a { display: block; line-height: 0; padding: 0 !important; border: 0 }
 .ldit-page figcaption { font-size: .85rem; text-align: center; overflow-wrap: anywhere; margin: 0; padding: .25rem 0 }
 .ldit-words { margin: 0; min-height: 1.6em; overflow-wrap: anywhere }
 .ldit-error { padding: .6rem .8rem; border-radius: 6px; border: 1px solid #d1495b;

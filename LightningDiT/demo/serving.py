@@ -25,6 +25,8 @@ POLICY = (
     " img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; worker-src 'self' blob:;"
     " frame-ancestors 'self'; form-action 'self'; base-uri 'self'"
 )
+#: What gradio's own page fetches from, or opens to, servers of others.
+FOREIGN = re.compile(rb"""<script[^>]*\ssrc=["']https?://[^>]*></script>|<link[^>]*\shref=["']https?://[^>]*>""")
 Scope = Mapping[str, Any]
 Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[Any], Awaitable[None]]
@@ -49,22 +51,43 @@ class Gate:
             await self.app(scope, receive, send)
             return
 
-        async def guarded(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                kept = [pair for pair in message["headers"] if pair[0].lower() != b"content-security-policy"]
-                more = [(b"content-security-policy", POLICY.encode()), (b"referrer-policy", b"no-referrer")]
-                message = {**message, "headers": [*kept, *more, (b"x-content-type-options", b"nosniff")]}
-            await send(message)
-
+        guarded = _Answer(send)
         if CLOSED.search(unquote(scope["path"])) or not self._is_named(scope):
             await guarded({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
-            await send({"type": "http.response.body", "body": b"closed\n"})
+            await guarded({"type": "http.response.body", "body": b"closed\n"})
             return
         await self.app(scope, receive, guarded)
 
     def _is_named(self, scope: Scope) -> bool:
         host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
         return not self.names or re.sub(r":\d+$", "", host) in self.names
+
+
+class _Answer:
+    """Sends an answer on with the policy; from pages, which come in one piece, it takes what leads to others."""
+
+    def __init__(self, send: Send) -> None:
+        self.send, self.start, self.page = send, dict[str, Any](), b""
+
+    async def __call__(self, message: Any) -> None:
+        """Take a message of the application."""
+        if message["type"] == "http.response.start":
+            kept = [pair for pair in message["headers"] if pair[0].lower() != b"content-security-policy"]
+            more = [(b"content-security-policy", POLICY.encode()), (b"referrer-policy", b"no-referrer")]
+            message = {**message, "headers": [*kept, *more, (b"x-content-type-options", b"nosniff")]}
+            found = dict(kept)
+            if found.get(b"content-type", b"").startswith(b"text/html") and b"content-encoding" not in found:
+                self.start = message
+                return
+        elif self.start and message["type"] == "http.response.body":
+            self.page += message.get("body", b"")
+            if message.get("more_body"):
+                return
+            body = FOREIGN.sub(b"", self.page)
+            headers = [pair for pair in self.start["headers"] if pair[0].lower() != b"content-length"]
+            await self.send({**self.start, "headers": [*headers, (b"content-length", str(len(body)).encode())]})
+            message = {"type": "http.response.body", "body": body}
+        await self.send(message)
 
 
 def names_of(host: str) -> frozenset[str]:

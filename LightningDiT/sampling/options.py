@@ -77,7 +77,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add_gpus_option(parser)
     parser.add_argument(
         "--time-budget",
-        type=_minutes,
+        type=minutes,
         metavar="MINUTES",
         help="stop after this time and keep what is done; the same command continues",
     )
@@ -231,14 +231,15 @@ def describe_settings(config: Config, images: int, output: Path) -> str:
     )
 
 
-def _minutes(text: str) -> float:
+def minutes(text: str) -> float:
+    """Return the value of --time-budget."""
     try:
-        minutes = float(text)
+        found = float(text)
     except ValueError:
-        minutes = 0.0
-    if not 0 < minutes < float("inf"):
+        found = 0.0
+    if not 0 < found < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} given, a positive number of minutes expected")
-    return minutes
+    return found
 
 
 def _file_name(text: str) -> str:
