@@ -64,7 +64,7 @@ def _of_package() -> Iterator[tuple[str, str, str]]:
         lines = metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError as error:
         raise LightningDiTError(
-            f"{DISTRIBUTION} is not installed, and {PYPROJECT} is not there", "fetch the project again"
+            f"{DISTRIBUTION} is not installed, and {PYPROJECT} is not there", "fetch the project again (git clone)"
         ) from error
     for line in lines:
         requirement, _, marker = line.partition(";")
