@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from LightningDiT.config import Config, SampleConfig, load_config, with_overrides
+from LightningDiT.config import Config, SampleConfig, as_mapping, load_config, with_overrides
 from LightningDiT.console import program
 from LightningDiT.data.labels import Labels
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.files import read_json
 from LightningDiT.hub.bundled import bundled_model
 from LightningDiT.radar.sensor import Sensor
-from LightningDiT.radar.split import Split, load_split
+from LightningDiT.radar.split import load_split
 from LightningDiT.sampling.conditions import NO_CONDITION, numbers_of_conditions
 from LightningDiT.sampling.null_row import check_guidance
 from LightningDiT.sampling.options import CONTACT_SHEET, demo_classes
@@ -30,6 +31,8 @@ PLACES = (
     *("models/*/config.yaml", "models/*/*/config.yaml", "kaggle_inference_config.yaml"),
     *("adapted/fold*/transformer.yaml", "adapted/fold*/unet.yaml"),
 )
+#: Beside the configuration of a model of spectrograms without a split: native_columns and colour_maps as a split's.
+WINDOWS = "spectrograms.json"
 SDE_METHODS = ("euler", "heun")
 SHOWN_CLASSES = 4  # that are chosen when the page opens
 MOST_IMAGES = 64  # of one wish
@@ -64,20 +67,31 @@ class Model:
 
     @cached_property
     def axes(self) -> Axes | None:
-        """Axes of the windows that the model makes, with the sensor of step 7's default; None without a split."""
+        """Axes of the windows that the model makes, with the sensor of step 7's default; None if it makes none."""
         side = self.config.data.image_size
-        return None if self._split is None else axes_of(self._split.settings, (side, side), Sensor())
+        return None if self._windows is None else axes_of(self._windows, (side, side), Sensor())
 
     @cached_property
     def colour_map(self) -> str:
         """The colours of the model's levels, if it makes levels."""
-        return colour_map_of({} if self._split is None else self._split.settings)
+        return colour_map_of(self._windows or {})
 
     @cached_property
-    def _split(self) -> Split | None:
-        """The split of the model's training, if it lies where the configuration says."""
-        file = self.config.data.split_file
-        return load_split(Path(file)) if file and Path(file).is_file() else None
+    def _windows(self) -> Mapping[str, Any] | None:
+        """What a split says of windows: from that of the training, or from a file beside the configuration.
+
+        Raises:
+            LightningDiTError: the file is damaged.
+        """
+        split, file = self.config.data.split_file, Path(self.config.source).with_name(WINDOWS)
+        if split and Path(split).is_file():
+            return load_split(Path(split)).settings
+        if not file.is_file():
+            return None
+        try:
+            return as_mapping(read_json(file), str(file))
+        except (OSError, ValueError) as error:
+            raise LightningDiTError(f"{file} cannot be read ({error})", "correct or remove it") from error
 
     @property
     def solvers(self) -> tuple[str, ...]:

@@ -51,7 +51,7 @@ STYLE = (
 #: Hides the classes whose captions lack what is typed; the page works without it.
 SEARCH = """
 const field = document.getElementById("search");
-field.parentElement.hidden = false;
+field.closest("p").hidden = false;
 field.addEventListener("input", () => {
   const words = field.value.toLowerCase().split(/\\s+/);
   for (const figure of document.querySelectorAll(".all figure")) {
