@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,14 @@ from LightningDiT.images import save_levels
 from LightningDiT.radar.level_images import load_windows, open_level_files
 from LightningDiT.radar.split import PARENT, load_split, save_restricted, save_split
 from LightningDiT.sampling.resumable_run import BY_CLASS, LAYOUT, LEVELS, PIXELS
-from LightningDiT.verdict.adapting import cell_folder, load_plan, make_plan, save_plan, write_cells
+from LightningDiT.verdict import judging
+from LightningDiT.verdict.adapting import cell_folder, load_plan, make_plan, save_plan, seen_of, write_cells
 from LightningDiT.verdict.cells import judged_models
 from LightningDiT.verdict.classifiers import Recipe
 from LightningDiT.verdict.generated import read_generated
 from LightningDiT.verdict.judging import Asked, Loader, Outcome, folder_of_windows
-from LightningDiT.verdict.rows import spread, subset
+from LightningDiT.verdict.rows import ROWS, spread, subset
+from LightningDiT.verdict.speckle import fit_speckle, put_back
 from LightningDiT.verdict.trials import Plan, load_trials, run_trials
 from tests.test_verdict_report import results
 from tests.test_verdict_trials import fold
@@ -46,29 +49,31 @@ def made(walkers: Path) -> Path:
     """Return a folder as step 6 leaves it: `TIMES` copies of each image, turned in time, as what was generated."""
     folder = walkers / "adapted"
     opened = open_level_files(walkers / "levels", walkers / "out" / "split.json")
-    plan = make_plan("quick", opened, images=(IMAGES,), generated=TIMES, seeds=1)
+    plan = make_plan("quick", opened, images=(IMAGES,), generated=TIMES, seeds=2)
     save_plan(plan, folder)
     write_cells(plan, folder, opened.split)
     cell = cell_folder(folder, 0, IMAGES)
     latents = {"split": {"digest": load_split(cell / "split.json").digest, "fold": 0, "part": "training"}}
     write(cell / "latents" / "manifest.json", latents)
-    run = cell / "transformer"
-    run.mkdir()
-    (run / "transformer.safetensors").write_bytes(b"weights")
-    write(run / "choice.json", {"text": "weights of step 7 are kept"})
     windows = load_windows(walkers / "levels", walkers / "out" / "split.json", "training")
     seen = subset(windows, spread(windows, IMAGES))
     pixels = torch.cat([seen.pixels.roll(3 + turn, -1) for turn in range(TIMES)])
-    labels = seen.people.repeat(TIMES).tolist()
-    names = list(seen.class_names)
-    for at, label in enumerate(labels):
+    write_run(cell / "transformer", {"labels": seen.people.repeat(TIMES).tolist()}, pixels, list(seen.class_names))
+    return folder
+
+
+def write_run(run: Path, facts: Mapping[str, list[int]], pixels: torch.Tensor, names: list[str]) -> None:
+    """Write weights, their choice, and the windows (N, 1, H, W) that they generated."""
+    run.mkdir()
+    (run / "transformer.safetensors").write_bytes(b"weights")
+    write(run / "choice.json", {"text": "weights of step 7 are kept"})
+    for at, label in enumerate(facts["labels"]):
         path = run / "generated" / names[label] / f"{at:06d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         save_levels(pixels[at : at + 1], [path])
-    facts = {"labels": labels, "class_names": names, "sample": {"cfg_scale": 1.5}, "seed": 0, LAYOUT: BY_CLASS}
+    more = {"class_names": names, "sample": {"cfg_scale": 1.5}, "seed": 0, LAYOUT: BY_CLASS, PIXELS: LEVELS}
     weights = {"transformer": fingerprint(run / "transformer.safetensors")}
-    write(run / "generated" / "manifest.json", {**facts, PIXELS: LEVELS, "weights": weights})
-    return folder
+    write(run / "generated" / "manifest.json", {**facts, **more, "weights": weights})
 
 
 def write(path: Path, content: object) -> None:
@@ -88,7 +93,7 @@ def test_a_folder_of_step_6_is_judged_and_the_same_command_trains_nothing_again(
     monkeypatch.setenv("LIGHTNINGDIT_LANG", "zh")
     options = ("--adapted", made, "--output", tmp_path, "--rows", "real,1x,filtered-1x,4x", "--steps", 2)
     said = run(capsys, *options)
-    assert "4 trainings of 2 steps" in said
+    assert "8 trainings of 2 steps" in said
     assert "fewer generated windows than 4 for each real one of 3 people, such as ID_1: 12 for 6" in said
     assert "No verdict: real + generated" in said or "do not help: real" in said
     assert "The smallest difference that this data can show is" in said
@@ -221,19 +226,41 @@ def test_a_cell_that_trains_on_a_test_window_is_refused(made: Path, tmp_path: Pa
         judged_models(tmp_path / "adapted")
 
 
-def test_an_unseen_condition_is_neither_trained_nor_validated(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def conditions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return two people under two conditions, with their levels."""
+    root = tmp_path_factory.mktemp("conditions")
     for person, condition, key in (("1", "fast", "1"), ("2", "fast", "2"), ("1", "slow", "3"), ("2", "slow", "4")):
         name = f"ID_{person}/ID{person}_case1_1_Doppler{{number}}.jpg"
-        render(tmp_path / "data" / condition, {key: [4, 4, 4]}, name=name)
-    levels_of(tmp_path, str(SIDE))
-    judged = step7.judged_of(
-        step7.parse(
-            [
-                *("--generated", str(tmp_path), "--levels", str(tmp_path / "levels")),
-                *("--split-file", str(tmp_path / "out" / "split.json")),
-            ]
-        )
-    )["generated"]
+        render(root / "data" / condition, {key: [4, 4, 4]}, name=name)
+    return levels_of(root, str(SIDE))
+
+
+@pytest.fixture(scope="module")
+def without_pairs(conditions: Path) -> Path:
+    """Return a folder of step 6 whose networks saw no unseen pair, in two folds: turned images of those they saw."""
+    folder = conditions / "adapted"
+    opened = open_level_files(conditions / "levels", conditions / "out" / "split.json")
+    plan = make_plan("quick", opened, conditions, images=(IMAGES,), folds=(0, 1), generated=1, seeds=1, unseen="pairs")
+    save_plan(plan, folder)
+    write_cells(plan, folder, opened.split)
+    for number in plan.folds:
+        cell, windows = cell_folder(folder, number, IMAGES), seen_of(plan, opened.split, number, IMAGES).training
+        latents = {"split": {"digest": load_split(cell / "split.json").digest, "fold": number, "part": "training"}}
+        write(cell / "latents" / "manifest.json", latents)
+        pixels = [torch.from_numpy(opened.read(row) * 2 - 1)[None] for row in windows.rows.tolist()]
+        rows = [row.split(",") for row in (cell / "labels.csv").read_text().splitlines()[1:]]
+        facts = {
+            "labels": [int(row[0][3]) - 1 for row in rows],
+            "conditions": [("fast", "slow").index(row[1]) for row in rows],
+            "condition_names": ["fast", "slow"],
+        }
+        write_run(cell / "transformer", facts, torch.stack(pixels).roll(5, -1), list(windows.class_names))
+    return folder
+
+
+def test_an_unseen_condition_is_neither_trained_nor_validated(conditions: Path) -> None:
+    judged = folder_of_windows(conditions, conditions / "levels", conditions / "out" / "split.json")
     loader = Loader(judged, Asked(unseen="slow"))
     assert loader(0).training.conditions.unique().tolist() == [0]
     assert loader.scenario(0).tested(loader(0).test).conditions.unique().tolist() == [1]
@@ -242,6 +269,80 @@ def test_an_unseen_condition_is_neither_trained_nor_validated(tmp_path: Path) ->
     seen = set(zip(pairs(0).training.people.tolist(), pairs(0).training.conditions.tolist(), strict=True))
     assert held
     assert not held & seen
+
+
+def test_generated_windows_of_unseen_pairs_are_judged_on_unseen_pairs_in_every_fold(
+    without_pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--adapted", without_pairs, "--output", tmp_path, "--rows", "real,1x", "--steps", 2, "--seeds", 2)
+    said = run(capsys, *options)
+    assert "unseen, by step 6: pairs; rows are tested on windows of it alone" in said
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [results["scenario"] for results in report["results"]] == ["unseen pairs"]
+    plan = load_plan(without_pairs)
+    opened = open_level_files(plan.levels, plan.split_file)
+    held = {number: seen_of(plan, opened.split, number, None).scenario.held_out for number in plan.folds}
+    made = {trial.fold: trial for trial in load_trials(tmp_path / "trials.json") if trial.row == "1x"}
+    for number, trial in made.items():
+        assert set(zip(trial.people, trial.conditions, strict=True)) <= held[number]
+        generated = Loader(judged_models(without_pairs)["transformer"], Asked())(number).generated(IMAGES)
+        pairs = set(zip(generated.people.tolist(), generated.conditions.tolist(), strict=True))
+        assert pairs & held[number]
+    assert report["fidelity_of_folds"].keys() == {"0", "1"}
+    assert report["facts"]["Fidelity and pictures: folds (of; time limit)"] == "0, 1"
+    assert (tmp_path / "report.html").read_text().count('<div class="triple">') == 2 * 3  # two people and the nearest
+    said = run(capsys, *options, "--unseen", "slow", code=1)
+    assert "images, the classifiers see" in said
+    assert "run step6_adapt_models.py --unseen slow with the same images" in said
+
+
+def test_further_folds_are_left_out_when_time_is_up(
+    without_pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judging, "LOOK_SECONDS", 0.0)
+    asked = Asked(("real", "1x"), 1, Recipe(steps=1, batch=4, looks=1))
+    found, _ = judging.judge(judged_models(without_pairs)["transformer"], asked, tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["fidelity_of_folds"].keys() == {"0"}
+    assert report["facts"]["Fidelity and pictures: folds (of; time limit)"] == "0 (2; 0 min)"
+    assert found.sentences[0][0].startswith("No verdict") and "give --seeds 3" in found.sentences[0][0]
+    assert found.sentences[1][0].startswith("Warning: 100.0 % of the generated windows look like copies")
+
+
+@pytest.mark.parametrize("part", ["training", "validation"])
+def test_a_cell_that_sees_an_unseen_pair_is_refused(without_pairs: Path, tmp_path: Path, part: str) -> None:
+    shutil.copytree(without_pairs, tmp_path / "adapted")
+    plan = load_plan(tmp_path / "adapted")
+    whole, cell = load_split(plan.split_file), cell_folder(tmp_path / "adapted", 1, IMAGES)
+    parts = {name: [at for at, row in enumerate(whole.rows) if row.parts[1] == name] for name in ("training", part)}
+    seen = seen_of(plan, whole, 1, IMAGES)
+    validating = None if part == "validation" else seen.validation.rows.tolist()
+    kept = parts["training"] if part == "training" else seen.training.rows.tolist()
+    save_restricted(cell / "split.json", whole, plan.split_file, kept, 1, validating)
+    digest = load_split(cell / "split.json").digest
+    write(cell / "latents" / "manifest.json", {"split": {"digest": digest, "fold": 1, "part": "training"}})
+    with pytest.raises(LightningDiTError, match=f"among its {part} windows, and pairs is to be unseen"):
+        judged_models(tmp_path / "adapted")
+
+
+def test_a_row_has_speckle_put_back_by_the_tokenizer_of_step_6(
+    made: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(judging, "reconstructed", lambda config, weights, pixels: called.append(weights) or pixels / 2)
+    called: list[Path] = []
+    judged = judged_models(made)["transformer"]
+    data = Loader(judged, Asked())(0)
+    plain, speckled = data.generated(IMAGES), data.speckled(IMAGES)
+    assert called == [cell_folder(made, 0, IMAGES) / "tokenizer" / "tokenizer.safetensors"]
+    seen = data.training.pixels[spread(data.training, IMAGES)]
+    torch.testing.assert_close(speckled.pixels, put_back(fit_speckle(seen, seen / 2), plain.pixels, 0))
+    assert torch.equal(speckled.people, plain.people)
+    assert data.speckled(None) is None
+    assert data.made_for(ROWS["speckle-2x"]) is data.speckled
+    folder = cell_folder(made, 0, IMAGES) / "transformer" / "generated"
+    own = ("--generated", folder, "--levels", made.parent / "levels", "--split-file", made.parent / "out/split.json")
+    said = run(capsys, *own, "--images", IMAGES, "--rows", "real,speckle-1x", "--output", tmp_path, *SHORT, code=1)
+    assert "rows with speckle put back need the tokenizer of step 6" in said
 
 
 def test_a_second_model_takes_the_rows_without_generated_windows_from_the_first(tmp_path: Path) -> None:

@@ -100,6 +100,8 @@ def test_unseen_conditions_and_pairs_are_neither_trained_nor_validated() -> None
     line = windows.conditions == 0
     lacking = subset(windows, torch.nonzero(line | (windows.people == 2))[:, 0])  # 0 and 1 train under one condition
     assert unseen_pairs(lacking, windows).held_out == {(0, 1), (1, 1), (2, 0)}
+    slow = subset(windows, torch.nonzero(windows.conditions == 1)[:, 0])  # all would lack c1, and one must show it
+    assert unseen_pairs(windows, slow).held_out == {(0, 1), (1, 1)}
     seen, tested = pairs.seen(windows), pairs.tested(windows)
     assert len(seen.people) + len(tested.people) == len(windows.people)
     assert set(zip(tested.people.tolist(), tested.conditions.tolist(), strict=True)) == pairs.held_out

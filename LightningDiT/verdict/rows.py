@@ -209,8 +209,9 @@ def unseen_condition(windows: Windows, condition: str) -> Scenario:
 def unseen_pairs(training: Windows, test: Windows) -> Scenario:
     """Return the scenario in which each person lacks one condition that others show.
 
-    It is one in which the person has test windows, and has training windows of another one; of several such conditions
-    person p lacks number p mod their count. Other people lack none.
+    It is one in which the person has test windows, and has training windows of another one, and of which others keep
+    training windows: what nobody shows, nothing learns. Of several such conditions person p lacks number p mod their
+    count, or the next one that others keep. Other people lack none.
 
     Args:
         training, test: of one fold.
@@ -222,12 +223,15 @@ def unseen_pairs(training: Windows, test: Windows) -> Scenario:
     held = set()
     for person, conditions in tested.items():
         possible = [one for one in sorted(conditions) if trained.get(person, set()) - {one}]
-        if possible:
-            held.add((person, possible[person % len(possible)]))
+        for at in range(len(possible)):
+            pair = person, possible[(person + at) % len(possible)]
+            if any(pair[1] in shown and (one, pair[1]) not in held | {pair} for one, shown in trained.items()):
+                held.add(pair)
+                break
     if not held:
         raise LightningDiTError(
-            "unseen pairs of person and condition are asked for, and nobody has two conditions",
-            "record people under two conditions or more",
+            "unseen pairs of person and condition are asked for, and nobody has two conditions that others have too",
+            "record several people under two conditions or more",
         )
     return Scenario("unseen pairs", frozenset(held))
 
