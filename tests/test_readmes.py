@@ -68,6 +68,7 @@ README = Pair(
     {
         "LightningDiT + VA-VAE that runs": "能真正运行的 LightningDiT + VA-VAE",
         "Two commands": "两条命令",
+        "As a package": "作为软件包安装",
         "Step by step, as in a Kaggle notebook": "分步执行（Kaggle notebook 中的做法）",
         "On Kaggle": "在 Kaggle 上",
         "Choosing what to sample": "选择要生成的内容",
