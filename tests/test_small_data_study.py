@@ -69,7 +69,6 @@ def test_every_job_comes_after_what_it_needs(plan: cells.Plan) -> None:
     assert Counter(job.command[0] for job in jobs) == {
         "LightningDiT.tools.simulate_walkers": 1,
         "step5_prepare_spectrograms": 1,
-        "LightningDiT.train_tokenizer": 1,
         "LightningDiT.extract_features": 5,  # 30 and 100 images in 8 draws, 30 in one, validation beside either
         "LightningDiT.train": 16,
     }

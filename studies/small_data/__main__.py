@@ -1,8 +1,8 @@
 """Compare trainings on few images, factor by factor: `python -m studies.small_data`.
 
-Walkers are simulated, split by pass and written as levels; of the training windows each person keeps few. The walkers'
-tokenizer is adapted to them, and each cell trains a network from the start that it names. During a training samples are
-judged on validation passes. `--output` holds all results, and the same command goes on from there. At the end it
+Walkers are simulated, split by pass and written as levels; of the training windows each person keeps few. Each cell
+trains a network on them from the start that it names, by the tokenizer of models/walkers as it is. During a training
+samples are judged on validation passes. `--output` holds all results, and the same command goes on from there. At the end it
 renews the table between the marks of docs/radar.md and docs/radar.zh-CN.md.
 """
 
@@ -31,7 +31,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         ("people", "walkers"),
         ("windows", "of a walker"),
         ("size", "pixels a side of a window"),
-        ("tokenizer-steps", "of the tokenizer's training"),
         ("steps", "of each training, at most"),
         ("looks", "at samples during a training"),
         ("seeds", "trainings of each cell"),

@@ -24,7 +24,7 @@ CHOSEN, ADAPTER, LOOKS = "transformer.safetensors", "adapter.safetensors", "choi
 FOLD = 0
 TRANSFORMER, UNET = "LightningDiT-XS/2", "UNet-S"
 MODELS = PROJECT / "models"
-WALKERS = str(MODELS / "walkers/transformer.safetensors")
+WALKERS, TOKENIZER = (str(MODELS / "walkers" / f"{name}.safetensors") for name in ("transformer", "tokenizer"))
 GARMENTS = str(MODELS / "fashion-mnist/transformer.safetensors")
 WALKERS_UNET = "unet"  # stands for `Plan.unet_start`
 
@@ -81,8 +81,7 @@ class Plan:
     people: int = 31
     windows: int = 160  # of a person
     size: int = 64  # pixels a side
-    tokenizer_steps: int = 200
-    steps: int = 400  # of each training
+    steps: int = 300  # of each training
     looks: int = 2  # at samples during a training
     seeds: int = 2
 
@@ -131,7 +130,7 @@ def cell_values(cell: Cell, seed: int, plan: Plan) -> dict[str, Any]:
         },
         "vae": {
             "model_name": "levels_f4d6",
-            "ckpt_path": str(plan.folder / "tokenizer/tokenizer.safetensors"),
+            "ckpt_path": TOKENIZER,
             "downsample_ratio": RATIO,
         },
         "model": {

@@ -6,10 +6,9 @@ from pathlib import Path
 
 from LightningDiT.radar.level_images import load_windows
 from LightningDiT.radar.split import load_split, save_restricted
-from LightningDiT.verdict.adapting import TOKENIZER_TEMPLATE
 from LightningDiT.verdict.jobs import Job
 from LightningDiT.verdict.rows import spread
-from studies.small_data.cells import ADAPTER, CELLS, CHOSEN, FOLD, MODELS, Cell, Plan
+from studies.small_data.cells import ADAPTER, CELLS, CHOSEN, FOLD, Cell, Plan
 
 SEED = 31  # of the population, none of whom is in models/walkers
 DB_RANGE = ("-45", "0")
@@ -40,20 +39,12 @@ def write_splits(plan: Plan) -> None:
 
 
 def training_jobs(plan: Plan) -> list[Job]:
-    """Return the jobs of the tokenizer, the latents and every training."""
-    return [_tokenizer_job(plan), *_latents_jobs(plan), *(_training_job(plan, *run) for run in plan.runs)]
+    """Return the jobs of the latents and of every training."""
+    return [*_latents_jobs(plan), *(_training_job(plan, *run) for run in plan.runs)]
 
 
 def _source(plan: Plan, images: int) -> tuple[str, ...]:
     return ("--levels", str(plan.levels), "--split-file", str(plan.few(images)), "--fold", str(FOLD))
-
-
-def _tokenizer_job(plan: Plan) -> Job:
-    """Return the job that adapts the walkers' tokenizer to the fewest images; all trainings share it."""
-    output = plan.folder / "tokenizer"
-    command = ("LightningDiT.train_tokenizer", "--config", str(TOKENIZER_TEMPLATE), "--init", str(MODELS / "walkers"))
-    command += (*_source(plan, min(cell.images for cell in CELLS)), "--max-steps", str(plan.tokenizer_steps))
-    return Job("tokenizer", (*command, "--output", str(output)), output / "training.safetensors")
 
 
 def _latents_jobs(plan: Plan) -> list[Job]:
