@@ -2,8 +2,8 @@
 
 Walkers are simulated, split by pass and written as levels; of the training windows each person keeps few. Each cell
 trains a network on them from the start that it names, by the tokenizer of models/walkers as it is. During a training
-samples are judged on validation passes. `--output` holds all results, and the same command goes on from there. At the end it
-renews the table between the marks of docs/radar.md and docs/radar.zh-CN.md.
+samples are judged on validation passes. `--output` holds all results, and the same command goes on from there. At the
+end it renews the table between the marks of docs/radar.md and docs/radar.zh-CN.md.
 """
 
 from __future__ import annotations
