@@ -143,6 +143,19 @@ def test_people_of_one_pass_have_a_training_without_validation(
         assert "step6_adapt_models.py" not in spoken
 
 
+def test_a_map_that_the_pixels_are_not_in_is_named_and_chinese_names_stand_in_the_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = render(tmp_path / "data", {"1": [3, 3]}, name="张三/{number}.png", colour_map="viridis")
+    said = run(capsys, "--data", data, "--dry-run", "--colour-map", "jet")
+    assert "warning: the pixels are much nearer to viridis than to jet" in said
+    said = run(capsys, "--data", data, "--dry-run")
+    assert "colour map     viridis" in said
+    assert "much nearer" not in said
+    head, row = (line for line in said.splitlines() if line.startswith(("person ", "张三")))
+    assert len(row) == len(head) - 2  # two characters that are twice as wide
+
+
 def test_bad_files_are_one_line_each_and_nothing_else_is_lost(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,9 +7,11 @@ import hashlib
 import io
 import json
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from LightningDiT.data.image_files import shown
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.files import check_target, held_folder, read_json, read_text, write_text
 from LightningDiT.radar.arrays import fitted, grey_levels, sample_columns, save_levels, save_view
-from LightningDiT.radar.colour_maps import GREY, coloured
+from LightningDiT.radar.colour_maps import GREY, NAMES, coloured
 from LightningDiT.radar.layouts import missing_people
 from LightningDiT.radar.overlap import leaked, random_leak
 from LightningDiT.radar.preparation import DB, Prepared
@@ -100,6 +102,8 @@ def _values(prepared: Prepared) -> Iterator[str]:
         known = "{:g} to {:g}".format(*prepared.db_range) if prepared.db_range else "unknown, --db-range states it"
         far = f"; pixels are {prepared.residual:.1f} of 255 away from it" if main != GREY else ""
         yield f"colour map     {main}{far}; dB range {known}"
+        if (nearer := _nearer_map(prepared, main)) != main:
+            yield f"warning: the pixels are much nearer to {nearer} than to {main}: omit --colour-map to take that map"
     if len(maps) > 1:
         yield f"warning: colour maps are mixed: {', '.join(f'{name} {number}' for name, number in maps.most_common())}"
     if prepared.columns:
@@ -156,17 +160,31 @@ def _leaks(prepared: Prepared) -> Iterator[str]:
         yield f"random {parts}   {100 * found:.1f} % of the test windows would share pixels with a training window"
 
 
+def _nearer_map(prepared: Prepared, name: str) -> str:
+    """Return the map to which the windows in colours are less than half as far as to the map `name`, or that name."""
+    seen = [scan.distances for scan in prepared.scans.values() if scan.distances]
+    means = {other: fmean(one[other] for one in seen) for other in NAMES} if seen else {}
+    best = min(means, key=lambda other: means[other], default=name)
+    return best if best in means and 2 * means[best] < means.get(name, 0.0) else name
+
+
+def _cells(text: str) -> int:
+    """Return how many cells of a terminal a text takes; a Chinese character takes two."""
+    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
+
+
 def _people(prepared: Prepared) -> Iterator[str]:
     rows: dict[str, list[Row]] = defaultdict(list)
     for row in prepared.rows:
         rows[row.person].append(row)
-    width = max(6, *(len(person) for person in rows))
+    width = max(6, *(_cells(shown(person)) for person in rows))
     yield f"{'person':<{width}} windows passes training validation   test"
     for person, own in list(rows.items())[:MOST_ROWS]:
         parts = Counter(row.part for row in own)
         passes = len({row.pass_number for row in own})
         counts = f"{parts['training']:>8} {parts['validation']:>10} {parts['test']:>6}"
-        yield f"{shown(person):<{width}} {len(own):>7} {passes:>6} {counts}"
+        name = shown(person) + " " * (width - _cells(shown(person)))
+        yield f"{name} {len(own):>7} {passes:>6} {counts}"
     if len(rows) > MOST_ROWS:
         yield f"... and {len(rows) - MOST_ROWS} people more, all in {SPLIT}"
     single = [person for person, own in rows.items() if own[0].fold is None]
