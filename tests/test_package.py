@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from packaging.requirements import Requirement
+from packaging.version import Version
 from PIL import Image
 
 import LightningDiT
@@ -25,10 +26,16 @@ from tests.project_copy import copy_project
 from tests.workers import shared_folder
 
 THREE_LINES = """
+import sys
+sys.modules.update(dict.fromkeys(EXTRAS))  # Python's own mark of modules that cannot be imported
 from LightningDiT import LightningDiTPipeline, bundled_model
 images = LightningDiTPipeline.from_pretrained(bundled_model())(["Bag"], num_inference_steps=4).images
 images[0].save("bag.png")
 """
+
+
+#: Modules of the extras, which the installed package does not require.
+EXTRAS = ["accelerate", "matplotlib", "tensorboard", "torch_fidelity", "scipy", "peft", "diffusers", "gradio"]
 
 
 def run(*command: object, cwd: Path) -> str:
@@ -62,7 +69,7 @@ def installed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
             run(sys.executable, "-m", "venv", "--without-pip", "--clear", folder / "venv", cwd=folder)
             places = [place for place in sys.path if Path(place).name in ("site-packages", "dist-packages")]
             (next(folder.glob("venv/lib/python*/site-packages")) / "ours.pth").write_text("\n".join(places) + "\n")
-            pip = (python, "-m", "pip", "install", "--no-index", "--disable-pip-version-check")
+            pip = (python, "-m", "pip", "install", "--no-index", "--no-compile", "--disable-pip-version-check")
             run(*pip, next(built.glob("*.whl")), cwd=folder)
             (folder / "made").touch()
     return python
@@ -110,8 +117,15 @@ def test_the_metadata_names_ranges_extras_and_the_command(built: Path) -> None:
     assert "lightningdit = LightningDiT.command.main:main" in commands
 
 
+def test_what_is_not_released_says_so() -> None:
+    newest = re.search(r"^## (.*)$", (PROJECT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
+    version = Version(LightningDiT.__version__)
+    assert newest is not None
+    assert newest[1] == ("Unreleased" if version.is_devrelease else str(version))
+
+
 def test_three_lines_draw_a_picture_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
-    run(installed, "-c", THREE_LINES, cwd=tmp_path)
+    run(installed, "-c", THREE_LINES.replace("EXTRAS", repr(EXTRAS)), cwd=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["bag.png"]
     expected = LightningDiT.LightningDiTPipeline.from_pretrained(BUNDLED)(["Bag"], num_inference_steps=4).images[0]
     difference = np.array(Image.open(tmp_path / "bag.png"), int) - np.array(expected, int)
