@@ -48,6 +48,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     with running_hub() as running:
         monkeypatch.setenv("HF_ENDPOINT", running.endpoint)
+        monkeypatch.setattr(constants, "ENDPOINT", running.endpoint)  # read at import, by clients below 1
         yield running
 
 
