@@ -1,6 +1,6 @@
 """How often the intervals of a verdict hold the truth, for passes and trainings of known variance.
 
-The command prints the table that docs/radar.md has. A value of a pass in a training is the sum of three normal numbers:
+The command prints the table that docs/radar.md sums up. A value of a pass in a training is the sum of three normal numbers:
 of the pass, of the training, and of both. Their true mean is 0.
 """
 
