@@ -2,7 +2,7 @@
 
 Real small files of each kind are changed byte by byte, cut, and filled with values of other types, and hypothesis draws
 the changes from fixed seeds (`derandomize`): `EXAMPLES` inputs a reader for each way of changing, and `OPTIONS` command
-lines an entry point, up to 1,902 inputs in all. An input that once showed a fault is kept in `KEPT` and always tried.
+lines an entry point, up to 1,938 inputs in all. An input that once showed a fault is kept in `KEPT` and always tried.
 No input may take more than `SECONDS`, `MEMORY` bytes of address space, or change a file that was there.
 """
 
