@@ -20,9 +20,11 @@ ROLE_OPTIONS = {"dit": "checkpoint", "vavae": "tokenizer", "stats": "stats"}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    from LightningDiT.reference.option import add_help_config
     from LightningDiT.sampling.options import add_preset_option
 
     parser = argparse.ArgumentParser(description=__doc__)
+    add_help_config(parser)
     add = parser.add_argument
     auto = "auto (default): the published weights if they and a GPU are here, else the bundled model"
     attached = "searched by file name at any depth; default: LIGHTNINGDIT_ATTACHED, on Kaggle /kaggle/input"

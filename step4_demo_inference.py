@@ -26,9 +26,11 @@ REPORT = "report.html"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    from LightningDiT.reference.option import add_help_config
     from LightningDiT.sampling.options import add_gpus_option
 
     parser = argparse.ArgumentParser(description=__doc__)
+    add_help_config(parser)
     parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FOLDER")
     weights.add_models_option(parser)
     add_gpus_option(parser)

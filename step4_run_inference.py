@@ -20,9 +20,11 @@ GRID = "demo_samples.png"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    from LightningDiT.reference.option import add_help_config
     from LightningDiT.sampling.options import add_class_options, add_sampling_options
 
     parser = argparse.ArgumentParser(description=__doc__)
+    add_help_config(parser)
     parser.add_argument("--config", type=Path, default=project.CONFIG, help="default: that of step 3")
     parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FOLDER")
     weights.add_models_option(parser)

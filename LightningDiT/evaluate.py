@@ -14,6 +14,7 @@ from pathlib import Path
 
 from LightningDiT.console import natural, positive, program, run_main
 from LightningDiT.metrics.options import FEATURES, add_evaluation_options
+from LightningDiT.reference.option import add_help_config
 
 SOURCES = "folder of images, .npz file of ADM, or FOLDER:train / FOLDER:test of Fashion-MNIST"
 
@@ -21,6 +22,7 @@ SOURCES = "folder of images, .npz file of ADM, or FOLDER:train / FOLDER:test of 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(prog=program("evaluate"), description=__doc__)
+    add_help_config(parser)
     parser.add_argument("--samples", required=True, metavar="A", help=f"generated images: {SOURCES}")
     parser.add_argument("--reference", metavar="B", help=f"real images: {SOURCES}; or .npz file with mu and sigma")
     parser.add_argument("--features", default="inception", help=f"{FEATURES}; default: %(default)s")

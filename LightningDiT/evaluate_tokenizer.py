@@ -13,11 +13,13 @@ from pathlib import Path
 
 from LightningDiT.console import natural, positive, program, run_main
 from LightningDiT.metrics.options import FEATURES, add_evaluation_options
+from LightningDiT.reference.option import add_help_config
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(prog=program("evaluate_tokenizer"), description=__doc__)
+    add_help_config(parser)
     parser.add_argument("--config", required=True, help="tokenizer YAML; its ckpt_path names the weights")
     parser.add_argument("--weights", metavar="FILE", help="replaces ckpt_path")
     source = parser.add_mutually_exclusive_group(required=True)

@@ -26,6 +26,7 @@ from LightningDiT.data.labels import CONDITION_NAMES
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import FITS
 from LightningDiT.radar.augmentation import EXAMPLE, parsed
+from LightningDiT.reference.option import add_help_config
 from LightningDiT.tokenizer.config import TokenizerConfig, load_tokenizer_config, tokenizer_config_path
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ VALIDATION = PARTS[1]
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(prog=program("extract_features"), description=__doc__)
+    add_help_config(parser)
     parser.add_argument("--config", required=True, help="YAML of the published schema; its tokenizer encodes")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--images", metavar="FOLDER", help="folder with one subfolder of images per class")

@@ -23,6 +23,7 @@ from LightningDiT.config import LABELS, Config, load_config, with_overrides  # n
 from LightningDiT.console import duration, positive, program, run_main  # noqa: E402
 from LightningDiT.files import check_space  # noqa: E402
 from LightningDiT.hub.bundled import config_file, results_folder  # noqa: E402
+from LightningDiT.reference.option import add_help_config  # noqa: E402
 from LightningDiT.sampling.options import (  # noqa: E402
     add_class_options,
     add_sampling_options,
@@ -49,6 +50,7 @@ PREVIEW_NAME = "demo_preview.png"
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(prog=program("inference"), description=__doc__)
+    add_help_config(parser)
     parser.add_argument("--config", required=True, type=config_file, help="YAML of the published schema, or `bundled`")
     parser.add_argument("--demo", action="store_true", help="one grid of a few classes")
     parser.add_argument("--num-samples", type=positive, help="images without --demo; default: sample.fid_num")

@@ -20,6 +20,7 @@ from LightningDiT.config import TRAINING_FIX, Config, load_config
 from LightningDiT.console import positive, program, run_main
 from LightningDiT.device import best_device
 from LightningDiT.distributed import launched_processes
+from LightningDiT.reference.option import add_help_config
 from LightningDiT.training.choice import CHOICE_NAME, LAST_NAME, choice_of
 from LightningDiT.training.judged_samples import check_windows
 from LightningDiT.training.loop import train as run_loop
@@ -37,6 +38,7 @@ from LightningDiT.training.transformer_training import (
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(prog=program("train"), description=__doc__)
+    add_help_config(parser)
     parser.add_argument("--config", required=True, help="YAML of the published schema")
     parser.add_argument("--data-path", help="folder of shards and statistics, in place of data.data_path")
     parser.add_argument("--output", help="folder of the run, in place of train.output_dir/exp_name")

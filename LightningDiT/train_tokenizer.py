@@ -23,6 +23,7 @@ from LightningDiT.device import best_device
 from LightningDiT.distributed import launched_processes
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.radar.level_images import has_windows, open_levels
+from LightningDiT.reference.option import add_help_config
 from LightningDiT.tokenizer.config import (
     TOKENIZER_CONFIGS,
     TRAINABLE,
@@ -118,6 +119,7 @@ def settings_text(tokenizer: TokenizerConfig) -> str:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(prog=program("train_tokenizer"), description=__doc__)
+    add_help_config(parser)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", nargs="+", help="tokenizer YAML (model.params and train); several are stages")
     what.add_argument("--stages", dest="config", action="store_const", const=STAGES, help="the three published stages")

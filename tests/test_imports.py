@@ -46,17 +46,27 @@ ROWS: dict[str, set[str]] = {
     "verdict": {*BELOW, "metrics", "radar", "sampling"},  # times networks; a report looks as that of a demonstration
     "__init__": {"config", "device", "hub", "sampling"},
     "pipeline": {"sampling"},
-    "inference": {*GROUND, "data", "hub", "sampling"},
-    "train": {*GROUND, "training"},
-    "train_tokenizer": {*GROUND, "data", "radar", "tokenizer", "training"},
-    "extract_features": {*GROUND, "data", "radar", "tokenizer", "training"},
-    "evaluate": {*GROUND, "metrics"},
-    "evaluate_tokenizer": {*GROUND, "metrics"},
+    "inference": {*GROUND, "data", "hub", "sampling", "reference"},
+    "train": {*GROUND, "training", "reference"},
+    "train_tokenizer": {*GROUND, "data", "radar", "tokenizer", "training", "reference"},
+    "extract_features": {*GROUND, "data", "radar", "tokenizer", "training", "reference"},
+    "evaluate": {*GROUND, "metrics", "reference"},
+    "evaluate_tokenizer": {*GROUND, "metrics", "reference"},
     "hub": {*GROUND},
+    "reference": {*GROUND, "tokenizer"},  # its YAML has keys too
     "demo": {*BELOW, "hub", "radar", "sampling", "verdict"},  # models of step 6 have the axes of their split
-    "command": {*BELOW, "__init__", "demo", "hub", "metrics", "radar", "sampling", "training"},
+    "command": {*BELOW, "__init__", "demo", "hub", "metrics", "radar", "reference", "sampling", "training"},
     "interop": {*BELOW, "hub", "radar", "sampling"},
-    "tools": {*BELOW, "interop", "metrics", "radar", "sampling", "training", "verdict"},  # the benchmark times the trainer's steps
+    "tools": {
+        *BELOW,
+        "interop",
+        "metrics",
+        "radar",
+        "reference",
+        "sampling",
+        "training",
+        "verdict",
+    },  # the benchmark times the trainer's steps
 }
 SET_UP_MAY_USE = {f"{LIBRARY}.{name}" for name in ("errors", "console", "files", "hub.registry")}
 STEPS = sorted(path.stem for path in PROJECT.glob("*.py"))

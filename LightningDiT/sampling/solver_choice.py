@@ -32,7 +32,7 @@ from LightningDiT.transport import (
     sde_states,
 )
 
-CALIBRATED, FAST, PUBLISHED = "calibrated", "fast", "published"
+CALIBRATED, FAST, PUBLISHED, UCGM = "calibrated", "fast", "published", "ucgm"
 SHIFTED, GRADED = "shifted", "graded"  # the third grid is Kumaraswamy's
 SOLVER_NAMES = (*NAMED_SOLVERS, CALIBRATED, *ODE_METHODS)
 

@@ -23,13 +23,13 @@ class AutoencoderSettings:
     embed_dim: int = 32  # channels of the latent
     z_channels: int = 32  # channels inside, before quant_conv
     resolution: int = 256  # of training: sets which levels have attention, and does not limit the input
-    in_channels: int = 3
-    out_ch: int = 3
+    in_channels: int = 3  # of the images: 3, or 1 for levels
+    out_ch: int = 3  # of the decoded images
     ch: int = 128  # channels of the first level
     ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)  # a factor per level; the resolution is halved between levels
     num_res_blocks: int = 2  # per level in the encoder; the decoder has one more
-    attn_resolutions: tuple[int, ...] = (16,)
-    dropout: float = 0.0
+    attn_resolutions: tuple[int, ...] = (16,)  # sides of the feature maps that have attention
+    dropout: float = 0.0  # share of activations that are set to zero in training
     double_z: bool = True  # the encoder returns mean and log-variance
 
     def __post_init__(self) -> None:

@@ -37,29 +37,29 @@ TOKENIZER_FIX = f"name a tokenizer YAML, such as those in {TOKENIZER_CONFIGS}"
 class TokenizerTrainConfig:
     """How a tokenizer is trained. A weight of 0 leaves the term, and the network that it needs, out of the loss."""
 
-    max_steps: int = 20_000
+    max_steps: int = 20_000  # optimiser steps of the whole run
     epochs: int | None = None  # replaces max_steps
     batch_size: int = 32  # in all processes together
-    seed: int = 0
+    seed: int = 0  # of the order of the images, the mirroring and the posterior's noise
     flip: bool = False  # mirror half of the images; wrong if left and right differ in meaning
     weight_init: str | None = None  # file to start from: a published checkpoint or another run's training.safetensors
-    lr: float = 1e-3
-    beta1: float = 0.9
-    beta2: float = 0.99
+    lr: float = 1e-3  # learning rate after the warm-up, of the autoencoder and the discriminator
+    beta1: float = 0.9  # decay of Adam's first moment
+    beta2: float = 0.99  # decay of Adam's second moment
     warmup_steps: int | float = 0.01  # linear rise of the learning rate; below 1: a share of all steps
     decay_steps: int | float | None = None  # cosine fall to zero, a length like that; default: all after the warm-up
-    max_grad_norm: float | None = 1.0
+    max_grad_norm: float | None = 1.0  # the gradient's norm is clipped to this
     trainable: str = "all"  # all | decoder: the latents stay as they are
     precision: str = "auto"  # of matrix products: auto (bf16 if it is native, else fp32) | fp32 | bf16
-    ema_decay: float = 0.999
+    ema_decay: float = 0.999  # of the averaged weights, which are what is kept
     l1_weight: float = 1.0  # on the mean absolute error per value, images in [-1, 1]
     l2_weight: float = 1.0  # on the mean squared error per value
     kl_weight: float = 1e-6  # on the KL in nats per image
     sum_values: bool = False  # sum the reconstruction terms over an image's values, as published; False: mean
     logvar_init: float = 0.0  # logarithm of the divisor of the reconstruction terms
-    learn_logvar: bool = False
+    learn_logvar: bool = False  # train that logarithm too
     texture_weight: float = 0.0  # on the distance between log energies of local texture, which keeps speckle
-    lpips_weight: float = 0.0
+    lpips_weight: float = 0.0  # on LPIPS, the distance in features of VGG-16
     lpips_weights: str | None = None  # file with VGG-16; default: torch.hub's cache, else a download
     disc_weight: float = 0.0  # on the adversarial term, times the adaptive weight
     disc_start: int = 1  # first step with the discriminator, counted from 1
@@ -68,14 +68,14 @@ class TokenizerTrainConfig:
     adaptive_vf: bool = True  # multiply it by the ratio of gradient norms at the encoder's last layer
     cos_weight: float = 1.0  # on the cosine term of the alignment
     distmat_weight: float = 1.0  # on the distance-matrix term of the alignment
-    cos_margin: float = 0.0
-    distmat_margin: float = 0.0
+    cos_margin: float = 0.0  # cosines nearer to 1 than this cost nothing
+    distmat_margin: float = 0.0  # differences between the distance matrices below this cost nothing
     vision_model: str | None = None  # dinov2 | mae | a name of timm's; default: model.params.use_vf
     vision_weights: str | None = None  # file with timm's names; default: from the hub
     vision_size: int | None = None  # its input in pixels a side; default: what gives its grid the size of the latents'
     vision_input: str = "own"  # own: normalised as in its training | published: images in [-1, 1]
-    log_every: int = 100
-    ckpt_every: int = 500
+    log_every: int = 100  # steps between two lines of the log
+    ckpt_every: int = 500  # steps between two checkpoints
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from LightningDiT.config import SampleConfig, load_config, with_overrides
 from LightningDiT.console import Progress, natural, positive, run_main
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.loading import guidance_of
+from LightningDiT.reference.option import add_help_config
 from LightningDiT.sampling.calibrated import (
     CalibratedSolver,
     SolverFile,
@@ -282,6 +283,7 @@ def opened(path: Path, fingerprint: str) -> SolverFile:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(prog="python -m LightningDiT.tools.calibrate_solver", description=__doc__)
+    add_help_config(parser)
     parser.add_argument("--config", required=True, help="YAML of the model and its guidance")
     parser.add_argument(
         "--evaluations", nargs="+", type=int, default=[6, 8, 10, 12], help="of each solver; default: 6 8 10 12"

@@ -40,6 +40,7 @@ from LightningDiT.metrics.reconstruction import (
 from LightningDiT.metrics.window_judge import share_right, train_judge
 from LightningDiT.radar.colour_maps import coloured
 from LightningDiT.radar.level_images import LevelImages, Windows, load_windows, open_levels
+from LightningDiT.reference.option import add_help_config
 from LightningDiT.tokenizer.autoencoder import AutoencoderKL
 from LightningDiT.tokenizer.config import (
     TOKENIZER_CONFIGS,
@@ -396,6 +397,7 @@ def open_search(args: argparse.Namespace) -> Search:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(prog="python -m LightningDiT.tools.choose_tokenizer", description=__doc__)
+    add_help_config(parser)
     parser.add_argument("--levels", required=True, help="windows written by step5_prepare_spectrograms.py --write")
     parser.add_argument("--split-file", required=True, help="split.json of step 5")
     parser.add_argument("--fold", type=natural, default=0, help="of the split; default: 0")

@@ -24,6 +24,7 @@ from torch import Tensor
 from LightningDiT.config import Config, SampleConfig, load_config, with_overrides
 from LightningDiT.console import Progress, natural, positive, run_main
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.reference.option import add_help_config
 from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from LightningDiT.seeds import generator_for
 from LightningDiT.transport import GuidedVelocity, Transport, draw_noise, integrate_ode, jumps_of, sampling_times
@@ -180,6 +181,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_help_config(parser)
     parser.add_argument("--config", required=True, help="YAML of the model and its guidance interval")
     parser.add_argument("--guidance-scale", type=float, help="to match; default: the configuration's")
     parser.add_argument("--channels", type=positive, help="guided by it; default: the configuration's")

@@ -36,6 +36,7 @@ from LightningDiT.loading import required
 from LightningDiT.metrics.copies import CopyRates
 from LightningDiT.metrics.sample_worth import Worth
 from LightningDiT.radar.split import load_split
+from LightningDiT.reference.option import add_help_config
 from LightningDiT.sampling.calibrated import weights_fingerprint
 from LightningDiT.sampling.null_row import check_guidance
 from LightningDiT.sampling.pipeline import LightningDiTPipeline
@@ -256,6 +257,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_help_config(parser)
     parser.add_argument("--config", required=True, help="YAML of the model, with data.levels_path and data.split_file")
     parser.add_argument("--scales", type=float, nargs="+", default=SCALES, metavar="S", help="default: 1 1.5 2 3")
     parser.add_argument(

@@ -22,6 +22,7 @@ from LightningDiT.device import PRECISIONS, autocast, best_device, training_dtyp
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.loading import make_model, model_settings
 from LightningDiT.models.lightningdit import LightningDiTSettings
+from LightningDiT.reference.option import add_help_config
 from LightningDiT.tools.benchmark.machine import peak_resident_bytes
 from LightningDiT.training.ema import Ema
 from LightningDiT.training.memory import TrainingNeed, no_labels, training_need
@@ -123,6 +124,7 @@ def _gibibytes(text: str) -> float:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(prog="python -m LightningDiT.tools.training_memory", description=__doc__)
+    add_help_config(parser)
     parser.add_argument("--config", required=True, help="YAML of the published schema")
     parser.add_argument("--memory", type=_gibibytes, default=16.0, help="GiB of the device; default: 16")
     parser.add_argument("--processes", type=positive, default=1, help="that share the batch, each with --memory")

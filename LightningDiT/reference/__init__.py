@@ -1,0 +1,1 @@
+"""What every key of the YAML files means, taken from the code that defines and reads it."""
