@@ -21,19 +21,18 @@ from LightningDiT.files import fingerprint
 from LightningDiT.radar.level_images import Windows, listed_windows, load_windows, open_level_files
 from LightningDiT.radar.split import load_split, save_restricted
 from LightningDiT.verdict import adapting, jobs, time_needed
+from LightningDiT.verdict import seen as seen_module
 from LightningDiT.verdict.adapting import (
     PRESETS,
-    Seen,
     counts_of,
-    labels_text,
     load_plan,
     make_plan,
     save_plan,
-    seen_of,
     write_cells,
 )
 from LightningDiT.verdict.generated import find_generated
 from LightningDiT.verdict.rows import Scenario, spread
+from LightningDiT.verdict.seen import Seen, labels_text
 from LightningDiT.verdict.time_needed import Costs, Estimate, estimate, fitted
 from tests.walkers import levels_of, prepared, render
 
@@ -176,7 +175,7 @@ def test_no_window_of_an_unseen_pair_trains_or_chooses(
     write_cells(plan, tmp_path / "o", opened.split)
     tested, asked = set(), set()
     for fold in plan.folds:
-        lacking = set(seen_of(plan, opened.split, fold, 3).scenario.held_out)
+        lacking = set(plan.seen(opened.split, fold, 3).scenario.held_out)
         assert lacking == held if held else lacking
         own = load_split(tmp_path / "o" / f"fold{fold}-3" / "split.json")
         for part in ("training", "validation"):
@@ -197,12 +196,12 @@ def test_what_is_unseen_is_said_and_kept(
     conditions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(time_needed, "measure", lambda plan, split: Costs(1.0, {"transformer": 1.0}))
-    monkeypatch.setattr(adapting, "names_of_model", lambda path, key: None)
+    monkeypatch.setattr(seen_module, "names_of_model", lambda path, key: None)
     assert call(conditions, tmp_path / "o", "--unseen", "slow", "--dry-run") == 0
     said = capsys.readouterr().out
     assert "unseen         fold 0: ID_1 slow, ID_2 slow, ID_3 slow; neither trained nor validated on" in said
     assert "note: no network learns what 'slow' is, so that no windows of it are generated" in said
-    monkeypatch.setattr(adapting, "names_of_model", lambda path, key: ("slow", "other"))
+    monkeypatch.setattr(seen_module, "names_of_model", lambda path, key: ("slow", "other"))
     assert call(conditions, tmp_path / "o", "--unseen", "slow", "--dry-run") == 0
     assert "note: no network" not in capsys.readouterr().out  # the weights that it starts from know
     assert call(conditions, tmp_path / "o", "--unseen", "Bag", "--dry-run") == 1

@@ -21,7 +21,7 @@ from LightningDiT.radar.level_images import load_windows, open_level_files
 from LightningDiT.radar.split import PARENT, load_split, save_restricted, save_split
 from LightningDiT.sampling.resumable_run import BY_CLASS, LAYOUT, LEVELS, PIXELS
 from LightningDiT.verdict import judging
-from LightningDiT.verdict.adapting import cell_folder, load_plan, make_plan, save_plan, seen_of, write_cells
+from LightningDiT.verdict.adapting import cell_folder, load_plan, make_plan, save_plan, write_cells
 from LightningDiT.verdict.cells import judged_models
 from LightningDiT.verdict.classifiers import Recipe
 from LightningDiT.verdict.generated import read_generated
@@ -245,7 +245,7 @@ def without_pairs(conditions: Path) -> Path:
     save_plan(plan, folder)
     write_cells(plan, folder, opened.split)
     for number in plan.folds:
-        cell, windows = cell_folder(folder, number, IMAGES), seen_of(plan, opened.split, number, IMAGES).training
+        cell, windows = cell_folder(folder, number, IMAGES), plan.seen(opened.split, number, IMAGES).training
         latents = {"split": {"digest": load_split(cell / "split.json").digest, "fold": number, "part": "training"}}
         write(cell / "latents" / "manifest.json", latents)
         pixels = [torch.from_numpy(opened.read(row) * 2 - 1)[None] for row in windows.rows.tolist()]
@@ -281,7 +281,7 @@ def test_generated_windows_of_unseen_pairs_are_judged_on_unseen_pairs_in_every_f
     assert [results["scenario"] for results in report["results"]] == ["unseen pairs"]
     plan = load_plan(without_pairs)
     opened = open_level_files(plan.levels, plan.split_file)
-    held = {number: seen_of(plan, opened.split, number, None).scenario.held_out for number in plan.folds}
+    held = {number: plan.seen(opened.split, number, None).scenario.held_out for number in plan.folds}
     made = {trial.fold: trial for trial in load_trials(tmp_path / "trials.json") if trial.row == "1x"}
     for number, trial in made.items():
         assert set(zip(trial.people, trial.conditions, strict=True)) <= held[number]
@@ -315,7 +315,7 @@ def test_a_cell_that_sees_an_unseen_pair_is_refused(without_pairs: Path, tmp_pat
     plan = load_plan(tmp_path / "adapted")
     whole, cell = load_split(plan.split_file), cell_folder(tmp_path / "adapted", 1, IMAGES)
     parts = {name: [at for at, row in enumerate(whole.rows) if row.parts[1] == name] for name in ("training", part)}
-    seen = seen_of(plan, whole, 1, IMAGES)
+    seen = plan.seen(whole, 1, IMAGES)
     validating = None if part == "validation" else seen.validation.rows.tolist()
     kept = parts["training"] if part == "training" else seen.training.rows.tolist()
     save_restricted(cell / "split.json", whole, plan.split_file, kept, 1, validating)

@@ -6,11 +6,8 @@ is that of step 5 with all other training windows made guards, which nothing may
 
 from __future__ import annotations
 
-import csv
-import io
-import itertools
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,16 +15,15 @@ from typing import Any
 import numpy as np
 
 from LightningDiT.config import as_yaml, read_yaml
-from LightningDiT.data.labels import CONDITION_NAMES, names_of_model
 from LightningDiT.errors import LightningDiTError, first_line
 from LightningDiT.files import read_json, write_text
 from LightningDiT.radar.augmentation import NAMES
-from LightningDiT.radar.level_images import LevelFiles, Windows, condition_names, listed_windows, open_level_files
+from LightningDiT.radar.level_images import LevelFiles, condition_names, open_level_files
 from LightningDiT.radar.split import Split, save_restricted
 from LightningDiT.radar.training_file import DOWNSAMPLING, PATCH, ROOT, TEMPLATE
 from LightningDiT.verdict.intervals import PassBootstrap
 from LightningDiT.verdict.jobs import Job
-from LightningDiT.verdict.rows import Scenario, scenario_of, spread, subset
+from LightningDiT.verdict.seen import Seen, known_conditions, labels_text, seen_of
 
 FORMAT = "adapted models, 1"
 PLAN, SPLIT, LABELS = "plan.json", "split.json", "labels.csv"
@@ -136,6 +132,14 @@ class Plan:
     def look_every(self) -> int:
         return max(1, self.steps // self.looks)
 
+    def seen(self, split: Split, fold: int, images: int | None) -> Seen:
+        """Return what the networks of a cell see; raises LightningDiTError, see `seen_of`."""
+        return seen_of(split, self.unseen, fold, images)
+
+    def known(self, seen: Seen) -> set[int]:
+        """Return the conditions that all networks learn, see `known_conditions`."""
+        return known_conditions(seen, [model.start for model in self.models])
+
 
 def make_plan(preset: str, opened: LevelFiles, pretrained: Path = MODELS, **given: Any) -> Plan:
     """Return the plan of a preset for the levels of a split.
@@ -178,7 +182,7 @@ def make_plan(preset: str, opened: LevelFiles, pretrained: Path = MODELS, **give
         **values,
     )
     for fold in folds:
-        seen_of(plan, split, fold, 1)  # what is unseen leaves something to train on
+        plan.seen(split, fold, 1)  # what is unseen leaves something to train on
     return plan
 
 
@@ -279,98 +283,27 @@ def cell_folder(folder: Path, fold: int, images: int | None) -> Path:
     return folder / f"fold{fold}-{'all' if images is None else images}"
 
 
-@dataclass(frozen=True)
-class Seen:
-    """The windows that the networks of a cell see, without pixels.
-
-    Attributes:
-        training: that they are trained on; validation: that their weights are chosen by, maybe none.
-        scenario: what they do not see.
-    """
-
-    training: Windows
-    validation: Windows
-    scenario: Scenario
-
-
-def seen_of(plan: Plan, split: Split, fold: int, images: int | None) -> Seen:
-    """Return what the networks of a cell see.
-
-    Raises:
-        LightningDiTError: there is nothing that could be unseen, or nothing else is left to train on or to test.
-    """
-    training, validation, test = (listed_windows(split, part, fold) for part in ("training", "validation", "test"))
-    scenario = scenario_of(plan.unseen, training, test)
-    seen = scenario.seen(training)
-    if not len(seen.people) or not len(scenario.tested(test).people):
-        raise LightningDiTError(
-            f"fold {fold} of {plan.split_file} has no {'test' if len(seen.people) else 'training'} windows of the"
-            f" scenario {scenario.name!r}",
-            "choose other --folds or another --unseen",
-        )
-    return Seen(subset(seen, spread(seen, images)), scenario.seen(validation), scenario)
-
-
 def counts_of(plan: Plan, split: Split) -> dict[tuple[int, int | None], int]:
     """Return the number of real windows that each cell trains on."""
-    return {cell: len(seen_of(plan, split, *cell).training.people) for cell in plan.cells}
+    return {cell: len(plan.seen(split, *cell).training.people) for cell in plan.cells}
 
 
 def validating(plan: Plan, split: Split, fold: int) -> int:
     """Return how many windows of a fold the weights are chosen by."""
-    return len(seen_of(plan, split, fold, 1).validation.people)
+    return len(plan.seen(split, fold, 1).validation.people)
 
 
 def write_cells(plan: Plan, folder: Path, split: Split) -> None:
     """Write split, configurations and labels of every cell."""
     for fold, images in plan.cells:
-        cell, seen = cell_folder(folder, fold, images), seen_of(plan, split, fold, images)
+        cell, seen = cell_folder(folder, fold, images), plan.seen(split, fold, images)
         chosen = seen.training.rows.tolist(), fold, seen.validation.rows.tolist()
         save_restricted(cell / SPLIT, split, plan.split_file, *chosen)
-        write_text(cell / LABELS, labels_text(seen, plan.generated, known_conditions(plan, seen)))
+        write_text(cell / LABELS, labels_text(seen, plan.generated, plan.known(seen)))
         count = len(seen.training.people)
         write_text(cell / f"{TOKENIZER}.yaml", as_yaml(tokenizer_values(plan, count)))
         for model in plan.models:
             write_text(cell / f"{model.name}.yaml", as_yaml(training_values(plan, model, split, fold, count)))
-
-
-def known_conditions(plan: Plan, seen: Seen) -> set[int]:
-    """Return the conditions that all networks of a cell learn: by its windows, or by the weights that they start from.
-
-    The label of another one has no meaning.
-    """
-    names = seen.training.condition_names or ()
-    known = set(range(len(names)))
-    for model in plan.models:
-        there = names_of_model(model.start, CONDITION_NAMES) if model.start else None
-        known &= {number for number, name in enumerate(names) if name in (there or ())}
-    return known | set(seen.training.conditions.tolist())
-
-
-def labels_text(seen: Seen, times: int, known: Collection[int]) -> str:
-    """Return the table of the windows to generate: `times` rounds, each with as many rows as there are real windows.
-
-    Each row has the person and the condition of a real window. Where conditions are unseen, a person's rows have in
-    turn all conditions that the person shows and the unseen ones, as far as they are in `known`: the networks take both
-    labels, so they can draw people under conditions that only others show.
-    """
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    names, windows = seen.training.condition_names, seen.training
-    table.writerow(["class", "condition"] if names else ["class"])
-    people, own = windows.people.tolist(), windows.conditions.tolist()
-    turns = {
-        person: itertools.cycle(
-            sorted({condition for one, condition in zip(people, own, strict=True) if one == person} | wanted)
-        )
-        for person in set(people)
-        if (wanted := {condition for one, condition in seen.scenario.held_out if one == person and condition in known})
-    }
-    for _ in range(times):
-        for person, condition in zip(people, own, strict=True):
-            asked = next(turns[person]) if person in turns else condition
-            table.writerow([windows.class_names[person], *([names[asked]] if names else [])])
-    return text.getvalue()
 
 
 def tokenizer_values(plan: Plan, count: int) -> dict[str, Any]:
@@ -487,12 +420,12 @@ def unseen_lines(plan: Plan, split: Split) -> list[str]:
         return []
     lines, untaught = [], set[str]()
     for fold in plan.folds:
-        seen = seen_of(plan, split, fold, None)
+        seen = plan.seen(split, fold, None)
         names, held = seen.training.condition_names or (), sorted(seen.scenario.held_out)
         pairs = [f"{seen.training.class_names[person]} {names[condition]}" for person, condition in held[:LISTED]]
         more = f" and {len(held) - LISTED} more" if len(held) > LISTED else ""
         lines.append(f"unseen         fold {fold}: {', '.join(pairs)}{more}; neither trained nor validated on")
-        untaught |= {names[one] for _, one in held} - {names[one] for one in known_conditions(plan, seen)}
+        untaught |= {names[one] for _, one in held} - {names[one] for one in plan.known(seen)}
     lines += [
         f"note: no network learns what {name!r} is, so that no windows of it are generated" for name in sorted(untaught)
     ]

@@ -22,7 +22,6 @@ from LightningDiT.verdict.adapting import (
     Plan,
     cell_folder,
     load_plan,
-    seen_of,
 )
 from LightningDiT.verdict.generated import manifest_of
 from LightningDiT.verdict.judging import Cell, Fact, Judged
@@ -108,7 +107,7 @@ def _trained(adapted: Path, cell: Cell, whole: Split) -> frozenset[int]:
 def _refuse_unseen(adapted: Path, plan: Plan, cell: Cell, whole: Split) -> None:
     """Raise LightningDiTError if a cell trains or chooses its weights on what its plan calls unseen."""
     folder, fold = cell_folder(adapted, *cell), cell[0]
-    own, held = load_split(folder / SPLIT), seen_of(plan, whole, *cell).scenario.held_out
+    own, held = load_split(folder / SPLIT), plan.seen(whole, *cell).scenario.held_out
     for part in ("training", "validation"):
         windows = listed_windows(own, part, fold)
         pairs = zip(windows.people.tolist(), windows.conditions.tolist(), strict=True)

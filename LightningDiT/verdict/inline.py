@@ -24,7 +24,7 @@ from LightningDiT.verdict.generated import read_generated
 from LightningDiT.verdict.judging import Judged
 from LightningDiT.verdict.pictures import colour_map_of, plot_html, triple_html, triples
 from LightningDiT.verdict.report import FORMAT, HTML, JSON, PAGE_STYLE
-from LightningDiT.verdict.rows import ROWS, spread, subset
+from LightningDiT.verdict.rows import ROWS, Scenario, subset
 from LightningDiT.verdict.sentences import percent, points
 
 JUDGE = "python step7_judge_generated.py"
@@ -72,12 +72,12 @@ def generated_windows(adapted: Path, shown: int = 3, known_sensor: bool = True) 
 
 
 def _model_html(name: str, judged: Judged, shown: int, known_sensor: bool) -> list[str]:
-    fold, images = cell = judged.folds[0], judged.images[0]
+    fold, _ = cell = judged.folds[0], judged.images[0]
     opened = open_level_files(judged.levels, judged.split_file)
     training, test = (load_windows(judged.levels, judged.split_file, part, fold) for part in ("training", "test"))
-    found = triples(
-        read_generated(judged.folders[cell], opened, fold), test, subset(training, spread(training, images)), shown
-    )
+    saw = torch.isin(training.rows, torch.tensor(sorted(judged.trained[cell])))
+    seen = subset(training, torch.nonzero(saw)[:, 0])
+    found = triples(read_generated(judged.folders[cell], opened, fold), test, seen, shown)
     axes, colour_map = _axes(opened, known_sensor), colour_map_of(opened.split.settings)
     rows = [triple_html(one, test.class_names, axes, colour_map) for one in found]
     nearest = "Of all generated windows the one nearest to a training window:", "所有生成窗口中与训练窗口最接近的一个："
@@ -122,8 +122,9 @@ def _table(results: Mapping[str, Any]) -> str:
     """Return the rows of one number of images: accuracy and difference with their intervals."""
     images = results["images"]
     english, chinese = ("all images", "全部图像") if images is None else (f"{images} images", f"{images} 张图像")
+    unseen = "" if results["scenario"] == Scenario.name else escaped(f", {results['scenario']}")
     titles = [
-        (f"Training data, {english} a person", f"训练数据，每人 {chinese}"),
+        (f"Training data, {english} a person{unseen}", f"训练数据，每人 {chinese}{unseen.replace(', ', '，')}"),
         ("Accuracy, 95 % interval", "准确率，95 % 区间"),
         ("Difference in points, interval", "差异（百分点），区间"),
     ]
