@@ -23,7 +23,7 @@ NOTEBOOK = PROJECT / "kaggle_reproduction.ipynb"
 RADAR_NOTEBOOK = PROJECT / "kaggle_micro_doppler.ipynb"
 NOWHERE = "http://127.0.0.1:9"  # a closed port: every connection is refused at once
 HERE_ALONE = "127.0.0.1,localhost"
-SECONDS = 300  # for one cell
+SECONDS = 900  # for one cell: beside other work a step takes many times as long
 PROXIES = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "all_proxy")
 
 

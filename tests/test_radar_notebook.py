@@ -60,6 +60,13 @@ def pictures(html: str) -> list[np.ndarray]:
     return [np.asarray(Image.open(io.BytesIO(base64.b64decode(one)))) for one in found]
 
 
+def seen_by(cell: Path, levels: Path) -> np.ndarray:
+    """Return the pixels (N, H, W, 3) of the windows that a cell trained on, under every shift in time."""
+    windows = load_windows(levels, cell / "split.json", "training").pixels[:, 0].numpy()
+    turned = [np.roll(one, shift, -1) for one in windows for shift in range(one.shape[-1])]
+    return coloured((np.stack(turned) + 1) / 2, "jet").astype(int)
+
+
 def test_simulated_walkers_from_a_read_only_project_to_the_verdict(kaggle: Kaggle) -> None:
     """Offline; cells that run again find what they made."""
     place_project(kaggle.inputs / "datasets" / "someone" / "my project 图像")
@@ -91,6 +98,7 @@ def test_simulated_walkers_from_a_read_only_project_to_the_verdict(kaggle: Kaggl
     made = folder / "adapted" / "fold0-3" / "transformer" / "generated" / "ID_1" / "000000.png"
     grey = np.asarray(Image.open(made)).astype(float) / 65535
     assert np.abs(triples[1].astype(int) - coloured(grey, "jet")).max() <= 1
+    assert np.abs(triples[2].astype(int) - seen_by(folder / "adapted" / "fold0-3", levels)).max((1, 2, 3)).min() <= 1
     report = json.loads((folder / "verdict" / "report.json").read_text())
     page = shown(book, "verdict")
     assert report["verdict"]["zh"] in page

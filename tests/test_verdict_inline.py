@@ -10,16 +10,26 @@ from pathlib import Path
 import pytest
 
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.verdict.inline import verdict
+from LightningDiT.verdict.inline import real_windows, verdict
 from LightningDiT.verdict.report import Report, write_report
 from tests.test_demo_report import Page
 from tests.test_verdict_report import AXES, results
+from tests.walkers import prepared
+
+
+def test_windows_of_people_evenly_from_all_with_axes_in_rows(tmp_path: Path) -> None:
+    passes = {"1": [2, 2, 2], "2": [2, 2, 2], "10": [2, 2, 2]}
+    folder = prepared(tmp_path, passes, name="Bag_line/ID_{person}/{number}.jpg")
+    page = real_windows(folder / "levels", folder / "out" / "split.json", 2, known_sensor=False)
+    assert re.findall(r'alt="([^"]+)"', page) == ["ID_1, Bag_line", "ID_10, Bag_line"]
+    assert "speed, rows" in page
+    assert "传感器未知" in page
 
 
 def reported(folder: Path, *difference: float) -> Path:
     """Write a report of step 7 with results of so many numbers of images."""
     found = [results(one) for one in difference]
-    write_report(Report(found, ("a", "b"), None, AXES, "jet", None, None, (), (), "python"), folder)
+    write_report(Report(found, ("a", "b"), None, AXES, "jet", {}, None, {}, (), "python"), folder)
     return folder
 
 
@@ -30,7 +40,7 @@ def test_each_model_has_its_sentence_its_tables_and_its_report(tmp_path: Path) -
     (tmp_path / "page.html").write_text(page)
     assert "生成数据没有帮助" in "".join(Page(tmp_path / "page.html").texts["zh-CN"])
     assert re.findall(r"Generated windows (help|do not help):", page) == ["help", "do not help"]
-    assert page.count("<table>") == 3
+    assert page.count("<table>") == page.count("30 images a person <span") == 3
     assert "<td>90.0 % (88.0 % to 92.0 %)</td><td>+5.0 (+3.0 to +7.0)</td>" in page  # 0.9 and 0.05, each +- 1.96 %
     links = re.findall(r'download="(\S+)" href="data:text/html;base64,([^"]+)"', page)
     assert [name for name, _ in links] == ["transformer-report.html", "unet-report.html"]
@@ -42,11 +52,11 @@ def test_one_pass_has_no_interval_and_what_to_try_is_listed(tmp_path: Path) -> N
     content = json.loads(page.read_text())
     row = content["results"][0]["rows"][0]
     row["accuracy"] |= {"value": 0.5, "low": None, "high": None}
-    content["results"][0]["images"] = None
+    content["results"][0] |= {"images": None, "scenario": "unseen pairs"}
     page.write_text(json.dumps(content))
     shown = verdict(tmp_path)
     assert "<td>50.0 %</td><td></td>" in shown
-    assert "all images a person" in shown
+    assert "all images a person, unseen pairs" in shown
     assert shown.count("<li>") == len(content["what_to_try"]) > 0
 
 
