@@ -17,6 +17,7 @@ from PIL import Image
 import quickstart
 from LightningDiT.radar.colour_maps import coloured
 from LightningDiT.radar.level_images import load_windows
+from tests.conftest import PROJECT
 from tests.kaggle import (
     NOWHERE,
     RADAR_NOTEBOOK,
@@ -153,3 +154,11 @@ def test_the_preset_follows_the_gpu_and_what_is_missing_is_said(
     (tmp_path / "input" / "some-data").mkdir(parents=True)
     with pytest.raises(Exception, match=r"/input/other, which is not there; .*/input holds .*/input/some-data"):
         chosen(here, DATA=str(tmp_path / "input" / "other"))
+
+
+def test_the_times_that_it_states_are_those_that_its_page_has_as_measured() -> None:
+    words = " ".join(cell.source for cell in nbformat.read(RADAR_NOTEBOOK, as_version=4).cells).replace("\n", " ")
+    times = re.findall(r"took ([0-9][0-9 mins]*s) on two CPU cores", words)
+    assert len(times) == 3  # of the simulation, step 6 and step 7
+    page = (PROJECT / "docs" / "radar.md").read_text(encoding="utf-8")
+    assert [time for time in times if time not in page] == []
