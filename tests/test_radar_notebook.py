@@ -35,7 +35,7 @@ TINY = {
     "PEOPLE": 3,
     "WINDOWS": 24,
     "SIZE": 16,
-    "STEP6": "--images 3 --steps 2 --tokenizer-steps 2 --generated 1",
+    "STEP6": "--images 3 --steps 1 --tokenizer-steps 1 --generated 1",
     "STEP7": "--steps 2 --seeds 1 --rows real,augmented,1x",
 }
 
