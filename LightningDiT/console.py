@@ -78,7 +78,8 @@ def run_main(main: Callable[[], int], install: Callable[[], str] = installation)
             raise
         _say_on_stderr(f"error: {known}")
         _say_in_chinese(known.fix)
-        if is_installed() and known.fix and (step := STEP.search(known.fix)):
+        step = STEP.search(known.fix or "") if is_installed() else None
+        if step:
             _say_on_stderr(f"note: {step[0]} belongs to a clone of the project; this is an installed package")
     return FAILED
 
