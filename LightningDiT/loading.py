@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from LightningDiT.checkpoint import (
+    LISTED_NAMES,
     CheckpointInfo,
     check_kinds,
     check_shapes,
@@ -179,6 +180,7 @@ def check_transformer_file(config: Config, path: str | Path) -> str:
         found = settings_from_shapes(info.shapes)
     except (ValueError, KeyError, IndexError) as error:
         raise LightningDiTError(f"{path}: {error}", "name the transformer's weights in ckpt_path") from error
+    _refuse_further_tensors(path, info, found)
     _refuse_another_network(config, path, wanted, found)
     if (side := info.metadata.get(LATENT_SIDE, str(wanted.input_size))) != str(wanted.input_size):
         raise LightningDiTError(
@@ -193,6 +195,19 @@ def check_transformer_file(config: Config, path: str | Path) -> str:
     others = f"; also holds {', '.join(info.extras)}" if info.extras else ""
     kind = "transformer" if isinstance(wanted, LightningDiTSettings) else "U-Net"
     return "; ".join([f"{kind} {path}: {info.parameters:,} values, {held}{others}", *info.notes])
+
+
+def _refuse_further_tensors(path: str | Path, info: CheckpointInfo, found: NetworkSettings) -> None:
+    """Raise LightningDiTError for tensors beyond those of the network that a file holds: nobody knows what they do."""
+    with without_values():
+        known = make_model(found).state_dict().keys()
+    if further := [name for name in info.shapes if name not in known]:
+        listed = ", ".join(further[:LISTED_NAMES]) + (" ..." if len(further) > LISTED_NAMES else "")
+        raise LightningDiTError(
+            f"{path} holds {network_name(found)} and tensors that it does not have ({len(further)}): {listed};"
+            " it may compute something else",
+            "use the program that this file was published with, or weights without these tensors",
+        )
 
 
 def _refuse_another_network(config: Config, path: str | Path, wanted: NetworkSettings, found: NetworkSettings) -> None:

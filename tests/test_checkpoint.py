@@ -13,6 +13,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +31,10 @@ from LightningDiT.checkpoint import (
     save_weights,
     without_values,
 )
+from LightningDiT.config import load_config
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.files import atomic_path, fingerprint
+from LightningDiT.loading import check_transformer_file, load_transformer
 from tests.conftest import PROJECT
 
 
@@ -560,3 +563,29 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(LightningDiTError, match="cannot be written"):
         save_training_state({}, tmp_path / "file" / "state.pt")
+
+
+#: Tensors that others add to this backbone: a projector of alignment, a second time, registers.
+FURTHER = {
+    "projectors.0.0.weight": (8, 192),
+    "r_embedder.mlp.0.weight": (192, 256),
+    "register_tokens": (1, 4, 192),
+    "blocks.0.cross.q.weight": (192, 192),
+}
+
+
+@pytest.mark.parametrize("name", FURTHER)
+@pytest.mark.parametrize("classes", [3, 1000])
+def test_a_foreign_checkpoint_is_named_by_its_further_tensors(name: str, classes: int, tiny_folder: Path) -> None:
+    """Before its settings are compared, and whatever they are."""
+    path = tiny_folder / "transformer.safetensors"
+    tensors = load_weights(path) | {name: torch.zeros(FURTHER[name])}
+    table = "y_embedder.embedding_table.weight"
+    tensors[table] = torch.zeros(classes + 1, tensors[table].shape[1])
+    save_weights(tensors, path)
+    config = load_config(tiny_folder / "config.yaml")
+    wanted = rf"holds LightningDiT-XS/2 and tensors that it does not have \(1\): {name}; it may compute something else"
+    for load in (partial(check_transformer_file, config, path), partial(load_transformer, config)):
+        with pytest.raises(LightningDiTError, match=wanted) as raised:
+            load()
+        assert "\n" not in str(raised.value)
