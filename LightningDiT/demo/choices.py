@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -137,7 +138,10 @@ def _found(folders: Sequence[Path]) -> Iterator[Path]:
     """Yield each configuration in a place once."""
     seen = set[Path]()
     places = [sorted(folder.glob(place)) for folder in folders for place in PLACES]
-    for path in [*(path for files in places for path in files), bundled_model() / "config.yaml"]:
+    paths = [path for files in places for path in files]
+    with contextlib.suppress(LightningDiTError):  # a package without one
+        paths.append(bundled_model() / "config.yaml")
+    for path in paths:
         if path.resolve() not in seen:
             seen.add(path.resolve())
             yield path

@@ -138,7 +138,7 @@ def served(page: Page, host: str = HOST, port: int | None = None) -> Iterator[st
         except (OSError, ValueError) as error:
             raise LightningDiTError(
                 f"the page cannot be served at {host}:{port or f'{PORTS[0]}-{PORTS[-1]}'} ({first_line(error)})",
-                "choose another --port, or another --host",
+                "choose another --port, or choose another --host",
             ) from error
         try:
             yield address

@@ -288,5 +288,7 @@ def checked(models: Mapping[str, Model], name: str) -> Model:
         LightningDiTError: there is none.
     """
     if name not in models:
-        raise LightningDiTError(f"model {str(name)[:80]!r} is unknown", f"choose one of {', '.join(models)}")
+        raise LightningDiTError(
+            f"model {str(name)[:80]!r} is unknown; known: {', '.join(models)}", "choose one of these"
+        )
     return models[name]
