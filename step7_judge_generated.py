@@ -83,7 +83,8 @@ def main(argv: list[str] | None = None) -> int:
     print("Step 7: does generated data help?", flush=True)
     output, asked = project.absolute(options.output), asked_of(options)
     judged = judged_of(options)
-    if unseen := next(iter(judged.values())).unseen:
+    unseen = next(iter(judged.values())).unseen
+    if unseen:
         print(f"unseen, by step 6: {unseen}; rows are tested on windows of it alone", flush=True)
     if options.dry_run:
         for name, one in judged.items():
