@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +27,12 @@ from LightningDiT.hub.registry import DIT, MODELS_VARIABLE, STATS, VAVAE, conver
 from LightningDiT.hub.repository import LAYOUT, pretrained_config
 from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from tests.conftest import PACKAGE, PROJECT
-from tests.hub_server import WRITER, Hub, running_hub
+from tests.hub_server import WRITER, Fault, Hub, running_hub
 
 NAME = "someone/tiny"
 WEIGHTS = "transformer.safetensors"
+#: For tests that push from this process: below 1 the client knows the address of the hub from its import on.
+pushes = pytest.mark.skipif(version("huggingface_hub").startswith("0."), reason="the test of the lowest client does so")
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +51,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     with running_hub() as running:
         monkeypatch.setenv("HF_ENDPOINT", running.endpoint)
-        monkeypatch.setattr(constants, "ENDPOINT", running.endpoint)  # read at import, by clients below 1
         yield running
 
 
@@ -82,6 +84,7 @@ def fetched(hub: Hub) -> list[str]:
 EXTRA = ("train.py", "other.safetensors")
 
 
+@pushes
 def test_what_is_pushed_comes_back_with_the_same_bytes_and_images(
     hub: Hub, pipe: LightningDiTPipeline, tmp_path: Path
 ) -> None:
@@ -101,6 +104,7 @@ def test_what_is_pushed_comes_back_with_the_same_bytes_and_images(
     assert (hub.sent, fetched(hub)) == (sent, [])
 
 
+@pushes
 def test_the_pushed_settings_name_no_file_of_this_machine(hub: Hub, pipe: LightningDiTPipeline, tmp_path: Path) -> None:
     paths = {"valid_path": "v", "split_file": "s", "levels_path": "l"}
     data = dataclasses.replace(pipe.config.data, **{key: str(tmp_path / name) for key, name in paths.items()})
@@ -125,6 +129,7 @@ def test_the_pushed_settings_name_no_file_of_this_machine(hub: Hub, pipe: Lightn
     assert read_yaml(folder / "tokenizer.yaml")["ckpt_path"] == "tokenizer.safetensors"
 
 
+@pushes
 def test_a_second_push_takes_away_what_the_pipeline_no_longer_has_and_leaves_a_card_of_somebody(
     hub: Hub, pipe: LightningDiTPipeline, tmp_path: Path
 ) -> None:
@@ -217,10 +222,33 @@ def test_a_token_that_may_not_write_is_one_line(token: str | bool, hub: Hub, pip
     assert hub.files == {}
 
 
-def test_offline_mode_is_named(pushed: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(LightningDiTError, match=f"{NAME} is not in the cache, and HF_HUB_OFFLINE is set; fix: unset"):
+def test_offline_mode_asks_nobody_and_is_named(pushed: Hub, tmp_path: Path) -> None:
+    """In a process of its own, since clients read the variable once."""
+    program = f"from LightningDiT.hub.repository import pretrained_config; pretrained_config({NAME!r})"
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": path_of_packages()}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False)
+    assert f"{NAME} is not in the cache, and HF_HUB_OFFLINE is set; fix: unset HF_HUB_OFFLINE" in done.stderr
+    assert pushed.log == []
+
+
+def path_of_packages() -> str:
+    return os.pathsep.join(filter(None, (str(PROJECT), os.environ.get("PYTHONPATH"))))
+
+
+def test_a_login_in_the_address_of_a_mirror_is_neither_sent_nor_shown(
+    pushed: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", pushed.endpoint.replace("//", "//me:secret@"))
+    with pytest.raises(LightningDiTError, match="HF_ENDPOINT is an address with a login; .*; fix: unset") as raised:
         load(NAME, tmp_path / "cache")
+    assert "secret" not in str(raised.value)
+    assert pushed.log == []
+
+
+def test_a_server_answers_whatever_it_says(hub: Hub) -> None:
+    hub.hub_faults = [Fault(status=503), Fault(drop_after=0), Fault(status=200)]
+    assert [repository.answers(hub.endpoint) for _ in range(3)] == [True] * 3
+    assert [repository.answers(address) for address in ("http://127.0.0.1:9", "http://nowhere.invalid")] == [False] * 2
 
 
 @pytest.mark.parametrize(
@@ -368,7 +396,7 @@ except Exception as error:
 
 
 def test_the_lowest_client_pushes_and_loads(hub: Hub, tiny_source: Path, tmp_path: Path, other_python: Path) -> None:
-    env = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(PROJECT)}
+    env = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": path_of_packages()}
     command = [str(other_python), "-c", BOTH_WAYS, str(tiny_source)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

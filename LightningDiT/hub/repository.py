@@ -17,6 +17,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from http.client import HTTPException
 from operator import getitem
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,9 @@ class Repository:
 
     @cached_property
     def _answers(self) -> bool:
-        return answers(endpoint() or HUB)
+        from huggingface_hub import constants
+
+        return bool(constants.HF_HUB_OFFLINE) or answers(endpoint() or HUB)
 
     @contextlib.contextmanager
     def errors(self, file: str | None = None, writing: bool = False) -> Iterator[None]:
@@ -169,7 +172,8 @@ class Repository:
         if "HFValidationError" in kinds:
             return f"{self.name} is no name of a repository ({first_line(error)})", "name it as owner/name"
         if "LocalTokenNotFoundError" in kinds or (writing and status in (401, 403)):
-            return f"{at} needs a token that may write ({first_line(error)})", LOG_IN
+            what = "a token that may write" if writing else "a token"
+            return f"{at} needs {what} ({first_line(error)})", LOG_IN
         if "GatedRepoError" in kinds:
             page = f"{endpoint() or HUB}/{self.name}"
             return f"{at} is gated: its owner says who may read it", f"ask for access at {page}, then {LOG_IN}"
@@ -197,21 +201,32 @@ class Repository:
 
 
 def answers(address: str) -> bool:
-    """Return whether a server answers within `PATIENCE` seconds, whatever it says."""
+    """Return whether a server answers within `PATIENCE` seconds, whatever it says; what the client alone may be able to
+    do (other certificates, another kind of proxy) counts as an answer."""
     try:
         urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=PATIENCE).close()
-    except urllib.error.HTTPError:
-        return True
     except urllib.error.URLError as error:
-        return isinstance(error.reason, ssl.SSLError)  # the client may have other certificates
-    except (OSError, ValueError):
+        return not isinstance(error.reason, OSError) or isinstance(error.reason, ssl.SSLError)
+    except OSError:
         return False
+    except (ValueError, HTTPException):
+        return True
     return True
 
 
 def endpoint() -> str | None:
-    """Return the mirror that HF_ENDPOINT names when the hub is asked, None for the hub itself."""
-    return (os.environ.get("HF_ENDPOINT") or "").rstrip("/") or None
+    """Return the mirror that HF_ENDPOINT names when the hub is asked, None for the hub itself.
+
+    Raises:
+        LightningDiTError: the address has a login, which messages would show.
+    """
+    address = (os.environ.get("HF_ENDPOINT") or "").rstrip("/")
+    if "@" in address:
+        raise LightningDiTError(
+            "HF_ENDPOINT is an address with a login; https://HOST without one is expected",
+            f"unset HF_ENDPOINT, or {LOG_IN}",
+        )
+    return address or None
 
 
 def published() -> dict[str, str]:
