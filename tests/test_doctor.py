@@ -15,6 +15,7 @@ from packaging.specifiers import SpecifierSet
 from LightningDiT.command import doctor, speed, versions
 from LightningDiT.command.versions import inside, requirements
 from LightningDiT.config import load_config
+from LightningDiT.demo.choices import _model
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from tests.conftest import BUNDLED, PROJECT
@@ -151,6 +152,19 @@ def test_a_named_model_that_cannot_be_used_is_a_problem_and_another_is_not(
     assert "not ready: 1 to put right" in capsys.readouterr().out
 
 
+def test_without_any_usable_model_nothing_is_ready(
+    tiny_clone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tiny_clone / "tokenizer.safetensors").write_bytes(b"nothing")
+    tiny = {"tiny": _model(tiny_clone / "config.yaml")}
+    monkeypatch.setattr("LightningDiT.demo.choices.find_models", lambda folders, named: (tiny, ["x: damaged"]))
+    assert doctor.main([]) == 1
+    said = capsys.readouterr().out
+    assert "left out         x: damaged\n" in said
+    assert "What would run" not in said
+    assert said.endswith("not ready: 1 to put right\n")
+
+
 def test_an_image_is_timed_whole_or_from_a_few_evaluations(
     tiny_clone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -171,7 +185,8 @@ def test_an_image_is_timed_whole_or_from_a_few_evaluations(
     assert rows["published"].startswith(
         "1 min 15 s an image without decoding, 25 evaluations of LightningDiT-XL/1 (pre"
     )
-    rows = dict(doctor.speed_rows({"tiny": config}, named=True))
+    rows = dict(doctor.speed_rows({"tiny": config, "other": config}, named=True))
+    assert rows.keys() == {"tiny", "published"}  # the first one alone is measured
     assert rows["tiny"].endswith(f"{whole.evaluations} evaluations (from a few evaluations measured now)")
 
 

@@ -51,11 +51,10 @@ def requirements() -> list[Requirement]:
     found: dict[str, tuple[str, list[str]]] = {}
     for name, tested, extra in lines:
         found.setdefault(name, (tested, []))[1].append(extra)
-    rows = [
-        Requirement(name, tested, () if "" in extras else tuple(extras), installed_version(name))
+    return [
+        Requirement(name, tested, tuple(filter(None, extras)), installed_version(name))
         for name, (tested, extras) in found.items()
     ]
-    return sorted(rows, key=lambda row: bool(row.extras))
 
 
 def _of_package() -> Iterator[tuple[str, str, str]]:

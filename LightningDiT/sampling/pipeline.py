@@ -81,6 +81,7 @@ from LightningDiT.sampling.calibrated import (
 from LightningDiT.sampling.conditions import Conditions, numbers_of_conditions
 from LightningDiT.sampling.memory_limit import BatchLimit
 from LightningDiT.sampling.memory_model import FLOAT32, GPU_SHARE, HALF, LARGEST_GPU_BATCH, working_need
+from LightningDiT.sampling.moving_line import moving_line
 from LightningDiT.sampling.networks import Networks, note_code, objection_to, padded, plan_of
 from LightningDiT.sampling.non_finite import all_finite, first_not_finite
 from LightningDiT.sampling.null_row import check_guidance, null_failure, trained_nulls
@@ -539,8 +540,9 @@ class LightningDiTPipeline:
         noise = self._checked_noise(latents, len(labels), sample)
         seeds = [(seed, index) for index in (range(len(labels)) if indices is None else indices)]
         started = time.perf_counter()
-        with self._networks.lock:
-            images, nfe = self._sample(solver, self.label_tensor(labels, chosen), seeds, noise, output_type, callback)
+        shown = moving_line(len(labels), solver.steps, callback, in_run=self._settled is not None)
+        with self._networks.lock, shown as watch:
+            images, nfe = self._sample(solver, self.label_tensor(labels, chosen), seeds, noise, output_type, watch)
         return PipelineOutput(images, labels, seeds, nfe, time.perf_counter() - started, self.dtype, chosen)
 
     def _numbers_of(self, class_labels: Sequence[int | str] | int | str) -> list[int]:
