@@ -185,6 +185,14 @@ def test_names_and_shapes_of_earlier_releases(kernels: bool, copied: Path) -> No
     assert read_starting_weights(folder).autoencoder.keys() == wanted.keys()
 
 
+def test_shards_are_read(diffusers: Any, copied: Path, tmp_path: Path) -> None:
+    diffusers.AutoencoderKL.from_pretrained(copied).save_pretrained(tmp_path / "shards", max_shard_size="1MB")
+    config = load_tokenizer_config(tmp_path / "shards")
+    assert str(config.ckpt_path).endswith(f"{WEIGHTS}.index.json")
+    found, wanted = load_weights(str(config.ckpt_path)), load_weights(copied / WEIGHTS)
+    assert found.keys() == wanted.keys() and all(value.equal(wanted[name]) for name, value in found.items())
+
+
 CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"_class_name": "AutoencoderDC"}, "of the class AutoencoderDC; AutoencoderKL is expected"),
     ({"spectral_norm": True}, "spectral_norm is unknown"),
