@@ -17,7 +17,7 @@ from LightningDiT.demo.session import People, Studio, checked
 from LightningDiT.demo.texts import ENGLISH, LANGUAGES, TEXTS, error_text, say
 from LightningDiT.errors import LightningDiTError, first_line, import_package, is_out_of_memory
 
-PIN = "gradio==6.31.0"
+PIN = "gradio"
 FONTS = ("system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif")
 MONO = ("ui-monospace", "Consolas", "monospace")
 CSS = f"""
