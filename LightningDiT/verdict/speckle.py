@@ -1,9 +1,10 @@
 """Speckle that a tokenizer smooths away, measured on training windows and put back into generated ones.
 
 A tokenizer's reconstructions lack what varies from pixel to pixel, and what is generated comes from the same decoder.
-The difference of real training windows and their own reconstructions is modelled as a Gaussian field: its standard
-deviation depends on the level that was reconstructed, its spectrum is one for all. A draw of it has the variance and
-the correlations of what was lost, and none of its phases, so nothing of a training window is copied.
+What is put back is a Gaussian field that has at each frequency the power that reconstructions of training windows lack.
+Its standard deviation follows the level, as the difference of windows and reconstructions does. The whole difference
+would be too much: a part of it is texture that the decoder invents in another place. The phases are random, so nothing
+of a training window is copied.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from LightningDiT.tokenizer.vavae import VA_VAE
 
 Floats = NDArray[np.float64]
 BINS = 16  # of levels, with as many pixels each
-LEAST = 1e-6  # standard deviation, of levels in [-1, 1], below which nothing was lost
+LEAST = 1e-9  # power below which nothing was lost
 SPECKLE_STREAM = 6105
 
 
@@ -31,8 +32,9 @@ class Speckle:
 
     Attributes:
         levels: (B,) of reconstructions in [-1, 1], ascending.
-        deviations: (B,) standard deviations of what they lack at these levels, between which it is interpolated.
-        gains: (H, W) of each frequency of `fft2`, by which white noise gets the spectrum; their mean square is 1.
+        deviations: (B,) standard deviations of the difference at these levels, between which it is interpolated.
+        gains: (H, W) of each frequency of `fft2`: the root of the power that is lacking over that of white noise with
+            these deviations.
     """
 
     levels: Floats
@@ -45,15 +47,16 @@ class Speckle:
 
 
 def fit_speckle(real: Tensor, reconstructions: Tensor) -> Speckle:
-    """Return the model of what reconstructions (N, 1, H, W) lack of windows of the same shape; both in [-1, 1]."""
-    lost = real.double() - reconstructions.double()
-    order = reconstructions.double().flatten().argsort()
-    parts = [part for part in order.tensor_split(BINS) if len(part)]
-    levels = np.array([float(reconstructions.double().flatten()[part].mean()) for part in parts])
-    deviations = np.array([float(lost.flatten()[part].square().mean().sqrt()) for part in parts])
-    shape = Speckle(levels, np.maximum(deviations, LEAST), torch.ones(real.shape[2:], dtype=torch.float64))
-    power = torch.fft.fft2(lost / shape.deviation(reconstructions)).abs().square().mean((0, 1))  # (H, W)
-    return Speckle(levels, deviations, (power / power.mean().clamp(min=LEAST)).sqrt())
+    """Return the model of what reconstructions (N, 1, H, W) lack of their windows, of the same shape, in [-1, 1]."""
+    smooth = reconstructions.double()
+    lost, flat = (real.double() - smooth).flatten(), smooth.flatten()
+    parts = [part for part in flat.argsort().tensor_split(BINS) if len(part)]
+    levels = np.array([float(flat[part].mean()) for part in parts])
+    deviations = np.array([float(lost[part].square().mean().sqrt()) for part in parts])
+    powers = [torch.fft.fft2(part).abs().square().mean((0, 1)) for part in (real.double(), smooth)]  # (H, W) each
+    of_noise = float(lost.square().mean()) * powers[0].numel()
+    gains = ((powers[0] - powers[1]).clamp(min=0) / max(of_noise, LEAST)).sqrt()
+    return Speckle(levels, deviations, gains)
 
 
 def put_back(speckle: Speckle, generated: Tensor, seed: int) -> Tensor:
