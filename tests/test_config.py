@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import pytest
@@ -293,3 +294,19 @@ def test_numbers_with_exponents_and_merged_keys(tmp_path: Path) -> None:
     path.write_text("a: &a {lr: 2e-4, x: 1.5e3}\nb: {<<: *a, x: 1}\n")
     assert settings.read_yaml(path)["b"] == {"lr": 2e-4, "x": 1}
     assert yaml.safe_load(path.read_text())["b"]["lr"] == "2e-4"  # as YAML 1.1 has it
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links of a POSIX file system")
+def test_a_configuration_in_the_cache_of_the_hub_names_files_beside_its_link(tmp_path: Path) -> None:
+    """The cache keeps files under their hashes; any other link leads to the folder of what it leads to."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    for name, blob in (("config.yaml", "ab12"), ("a.safetensors", "cd34")):
+        (tmp_path / "blobs" / blob).write_text("ckpt_path: a.safetensors\n")
+        (tmp_path / "snapshot" / name).symlink_to(tmp_path / "blobs" / blob)
+    (tmp_path / "plain.yaml").write_text("ckpt_path: a.safetensors\n")
+    (tmp_path / "snapshot" / "linked.yaml").symlink_to(tmp_path / "plain.yaml")
+    config = load_config(tmp_path / "snapshot" / "config.yaml")
+    assert config.source == str(tmp_path / "snapshot" / "config.yaml")
+    assert config.ckpt_path == str(tmp_path / "snapshot" / "a.safetensors")
+    assert load_config(tmp_path / "snapshot" / "linked.yaml").ckpt_path == str(tmp_path / "a.safetensors")
