@@ -32,7 +32,7 @@ JOINTS = {", or ": "，或", "; or ": "；或", ", then ": "，然后", ", and "
 #: The beginning of a fix that is a command.
 COMMAND = re.compile(
     r"!?([A-Z_]+=\S+ )?('[^']*python[^' ]*'|\S*python[\w.]*|pip|git|mv|ren|cp|rm|mkdir|ls|dir|chmod|unset"
-    r"|export|%env|cd|curl|torchrun|nvidia-smi) "
+    r"|export|%env|cd|curl|torchrun|nvidia-smi|lightningdit) "
 )
 #: Words and signs of sentences, which stand neither in a command outside quotes nor, the words, in a value.
 WORDS = r"(?<!\S)(?:a|an|and|as|by|for|in|is|it|of|on|one|or|that|the|then|to|with) "
