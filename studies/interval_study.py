@@ -1,7 +1,7 @@
 """How often the intervals of a verdict hold the truth, for passes and trainings of known variance.
 
-The command prints the table that docs/radar.md sums up. A value of a pass in a training is the sum of three normal numbers:
-of the pass, of the training, and of both. Their true mean is 0.
+The command prints the table that docs/radar.md sums up. A value of a pass in a training is the sum of three normal
+numbers: of the pass, of the training, and of both. Their true mean is 0.
 """
 
 from __future__ import annotations
@@ -59,7 +59,11 @@ def row_of(
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m studies.interval_study",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--tests", type=positive, default=1000, metavar="N", help="of each row; default: 1000")
     parser.add_argument("--seeds", type=positive, nargs="+", default=[3, 5], metavar="N", help="trainings; 3 and 5")
     options = parser.parse_args(argv)
