@@ -28,6 +28,9 @@ LANGUAGE = "LIGHTNINGDIT_LANG"  # the variable that wants fixes in Chinese too (
 STOPPED = "stopped; finished work is kept, and the same command goes on from there"
 SEE_HELP = "run the command with --help, which lists all options and their values"
 INSTALL = "python step1_install_environment.py"
+#: Set for a kernel of Jupyter and all that its cells start. Their `!` commands have a terminal, but a notebook that is
+#: saved keeps each state of a moving line.
+KERNEL = "JPY_PARENT_PID"
 INSTALL_ALL = "python -m pip install 'lightningdit-runnable[all]'"  # beside an installed package
 STEP = re.compile(r"\b(step\d|fix)_\w+\.py")
 PLAIN_INTERVAL, MOVING_INTERVAL = 10.0, 0.2  # seconds between two lines of a log, and of a terminal's moving line
@@ -249,7 +252,7 @@ class Progress:
     def __init__(self, total: int, unit: str, *, label: str = "", start: float = 0, quiet: bool = False) -> None:
         self.total, self.unit, self.done = total, unit, start
         self._prefix, self._start, self._quiet = f"{label}: " if label else "", start, quiet
-        self._moving = sys.stderr.isatty()
+        self._moving = sys.stderr.isatty() and KERNEL not in os.environ
         self._interval = MOVING_INTERVAL if self._moving else PLAIN_INTERVAL
         self._began = self._shown = time.monotonic()
         self._width = 0

@@ -294,6 +294,20 @@ def test_a_terminal_gets_a_moving_line_with_parts_of_an_image(
     assert len(blank) >= len(third.rstrip())
 
 
+def test_a_command_of_a_notebooks_cell_moves_no_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A saved notebook would keep each state of it, though `!` commands have a terminal."""
+    monkeypatch.setattr(console.sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(console, "PLAIN_INTERVAL", 0.0)
+    monkeypatch.setenv("JPY_PARENT_PID", "1")
+    with Progress(2, "image") as progress:
+        progress.update()
+    said = capsys.readouterr()
+    assert "1 of 2 images" in said.out
+    assert said.err == ""
+
+
 def test_quiet_shows_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(console, "PLAIN_INTERVAL", 0.0)
     Progress(2, "image", quiet=True).update(2)
