@@ -45,8 +45,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         ("people", 200, "walkers"),
         ("windows", 20, "of a walker under each condition"),
         ("tokenizer-steps", 1200, "of the tokenizer's training"),
-        ("steps", 2200, "of the transformer's training"),
-        ("unet-steps", 1100, "of the U-Net's training"),
+        ("steps", 1600, "of the transformer's training"),
+        ("unet-steps", 800, "of the U-Net's training"),
     ):
         parser.add_argument(f"--{name}", type=positive, default=default, help=f"{text}; default: %(default)s")
     return parser.parse_args(argv)
