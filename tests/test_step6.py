@@ -137,7 +137,7 @@ def seen(people: list[int], conditions: list[int], held_out: set[tuple[int, int]
     windows = Windows(
         torch.empty(count, 1, 0, 0), torch.tensor(people), torch.tensor(conditions), rows, rows, ("a", "b"), names, None
     )
-    return Seen(windows, windows, Scenario("unseen", frozenset(held_out)))
+    return Seen(windows, windows, windows, Scenario("unseen", frozenset(held_out)))
 
 
 def test_each_round_of_labels_has_every_real_window_once() -> None:
@@ -199,6 +199,10 @@ def test_what_is_unseen_is_said_and_kept(
     monkeypatch.setattr(seen_module, "names_of_model", lambda path, key: None)
     assert call(conditions, tmp_path / "o", "--unseen", "slow", "--dry-run") == 0
     said = capsys.readouterr().out
+    opened = open_level_files(conditions / "levels", conditions / "out" / "split.json")
+    tested = {(row.person, row.pass_number) for row in opened.split.part("test") if row.condition == "slow"}
+    assert f"power          {len(tested)} test passes: differences of about" in said
+    assert len(tested) < len({(row.person, row.pass_number) for row in opened.split.part("test")})
     assert "unseen         fold 0: ID_1 slow, ID_2 slow, ID_3 slow; neither trained nor validated on" in said
     assert "note: no network learns what 'slow' is, so that no windows of it are generated" in said
     monkeypatch.setattr(seen_module, "names_of_model", lambda path, key: ("slow", "other"))
@@ -206,7 +210,6 @@ def test_what_is_unseen_is_said_and_kept(
     assert "note: no network" not in capsys.readouterr().out  # the weights that it starts from know
     assert call(conditions, tmp_path / "o", "--unseen", "Bag", "--dry-run") == 1
     assert "condition 'Bag' is to be unseen; there are fast, slow" in capsys.readouterr().err
-    opened = open_level_files(conditions / "levels", conditions / "out" / "split.json")
     save_plan(make_plan("quick", opened, unseen="pairs"), tmp_path / "o")
     assert call(conditions, tmp_path / "o", "--dry-run") == 0
     assert "unseen         fold 0: ID_1" in capsys.readouterr().out

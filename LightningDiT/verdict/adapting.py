@@ -383,11 +383,12 @@ def _model_jobs(plan: Plan, cell: Path, model: Model, count: int) -> list[Job]:
 
 def power_line(plan: Plan, split: Split) -> str:
     """Return what difference the test passes of a plan can show."""
-    passes = sorted({(row.person, row.pass_number) for fold in plan.folds for row in split.part("test", fold)})
-    people = np.unique([person for person, _ in passes], return_inverse=True)[1]
-    least = PassBootstrap(people, np.arange(len(passes)), resamples=1).smallest(PASS_DEVIATION)
+    tested = [plan.seen(split, fold, 1).tested for fold in plan.folds]
+    people, passes = (np.concatenate([getattr(one, name) for one in tested]) for name in ("people", "passes"))
+    bootstrap = PassBootstrap(people, passes, resamples=1)
+    least = bootstrap.smallest(PASS_DEVIATION)
     return (
-        f"power          {len(passes)} test passes: differences of about {least:.0f} points and more will show, if"
+        f"power          {bootstrap.passes} test passes: differences of about {least:.0f} points and more will show, if"
         " passes and trainings differ as those of simulated walkers do"
     )
 

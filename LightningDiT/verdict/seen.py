@@ -21,11 +21,13 @@ class Seen:
 
     Attributes:
         training: that they are trained on; validation: that their weights are chosen by, maybe none.
+        tested: that step 7 tests on.
         scenario: what they do not see.
     """
 
     training: Windows
     validation: Windows
+    tested: Windows
     scenario: Scenario
 
 
@@ -41,14 +43,14 @@ def seen_of(split: Split, unseen: str | None, fold: int, images: int | None) -> 
     """
     training, validation, test = (listed_windows(split, part, fold) for part in ("training", "validation", "test"))
     scenario = scenario_of(unseen, training, test)
-    seen = scenario.seen(training)
-    if not len(seen.people) or not len(scenario.tested(test).people):
+    seen, tested = scenario.seen(training), scenario.tested(test)
+    if not len(seen.people) or not len(tested.people):
         raise LightningDiTError(
             f"fold {fold} has no {'test' if len(seen.people) else 'training'} windows of the scenario"
             f" {scenario.name!r}",
             "choose other --folds or another --unseen",
         )
-    return Seen(subset(seen, spread(seen, images)), scenario.seen(validation), scenario)
+    return Seen(subset(seen, spread(seen, images)), scenario.seen(validation), tested, scenario)
 
 
 def known_conditions(seen: Seen, starts: Sequence[str | None]) -> set[int]:
