@@ -25,15 +25,7 @@ from tests.conftest import BUNDLED, PACKAGE, PROJECT
 from tests.project_copy import copy_project
 from tests.workers import shared_folder
 
-THREE_LINES = """
-import sys
-sys.modules.update(dict.fromkeys(EXTRAS))  # Python's own mark of modules that cannot be imported
-from LightningDiT import LightningDiTPipeline, bundled_model
-images = LightningDiTPipeline.from_pretrained(bundled_model())(["Bag"], num_inference_steps=4).images
-images[0].save("bag.png")
-"""
-
-
+PAGE = PROJECT / "docs" / "package.md"
 #: Modules of the extras, which the installed package does not require.
 EXTRAS = ["accelerate", "matplotlib", "tensorboard", "torch_fidelity", "scipy", "peft", "diffusers", "gradio"]
 
@@ -125,7 +117,11 @@ def test_what_is_not_released_says_so() -> None:
 
 
 def test_three_lines_draw_a_picture_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
-    run(installed, "-c", THREE_LINES.replace("EXTRAS", repr(EXTRAS)), cwd=tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
+    assert len([line for line in block.splitlines() if line]) == 3
+    lines = block.replace('["Bag"]', '["Bag"], num_inference_steps=4')
+    hidden = f"import sys\nsys.modules.update(dict.fromkeys({EXTRAS}))\n"  # Python's own mark of absent modules
+    run(installed, "-c", hidden + lines, cwd=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["bag.png"]
     expected = LightningDiT.LightningDiTPipeline.from_pretrained(BUNDLED)(["Bag"], num_inference_steps=4).images[0]
     difference = np.array(Image.open(tmp_path / "bag.png"), int) - np.array(expected, int)
