@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import pickle
 import re
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +26,8 @@ from LightningDiT.errors import LightningDiTError
 from LightningDiT.hub import repository
 from LightningDiT.hub.card import CARD_NAME, PICTURE_NAME
 from LightningDiT.hub.registry import DIT, MODELS_VARIABLE, STATS, VAVAE, converted_name
-from LightningDiT.hub.repository import LAYOUT, pretrained_config
+from LightningDiT.hub.repository import LAYOUT, WINDOWS_NAME, pretrained_config
+from LightningDiT.sampling import pipeline
 from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from tests.conftest import PACKAGE, PROJECT
 from tests.hub_server import WRITER, Fault, Hub, running_hub
@@ -82,6 +85,7 @@ def fetched(hub: Hub) -> list[str]:
 
 
 EXTRA = ("train.py", "other.safetensors")
+ABSENT = {"guide.safetensors", "solvers.yaml", WINDOWS_NAME}  # that the small pipeline does not have
 
 
 @pushes
@@ -94,7 +98,7 @@ def test_what_is_pushed_comes_back_with_the_same_bytes_and_images(
     folder = Path(str(again.config.ckpt_path)).parent
     assert folder.name == hub.commits[NAME][-1]
     stored = {name: kept.data for (_, name), kept in hub.files.items()}
-    expected = {*LAYOUT} - {"guide.safetensors", "solvers.yaml"}
+    expected = {*LAYOUT} - ABSENT
     assert stored.keys() == {*expected, CARD_NAME, PICTURE_NAME, ".gitattributes"}
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {name: stored[name] for name in expected}
     np.testing.assert_array_equal(picture(again), picture(pipe))
@@ -303,7 +307,7 @@ def test_files_from_the_hub_are_data_and_others_stay_there(pushed: Hub, place: P
         pushed.put(NAME, name, b"x")
     load(NAME, tmp_path / "cache")
     kept = sorted(path.name for path in (tmp_path / "cache").rglob("snapshots/*/*"))
-    assert kept == fetched(pushed) == sorted({*LAYOUT} - {"guide.safetensors", "solvers.yaml"})
+    assert kept == fetched(pushed) == sorted({*LAYOUT} - ABSENT)
     for name in (WEIGHTS, STATS.name):
         pushed.put(NAME, name, pickle.dumps({"mean": Evil(), "std": Evil()}))
         with pytest.raises(LightningDiTError, match=re.escape(name)):
@@ -407,3 +411,17 @@ def test_nothing_of_the_hub_is_imported_before_it_is_asked() -> None:
     program = "import LightningDiT.hub.repository, sys; print('huggingface_hub' in sys.modules, 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert done.stdout == "False False\n"
+
+
+def test_the_axes_of_spectrograms_go_with_the_weights(
+    pipe: LightningDiTPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the split of the training, which stays where it is; then of the saved folder, from folder to folder."""
+    known = {"native_columns": 57, "colour_maps": {"jet": 1}}
+    monkeypatch.setattr(pipeline, "load_split", lambda _: SimpleNamespace(settings={**known, "seed": 3}))
+    (tmp_path / "split.json").touch()
+    data = dataclasses.replace(pipe.config.data, split_file=str(tmp_path / "split.json"))
+    pipe.config = dataclasses.replace(pipe.config, data=data)
+    pipe.save_pretrained(tmp_path / "a", picture=False)
+    LightningDiTPipeline.from_pretrained(tmp_path / "a", "cpu").save_pretrained(tmp_path / "b", picture=False)
+    assert [json.loads((tmp_path / name / WINDOWS_NAME).read_text()) for name in "ab"] == [known] * 2

@@ -89,7 +89,7 @@ def model_card(subject: Subject, facts: Facts) -> str:
     if facts.licence:
         known = re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", facts.licence)
         matter = {"license": facts.licence if known else "other"} | matter
-    what = "spectrograms (levels of one channel)" if subject.channels == 1 else "images"
+    what = "images of one channel (levels)" if subject.channels == 1 else "images"
     side, name = f"{subject.side}x{subject.side}", subject.source.rpartition("/")[2]
     parts = [
         f"---\n{as_yaml(matter)}---\n{MARK}",

@@ -28,6 +28,7 @@ from LightningDiT.hub.card import CARD_NAME, PICTURE_NAME, is_own_card
 from LightningDiT.hub.registry import CONFIGS, DIT, MODELS_VARIABLE, STATS, VAVAE, WeightFile, usable_names
 
 CONFIG_NAME, TOKENIZER_NAME = "config.yaml", "tokenizer.yaml"
+WINDOWS_NAME = "spectrograms.json"  # what the axes of spectrograms need
 #: The files of `save_pretrained`; of a repository nothing else is downloaded, and its YAML names nothing else.
 LAYOUT = (
     CONFIG_NAME,
@@ -37,6 +38,7 @@ LAYOUT = (
     "guide.safetensors",
     "solvers.yaml",
     STATS.name,
+    WINDOWS_NAME,
 )
 #: The same for the settings of a tokenizer.
 TOKENIZER_PATHS = ("ckpt_path", "train.weight_init", "train.lpips_weights", "train.vision_weights")

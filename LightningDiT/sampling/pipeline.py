@@ -43,7 +43,7 @@ from LightningDiT.device import (
     usable_device,
 )
 from LightningDiT.errors import LightningDiTError, first_line, is_out_of_memory, warn_user
-from LightningDiT.files import remove_leftovers, write_text
+from LightningDiT.files import read_text, remove_leftovers, write_text
 from LightningDiT.hub.bundled import PLACES
 from LightningDiT.hub.card import CARD_NAME, KNOWN, PICTURE_NAME, Facts, Subject, is_own_card, model_card
 from LightningDiT.hub.registry import DIT, usable_names
@@ -51,6 +51,7 @@ from LightningDiT.hub.repository import (
     CONFIG_NAME,
     TOKENIZER_NAME,
     TOKENIZER_PATHS,
+    WINDOWS_NAME,
     Repository,
     pretrained_config,
     without_files,
@@ -70,6 +71,7 @@ from LightningDiT.loading import (
     network_name,
     required,
 )
+from LightningDiT.radar.split import load_split
 from LightningDiT.sampling.calibrated import (
     ADAPTER,
     adapter_digest,
@@ -237,6 +239,7 @@ class LightningDiTPipeline:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
+        self._write_windows(folder)
         stats, sample = self.tokenizer.stats, self.config.sample
         save_weights(self.transformer.state_dict(), folder / "transformer.safetensors", self.metadata())
         metadata = stats.as_metadata() if stats else {}
@@ -288,6 +291,17 @@ class LightningDiTPipeline:
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, facts, picture, repository)
             return place.push(Path(folder), private, message)
+
+    def _write_windows(self, folder: Path) -> None:
+        """Write what the axes of spectrograms need, of the split of their training or of the file that the
+        configuration has beside it."""
+        split, beside = self.config.data.split_file, Path(self.config.source).with_name(WINDOWS_NAME)
+        if split and Path(split).is_file():
+            known = load_split(Path(split)).settings
+            found = {key: known[key] for key in ("native_columns", "colour_maps") if key in known}
+            write_text(folder / WINDOWS_NAME, json.dumps(found) + "\n")
+        elif beside.is_file():
+            write_text(folder / WINDOWS_NAME, read_text(beside))
 
     def _write_card(self, folder: Path, facts: Facts | None, picture: bool | None, name: str) -> None:
         """Write the model card and its picture into `folder`; a card that somebody wrote there stays."""
