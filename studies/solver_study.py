@@ -1,8 +1,9 @@
 """Compare the solvers on the bundled model: `python -m studies.solver_study --data-root FOLDER`.
 
-Three parts. `errors`: the distance of every solver's final latents from a converged reference, for guidance from
+Four parts. `errors`: the distance of every solver's final latents from a converged reference, for guidance from
 t = 0.125 on and throughout, and for time shifts 0 and 0.3. `clock`: the wall clock of the published procedure, which
 computes both halves of guidance at every step, and of other solvers. `images`: Frechet distance and class accuracy.
+`ucgm`: all three of the sampler and the preset of UCGM beside ours, for fewer images.
 Each part is kept in docs/sampling/study.json as soon as it is done, and the tables between the marks in
 docs/sampling.md and the plot are renewed from there.
 """
@@ -16,15 +17,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from LightningDiT.config import SampleConfig
+from LightningDiT.config import SampleConfig, preset_values
 from LightningDiT.console import Progress, positive, run_main
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.loading import guidance_of
 from LightningDiT.sampling.pipeline import LightningDiTPipeline, PipelineOutput
-from LightningDiT.sampling.solver_choice import CALIBRATED, FAST, PUBLISHED
+from LightningDiT.sampling.solver_choice import CALIBRATED, FAST, PUBLISHED, UCGM
 from LightningDiT.seeds import generator_for
 from LightningDiT.tools.benchmark.rounds import Case, measure
 from LightningDiT.tools.benchmark.sampling import PUBLISHED_EVALUATIONS, published_procedure
@@ -59,6 +62,19 @@ IMAGE_SOLVERS = (
     {"sampling_method": CALIBRATED, "num_sampling_steps": 15},
     {"sampling_method": "euler", "num_sampling_steps": 50},
 )
+
+
+#: Names and settings of the samplers in the comparison with UCGM's, and whether the judge sees images of it: under the
+#: model's own guidance, then under that of the preset.
+UCGM_SOLVERS: tuple[tuple[str, Figures, bool], ...] = (
+    ("fast", {"sampling_method": FAST}, True),
+    ("euler", {"sampling_method": "euler", "num_sampling_steps": 51}, False),
+    ("ab3, graded", {"sampling_method": "ab3", "num_sampling_steps": 51, "time_grid": "graded"}, False),
+    ("ucgm", {"sampling_method": UCGM}, True),
+    ("preset ucgm", preset_values(UCGM), True),
+    ("fast", preset_values(UCGM) | {"sampling_method": FAST, "solver_file": None}, False),
+)
+UCGM_COUNT = 500  # images at most
 
 
 class Experiment:
@@ -198,6 +214,53 @@ def measure_images(args: argparse.Namespace) -> Figures:
     return {"count": args.count, "rows": rows}
 
 
+@torch.inference_mode()
+def measure_ucgm(args: argparse.Namespace) -> Figures:
+    """Return the error of each of `UCGM_SOLVERS`, and distance and accuracy of some.
+
+    The error of a row is that to a converged solution under the row's own guidance.
+    """
+    pipe, judge = LightningDiTPipeline.from_pretrained(args.model), judge_of(args.model)
+    count = min(args.count, UCGM_COUNT)
+    test, labels = real_images(judge, args.data_root, train=False), equal_labels(count)
+    rows, references = [], dict[Any, Tensor]()
+    for name, change, judges in UCGM_SOLVERS:
+        sample = replace(pipe.config.sample, **change)
+        solver, experiment = pipe.with_sample(sample), Experiment(pipe, sample, args.noises)
+        guidance = guidance_of(sample)
+        if guidance not in references:
+            references[guidance] = experiment.graded(*REFERENCE)
+        last = latents_of(solver, experiment.labels, experiment.noise)
+        error = float(relative_error(last.images, references[guidance]))
+        row = {"solver": name, "guidance": str(guidance), "evaluations": last.nfe, "error": error}
+        if judges:
+            samples = sample_images(solver, labels, seed=0)
+            row |= distance_and_accuracy(judged(judge, samples.images, labels), test)
+        rows.append(row)
+    return {"count": count, "noises": args.noises, "rows": rows}
+
+
+def ucgm_table(figures: Figures) -> list[str]:
+    """Return the Markdown table of the comparison with UCGM's sampler."""
+    rows = [
+        (
+            row["solver"],
+            row["guidance"],
+            str(row["evaluations"]),
+            f"{100 * row['error']:.2f}",
+            f"{row['frechet']:.2f}" if "frechet" in row else "",
+            f"{row['accuracy']:.0%}" if "accuracy" in row else "",
+        )
+        for row in figures["rows"]
+    ]
+    title = (
+        f"**The sampler of UCGM** on the bundled model: relative error in % of the final latents of {figures['noises']}"
+        f" noises, and {figures['count']} images with balanced labels, seed 0, by the judge of the model card:"
+    )
+    header = ("solver", "guidance", "evaluations", "error", "Fréchet distance", "seen as asked")
+    return [title, "", *table(header, rows)]
+
+
 def error_table(setting: Figures) -> list[str]:
     """Return the Markdown table of one guidance: a solver and grid a row, evaluations across."""
     errors: dict[tuple[str, str], dict[int, str]] = {}
@@ -246,6 +309,7 @@ PARTS: dict[str, Part] = {
     "errors": (measure_errors, lambda part: [line for setting in part["settings"] for line in error_table(setting)]),
     "clock": (measure_clock, clock_table),
     "images": (measure_images, image_table),
+    "ucgm": (measure_ucgm, ucgm_table),
 }
 
 
