@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import string
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ import pytest
 from PIL import Image
 
 from LightningDiT import inference
+from LightningDiT.command import demo
 from LightningDiT.config import load_config
-from LightningDiT.console import called_as
+from LightningDiT.console import called_as, run_main
 from LightningDiT.data.labels import Labels
 from LightningDiT.demo.choices import Model, Wish, find_models, typed_name, wish_of
 from LightningDiT.demo.page import Page
@@ -313,3 +315,15 @@ def test_a_name_is_text_on_the_page(model: Model, tmp_path: Path) -> None:
     frame = Frame(wish(odd, classes=[1]), SAMPLING, tmp_path, (None,))
     assert "<script>" not in frame_html(frame, ENGLISH)
     assert "&lt;script&gt;x" in frame_html(frame, ENGLISH)
+
+
+def test_without_gradio_one_line_says_what_to_install(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.chdir(tmp_path)
+    assert run_main(lambda: demo.main(["--config", model.config.source])) == 1
+    found = capsys.readouterr()
+    assert f"model          {model.name}: LightningDiT-XS/2" in found.out
+    assert re.fullmatch(r"error: the page needs gradio, .*; fix: pip install gradio\n", found.err)
+    assert demo.main(["--config", model.config.source, "--dry-run"]) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import os
 import secrets
@@ -15,9 +16,8 @@ from LightningDiT.demo.choices import MOST_GUIDANCE, Model, wish_of
 from LightningDiT.demo.pictures import STYLE, frame_html, words_html, words_of
 from LightningDiT.demo.session import People, Studio, checked
 from LightningDiT.demo.texts import ENGLISH, LANGUAGES, TEXTS, error_text, say
-from LightningDiT.errors import LightningDiTError, first_line, import_package, is_out_of_memory
+from LightningDiT.errors import LightningDiTError, first_line, is_out_of_memory
 
-PIN = "gradio"
 FONTS = ("system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif")
 MONO = ("ui-monospace", "Consolas", "monospace")
 CSS = f"""
@@ -43,7 +43,11 @@ def gradio() -> Any:
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    return import_package("gradio", "the page", PIN)
+    try:
+        return importlib.import_module("gradio")
+    except ImportError as error:
+        reason = f"the page needs gradio, which cannot be imported ({first_line(error)})"
+        raise LightningDiTError(reason, "pip install gradio") from error
 
 
 def accepted(function: Any, **values: Any) -> dict[str, Any]:
@@ -165,7 +169,7 @@ def _fields(gr: Any, page: Page) -> dict[str, Any]:
         with gr.Column(scale=2, min_width=280):
             names = list(page.studio.models)
             parts["model"] = gr.Dropdown(names, value=first, visible=len(names) > 1, **words("model"))
-            many = {"multiselect": True, "allow_custom_value": True}
+            many = {"multiselect": True}
             parts["classes"] = gr.Dropdown(**many, **words("classes"), **fields["classes"])
             parts["conditions"] = gr.Dropdown(**many, **words("conditions"), **fields["conditions"])
             with gr.Row():
