@@ -226,6 +226,14 @@ def test_a_token_that_may_not_write_is_one_line(token: str | bool, hub: Hub, pip
     assert hub.files == {}
 
 
+@pushes
+def test_a_mirror_without_xet_is_named(hub: Hub, pipe: LightningDiTPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    with pytest.raises(LightningDiTError, match="has no Xet .*; fix: export HF_HUB_DISABLE_XET=1$"):
+        pipe.push_to_hub(NAME, token=WRITER, picture=False)
+
+
 def test_offline_mode_asks_nobody_and_is_named(pushed: Hub, tmp_path: Path) -> None:
     """In a process of its own, since clients read the variable once."""
     program = f"from LightningDiT.hub.repository import pretrained_config; pretrained_config({NAME!r})"

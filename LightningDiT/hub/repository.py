@@ -198,6 +198,8 @@ class Repository:
         reason = f"{type(error).__name__}: {first_line(error.__cause__ or error)}"
         if not self.__dict__.get("_answers", True):
             reason = "it does not answer, and the cache has not all of it"
+        if "xet" in reason:
+            return f"{self.name} on {endpoint() or HUB} has no Xet ({reason})", "export HF_HUB_DISABLE_XET=1"
         fix = "check the internet connection (Kaggle: Settings, Internet, On) and HF_ENDPOINT"
         return f"{self.name} on {endpoint() or HUB} cannot be had ({reason})", fix
 
