@@ -289,3 +289,10 @@ def test_presets_are_those_of_the_command() -> None:
     assert tuple(PRESETS) == step6.PRESETS
     assert step6.images("all") == "all"
     assert adapting.cell_folder(Path("a"), 1, None) == Path("a/fold1-all")
+
+
+def test_a_step_takes_what_the_fastest_pass_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 1.0, 10.0, 19.0, 20.0, 24.0, 30.0, 35.0])  # 1 s at first, then 9, 4 and 5
+    monkeypatch.setattr(time_needed.time, "perf_counter", lambda: next(clock))
+    network = torch.nn.Linear(2, 2)
+    assert time_needed._step_seconds(network, network, torch.ones(1, 2)) == pytest.approx(1.2 * 4)
