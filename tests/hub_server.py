@@ -222,7 +222,7 @@ class _Handler(BaseHTTPRequestHandler):
             )
         )
         path = unquote(urlsplit(self.path).path).removeprefix(self.hub.prefix)
-        place = re.fullmatch(r"(/api/resolve-cache/models)?/(.+?)(?:/resolve)?/([^/]+)/([^/]+)", path)
+        place = re.fullmatch(r"(/api/resolve-cache/models)?/([^/]+/[^/]+)(?:/resolve)?/([^/]+)/(.+)", path)
         cached, repo, revision, name = place.groups() if place else (None, "", "", "")
         key = repo, name
         tree = self.hub.tree(repo, revision)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,8 @@ from LightningDiT.tokenizer.latents import LatentStats
 from LightningDiT.tokenizer.starting_weights import read_starting_weights
 from LightningDiT.tokenizer.vavae import VA_VAE, autoencoder_settings
 from LightningDiT.tools import convert_pipeline, convert_tokenizer
-from tests.conftest import BUNDLED, seed_weights
+from tests.conftest import BUNDLED, PROJECT, seed_weights
+from tests.hub_server import running_hub
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 #: Embedding and inner channels of the latent: those of f16d32, where both are one number, and each the larger.
@@ -360,6 +363,36 @@ def test_a_unet_is_a_pipeline_too(diffusers: Any, tiny_folder: Path, tmp_path: P
     assert np.array_equal(pixels_of(pipe), pixels_of(ours))
     assert type(pipe.transformer).__name__ == "LightningDiTUNet"
     assert (pipe.vae.config.scaling_factor, pipe.vae.config.latents_mean) == (0.5, None)
+
+
+FROM_HUB = """
+import sys
+import numpy
+from diffusers import DiffusionPipeline
+try:
+    DiffusionPipeline.from_pretrained("me/cats")
+except ValueError as error:
+    assert "contains custom code in lightningdit_pipeline.py" in str(error), error
+else:
+    raise AssertionError("code ran that nobody trusted")
+pipe = DiffusionPipeline.from_pretrained("me/cats", trust_remote_code=True)
+numpy.save(sys.argv[1], pipe([0, 2, "dog"], seed=7, output_type="np").images)
+"""
+
+
+def test_a_converted_folder_is_a_repository_of_the_hub(diffusers: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    """diffusers fetches all that the pipeline needs, and runs its code only where it is trusted."""
+    folder = convert_all(tiny_folder / "config.yaml", tmp_path / "folder")
+    with running_hub() as hub:
+        for path in folder.rglob("*.*"):
+            hub.put("me/cats", path.relative_to(folder).as_posix(), path.read_bytes())
+        places = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0"}
+        command = [sys.executable, "-c", FROM_HUB, str(tmp_path / "images.npy")]
+        environment = {**os.environ, **places, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    ours = LightningDiTPipeline.from_config(tiny_folder / "config.yaml", "cpu")
+    assert np.array_equal(np.load(tmp_path / "images.npy"), pixels_of(ours))
 
 
 def test_without_diffusers_the_pipeline_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
