@@ -40,7 +40,9 @@ def nested(file: str) -> dict[str, object]:
 
 
 def test_the_page_is_up_to_date() -> None:
-    assert (PROJECT / "docs" / "config.md").read_text(encoding="utf-8") == page(), command.parse.__doc__
+    assert (PROJECT / "docs" / "config.md").read_text(encoding="utf-8") == page(), (
+        "lightningdit config --write-reference renews it"
+    )
 
 
 def test_every_key_is_explained_and_read() -> None:

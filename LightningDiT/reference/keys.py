@@ -18,9 +18,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from LightningDiT import config, files
+from LightningDiT import config
 from LightningDiT.config import NAMED_SOLVERS, PRESETS, RULES, UNREAD_KEYS, Config
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.files import read_text
 from LightningDiT.tokenizer import config as tokenizer_config
 from LightningDiT.tokenizer.config import FIXED_LOSS_KEYS, LOSS_KEYS, TOKENIZER_RULES, TokenizerTrainConfig
 
@@ -124,7 +125,7 @@ class Field:
 @functools.cache
 def fields_of(module: Path, cls: str) -> tuple[Field, ...]:
     """Return the fields of a dataclass from its module's text, with the comment on the line of each."""
-    text = files.read_text(module)
+    text = read_text(module)
     comments = {
         token.start[0]: token.string.removeprefix("#").strip()
         for token in tokenize.generate_tokens(io.StringIO(text).readline)
@@ -198,7 +199,7 @@ def _model_types() -> str:
 
 def _table_names(module: str) -> list[str]:
     """Return the names in a module's table of presets, `PRESETS` or `UNET_PRESETS`."""
-    for node in ast.parse(files.read_text(PACKAGE / module)).body:
+    for node in ast.parse(read_text(PACKAGE / module)).body:
         targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
         named = any(isinstance(one, ast.Name) and one.id in ("PRESETS", "UNET_PRESETS") for one in targets)
         if named and isinstance(table := getattr(node, "value", None), ast.Dict):
@@ -246,7 +247,7 @@ def _attributes() -> dict[tuple[str, str], tuple[str, ...]]:
     for path in sorted(PACKAGE.rglob("*.py")):
         module = path.relative_to(PACKAGE).as_posix()
         if module not in NO_READERS and path.parent.name != "reference":
-            code = NO_CODE.sub("", files.read_text(path))
+            code = NO_CODE.sub("", read_text(path))
             for pair in set(PAIR.findall(code)):
                 found.setdefault(pair, []).append(module)
     return {pair: tuple(modules) for pair, modules in found.items()}
