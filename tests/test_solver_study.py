@@ -39,11 +39,11 @@ def test_tables_hold_a_row_for_every_solver_and_grid():
     assert "| fast | 15 | 2.50 | 24.0 |" in study.clock_table(CLOCK)
     assert "| fast | 15 | 1.062 | 96.12% | 3 |" in study.image_table(IMAGES)
     row = {"solver": "ucgm", "guidance": "2 on all channels", "evaluations": 50, "error": 0.0229}
-    judged = {**row, "solver": "fast", "frechet": 3.655, "accuracy": 0.92}
+    judged = {**row, "solver": "fast", "frechet": 3.661, "accuracy": 0.92}
     lines = study.ucgm_table({"count": 100, "noises": 12, "rows": [row, judged]})
-    assert lines[-2:] == [
+    assert lines[-3:-1] == [
         "| ucgm | 2 on all channels | 50 | 2.29 |  |  |",
-        "| fast | 2 on all channels | 50 | 2.29 | 3.65 | 92% |",
+        "| fast | 2 on all channels | 50 | 2.29 | 3.66 | 92% |",
     ]
 
 
