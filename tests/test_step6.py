@@ -239,7 +239,7 @@ def test_what_does_not_go_is_said_before_the_first_step(
     opened = open_level_files(data / "levels", data / "out" / "split.json")
     with pytest.raises(LightningDiTError, match="lacks training or test windows"):
         make_plan("quick", opened, folds=(4,))
-    odd = prepared(tmp_path / "odd", {"1": [2, 2, 2]}, size="24")
+    odd = prepared(tmp_path / "odd", {"1": [2, 2, 2], "2": [2, 2, 2]}, size="24")
     opened = open_level_files(odd / "levels", odd / "out" / "split.json")
     twice = make_plan("quick", opened, folds=(1, 0, 1), images=(30, None, 30), models=["transformer"] * 2)
     assert (twice.size, twice.folds, twice.images, len(twice.models)) == (24, (1, 0), (30, None), 1)
@@ -252,6 +252,19 @@ def test_what_does_not_go_is_said_before_the_first_step(
     assert "--time-budget 10 shortens the trainings" in (said := capsys.readouterr().out)
     assert re.search(r"time           about (9 min 5\d|10 min 0) s on this machine", said)
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("passes", "message"),
+    [
+        ({"3": [3, 3]}, r"one person \(ID_3\); a classifier tells two or more apart; fix: give step 5 a folder of two"),
+        ({"1": [3], "2": [3]}, "nobody in .* walks in two passes, so no pass can be tested; fix: record a second pass"),
+    ],
+)
+def test_people_who_cannot_be_told_apart_or_tested(passes: dict[str, list[int]], message: str, tmp_path: Path) -> None:
+    made = prepared(tmp_path / "few", passes)
+    with pytest.raises(LightningDiTError, match=message):
+        make_plan("quick", open_level_files(made / "levels", made / "out" / "split.json"))
 
 
 def test_time_by_hand(data: Path) -> None:

@@ -156,11 +156,7 @@ def make_plan(preset: str, opened: LevelFiles, pretrained: Path = MODELS, **give
     given |= {key: tuple(dict.fromkeys(given[key])) for key in ("folds", "images", "models") if key in given}
     folds = tuple(given.pop("folds", known.folds or range(split.folds)))
     names = tuple(given.pop("models", known.models))
-    for fold in folds:
-        if not split.part("training", fold) or not split.part("test", fold):
-            raise LightningDiTError(
-                f"fold {fold} of {opened.split_file} lacks training or test windows", "choose other --folds"
-            )
+    _check_people(split, folds, opened.split_file)
     _check_size(opened, names)
     values = {
         "images": known.images,
@@ -191,6 +187,26 @@ def _start(pretrained: Path, name: str) -> str | None:
     own = [pretrained / STARTS[0] / name / CHOSEN]
     files = [pretrained / start / CHOSEN for start in STARTS] if name == TRANSFORMER else own
     return next((str(file) for file in files if file.is_file()), None)
+
+
+def _check_people(split: Split, folds: Sequence[int], split_file: Path) -> None:
+    """Raise LightningDiTError where a classifier has nobody to tell apart, or nothing to be tested on."""
+    if len(split.people) < 2:
+        raise LightningDiTError(
+            f"{split_file} has the windows of one person ({split.people[0]}); a classifier tells two or more apart",
+            "give step 5 a folder of two people or more",
+        )
+    usable = [fold for fold in range(split.folds) if split.part("training", fold) and split.part("test", fold)]
+    if not usable:
+        raise LightningDiTError(
+            f"nobody in {split_file} walks in two passes, so no pass can be tested",
+            "record a second pass of each person, and run step 5 again",
+        )
+    for fold in folds:
+        if fold not in usable:
+            raise LightningDiTError(
+                f"fold {fold} of {split_file} lacks training or test windows", "choose other --folds"
+            )
 
 
 def _check_size(opened: LevelFiles, names: Sequence[str]) -> None:

@@ -62,9 +62,13 @@ def run_jobs(jobs: Sequence[Job]) -> None:
 
 
 def exit_code(command: Sequence[str]) -> int:
-    """Run `python -m` and return its exit code; Ctrl-C or SIGTERM here is Ctrl-C there: it saves and ends."""
+    """Run `python -m` and return its exit code.
+
+    Ctrl-C, SIGTERM or the end of the terminal here is Ctrl-C there: it saves and ends.
+    """
     process = subprocess.Popen([sys.executable, "-m", *command], cwd=PROJECT, start_new_session=True)
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    names = ("SIGINT", "SIGTERM", "SIGHUP")  # the last one is not on Windows
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     before = [signal.signal(number, lambda *_: process.send_signal(signal.SIGINT)) for number in numbers]
     try:
         return process.wait()
