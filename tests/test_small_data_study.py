@@ -112,6 +112,9 @@ def test_the_page_has_the_mean_of_what_each_seed_kept(plan: cells.Plan, tmp_path
     same = "25.0% (25.0%, 25.0%) | 50.0% (50.0%, 50.0%)"
     assert f"| LoRA | 40 / 20 | 1.800 (1.400, 2.200) | {same} | 3.0% (4.0%, 2.0%) | 5.0% | 1.5 |" in text
     assert f"of weights | 60 / 60 | 2.100 (1.600, 2.600) | {same} | 6.0% (6.0%, 6.0%) | 5.0% | 1.5 |" in text
+    page.write_page(replace(plan, seeds=1), tmp_path / "radar.md")
+    text = (tmp_path / "radar.md").read_text()
+    assert "seeds 0:**" in text and "| LoRA | 40 | 1.400 | 25.0% | 50.0% | 4.0% | 5.0% | 1.5 |" in text
     page.write_page(plan, tmp_path / "radar.zh-CN.md")
     text = (tmp_path / "radar.zh-CN.md").read_text()
     assert f"| 每人 100 张 | 40 / 20 | 1.800 (1.400, 2.200) | {same} |" in text

@@ -17,12 +17,12 @@ PAGES = {  # name of the page: title of its section, head of the table, first li
     "radar.md": (
         "Spectrograms of people who walk",
         ("training", "step kept", "held-out loss", "seen as asked", "utility", "copies", "held-out copies", "MB"),
-        "**{people} people, {size}x{size} pixels, {steps} steps of 32, mean of {seeds} seeds (each of them):**",
+        "**{people} people, {size}x{size} pixels, {steps} steps of 32, seeds {seeds}:**",
     ),
     "radar.zh-CN.md": (
         "行走者的时频图",
         ("训练", "保留的步", "留出损失", "认作所要求的人", "效用", "复制", "留出窗口的复制", "MB"),
-        "**{people} 人，{size}x{size} 像素，{steps} 步，每步 32 个，{seeds} 个随机种子的平均（括号内是各个值）：**",
+        "**{people} 人，{size}x{size} 像素，{steps} 步，每步 32 个，随机种子 {seeds}：**",
     ),
 }
 CHINESE = {
@@ -43,7 +43,9 @@ def write_page(plan: Plan, page: Path) -> None:
     """Put the table of all cells between the marks of `page`, in the language of its name."""
     section, head, first = PAGES[page.name]
     rows = [cell_row(cell, plan, is_chinese=page.name != "radar.md") for cell in CELLS]
-    line = first.format(people=plan.people, size=plan.size, steps=plan.steps, seeds=plan.seeds)
+    line = first.format(
+        people=plan.people, size=plan.size, steps=plan.steps, seeds=", ".join(map(str, range(plan.seeds)))
+    )
     put_between_marks(page, [line, "", *table(head, rows)], section, MARK)
 
 
@@ -62,7 +64,9 @@ def cell_row(cell: Cell, plan: Plan, is_chinese: bool = False) -> list[str]:
 
 
 def of_seeds(values: Sequence[float], form: str) -> str:
-    """Return the mean of the seeds' values, and each of them."""
+    """Return the mean of the seeds' values, and each of them where there are several."""
+    if len(values) == 1:
+        return form.format(values[0])
     each = ", ".join(form.format(value) for value in values)
     return f"{form.format(fmean(values))} ({each})"
 
