@@ -26,7 +26,10 @@ def views(images: Tensor, colour_map: str = COLOUR_MAP) -> list[Image.Image]:
 
 
 def shown_file(path: Path, colour_map: str = COLOUR_MAP) -> Image.Image:
-    """Return the picture of a sample's file, RGB, levels in a colour map; the file is closed at once, since a contact sheet has a thousand."""
+    """Return the picture of a sample's file, RGB, levels in a colour map.
+
+    The file is closed at once, since a contact sheet has a thousand.
+    """
     with open_image(path) as image:
         if not _is_levels(image):
             return image.convert("RGB")
