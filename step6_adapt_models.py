@@ -39,6 +39,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--images", type=images, nargs="+", metavar="N", help="of a person, all for all of them; several are compared")
     add("--folds", type=natural, nargs="+", metavar="N", help="of the split")
     add("--models", choices=("transformer", "unet"), nargs="+", help="the U-Net needs diffusers")
+    add("--trainable", choices=("all", "bias", "lora"), help="default: bias from models/walkers, else all; lora: peft")
     add("--steps", type=positive, metavar="N", help="of each network's training, at most")
     add("--tokenizer-steps", type=positive, metavar="N", help="of each tokenizer's training")
     add("--generated", type=positive, metavar="N", help="windows for each real one; default: 4, which step 7 wants")
@@ -80,6 +81,7 @@ def asked(options: argparse.Namespace, output: Path) -> tuple[Plan, Split, bool]
         images=options.images and tuple(None if number == "all" else number for number in options.images),
         folds=options.folds and tuple(options.folds),
         models=options.models,
+        trainable=options.trainable,
         steps=options.steps,
         tokenizer_steps=options.tokenizer_steps,
         generated=options.generated,

@@ -233,6 +233,34 @@ def test_starts_are_the_walkers_then_the_garments(data: Path, tmp_path: Path) ->
         assert starts() == (str(tmp_path / name), str(tmp_path / name / "transformer.safetensors"), unet)
 
 
+def test_of_walkers_biases_are_trained(data: Path, tmp_path: Path) -> None:
+    opened = open_level_files(data / "levels", data / "out" / "split.json")
+    for name in ("fashion-mnist", "walkers"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "transformer.safetensors").touch()
+    plan = make_plan("quick", opened, tmp_path, models=["transformer", "unet"])
+    transformer, unet = plan.models
+    assert (transformer.trainable, unet.trainable) == ("bias", "all")
+    values = adapting.training_values(plan, transformer, opened.split, 0, 9)
+    assert values["ckpt_path"] == values["train"]["weight_init"] == transformer.start
+    assert values["adapter_path"] == "transformer/adapter.safetensors"
+    assert (values["train"]["trainable"], values["optimizer"]["lr"]) == ("bias", 3e-3)
+    whole = adapting.training_values(plan, unet, opened.split, 0, 9)
+    assert (whole["ckpt_path"], whole["optimizer"]["lr"]) == ("unet/transformer.safetensors", 5e-4)
+    assert "adapter_path" not in whole and whole["train"]["trainable"] == "all"
+    made = {job.makes.name for job in adapting.jobs_of(plan, tmp_path, opened.split)}
+    assert {"adapter.safetensors", "transformer.safetensors"} <= made
+    assert "trains bias" in "\n".join(adapting.describe(plan, opened.split))
+    (tmp_path / "walkers" / "transformer.safetensors").unlink()
+    garments, _ = make_plan("quick", opened, tmp_path, models=["transformer", "unet"]).models
+    assert garments.trainable == "all"
+    asked = make_plan("quick", opened, tmp_path, models=["transformer", "unet"], trainable="lora")
+    assert [model.trainable for model in asked.models] == ["lora", "all"]  # the U-Net has no start
+    adapting.save_plan(asked, tmp_path / "o")
+    with pytest.raises(LightningDiTError, match="trainings of another part than all; fix: choose another --output"):
+        adapting.asked_plan(tmp_path / "o", data / "levels", data / "out" / "split.json", None, trainable="all")
+
+
 def test_what_does_not_go_is_said_before_the_first_step(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

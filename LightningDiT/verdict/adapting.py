@@ -28,9 +28,12 @@ from LightningDiT.verdict.seen import Seen, known_conditions, labels_text, seen_
 FORMAT = "adapted models, 1"
 PLAN, SPLIT, LABELS = "plan.json", "split.json", "labels.csv"
 TOKENIZER, LATENTS, VALID, GENERATED = "tokenizer", "latents", "latents_valid", "generated"
-CHOSEN, TRAINED = "transformer.safetensors", "training.safetensors"
+CHOSEN, ADAPTER, TRAINED = "transformer.safetensors", "adapter.safetensors", "training.safetensors"
 TOKENIZER_WEIGHTS = "tokenizer.safetensors"
 TOKENIZER_TEMPLATE = Path(__file__).parents[1] / "tokenizer" / "configs" / "levels_f4d6.yaml"
+ALL, BIAS = "all", "bias"
+#: Learning rate of a part. That of the whole is the template's; `studies.small_data` compares them.
+PART_RATE = 3e-3
 MODELS = ROOT / "models"
 STARTS = ("walkers", "fashion-mnist")  # folders of pretrained models, the better one first
 TRANSFORMER, UNET = "transformer", "unet"
@@ -78,11 +81,18 @@ class Model:
         name: of its folder.
         model_type: of the configuration.
         start: weights that it starts from; None: random ones.
+        trainable: what is trained, see `train.trainable`.
     """
 
     name: str
     model_type: str
     start: str | None
+    trainable: str = ALL
+
+    @property
+    def weights(self) -> str:
+        """The file that its training writes."""
+        return CHOSEN if self.trainable == ALL else ADAPTER
 
 
 @dataclass(frozen=True)
@@ -146,7 +156,8 @@ def make_plan(preset: str, opened: LevelFiles, pretrained: Path = MODELS, **give
 
     Args:
         pretrained: folder of pretrained models.
-        given: fields of `Plan` that replace the preset's, `models` by their names in `NETWORKS`; None is not given.
+        given: fields of `Plan` that replace the preset's, `models` by their names in `NETWORKS`; `trainable` of each
+            network that has a start; None is not given.
 
     Raises:
         LightningDiTError: a fold is not there, or the windows have a size that a network does not take.
@@ -155,7 +166,7 @@ def make_plan(preset: str, opened: LevelFiles, pretrained: Path = MODELS, **give
     given = {key: value for key, value in given.items() if value is not None}
     given |= {key: tuple(dict.fromkeys(given[key])) for key in ("folds", "images", "models") if key in given}
     folds = tuple(given.pop("folds", known.folds or range(split.folds)))
-    names = tuple(given.pop("models", known.models))
+    names, trainable = tuple(given.pop("models", known.models)), given.pop("trainable", None)
     _check_people(split, folds, opened.split_file)
     _check_size(opened, names)
     values = {
@@ -173,13 +184,22 @@ def make_plan(preset: str, opened: LevelFiles, pretrained: Path = MODELS, **give
         levels=opened.folder,
         size=opened.size[0],
         folds=folds,
-        models=tuple(Model(name, NETWORKS[name][0], _start(pretrained, name)) for name in names),
+        models=tuple(_model(pretrained, name, trainable) for name in names),
         tokenizer_start=str(found) if found else None,
         **values,
     )
     for fold in folds:
         plan.seen(split, fold, 1)  # what is unseen leaves something to train on
     return plan
+
+
+def _model(pretrained: Path, name: str, trainable: str | None) -> Model:
+    """Return a network with its start; of one that knows walkers already biases and labels suffice by default."""
+    start = _start(pretrained, name)
+    if start is None:
+        return Model(name, NETWORKS[name][0], None)
+    knows_walkers = Path(start).is_relative_to(pretrained / STARTS[0])
+    return Model(name, NETWORKS[name][0], start, trainable or (BIAS if knows_walkers else ALL))
 
 
 def _start(pretrained: Path, name: str) -> str | None:
@@ -272,6 +292,9 @@ def asked_plan(folder: Path, levels: Path, split_file: Path, preset: str | None,
     kept = load_plan(folder)
     own = {name: getattr(kept, name) for name in ("folds", "images", "generated", "guidance", "seed", "unseen")}
     own |= {"models": [model.name for model in kept.models]}
+    asked = given.get("trainable")
+    if asked and any(model.start and model.trainable != asked for model in kept.models):
+        raise LightningDiTError(f"the folder has trainings of another part than {asked}", OTHER_OUTPUT)
     given = own | {key: value for key, value in given.items() if value is not None}
     return continued(make_plan(preset or kept.preset, opened, **given), kept), True
 
@@ -338,7 +361,11 @@ def training_values(plan: Plan, model: Model, split: Split, fold: int, count: in
         count: windows that it is trained on, each in `plan.draws` draws.
     """
     values, every, conditions = read_yaml(TEMPLATE), plan.look_every, condition_names(split)
-    values["ckpt_path"] = f"{model.name}/{CHOSEN}"
+    if model.trainable == ALL:
+        values["ckpt_path"] = f"{model.name}/{CHOSEN}"
+    else:
+        values |= {"ckpt_path": model.start, "adapter_path": f"{model.name}/{ADAPTER}"}
+        values["optimizer"]["lr"] = PART_RATE
     values["data"] = {
         "data_path": LATENTS,
         "valid_path": VALID,
@@ -354,7 +381,7 @@ def training_values(plan: Plan, model: Model, split: Split, fold: int, count: in
     train = values["train"]
     batch = min(plan.batch, plan.draws * count)
     train |= {"max_steps": plan.steps, "global_batch_size": batch, "global_seed": plan.seed}
-    train |= {"output_dir": ".", "exp_name": model.name, "weight_init": model.start}
+    train |= {"output_dir": ".", "exp_name": model.name, "weight_init": model.start, "trainable": model.trainable}
     train |= {"log_every": max(1, every // 4), "ckpt_every": every, "valid_every": every, "judge_every": every}
     train |= {"choose": "utility", "patience": plan.patience}
     values["sample"] |= {"cfg_scale": plan.guidance}
@@ -389,7 +416,7 @@ def _model_jobs(plan: Plan, cell: Path, model: Model, count: int) -> list[Job]:
     config, run = ("--config", str(cell / f"{model.name}.yaml")), cell / model.name
     sample = ("--labels", str(cell / LABELS), "--by-class", "--seed", str(plan.seed), "--output", str(run / GENERATED))
     return [
-        Job(f"{cell.name} {model.name}", ("LightningDiT.train", *config), run / CHOSEN),
+        Job(f"{cell.name} {model.name}", ("LightningDiT.train", *config), run / model.weights),
         Job(f"{cell.name} {model.name} samples", ("LightningDiT.inference", *config, *sample), run / GENERATED, count),
     ]
 
@@ -419,7 +446,8 @@ def describe(plan: Plan, split: Split) -> list[str]:
         f"tokenizer      {plan.tokenizer_steps} steps from {plan.tokenizer_start or 'random weights'}",
     ]
     lines += [
-        f"{model.name:<15}{model.model_type}, at most {plan.steps} steps from {model.start or 'random weights'}"
+        f"{model.name:<15}{model.model_type}, at most {plan.steps} steps from {model.start or 'random weights'}, trains"
+        f" {model.trainable}"
         for model in plan.models
     ]
     lines.append(power_line(plan, split))

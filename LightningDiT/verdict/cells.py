@@ -13,6 +13,7 @@ from LightningDiT.files import fingerprint, read_json
 from LightningDiT.radar.level_images import listed_windows
 from LightningDiT.radar.split import Split, load_split
 from LightningDiT.verdict.adapting import (
+    ADAPTER,
     CHOSEN,
     GENERATED,
     LATENTS,
@@ -28,7 +29,7 @@ from LightningDiT.verdict.judging import Cell, Fact, Judged
 
 CHOICE = "choice.json"
 #: Files of a run's weights, and what the manifest of its samples calls them.
-WEIGHTS = {"adapter.safetensors": "adapter", CHOSEN: "transformer"}
+WEIGHTS = {ADAPTER: "adapter", CHOSEN: "transformer"}
 
 
 def judged_models(adapted: Path, levels: Path | None = None) -> dict[str, Judged]:
