@@ -366,6 +366,8 @@ def training_values(plan: Plan, model: Model, split: Split, fold: int, count: in
     else:
         values |= {"ckpt_path": model.start, "adapter_path": f"{model.name}/{ADAPTER}"}
         values["optimizer"]["lr"] = PART_RATE
+    if model.trainable == BIAS:
+        values["optimizer"]["weight_decay"] = 0.0  # which matrices alone have
     values["data"] = {
         "data_path": LATENTS,
         "valid_path": VALID,

@@ -15,11 +15,11 @@ from LightningDiT.config import as_yaml, read_yaml
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.files import write_text
 from LightningDiT.radar.augmentation import NAMES
+from LightningDiT.verdict.adapting import PART_RATE
 from LightningDiT.verdict.jobs import PROJECT
 
 RATIO, CHANNELS = 4, 6  # of the tokenizer of models/walkers
 BATCH = 32
-RATE, FAR_RATE, PART_RATE = 5e-4, 1e-3, 3e-3  # learning rates: from the walkers' weights; from others; of a part
 CHOSEN, ADAPTER, LOOKS = "transformer.safetensors", "adapter.safetensors", "choice.json"
 FOLD = 0
 TRANSFORMER, UNET = "LightningDiT-XS/2", "UNet-S"
@@ -51,7 +51,7 @@ class Cell:
     images: int = 30
     draws: int = 8
     chooses: bool = True
-    rate: float = RATE
+    rate: float = PART_RATE
     train: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -59,16 +59,18 @@ class Cell:
         return "trainable" in self.train
 
 
+BIAS: Mapping[str, Any] = {"trainable": "bias"}
 REFERENCE = "reference"
 CELLS = (
-    Cell(REFERENCE, "transformer from models/walkers"),
-    Cell("scratch", "transformer from random weights", start="", rate=FAR_RATE),
-    Cell("garments", "transformer from models/fashion-mnist", start=GARMENTS, rate=FAR_RATE),
-    Cell("plain", "no augmentation, no choice of weights", draws=1, chooses=False),
-    Cell("lora", "LoRA", rate=PART_RATE, train={"trainable": "lora"}),
-    Cell("bias", "biases", rate=PART_RATE, train={"trainable": "bias"}),
-    Cell("many", "100 images a person", images=100),
-    Cell("unet", "U-Net from the same walkers", UNET, WALKERS_UNET),
+    Cell(REFERENCE, "transformer from models/walkers, biases", train=BIAS),
+    Cell("lora", "LoRA", train={"trainable": "lora"}),
+    Cell("all", "all weights, learning rate 5e-4", rate=5e-4),
+    Cell("rate", "all weights, learning rate 2e-3", rate=2e-3),
+    Cell("scratch", "all weights from random ones", start="", rate=1e-3),
+    Cell("garments", "all weights from models/fashion-mnist", start=GARMENTS, rate=1e-3),
+    Cell("plain", "no augmentation, no choice of weights", draws=1, chooses=False, train=BIAS),
+    Cell("many", "100 images a person", images=100, train=BIAS),
+    Cell("unet", "U-Net from the same walkers, biases", UNET, WALKERS_UNET, train=BIAS),
 )
 
 
@@ -83,7 +85,7 @@ class Plan:
     size: int = 64  # pixels a side
     steps: int = 300  # of each training
     looks: int = 2  # at samples during a training
-    seeds: int = 2
+    seeds: int = 1
 
     @property
     def runs(self) -> list[tuple[Cell, int]]:

@@ -26,14 +26,15 @@ PAGES = {  # name of the page: title of its section, head of the table, first li
     ),
 }
 CHINESE = {
-    "reference": "Transformer，从 models/walkers 开始",
-    "scratch": "Transformer，随机权重",
-    "garments": "Transformer，从 models/fashion-mnist 开始",
-    "plain": "不增强，不挑选权重",
+    "reference": "Transformer，从 models/walkers 开始，只训练偏置",
     "lora": "LoRA",
-    "bias": "只训练偏置",
-    "many": "每人 100 张",
-    "unet": "U-Net，用同样的行走者预训练",
+    "all": "全部权重，学习率 5e-4",
+    "rate": "全部权重，学习率 2e-3",
+    "scratch": "全部权重，从随机权重开始",
+    "garments": "全部权重，从 models/fashion-mnist 开始",
+    "plain": "不增强，不挑选权重",
+    "many": "每人 100 张图像",
+    "unet": "U-Net，用同样的行走者预训练，只训练偏置",
 }
 
 Row = Mapping[str, Any]
