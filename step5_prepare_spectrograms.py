@@ -162,11 +162,11 @@ def commands(levels: Path, folder: Path, file: Path, is_validated: bool) -> list
     quote, module = shlex.quote, f"{project.interpreter()} -m LightningDiT"
     source = f"--levels {quote(str(levels))} --split-file {quote(str(folder / 'split.json'))}"
     tokenizer, latents, valid = (quote(str(folder / name)) for name in ("tokenizer", "latents", "latents_valid"))
-    config, bundled = quote(str(file)), quote(str(project.PROJECT / "models" / "fashion-mnist"))
+    config, walkers = quote(str(file)), quote(str(project.PROJECT / "models" / "walkers"))
     extract = f"{module}.extract_features --config {config} {source}"
     own = quote(str(project.PROJECT / "LightningDiT" / "tokenizer" / "configs" / "levels_f4d6.yaml"))
     return [
-        f"{module}.train_tokenizer --config {own} --init {bundled} {source} --output {tokenizer}",
+        f"{module}.train_tokenizer --config {own} --init {walkers} {source} --output {tokenizer}",
         f"{extract} --draws 8 --output {latents}",
         *([f"{extract} --part validation --output {valid}"] if is_validated else []),
         f"{module}.train --config {config}",

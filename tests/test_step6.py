@@ -246,7 +246,7 @@ def test_of_walkers_biases_are_trained(data: Path, tmp_path: Path) -> None:
     assert values["adapter_path"] == "transformer/adapter.safetensors"
     assert (values["train"]["trainable"], values["optimizer"]["lr"]) == ("bias", 3e-3)
     whole = adapting.training_values(plan, unet, opened.split, 0, 9)
-    assert (whole["ckpt_path"], whole["optimizer"]["lr"]) == ("unet/transformer.safetensors", 5e-4)
+    assert (whole["ckpt_path"], whole["optimizer"]["lr"]) == ("unet/transformer.safetensors", 2e-3)
     assert "adapter_path" not in whole and whole["train"]["trainable"] == "all"
     made = {job.makes.name for job in adapting.jobs_of(plan, tmp_path, opened.split)}
     assert {"adapter.safetensors", "transformer.safetensors"} <= made
