@@ -113,7 +113,9 @@ def test_a_run_that_was_killed_goes_on_and_makes_what_step_7_reads(
     assert real == {"ID_1": 3, "ID_2": 3, "ID_3": 2}
     assert Counter(made.people) == {person: 2 * number for person, number in real.items()}
     manifest = json.loads((run / "generated" / "manifest.json").read_text())
-    assert manifest["weights"]["transformer"] == fingerprint(run / "transformer.safetensors")
+    assert plan.models[0].trainable == "bias"
+    assert manifest["weights"]["adapter"] == fingerprint(run / "adapter.safetensors")
+    assert manifest["weights"]["transformer"] == fingerprint(plan.models[0].start)
     assert manifest["sample"]["cfg_scale"] == plan.guidance == 1.5
 
 
