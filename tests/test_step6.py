@@ -334,6 +334,15 @@ def test_presets_are_those_of_the_command() -> None:
     assert adapting.cell_folder(Path("a"), 1, None) == Path("a/fold1-all")
 
 
+def test_latents_that_were_begun_are_not_done(tmp_path: Path) -> None:
+    job = jobs.Job("latents", ("LightningDiT.extract_features",), tmp_path / "manifest.json")
+    for text, is_done in (('{"settings": {}}', False), ("{", False), ('{"settings": {}, "shards": []}', True)):
+        job.makes.write_text(text)
+        assert job.is_done is is_done
+    job.makes.unlink()
+    assert not job.is_done
+
+
 def test_a_step_takes_what_the_fastest_pass_took(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 10.0, 19.0, 20.0, 24.0, 30.0, 35.0])  # 1 s at first, then 9, 4 and 5
     monkeypatch.setattr(time_needed.time, "perf_counter", lambda: next(clock))

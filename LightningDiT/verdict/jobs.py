@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from LightningDiT.console import duration
+from LightningDiT.data.labels import LATENTS_MANIFEST
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.files import read_json
 
 PROJECT = Path(__file__).parents[2]  # the folder that holds the package
 STOPPED = 130  # exit code of a command that Ctrl-C ended
@@ -37,9 +39,19 @@ class Job:
 
     @property
     def is_done(self) -> bool:
+        if self.makes.name == LATENTS_MANIFEST:
+            return _names_shards(self.makes)
         if not self.images:
             return self.makes.exists()
         return sum(1 for _ in self.makes.glob("*/*.png")) >= self.images
+
+
+def _names_shards(manifest: Path) -> bool:
+    """Return whether an extraction of latents has ended: it names its shards then, while one that began does not."""
+    try:
+        return "shards" in read_json(manifest)
+    except (OSError, ValueError):
+        return False
 
 
 def run_jobs(jobs: Sequence[Job]) -> None:
