@@ -128,7 +128,8 @@ RADAR = Pair(
         "Part of the network": "只训练一部分",
         "Choosing the weights": "选择权重",
         "Sweep of guidance": "引导的扫描",
-        "Transformer or U-Net, with and without augmentation": "Transformer 或 U-Net，有无数据增强",
+        "A start: models/walkers": "起点：models/walkers",
+        "Transformer or U-Net, fine-tuned or from scratch": "Transformer 还是 U-Net，微调还是从头训练",
         "Does generated data help?": "生成的数据有帮助吗",
         "On Kaggle": "在 Kaggle 上",
         "Simulator": "仿真器",
@@ -152,7 +153,7 @@ PAGES = sorted(
 )
 
 FENCE = "```"
-MEASURED = re.compile(r"(?s)<!-- (.+?): begin -->.*?<!-- \1: end -->")  # by a study, on the English page alone
+MEASURED = re.compile(r"(?s)<!-- (.+?): begin -->.*?<!-- \1: end -->")  # by a study, on the English page or on both
 CODE = re.compile(r"`([^`]+)`")
 LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
 ITEM = re.compile(r"- |\d+\. ")
@@ -247,7 +248,7 @@ def sections(page: str) -> list[Section]:
 
 def matched(pair: Pair) -> list[tuple[Section, Section]]:
     """Return each English section with its Chinese one; the test of sections finds those without a counterpart."""
-    chinese = {section.heading: section for section in sections(read(pair.chinese))}
+    chinese = {section.heading: section for section in sections(MEASURED.sub("", read(pair.chinese)))}
     page = MEASURED.sub("", read(pair.english))
     both = [(section, chinese.get(pair.headings.get(section.heading))) for section in sections(page)]
     return [(english, found) for english, found in both if found]
