@@ -21,6 +21,15 @@ from tests.test_commands import DOCUMENTS
 NAMED = re.compile(r"(?<![\w/.-])lightningdit ([a-z-]+)")
 
 
+def test_every_module_with_a_main_runs_as_a_module() -> None:
+    """Without its last lines `python -m` would do nothing and exit with 0."""
+    files = [*PROJECT.glob("*.py"), *(PROJECT / "LightningDiT").rglob("*.py"), *(PROJECT / "studies").rglob("*.py")]
+    texts = {str(file.relative_to(PROJECT)): file.read_text(encoding="utf-8") for file in files}
+    programs = {name: text for name, text in texts.items() if re.search(r"^def main\(", text, re.MULTILINE)}
+    assert len(programs) > len(COMMANDS)
+    assert [name for name, text in programs.items() if 'if __name__ == "__main__":' not in text] == []
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_has_the_options_of_its_module_call(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     said = []

@@ -181,7 +181,7 @@ def test_an_image_is_timed_whole_or_from_a_few_evaluations(
     monkeypatch.setattr(doctor, "HEAVY_BYTES", 0)
     monkeypatch.setattr(speed, "predicted_speed", lambda config: speed.Speed(75.0, 25, measured=False))
     rows = dict(doctor.speed_rows({"tiny": config}, named=False))
-    assert rows["tiny"] == f"not measured on a CPU; lightningdit doctor --config {config.source} does"
+    assert rows["tiny"] == f"not measured on a CPU; python -m LightningDiT.command.doctor --config {config.source} does"
     assert rows["published"].startswith(
         "1 min 15 s an image without decoding, 25 evaluations of LightningDiT-XL/1 (pre"
     )

@@ -193,7 +193,7 @@ def speed_rows(models: dict[str, Config], named: bool) -> Iterator[tuple[str, st
     for name, config in models.items():
         heavy = Path(str(config.ckpt_path)).stat().st_size > HEAVY_BYTES
         if heavy and not (named or on_gpu):
-            yield name, f"not measured on a CPU; lightningdit doctor --config {config.source} does"
+            yield name, f"not measured on a CPU; {program('command.doctor')} --config {config.source} does"
             continue
         found = speed.speed_of(config)
         how = "measured now" if found.measured else "from a few evaluations measured now"

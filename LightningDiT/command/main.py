@@ -54,3 +54,7 @@ def parse(argv: Sequence[str]) -> list[str]:
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those above")
     args = parser.parse_args(argv[:1])
     return [args.command, *argv[1:]]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -109,7 +109,7 @@ def find_keys(name: str) -> list[Key]:
     known = {one for key in keys for one in (key.name, key.name.rpartition(".")[2])}
     nearest = difflib.get_close_matches(name, sorted(known), 3, 0.5)
     hint = f"did you mean {', '.join(nearest)}?" if nearest else "no key is like it"
-    raise LightningDiTError(f"no YAML key is called {name!r}; {hint}", "lightningdit config")
+    raise LightningDiTError(f"no YAML key is called {name!r}; {hint}", "python -m LightningDiT.command.config")
 
 
 @dataclasses.dataclass(frozen=True)
