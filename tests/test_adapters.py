@@ -267,3 +267,24 @@ def test_what_the_weights_lack_is_trained_too(folder: Path) -> None:
     part = train.Trainer(load_config(path)).part
     assert {"x_embedder.proj.weight", "final_layer.linear.weight"} <= set(part.trained)
     assert "blocks.0.attn.qkv.weight" not in part.trained
+
+
+def test_classes_that_the_null_condition_joined_are_in_the_adapter(folder: Path) -> None:
+    """They are no longer those of the file, so an adapter without them would not lead to the trained network."""
+    source = seed_weights(LightningDiT(replace(SETTINGS, num_classes=3)))
+    save_weights(source.state_dict(), folder / "source.safetensors", {"null_trained": "true"})
+    more = "trainable: [blocks.*.mlp.*]"
+    path = configured(folder, "joined", more)
+    path.write_text(path.read_text().replace(", num_conditions: 2", ""))
+    extras = {"augmentation": torch.rand(24, 3)}
+    write_shard(shard_path(folder / "latents", 0, 0), torch.randn(24, 4, 4, 4), torch.arange(24) % 3, extras=extras)
+    assert train.main(["--config", str(path)]) == 0
+    table = lightningdit.CLASS_TABLE
+    assert table in adapter_of(folder, "joined")
+    after = configured(folder, "after", more, "runs/joined/adapter.safetensors")
+    after.write_text(after.read_text().replace(", num_conditions: 2", ""))
+    joined = sampled(load_config(after)).state_dict()
+    assert lightningdit.CONDITION_TABLE not in joined
+    null = source.state_dict()[lightningdit.CONDITION_TABLE][-1]
+    moved = joined[table] - source.state_dict()[table]
+    assert float(null.norm()) > 2 * float((moved - null).norm(dim=1).max())  # six steps at the rate 0.01 are little

@@ -249,7 +249,7 @@ def test_without_conditions_the_model_is_that_of_the_null_condition(tmp_path: Pa
     old = seed_weights(LightningDiT(replace(SETTINGS, num_conditions=2))).eval()
     save_weights(old.state_dict(), file)
     model, made = adapted(file, num_conditions=0)
-    assert kinds(made) == {lightningdit.CONDITION_TABLE: "left out"}
+    assert kinds(made) == {lightningdit.CLASS_TABLE: "changed", lightningdit.CONDITION_TABLE: "left out"}
     assert "the model has no conditions; the null condition is added to every class" in made.text()
     x, classes = torch.randn(3, 4, 8, 8), torch.tensor([0, 4, SETTINGS.num_classes])  # the null class too
     labels = torch.stack([classes, torch.full_like(classes, 2)], dim=1)

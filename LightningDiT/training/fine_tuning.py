@@ -21,7 +21,7 @@ every class; or at random, small. `studies/adapter_study.py` compares them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from LightningDiT.loading import Network, NetworkSettings, model_differences, ne
 from LightningDiT.models.lightningdit import LightningDiTSettings
 from LightningDiT.models.positions import sincos_table
 
-TAKEN, RESIZED, NEW, LEFT_OUT = "taken", "resized", "new", "left out"
+TAKEN, CHANGED, RESIZED, NEW, LEFT_OUT = "taken", "changed", "resized", "new", "left out"
 CHANGEABLE = ("num_classes", "in_channels", "input_size", "learn_sigma", "use_qknorm", "num_conditions", "augmentation")
 UNET_CHANGEABLE = ("num_classes", "num_conditions", "augmentation")
 CONDITION_TABLE, AUGMENTATION = "c_embedder.embedding_table.weight", "a_embedder.weight"
@@ -57,7 +57,7 @@ LISTED = 6
 
 @dataclass(frozen=True)
 class Change:
-    """What becomes of one tensor: `kind` is taken, resized, new or left out; `how` explains it."""
+    """What becomes of one tensor: `kind` is taken, changed, resized, new or left out; `how` explains it."""
 
     name: str
     kind: str
@@ -135,6 +135,8 @@ def plan(
     for table, rows in by_name.items():
         if table in info.shapes and table in wanted:
             changes[table] = Change(table, RESIZED, _taken_by_name(table, rows, STARTS[new_classes]))
+    if _is_without_conditions(wanted, info.shapes) and changes[CLASS_TABLE].kind == TAKEN:
+        changes[CLASS_TABLE] = Change(CLASS_TABLE, CHANGED, "the null condition is added to each row")
     left_out = [Change(name, LEFT_OUT, LEFT_OUT_HOW.get(name, NO_TENSOR)) for name in info.shapes if name not in wanted]
     return Plan(info.path, (*changes.values(), *left_out))
 
@@ -168,7 +170,7 @@ def initialise(
     result = dict(model.state_dict())
     for change in made.changes:
         name = change.name
-        if change.kind == TAKEN:
+        if change.kind in (TAKEN, CHANGED):
             result[name] = weights[name]
         elif change.kind == RESIZED and name in rows:
             result[name] = _table(weights[name], result[name], rows[name], new_classes)
@@ -176,10 +178,15 @@ def initialise(
             result[name] = _resized(name, weights, result[name], model.settings)
         elif name in (CONDITION_TABLE, AUGMENTATION) and change.kind == NEW:
             result[name] = torch.zeros_like(result[name])
-    if CONDITION_TABLE in weights and CONDITION_TABLE not in result:
+    if _is_without_conditions(result, weights):
         result[CLASS_TABLE] = result[CLASS_TABLE] + weights[CONDITION_TABLE][-1]  # both are summed in the network
     load_into(model, result, path)
     return made
+
+
+def _is_without_conditions(model: Collection[str], file: Collection[str]) -> bool:
+    """Return whether the file's model has conditions and this one has none, by the names of their tensors."""
+    return CONDITION_TABLE in file and CONDITION_TABLE not in model
 
 
 def _source_settings(wanted: NetworkSettings, info: CheckpointInfo) -> NetworkSettings:

@@ -26,7 +26,7 @@ from LightningDiT.models.adapters import matrix_names
 from LightningDiT.sampling.null_row import null_failure_of
 from LightningDiT.seeds import generator_for
 from LightningDiT.training.ema import Ema
-from LightningDiT.training.fine_tuning import NEW, RESIZED, initialise, plan
+from LightningDiT.training.fine_tuning import CHANGED, NEW, RESIZED, initialise, plan
 from LightningDiT.training.guard import GuardSettings, NotFiniteError, fetched
 from LightningDiT.training.latent_batches import (
     LatentBatch,
@@ -131,7 +131,7 @@ class Trainer:
         model, new = make_model(model_settings(self.config), class_dropout_prob=0.0), list[str]()
         if train.weight_init and (starts or not is_whole):
             made = initialise(model, train.weight_init, names, conditions, train.new_classes)
-            new = [change.name for change in made.changes if change.kind in (RESIZED, NEW)]
+            new = [change.name for change in made.changes if change.kind in (CHANGED, RESIZED, NEW)]
             if starts:
                 self.processes.say(made.text())
         return model, whole_part(model) if is_whole else restrict(model, self.config, new)
