@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ import os
 from tests import workers
 from tests.workers import pytest_cmdline_main
 workers.usable_cores = lambda: int(os.environ["CORES"])
+workers.DISK = int(os.environ["DISK"])
 def pytest_addoption(parser):
     parser.addoption("--gpu", action="store_true")
 """
@@ -38,18 +40,25 @@ def test_place(number, request, tmp_path_factory):
 """
 
 
-def places(folder: Path, *options: str, cores: int = 2) -> set[str]:
-    """Run a suite with the project's hook in a process and return where its tests ran; they share one folder."""
+def run_suite(
+    folder: Path, *options: str, cores: int = 2, disk: int = workers.DISK
+) -> subprocess.CompletedProcess[str]:
+    """Run a suite with the project's hook in a process."""
     (folder / "tests").mkdir()
     (folder / "places").mkdir()
     (folder / "pytest.ini").write_text("[pytest]\ntestpaths = tests\n")
     (folder / "tests" / "conftest.py").write_text(CONFTEST)
     (folder / "tests" / "test_it.py").write_text(SAYING)
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "OMP_"))}
-    added = {"PYTHONPATH": str(PROJECT), "CORES": str(cores), "PLACES": str(folder / "places")}
+    added = {"PYTHONPATH": str(PROJECT), "CORES": str(cores), "DISK": str(disk), "PLACES": str(folder / "places")}
     added["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # they take a second to import; -p gives one
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options]
-    done = subprocess.run(command, cwd=folder, env={**kept, **added}, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=folder, env={**kept, **added}, capture_output=True, text=True, check=False)
+
+
+def places(folder: Path, *options: str, cores: int = 2) -> set[str]:
+    """Return where the tests of such a run ran; they share one folder."""
+    done = run_suite(folder, *options, cores=cores)
     assert " 4 passed" in done.stdout, done.stdout + done.stderr
     ran, shared = zip(*(path.read_text().splitlines() for path in (folder / "places").iterdir()), strict=True)
     assert len(set(shared)) == 1
@@ -78,3 +87,16 @@ def test_without_xdist_it_is_one_process(tmp_path: Path) -> None:
 
 def test_cores_are_those_of_the_process() -> None:
     assert workers.usable_cores() == usable_cores()
+
+
+def test_a_disk_that_the_tests_would_fill_is_named_before_they_run(tmp_path: Path) -> None:
+    free = workers.free_bytes(tmp_path)
+    done = run_suite(tmp_path, disk=2 * free)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert re.search(r"free, and the tests need .*; free some, .*: TMPDIR=FOLDER python -m pytest", done.stderr)
+    assert not list((tmp_path / "places").iterdir())
+
+
+def test_a_few_tests_run_on_any_disk(tmp_path: Path) -> None:
+    done = run_suite(tmp_path, "tests/test_it.py", disk=2 * workers.free_bytes(tmp_path))
+    assert " 4 passed" in done.stdout
