@@ -3,7 +3,7 @@
 
 For each fold and number of images a person, tokenizer and networks are trained on these images alone, the weights whose
 samples are worth most on validation passes are chosen, and four windows are generated for each real one. What is done
-stays: the same command goes on after Ctrl-C or a kill.
+stays: the same command goes on after Ctrl-C or a kill, and one with further --folds or --images adds these.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--steps", type=positive, metavar="N", help="of each network's training, at most")
     add("--tokenizer-steps", type=positive, metavar="N", help="of each tokenizer's training")
     add("--generated", type=positive, metavar="N", help="windows for each real one; default: 4, which step 7 wants")
-    add("--guidance-scale", type=float, metavar="S", help="of the generated windows; default: 1.5")
+    add("--guidance-scale", type=float, metavar="S", help="of the generated windows; default: 1, without guidance")
     add("--unseen", metavar="NAME", help="a condition that no network may see, or pairs: of person and condition")
     add("--seed", type=natural, metavar="N", help="of trainings and generated windows; default: 0")
     add("--time-budget", type=float, metavar="MINUTES", help="shorten the trainings so that all is done within")
@@ -63,8 +63,8 @@ def images(text: str) -> int | str:
     return text if text == "all" else positive(text)
 
 
-def asked(options: argparse.Namespace, output: Path) -> tuple[Plan, Split, bool]:
-    """Return the plan, its split, and whether the folder has begun with it."""
+def asked(options: argparse.Namespace, output: Path) -> tuple[Plan, Split, Plan | None]:
+    """Return the plan, its split, and the plan that the folder has begun with."""
     from LightningDiT.radar.split import load_split
     from LightningDiT.verdict.adapting import PLAN, asked_plan, load_plan
 
@@ -105,6 +105,8 @@ def main(argv: list[str] | None = None) -> int:
         given = options.time_budget or options.steps or options.tokenizer_steps
         idle = "; its numbers of steps stay, whatever --time-budget and --steps say" if given else ""
         print(f"note: {output} has begun with this plan, which goes on{idle}")
+        if plan != began:
+            within(plan, split, None)  # of all its cells, those that are there too
     else:
         plan = within(plan, split, options.time_budget)
     for line in describe(plan, split):

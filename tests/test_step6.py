@@ -8,6 +8,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,8 @@ def test_a_run_that_was_killed_goes_on_and_makes_what_step_7_reads(
     assert again.ran == []
     assert "its numbers of steps stay" in capsys.readouterr().out
     assert call(data, output, "--images", "2") == 1
-    assert "a plan of other settings (images)" in capsys.readouterr().err
+    fix = "give its own too: --images 3 2, or choose another --output"
+    assert f"a plan of other settings (images); fix: {fix}" in capsys.readouterr().err
 
     plan, cell = load_plan(output), output / "fold0-3"
     assert (plan.images, plan.folds, plan.generated, plan.steps) == ((IMAGES,), (0,), 2, 2)
@@ -116,7 +118,39 @@ def test_a_run_that_was_killed_goes_on_and_makes_what_step_7_reads(
     assert plan.models[0].trainable == "bias"
     assert manifest["weights"]["adapter"] == fingerprint(run / "adapter.safetensors")
     assert manifest["weights"]["transformer"] == fingerprint(plan.models[0].start)
-    assert manifest["sample"]["cfg_scale"] == plan.guidance == 1.5
+    assert plan.guidance == 1.0 and "cfg_scale" not in manifest["sample"]  # no guidance
+
+
+def test_folds_and_numbers_of_images_join_a_folder(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened = open_level_files(data / "levels", data / "out" / "split.json")
+    first = make_plan("quick", opened, steps=70, tokenizer_steps=20, folds=[1])
+    save_plan(first, tmp_path)
+
+    def plan(**given: object) -> adapting.Plan:
+        return adapting.asked_plan(tmp_path, data / "levels", data / "out" / "split.json", None, **given)[0]
+
+    assert plan() == plan(folds=[1]) == plan(images=[30]) == first
+    assert plan(folds=[0, 1]) == replace(first, folds=(1, 0))  # what was there comes first
+    assert plan(folds=[2, 1], images=[None, 30]) == replace(first, folds=(1, 2), images=(30, None))
+    for given, fix in (
+        ({"folds": [0]}, "--folds 1 0"),
+        ({"folds": [2], "images": [None]}, "--folds 1 2 --images 30 all"),
+    ):
+        with pytest.raises(LightningDiTError, match=f"fix: give its own too: {fix}, or choose another --output"):
+            plan(**given)
+    with pytest.raises(
+        LightningDiTError, match=r"other settings \(folds, seed\); fix: choose another --output, or give"
+    ):
+        plan(folds=[0], seed=3)
+    monkeypatch.setattr(time_needed, "measure", lambda plan, split: Costs(1.0, {"transformer": 1.0}))
+    assert call(data, tmp_path, "--folds", "0", "1", "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "has begun with this plan, which goes on" in said and "fold 1, 0" in said
+    assert re.search(r"time           about .* of which trainings 3 min 0 s", said)  # two cells of 20 and 70 steps
+    assert call(data, tmp_path, "--folds", "1", "--dry-run") == 0
+    assert "time  " not in capsys.readouterr().out
 
 
 def test_levels_are_those_of_the_whole_split_alone(data: Path, tmp_path: Path) -> None:
@@ -309,11 +343,14 @@ def test_time_by_hand(data: Path) -> None:
     found = estimate(plan, split, costs)
     assert found.trainings == pytest.approx(2 * (110 * 4.8 + 700 * (1.92 + 3.84)))
     coded = 4.8 / 3 / 16  # of a window
-    sampled = [2 * 26 * seconds / 3 / 64 + coded for seconds in (1.92, 3.84)]
+    sampled = [26 * seconds / 3 / 64 + coded for seconds in (1.92, 3.84)]
     rest = coded * (8 * (6 + training) + 2 * validating)
     rest += sum(4 * (6 + training) * one + 2 * 4 * (time_needed.LOOK + 8 * 3 * one) for one in sampled)
     rest += 2 * 7 * time_needed.PROCESS  # tokenizer, two of latents, and training and sampling of each network
     assert found.rest == pytest.approx(rest)
+    guided = estimate(replace(plan, guidance=1.5), split, costs)  # twice the evaluations, of samples and of looks
+    twice = sum((4 * (6 + training) + 2 * 4 * 8 * 3) * (one - coded) for one in sampled)
+    assert guided.total - found.total == pytest.approx(twice)
     shorter = fitted(plan, found, (rest + found.trainings / 2) / 60)
     assert (shorter.steps, shorter.tokenizer_steps) == (350, 55)
     assert fitted(plan, found, found.total / 60 + 1) is plan

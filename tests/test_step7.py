@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,7 @@ def write_run(run: Path, facts: Mapping[str, list[int]], pixels: torch.Tensor, n
         path = run / "generated" / names[label] / f"{at:06d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         save_levels(pixels[at : at + 1], [path])
-    more = {"class_names": names, "sample": {"cfg_scale": 1.5}, "seed": 0, LAYOUT: BY_CLASS, PIXELS: LEVELS}
+    more = {"class_names": names, "sample": {}, "seed": 0, LAYOUT: BY_CLASS, PIXELS: LEVELS}
     weights = {"transformer": fingerprint(run / "transformer.safetensors")}
     write(run / "generated" / "manifest.json", {**facts, **more, "weights": weights})
 
@@ -85,6 +86,13 @@ def run(capsys: pytest.CaptureFixture[str], *options: object, code: int = 0) -> 
     assert run_main(lambda: step7.main([str(option) for option in options])) == code
     captured = capsys.readouterr()
     return captured.out + captured.err
+
+
+def test_folds_that_could_be_tested_too(made: Path, walkers: Path) -> None:
+    split = load_split(walkers / "out" / "split.json")  # four passes a person: the fifth fold tests nothing
+    judged = judged_models(made, None)["transformer"]
+    assert (split.folds, judging.untested(judged, split)) == (5, (1, 2, 3))
+    assert judging.untested(replace(judged, folds=(3, 0, 1)), split) == (2,)
 
 
 def test_a_folder_of_step_6_is_judged_and_the_same_command_trains_nothing_again(
@@ -104,7 +112,7 @@ def test_a_folder_of_step_6_is_judged_and_the_same_command_trains_nothing_again(
     assert [rows[name]["generated"] for name in ("real", "1x", "4x")] == [0, 18, 36]
     assert {row["real"] for row in rows.values()} == {18}
     assert rows["real"]["accuracy"]["windows"] == len(load_split(made.parent / "out" / "split.json").part("test"))
-    assert report["facts"]["Weights and sampling, fold0-6"] == "guidance 1.5, seed 0; weights of step 7 are kept"
+    assert report["facts"]["Weights and sampling, fold0-6"] == "guidance 1, seed 0; weights of step 7 are kept"
     assert report["fidelity"]["copies"]["samples"] == 1.0  # they are training windows, turned
     assert report["filter"]["kept"] <= 1
     assert (tmp_path / "report.html").read_text().count('<div class="triple">') == 4  # three people and the nearest

@@ -40,6 +40,7 @@ TRANSFORMER, UNET = "transformer", "unet"
 #: What `model.model_type` is called, and the pixels that a side must be a multiple of.
 NETWORKS = {TRANSFORMER: ("LightningDiT-XS/2", DOWNSAMPLING * PATCH), UNET: ("UNet-S", DOWNSAMPLING * 4)}
 LISTED = 3  # unseen pairs of a fold
+CELLS = ("folds", "images")  # fields of a plan whose values are a cell's
 OTHER_OUTPUT = "choose another --output, or give the options of the first call"
 PASS_DEVIATION = 10.0  # points by which the differences of test passes vary, on simulated walkers, with three seeds
 
@@ -129,7 +130,7 @@ class Plan:
     batch: int = 64
     draws: int = 8
     generated: int = 4
-    guidance: float = 1.5
+    guidance: float = 1.0
     seed: int = 0
     seeds: int = 3
     unseen: str | None = None
@@ -274,8 +275,10 @@ def load_plan(folder: Path) -> Plan:
         ) from error
 
 
-def asked_plan(folder: Path, levels: Path, split_file: Path, preset: str | None, **given: Any) -> tuple[Plan, bool]:
-    """Return the plan that a command line asks for, and whether its folder has begun with it.
+def asked_plan(
+    folder: Path, levels: Path, split_file: Path, preset: str | None, **given: Any
+) -> tuple[Plan, Plan | None]:
+    """Return the plan that a command line asks for, and the one that its folder has begun with; None without one.
 
     Where the folder has a plan, what the command line leaves out is that of the folder.
 
@@ -288,7 +291,7 @@ def asked_plan(folder: Path, levels: Path, split_file: Path, preset: str | None,
     """
     opened = open_level_files(levels, split_file)
     if not (folder / PLAN).exists():
-        return make_plan(preset or QUICK, opened, **given), False
+        return make_plan(preset or QUICK, opened, **given), None
     kept = load_plan(folder)
     own = {name: getattr(kept, name) for name in ("folds", "images", "generated", "guidance", "seed", "unseen")}
     own |= {"models": [model.name for model in kept.models]}
@@ -296,22 +299,40 @@ def asked_plan(folder: Path, levels: Path, split_file: Path, preset: str | None,
     if asked and any(model.start and model.trainable != asked for model in kept.models):
         raise LightningDiTError(f"the folder has trainings of another part than {asked}", OTHER_OUTPUT)
     given = own | {key: value for key, value in given.items() if value is not None}
-    return continued(make_plan(preset or kept.preset, opened, **given), kept), True
+    return continued(make_plan(preset or kept.preset, opened, **given), kept), kept
 
 
 def continued(plan: Plan, kept: Plan) -> Plan:
     """Return the plan that a folder goes on with: its own, whose trainings may be shorter than those asked for.
 
+    Further folds and numbers of images join it, after its own.
+
     Raises:
         LightningDiTError: the folder holds something else than what is asked for.
     """
+    kept = replace(kept, **{name: joined(getattr(kept, name), getattr(plan, name)) for name in CELLS})
     same = replace(plan, steps=kept.steps, tokenizer_steps=kept.tokenizer_steps, tokenizer_start=kept.tokenizer_start)
+    for name in CELLS:
+        if set(getattr(plan, name)) == set(getattr(kept, name)):
+            same = replace(same, **{name: getattr(kept, name)})  # the order says nothing
     if [model.name for model in plan.models] == [model.name for model in kept.models]:
         same = replace(same, models=kept.models)  # a start that came since then changes nothing
     if same != kept:
         odd = [item.name for item in fields(Plan) if getattr(same, item.name) != getattr(kept, item.name)]
-        raise LightningDiTError(f"the folder has a plan of other settings ({', '.join(odd)})", OTHER_OUTPUT)
+        own = [f"--{name} {' '.join(map(images_text, getattr(kept, name)))}" for name in CELLS if name in odd]
+        fix = f"give its own too: {' '.join(own)}, or choose another --output" if len(own) == len(odd) else OTHER_OUTPUT
+        raise LightningDiTError(f"the folder has a plan of other settings ({', '.join(odd)})", fix)
     return kept
+
+
+def joined(old: tuple[Any, ...], new: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the old values, and those of the new ones that are not among them."""
+    return tuple(dict.fromkeys((*old, *new)))
+
+
+def images_text(number: int | None) -> str:
+    """Return a number of images as --images takes it."""
+    return "all" if number is None else str(number)
 
 
 # ---- cells
@@ -319,7 +340,7 @@ def continued(plan: Plan, kept: Plan) -> Plan:
 
 def cell_folder(folder: Path, fold: int, images: int | None) -> Path:
     """Return the folder of a cell."""
-    return folder / f"fold{fold}-{'all' if images is None else images}"
+    return folder / f"fold{fold}-{images_text(images)}"
 
 
 def counts_of(plan: Plan, split: Split) -> dict[tuple[int, int | None], int]:
@@ -440,7 +461,7 @@ def power_line(plan: Plan, split: Split) -> str:
 
 def describe(plan: Plan, split: Split) -> list[str]:
     """Return what a plan does in a few lines, with the difference that its verdict will be able to show."""
-    images = ", ".join("all" if number is None else str(number) for number in plan.images)
+    images = ", ".join(map(images_text, plan.images))
     folds = ", ".join(map(str, plan.folds))
     lines = [
         f"preset         {plan.preset}, for {PRESETS[plan.preset].for_}: {images} images a person; fold {folds}",

@@ -140,8 +140,8 @@ def _facts(adapted: Path, plan: Plan, model: str) -> tuple[Fact, ...]:
     for cell in plan.cells:
         run = cell_folder(adapted, *cell) / model
         content = manifest_of(run / GENERATED)
-        guidance = content.get("sample", {}).get("cfg_scale")
-        text = f"guidance {guidance}, seed {content.get('seed')}"
+        guidance = content.get("sample", {}).get("cfg_scale", 1)  # which manifests leave out without guidance
+        text = f"guidance {guidance:g}, seed {content.get('seed')}"
         if (run / CHOICE).is_file():
             text += f"; {_json(run / CHOICE, adapted).get('text')}"
         facts.append((f"Weights and sampling, {run.parent.name}", f"权重与采样，{run.parent.name}", text))

@@ -30,10 +30,10 @@ from LightningDiT.verdict.gait import Axes, axes_of
 from LightningDiT.verdict.generated import lacking, read_generated
 from LightningDiT.verdict.intervals import WANTED
 from LightningDiT.verdict.pictures import Triple, colour_map_of, triples
-from LightningDiT.verdict.report import FilterReport, Report, filter_gain, mean_filter, of_images, write_report
+from LightningDiT.verdict.report import FilterReport, Report, mean_filter, of_images, write_report
 from LightningDiT.verdict.results import Results, summarise
 from LightningDiT.verdict.rows import PAIRS, ROWS, USUAL, Generated, Scenario, scenario_of, spread, subset
-from LightningDiT.verdict.sentences import Text, advice, certainty, copied, headline
+from LightningDiT.verdict.sentences import Text, certainty, copied, headline
 from LightningDiT.verdict.speckle import fit_speckle, put_back, reconstructed
 from LightningDiT.verdict.trials import FoldData, Plan, Trial, announce, run_trials
 
@@ -295,7 +295,7 @@ def judge(judged: Judged, asked: Asked, folder: Path, known: Sequence[Trial] = (
     found = [_sentence(one, len(results) > 1) for one in results]
     if (copies := copied(report.mean_fidelity))[0]:
         found.append(copies)
-    return Outcome(results[0], found, advice(results[0], report.mean_fidelity, filter_gain(results[0])), page), trials
+    return Outcome(results[0], found, report.tried, page), trials
 
 
 def _sentence(results: Results, is_one_of_several: bool) -> Text:
@@ -323,7 +323,14 @@ def _report(judged: Judged, asked: Asked, loader: Loader, results: Sequence[Resu
         {fold: shown for fold, (_, shown) in looks.items()},
         (*judged.facts, *_facts(judged, asked, results, list(looks))),
         asked.command,
+        untested(judged, loader.split),
     )
+
+
+def untested(judged: Judged, split: Split) -> tuple[int, ...]:
+    """Return the folds that nothing is judged in, and in which something could be."""
+    others = [fold for fold in range(split.folds) if fold not in judged.folds]
+    return tuple(fold for fold in others if split.part("training", fold) and split.part("test", fold))
 
 
 def _looks(judged: Judged, asked: Asked, loader: Loader, axes: Axes) -> dict[int, tuple[Fidelity, Sequence[Triple]]]:

@@ -21,7 +21,7 @@ from LightningDiT.verdict.gait import Axes
 from LightningDiT.verdict.intervals import HELPS, HURTS, Interval
 from LightningDiT.verdict.results import Results, RowResult
 from LightningDiT.verdict.rows import ROWS
-from LightningDiT.verdict.sentences import advice, certainty, copied, ends, headline, percent, points
+from LightningDiT.verdict.sentences import Text, advice, certainty, copied, ends, headline, percent, points
 
 HTML, JSON = "report.html", "report.json"
 FORMAT = "verdict on generated windows, 1"
@@ -81,6 +81,7 @@ class Report:
         filter: means over folds.
         facts: how it was made: English, Chinese and value.
         command: makes the same, as a person types it.
+        untested: folds of the split that it leaves out.
     """
 
     results: Sequence[Results]
@@ -93,11 +94,17 @@ class Report:
     triples: Mapping[int, Sequence[pictures.Triple]]
     facts: Sequence[tuple[str, str, str]]
     command: str
+    untested: tuple[int, ...] = ()
 
     @functools.cached_property
     def mean_fidelity(self) -> Fidelity | None:
         """The means over folds; None without any."""
         return averaged(list(self.fidelity.values())) if self.fidelity else None
+
+    @property
+    def tried(self) -> list[Text]:
+        """What to try next."""
+        return advice(self.results[0], self.mean_fidelity, filter_gain(self.results[0]), self.untested)
 
 
 def write_report(report: Report, folder: Path) -> tuple[Path, Path]:
@@ -114,12 +121,11 @@ def as_json(report: Report) -> dict[str, Any]:
     """Return every number of the report by names; what is infinite or no number is null."""
     main = report.results[0]
     said = [text for text in (headline(main), certainty(main), copied(report.mean_fidelity)) if text[0]]
-    tried = advice(main, report.mean_fidelity, filter_gain(main))
     return {
         "format": FORMAT,
         "verdict": {"en": " ".join(text[0] for text in said), "zh": "".join(text[1] for text in said)},
         "outcome": main.verdict.outcome if main.verdict else None,
-        "what_to_try": [{"en": text[0], "zh": text[1]} for text in tried],
+        "what_to_try": [{"en": text[0], "zh": text[1]} for text in report.tried],
         "results": [_results_json(results, report) for results in report.results],
         "fidelity": _plain(report.mean_fidelity),
         "fidelity_of_folds": _plain(report.fidelity),
@@ -191,8 +197,7 @@ def _verdict(report: Report) -> str:
     style = f' style="border-color: {colour}"' if colour else ""
     said = _paragraph(headline(main), ' class="first"') + _paragraph(certainty(main))
     said += _paragraph(copied(report.mean_fidelity))
-    tried = advice(main, report.mean_fidelity, filter_gain(main))
-    items = "".join(f"<li>{both_languages(escaped(text[0]), escaped(text[1]))}</li>" for text in tried)
+    items = "".join(f"<li>{both_languages(escaped(text[0]), escaped(text[1]))}</li>" for text in report.tried)
     below = f"<p>{both_languages('What to try:', '可尝试：')}</p>\n<ul>{items}</ul>" if items else ""
     return f'<div class="verdict"{style}>{said}</div>\n{below}'
 

@@ -100,16 +100,19 @@ def copied(found: Fidelity | None) -> Text:
     )
 
 
-def advice(results: Results, found: Fidelity | None, filtered: float | None) -> list[Text]:
+def advice(
+    results: Results, found: Fidelity | None, filtered: float | None, untested: Sequence[int] = ()
+) -> list[Text]:
     """Return what to try next, by what was measured; nothing if it helps as much as was asked for.
 
     Args:
         filtered: difference in accuracy of a filtered row to the same row unfiltered; None without one.
+        untested: folds of the split that are left.
     """
     verdict = results.verdict
     if verdict is None or verdict.is_enough:
         return []
-    texts = list(_more_passes(results))
+    texts = list(_more_passes(results, untested))
     texts += _by_fidelity(found) if found else []
     if filtered is not None and filtered >= verdict.difference.smallest:  # less is what trainings vary by
         texts.append(
@@ -138,7 +141,7 @@ def advice(results: Results, found: Fidelity | None, filtered: float | None) -> 
     return texts
 
 
-def _more_passes(results: Results) -> Sequence[Text]:
+def _more_passes(results: Results, untested: Sequence[int]) -> Sequence[Text]:
     """Return how many trainings or passes would show what is asked for, by what the error mostly comes from.
 
     The error falls with the root of either number.
@@ -161,11 +164,15 @@ def _more_passes(results: Results) -> Sequence[Text]:
             ),
         )
     needed = math.ceil(tested.passes * times)
+    folds = ", ".join(map(str, untested))
+    english, chinese = "Record more", "采集更多数据"
+    if untested:
+        english = f"Test the other folds too ({folds}; step 6 adds them by --folds), or record more"
+        chinese = f"把其余的折也测试（{folds}；步骤 6 用 --folds 增加），或采集更多数据"
     return (
         (
-            f"Test all folds, or record more: about {needed} passes show {wanted} points; {tested.passes} were tested.",
-            f"测试所有折，或采集更多数据：约需 {needed} 段行走才能显示 {wanted} 个百分点；目前测试了"
-            f" {tested.passes} 段。",
+            f"{english}: about {needed} passes show {wanted} points; {tested.passes} were tested.",
+            f"{chinese}：约需 {needed} 段行走才能显示 {wanted} 个百分点；目前测试了 {tested.passes} 段。",
         ),
     )
 

@@ -96,6 +96,7 @@ def estimate(plan: Plan, split: Split, costs: Costs) -> Estimate:
     """Return the seconds of a plan."""
     counts = counts_of(plan, split)
     points = resolved_solver(SampleConfig(sampling_method="fast")).num_sampling_steps
+    asked = 1 if plan.guidance == 1 else 2  # guidance asks the network twice
     per_pixels = FORWARD * costs.tokenizer / TOKENIZER_BATCH  # of encoding and decoding a window together
     trainings = rest = 0.0
     for fold, images in plan.cells:
@@ -104,7 +105,7 @@ def estimate(plan: Plan, split: Split, costs: Costs) -> Estimate:
         valid = validating(plan, split, fold)
         rest += per_pixels * (plan.draws * real + valid)
         for seconds in costs.networks.values():
-            sample = 2 * points * FORWARD * seconds / plan.batch + per_pixels  # guidance asks the network twice
+            sample = asked * points * FORWARD * seconds / plan.batch + per_pixels
             looks = plan.looks if valid else 0
             trainings += plan.steps * seconds
             rest += generated * sample + looks * (LOOK + JUDGED * len(split.people) * sample)
