@@ -45,7 +45,6 @@ def test_cells_differ_from_the_reference_in_what_they_say(plan: cells.Plan) -> N
     assert changed == {
         "lora": {"train"},
         "all": {"train", "optimizer"},
-        "rate": {"train", "optimizer"},
         "scratch": {"train", "optimizer"},
         "garments": {"train", "optimizer"},
         "plain": {"data", "model", "train"},
@@ -54,7 +53,7 @@ def test_cells_differ_from_the_reference_in_what_they_say(plan: cells.Plan) -> N
     }
     train, whole = {name: config.train for name, config in found.items()}, replace(reference.train, trainable="all")
     assert reference.train.trainable == "bias" and train["lora"] == replace(whole, trainable="lora")
-    assert train["all"] == train["rate"] == whole
+    assert train["all"] == whole
     assert train["scratch"] == replace(whole, weight_init=None)
     assert train["garments"] == replace(whole, weight_init=cells.GARMENTS)
     assert train["plain"] == replace(reference.train, choose="last")
@@ -71,7 +70,7 @@ def test_every_job_comes_after_what_it_needs(plan: cells.Plan) -> None:
         "LightningDiT.tools.simulate_walkers": 1,
         "step5_prepare_spectrograms": 1,
         "LightningDiT.extract_features": 5,  # 30 and 100 images in 8 draws, 30 in one, validation beside either
-        "LightningDiT.train": 18,
+        "LightningDiT.train": 16,
     }
     for at, job in enumerate(jobs):
         for path in makes[at + 1 :]:

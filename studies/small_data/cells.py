@@ -64,8 +64,7 @@ REFERENCE = "reference"
 CELLS = (
     Cell(REFERENCE, "transformer from models/walkers, biases", train=BIAS),
     Cell("lora", "LoRA", train={"trainable": "lora"}),
-    Cell("all", "all weights, learning rate 5e-4", rate=5e-4),
-    Cell("rate", "all weights, learning rate 2e-3", rate=2e-3),
+    Cell("all", "all weights, learning rate 2e-3", rate=2e-3),
     Cell("scratch", "all weights from random ones", start="", rate=1e-3),
     Cell("garments", "all weights from models/fashion-mnist", start=GARMENTS, rate=1e-3),
     Cell("plain", "no augmentation, no choice of weights", draws=1, chooses=False, train=BIAS),
@@ -85,7 +84,7 @@ class Plan:
     size: int = 64  # pixels a side
     steps: int = 300  # of each training
     looks: int = 2  # at samples during a training
-    seeds: int = 1
+    seeds: int = 2
 
     @property
     def runs(self) -> list[tuple[Cell, int]]:

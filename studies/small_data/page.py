@@ -28,8 +28,7 @@ PAGES = {  # name of the page: title of its section, head of the table, first li
 CHINESE = {
     "reference": "Transformer，从 models/walkers 开始，只训练偏置",
     "lora": "LoRA",
-    "all": "全部权重，学习率 5e-4",
-    "rate": "全部权重，学习率 2e-3",
+    "all": "全部权重，学习率 2e-3",
     "scratch": "全部权重，从随机权重开始",
     "garments": "全部权重，从 models/fashion-mnist 开始",
     "plain": "不增强，不挑选权重",
