@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         idle = "; its numbers of steps stay, whatever --time-budget and --steps say" if given else ""
         print(f"note: {output} has begun with this plan, which goes on{idle}")
         if plan != began:
-            within(plan, split, None)  # of all its cells, those that are there too
+            within(plan, split, None, began.cells)
     else:
         plan = within(plan, split, options.time_budget)
     for line in describe(plan, split):

@@ -148,7 +148,7 @@ def test_folds_and_numbers_of_images_join_a_folder(
     assert call(data, tmp_path, "--folds", "0", "1", "--dry-run") == 0
     said = capsys.readouterr().out
     assert "has begun with this plan, which goes on" in said and "fold 1, 0" in said
-    assert re.search(r"time           about .* of which trainings 3 min 0 s", said)  # two cells of 20 and 70 steps
+    assert re.search(r"time           about .* of which trainings 1 min 30 s", said)  # one more cell of 20 and 70 steps
     assert call(data, tmp_path, "--folds", "1", "--dry-run") == 0
     assert "time  " not in capsys.readouterr().out
 
@@ -351,6 +351,10 @@ def test_time_by_hand(data: Path) -> None:
     guided = estimate(replace(plan, guidance=1.5), split, costs)  # twice the evaluations, of samples and of looks
     twice = sum((4 * (6 + training) + 2 * 4 * 8 * 3) * (one - coded) for one in sampled)
     assert guided.total - found.total == pytest.approx(twice)
+    more = estimate(plan, split, costs, [(0, None), (3, 2)])
+    assert more.trainings == found.trainings / 2
+    alone = estimate(replace(plan, images=(2,)), split, costs)
+    assert more.rest == pytest.approx(alone.rest)
     shorter = fitted(plan, found, (rest + found.trainings / 2) / 60)
     assert (shorter.steps, shorter.tokenizer_steps) == (350, 55)
     assert fitted(plan, found, found.total / 60 + 1) is plan

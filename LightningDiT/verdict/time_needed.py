@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -92,14 +92,15 @@ def _step_seconds(network: torch.nn.Module, forward: Callable[[torch.Tensor], to
     return UPKEEP * min(found[1:])
 
 
-def estimate(plan: Plan, split: Split, costs: Costs) -> Estimate:
-    """Return the seconds of a plan."""
+def estimate(plan: Plan, split: Split, costs: Costs, there: Collection[tuple[int, int | None]] = ()) -> Estimate:
+    """Return the seconds of a plan, without those of the cells that are there."""
+    cells = [cell for cell in plan.cells if cell not in there]
     counts = counts_of(plan, split)
     points = resolved_solver(SampleConfig(sampling_method="fast")).num_sampling_steps
     asked = 1 if plan.guidance == 1 else 2  # guidance asks the network twice
     per_pixels = FORWARD * costs.tokenizer / TOKENIZER_BATCH  # of encoding and decoding a window together
     trainings = rest = 0.0
-    for fold, images in plan.cells:
+    for fold, images in cells:
         real, generated = counts[fold, images], plan.generated * counts[fold, images]
         trainings += plan.tokenizer_steps * costs.tokenizer
         valid = validating(plan, split, fold)
@@ -109,7 +110,7 @@ def estimate(plan: Plan, split: Split, costs: Costs) -> Estimate:
             looks = plan.looks if valid else 0
             trainings += plan.steps * seconds
             rest += generated * sample + looks * (LOOK + JUDGED * len(split.people) * sample)
-    return Estimate(trainings, rest + PROCESS * len(jobs_of(plan, plan.levels, split)))
+    return Estimate(trainings, rest + PROCESS * len(jobs_of(plan, plan.levels, split)) * len(cells) / len(plan.cells))
 
 
 def fitted(plan: Plan, found: Estimate, minutes: float) -> Plan:
@@ -132,14 +133,17 @@ def fitted(plan: Plan, found: Estimate, minutes: float) -> Plan:
     return replace(plan, steps=steps, tokenizer_steps=tokenizer_steps)
 
 
-def within(plan: Plan, split: Split, minutes: float | None) -> Plan:
+def within(plan: Plan, split: Split, minutes: float | None, there: Collection[tuple[int, int | None]] = ()) -> Plan:
     """Print how long a plan takes; return it, or one with shorter trainings that takes the given time.
+
+    Args:
+        there: cells that take no time.
 
     Raises:
         LightningDiTError: see `fitted`.
     """
     costs = measure(plan, split)
-    found = estimate(plan, split, costs)
+    found = estimate(plan, split, costs, there)
     shorter = plan if minutes is None else fitted(plan, found, minutes)
     if shorter is not plan:
         print(f"note: all of it would take {duration(found.total)}; --time-budget {minutes:g} shortens the trainings")
