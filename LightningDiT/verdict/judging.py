@@ -328,7 +328,9 @@ def _report(judged: Judged, asked: Asked, loader: Loader, results: Sequence[Resu
 
 
 def untested(judged: Judged, split: Split) -> tuple[int, ...]:
-    """Return the folds that nothing is judged in, and in which something could be."""
+    """Return the folds that nothing is judged in, and for which step 6 could train generators: none of another's."""
+    if not judged.trained:
+        return ()
     others = [fold for fold in range(split.folds) if fold not in judged.folds]
     return tuple(fold for fold in others if split.part("training", fold) and split.part("test", fold))
 
