@@ -91,10 +91,11 @@ def run(capsys: pytest.CaptureFixture[str], *options: object, code: int = 0) -> 
 def test_folds_that_could_be_tested_too(made: Path, walkers: Path) -> None:
     split = load_split(walkers / "out" / "split.json")  # four passes a person: the fifth fold tests nothing
     judged = judged_models(made, None)["transformer"]
-    assert (split.folds, judging.untested(judged, split)) == (5, (1, 2, 3))
-    assert judging.untested(replace(judged, folds=(3, 0, 1)), split) == (2,)
+    assert (split.folds, judging.wider_folds(judged, split)) == (5, (0, 1, 2, 3))
+    assert judging.wider_folds(replace(judged, folds=(3, 0, 1)), split) == (3, 0, 1, 2)
+    assert judging.wider_folds(replace(judged, folds=(3, 0, 1, 2)), split) == ()
     other = folder_of_windows(made, walkers / "levels", walkers / "out" / "split.json")  # of no generator of step 6
-    assert judging.untested(other, split) == ()
+    assert judging.wider_folds(other, split) == ()
 
 
 def test_a_folder_of_step_6_is_judged_and_the_same_command_trains_nothing_again(

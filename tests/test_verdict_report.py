@@ -132,8 +132,8 @@ def test_what_to_try_follows_from_what_was_measured() -> None:
     assert tried(results(0.05), found(0.01, 0.9, 9.0), 0.1) == ""  # it helps enough
     more = "about 314 passes show 3 points; 40 were tested"  # 40 (8.4 / 3)^2
     assert tried(results(0.0, 0.03), None, None).startswith(f"Record more: {more}")
-    others = "Test the other folds too (1, 4; step 6 adds them by --folds), or record more: "
-    assert others + more in tried(results(0.0, 0.03), None, None, (1, 4))
+    others = "Test all folds (step6_adapt_models.py --folds 0 1 4 adds them), or record more: "
+    assert others + more in tried(results(0.0, 0.03), None, None, (0, 1, 4))
     assert "about" not in tried(results(0.0), None, None)
     luck = replace(interval(0.0, 0.03), seed_error=0.022)  # more than half of the variance
     by_seeds = replace(results(0.0), verdict=conclude(luck))

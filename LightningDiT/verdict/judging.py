@@ -323,16 +323,15 @@ def _report(judged: Judged, asked: Asked, loader: Loader, results: Sequence[Resu
         {fold: shown for fold, (_, shown) in looks.items()},
         (*judged.facts, *_facts(judged, asked, results, list(looks))),
         asked.command,
-        untested(judged, loader.split),
+        wider_folds(judged, loader.split),
     )
 
 
-def untested(judged: Judged, split: Split) -> tuple[int, ...]:
-    """Return the folds that nothing is judged in, and for which step 6 could train generators: none of another's."""
-    if not judged.trained:
-        return ()
+def wider_folds(judged: Judged, split: Split) -> tuple[int, ...]:
+    """Return the folds of step 6 and those that it could add; nothing if it has all, or is not the generator."""
     others = [fold for fold in range(split.folds) if fold not in judged.folds]
-    return tuple(fold for fold in others if split.part("training", fold) and split.part("test", fold))
+    left = tuple(fold for fold in others if split.part("training", fold) and split.part("test", fold))
+    return (*judged.folds, *left) if left and judged.trained else ()
 
 
 def _looks(judged: Judged, asked: Asked, loader: Loader, axes: Axes) -> dict[int, tuple[Fidelity, Sequence[Triple]]]:

@@ -81,7 +81,7 @@ class Report:
         filter: means over folds.
         facts: how it was made: English, Chinese and value.
         command: makes the same, as a person types it.
-        untested: folds of the split that it leaves out.
+        wider: folds of step 6 with those that it leaves out; nothing if it has all.
     """
 
     results: Sequence[Results]
@@ -94,7 +94,7 @@ class Report:
     triples: Mapping[int, Sequence[pictures.Triple]]
     facts: Sequence[tuple[str, str, str]]
     command: str
-    untested: tuple[int, ...] = ()
+    wider: tuple[int, ...] = ()
 
     @functools.cached_property
     def mean_fidelity(self) -> Fidelity | None:
@@ -104,7 +104,7 @@ class Report:
     @property
     def tried(self) -> list[Text]:
         """What to try next."""
-        return advice(self.results[0], self.mean_fidelity, filter_gain(self.results[0]), self.untested)
+        return advice(self.results[0], self.mean_fidelity, filter_gain(self.results[0]), self.wider)
 
 
 def write_report(report: Report, folder: Path) -> tuple[Path, Path]:

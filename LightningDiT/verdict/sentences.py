@@ -100,19 +100,17 @@ def copied(found: Fidelity | None) -> Text:
     )
 
 
-def advice(
-    results: Results, found: Fidelity | None, filtered: float | None, untested: Sequence[int] = ()
-) -> list[Text]:
+def advice(results: Results, found: Fidelity | None, filtered: float | None, wider: Sequence[int] = ()) -> list[Text]:
     """Return what to try next, by what was measured; nothing if it helps as much as was asked for.
 
     Args:
         filtered: difference in accuracy of a filtered row to the same row unfiltered; None without one.
-        untested: folds of the split that are left.
+        wider: --folds of step 6 that adds those that are left; nothing if none is.
     """
     verdict = results.verdict
     if verdict is None or verdict.is_enough:
         return []
-    texts = list(_more_passes(results, untested))
+    texts = list(_more_passes(results, wider))
     texts += _by_fidelity(found) if found else []
     if filtered is not None and filtered >= verdict.difference.smallest:  # less is what trainings vary by
         texts.append(
@@ -141,7 +139,7 @@ def advice(
     return texts
 
 
-def _more_passes(results: Results, untested: Sequence[int]) -> Sequence[Text]:
+def _more_passes(results: Results, wider: Sequence[int]) -> Sequence[Text]:
     """Return how many trainings or passes would show what is asked for, by what the error mostly comes from.
 
     The error falls with the root of either number.
@@ -164,11 +162,11 @@ def _more_passes(results: Results, untested: Sequence[int]) -> Sequence[Text]:
             ),
         )
     needed = math.ceil(tested.passes * times)
-    folds = ", ".join(map(str, untested))
+    folds = " ".join(map(str, wider))
     english, chinese = "Record more", "采集更多数据"
-    if untested:
-        english = f"Test the other folds too ({folds}; step 6 adds them by --folds), or record more"
-        chinese = f"把其余的折也测试（{folds}；步骤 6 用 --folds 增加），或采集更多数据"
+    if wider:
+        english = f"Test all folds (step6_adapt_models.py --folds {folds} adds them), or record more"
+        chinese = f"测试所有折（用 step6_adapt_models.py --folds {folds} 增加），或采集更多数据"
     return (
         (
             f"{english}: about {needed} passes show {wanted} points; {tested.passes} were tested.",
