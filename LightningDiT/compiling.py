@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import sys
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -262,6 +263,7 @@ def compile_forward(*modules: nn.Module) -> None:
     """
     plain = type(modules[0]).forward
     _keep_code()
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # fp32 is exact because the user asked for it
     try:
         compiled = torch.compile(plain, dynamic=False)
     except RuntimeError as error:  # older releases refuse newer Pythons, and Windows

@@ -105,6 +105,22 @@ def ready_for(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
+def sent_to_cpu(values: torch.Tensor) -> Callable[[], list[float]]:
+    """Start to copy values (N,) to the CPU, and return the function that waits for them, and for nothing later."""
+    if values.device.type != "cuda":
+        return values.tolist
+    there = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    there.copy_(values, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def wait() -> list[float]:
+        arrived.synchronize()
+        return there.tolist()
+
+    return wait
+
+
 def synchronise(device: torch.device) -> None:
     """Wait until `device` has finished; call it before reading a clock."""
     if device.type == "cuda":
@@ -203,17 +219,21 @@ class Recording:
     Args:
         function: computes without asking for a value of the device.
         inputs: tensors of the shapes of all later calls, on one device.
+        stream: of `recording_stream`; recordings that share one share the work space of cuBLAS (32 MB on an H100),
+            so no two of them may run at a time. By default a recording has its own.
 
     Raises:
         RuntimeError: the computation cannot be recorded, or memory runs out.
     """
 
-    def __init__(self, function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self, function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor], stream: Any = None
+    ) -> None:
         self._inputs = [value.clone() for value in inputs]
         self._graph = torch.cuda.CUDAGraph()
         with _RECORDING, torch.cuda.device(self._inputs[0].device):
             self._stream = torch.cuda.current_stream()
-            side = torch.cuda.Stream()
+            side = stream or torch.cuda.Stream()
             side.wait_stream(self._stream)
             with torch.cuda.stream(side):
                 for _ in range(WARM_UPS):
@@ -235,10 +255,25 @@ class Recording:
         return self._output
 
 
-def attention_by(kernel: str | None) -> contextlib.AbstractContextManager[object]:
-    """Return the context in which attention computes by a kernel of `ATTENTION_KERNELS` alone; None: torch chooses."""
+def recording_stream(device: torch.device) -> Any:
+    """Return the stream of a GPU on which `Recording` computes; None for the CPU."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+@contextlib.contextmanager
+def attention_by(kernel: str | None) -> Iterator[None]:
+    """Let attention compute by a kernel of `ATTENTION_KERNELS` alone within the block; None: torch chooses.
+
+    One thread at a time is in such a block, as with `float32_products`: the choice is the whole process's.
+    """
     if kernel is None:
-        return contextlib.nullcontext()
+        yield
+        return
+    with _SWITCHES, _attention_switched(kernel):
+        yield
+
+
+def _attention_switched(kernel: str) -> contextlib.AbstractContextManager[object]:
     try:
         from torch.nn.attention import SDPBackend, sdpa_kernel
     except ImportError:  # torch before 2.3

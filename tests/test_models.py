@@ -21,6 +21,7 @@ from LightningDiT.models.lightningdit import (
     PRESETS,
     LightningDiT,
     LightningDiT_models,
+    added,
     preset_name,
     preset_settings,
     settings_from_shapes,
@@ -191,7 +192,7 @@ def test_tokens_beyond_the_range_of_fp16_do_no_harm(unit_model: Build, golden: d
             gates[2].fill_(30_000.0)
             gates[5].fill_(30_000.0)
         expected = model(golden["x"], golden["t"], golden["y"])
-        model.blocks[-1].register_forward_hook(lambda block, x, out: largest.append(float(out.abs().max())))
+        model.blocks[-1].register_forward_hook(lambda block, x, out: largest.append(float(added(*out).abs().max())))
         out = model.half()(golden["x"], golden["t"], golden["y"]).float()
     assert largest[0] > torch.finfo(torch.float16).max
     assert out.isfinite().all()
@@ -346,7 +347,8 @@ def test_dropout_zeroes_its_share_after_attention_and_mlp_in_training_alone(
         modulation = block.adaLN_modulation[1]
         modulation.weight.zero_()
         modulation.bias.fill_(1.0)
-        gained = block(tokens, torch.zeros(8, model.settings.hidden_size), None) * 0.75
+        condition = torch.zeros(8, model.settings.hidden_size)
+        gained = added(*block(tokens, condition, tokens, condition, None)) * 0.75
         counts = [int((gained - value).abs().lt(1e-5).sum()) for value in (0, 1, 2)]
     assert sum(counts) == gained.numel()
     shares = [count / gained.numel() for count in counts]

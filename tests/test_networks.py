@@ -41,7 +41,7 @@ class Replay:
     most: int  # states that the memory holds
     failure: Callable[[], None]  # raises what a recording raises
 
-    def __init__(self, network: torch.nn.Module, inputs: Sequence[Tensor]) -> None:
+    def __init__(self, network: torch.nn.Module, inputs: Sequence[Tensor], stream: object = None) -> None:
         type(self).failure()
         if len(inputs[0]) > self.most:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
@@ -208,9 +208,9 @@ def test_a_repeat_in_float32_and_the_search_for_the_layer_use_no_graph(tiny_sour
     loud = loud_pipeline(tiny_source, 2e4, torch.float16)
     kinds, make = [], Replay.__init__
 
-    def noted(self: Replay, network: torch.nn.Module, inputs: Sequence[Tensor]) -> None:
+    def noted(self: Replay, network: torch.nn.Module, *arguments: object) -> None:
         kinds.append(network.pos_embed.dtype)
-        make(self, network, inputs)
+        make(self, network, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Replay, "__init__", noted)
@@ -236,7 +236,7 @@ def test_memory_that_ends_in_a_recording_halves_the_batch_and_frees_all(
     Replay.most = 4
 
     class Hiding(Replay):
-        def __init__(self, network: torch.nn.Module, inputs: Sequence[Tensor]) -> None:
+        def __init__(self, network: torch.nn.Module, inputs: Sequence[Tensor], stream: object = None) -> None:
             try:
                 super().__init__(network, inputs)
             except RuntimeError:

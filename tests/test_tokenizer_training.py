@@ -94,7 +94,7 @@ def test_a_step_waits_for_its_device_once(every_term: Path, monkeypatch: pytest.
     networks, config = networks_of(every_term)
     trainer = TokenizerTrainer(config, networks, noise_images())
     asked, real = list[int](), stage.fetched
-    monkeypatch.setattr(stage, "fetched", lambda values: asked.append(len(values)) or real(values))
+    monkeypatch.setattr(stage, "fetched", lambda come: asked.append(len(come())) or real(come))
     for optimizer in (trainer.optimizer, trainer.disc_optimizer):
         monkeypatch.setattr(optimizer, "step", lambda: None)  # its step counter lies on the CPU here
     with Waits() as waits:

@@ -381,7 +381,7 @@ def test_a_step_waits_for_its_device_once(
     trainer = train.Trainer(replace(config, train=replace(config.train, precision=precision, micro_batch_size=3)))
     asked = list[int]()
     real = transformer_training.fetched
-    monkeypatch.setattr(transformer_training, "fetched", lambda values: asked.append(len(values)) or real(values))
+    monkeypatch.setattr(transformer_training, "fetched", lambda come: asked.append(len(come())) or real(come))
     monkeypatch.setattr(trainer.optimizer, "step", lambda: None)
     with Waits() as waits:
         with suppress(NotFiniteError):  # of fp16, whose first step seeks the loss scale

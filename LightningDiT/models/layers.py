@@ -65,7 +65,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, width, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)  # (N, tokens, width)
+        return self.proj(x.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2).contiguous()  # (N, tokens, width)
 
 
 class TimestepEmbedder(nn.Module):
@@ -156,13 +156,15 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: RotaryEmbedding2d | None) -> Tensor:
         qkv = self.qkv(x.to(self.qkv.weight.dtype)).unflatten(-1, (3, self.heads, -1))  # (N, T, 3, heads, head width)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (N, heads, T, head width) each
+        joint, v = qkv.split((2, 1), dim=2)  # (N, T, 2, heads, head width), (N, T, 1, heads, head width)
         if hasattr(self, "q_norm"):
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = joint.unbind(2)
+            joint = torch.stack((self.q_norm(q), self.k_norm(k)), dim=2)
         if rope is not None:
-            q, k = rope(q), rope(k)
-            if q.requires_grad:
+            joint = rope(joint)
+            if joint.requires_grad:
                 v = v.contiguous()  # the backward pass needs no more of qkv, and a view would keep all of it
+        q, k, v = (part.transpose(1, 2) for part in (*joint.unbind(2), v.squeeze(2)))  # (N, heads, T, head width) each
         out = attend(q, k, v)  # (N, heads, T, head width)
         return self.proj(out.transpose(1, 2).flatten(2))  # (N, T, width)
 

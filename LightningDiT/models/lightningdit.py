@@ -99,7 +99,11 @@ PRESETS = {
 
 
 class LightningDiTBlock(nn.Module):
-    """Attention and MLP, each modulated and gated by the condition (adaLN-Zero, arXiv 2212.09748)."""
+    """Attention and MLP, each modulated and gated by the condition (adaLN-Zero, arXiv 2212.09748).
+
+    A block leaves its last sum, tokens + gate * branch, to the layer behind it. Compiled code of one block then adds
+    and normalises in one pass over the tokens, as if all blocks were compiled together.
+    """
 
     def __init__(self, settings: LightningDiTSettings) -> None:
         super().__init__()
@@ -112,13 +116,23 @@ class LightningDiTBlock(nn.Module):
         self.mlp = SwiGLU(width, int(2 / 3 * hidden)) if settings.use_swiglu else Mlp(width, hidden)
         self.adaLN_modulation = Modulation(width, 4 if settings.wo_shift else 6)
 
-    def forward(self, x: Tensor, active: Tensor, rope: RotaryEmbedding2d | None) -> Tensor:
-        """Return the tokens (N, T, width) after attention and MLP; `active` (N, width) is the condition's SiLU."""
-        if self.use_checkpoint and self.training:  # in here, so that compiled code has it too
-            return checkpoint(self._computed, x, active, rope, use_reentrant=False)
-        return self._computed(x, active, rope)
+    def forward(
+        self, x: Tensor, gate: Tensor, branch: Tensor, active: Tensor, rope: RotaryEmbedding2d | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the tokens (N, T, width) after attention, gate (N, width) and output (N, T, width) of the MLP.
 
-    def _computed(self, x: Tensor, active: Tensor, rope: RotaryEmbedding2d | None) -> Tensor:
+        Args:
+            x, gate, branch: the same of the layer before; x + gate * branch are the tokens.
+            active: the condition's SiLU (N, width).
+        """
+        if self.use_checkpoint and self.training:  # in here, so that compiled code has it too
+            return checkpoint(self._computed, x, gate, branch, active, rope, use_reentrant=False)
+        return self._computed(x, gate, branch, active, rope)
+
+    def _computed(
+        self, x: Tensor, gate: Tensor, branch: Tensor, active: Tensor, rope: RotaryEmbedding2d | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x = added(x, gate, branch)  # (N, T, width)
         parts = self.adaLN_modulation(active)  # (N, width) each
         if self.wo_shift:
             scale1, gate1, scale2, gate2 = parts
@@ -126,13 +140,18 @@ class LightningDiTBlock(nn.Module):
         else:
             shift1, scale1, gate1, shift2, scale2, gate2 = parts
         attended = self._dropped(self.attn(modulate(self.norm1(x), shift1, scale1), rope))  # (N, T, width)
-        x = torch.addcmul(x, gate1.unsqueeze(1), attended)  # (N, T, width)
+        x = added(x, gate1, attended)  # (N, T, width)
         mixed = self._dropped(self.mlp(modulate(self.norm2(x), shift2, scale2)))  # (N, T, width)
-        return torch.addcmul(x, gate2.unsqueeze(1), mixed)  # (N, T, width)
+        return x, gate2.contiguous(), mixed
 
     def _dropped(self, x: Tensor) -> Tensor:
         """Return x with a share of zeros in training; without dropout no random number is drawn."""
         return F.dropout(x, self.dropout) if self.dropout and self.training else x
+
+
+def added(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
+    """Return x + gate * branch for tokens x and branch (N, T, width) and a gate (N, width)."""
+    return torch.addcmul(x, gate.unsqueeze(1), branch)
 
 
 class FinalLayer(nn.Module):
@@ -145,8 +164,9 @@ class FinalLayer(nn.Module):
         self.linear = Linear(width, settings.patch_size**2 * settings.out_channels)
         self.adaLN_modulation = Modulation(width, 2)
 
-    def forward(self, x: Tensor, active: Tensor) -> Tensor:
-        """Return (N, T, patch^2 * out) of tokens x (N, T, width); `active` (N, width) is the condition's SiLU."""
+    def forward(self, x: Tensor, gate: Tensor, branch: Tensor, active: Tensor) -> Tensor:
+        """Return (N, T, patch^2 * out) of what the last block left; see `LightningDiTBlock.forward`."""
+        x = added(x, gate, branch)  # (N, T, width)
         shift, scale = self.adaLN_modulation(active)  # (N, width) each
         modulated = modulate(self.norm_final(x), shift, scale)  # (N, T, width)
         return self.linear(modulated.to(self.linear.weight.dtype))  # (N, T, patch^2 * out)
@@ -227,7 +247,8 @@ class LightningDiT(nn.Module):
         """
         check_labels(y, a, len(x), self.settings.num_conditions, self.settings.augmentation)
         rope = self.feat_rope if self.settings.use_rope else None
-        tokens = self.x_embedder(x) + self.pos_embed.float()  # (N, T, width), float32 in every precision
+        branch = self.x_embedder(x)  # (N, T, width)
+        tokens = branch + self.pos_embed.float()  # (N, T, width), float32 in every precision
         times = t.to(x.device, non_blocking=True)  # (N,) or (1,)
         classes = y[:, 0] if self.settings.num_conditions else y  # (N,)
         condition = self.t_embedder(times) + self.y_embedder(classes).float()  # (N, width)
@@ -236,9 +257,10 @@ class LightningDiT(nn.Module):
         if a is not None:
             condition = condition + self.a_embedder(a.to(self.a_embedder.weight.dtype)).float()  # (N, width)
         active = F.silu(condition)  # (N, width), the same for all layers
+        gate = 0 * active  # (N, width): nothing is open, and the first block gets what the others get
         for block in self.blocks:
-            tokens = block(tokens, active, rope)  # (N, T, width)
-        patches = self.final_layer(tokens, active)  # (N, T, patch^2 * out)
+            tokens, gate, branch = block(tokens, gate, branch, active, rope)  # (N, T, width), (N, width), (N, T, width)
+        patches = self.final_layer(tokens, gate, branch, active)  # (N, T, patch^2 * out)
         return self._unpatchify(patches)[:, : self.settings.in_channels]  # (N, C, H, W)
 
     def _unpatchify(self, patches: Tensor) -> Tensor:

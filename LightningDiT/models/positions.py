@@ -48,8 +48,10 @@ class RotaryEmbedding2d(nn.Module):
         self.register_buffer("freqs_sin", both.sin())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x (N, heads, tokens, head width), rotated."""
-        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)  # (N, heads, T, width / 2) each
-        turned = torch.stack((-odd, even), dim=-1).flatten(-2)  # (N, heads, T, width)
-        cos, sin = self.freqs_cos.to(x.dtype), self.freqs_sin.to(x.dtype)  # (T, width)
-        return torch.addcmul(x * cos, turned, sin)  # (N, heads, T, width)
+        """Return x (N, tokens, ..., head width), rotated."""
+        flipped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # (N, T, ..., width), the entries of a pair swapped
+        cos, sin = self.freqs_cos.to(x.dtype), self.freqs_sin.to(x.dtype)  # (T, width) each
+        even, odd = sin.unflatten(-1, (-1, 2)).unbind(-1)  # (T, width / 2) each
+        signed = torch.stack((-even, odd), dim=-1).flatten(-2)  # (T, width)
+        shape = (len(cos), *[1] * (x.dim() - 3), cos.shape[-1])
+        return torch.addcmul(x * cos.view(shape), flipped, signed.view(shape))  # (N, T, ..., width)

@@ -33,6 +33,7 @@ from LightningDiT.device import (
     attention_failure,
     float32_products,
     numeric_switches,
+    recording_stream,
 )
 from LightningDiT.errors import first_line, is_out_of_memory, warn_user
 from LightningDiT.loading import Network, guidance_of
@@ -55,6 +56,7 @@ class Networks:
         self._parts: dict[nn.Module, list[nn.Module]] = {}
         self._compiled: set[nn.Module] = set()
         self._graphs_fail = False
+        self._streams: dict[torch.device, Any] = {}
 
     @contextlib.contextmanager
     def under(self, plan: Plan, networks: Sequence[nn.Module]) -> Iterator[None]:
@@ -108,7 +110,10 @@ class Networks:
 
     def _recorded(self, network: Network, inputs: tuple[Tensor, ...]) -> Recording | None:
         try:
-            return Recording(network, inputs)
+            device = inputs[0].device
+            if device not in self._streams:
+                self._streams[device] = recording_stream(device)
+            return Recording(network, inputs, self._streams[device])
         except Exception as error:  # of the device, its libraries, or the computation
             self.drop()
             causes = [error, error.__context__, error.__cause__]  # the end of a recording hides why it failed

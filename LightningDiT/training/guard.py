@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
-
-from torch import Tensor
 
 from LightningDiT.errors import LightningDiTError
 
@@ -37,9 +35,9 @@ class NotFiniteError(LightningDiTError):
         self.counts = counts
 
 
-def fetched(values: Tensor) -> list[float]:
-    """Return values (N,) of a device as numbers; a step waits for its GPU here and nowhere else."""
-    return values.tolist()
+def fetched(arriving: Callable[[], list[float]]) -> list[float]:
+    """Return the numbers of `device.sent_to_cpu`; a step waits for its GPU here and nowhere else."""
+    return arriving()
 
 
 @dataclass(frozen=True)

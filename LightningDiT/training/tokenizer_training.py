@@ -18,7 +18,7 @@ from LightningDiT.config import setting_differences
 from LightningDiT.data.image_sets import ImageBatch, ImageSet, Unreadable, evenly_spaced
 from LightningDiT.data.prefetching import StepPrefetcher, one_ahead
 from LightningDiT.data.reading import ReadingProcesses
-from LightningDiT.device import PRECISIONS, autocast, best_device, ready_for, training_dtype
+from LightningDiT.device import PRECISIONS, autocast, best_device, ready_for, sent_to_cpu, training_dtype
 from LightningDiT.distributed import ALONE, Processes
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import save_reconstructions, to_float, to_uint8, with_channels
@@ -255,7 +255,7 @@ class TokenizerTrainer:
     def _fetched(self, terms: Mapping[str, Tensor], checks: Mapping[str, Tensor], step: int) -> dict[str, float]:
         """Return the terms as numbers, means over the processes; raise NotFiniteError for the first bad check."""
         values = torch.stack([value.detach().float() for value in (*checks.values(), *terms.values())])
-        numbers = fetched(self.processes.mean(values))
+        numbers = fetched(sent_to_cpu(self.processes.mean(values)))
         for name, number in zip(checks, numbers, strict=False):
             if not math.isfinite(number):
                 raise NotFiniteError(name, step)

@@ -17,7 +17,7 @@ from LightningDiT.checkpoint import inspect, without_values
 from LightningDiT.compiling import BLOCKS_SHARE, compile_forward
 from LightningDiT.config import Config, as_dict
 from LightningDiT.data.labels import CLASS_NAMES, CONDITION_NAMES, NULL_TRAINED, Labels, Names
-from LightningDiT.device import PRECISIONS, abilities, autocast, best_device, training_dtype
+from LightningDiT.device import PRECISIONS, abilities, autocast, best_device, sent_to_cpu, training_dtype
 from LightningDiT.distributed import ALONE, Processes
 from LightningDiT.errors import LightningDiTError, is_out_of_memory
 from LightningDiT.idle_settings import training_notes
@@ -179,10 +179,14 @@ class Trainer:
         self._seed_dropout(step)
         self.optimizer.zero_grad(set_to_none=True)
         losses = self.processes.mean(self._backward_within_memory(batch))
-        *terms, norm = fetched(torch.cat([losses, self._clip_gradient().view(1)]))
+        values = torch.cat([losses, self._clip_gradient().view(1)])  # (2 or 3,)
+        arriving, is_fused = sent_to_cpu(values), self.device.type != "cpu"
+        if is_fused:  # the device itself leaves the weights as they are; so it does not wait for this process
+            self._update_weights(~values.isfinite().all())
+        *terms, norm = fetched(arriving)
         self._require_finite(terms, norm, batch, step)
-        self._decay_weights()
-        self.optimizer.step()
+        if not is_fused:
+            self._update_weights()
         self.ema.update()
         row = dict(zip(self.terms, terms, strict=True)) | {"gradient_norm": norm, "data_seconds": waited}
         return row | ({"loss_scale": self.scaler.scale} if self.scaler.enabled else {})
@@ -194,14 +198,20 @@ class Trainer:
             torch.manual_seed(generator_for(*seeds).initial_seed())
 
     @torch.no_grad()
-    def _decay_weights(self) -> None:
-        """Shrink the matrices as AdamW does before its step (Loshchilov and Hutter, arXiv 1711.05101).
+    def _update_weights(self, skipped: Tensor | None = None) -> None:
+        """Take the optimizer's step, on a GPU only where `skipped` () is not true.
 
-        In here and not in the optimizer, whose groups, and so its checkpoints, are then the same with any decay.
+        The matrices shrink here, as AdamW does it before its step (Loshchilov and Hutter, arXiv 1711.05101), and not in
+        the optimizer, whose groups, and so its checkpoints, are then the same with any decay.
         """
         decay = self.config.optimizer.weight_decay
         if decay and self.matrices:
-            torch._foreach_mul_(self.matrices, 1 - self.learning_rate * decay)
+            kept = 1 - self.learning_rate * decay
+            factor = kept if skipped is None else torch.where(skipped, 1.0, kept)
+            torch._foreach_mul_(self.matrices, factor)
+        if skipped is not None:
+            self.optimizer.found_inf = skipped.float()  # what torch's own loss scaling tells a fused optimizer
+        self.optimizer.step()
 
     def _require_finite(self, terms: list[float], norm: float, batch: LatentBatch, step: int) -> None:
         """Raise NotFiniteError unless all are finite; that of a loss names the latents that are not finite."""
