@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from LightningDiT.checkpoint import save_weights, without_values
-from LightningDiT.compiling import BLOCK, KERNELS, WAYS, Way, compile_forward
+from LightningDiT.compiling import BLOCK, KERNELS, WAYS, WHOLE, Way, compile_forward
 from LightningDiT.config import load_config
 from LightningDiT.device import (
     Recording,
@@ -45,15 +45,15 @@ from .training import B1, COMPILED, OURS, PUBLISHED, our_step, trainer_of, write
 XL1 = PROJECT / "LightningDiT" / "configs" / "lightningdit_xl1_train.yaml"
 GAIN = 0.5  # of random weights: activations keep their size
 
-FORWARD_BATCHES = (1, 2, 8, 16, 64, 128, 256)  # to compile a block takes 4 s a shape
-WHOLE_BATCHES = (2, 16, 128)  # to compile the whole forward takes 22 s a shape
-PUBLISHED_BATCHES = (2, 16, 128, 256)
+ALL_WAYS_BATCHES = (2, 16, 128)
+GRAPHS_BATCHES = (1, 2, 16, 128, 256)
+WHOLE_BATCHES = (16,)  # to compile the whole forward takes 20 to 40 s a shape
+PUBLISHED_BATCHES = (16, 128)
 QUICK_BATCHES = (2, 16)
 
 
 def measure_gpu_forwards(setting: Setting, model_type: str = "LightningDiT-XL/1") -> dict[str, Any]:
     """Return the forwards of a preset in every way of `compiling.WAYS`, and the published model's two."""
-    batches = QUICK_BATCHES if setting.quick else FORWARD_BATCHES
     settings = published_settings(model_type)
     flops = model_flops(on_meta(settings), 1)
     rows = []
@@ -70,13 +70,22 @@ def measure_gpu_forwards(setting: Setting, model_type: str = "LightningDiT-XL/1"
         network = network.to(setting.device, setting.dtype).eval().requires_grad_(False)
         ways = [way for way in WAYS if possible(way, setting.device)]
         for way in ways:
-            for batch in (one for one in batches if not way.compiled or way.compiled == BLOCK or one in WHOLE_BATCHES):
+            for batch in batches_of(way, setting.quick):
                 build = partial(our_forward, network, way, batch)
                 rows.append(measured(f"ours, {named(way)}", batch, build, setting, batch * flops))
                 for module in network.modules():
                     vars(module).pop("forward", None)  # uncovers the class's own
     left_out = [f"{named(way)}: {abilities(setting.device).no_compiler}" for way in WAYS if way not in ways]
     return {"rows": rows, "skipped": left_out}
+
+
+def batches_of(way: Way, quick: bool) -> tuple[int, ...]:
+    """Return the numbers of states with which a way is measured."""
+    if way.compiled == WHOLE:
+        return WHOLE_BATCHES
+    if quick:
+        return QUICK_BATCHES
+    return GRAPHS_BATCHES if way.graphs else ALL_WAYS_BATCHES
 
 
 def random_state(settings: LightningDiTSettings) -> dict[str, Tensor]:
@@ -94,7 +103,7 @@ def possible(way: Way, device: torch.device) -> bool:
 
 def named(way: Way) -> str:
     """Return a way in a few words."""
-    words = {"": "", BLOCK: "one block compiled", "whole": "whole forward compiled"}
+    words = {"": "", BLOCK: "one block compiled", WHOLE: "whole forward compiled"}
     return " and ".join(filter(None, [words[way.compiled], "graphs" if way.graphs else ""])) or "eager"
 
 
@@ -163,10 +172,11 @@ def kernel_for(network: LightningDiT) -> str | None:
 # ---- decoding
 
 DECODINGS = {"fp32, exact": {}, "fp32 from TF32": {"tf32": True}, "fp16": {"half": True}}
+COMPILED_DECODING = "fp16"  # what runs compile
 
 
 def measure_gpu_decoding(setting: Setting, config: TokenizerConfig | None = None) -> dict[str, Any]:
-    """Return decodings by precision, eager and compiled, and their errors in levels of 255 against float32."""
+    """Return decodings by precision, that in fp16 compiled too, and their errors in levels of 255 against float32."""
     config = config or load_tokenizer_config(TOKENIZER)
     settings = autoencoder_settings(config)
     rows: list[Row] = []
@@ -179,7 +189,8 @@ def measure_gpu_decoding(setting: Setting, config: TokenizerConfig | None = None
             exact = to_uint8(tokenizer.decode_latents(latents)).int()
             for name, options in DECODINGS.items():
                 for compiled in (False, True):
-                    if compiled and (setting.quick or abilities(setting.device).no_compiler):
+                    left_out = setting.quick or name != COMPILED_DECODING or abilities(setting.device).no_compiler
+                    if compiled and left_out:
                         continue
                     errors: list[str] = []
                     build = partial(decoding, tokenizer, latents, options, compiled, exact, errors)
@@ -236,20 +247,19 @@ class TrainingPlan:
 
 TRAININGS = (TrainingPlan("XL/1", XL1), TrainingPlan("B/1", B1, 8))
 QUICK_TRAININGS = (TrainingPlan("B/1", B1, 8),)
-LARGEST_BATCH = 512
+LARGEST_BATCH = 128
+LOOPS = (f"{OURS}, compiled", COMPILED)  # as both train on a GPU
 
 
 def measure_gpu_training(setting: Setting, plans: Sequence[TrainingPlan] | None = None) -> dict[str, Any]:
-    """Return steps of our training and of the published one, compiled and not, each with the memory for itself."""
+    """Return steps of our training and of the published one, each with the memory for itself."""
     rows: list[Row] = []
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(setting.dtype, "fp32")
     with tempfile.TemporaryDirectory() as name, cold_code(), torch.inference_mode(False):
         for plan in plans or (QUICK_TRAININGS if setting.quick else TRAININGS):
             batch = plan.batch or filling_batch(plan, setting)
             config = write_latents(load_config(plan.config), Path(name) / plan.config.stem, batch, precision)
-            for loop in (OURS, f"{OURS}, compiled", PUBLISHED, COMPILED):
-                if "compiled" in loop and abilities(setting.device).no_compiler:
-                    continue
+            for loop in (OURS, PUBLISHED) if abilities(setting.device).no_compiler else LOOPS:
                 build = partial(training_steps, config, loop)
                 rows.append(measured(f"{plan.name}, {precision}: {loop}", batch, build, setting, trains=True))
     return {"rows": rows, "skipped": []}

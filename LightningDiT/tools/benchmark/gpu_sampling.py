@@ -20,12 +20,10 @@ from torch import Tensor
 
 from LightningDiT.config import load_config
 from LightningDiT.console import run_main
-from LightningDiT.device import (
-    best_device,
-)
+from LightningDiT.device import best_device
 from LightningDiT.images import to_uint8
 from LightningDiT.loading import STATS_NAME
-from LightningDiT.sampling.pipeline import LightningDiTPipeline
+from LightningDiT.sampling.pipeline import LightningDiTPipeline, PipelineOutput
 from LightningDiT.seeds import generator_for
 from LightningDiT.tokenizer.config import load_tokenizer_config
 from LightningDiT.tokenizer.latents import LatentStats
@@ -41,6 +39,7 @@ from .rows import Run, cold_code, measured
 from .sampling import PUBLISHED_NAME, TOKENIZER, published_procedure
 
 COUNT, QUICK_COUNT = 64, 4
+WARM_UP_POINTS = 3  # of the time grid: one step without guidance and one with
 
 
 def measure_gpu_sampling(setting: Setting, model_type: str = "LightningDiT-XL/1") -> dict[str, Any]:
@@ -50,9 +49,14 @@ def measure_gpu_sampling(setting: Setting, model_type: str = "LightningDiT-XL/1"
         config = write_pipeline(Path(name), model_type)
         pipe = LightningDiTPipeline.from_config(config, setting.device)
         rows = [measured(PUBLISHED_NAME, count, partial(published_pictures, pipe, count), setting)]
-        for solver, precision, images in (("published", "tf32", count), ("fast", "auto", count), ("fast", "auto", 1)):
+        for solver, precision, images, wish in (
+            ("published", "tf32", count, "auto"),
+            ("fast", "auto", count, "on"),
+            ("fast", "auto", 1, "on"),
+            ("fast", "auto", 1, "off"),
+        ):
             chosen = load_config(config)
-            sample = replace(chosen.sample, sampling_method=solver, precision=precision)
+            sample = replace(chosen.sample, sampling_method=solver, precision=precision, compile=wish)
             pipe = None  # before the next one takes memory
             pipe = LightningDiTPipeline.from_config(replace(chosen, sample=sample), setting.device)
             build = partial(our_pictures, pipe, images)
@@ -89,6 +93,9 @@ def published_pictures(pipe: LightningDiTPipeline, count: int) -> Run:
     network, labels = compiled_network(model, torch.float32, tf32=True), list(range(count))
     noise = draw_noise((count, *pipe.latent_shape), [generator_for(0, index) for index in labels]).to(pipe.device)
 
+    t = torch.zeros(2 * count, device=pipe.device)
+    network(torch.cat([noise, noise]), t, t.long())  # compiles
+
     def run() -> Tensor:
         latents = published_procedure(pipe, pipe.config.sample, noise, labels, network)
         return to_uint8(pipe.tokenizer.decode(latents, tf32=True)).cpu()
@@ -97,31 +104,35 @@ def published_pictures(pipe: LightningDiTPipeline, count: int) -> Run:
 
 
 def our_pictures(pipe: LightningDiTPipeline, count: int) -> Run:
-    """Return our sampling from noise to pixels, planned for a run of `count` images."""
-    return lambda: pipe(list(range(count)), output_type="np", batch_size=count)
+    """Return our sampling from noise to pixels, planned for a run of `count` images.
+
+    Long runs are measured once, so their code is compiled here.
+    """
+    plan = pipe.plan(count, count)
+
+    def run(points: int | None = None) -> PipelineOutput:
+        with pipe.settled(plan, "the benchmark"):
+            return pipe(list(range(count)), num_inference_steps=points, output_type="np", batch_size=count)
+
+    if pipe.config.sample.sampling_method == "published":
+        run(WARM_UP_POINTS)
+    return run
 
 
 def first_results(config: Path, count: int) -> list[dict[str, Any]]:
     """Return the seconds of fresh processes until their first images, without code of earlier runs and with it."""
     found = []
-    for images in (1, count):
-        for wish in ("off", "on"):
-            with cold_code():
-                for code in ("cold", "warm") if wish == "on" else ("none",):
-                    print(f"  first result of {images}, compile {wish}, code {code} ...", flush=True)
-                    command = [
-                        sys.executable,
-                        "-m",
-                        "LightningDiT.tools.benchmark.gpu_sampling",
-                        str(config),
-                        wish,
-                        str(images),
-                    ]
-                    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
-                    row = {"images": images, "compile": wish, "code": code}
-                    last = (done.stdout.strip().splitlines() or ["{}"])[-1]
-                    failed = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-                    found.append(row | ({"failed": failed} if done.returncode else json.loads(last)))
+    for images, wish in ((1, "off"), (1, "on"), (count, "on")):
+        with cold_code():
+            for code in ("cold", "warm") if wish == "on" else ("none",):
+                print(f"  first result of {images}, compile {wish}, code {code} ...", flush=True)
+                module = "LightningDiT.tools.benchmark.gpu_sampling"
+                command = [sys.executable, "-m", module, str(config), wish, str(images)]
+                done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+                row = {"images": images, "compile": wish, "code": code}
+                last = (done.stdout.strip().splitlines() or ["{}"])[-1]
+                failed = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+                found.append(row | ({"failed": failed} if done.returncode else json.loads(last)))
     return found
 
 

@@ -30,7 +30,7 @@ from .machine import power_readings, smi
 from .rounds import Setting, product_case, seconds_of
 
 SAMPLES, SHORTEST = 5, 0.03  # a median is over 5 samples of at least 0.03 seconds each
-LONG = 5.0  # seconds of a run that is measured once, after the first
+LONG = 20.0  # seconds of a run that is measured by its first alone: what prepares it has compiled its code
 WATCHED_SECONDS = 2.0  # of a case while its power is read
 
 Run = Callable[[], object]
@@ -66,6 +66,8 @@ def measured(
 ) -> Row:
     """Return the row of what `build` prepares: its result does it once, and both together are the first run.
 
+    A run of more than `LONG` seconds is not repeated, and its energy is not measured.
+
     Args:
         flops: operations of the products of one run.
         trains: whether it needs gradients.
@@ -77,11 +79,12 @@ def measured(
             synchronise(setting.device)
             started = time.perf_counter()
             run = build()
-            run()
-            synchronise(setting.device)
+            ran = seconds_of(run, setting.device, trains)
             first = time.perf_counter() - started
-            row = Row(name, units, _median(run, setting.device, trains), first, gpu_peak_bytes(setting.device))
-            row = replace(row, joules=_joules(run, units, setting.device, trains))
+            seconds = ran if ran > LONG else _median(run, setting.device, trains)
+            row = Row(name, units, seconds, first, gpu_peak_bytes(setting.device))
+            if ran <= LONG:
+                row = replace(row, joules=_joules(run, units, setting.device, trains))
     except Exception as error:  # a benchmark of hours goes on with its other rows
         row = Row(name, units, note=f"failed: {first_line(error)[:100]}")
     if flops and row.seconds:
@@ -100,8 +103,6 @@ def clear_memory(device: torch.device) -> None:
 
 def _median(run: Run, device: torch.device, trains: bool) -> float:
     once = seconds_of(run, device, trains)
-    if once > LONG:
-        return once
     times = max(1, math.ceil(SHORTEST / max(once, 1e-6)))
 
     def several() -> None:
