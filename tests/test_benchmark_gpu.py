@@ -70,6 +70,18 @@ def test_a_row_has_the_first_run_by_itself_and_its_rate() -> None:
     assert (row.name, row.units, row.note) == ("sleep", 4, "")
 
 
+def test_a_long_row_is_measured_once() -> None:
+    runs: list[float] = []
+
+    def build() -> rows.Run:
+        time.sleep(0.2)
+        return lambda: runs.append(1) or time.sleep(0.05)
+
+    row = measured("long", 1, build, QUICK, once=True)
+    assert len(runs) == 1 and row.joules is None
+    assert 0.05 <= row.seconds < 0.2 < row.first
+
+
 def test_a_row_that_fails_says_so_and_the_others_go_on(capsys: pytest.CaptureFixture[str]) -> None:
     def build() -> rows.Run:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB\nmore")
@@ -201,8 +213,8 @@ def test_a_fresh_process_prints_the_seconds_of_its_first_images(
     seconds = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(seconds) == {"loading", "first", "second"} and min(seconds.values()) > 0
     line = {"images": 1, "compile": "off", "code": "none"}
-    part = {"rows": [], "skipped": [], "firsts": [line | seconds, line | {"failed": "no memory"}]}
-    text = render("gpu-sampling", part, machine.machine(CPU, torch.float32))
+    part = {"firsts": [line | seconds, line | {"failed": "no memory"}]}
+    text = render("gpu-first", part, machine.machine(CPU, torch.float32))
     assert f"| 1 images at once, compile off, code none | {seconds['loading']:.1f} | {seconds['first']:.1f} |" in text
     assert "| no memory | no memory | no memory |" in text
 

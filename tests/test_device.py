@@ -26,6 +26,7 @@ from LightningDiT.device import (
     numeric_switches,
     require_numpy,
     resolve_precision,
+    sent_to_cpu,
 )
 from LightningDiT.errors import LightningDiTError, is_out_of_memory
 from tests.conftest import PROJECT
@@ -265,3 +266,35 @@ def test_a_torch_that_cannot_use_this_numpy_is_one_line(monkeypatch: pytest.Monk
         best_device()
     said = f"torch {torch.__version__} cannot use numpy {np.__version__} (Numpy is not available), numpy 1 was expected"
     assert (refused.value.message, refused.value.fix) == (said, "python -m pip install 'numpy>=1.26.4,<2'")
+
+
+def test_one_thread_at_a_time_chooses_the_kernel_of_attention() -> None:
+    """torch's choice is the whole process's: blocks that overlap would leave it as none of them found it."""
+    before = switches()
+    inside, leave, seen = threading.Event(), threading.Event(), list[str]()
+
+    def first() -> None:
+        with attention_by("math"):
+            inside.set()
+            leave.wait(10)
+            seen.append("first")
+
+    def second() -> None:
+        inside.wait(10)
+        with attention_by("flash"):
+            seen.append("second")
+
+    threads = [threading.Thread(target=first), threading.Thread(target=second)]
+    for thread in threads:
+        thread.start()
+    threads[1].join(0.3)
+    assert seen == []
+    leave.set()
+    for thread in threads:
+        thread.join()
+    assert seen == ["first", "second"]
+    assert switches() == before
+
+
+def test_numbers_of_the_cpu_are_there_at_once() -> None:
+    assert sent_to_cpu(torch.tensor([0.5, -2.0]))() == [0.5, -2.0]

@@ -124,14 +124,14 @@ def test_the_null_class_is_the_number_of_classes(unit_model: Build) -> None:
 
 def plain_forward(model: LightningDiT, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
     """The forward of one image after another, with the SiLU of its condition taken in every layer."""
-    made = []
+    made, rope = [], (model.feat_rope, model.feat_rope.signed_sines())
     for image, time, label in zip(x, t, y, strict=True):
         tokens = model.x_embedder(image[None]) + model.pos_embed
         condition = model.t_embedder(time[None]) + model.y_embedder(label[None])
         for block in model.blocks:
             parts = block.adaLN_modulation[1](F.silu(condition)).unsqueeze(1)
             shift1, scale1, gate1, shift2, scale2, gate2 = parts.chunk(6, dim=2)
-            tokens = tokens + gate1 * block.attn(block.norm1(tokens) * (1 + scale1) + shift1, model.feat_rope)
+            tokens = tokens + gate1 * block.attn(block.norm1(tokens) * (1 + scale1) + shift1, rope)
             tokens = tokens + gate2 * block.mlp(block.norm2(tokens) * (1 + scale2) + shift2)
         last = model.final_layer
         shift, scale = last.adaLN_modulation[1](F.silu(condition)).unsqueeze(1).chunk(2, dim=2)

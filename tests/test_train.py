@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -658,6 +659,38 @@ def test_one_compiled_block_serves_all(small: Path, monkeypatch: pytest.MonkeyPa
     assert all(map(is_compiled, trainer.model.blocks))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # of micro-batches of three and of one
     assert trainer.summary().endswith("3 at a time; the first step compiles one block, whose code serves all")
+
+
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 4), reason="torch has no fused optimizer for the CPU yet"
+)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_the_device_itself_leaves_the_weights_as_they_are(
+    weight_decay: float, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fused optimizer of a GPU, which torch also has for the CPU, against the one that the CPU takes."""
+    path = configured(small, "device", more="precision: fp32")
+    path.write_text(path.read_text().replace("lr: 1.0e-3,", f"lr: 1.0e-3, weight_decay: {weight_decay},"))
+    real, trainers = torch.optim.AdamW, []
+    for is_fused in (False, True):
+        monkeypatch.setattr(
+            torch.optim, "AdamW", lambda *args, is_fused=is_fused, **kw: real(*args, **kw | {"fused": is_fused})
+        )
+        trainers.append(train.Trainer(load_config(path)))
+        trainers[-1].step(0)
+        trainers[-1]._set_rate(1)
+    plain, fused = trainers
+    weights = [value.clone() for value in fused.trained]
+    before = copy.deepcopy(fused.optimizer.state_dict()["state"])
+    fused._update_weights(torch.tensor(True))
+    assert all(map(torch.equal, fused.trained, weights))
+    for number, state in fused.optimizer.state_dict()["state"].items():
+        assert all(torch.equal(value, before[number][name]) for name, value in state.items())
+    plain._update_weights()
+    fused._update_weights(torch.tensor(False))
+    assert not all(map(torch.equal, fused.trained, weights))
+    for one, other in zip(plain.trained, fused.trained, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-7)
 
 
 def test_why_nothing_is_compiled_is_said(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:

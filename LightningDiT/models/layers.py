@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .onednn import by_onednn, onednn_linear
-from .positions import RotaryEmbedding2d
+from .positions import Rotation
 
 TIME_FREQUENCIES = 256
 NORM_EPS = 1e-6
@@ -154,14 +154,15 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(head_width) if rms_norm else LayerNorm(head_width)
             self.k_norm = RMSNorm(head_width) if rms_norm else LayerNorm(head_width)
 
-    def forward(self, x: Tensor, rope: RotaryEmbedding2d | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rotation | None) -> Tensor:
         qkv = self.qkv(x.to(self.qkv.weight.dtype)).unflatten(-1, (3, self.heads, -1))  # (N, T, 3, heads, head width)
         joint, v = qkv.split((2, 1), dim=2)  # (N, T, 2, heads, head width), (N, T, 1, heads, head width)
         if hasattr(self, "q_norm"):
             q, k = joint.unbind(2)
             joint = torch.stack((self.q_norm(q), self.k_norm(k)), dim=2)
         if rope is not None:
-            joint = rope(joint)
+            rotary, sines = rope
+            joint = rotary(joint, sines)
             if joint.requires_grad:
                 v = v.contiguous()  # the backward pass needs no more of qkv, and a view would keep all of it
         q, k, v = (part.transpose(1, 2) for part in (*joint.unbind(2), v.squeeze(2)))  # (N, heads, T, head width) each

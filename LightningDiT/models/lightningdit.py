@@ -24,7 +24,7 @@ from .layers import (
     block_norm,
     modulate,
 )
-from .positions import RotaryEmbedding2d, sincos_table
+from .positions import RotaryEmbedding2d, Rotation, sincos_table
 
 INITIAL_STD = 0.02  # of the tables of labels and the layers of the time before training
 CFG_CHANNELS = 3  # the published forward_with_cfg guides these channels only
@@ -117,7 +117,7 @@ class LightningDiTBlock(nn.Module):
         self.adaLN_modulation = Modulation(width, 4 if settings.wo_shift else 6)
 
     def forward(
-        self, x: Tensor, gate: Tensor, branch: Tensor, active: Tensor, rope: RotaryEmbedding2d | None
+        self, x: Tensor, gate: Tensor, branch: Tensor, active: Tensor, rope: Rotation | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the tokens (N, T, width) after attention, gate (N, width) and output (N, T, width) of the MLP.
 
@@ -130,7 +130,7 @@ class LightningDiTBlock(nn.Module):
         return self._computed(x, gate, branch, active, rope)
 
     def _computed(
-        self, x: Tensor, gate: Tensor, branch: Tensor, active: Tensor, rope: RotaryEmbedding2d | None
+        self, x: Tensor, gate: Tensor, branch: Tensor, active: Tensor, rope: Rotation | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         x = added(x, gate, branch)  # (N, T, width)
         parts = self.adaLN_modulation(active)  # (N, width) each
@@ -246,7 +246,7 @@ class LightningDiT(nn.Module):
             ValueError: y or a does not have the shape that the settings ask for.
         """
         check_labels(y, a, len(x), self.settings.num_conditions, self.settings.augmentation)
-        rope = self.feat_rope if self.settings.use_rope else None
+        rope = (self.feat_rope, self.feat_rope.signed_sines()) if self.settings.use_rope else None
         branch = self.x_embedder(x)  # (N, T, width)
         tokens = branch + self.pos_embed.float()  # (N, T, width), float32 in every precision
         times = t.to(x.device, non_blocking=True)  # (N,) or (1,)
@@ -258,6 +258,7 @@ class LightningDiT(nn.Module):
             condition = condition + self.a_embedder(a.to(self.a_embedder.weight.dtype)).float()  # (N, width)
         active = F.silu(condition)  # (N, width), the same for all layers
         gate = 0 * active  # (N, width): nothing is open, and the first block gets what the others get
+        active = active.to(self.x_embedder.proj.weight.dtype)
         for block in self.blocks:
             tokens, gate, branch = block(tokens, gate, branch, active, rope)  # (N, T, width), (N, width), (N, T, width)
         patches = self.final_layer(tokens, gate, branch, active)  # (N, T, patch^2 * out)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 from torch import Tensor, nn
 
@@ -47,11 +49,18 @@ class RotaryEmbedding2d(nn.Module):
         self.register_buffer("freqs_cos", both.cos())
         self.register_buffer("freqs_sin", both.sin())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return x (N, tokens, ..., head width), rotated."""
+    def signed_sines(self) -> Tensor:
+        """Return the sines (tokens, head width), those of the even entries with a minus; all layers share them."""
+        even, odd = self.freqs_sin.unflatten(-1, (-1, 2)).unbind(-1)  # (T, width / 2) each
+        return torch.stack((-even, odd), dim=-1).flatten(-2)  # (T, width)
+
+    def forward(self, x: Tensor, sines: Tensor) -> Tensor:
+        """Return x (N, tokens, ..., head width), rotated; `sines` are the `signed_sines`."""
         flipped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # (N, T, ..., width), the entries of a pair swapped
-        cos, sin = self.freqs_cos.to(x.dtype), self.freqs_sin.to(x.dtype)  # (T, width) each
-        even, odd = sin.unflatten(-1, (-1, 2)).unbind(-1)  # (T, width / 2) each
-        signed = torch.stack((-even, odd), dim=-1).flatten(-2)  # (T, width)
+        cos, sin = (table.to(x.dtype) for table in (self.freqs_cos, sines))  # (T, width) each
         shape = (len(cos), *[1] * (x.dim() - 3), cos.shape[-1])
-        return torch.addcmul(x * cos.view(shape), flipped, signed.view(shape))  # (N, T, ..., width)
+        return torch.addcmul(x * cos.view(shape), flipped, sin.view(shape))  # (N, T, ..., width)
+
+
+#: What turns queries and keys, and its `signed_sines`.
+Rotation: TypeAlias = tuple[RotaryEmbedding2d, Tensor]

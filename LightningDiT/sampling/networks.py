@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from LightningDiT import __version__
 from LightningDiT.compiling import (
     BLOCK,
     KERNELS,
@@ -200,6 +201,7 @@ def _facts(network: Network, compiled: str, batch: int, shapes: int) -> dict[str
     """Return what compiled code belongs to."""
     weight = next(network.parameters())
     return {
+        "project": __version__,
         "torch": torch.__version__,
         "card": abilities(weight.device).name,
         "model": network.settings,

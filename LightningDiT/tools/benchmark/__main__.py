@@ -27,7 +27,7 @@ from LightningDiT.tools.report import check_marks, put_between_marks
 from .demo import measure_demo
 from .forward import measure_forwards, measure_profile
 from .gpu_networks import measure_gpu_decoding, measure_gpu_forwards, measure_gpu_training
-from .gpu_sampling import measure_gpu_sampling
+from .gpu_sampling import measure_gpu_firsts, measure_gpu_sampling
 from .loading import measure_loading
 from .machine import machine, machine_line
 from .predict import work_of
@@ -52,6 +52,7 @@ GPU_PARTS: dict[str, Callable[[Setting], dict[str, Any]]] = {
     "gpu-decode": measure_gpu_decoding,
     "gpu-training": measure_gpu_training,
     "gpu-sampling": measure_gpu_sampling,
+    "gpu-first": measure_gpu_firsts,
 }
 
 

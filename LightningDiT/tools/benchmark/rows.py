@@ -30,7 +30,6 @@ from .machine import power_readings, smi
 from .rounds import Setting, product_case, seconds_of
 
 SAMPLES, SHORTEST = 5, 0.03  # a median is over 5 samples of at least 0.03 seconds each
-LONG = 20.0  # seconds of a run that is measured by its first alone: what prepares it has compiled its code
 WATCHED_SECONDS = 2.0  # of a case while its power is read
 
 Run = Callable[[], object]
@@ -62,15 +61,20 @@ class Row:
 
 
 def measured(
-    name: str, units: int, build: Callable[[], Run], setting: Setting, flops: float = 0.0, trains: bool = False
+    name: str,
+    units: int,
+    build: Callable[[], Run],
+    setting: Setting,
+    flops: float = 0.0,
+    trains: bool = False,
+    once: bool = False,
 ) -> Row:
     """Return the row of what `build` prepares: its result does it once, and both together are the first run.
-
-    A run of more than `LONG` seconds is not repeated, and its energy is not measured.
 
     Args:
         flops: operations of the products of one run.
         trains: whether it needs gradients.
+        once: whether it is so long that it is not repeated; `build` has compiled its code, and its energy is unknown.
     """
     print(f"  {name}, {units} ...", end=" ", flush=True)
     clear_memory(setting.device)
@@ -81,9 +85,9 @@ def measured(
             run = build()
             ran = seconds_of(run, setting.device, trains)
             first = time.perf_counter() - started
-            seconds = ran if ran > LONG else _median(run, setting.device, trains)
+            seconds = ran if once else _median(run, setting.device, trains)
             row = Row(name, units, seconds, first, gpu_peak_bytes(setting.device))
-            if ran <= LONG:
+            if not once:
                 row = replace(row, joules=_joules(run, units, setting.device, trains))
     except Exception as error:  # a benchmark of hours goes on with its other rows
         row = Row(name, units, note=f"failed: {first_line(error)[:100]}")

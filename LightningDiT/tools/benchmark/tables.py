@@ -169,7 +169,7 @@ def training_table(part: dict[str, Any]) -> list[str]:
 
 
 def row_table(part: dict[str, Any]) -> list[str]:
-    """Return the measurements of a GPU, and the first results of fresh processes if the part has them."""
+    """Return the measurements of a GPU."""
     head = (
         "what",
         "at once",
@@ -201,16 +201,19 @@ def row_table(part: dict[str, Any]) -> list[str]:
             row.note,
         )
 
-    firsts = [
+    return [*table(head, map(cells, part["rows"])), *notes(part["skipped"])]
+
+
+def first_table(part: dict[str, Any]) -> list[str]:
+    """Return the first results of fresh processes."""
+    body = [
         (
             f"{one['images']} images at once, compile {one['compile']}, code {one['code']}",
             *(f"{one[name]:.1f}" if name in one else one["failed"] for name in ("loading", "first", "second")),
         )
-        for one in part.get("firsts", [])
+        for one in part["firsts"]
     ]
-    lines = [*table(head, map(cells, part["rows"])), *notes(part["skipped"])]
-    head = ("a fresh process, `fast`", "loading, s", "first images, s", "second time, s")
-    return lines + (table(head, firsts) if firsts else [])
+    return table(("a fresh process, `fast`", "loading, s", "first images, s", "second time, s"), body)
 
 
 #: Title and table of each part.
@@ -227,6 +230,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "gpu-decode": ("Decoding by VA-VAE f16d32", row_table),
     "gpu-training": ("Training steps", row_table),
     "gpu-sampling": ("Images of LightningDiT-XL/1, 256 x 256, noise to pixels,", row_table),
+    "gpu-first": ("First images of LightningDiT-XL/1", first_table),
     "predicted": ("Predicted, not measured", lambda part: predicted_table(part["work"])),
 }
 
