@@ -46,8 +46,8 @@ class Way:
     forward: float
 
 
-#: Forwards of LightningDiT-XL/1 in bf16 with torch 2.11: without graphs on an H100, in an earlier state of this code; by
-#: graphs on an H200, where the first result by compiled code includes the decoder's. On slower GPUs a second of
+#: Forwards of LightningDiT-XL/1 in bf16 with torch 2.11: without graphs on an H100, in an earlier state of this code;
+#: by graphs on an H200, where the first result by compiled code includes the decoder's. On slower GPUs a second of
 #: compiling gains more.
 WAYS = (
     Way("", False, 0, 0, 20.4),
