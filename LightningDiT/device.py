@@ -112,7 +112,7 @@ def sent_to_cpu(values: torch.Tensor) -> Callable[[], list[float]]:
     there = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     there.copy_(values, non_blocking=True)
     arrived = torch.cuda.Event()
-    arrived.record()
+    arrived.record(torch.cuda.current_stream(values.device))  # which need not be the current device
 
     def wait() -> list[float]:
         arrived.synchronize()
@@ -219,45 +219,57 @@ class Recording:
     Args:
         function: computes without asking for a value of the device.
         inputs: tensors of the shapes of all later calls, on one device.
-        stream: of `recording_stream`; recordings that share one share the work space of cuBLAS (32 MB on an H100),
-            so no two of them may run at a time. By default a recording has its own.
+        place: where other recordings were made that never run at the same time; by default a place of its own.
 
     Raises:
         RuntimeError: the computation cannot be recorded, or memory runs out.
     """
 
     def __init__(
-        self, function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor], stream: Any = None
+        self,
+        function: Callable[..., torch.Tensor],
+        inputs: Sequence[torch.Tensor],
+        place: RecordingPlace | None = None,
     ) -> None:
         self._inputs = [value.clone() for value in inputs]
         self._graph = torch.cuda.CUDAGraph()
         with _RECORDING, torch.cuda.device(self._inputs[0].device):
-            self._stream = torch.cuda.current_stream()
-            side = stream or torch.cuda.Stream()
-            side.wait_stream(self._stream)
+            self._place = place or RecordingPlace(self._inputs[0].device)
+            current, side = self._place.entered(), self._place.side
+            side.wait_stream(current)
             with torch.cuda.stream(side):
                 for _ in range(WARM_UPS):
                     function(*self._inputs)
             # other threads may allocate meanwhile
             with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
                 self._output = function(*self._inputs)
-            self._stream.wait_stream(side)
+            current.wait_stream(side)
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         with torch.cuda.device(self._inputs[0].device):
-            stream = torch.cuda.current_stream()
-            if stream != self._stream:  # there, what copies the last result may still run
-                stream.wait_stream(self._stream)
-                self._stream = stream
+            self._place.entered()
             for own, given in zip(self._inputs, inputs, strict=True):
                 own.copy_(given, non_blocking=True)
             self._graph.replay()
         return self._output
 
 
-def recording_stream(device: torch.device) -> Any:
-    """Return the stream of a GPU on which `Recording` computes; None for the CPU."""
-    return torch.cuda.Stream(device) if device.type == "cuda" else None
+class RecordingPlace:
+    """The stream on which recordings of a GPU are made. Those of one place share the work space of libraries (that of
+    cuBLAS has 32 MB on an H100), so they run one after another, on whatever streams they are called.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._last: Any = None
+
+    def entered(self) -> Any:
+        """Return the current stream, which from here on waits for what the place computed last on another one."""
+        stream = torch.cuda.current_stream()
+        if self._last is not None and stream != self._last:  # what copies the last result may still run there
+            stream.wait_stream(self._last)
+        self._last = stream
+        return stream
 
 
 @contextlib.contextmanager
@@ -287,8 +299,9 @@ def attention_failure(
     kernel: str, heads: int, tokens: int, width: int, dtype: torch.dtype, device: torch.device
 ) -> str | None:
     """Return why a kernel does not compute attention of these shapes, None if it does; it is asked once."""
-    joint = torch.zeros(2, tokens, 3, heads, width, dtype=dtype, device=device)
-    q, k, v = joint.permute(2, 0, 3, 1, 4).unbind(0)  # (2, heads, tokens, width) each, as the blocks make them
+    joint, value = (torch.zeros(2, tokens, parts, heads, width, dtype=dtype, device=device) for parts in (2, 3))
+    q, k = joint.permute(2, 0, 3, 1, 4).unbind(0)  # (2, heads, tokens, width) each, as the blocks make them
+    v = value[:, :, 2].transpose(1, 2)  # (2, heads, tokens, width)
     try:
         with warnings.catch_warnings(), attention_by(kernel):
             warnings.simplefilter("ignore")  # torch warns of each kernel that does not

@@ -389,14 +389,15 @@ def test_a_graph_never_computes_with_old_weights(
 def test_two_threads_with_the_same_networks(device: torch.device, tiny_source: Path) -> None:
     pipe = opened(tiny_source, device)
     other = pipe.with_sample(dataclasses.replace(pipe.config.sample, cfg_scale=3.0))
-    wanted = [latents(one, PLAIN) for one in (pipe, other)]
+    classes = (LABELS, LABELS[:2])  # of other shapes, so with recordings of their own
+    wanted = [latents(one, PLAIN, own) for one, own in zip((pipe, other), classes, strict=True)]
     made: dict[int, list[Tensor]] = {0: [], 1: []}
 
     def work(index: int) -> None:
         on_stream = torch.cuda.stream(torch.cuda.Stream()) if device.type == "cuda" else warnings.catch_warnings()
         with on_stream:
             for _ in range(4):
-                made[index].append((pipe, other)[index](LABELS, output_type="latent").images)
+                made[index].append((pipe, other)[index](classes[index], output_type="latent").images)
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
     for thread in threads:

@@ -165,7 +165,7 @@ def test_half_precision_is_for_the_products_alone(variant: str, dtype: torch.dty
         elif name.endswith(("norm1", "norm2", "norm_final")):
             layer.register_forward_hook(lambda layer, x, out: wide.append((x[0].dtype, out.dtype)))
         elif name.endswith("adaLN_modulation"):
-            layer.register_forward_hook(lambda layer, x, out: wide.extend((x[0].dtype, part.dtype) for part in out))
+            layer.register_forward_hook(lambda layer, x, out: wide.extend((part.dtype, part.dtype) for part in out))
     with torch.no_grad():
         model(torch.randn(1, 8, 8, 8), torch.tensor([0.5]), torch.tensor([1]))
     assert products and set(products) == {(dtype, dtype)}

@@ -41,7 +41,7 @@ class Replay:
     most: int  # states that the memory holds
     failure: Callable[[], None]  # raises what a recording raises
 
-    def __init__(self, network: torch.nn.Module, inputs: Sequence[Tensor], stream: object = None) -> None:
+    def __init__(self, network: torch.nn.Module, inputs: Sequence[Tensor], place: object = None) -> None:
         type(self).failure()
         if len(inputs[0]) > self.most:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
@@ -236,7 +236,7 @@ def test_memory_that_ends_in_a_recording_halves_the_batch_and_frees_all(
     Replay.most = 4
 
     class Hiding(Replay):
-        def __init__(self, network: torch.nn.Module, inputs: Sequence[Tensor], stream: object = None) -> None:
+        def __init__(self, network: torch.nn.Module, inputs: Sequence[Tensor], place: object = None) -> None:
             try:
                 super().__init__(network, inputs)
             except RuntimeError:

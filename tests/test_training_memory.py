@@ -51,6 +51,9 @@ def test_layers_count_alike_and_checkpointing_keeps_their_inputs() -> None:
     block = kept_bytes(replace(SMALL, depth=2), torch.float32) - kept_bytes(replace(SMALL, depth=1), torch.float32)
     assert need.activations == kept_bytes(SMALL, torch.float32) + block
     assert need.activations - saving.activations == (SMALL.depth - 1) * block - SMALL.depth * 64 * 192 * 4
+    for dtype in (torch.float32, torch.bfloat16):
+        kept = [kept_bytes(replace(SMALL, depth=depth, use_checkpoint=True), dtype) for depth in (1, 2, 3)]
+        assert kept[2] - kept[1] == kept[1] - kept[0] == 64 * 192 * 4
 
 
 def test_parameters_are_those_of_the_published_model() -> None:

@@ -65,7 +65,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, width, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2).contiguous()  # (N, tokens, width)
+        tokens = self.proj(x.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)  # (N, tokens, width)
+        return tokens.contiguous()  # as what the blocks make, so that compiled code of one serves the first one, too
 
 
 class TimestepEmbedder(nn.Module):

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -117,20 +118,29 @@ class LightningDiTBlock(nn.Module):
         self.adaLN_modulation = Modulation(width, 4 if settings.wo_shift else 6)
 
     def forward(
-        self, x: Tensor, gate: Tensor, branch: Tensor, active: Tensor, rope: Rotation | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, x: Tensor, gate: Tensor | None, branch: Tensor | None, active: Tensor, rope: Rotation | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return the tokens (N, T, width) after attention, gate (N, width) and output (N, T, width) of the MLP.
 
         Args:
-            x, gate, branch: the same of the layer before; x + gate * branch are the tokens.
+            x, gate, branch: the same of the layer before; x + gate * branch are the tokens, or x alone without a gate.
             active: the condition's SiLU (N, width).
         """
-        if self.use_checkpoint and self.training:  # in here, so that compiled code has it too
-            return checkpoint(self._computed, x, gate, branch, active, rope, use_reentrant=False)
+        if self.recomputes:  # in here, so that compiled code has it too
+            return checkpoint(self._summed, x, gate, branch, active, rope, use_reentrant=False), None, None
         return self._computed(x, gate, branch, active, rope)
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether activations are computed again in the backward pass."""
+        return self.use_checkpoint and self.training
+
+    def _summed(self, *given: Any) -> Tensor:
+        """Return the tokens with the last sum, so that x is all that the next block keeps of this one."""
+        return added(*self._computed(*given))
+
     def _computed(
-        self, x: Tensor, gate: Tensor, branch: Tensor, active: Tensor, rope: Rotation | None
+        self, x: Tensor, gate: Tensor | None, branch: Tensor | None, active: Tensor, rope: Rotation | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         x = added(x, gate, branch)  # (N, T, width)
         parts = self.adaLN_modulation(active)  # (N, width) each
@@ -142,16 +152,16 @@ class LightningDiTBlock(nn.Module):
         attended = self._dropped(self.attn(modulate(self.norm1(x), shift1, scale1), rope))  # (N, T, width)
         x = added(x, gate1, attended)  # (N, T, width)
         mixed = self._dropped(self.mlp(modulate(self.norm2(x), shift2, scale2)))  # (N, T, width)
-        return x, gate2.contiguous(), mixed
+        return x, gate2.contiguous(), mixed  # contiguous as the first block's, so that one code serves all
 
     def _dropped(self, x: Tensor) -> Tensor:
         """Return x with a share of zeros in training; without dropout no random number is drawn."""
         return F.dropout(x, self.dropout) if self.dropout and self.training else x
 
 
-def added(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
-    """Return x + gate * branch for tokens x and branch (N, T, width) and a gate (N, width)."""
-    return torch.addcmul(x, gate.unsqueeze(1), branch)
+def added(x: Tensor, gate: Tensor | None, branch: Tensor | None) -> Tensor:
+    """Return x + gate * branch for tokens x and branch (N, T, width) and a gate (N, width), or x without a gate."""
+    return x if gate is None or branch is None else torch.addcmul(x, gate.unsqueeze(1), branch)
 
 
 class FinalLayer(nn.Module):
@@ -164,7 +174,7 @@ class FinalLayer(nn.Module):
         self.linear = Linear(width, settings.patch_size**2 * settings.out_channels)
         self.adaLN_modulation = Modulation(width, 2)
 
-    def forward(self, x: Tensor, gate: Tensor, branch: Tensor, active: Tensor) -> Tensor:
+    def forward(self, x: Tensor, gate: Tensor | None, branch: Tensor | None, active: Tensor) -> Tensor:
         """Return (N, T, patch^2 * out) of what the last block left; see `LightningDiTBlock.forward`."""
         x = added(x, gate, branch)  # (N, T, width)
         shift, scale = self.adaLN_modulation(active)  # (N, width) each
@@ -257,7 +267,8 @@ class LightningDiT(nn.Module):
         if a is not None:
             condition = condition + self.a_embedder(a.to(self.a_embedder.weight.dtype)).float()  # (N, width)
         active = F.silu(condition)  # (N, width), the same for all layers
-        gate = 0 * active  # (N, width): nothing is open, and the first block gets what the others get
+        # zeros that have a gradient as the other gates do: compiled code of one block then serves the first one, too
+        gate, branch = (None, None) if self.blocks[0].recomputes else (0 * active, branch)  # (N, width), (N, T, width)
         active = active.to(self.x_embedder.proj.weight.dtype)
         for block in self.blocks:
             tokens, gate, branch = block(tokens, gate, branch, active, rope)  # (N, T, width), (N, width), (N, T, width)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from LightningDiT import __version__
+from LightningDiT import models
 from LightningDiT.compiling import (
     BLOCK,
     KERNELS,
@@ -29,12 +32,12 @@ from LightningDiT.device import (
     HALF_PRECISIONS,
     Precision,
     Recording,
+    RecordingPlace,
     abilities,
     attention_by,
     attention_failure,
     float32_products,
     numeric_switches,
-    recording_stream,
 )
 from LightningDiT.errors import first_line, is_out_of_memory, warn_user
 from LightningDiT.loading import Network, guidance_of
@@ -57,7 +60,7 @@ class Networks:
         self._parts: dict[nn.Module, list[nn.Module]] = {}
         self._compiled: set[nn.Module] = set()
         self._graphs_fail = False
-        self._streams: dict[torch.device, Any] = {}
+        self._places: dict[torch.device, RecordingPlace] = {}
 
     @contextlib.contextmanager
     def under(self, plan: Plan, networks: Sequence[nn.Module]) -> Iterator[None]:
@@ -112,11 +115,12 @@ class Networks:
     def _recorded(self, network: Network, inputs: tuple[Tensor, ...]) -> Recording | None:
         try:
             device = inputs[0].device
-            if device not in self._streams:
-                self._streams[device] = recording_stream(device)
-            return Recording(network, inputs, self._streams[device])
+            if device not in self._places:
+                self._places[device] = RecordingPlace(device)
+            return Recording(network, inputs, self._places[device])
         except Exception as error:  # of the device, its libraries, or the computation
             self.drop()
+            self._places.clear()  # a recording that failed may have left its stream unusable
             causes = [error, error.__context__, error.__cause__]  # the end of a recording hides why it failed
             for cause in causes:
                 if cause is not None and is_out_of_memory(cause):
@@ -197,11 +201,20 @@ def _has_blocks(network: Network) -> bool:
     return hasattr(network, "blocks")
 
 
+@functools.cache
+def _models_digest() -> str:
+    """Return a digest of the modules of networks, whose compiled code serves the same source alone."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(models.__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 def _facts(network: Network, compiled: str, batch: int, shapes: int) -> dict[str, Any]:
     """Return what compiled code belongs to."""
     weight = next(network.parameters())
     return {
-        "project": __version__,
+        "code": _models_digest(),
         "torch": torch.__version__,
         "card": abilities(weight.device).name,
         "model": network.settings,

@@ -180,8 +180,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         losses = self.processes.mean(self._backward_within_memory(batch))
         values = torch.cat([losses, self._clip_gradient().view(1)])  # (2 or 3,)
-        arriving, is_fused = sent_to_cpu(values), self.device.type != "cpu"
-        if is_fused:  # the device itself leaves the weights as they are; so it does not wait for this process
+        arriving, is_fused = sent_to_cpu(values), self.optimizer.defaults["fused"]
+        if is_fused:  # it skips a bad step by itself, so it need not wait for the numbers
             self._update_weights(~values.isfinite().all())
         *terms, norm = fetched(arriving)
         self._require_finite(terms, norm, batch, step)
@@ -199,7 +199,7 @@ class Trainer:
 
     @torch.no_grad()
     def _update_weights(self, skipped: Tensor | None = None) -> None:
-        """Take the optimizer's step, on a GPU only where `skipped` () is not true.
+        """Take the optimizer's step; a fused one leaves weights and moments as they are where `skipped` () is true.
 
         The matrices shrink here, as AdamW does it before its step (Loshchilov and Hutter, arXiv 1711.05101), and not in
         the optimizer, whose groups, and so its checkpoints, are then the same with any decay.

@@ -131,7 +131,7 @@ class Product:
         if not isinstance(layers[0], Attention):
             return lambda: [layer(x) for layer in layers]
         rows = x.repeat(1, 1, 3).unflatten(-1, (3, layers[0].heads, -1))  # (N, T, 3, heads, head width)
-        q, k, v = rows.permute(2, 0, 3, 1, 4).unbind(0)  # (N, heads, T, head width) each, as the model's views
+        q, k, v = rows.permute(2, 0, 3, 1, 4).unbind(0)  # (N, heads, T, head width) each
         return lambda: [attend(q, k, v) for _ in layers]
 
     def flops(self, model: LightningDiT) -> int:
