@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -12,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from LightningDiT.compiling import BLOCK, WAYS
+from LightningDiT.compiling import BLOCK, CODE_FOLDER, WAYS
 from LightningDiT.config import load_config
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.models import lightningdit
@@ -200,7 +202,8 @@ def test_sampling_by_both_procedures(small_pipeline: Path, monkeypatch: pytest.M
     monkeypatch.setattr("LightningDiT.tools.benchmark.sampling.PUBLISHED_EVALUATIONS", 9)
     with pytest.warns(UserWarning, match="tf32 computes as fp32 here"):
         found = measure_gpu_sampling(QUICK, SMALL)["rows"]
-    assert [row.name for row in found[1:]] == ["ours, published, tf32", *["ours, fast, auto"] * 3]
+    fast = [f"ours, fast, auto, compile {wish}" for wish in ("on", "on", "off")]
+    assert [row.name for row in found[1:]] == ["ours, published, tf32, compile auto", *fast]
     assert [row.units for row in found] == [2, 2, 2, 1, 1]
     assert all(row.seconds for row in found), [row.note for row in found]
 
@@ -217,6 +220,31 @@ def test_a_fresh_process_prints_the_seconds_of_its_first_images(
     text = render("gpu-first", part, machine.machine(CPU, torch.float32))
     assert f"| 1 images at once, compile off, code none | {seconds['loading']:.1f} | {seconds['first']:.1f} |" in text
     assert "| no memory | no memory | no memory |" in text
+
+
+def test_fresh_processes_find_the_code_of_the_one_before(
+    small_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each wish begins with an empty folder for compiled code; a process that fails says why."""
+    folders: list[tuple[str, ...]] = []
+
+    def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        *_, config, wish, images = command
+        assert (config, options["cwd"]) == (str(small_pipeline), gpu_sampling.PROJECT)
+        code = Path(os.environ[CODE_FOLDER])
+        folders.append((wish, images, "warm" if (code / "code").exists() else "cold"))
+        (code / "code").touch()
+        if images == "4":
+            return subprocess.CompletedProcess(command, 1, "", "Error\nno memory\n")
+        return subprocess.CompletedProcess(command, 0, 'said\n{"loading": 1.0, "first": 2.0, "second": 3.0}\n', "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    found = gpu_sampling.first_results(small_pipeline, 4)
+    cold_and_warm = [("on", count, code) for count in ("1", "4") for code in ("cold", "warm")]
+    assert folders == [("off", "1", "cold"), *cold_and_warm]
+    assert [one["code"] for one in found] == ["none", "cold", "warm", "cold", "warm"]
+    assert [one.get("first") for one in found] == [2.0, 2.0, 2.0, None, None]
+    assert [one.get("failed") for one in found] == [None, None, None, "no memory", "no memory"]
 
 
 def test_a_part_of_a_gpu_goes_to_page_and_file(

@@ -45,8 +45,8 @@ WARM_UP_POINTS = 3  # of the time grid: one step without guidance and one with
 def measure_gpu_sampling(setting: Setting, model_type: str = "LightningDiT-XL/1") -> dict[str, Any]:
     """Return images from noise to pixels by the published procedure and by ours."""
     count = QUICK_COUNT if setting.quick else COUNT
-    with tempfile.TemporaryDirectory() as name, cold_code(), torch.inference_mode(False):
-        config = write_pipeline(Path(name), model_type)
+    with tempfile.TemporaryDirectory() as folder, cold_code(), torch.inference_mode(False):
+        config = write_pipeline(Path(folder), model_type)
         pipe = LightningDiTPipeline.from_config(config, setting.device)
         rows = [measured(PUBLISHED_NAME, count, partial(published_pictures, pipe, count), setting, once=True)]
         for solver, precision, images, wish in (
@@ -60,7 +60,9 @@ def measure_gpu_sampling(setting: Setting, model_type: str = "LightningDiT-XL/1"
             pipe = None  # before the next one takes memory
             pipe = LightningDiTPipeline.from_config(replace(chosen, sample=sample), setting.device)
             build = partial(our_pictures, pipe, images)
-            row = measured(f"ours, {solver}, {precision}", images, build, setting, once=solver == "published")
+            row = measured(
+                f"ours, {solver}, {precision}, compile {wish}", images, build, setting, once=solver == "published"
+            )
             rows.append(row if row.note else replace(row, note=pipe.plan(images, images).describe()))
     return {"rows": rows, "skipped": []}
 
