@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib.util
 import threading
@@ -17,7 +18,10 @@ from safetensors import SafetensorError
 from LightningDiT.device import (
     ATTENTION_KERNELS,
     HALF_PRECISIONS,
+    WARM_UPS,
     Precision,
+    Recording,
+    RecordingPlace,
     abilities,
     attention_by,
     attention_failure,
@@ -298,3 +302,59 @@ def test_one_thread_at_a_time_chooses_the_kernel_of_attention() -> None:
 
 def test_numbers_of_the_cpu_are_there_at_once() -> None:
     assert sent_to_cpu(torch.tensor([0.5, -2.0]))() == [0.5, -2.0]
+
+
+class Stream:
+    """Stands for a CUDA stream, and notes what it waits for."""
+
+    waits: list[tuple[Stream, Stream]]
+    current: Stream
+
+    def __init__(self, device: object = None) -> None:
+        self.device = device
+
+    def wait_stream(self, other: Stream) -> None:
+        self.waits.append((self, other))
+
+
+class Graph:
+    """Stands for a CUDA graph whose replay computes nothing."""
+
+    def replay(self) -> None:
+        Stream.waits.append((Stream.current, Stream.current))  # where it ran
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> type[Stream]:
+    Stream.waits, Stream.current = [], Stream()
+    stands = {"Stream": Stream, "CUDAGraph": Graph, "current_stream": lambda device=None: Stream.current}
+    contexts = ("device", "stream", "graph")
+    for name in contexts:
+        stands[name] = lambda *arguments, **options: contextlib.nullcontext()
+    for name, stand in stands.items():
+        monkeypatch.setattr(torch.cuda, name, stand)
+    return Stream
+
+
+def test_recordings_of_one_place_wait_for_each_other_on_other_streams(streams: type[Stream]) -> None:
+    """On one stream nothing waits; a recording with a place of its own waits for nobody."""
+    place, calls = RecordingPlace(torch.device("cuda")), list[int]()
+    given = torch.zeros(2)
+    first, second = (Recording(lambda x: calls.append(1) or x + 1, [given], place) for _ in range(2))
+    alone = Recording(lambda x: x + 1, [given], RecordingPlace(torch.device("cuda")))
+    assert len(calls) == 2 * (WARM_UPS + 1)
+    main, other = streams.current, Stream()
+    assert streams.waits[:4] == [(place.side, main), (main, place.side)] * 2
+    streams.waits.clear()
+    assert torch.equal(first(torch.ones(2)), given + 1)  # what was computed while it was recorded
+    second(given)
+    assert streams.waits == [(main, main)] * 2
+    streams.waits.clear()
+    streams.current = other
+    first(given)
+    assert streams.waits == [(other, main), (other, other)]
+    streams.waits.clear()
+    streams.current = main
+    second(given)
+    alone(given)
+    assert streams.waits == [(main, other), (main, main), (main, main)]
