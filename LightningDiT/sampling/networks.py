@@ -40,6 +40,7 @@ from LightningDiT.device import (
     numeric_switches,
 )
 from LightningDiT.errors import first_line, is_out_of_memory, warn_user
+from LightningDiT.files import read_bytes
 from LightningDiT.loading import Network, guidance_of
 from LightningDiT.sampling.solver_choice import Solver
 from LightningDiT.transport import jumps_of
@@ -206,7 +207,7 @@ def _models_digest() -> str:
     """Return a digest of the modules of networks, whose compiled code serves the same source alone."""
     digest = hashlib.sha256()
     for path in sorted(Path(models.__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
+        digest.update(read_bytes(path))
     return digest.hexdigest()
 
 
