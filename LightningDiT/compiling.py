@@ -264,7 +264,7 @@ def compile_forward(*modules: nn.Module) -> None:
     """
     plain = type(modules[0]).forward
     _keep_code()
-    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # they are for who asks for TF32
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # the precision tf32 asks for them
     try:
         compiled = torch.compile(plain, dynamic=False)
     except RuntimeError as error:  # older releases refuse newer Pythons, and Windows
