@@ -129,7 +129,7 @@ def lines_of(name: str, outcome: Outcome) -> Iterator[str]:
 def next_lines(
     options: argparse.Namespace, judged: Mapping[str, Judged], found: Mapping[str, Outcome]
 ) -> Iterator[str]:
-    """Yield what comes next: use of what helps, or another generator."""
+    """Yield the next steps: use the row that helps, or train another generator."""
     from LightningDiT.verdict.intervals import HELPS
     from LightningDiT.verdict.rows import ROWS
 

@@ -135,7 +135,7 @@ class Plan:
         return max(images, self.batch or 0)
 
     def plainly(self) -> Plan:
-        """Return the plan of what runs once or in float32: without graphs, compiled code and, as a rule, padding."""
+        """Return the plan for what runs once or in float32: no graphs, no compiled code and, as a rule, no padding."""
         if not self.deterministic:
             return replace(PLAIN, tf32=self.tf32, half_decoder=self.half_decoder)
         return replace(self, graphs=False, attention=self.attention and "efficient")  # which takes every precision

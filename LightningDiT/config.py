@@ -480,7 +480,7 @@ def _refuse_copies(text: str) -> None:
 
     def size(node: Any) -> int:
         if id(node) not in sizes:
-            sizes[id(node)] = 0  # an alias of what it lies in, which OmegaConf refuses
+            sizes[id(node)] = 0  # an alias of a node around it, which OmegaConf refuses
             inner = node.value if isinstance(node, yaml.CollectionNode) else []
             parts = itertools.chain(*inner) if isinstance(node, yaml.MappingNode) else inner
             sizes[id(node)] = 1 + sum(map(size, parts))

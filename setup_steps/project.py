@@ -91,7 +91,7 @@ def in_both(english: str, chinese: str) -> Iterator[str]:
 
 
 def absolute(path: Path) -> Path:
-    """Return the full path of what a person named, `~` and links resolved; raise LightningDiTError if there is no such
+    """Return the full path that a person named, `~` and links resolved; raise LightningDiTError if there is no such
     user's home or a link leads to itself.
     """
     try:
@@ -113,7 +113,7 @@ def runs_in_venv() -> bool:
 
 
 def environments() -> tuple[str, ...]:
-    """Return the names of what keeps this interpreter's packages apart; empty for a plain Python."""
+    """Return the names of the tools that keep this interpreter's packages apart; empty for a plain Python."""
     return tuple(name for name, is_here in ENVIRONMENTS if is_here())
 
 

@@ -203,7 +203,7 @@ def starts_table(figures: Figures) -> list[str]:
 
 
 def parts_table(figures: Figures) -> list[str]:
-    """Return the table of what is trained, each at its better learning rate."""
+    """Return the table of trained parts, each at its better learning rate."""
     lines = [
         f"{figures['settings']}:",
         "",

@@ -67,7 +67,7 @@ class Code:
 
     @cached_property
     def calls(self) -> dict[str, list[tuple[ast.Call, Scope]]]:
-        """Every call by the name of what is called; `super().__init__` by the name of the class around it."""
+        """Every call by the name of its function; `super().__init__` by the name of the class around it."""
         found: dict[str, list[tuple[ast.Call, Scope]]] = {}
         for scope, nodes in self.scopes:
             for node in nodes:

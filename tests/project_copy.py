@@ -1,4 +1,4 @@
-"""A clean copy of what the steps need, for tests that run them as a person does."""
+"""A clean copy of the files that the steps need, for tests that run them as a person does."""
 
 from __future__ import annotations
 

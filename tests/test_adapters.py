@@ -171,7 +171,7 @@ def test_only_a_part_is_trained_saved_and_resumed(kind: str, folder: Path, capsy
     trainer = train.Trainer(config)
     base, start = load_weights(folder / "source.safetensors"), trainer.model.state_dict()
     state = load_training_state(folder / "runs" / "whole" / "checkpoint-0000006.pt")
-    assert state["model"].keys() == set(trainer.part.names.values())  # and nothing of what is not trained
+    assert state["model"].keys() == set(trainer.part.names.values())  # and none of the frozen parameters
     assert state["ema"].keys() == first.keys()
     moved = [name for name in trainer.part.trained if not torch.equal(state["model"][name], start[name])]
     assert len(moved) == len(trainer.part.trained)

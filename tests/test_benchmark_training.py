@@ -1,4 +1,4 @@
-"""The benchmark of training: the published loop is a real counterpart of ours, and the shares are of what they say."""
+"""The benchmark of training: the published loop is a real counterpart of ours, and each share belongs to its name."""
 
 from __future__ import annotations
 

@@ -298,7 +298,7 @@ def test_numbers_with_exponents_and_merged_keys(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links of a POSIX file system")
 def test_a_configuration_in_the_cache_of_the_hub_names_files_beside_its_link(tmp_path: Path) -> None:
-    """The cache keeps files under their hashes; any other link leads to the folder of what it leads to."""
+    """The cache keeps files under their hashes; any other link counts as the folder of its target."""
     (tmp_path / "blobs").mkdir()
     (tmp_path / "snapshot").mkdir()
     for name, blob in (("config.yaml", "ab12"), ("a.safetensors", "cd34")):

@@ -383,7 +383,7 @@ def test_in_a_notebook_one_line_moves(
     shown = capsys.readouterr()
     assert shown.out == ""
     assert "\n" not in shown.err
-    line = shown.err.split("\r")[-3]  # before the one of blanks
+    line = shown.err.split("\r")[-3]  # the next one is blank
     assert line.startswith("work: ")
     assert words in line
     assert line.rstrip().endswith(", a note]")

@@ -292,7 +292,7 @@ def passes_by(path: Path) -> Iterator[str]:
 
 
 def called(call: ast.Call) -> tuple[str, str]:
-    """Return owner and name of what is called."""
+    """Return owner and name of the function called."""
     if isinstance(call.func, ast.Attribute):
         return ast.unparse(call.func.value), call.func.attr
     return "", call.func.id if isinstance(call.func, ast.Name) else ""

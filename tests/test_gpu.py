@@ -444,13 +444,14 @@ def test_no_step_waits_for_the_gpu(method: str, device: torch.device, tiny_sourc
     x = draw_noise((4, *pipe.latent_shape), [torch.Generator().manual_seed(k) for k in range(4)]).to(device)
     with torch.inference_mode(), pipe._networks.under(GRAPHS, pipe._both):
         velocity = pipe.guided(LABELS, solver.sample, GRAPHS)
-        solver.integrate(velocity, x, [])  # records
+        recorded = solver.integrate(velocity, x, []).clone()
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            solver.integrate(velocity, x, [])
+            replayed = solver.integrate(velocity, x, [])
         finally:
             torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(replayed, recorded)
 
 
 # --- compiled code and kernels
@@ -540,7 +541,7 @@ def test_a_batch_that_overflows_fp16_is_made_again_in_float32(device: torch.devi
 @on_gpu_alone
 @pytest.mark.parametrize("plan", [PLAIN, Plan(graphs=True, batch=512)], ids=["plain", "graphs"])
 def test_memory_that_ends_halves_the_batch(plan: Plan, device: torch.device, tiny_source: Path) -> None:
-    """A real allocation leaves half of what the batch needs; afterwards all memory is there again."""
+    """A real allocation leaves half of the memory that the batch needs; afterwards all memory is there again."""
     labels = [index % 3 for index in range(512)]
     pipe = opened(tiny_source, device, per_proc_batch_size=512)
     wanted = latents(pipe, PLAIN, labels)  # libraries allocate what they keep

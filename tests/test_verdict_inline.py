@@ -27,7 +27,7 @@ def test_windows_of_people_evenly_from_all_with_axes_in_rows(tmp_path: Path) -> 
 
 
 def reported(folder: Path, *difference: float) -> Path:
-    """Write a report of step 7 with results of so many numbers of images."""
+    """Write a report of step 7 with one result for each difference."""
     found = [results(one) for one in difference]
     write_report(Report(found, ("a", "b"), None, AXES, "jet", {}, None, {}, (), "python"), folder)
     return folder

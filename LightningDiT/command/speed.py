@@ -66,7 +66,7 @@ def predicted_speed(config: Config) -> Speed:
 
 
 def _forward_seconds(settings: NetworkSettings, depth: int, device: torch.device, dtype: torch.dtype) -> float:
-    """Return the seconds of a forward of an image's states through so many blocks, the least of a few."""
+    """Return the least seconds, of a few forwards of one image's states, that a network of `depth` blocks takes."""
     model = make_model(replace(settings, depth=depth)).eval().requires_grad_(False).to(device, dtype)
     shape = (STATES, settings.in_channels, settings.input_size, settings.input_size)
     state = torch.randn(shape, generator=generator_for(0)).to(device)  # (2, C, h, w)

@@ -101,7 +101,7 @@ def reading(path: Path) -> Iterator[None]:
 
 def real_numbers(values: np.ndarray) -> Tensor:
     """Return numbers as float64; raises ValueError for texts and complex numbers."""
-    kind = getattr(values, "dtype", np.dtype("S"))  # NumPy gives the bytes of what is no array
+    kind = getattr(values, "dtype", np.dtype("S"))  # NumPy gives bytes for a member that is no array
     if kind.kind not in "fiu":
         raise ValueError(f"{kind} where numbers are expected")
     return torch.from_numpy(values.astype(np.float64))

@@ -152,7 +152,7 @@ class Repository:
 
     @contextlib.contextmanager
     def errors(self, file: str | None = None, writing: bool = False) -> Iterator[None]:
-        """Turn each error of the client and of what it uses into one line.
+        """Turn each error of the client, and of the libraries below it, into one line.
 
         Args:
             file: what is asked for, for the message.

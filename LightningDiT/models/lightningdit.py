@@ -175,7 +175,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = Modulation(width, 2)
 
     def forward(self, x: Tensor, gate: Tensor | None, branch: Tensor | None, active: Tensor) -> Tensor:
-        """Return (N, T, patch^2 * out) of what the last block left; see `LightningDiTBlock.forward`."""
+        """Return (N, T, patch^2 * out) from the last block's outputs; see `LightningDiTBlock.forward`."""
         x = added(x, gate, branch)  # (N, T, width)
         shift, scale = self.adaLN_modulation(active)  # (N, width) each
         modulated = modulate(self.norm_final(x), shift, scale)  # (N, T, width)

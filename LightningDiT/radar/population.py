@@ -21,7 +21,7 @@ FEWEST_PASSES, MOST_PASSES = 3, 11
 
 @dataclass(frozen=True)
 class Spread:
-    """Standard deviations of what differs from person to person, and from pass to pass of one person."""
+    """Standard deviations of a quantity from person to person, and from pass to pass of one person."""
 
     person: float
     pass_: float
@@ -73,7 +73,7 @@ class Pass:
     sway: tuple[float, float, float]  # of a free path's direction: radians, seconds of a period, phase
     start_phase: float  # cycles
     nearest: float  # metres from the radar
-    seeds: tuple[int, ...]  # of what is drawn chirp by chirp
+    seeds: tuple[int, ...]  # of the values drawn chirp by chirp
 
 
 def rng(purpose: str, *seeds: int) -> np.random.Generator:

@@ -104,13 +104,7 @@ def prepare(
     scans, left_out = _scanned(collected)
     maps = _maps(scans, left_out, colour_map)
     _leave_out_equal(collected.windows, scans, left_out)
-    kept = [window for window in collected.windows if window.name not in left_out]
-    if not kept:
-        reason = next(iter(left_out.values()))
-        raise LightningDiTError(
-            f"none of the {len(left_out)} windows can be used, the first because it {reason}",
-            "name a folder of spectrograms",
-        )
+    kept = _used(collected, left_out)
     source = Source(collected.root, maps, db_range)
     sizes = Counter(scans[window.name].size for window in kept)
     usual = sizes.most_common(1)[0][0]
@@ -121,9 +115,7 @@ def prepare(
     is_measured = db_range is None and any(scan.unit == DB for scan in scans.values())
     if is_measured:
         db_range = source.db_range = _range(rows, source)
-    shown_levels = [source.levels(alike[at]) for at in np.linspace(0, len(alike) - 1, COLUMNS_SEEN).astype(int)]
-    colours = maps[alike[0].name] != DB
-    columns = native_columns([levels for levels in shown_levels if levels is not None]) if colours else None
+    columns = _columns(alike, source) if maps[alike[0].name] != DB else None
     notes = list(collected.notes)
     splits = _splits_of_data(collected, notes)
     return Prepared(
@@ -144,6 +136,23 @@ def prepare(
         splits,
         notes,
     )
+
+
+def _used(collected: Collected, left_out: Mapping[str, str]) -> list[Window]:
+    """Return the windows that are not left out; raise LightningDiTError if none is there."""
+    kept = [window for window in collected.windows if window.name not in left_out]
+    if not kept:
+        raise LightningDiTError(
+            f"none of the {len(left_out)} windows can be used, the first because it {next(iter(left_out.values()))}",
+            "name a folder of spectrograms",
+        )
+    return kept
+
+
+def _columns(alike: Sequence[Window], source: Source) -> Columns | None:
+    """Return the native time columns of images of one size, seen in `COLUMNS_SEEN` of them."""
+    seen = [source.levels(alike[at]) for at in np.linspace(0, len(alike) - 1, COLUMNS_SEEN).astype(int)]
+    return native_columns([levels for levels in seen if levels is not None])
 
 
 def _scanned(collected: Collected) -> tuple[dict[str, Scan], dict[str, str]]:

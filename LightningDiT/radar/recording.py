@@ -13,7 +13,7 @@ from LightningDiT.radar.scatterers import scatterers
 from LightningDiT.radar.sensor import Complex, Sensor, echo, spectrogram, without_clutter
 
 NOISE = 0.04  # mean square of one chirp's noise, in square metres as a cross section at the nearest range
-CLUTTER, CLUTTER_DRIFT = 3.0, 0.002  # amplitude of what stands still, and its change per dB of the gain's drift
+CLUTTER, CLUTTER_DRIFT = 3.0, 0.002  # amplitude of the still surroundings, and its change per dB of the gain's drift
 LOST = 0.01  # share of windows inside a pass that the recording lacks
 
 

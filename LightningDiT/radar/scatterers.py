@@ -80,7 +80,7 @@ def ground_path(walk: Pass, times: Array) -> tuple[Array, Array]:
 
 
 def body_joints(walk: Pass, times: Array) -> dict[str, Array]:
-    """Return the joints (T, 3) about the walker's place, with those of what is carried."""
+    """Return the joints (T, 3) about the walker's place, with those of the objects carried."""
     rv = relative_speed(walk)
     style, body = walk.style, walk.person.body
     phase = walk.start_phase + times / cycle_seconds(rv, style.cadence)

@@ -222,7 +222,6 @@ def sample_run(
     asked = Asked(
         labels, numbers_of_conditions(pipe.conditions, conditions, len(labels), pipe.null_failure), seed, folder, paths
     )
-    made, nfe, interrupted = 0, 0, False
     with contextlib.ExitStack() as stack:
         opened = _missing_batches(pipe, asked, processes.count)
         plan, batches = processes.from_main(lambda: stack.enter_context(opened))
@@ -234,24 +233,36 @@ def sample_run(
         if shown:
             shown.start(pipe, seed, batches[0])
         sampler = _BatchSampler(pipe, asked, progress, shown)
-        for first in range(0, len(batches), processes.count):
-            turn = batches[first : first + processes.count]
-
-            def report(turn: list[list[int]] = turn) -> tuple[dict[str, str], int, bool, bool]:
-                return *sampler.sample(turn, processes.rank), time.monotonic() > deadline, stop.asked
-
-            saved, evaluations, over, stopped = zip(*processes.share(report), strict=True)
-            new = dict(pair for some in saved for pair in some.items())
-            processes.from_main(partial(append_text, folder / DIGESTS, _digest_lines(new)))
-            made, nfe, interrupted = made + len(new), max(evaluations), any(stopped)
-            if shown and first == 0:
-                shown.save()
-            if interrupted or any(over):
-                break
-        else:
-            processes.from_main(lambda: _require_all(folder, paths))
+        made, nfe, interrupted = _sample_in_turns(sampler, batches, processes, deadline, stop)
     there = [path if _is_there(path) else None for path in paths]
     return RunResult(there, made, nfe, time.monotonic() - started, interrupted)
+
+
+def _sample_in_turns(
+    sampler: _BatchSampler, batches: Sequence[list[int]], processes: Processes, deadline: float, stop: StopRequest
+) -> tuple[int, int, bool]:
+    """Sample one batch a process at a time until all are done, the time is over or somebody asks to stop.
+
+    Returns:
+        The number of images made, the evaluations of each in the last turn, and whether a request stopped it.
+    """
+    asked, made, nfe = sampler.asked, 0, 0
+    for first in range(0, len(batches), processes.count):
+        turn = batches[first : first + processes.count]
+
+        def report(turn: list[list[int]] = turn) -> tuple[dict[str, str], int, bool, bool]:
+            return *sampler.sample(turn, processes.rank), time.monotonic() > deadline, stop.asked
+
+        saved, evaluations, over, stopped = zip(*processes.share(report), strict=True)
+        new = dict(pair for some in saved for pair in some.items())
+        processes.from_main(partial(append_text, asked.folder / DIGESTS, _digest_lines(new)))
+        made, nfe = made + len(new), max(evaluations)
+        if sampler.preview and first == 0:
+            sampler.preview.save()
+        if any(stopped) or any(over):
+            return made, nfe, any(stopped)
+    processes.from_main(lambda: _require_all(asked.folder, asked.paths))
+    return made, nfe, False
 
 
 @dataclass(frozen=True)

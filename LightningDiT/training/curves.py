@@ -49,7 +49,7 @@ def read_log(path: str | Path) -> list[Row]:
 
 
 def quantities(runs: Mapping[str, list[Row]]) -> list[str]:
-    """Return the names of what the runs logged and has a panel, in the order of their first appearance."""
+    """Return the names of logged quantities that have a panel, in the order of their first appearance."""
     names = [name for rows in runs.values() for row in rows for name in row]
     beside = {second for first, (second, _) in BESIDE.items() if first in names}
     return [name for name in dict.fromkeys(names) if name not in {*HIDDEN, *beside}]

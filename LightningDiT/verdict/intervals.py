@@ -99,9 +99,9 @@ class PassBootstrap:
     Cochran, Sampling Techniques, 1977, section 5A.12), which errs towards wide intervals.
 
     **Trainings.** The mean of S trainings and P passes has the variance `a / P + b / S + e / (P S)`: of passes, of
-    trainings, and of what a training does to one pass alone. Passes vary by `a + e / S`, so that the pass bootstrap of
+    trainings, and of the interaction of a training with one pass. Passes vary by `a + e / S`, so the pass bootstrap of
     the mean over trainings has the first and the last part. `b / S` is the variance of the trainings' means over S,
-    less the last part, which it has too, and which the passes tell within each training (variance components of a
+    less the last part: that variance has it too, and the passes tell it within each training (variance components of a
     crossed design; two-way clustering of Cameron, Gelbach and Miller, JBES 29, 2011). It is 0 at least. Few trainings
     have few resamples, so their level is a normal distribution of that variance, added to each resample of passes.
 
@@ -228,8 +228,8 @@ def _weights(strata: Numbers, resamples: int, rng: np.random.Generator) -> Float
 def conclude(difference: Interval, wanted: float = WANTED) -> Verdict:
     """Return what a difference in accuracy means.
 
-    It helps (or hurts) if the interval lies above (below) 0, and the data can show a difference of `wanted` or of what
-    was found. Else, if the data cannot show `wanted`, there is no verdict, whatever was found: among small samples the
+    It helps (or hurts) if the interval lies above (below) 0, and the data can show a difference of `wanted` or of the
+    size found. Else, if the data cannot show `wanted`, there is no verdict, whatever was found: among small samples the
     differences that look significant are mostly too large. Else it does not help. Nor is there a verdict on one
     training of each row, since nothing tells how much another one differs.
     """

@@ -321,7 +321,7 @@ def filter_gain(results: Results) -> float | None:
 
 
 def mean_filter(found: Sequence[FilterReport]) -> FilterReport:
-    """Return the means of what the filters of folds did; of each person, over the folds that have windows of it."""
+    """Return the mean filter report over folds; for each person, over the folds that have windows of that person."""
     people = {person for one in found for person in one.people}
     shares = {
         person: float(np.mean([one.people[person] for one in found if person in one.people]))

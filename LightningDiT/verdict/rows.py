@@ -120,7 +120,7 @@ class Generated:
 def taken(generated: Generated, people: Tensor, times: int) -> Tensor:
     """Return the rows (K,) of the generated windows that join real windows of `people` (N,), `times` for each.
 
-    The first ones of each person, with the conditions in turn: what is taken for 1 is part of what is taken for 2.
+    The first ones of each person, with the conditions in turn, so the windows for 1 are among the windows for 2.
     There are fewer where fewer were generated.
     """
     rows = []

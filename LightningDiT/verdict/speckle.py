@@ -47,7 +47,7 @@ class Speckle:
 
 
 def fit_speckle(real: Tensor, reconstructions: Tensor) -> Speckle:
-    """Return the model of what reconstructions (N, 1, H, W) lack of their windows, of the same shape, in [-1, 1]."""
+    """Return the model of the texture that reconstructions (N, 1, H, W) lost from windows of that shape, in [-1, 1]."""
     smooth = reconstructions.double()
     lost, flat = (real.double() - smooth).flatten(), smooth.flatten()
     parts = [part for part in flat.argsort().tensor_split(BINS) if len(part)]

@@ -100,7 +100,7 @@ class Plan:
         return self.folder / "parts/split.json"
 
     def few(self, images: int) -> Path:
-        """Return the split in which each person has so many training windows."""
+        """Return the split in which each person has `images` training windows."""
         return self.folder / f"few-{images}" / "split.json"
 
     def latents(self, cell: Cell, part: str) -> Path:

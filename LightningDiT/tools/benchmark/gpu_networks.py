@@ -217,7 +217,7 @@ def decoding(
 
 
 def lively_tokenizer(config: TokenizerConfig, folder: Path) -> Path:
-    """Write a tokenizer with random weights that keep the size of what goes through, and return the file."""
+    """Write a tokenizer with random weights under which activations neither grow nor shrink, and return the file."""
     with without_values():
         model = AutoencoderKL(autoencoder_settings(config))
     generator = generator_for(0)

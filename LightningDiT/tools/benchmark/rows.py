@@ -69,7 +69,7 @@ def measured(
     trains: bool = False,
     once: bool = False,
 ) -> Row:
-    """Return the row of what `build` prepares: its result does it once, and both together are the first run.
+    """Return the row of a computation. `build` returns a function that runs it once; both are timed as the first run.
 
     Args:
         flops: operations of the products of one run.
