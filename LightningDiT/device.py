@@ -95,9 +95,10 @@ def usable_device(name: torch.device | str) -> torch.device:
 
 
 def release_memory() -> None:
-    """Return the memory that torch keeps for later tensors to the device."""
+    """Return the memory that torch keeps for later tensors to the device, after a recording of another thread."""
     if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+        with _RECORDING, contextlib.suppress(RuntimeError):  # before 2.8, torch refuses after a recording that failed
+            torch.cuda.empty_cache()
 
 
 def ready_for(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
@@ -214,62 +215,57 @@ class Recording:
 
     A call copies its arguments to where the recorded kernels read, and runs these. The result lies in the same memory
     after every call, so the caller copies what it keeps. The kernels read weights from where they lay during the
-    recording. One thread at a time may call.
+    recording. One thread at a time may call, on any stream: the later call waits for the earlier one on the GPU.
 
     Args:
         function: computes without asking for a value of the device.
         inputs: tensors of the shapes of all later calls, on one device.
-        place: where other recordings were made that never run at the same time; by default a place of its own.
 
     Raises:
         RuntimeError: the computation cannot be recorded, or memory runs out.
     """
 
-    def __init__(
-        self,
-        function: Callable[..., torch.Tensor],
-        inputs: Sequence[torch.Tensor],
-        place: RecordingPlace | None = None,
-    ) -> None:
+    def __init__(self, function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor]) -> None:
         self._inputs = [value.clone() for value in inputs]
         self._graph = torch.cuda.CUDAGraph()
         with _RECORDING, torch.cuda.device(self._inputs[0].device):
-            self._place = place or RecordingPlace(self._inputs[0].device)
-            current, side = self._place.entered(), self._place.side
-            side.wait_stream(current)
-            with torch.cuda.stream(side):
-                for _ in range(WARM_UPS):
-                    function(*self._inputs)
-            # other threads may allocate meanwhile
-            with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
-                self._output = function(*self._inputs)
-            current.wait_stream(side)
+            self._last, side = torch.cuda.current_stream(), torch.cuda.Stream()
+            side.wait_stream(self._last)
+            try:
+                with torch.cuda.stream(side):
+                    for _ in range(WARM_UPS):
+                        function(*self._inputs)
+                # other threads may allocate meanwhile
+                with _own_work_space(), torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
+                    self._output = function(*self._inputs)
+            finally:
+                torch.cuda.set_stream(self._last)  # torch stays on the side stream if the recording cannot be ended
+            self._last.wait_stream(side)
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         with torch.cuda.device(self._inputs[0].device):
-            self._place.entered()
+            stream = torch.cuda.current_stream()
+            if stream != self._last:  # the last result may still be copied there
+                stream.wait_stream(self._last)
+                self._last = stream
             for own, given in zip(self._inputs, inputs, strict=True):
                 own.copy_(given, non_blocking=True)
             self._graph.replay()
         return self._output
 
 
-class RecordingPlace:
-    """The stream on which recordings of a GPU are made. Those of one place share the work space of libraries (that of
-    cuBLAS has 32 MB on an H100), so they run one after another, on whatever streams they are called.
+@contextlib.contextmanager
+def _own_work_space() -> Iterator[None]:
+    """Let the products of a recording take their work space (32 MB on an H100) from the recording's own memory.
+
+    That of the stream would outlive the recording, and from torch 2.14 on be freed with any other recording of the
+    stream, while this one still writes there.
     """
-
-    def __init__(self, device: torch.device) -> None:
-        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._last: Any = None
-
-    def entered(self) -> Any:
-        """Return the current stream, which from here on waits for what the place computed last on another one."""
-        stream = torch.cuda.current_stream()
-        if self._last is not None and stream != self._last:  # what copies the last result may still run there
-            stream.wait_stream(self._last)
-        self._last = stream
-        return stream
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import importlib.util
 import threading
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,13 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from LightningDiT import device
 from LightningDiT.device import (
     ATTENTION_KERNELS,
     HALF_PRECISIONS,
     WARM_UPS,
     Precision,
     Recording,
-    RecordingPlace,
     abilities,
     attention_by,
     attention_failure,
@@ -307,54 +308,88 @@ def test_numbers_of_the_cpu_are_there_at_once() -> None:
 class Stream:
     """Stands for a CUDA stream, and notes what it waits for."""
 
-    waits: list[tuple[Stream, Stream]]
     current: Stream
 
     def __init__(self, device: object = None) -> None:
         self.device = device
 
     def wait_stream(self, other: Stream) -> None:
-        self.waits.append((self, other))
+        Graph.events.append((self, other))
 
 
 class Graph:
-    """Stands for a CUDA graph whose replay computes nothing."""
+    """Stands for a CUDA graph whose replay computes nothing, and for the block that records it."""
+
+    events: list[object]
+    fails: bool
 
     def replay(self) -> None:
-        Stream.waits.append((Stream.current, Stream.current))  # where it ran
+        self.events.append(("replayed on", Stream.current))
+
+    @classmethod
+    @contextlib.contextmanager
+    def recorded(cls, graph: Graph, stream: Stream, capture_error_mode: str) -> Iterator[None]:
+        before, Stream.current = Stream.current, stream
+        cls.events.append("begin")
+        yield
+        cls.events.append("end")
+        if cls.fails:
+            raise RuntimeError("invalid capture")  # as torch does, which then stays on the stream
+        Stream.current = before
 
 
 @pytest.fixture
-def streams(monkeypatch: pytest.MonkeyPatch) -> type[Stream]:
-    Stream.waits, Stream.current = [], Stream()
-    stands = {"Stream": Stream, "CUDAGraph": Graph, "current_stream": lambda device=None: Stream.current}
-    contexts = ("device", "stream", "graph")
-    for name in contexts:
-        stands[name] = lambda *arguments, **options: contextlib.nullcontext()
+def graphs(monkeypatch: pytest.MonkeyPatch) -> type[Graph]:
+    Graph.events, Graph.fails, Stream.current = [], False, Stream()
+    nothing = {name: lambda *arguments: contextlib.nullcontext() for name in ("device", "stream")}
+    stands = {"Stream": Stream, "CUDAGraph": Graph, "graph": Graph.recorded, **nothing}
+    stands["current_stream"] = lambda device=None: Stream.current
+    stands["set_stream"] = lambda stream: setattr(Stream, "current", stream)
     for name, stand in stands.items():
         monkeypatch.setattr(torch.cuda, name, stand)
-    return Stream
+    clear = "_cuda_clearCublasWorkspaces"
+    monkeypatch.setattr(torch._C, clear, lambda: Graph.events.append("work space is freed"), raising=False)
+    return Graph
 
 
-def test_recordings_of_one_place_wait_for_each_other_on_other_streams(streams: type[Stream]) -> None:
-    """On one stream nothing waits; a recording with a place of its own waits for nobody."""
-    place, calls = RecordingPlace(torch.device("cuda")), list[int]()
-    given = torch.zeros(2)
-    first, second = (Recording(lambda x: calls.append(1) or x + 1, [given], place) for _ in range(2))
-    alone = Recording(lambda x: x + 1, [given], RecordingPlace(torch.device("cuda")))
-    assert len(calls) == 2 * (WARM_UPS + 1)
-    main, other = streams.current, Stream()
-    assert streams.waits[:4] == [(place.side, main), (main, place.side)] * 2
-    streams.waits.clear()
-    assert torch.equal(first(torch.ones(2)), given + 1)  # what was computed while it was recorded
-    second(given)
-    assert streams.waits == [(main, main)] * 2
-    streams.waits.clear()
-    streams.current = other
-    first(given)
-    assert streams.waits == [(other, main), (other, other)]
-    streams.waits.clear()
-    streams.current = main
-    second(given)
-    alone(given)
-    assert streams.waits == [(main, other), (main, main), (main, main)]
+def test_a_recording_has_its_own_work_space_and_waits_on_another_stream(graphs: type[Graph]) -> None:
+    calls, given, main = list[int](), torch.zeros(2), Stream.current
+    recording = Recording(lambda x: calls.append(1) or x + 1, [given])
+    assert len(calls) == WARM_UPS + 1
+    (side, waited), *recorded, returned = graphs.events
+    assert (waited, returned) == (main, (main, side))
+    assert recorded == ["work space is freed", "begin", "end", "work space is freed"]
+
+    def events(stream: Stream) -> list[object]:
+        graphs.events.clear()
+        Stream.current = stream
+        assert torch.equal(recording(torch.ones(2)), given + 1)  # what was computed while it was recorded
+        return graphs.events
+
+    other = Stream()
+    assert events(main) == [("replayed on", main)]
+    assert events(other) == [(other, main), ("replayed on", other)]
+    assert events(other) == [("replayed on", other)]
+    assert events(main) == [(main, other), ("replayed on", main)]
+
+
+def test_a_recording_that_cannot_be_ended_leaves_the_stream_as_it_was(graphs: type[Graph]) -> None:
+    graphs.fails, main = True, Stream.current
+    with pytest.raises(RuntimeError, match="invalid capture"):
+        Recording(lambda x: x + 1, [torch.zeros(2)])
+    assert Stream.current is main
+    assert graphs.events[1:] == ["work space is freed", "begin", "end", "work space is freed"]
+
+
+def test_memory_is_released_after_the_recording_of_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a torch that refuses, because a recording failed before, is no error."""
+    held = list[bool]()
+
+    def empty_cache() -> None:
+        held.append(not device._RECORDING.acquire(blocking=False))
+        raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
+    device.release_memory()
+    assert held == [True]

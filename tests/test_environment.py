@@ -146,15 +146,21 @@ def test_step1_installs_checks_and_repairs_in_a_fresh_environment(place: Place) 
     assert "tinyprobe==3.0: tinyprobe==3.0 is not available" in failed.stderr.splitlines()[-1]
 
 
-def test_what_is_there_is_taken_if_it_is_tested_or_works(place: Place) -> None:
-    """Versions inside and outside the ranges, offline and with some wheels, beside packages that need others."""
+def with_torch_and_an_old_probe(place: Place) -> tuple[str, str]:
+    """Install torch and a tinyprobe below its range, and return the option by which pip finds the wheels."""
     (place.root / "bin" / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
     (place.folder / "requirements.txt").write_text(f"{PINS}accelerate==1.15.0\n")
     make_torch(place.wheels, "2.14.1", "0.29.1", "13.0", "sm_60")
-    make_wheel(place.wheels, "tinyuser", "1.0", "", "tinyprobe<1.5")
-    make_wheel(place.wheels, "accelerate", "1.2.1", "")
     given = ("--find-links", str(place.wheels))
     place.pip("install", *given, "torch", "torchvision", "tinyprobe==1.0")
+    return given
+
+
+def test_what_is_there_is_taken_if_it_is_tested_or_works(place: Place) -> None:
+    """Versions inside and outside the ranges, offline and with some wheels, beside packages that need others."""
+    make_wheel(place.wheels, "tinyuser", "1.0", "", "tinyprobe<1.5")
+    make_wheel(place.wheels, "accelerate", "1.2.1", "")
+    given = with_torch_and_an_old_probe(place)
 
     # Nothing can be installed, and all that steps 2 to 4 need imports.
     offline = place.step()
@@ -196,8 +202,10 @@ def test_what_is_there_is_taken_if_it_is_tested_or_works(place: Place) -> None:
     )
     assert place.constraints == ["torch==2.14.1", "torchvision==0.29.1", "tinyprobe==1.0", "accelerate==1.2.1"]
 
-    # What the wanted version brings breaks what another package requires.
-    place.pip("uninstall", "-y", "tinyuser")
+
+def test_a_requirement_that_the_wanted_version_breaks_is_said(place: Place) -> None:
+    """The wanted tinyprobe brings another helper than an installed package requires."""
+    with_torch_and_an_old_probe(place)
     more = place.root / "more"
     make_wheel(more, "helper", "1.0", "")
     make_wheel(more, "helper", "2.0", "")

@@ -32,7 +32,6 @@ from LightningDiT.device import (
     HALF_PRECISIONS,
     Precision,
     Recording,
-    RecordingPlace,
     abilities,
     attention_by,
     attention_failure,
@@ -61,7 +60,6 @@ class Networks:
         self._parts: dict[nn.Module, list[nn.Module]] = {}
         self._compiled: set[nn.Module] = set()
         self._graphs_fail = False
-        self._places: dict[torch.device, RecordingPlace] = {}
 
     @contextlib.contextmanager
     def under(self, plan: Plan, networks: Sequence[nn.Module]) -> Iterator[None]:
@@ -115,13 +113,9 @@ class Networks:
 
     def _recorded(self, network: Network, inputs: tuple[Tensor, ...]) -> Recording | None:
         try:
-            device = inputs[0].device
-            if device not in self._places:
-                self._places[device] = RecordingPlace(device)
-            return Recording(network, inputs, self._places[device])
+            return Recording(network, inputs)
         except Exception as error:  # of the device, its libraries, or the computation
             self.drop()
-            self._places.clear()  # a recording that failed may have left its stream unusable
             causes = [error, error.__context__, error.__cause__]  # the end of a recording hides why it failed
             for cause in causes:
                 if cause is not None and is_out_of_memory(cause):
