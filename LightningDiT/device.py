@@ -27,7 +27,6 @@ TF32 = "tf32"  # a precision of sampling: float32 weights, products of inputs wi
 HALF_PRECISIONS = (torch.bfloat16, torch.float16)
 NATIVE_BF16 = (8, 0)  # compute capability from which bfloat16 is native and not emulated
 HAS_TF32 = (8, 0)
-ALLOW_TF32 = "allow_tf32"  # torch's switch; releases from 2.9 on have finer ones, and parts of them still read this
 TRITON_NEEDS = (7, 0)  # compute capability
 #: torch's kernels of `scaled_dot_product_attention` by our names.
 ATTENTION_KERNELS = {
@@ -312,7 +311,7 @@ def numeric_switches() -> tuple[object, ...]:
     """Return the state of torch's switches that give the same computation other kernels."""
     matmul = torch.backends.cuda.matmul
     tf32 = getattr(matmul, "fp32_precision", None) or matmul.allow_tf32
-    return tf32, torch.is_autocast_enabled(), torch.are_deterministic_algorithms_enabled()
+    return tf32, torch.are_deterministic_algorithms_enabled()
 
 
 @contextlib.contextmanager
@@ -327,28 +326,57 @@ def float32_products(device: torch.device, tf32: bool) -> Iterator[None]:
         return
     with _SWITCHES:
         _use_up_warning()
-        before = [(holder, name, _state(holder, name)) for holder, name in _float32_switches()]
+        before = _Float32Switches.read()
         try:
-            for holder, name, _ in before:
-                setattr(holder, name, tf32 if name == ALLOW_TF32 else (TF32 if tf32 else "ieee"))
+            finer = (TF32 if tf32 else "ieee",) * len(before.finer)  # the CPU's too: torch wants the two alike
+            _Float32Switches("high" if tf32 else "highest", tf32, finer).set()
             yield
         finally:
-            for holder, name, value in before:
-                setattr(holder, name, value)
+            before.set()
 
 
-def _float32_switches() -> list[tuple[Any, str]]:
-    """Return holder and name of torch's switches for float32 on a GPU, in the order of setting: later ones win."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    finer = (matmul, cudnn.conv, cudnn.rnn) if hasattr(torch.backends, "fp32_precision") else ()
-    return [(matmul, ALLOW_TF32), (cudnn, ALLOW_TF32), *((holder, "fp32_precision") for holder in finer)]
+@dataclass(frozen=True)
+class _Float32Switches:
+    """torch's switches for float32.
 
+    Attributes:
+        products: torch's name of a precision; setting it sets finer switches of products, those of the CPU too.
+        convolutions: whether cuDNN takes TF32 inputs.
+        finer: from torch 2.9 on, the switches of `_holders`.
+    """
 
-def _state(holder: Any, name: str) -> Any:
-    try:
-        return getattr(holder, name)
-    except RuntimeError:  # finer switches are in a state that the old one does not have, which is then torch's own
-        return holder is torch.backends.cudnn
+    products: str
+    convolutions: bool
+    finer: tuple[str, ...]
+
+    @classmethod
+    def read(cls) -> _Float32Switches:
+        """Return the switches as they are."""
+        finer = tuple(holder.fp32_precision for holder in cls._holders())
+        try:
+            products = torch.get_float32_matmul_precision()
+        except RuntimeError:  # the finer switch was set alone, and contradicts this one
+            products = "highest" if finer[0] == TF32 else "high"
+        try:
+            convolutions = torch.backends.cudnn.allow_tf32
+        except RuntimeError:  # the finer ones contradict it
+            convolutions = True  # torch's own choice
+        return cls(products, convolutions, finer)
+
+    def set(self) -> None:
+        """Set all switches, the finer ones last."""
+        torch.set_float32_matmul_precision(self.products)
+        torch.backends.cudnn.allow_tf32 = self.convolutions
+        for holder, value in zip(self._holders(), self.finer, strict=True):
+            holder.fp32_precision = value
+
+    @staticmethod
+    def _holders() -> tuple[Any, ...]:
+        """Return the holders of finer switches: three of the GPU, one of the CPU; none before torch 2.9."""
+        backends = torch.backends
+        if not hasattr(backends, "fp32_precision"):
+            return ()
+        return backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul
 
 
 @functools.cache
@@ -356,8 +384,7 @@ def _use_up_warning() -> None:
     """Read the switches and set them as they are: some releases of torch warn once of the old ones."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for holder, name, value in [(holder, name, _state(holder, name)) for holder, name in _float32_switches()]:
-            setattr(holder, name, value)
+        _Float32Switches.read().set()
 
 
 @dataclass(frozen=True)

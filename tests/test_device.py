@@ -91,14 +91,32 @@ def float32_switches() -> dict[str, object]:
     found = {"matmul": matmul.allow_tf32, "cudnn": cudnn.allow_tf32, "name": torch.get_float32_matmul_precision()}
     if hasattr(torch.backends, "fp32_precision"):  # from torch 2.9 on
         found |= {"new": (matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision)}
+        found |= {"cpu": torch.backends.mkldnn.matmul.fp32_precision}
     return found
+
+
+@pytest.fixture
+def own_products() -> Iterator[None]:
+    """Whatever a test chooses, the switches of products are as before afterwards."""
+    backends, name = torch.backends, torch.get_float32_matmul_precision()
+    holders = [backends.cuda.matmul, backends.mkldnn.matmul] if hasattr(backends, "fp32_precision") else []
+    finer = [holder.fp32_precision for holder in holders]
+    yield
+    torch.set_float32_matmul_precision(name)
+    for holder, value in zip(holders, finer, strict=True):
+        holder.fp32_precision = value
 
 
 @pytest.mark.parametrize("tf32", [True, False])
 @pytest.mark.parametrize("fails", [True, False])
-def test_products_are_exact_or_of_tf32_within_a_block(tf32: bool, fails: bool) -> None:
+@pytest.mark.parametrize("chosen", ["highest", "high", "medium"])
+@pytest.mark.usefixtures("own_products")
+def test_products_are_exact_or_of_tf32_within_a_block(chosen: str, tf32: bool, fails: bool) -> None:
     """Every switch, of products and of convolutions, says the same, whatever torch or the user had chosen."""
-    gpu, before = torch.device("cuda"), float32_switches()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of some releases, once
+        torch.set_float32_matmul_precision(chosen)
+        gpu, before = torch.device("cuda"), float32_switches()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         try:

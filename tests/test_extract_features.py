@@ -36,6 +36,7 @@ from LightningDiT.files import LOCK, UNFINISHED
 from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from LightningDiT.seeds import generator_for
 from LightningDiT.tokenizer import vavae
+from LightningDiT.tokenizer.autoencoder import AutoencoderKL, DiagonalGaussian
 from LightningDiT.tokenizer.latent_space import KEY, encoder_values
 from LightningDiT.tokenizer.latents import LatentStats
 from LightningDiT.tokenizer.vavae import VA_VAE
@@ -206,6 +207,24 @@ def test_a_set_of_broken_files_alone_is_one_line(tiny_folder: Path, tmp_path: Pa
     with pytest.raises(LightningDiTError, match="none of the 1 images of .* can be read"):
         main(command(tiny_folder, *options))
     assert not (tmp_path / "latents" / "latents_stats.pt").exists()
+
+
+@pytest.mark.parametrize("size", ["1", "4", "11"])
+def test_images_meet_the_encoder_in_groups_of_one_size(
+    size: str, tiny_folder: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the batch size: a GPU takes more of them at once, and then the last bits depend on their number."""
+    groups, encode = list[int](), AutoencoderKL.encode
+
+    def counted(self: AutoencoderKL, pictures: torch.Tensor) -> DiagonalGaussian:
+        groups.append(len(pictures))
+        return encode(self, pictures)
+
+    monkeypatch.setattr(VA_VAE, "images_at_once", lambda self, pixels: 3)
+    monkeypatch.setattr(AutoencoderKL, "encode", counted)
+    options = ("--images", images, "--output", tmp_path / "latents", "--shard-size", "11", "--batch-size", size)
+    assert main(command(tiny_folder, *options)) == 0
+    assert groups == [3, 3, 3, 2]
 
 
 def test_latents_do_not_depend_on_the_batch_size(

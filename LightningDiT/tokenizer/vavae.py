@@ -172,13 +172,17 @@ class VA_VAE:  # noqa: N801 - the published name
             images = [self.model.decode(chunk).float() for chunk in self._chunks(latents, size)]
         return torch.cat(images).contiguous()
 
+    def images_at_once(self, pixels: int) -> int:
+        """Return how many images of `pixels` pixels each are computed at once: last bits depend on it on a GPU."""
+        return images_at_once(pixels, self.device.type != "cpu")
+
     def _most(self, values: Tensor, scale: int) -> int:
         """Return how many images or latents (N, C, H, W) are computed at once.
 
         Args:
             scale: side of a position in pixels: 1 for images, the downsampling factor for latents.
         """
-        return images_at_once(values.shape[-2] * values.shape[-1] * scale**2, self.device.type != "cpu")
+        return self.images_at_once(values.shape[-2] * values.shape[-1] * scale**2)
 
     def _chunks(self, values: Tensor, size: int) -> Iterator[Tensor]:
         """Yield images or latents (N, C, H, W), `size` of them at once, on the network's device and in `LAYOUT`."""

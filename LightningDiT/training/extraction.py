@@ -56,7 +56,7 @@ from LightningDiT.seeds import generator_for
 from LightningDiT.tokenizer.autoencoder import DiagonalGaussian
 from LightningDiT.tokenizer.latent_space import KEY, encoder_values
 from LightningDiT.tokenizer.latents import Moments
-from LightningDiT.tokenizer.vavae import VA_VAE, images_at_once
+from LightningDiT.tokenizer.vavae import VA_VAE
 from LightningDiT.training.run_dir import require_form
 
 STATS_NAME = "latents_stats.pt"
@@ -237,7 +237,7 @@ class _ShardMaker:
 
     def __init__(self, images: ImageSet, tokenizer: VA_VAE, output: Path, settings: ExtractionSettings) -> None:
         self.images, self.tokenizer, self.output, self.settings = images, tokenizer, output, settings
-        group = images_at_once(settings.image_size**2)
+        group = tokenizer.images_at_once(settings.image_size**2)
         self.batch_size = -(-settings.batch_size // group) * group
         side = settings.image_size // tokenizer.downsample_factor
         self.shape = (tokenizer.embed_dim, side, side)
