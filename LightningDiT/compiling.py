@@ -47,8 +47,8 @@ class Way:
 
 
 #: Forwards of LightningDiT-XL/1 in bf16 with torch 2.11: without graphs on an H100, in an earlier state of this code;
-#: by graphs on an H200, where the first result by compiled code includes the decoder's. On slower GPUs a second of
-#: compiling gains more.
+#: by graphs on an H200, where the first result by compiled code includes the decoder's. A slower GPU saves more seconds
+#: for the same time of compiling.
 WAYS = (
     Way("", False, 0, 0, 20.4),
     Way(BLOCK, False, 11, 4, 11.2),
@@ -230,7 +230,7 @@ def _compiled(work: Work, machine: Abilities, wish: str, warm: Collection[str]) 
     if wish == "on":
         return best.compiled, "compile is on"
     if machine.capability is None:
-        return "", "on a CPU compiling pays for long runs of small models alone: docs/compile.md"
+        return "", "on a CPU compiling pays only for long runs of small models: docs/compile.md"
     for kept in (WHOLE, BLOCK):
         if kept in warm and kept in ways:
             return kept, "an earlier run left the compiled code"
@@ -252,6 +252,9 @@ def _has(machine: Abilities, kernel: Kernel) -> bool:
 # ---- torch.compile
 
 
+MOST_SHAPES = 64  # of inputs that one process compiles a network for
+
+
 class CompiledForward(partial):
     """A forward that `uncompiled` takes away for a while."""
 
@@ -264,6 +267,7 @@ def compile_forward(*modules: nn.Module) -> None:
     """
     plain = type(modules[0]).forward
     _keep_code()
+    _allow_shapes()
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # the precision tf32 asks for them
     try:
         compiled = torch.compile(plain, dynamic=False)
@@ -284,6 +288,14 @@ def compile_forward(*modules: nn.Module) -> None:
 
     for module in modules:
         module.forward = CompiledForward(forward, module)
+
+
+def _allow_shapes() -> None:
+    """Let torch compile `MOST_SHAPES` shapes of one code; it stops at 8, and computes later ones uncompiled."""
+    from torch._dynamo import config  # takes a second, which runs without compiling do not need
+
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # before torch 2.7
+    setattr(config, limit, max(MOST_SHAPES, getattr(config, limit)))
 
 
 def is_compiled(*modules: nn.Module) -> bool:

@@ -6,11 +6,13 @@ the folder that the file lies in. Nothing here needs torch.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import io
 import itertools
 import json
+import numbers
 import re
 import types
 import typing
@@ -51,7 +53,7 @@ def _is_count(value: object) -> bool:
 
 
 def is_seed(value: int) -> bool:
-    return 0 <= value < 2**63
+    return 0 <= value < 2**32
 
 
 def is_share(value: float) -> bool:
@@ -123,7 +125,7 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("train.max_skips", is_positive, "1 or more"),
     ("train.spike_factor", lambda value: value == 0 or value > 1, "0 (off) or a factor above 1"),
     ("train.rate_cut", lambda value: 0 < value <= 1, "a factor above 0 and up to 1"),
-    ("train.global_seed", is_seed, "a whole number from 0 to below 2^63"),
+    ("train.global_seed", is_seed, "a whole number from 0 to below 2^32"),
     ("optimizer.beta2", lambda value: 0 <= value < 1, "a decay from 0 to below 1"),
     ("optimizer.weight_decay", lambda value: 0 <= value < 1, "a decay from 0 to below 1"),
     ("optimizer.lr", lambda value: 0 < value < 1, "a rate between 0 and 1"),
@@ -131,7 +133,7 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("sample.mode", lambda value: value in ("ODE", "SDE"), "ODE or SDE"),
     ("sample.num_sampling_steps", lambda value: value > 1, "2 or more"),
     ("sample.per_proc_batch_size", lambda value: value is None or value > 0, "1 or more"),
-    ("sample.cfg_scale", lambda value: 0 <= value < 1e4, "a scale of 0 or more"),
+    ("sample.cfg_scale", lambda value: 0 <= value < 1e4, "a scale from 0 to below 10000"),
     ("sample.cfg_interval_start", is_share, "a time between 0 and 1"),
     ("sample.cfg_interval_end", is_share, "a time between 0 and 1"),
     ("sample.time_grid", lambda value: value in TIME_GRIDS, "shifted, graded or kumaraswamy"),
@@ -312,7 +314,7 @@ class SampleConfig:
     compile: bool | str = "auto"  # torch.compile of the networks: auto | on | off, docs/compile.md
     deterministic: bool = False  # an image's bits are the same in every batch; slower, docs/compile.md
     diffusion_form: str = "SBDM"  # of the SDE: constant | SBDM | sigma | linear | decreasing | increasing-decreasing
-    diffusion_norm: float = 1.0  # of the SDE: factor on its diffusion
+    diffusion_norm: float = 1.0  # of the SDE: factor on its diffusion; of `decreasing`, on the cosine in it
     last_step: str | None = "Mean"  # of the SDE: Mean | Tweedie | Euler | none
     last_step_size: float = 0.04  # of the SDE: length of the last step in time
 
@@ -369,6 +371,12 @@ def with_overrides(sample: SampleConfig, names: Mapping[str, str] | None = None,
     changed = dataclasses.replace(sample, **values)
     points = values.get("num_sampling_steps")
     return dataclasses.replace(resolved_solver(changed), num_sampling_steps=points) if points else changed
+
+
+def check_sample(sample: SampleConfig) -> None:
+    """Raise LightningDiTError for sampling settings that no run could use."""
+    _check_rules({f"sample.{name}": value for name, value in vars(sample).items()}, str)
+    _check_interval(sample, "sample")
 
 
 def describe_solver(sample: SampleConfig) -> str:
@@ -563,14 +571,18 @@ def _check_rules(values: Mapping[str, Any], name_of: Callable[[str], str]) -> No
             )
 
 
+def _check_interval(sample: SampleConfig, where: str) -> None:
+    start, end = sample.cfg_interval_start, sample.cfg_interval_end
+    if start > end:
+        raise LightningDiTError(
+            f"{where}.cfg_interval_start is {start}, after cfg_interval_end {end}", "edit either value"
+        )
+
+
 def _check_values(config: Config) -> None:
     """Refuse values that no run could use, naming the key."""
     _check_rules({key: attrgetter(key)(config) for key, _, _ in RULES}, lambda key: f"{config.source}: {key}")
-    start, end = config.sample.cfg_interval_start, config.sample.cfg_interval_end
-    if start > end:
-        raise LightningDiTError(
-            f"{config.source}: sample.cfg_interval_start is {start}, after cfg_interval_end {end}", "edit either value"
-        )
+    _check_interval(config.sample, f"{config.source}: sample")
     names, classes = config.data.class_names, config.data.num_classes
     if names is not None and len(names) != classes:
         raise LightningDiTError(
@@ -645,10 +657,11 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
             return tuple(coerce(item, inner, where) for item in value)
         if option is bool and isinstance(value, bool):
             return value
-        if option is int and isinstance(value, int) and not isinstance(value, bool):
-            return value
-        if option is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
+        if option is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+            return int(value)
+        if option is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
+            with contextlib.suppress(OverflowError):  # of whole numbers beyond 1e308
+                return float(value)
         if option is str and isinstance(value, str):
             return value
     names = " or ".join("nothing" if o is type(None) else getattr(o, "__name__", str(o)) for o in options)

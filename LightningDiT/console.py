@@ -391,6 +391,14 @@ def natural(text: str) -> int:
     return _at_least(text, 0)
 
 
+def seed_number(text: str) -> int:
+    """Return an option's value as a seed: a whole number from 0 to below 2^32."""
+    number = natural(text)
+    if number >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text} given, a seed from 0 to below 2^32 expected")
+    return number
+
+
 def _at_least(text: str, least: int) -> int:
     try:
         number = int(text)

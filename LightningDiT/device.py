@@ -459,7 +459,15 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
         raise LightningDiTError(
             f"precision {name!r} is unknown; auto, {TF32}, {', '.join(PRECISIONS)} are", "choose one"
         )
-    return Precision(PRECISIONS[name], half_decoder=on_gpu and PRECISIONS[name] in HALF_PRECISIONS)
+    dtype = PRECISIONS[name]
+    return Precision(dtype, half_decoder=on_gpu and dtype in HALF_PRECISIONS, note=emulation_note(dtype, device))
+
+
+def emulation_note(dtype: torch.dtype, device: torch.device) -> str:
+    """Return a line if a GPU has no kernels of its own for bfloat16; else nothing."""
+    if dtype != torch.bfloat16 or device.type != "cuda" or torch.cuda.get_device_capability(device) >= NATIVE_BF16:
+        return ""
+    return "bf16 is slow on this GPU, which emulates it (GPUs of capability 8.0 or newer do not); fp16 is faster"
 
 
 def training_dtype(device: torch.device) -> torch.dtype:
@@ -473,10 +481,27 @@ def training_dtype(device: torch.device) -> torch.dtype:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[object]:
-    """Return the context in which matrix products and convolutions run in `dtype`."""
+    """Return the context in which matrix products and convolutions run in `dtype`.
+
+    Raises:
+        LightningDiTError: this torch does not compute in it on the device.
+    """
     if dtype == torch.float32:
         return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=dtype)
+    try:
+        return torch.autocast(device.type, dtype=dtype)
+    except RuntimeError as error:  # bfloat16 on older GPUs with older releases of torch
+        name = str(dtype).removeprefix("torch.")
+        message = f"{name} cannot be computed on {device.type} ({first_line(error)})"
+        raise LightningDiTError(message, "choose another precision") from error
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Return the context in which the caller's autocast changes no dtype."""
+    try:
+        return torch.autocast(device.type, enabled=False)
+    except RuntimeError:  # there is none for this kind of device
+        return contextlib.nullcontext()
 
 
 def gpu_failure(gpu: torch.device) -> str | None:

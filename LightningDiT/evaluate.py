@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from LightningDiT.console import natural, positive, program, run_main
+from LightningDiT.console import natural, positive, program, run_main, seed_number
 from LightningDiT.metrics.options import FEATURES, add_evaluation_options
 from LightningDiT.reference.option import add_help_config
 
@@ -29,7 +29,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", type=positive, help="reduce and crop every image to SIZE x SIZE pixels, as ADM does")
     parser.add_argument("--training", metavar="SET", help=f"training images among which to search copies: {SOURCES}")
     parser.add_argument("--resamples", type=natural, default=100, help="of the bootstrap; default: %(default)s")
-    parser.add_argument("--seed", type=natural, default=0, help="of the bootstrap")
+    parser.add_argument("--seed", type=seed_number, default=0, help="of the bootstrap")
     parser.add_argument("--npz", metavar="FILE", help="also write the samples for ADM's own evaluator")
     add_evaluation_options(parser, "output/evaluation")
     args = parser.parse_args(argv)

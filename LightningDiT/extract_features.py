@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from LightningDiT.config import TRAINING_FIX, Config, load_config
-from LightningDiT.console import duration, natural, positive, program, run_main
+from LightningDiT.console import duration, natural, positive, program, run_main, seed_number
 from LightningDiT.data.labels import CONDITION_NAMES
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import FITS
@@ -55,7 +55,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="folder for the shards, latents_stats.pt and the manifest")
     parser.add_argument("--shard-size", type=positive, default=10_000, help="images in a shard; default 10000")
     parser.add_argument("--posterior", choices=("sample", "mode"), default="sample", help="default sample")
-    parser.add_argument("--seed", type=int, default=0, help="of the posterior's noise; default 0")
+    parser.add_argument("--seed", type=seed_number, default=0, help="of the posterior's noise; default 0")
     parser.add_argument(
         "--flip", action="store_true", help="also store mirrored images, as published; not for spectrograms or text"
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,8 +38,8 @@ from LightningDiT.sampling.options import (  # noqa: E402
 )
 
 if TYPE_CHECKING:
+    from LightningDiT.data.labels import Labels
     from LightningDiT.distributed import Processes
-    from LightningDiT.sampling.pipeline import LightningDiTPipeline
     from LightningDiT.sampling.preview import Preview
     from LightningDiT.sampling.resumable_run import RunResult
 
@@ -147,9 +147,6 @@ def run_demo(config: Config, args: argparse.Namespace, processes: Processes) -> 
 
 def run_folder(config: Config, args: argparse.Namespace, processes: Processes, count: int) -> int:
     """Sample many images into a folder, from where an earlier run stopped."""
-    from LightningDiT.data.labels import balance_of
-    from LightningDiT.sampling.conditions import condition_text
-    from LightningDiT.sampling.dry_run import check_run
     from LightningDiT.sampling.pipeline import LightningDiTPipeline
     from LightningDiT.sampling.preview import Preview
     from LightningDiT.sampling.resumable_run import UNFINISHED, sample_run, write_samples
@@ -161,21 +158,13 @@ def run_folder(config: Config, args: argparse.Namespace, processes: Processes, c
     if file is not None:
         processes.from_main(lambda: _check_npz(file))
     if args.dry_run:
-        asked = read_label_file(args.labels) if args.labels else grid_of(args, config)
-        return processes.from_main(lambda: check_run(config, *asked))
+        return processes.from_main(lambda: _dry_run(config, args, count))
     pipe = processes.agree(lambda: LightningDiTPipeline.from_config(config))
-    labels = processes.agree(lambda: labels_of(pipe, args, count))
+    labels = processes.agree(lambda: labels_of(config, pipe.labels, args, count))
     preview = Preview(args.preview, _beside(output, "_preview.png")) if args.preview else None
-    if args.classes:
-        processes.say(f"classes        {pipe.labels.listing(labels)}")
-    processes.say(f"labels         {balance_of(labels, pipe.labels.count)}")
-    if rest := remainder(config, args, count):
-        processes.say(f"note           {rest}")
-    conditions = processes.agree(lambda: conditions_of(pipe, args, count))
-    if pipe.conditions and conditions:
-        processes.say(
-            f"conditions     {condition_text(pipe.conditions, conditions, bool(args.conditions or args.labels))}"
-        )
+    conditions = processes.agree(lambda: conditions_of(config, pipe.conditions, args, count, pipe.null_failure))
+    for line in label_lines(config, args, (pipe.labels, labels), (pipe.conditions, conditions)):
+        processes.say(line)
     result = sample_run(
         pipe, labels, args.seed, output, args.time_budget, processes, preview, args.by_class, conditions
     )
@@ -194,16 +183,51 @@ def run_folder(config: Config, args: argparse.Namespace, processes: Processes, c
     return 0
 
 
-def labels_of(pipe: LightningDiTPipeline, args: argparse.Namespace, count: int) -> list[int]:
-    """Return the class of each image: those of a file, those of the command line in turn, or random ones."""
+def _dry_run(config: Config, args: argparse.Namespace, count: int) -> int:
+    """Print the lines of a run about its labels, check its files, and return the exit code of success."""
+    from LightningDiT.data.labels import Labels
+    from LightningDiT.sampling.dry_run import verify
+
+    first, second = Labels.of(config), Labels.conditions_of(config)
+    labels = labels_of(config, first, args, count)
+    conditions = conditions_of(config, second, args, count)
+    print("\n".join([*label_lines(config, args, (first, labels), (second, conditions)), *verify(config)]))
+    return 0
+
+
+def label_lines(
+    config: Config,
+    args: argparse.Namespace,
+    classes: tuple[Labels, list[int]],
+    conditions: tuple[Labels | None, list[int | None] | None],
+) -> Iterator[str]:
+    """Yield lines that say which classes and conditions a run has.
+
+    Args:
+        classes, conditions: all of them, and the number of each image.
+    """
+    from LightningDiT.data.labels import balance_of
+    from LightningDiT.sampling.conditions import condition_text
+
+    (first, labels), (second, chosen) = classes, conditions
+    if args.classes:
+        yield f"classes        {first.listing(labels)}"
+    yield f"labels         {balance_of(labels, first.count)}"
+    if rest := remainder(config, args, len(labels)):
+        yield f"note           {rest}"
+    if second and chosen:
+        yield f"conditions     {condition_text(second, chosen, bool(args.conditions or args.labels))}"
+
+
+def labels_of(config: Config, labels: Labels, args: argparse.Namespace, count: int) -> list[int]:
+    """Return the class of each image: those of a file, those of the command line in turn, or drawn ones."""
     if args.labels:
-        return pipe.labels.numbers(read_label_file(args.labels)[0])
+        return labels.numbers(read_label_file(args.labels)[0])
     from LightningDiT.sampling.label_draws import drawn_labels
 
-    classes = pipe.config.data.num_classes
     if not args.classes:
-        return drawn_labels(pipe.config.sample.labels, count, classes, args.seed)
-    chosen = pipe.labels.numbers(classes_of(args, classes))
+        return drawn_labels(config.sample.labels, count, config.data.num_classes, args.seed)
+    chosen = labels.numbers(classes_of(args, config.data.num_classes))
     return [chosen[index % len(chosen)] for index in range(count)]
 
 
@@ -217,23 +241,27 @@ def remainder(config: Config, args: argparse.Namespace, count: int) -> str:
     return remainder_line(count, config.data.num_classes, len(conditions or [0]))
 
 
-def conditions_of(pipe: LightningDiTPipeline, args: argparse.Namespace, count: int) -> list[int | None] | None:
+def conditions_of(
+    config: Config, conditions: Labels | None, args: argparse.Namespace, count: int, null_failure: str = ""
+) -> list[int | None] | None:
     """Return the condition of each image, None for a model without conditions.
 
     Those of the command line take turns: each stays for a round of the classes, with random classes for one image.
+
+    Args:
+        conditions: the model's, None if it has none.
+        null_failure: why the null condition means nothing; empty if it was trained.
     """
     from LightningDiT.sampling.conditions import numbers_of_conditions
     from LightningDiT.sampling.label_draws import BALANCED
 
     if args.labels:
-        given = read_label_file(args.labels)[1]
-        return numbers_of_conditions(pipe.conditions, given, count, pipe.null_failure)
-    chosen = chosen_conditions(args, pipe.config.data.num_conditions)
-    classes = pipe.config.data.num_classes
-    turn = classes if pipe.config.sample.labels == BALANCED else 1
+        return numbers_of_conditions(conditions, read_label_file(args.labels)[1], count, null_failure)
+    classes, chosen = config.data.num_classes, chosen_conditions(args, config.data.num_conditions)
+    turn = classes if config.sample.labels == BALANCED else 1
     turn = len(chosen_classes(args, classes)) if args.classes else turn
     given = in_rounds(chosen, turn, count) if chosen else None
-    return numbers_of_conditions(pipe.conditions, given, count, pipe.null_failure)
+    return numbers_of_conditions(conditions, given, count, null_failure)
 
 
 def _check_npz(file: Path) -> None:

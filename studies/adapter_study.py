@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from LightningDiT.config import Config, load_config
-from LightningDiT.console import positive, run_main
+from LightningDiT.console import positive, run_main, seed_number
 from LightningDiT.data.fashion_mnist import fashion_mnist, pad_to_32
 from LightningDiT.data.shards import shard_path, write_shard
 from LightningDiT.distributed import ALONE
@@ -240,7 +240,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=positive, default=16, help="images of a step; default: %(default)s")
     parser.add_argument("--looks", type=positive, default=4, help="held-out losses of a run; default: %(default)s")
     parser.add_argument("--seeds", type=positive, default=2, help="trainings of each start; default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of the walkers")
+    parser.add_argument("--seed", type=seed_number, default=0, help="of the walkers")
     return parser.parse_args(argv)
 
 

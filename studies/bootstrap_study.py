@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from LightningDiT.console import Progress, natural, positive, run_main
+from LightningDiT.console import Progress, positive, run_main, seed_number
 from LightningDiT.metrics.cache import cached_activations
 from LightningDiT.metrics.extractors import make_extractor
 from LightningDiT.metrics.formulas import FrechetDistance, moments
@@ -51,7 +51,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--counts", type=positive, nargs="+", default=[200, 500, 2000], help="images in a set")
     parser.add_argument("--sets", type=positive, default=60, help="sets of each count")
     parser.add_argument("--resamples", type=positive, default=40, help="of each set")
-    parser.add_argument("--seed", type=natural, default=0)
+    parser.add_argument("--seed", type=seed_number, default=0)
     parser.add_argument("--output", default="output/evaluation", help="its folder `features` keeps the features")
     return parser.parse_args(argv)
 

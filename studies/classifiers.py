@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from LightningDiT.console import duration, natural, positive
+from LightningDiT.console import duration, positive, seed_number
 from LightningDiT.data.fashion_mnist import fashion_mnist, pad_to_32
 from LightningDiT.device import autocast, best_device, training_dtype
 from LightningDiT.seeds import generator_for
@@ -54,7 +54,7 @@ def add_training_options(parser: argparse.ArgumentParser, epochs: int) -> None:
     add_data_option(parser)
     parser.add_argument("--output", required=True, help="safetensors file to write")
     parser.add_argument("--epochs", type=positive, default=epochs, help="default: %(default)s")
-    parser.add_argument("--seed", type=natural, default=0)
+    parser.add_argument("--seed", type=seed_number, default=0)
 
 
 def train_classifier(model: M, images: Tensor, labels: Tensor, recipe: Recipe, epochs: int, seed: int) -> M:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from LightningDiT.console import Progress, natural, run_main
+from LightningDiT.console import Progress, run_main, seed_number
 from LightningDiT.data.fashion_mnist import FASHION_MNIST_CLASSES
 from LightningDiT.images import as_images, image_grid, save_png, save_reconstructions, to_pil
 from LightningDiT.metrics.formulas import frechet_distance, psnr, squared_error
@@ -134,7 +134,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(prog="python -m studies.evaluate_bundled", description=__doc__)
     add_study_options(parser, count=2000, output="docs/bundled")
-    parser.add_argument("--seed", type=natural, default=0)
+    parser.add_argument("--seed", type=seed_number, default=0)
     return parser.parse_args(argv)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -60,7 +62,7 @@ XL = Work(images=8, batch=16, states=50, shapes=2, gflop=237.3, half=True)
         (T4, 8, "on", [], True, WHOLE, "compile is on"),  # the blocks of torch 2.4 cannot share their code
         (P100, 50_000, "auto", [], True, "", "nothing is compiled: Triton needs a GPU of capability 7.0"),
         (P100, 8, "on", [], True, "", "nothing is compiled: Triton needs a GPU of capability 7.0"),
-        (CPU, 50_000, "auto", [WHOLE], False, "", "on a CPU compiling pays for long runs of small models alone"),
+        (CPU, 50_000, "auto", [WHOLE], False, "", "on a CPU compiling pays only for long runs of small models"),
         (CPU, 8, "on", [], False, BLOCK, "compile is on"),
     ],
 )
@@ -262,6 +264,24 @@ def test_a_lack_of_memory_in_compiled_code_passes(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(torch.cuda.OutOfMemoryError):
         network(torch.ones(1))
     assert is_compiled(network)
+
+
+def test_each_shape_has_its_own_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """More shapes than torch compiles by default."""
+    pytest.importorskip("torch._dynamo")
+    sizes: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., object]:
+        sizes.append(max(len(one) for one in inputs if isinstance(one, torch.Tensor) and one.ndim == 2))
+        return graph.forward
+
+    monkeypatch.setenv(CODE_FOLDER, str(tmp_path))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    network = Doubled(3, 3).requires_grad_(False)
+    compile_forward(network)
+    for size in range(4, 16):
+        assert torch.equal(network(torch.ones(size, 3)), torch.full((size, 3), 2.0))
+    assert sizes == list(range(4, 16))
 
 
 # --- code that earlier runs left

@@ -26,12 +26,14 @@ from LightningDiT.device import (
     abilities,
     attention_by,
     attention_failure,
+    autocast,
     best_device,
     float32_products,
     numeric_switches,
     require_numpy,
     resolve_precision,
     sent_to_cpu,
+    without_autocast,
 )
 from LightningDiT.errors import LightningDiTError, is_out_of_memory
 from tests.conftest import PROJECT
@@ -58,6 +60,10 @@ def test_auto_is_the_half_precision_that_a_card_computes_natively(card: str, mon
     assert (tf32.dtype, tf32.half_decoder) == (torch.float32, False)
     assert (tf32.tf32, tf32.name) == ((True, "tf32") if card in ("A100", "L4", "H100") else (False, "float32"))
     assert bool(tf32.note) != tf32.tf32
+    emulated = "bf16 is slow on this GPU, which emulates it (GPUs of capability 8.0 or newer do not); fp16 is faster"
+    note = emulated if dtype == torch.float16 else ""
+    assert resolve_precision("bf16", gpu) == Precision(torch.bfloat16, half_decoder=True, note=note)
+    assert resolve_precision("fp16", gpu).note == ""
 
 
 def test_a_cpu_computes_in_float32_and_says_what_it_does_not_have() -> None:
@@ -68,6 +74,19 @@ def test_a_cpu_computes_in_float32_and_says_what_it_does_not_have() -> None:
     assert [precision.name for precision in found] == ["float32"] * 3 + ["bfloat16", "float16"]
     with pytest.raises(LightningDiTError, match="precision 'fp8' is unknown; auto, tf32, fp32, bf16, fp16 are"):
         resolve_precision("fp8", torch.device("cpu"))
+
+
+def test_a_dtype_that_this_torch_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.2 raises this on a T4."""
+
+    def refuse(kind: str, **options: object) -> None:
+        raise RuntimeError("Current CUDA Device does not support bfloat16. Please switch dtype to float16.")
+
+    monkeypatch.setattr(torch, "autocast", refuse)
+    with pytest.raises(LightningDiTError, match="bfloat16 cannot be computed on cuda [(]Current CUDA Device does not"):
+        autocast(torch.device("cuda"), torch.bfloat16)
+    with autocast(torch.device("cuda"), torch.float32), without_autocast(torch.device("cuda")):
+        pass
 
 
 def test_weights_of_another_dtype_have_its_precision() -> None:

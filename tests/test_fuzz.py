@@ -203,6 +203,14 @@ def inputs_of(whole: bytes, name: str) -> list[st.SearchStrategy[bytes]]:
     return ways
 
 
+def can_be_saved(tensor: Tensor) -> bool:
+    """Return whether this safetensors writes tensors of such a dtype: 0.4.5 writes no complex ones."""
+    try:
+        return bool(save({"tensor": tensor}))
+    except KeyError:
+        return False
+
+
 METADATA = "__metadata__"
 TENSORS = [
     *(torch.zeros(0), torch.zeros(()), torch.ones(3), torch.ones(2, 3), torch.full((2,), float("nan")), -torch.ones(3)),
@@ -216,6 +224,7 @@ TENSORS = [
     *(torch.ones(2, dtype=torch.float64), torch.ones(3, dtype=torch.bfloat16), torch.arange(3, dtype=torch.uint8)),
     *(torch.arange(300), torch.ones(1, 4, 2, 2), torch.ones(2, 0, 2, 2), torch.ones(2, 3).to(torch.float8_e4m3fn)),
 ]
+TENSORS = [tensor for tensor in TENSORS if can_be_saved(tensor)]
 
 
 def is_saved(value: Any) -> bool:

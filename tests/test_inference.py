@@ -95,12 +95,41 @@ def test_classes_by_name_and_a_contact_sheet(tiny_folder: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], ["labels         balanced, 1 or 2 images of each of 3 classes"]),
+        (
+            ["--labels", "balanced"],
+            [
+                "labels         balanced, 1 or 2 images of each of 3 classes",
+                "note           4 images are no multiple of 3 classes: 1 of these have 2 images, the others 1",
+            ],
+        ),
+        (
+            ["--classes", "dog", "cat"],
+            [
+                "classes        1 dog; 0 cat, house cat",
+                "labels         balanced over 2 of 3 classes, 2 images of each",
+            ],
+        ),
+    ],
+)
+def test_a_dry_run_says_the_classes_of_the_run(
+    options: list[str], said: list[str], tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for more in (["--dry-run"], []):
+        assert sample(tiny_folder, "--num-samples", "4", *options, *more) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [line for line in lines if line.startswith(("classes ", "labels ", "note "))] == said
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--demo", "--classes", "3"], "class 3 is out of range; 0 to 2 are expected"),
         (["--demo", "--classes", "catt"], "class 'catt' is unknown; near to it: cat"),
         (["--demo", "--steps", "1"], "--steps is 1; 2 or more"),
-        (["--demo", "--guidance-scale", "-3"], "--guidance-scale is -3.0; a scale of 0 or more"),
+        (["--demo", "--guidance-scale", "-3"], "--guidance-scale is -3.0; a scale from 0 to below 10000"),
         (["--demo", "--solver", "eular"], "sampling_method='eular' is unknown"),
         (["--demo", "--solver", "eular", "--dry-run"], "nearest is 'euler'"),
         (["--demo", "--classes", "9", "--dry-run"], "class 9 is out of range"),

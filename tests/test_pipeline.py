@@ -592,8 +592,8 @@ def test_a_rounded_copy_keeps_its_calibrated_solvers(tiny_folder: Path, tmp_path
         ({"num_inference_steps": 1}, "num_inference_steps is 1; 2 or more"),
         ({"num_inference_steps": 2.5}, "num_inference_steps is 2.5; int is expected"),
         ({"num_inference_steps": "5"}, "num_inference_steps is '5'; int is expected"),
-        ({"guidance_scale": -3.0}, "guidance_scale is -3.0; a scale of 0 or more"),
-        ({"guidance_scale": float("nan")}, "guidance_scale is nan; a scale of 0 or more"),
+        ({"guidance_scale": -3.0}, "guidance_scale is -3.0; a scale from 0 to below 10000"),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan; a scale from 0 to below 10000"),
         ({"guidance_scale": "2"}, "guidance_scale is '2'; float is expected"),
     ],
 )

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from LightningDiT.config import describe_guidance, describe_solver, with_overrides
-from LightningDiT.console import INTERRUPTED, OK, natural, positive, program, run_main
+from LightningDiT.console import INTERRUPTED, OK, positive, program, run_main, seed_number
 from LightningDiT.sampling.options import OPTIONS, minutes
 
 OUTPUT = Path("output") / "gallery"
@@ -27,7 +27,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML of the published schema")
     parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FOLDER", help=f"default: {OUTPUT}")
     parser.add_argument("--conditions", nargs="+", metavar="CONDITION", help="numbers or names; default: every one")
-    parser.add_argument("--seed", type=natural, default=0, help="of the noise, the same for every class; default 0")
+    parser.add_argument("--seed", type=seed_number, default=0, help="of the noise, the same for every class; default 0")
     parser.add_argument("--steps", type=positive, help="points of the time grid")
     parser.add_argument("--solver", help="fast, published, euler, ab3, ...: docs/sampling.md")
     parser.add_argument("--guidance-scale", type=float, help="1 is off")

@@ -9,10 +9,10 @@ import json
 import operator
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 from LightningDiT.config import Config
 from LightningDiT.errors import LightningDiTError
@@ -37,6 +37,43 @@ def natural_key(name: str) -> tuple[list[tuple[int, str]], str]:
     # a number by its length and its digits: Python makes no integers of thousands of digits
     digits = [part.lstrip("0") for part in parts]
     return [(len(digits[at]), digits[at]) if at % 2 else (0, part) for at, part in enumerate(parts)], name
+
+
+def whole_number(value: object, what: str) -> int:
+    """Return a whole number, NumPy's and one in a tensor too; raise LightningDiTError for anything else.
+
+    Args:
+        what: the value's meaning, for the message.
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)  # type: ignore[arg-type]
+    except (TypeError, RuntimeError) as error:
+        raise LightningDiTError(f"{what} is {value!r}; a whole number is expected", "give a whole number") from error
+
+
+def is_one(given: object) -> bool:
+    """Return whether one item was given, and not several."""
+    return isinstance(given, str | bytes) or getattr(given, "ndim", None) == 0 or not isinstance(given, Iterable)
+
+
+def listed(given: Any, what: str) -> list[Any]:
+    """Return the items of a sequence, an iterator or an array, or the one item that was given.
+
+    Args:
+        what: the meaning of the items, for the message.
+
+    Raises:
+        LightningDiTError: the items have no order, or lie in several dimensions.
+    """
+    if is_one(given):
+        return [given]
+    dimensions = getattr(given, "ndim", None)
+    if isinstance(given, Set | Mapping) or (dimensions or 1) > 1:
+        kind = f"{type(given).__name__} of {dimensions} dimensions" if dimensions else type(given).__name__
+        raise LightningDiTError(f"{what} are in a {kind}; a list is expected", "give a list")
+    return list(given)
 
 
 def balance_of(labels: Iterable[int], names: Names | int | None = None) -> str:
@@ -117,11 +154,11 @@ class Labels:
         decimal numbers, a text is a name.
 
         Raises:
-            LightningDiTError: the number is out of range, or the name unknown or that of several classes; known names
-                are listed.
+            LightningDiTError: it is neither a whole number nor a text, the number is out of range, or the name unknown
+                or that of several classes; known names are listed.
         """
         if not isinstance(name, str):
-            return self._checked(operator.index(name))  # tensors and NumPy's integers too
+            return self._checked(whole_number(name, f"a {self.kind}"))
         wanted = name.strip()
         if (found := self._find(wanted)) is not None:
             return found

@@ -132,7 +132,10 @@ class LightningDiTDiffusionPipeline(DiffusionPipeline):
 
     @property
     def lightningdit(self) -> LightningDiTPipeline:
-        """The pipeline of this project with these networks, where they are and in their precision; VAE in float32."""
+        """The pipeline of this project with these networks, where they are and in their precision.
+
+        The weights of the VAE are float32; on a GPU it decodes in fp16 beside weights in half precision.
+        """
         parts = (self.transformer, self.guide, self.vae, self.solver)
         key = (*map(id, parts), self.transformer.device, self.transformer.dtype, self.vae.device)
         if self._built is None or self._built[0] != key:

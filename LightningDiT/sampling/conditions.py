@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeAlias
 
-from LightningDiT.data.labels import Labels
+from LightningDiT.data.labels import Labels, is_one, listed
 from LightningDiT.errors import LightningDiTError
 
 #: One for each image or one for all, by number or name; None is no condition.
@@ -31,13 +31,14 @@ def numbers_of_conditions(
         if conditions is not None:
             raise LightningDiTError("conditions are given, and the model has none", "leave them out")
         return None
-    is_one = conditions is None or isinstance(conditions, str) or not hasattr(conditions, "__len__")
-    listed = [conditions] * count if is_one else list(conditions)
-    if len(listed) != count:
+    each = listed(conditions, "conditions")
+    if is_one(conditions):
+        each *= count
+    if len(each) != count:
         raise LightningDiTError(
-            f"{len(listed)} conditions are given for {count} images", "give one for each image, or one for all"
+            f"{len(each)} conditions are given for {count} images", "give one for each image, or one for all"
         )
-    numbers = [None if _is_none(one, labels) else labels.number(one) for one in listed]
+    numbers = [None if _is_none(one, labels) else labels.number(one) for one in each]
     if None in numbers and null_failure:
         raise LightningDiTError(f"{null_failure}; images without a condition need it", NAME_CONDITIONS)
     return numbers

@@ -63,18 +63,23 @@ class Networks:
 
     @contextlib.contextmanager
     def under(self, plan: Plan, networks: Sequence[nn.Module]) -> Iterator[None]:
-        """Let the networks compute by a plan's code within the block."""
+        """Let the networks compute by a plan's code within the block, and as in evaluation: no label is dropped."""
         outer = self._parts  # of the call whose callback this one may be
         self._parts = {network: list(network.modules()) for network in networks}
         for network in networks if plan.compiled else ():
             if network not in self._compiled and not any(map(is_compiled, self._parts[network])):
                 compile_forward(*(network.blocks if plan.compiled == BLOCK and _has_blocks(network) else [network]))
                 self._compiled.add(network)
+        training = [part for parts in self._parts.values() for part in parts if part.training]
+        for part in training:
+            part.training = False
         try:
             with contextlib.nullcontext() if plan.compiled else uncompiled(*networks):
                 yield
         finally:
             self._parts = outer
+            for part in training:
+                part.training = True
 
     def predict(self, network: Network, plan: Plan, images: int, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Return the float32 prediction (M, C, h, w) of states x (M, C, h, w) of M / `images` predictions an image.
@@ -90,6 +95,13 @@ class Networks:
             out = self._replayed(network, plan, inputs) if plan.graphs else network(*inputs)
         return out[:states].float()
 
+    def __getstate__(self) -> dict[str, object]:
+        """Return nothing: a copy of a pipeline in memory or in another process has its own lock and recordings."""
+        return {}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__init__()
+
     def drop(self) -> None:
         """Forget all recordings, which frees their memory."""
         self._recordings.clear()
@@ -97,8 +109,8 @@ class Networks:
     def _replayed(self, network: Network, plan: Plan, inputs: tuple[Tensor, ...]) -> Tensor:
         """Return the output (N, C, h, w), in memory of its own, for inputs x (N, C, h, w), t (1,) and labels y."""
         parts = self._parts[network]
-        if self._graphs_fail or any(part.training or part._forward_hooks or part._forward_pre_hooks for part in parts):
-            return network(*inputs)  # a replay would draw the same labels to drop, and call no hook
+        if self._graphs_fail or any(part._forward_hooks or part._forward_pre_hooks for part in parts):
+            return network(*inputs)  # a replay would call no hook
         key = (network, len(inputs[0]), plan.compiled, plan.attention, *numeric_switches())
         if key in self._recordings and self._recordings[key][0] != _places(parts):
             self._recordings = {other: kept for other, kept in self._recordings.items() if other[0] is not network}

@@ -24,7 +24,7 @@ from LightningDiT.config import (
     with_overrides,
     with_preset,
 )
-from LightningDiT.console import natural, positive
+from LightningDiT.console import positive, seed_number
 from LightningDiT.errors import LightningDiTError, first_line
 from LightningDiT.files import read_text
 from LightningDiT.idle_settings import sampling_notes
@@ -49,7 +49,7 @@ OPTIONS = {
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that `apply_options` and `classes_of` read."""
-    parser.add_argument("--seed", type=natural, default=0, help="noise of image i comes from (seed, i); default 0")
+    parser.add_argument("--seed", type=seed_number, default=0, help="noise of image i comes from (seed, i); default 0")
     parser.add_argument("--steps", type=positive, help="points of the time grid; `fast` is then ab3 with this number")
     parser.add_argument(
         "--solver", help=f"{', '.join(NAMED_SOLVERS)}, euler, ab3, unipc2, dopri5, ...: docs/sampling.md"
@@ -213,7 +213,8 @@ def images_at_once(images: int, at_most: int | None, gpus: int = 1) -> int:
 def describe_settings(config: Config, images: int, output: Path) -> str:
     """Return the resolved settings in a few lines, for `--dry-run` and the start of a run."""
     sample = config.sample
-    at_once = f"{images_at_once(images, sample.per_proc_batch_size or CPU_BATCH)} images at once"
+    most = sample.per_proc_batch_size or CPU_BATCH  # a deterministic run pads each batch to it
+    at_once = f"{most if sample.deterministic else images_at_once(images, most)} images at once"
     if sample.per_proc_batch_size is None and not sample.deterministic:
         at_once += ", on a GPU as many as its memory holds"
     guidance = f"autoguidance by {sample.guide_ckpt}, scale" if sample.guide_ckpt else "guidance"

@@ -27,11 +27,12 @@ from LightningDiT.config import (
     SampleConfig,
     as_dict,
     as_yaml,
+    check_sample,
     describe_guidance,
     load_config,
     with_overrides,
 )
-from LightningDiT.data.labels import CLASS_NAMES, CONDITION_NAMES, NULL_TRAINED, Labels
+from LightningDiT.data.labels import CLASS_NAMES, CONDITION_NAMES, NULL_TRAINED, Labels, listed
 from LightningDiT.device import (
     HALF_PRECISIONS,
     Precision,
@@ -41,6 +42,7 @@ from LightningDiT.device import (
     release_memory,
     resolve_precision,
     usable_device,
+    without_autocast,
 )
 from LightningDiT.errors import LightningDiTError, first_line, is_out_of_memory, warn_user
 from LightningDiT.files import read_text, remove_leftovers, write_text
@@ -72,6 +74,7 @@ from LightningDiT.loading import (
     required,
 )
 from LightningDiT.radar.split import load_split
+from LightningDiT.sampling.arguments import checked_noise, seeds_of
 from LightningDiT.sampling.calibrated import (
     ADAPTER,
     adapter_digest,
@@ -378,6 +381,7 @@ class LightningDiTPipeline:
 
     def with_sample(self, sample: SampleConfig) -> LightningDiTPipeline:
         """Return a pipeline of the same networks with other sampling settings; another guide is loaded."""
+        check_sample(sample)
         config = dataclasses.replace(self.config, sample=sample)
         same = sample.guide_ckpt == self.config.sample.guide_ckpt
         guide = self.guide if same else load_guide(config, self.dtype)
@@ -389,11 +393,15 @@ class LightningDiTPipeline:
         return other
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> LightningDiTPipeline:
-        """Move to `device`; `dtype` is the precision of transformer and guide, the tokenizer stays float32."""
+        """Move to `device`; `dtype` is the precision of transformer and guide, the tokenizer's weights stay float32.
+
+        Raises:
+            LightningDiTError: this torch cannot use the device; the pipeline stays where it is.
+        """
         with self._networks.lock:
+            self.device = usable_device(device)
             self._networks.drop()
             self._batch = None
-            self.device = torch.device(device)
             self.transformer = self.transformer.to(device=self.device, dtype=dtype)
             if self.guide is not None:
                 self.guide = self.guide.to(device=self.device, dtype=dtype)
@@ -509,7 +517,6 @@ class LightningDiTPipeline:
         """The transformer, and the guide if there is one."""
         return [self.transformer] if self.guide is None else [self.transformer, self.guide]
 
-    @torch.inference_mode()
     def __call__(
         self,
         class_labels: Sequence[int | str] | int | str,
@@ -529,7 +536,8 @@ class LightningDiTPipeline:
             class_labels: numbers or names.
             guidance_scale: 1 is no guidance; by default the configuration's.
             num_inference_steps: points of the time grid; by default the configuration's.
-            seed, indices: image k starts from the noise of (seed, indices[k]), by default (seed, k), in any batch.
+            seed, indices: image k starts from the noise of (seed, indices[k]), by default (seed, k), in any batch;
+                whole numbers from 0 to below 2^32.
             latents: noise (N, C, h, w) to start from instead.
             output_type: `pil`, `np`, `pt` or `latent`, see `PipelineOutput.images`.
             batch_size: images sampled at once, by default the configuration's; fewer if the memory does not hold
@@ -539,8 +547,8 @@ class LightningDiTPipeline:
             conditions: numbers or names of the second label, one per image or one for all; None is no condition.
 
         Raises:
-            LightningDiTError: a label, a setting or the shape of `latents` is wrong, null labels are needed and were
-                never trained, or one image is too much for the memory.
+            LightningDiTError: an argument is wrong, null labels are needed and were never trained, or one image is too
+                much for the memory.
         """
         if output_type not in OUTPUT_TYPES:
             known = ", ".join(OUTPUT_TYPES)
@@ -551,20 +559,20 @@ class LightningDiTPipeline:
         sample = with_overrides(self.config.sample, ARGUMENTS, **given, per_proc_batch_size=batch_size)
         check_guidance(sample, self.null_failure)
         solver = self.solver(sample)
-        noise = self._checked_noise(latents, len(labels), sample)
-        seeds = [(seed, index) for index in (range(len(labels)) if indices is None else indices)]
+        noise = checked_noise(latents, (len(labels), *self.latent_shape), sample.reverse)
+        seeds = seeds_of(seed, indices, len(labels))
         started = time.perf_counter()
         shown = moving_line(len(labels), solver.steps, callback, in_run=self._settled is not None)
-        with self._networks.lock, shown as watch:
-            images, nfe = self._sample(solver, self.label_tensor(labels, chosen), seeds, noise, output_type, watch)
+        with self._networks.lock, shown as watch, torch.inference_mode(), without_autocast(self.device):
+            parts, nfe = self._sample(solver, self.label_tensor(labels, chosen), seeds, noise, output_type, watch)
+        images = _joined(parts, output_type)  # here, so that tensors serve autograd too
         return PipelineOutput(images, labels, seeds, nfe, time.perf_counter() - started, self.dtype, chosen)
 
     def _numbers_of(self, class_labels: Sequence[int | str] | int | str) -> list[int]:
-        is_one = isinstance(class_labels, str) or not hasattr(class_labels, "__len__")
-        listed = [class_labels] if is_one else list(class_labels)
-        if not listed:
+        classes = listed(class_labels, "class_labels")
+        if not classes:
             raise LightningDiTError("class_labels is empty; at least one class is expected", "name a class")
-        return self.labels.numbers(listed)
+        return self.labels.numbers(classes)
 
     def condition_numbers(self, conditions: Conditions, count: int) -> list[int | None] | None:
         """Return the number of the condition of each of `count` images, None for a model without a second label.
@@ -586,21 +594,6 @@ class LightningDiTPipeline:
             self._said_null = True
             warn_user(f"no conditions are given, so images have none of {conditions.listing(range(conditions.count))}")
 
-    def _checked_noise(self, latents: Any, count: int, sample: SampleConfig) -> Tensor | None:
-        if latents is None:
-            if sample.reverse:
-                raise LightningDiTError(
-                    "sample.reverse runs from data to noise and no latents are given", "give latents="
-                )
-            return None
-        noise = torch.as_tensor(latents)
-        if tuple(noise.shape) != (count, *self.latent_shape):
-            raise LightningDiTError(
-                f"latents have the shape {list(noise.shape)}; {[count, *self.latent_shape]} is expected",
-                "give one latent per class label",
-            )
-        return noise
-
     def _sample(
         self,
         solver: Solver,
@@ -609,8 +602,8 @@ class LightningDiTPipeline:
         noise: Tensor | None,
         output_type: str,
         callback: StepCallback | None,
-    ) -> tuple[Any, int]:
-        """Return the images of all labels (N,) or (N, 2), and the evaluations of each, sampled batch by batch.
+    ) -> tuple[list[Any], int]:
+        """Return the images of each batch for labels (N,) or (N, 2), and the evaluations of each image.
 
         A batch that memory does not hold is sampled in halves. A batch that half precision does not hold is sampled
         again in float32; images that were finite stay as they were, so that none depends on its batch.
@@ -650,7 +643,7 @@ class LightningDiTPipeline:
             self._networks.drop()
             gc.collect()  # here, since the error above held the frames that hold the tensors
             release_memory()
-        return _joined(parts, output_type), nfe
+        return parts, nfe
 
     def _solve(
         self,

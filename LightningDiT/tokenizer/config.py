@@ -130,7 +130,7 @@ TOKENIZER_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("disc_start", is_not_negative, "0 or more"),
     ("warmup_steps", is_length, LENGTH),
     *((name, lambda value: 0 <= value < 1, "a decay from 0 to below 1") for name in ("beta1", "beta2")),
-    ("seed", is_seed, "a whole number from 0 to below 2^63"),
+    ("seed", is_seed, "a whole number from 0 to below 2^32"),
     ("lr", lambda value: 0 < value < 1, "a rate between 0 and 1"),
     ("ema_decay", is_share, "a share between 0 and 1"),
     ("max_grad_norm", lambda value: value is None or value > 0, "a positive norm, or none"),

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from LightningDiT.config import SampleConfig, load_config, with_overrides
-from LightningDiT.console import Progress, natural, positive, run_main
+from LightningDiT.console import Progress, positive, run_main, seed_number
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.loading import guidance_of
 from LightningDiT.reference.option import add_help_config
@@ -293,7 +293,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--checks", type=positive, default=40, help="noises that choose the best; default: %(default)s")
     parser.add_argument("--reference-steps", type=positive, default=160, help="of the reference; default: %(default)s")
     parser.add_argument("--iterations", type=positive, default=80, help="of Adam, a solver; default: %(default)s")
-    parser.add_argument("--seed", type=natural, default=0)
+    parser.add_argument("--seed", type=seed_number, default=0)
     parser.add_argument("--guidance-scale", type=float, help="default: the configuration's")
     parser.add_argument("--guidance-start", type=float, help="default: the configuration's cfg_interval_start")
     args = parser.parse_args(argv)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from LightningDiT.checkpoint import BUNDLED_FOLDER, load_into, save_weights
 from LightningDiT.config import as_yaml, setting_differences
-from LightningDiT.console import duration, natural, positive, run_main
+from LightningDiT.console import duration, natural, positive, run_main, seed_number
 from LightningDiT.data.image_sets import evenly_spaced
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.files import fingerprint, held_folder, read_json, write_text
@@ -408,7 +408,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--candidates", nargs="+", choices=CANDIDATES, default=list(CANDIDATES), help="default: all")
     parser.add_argument("--texture-weight", type=float, help="in place of train.texture_weight")
     parser.add_argument("--judge-steps", type=positive, default=300, help="of its training; default: %(default)s")
-    parser.add_argument("--seed", type=natural, default=0)
+    parser.add_argument("--seed", type=seed_number, default=0)
     usual = Thresholds()
     for name, text in (
         ("least_psnr", "dB"),

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from LightningDiT.config import Config, SampleConfig, load_config, with_overrides
-from LightningDiT.console import Progress, natural, positive, run_main
+from LightningDiT.console import Progress, positive, run_main, seed_number
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.reference.option import add_help_config
 from LightningDiT.sampling.pipeline import LightningDiTPipeline
@@ -187,7 +187,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--channels", type=positive, help="guided by it; default: the configuration's")
     parser.add_argument("--noises", type=positive, default=8, help="default: %(default)s")
     parser.add_argument("--points", type=positive, default=17, help="of the time grid; default: %(default)s")
-    parser.add_argument("--seed", type=natural, default=0)
+    parser.add_argument("--seed", type=seed_number, default=0)
     args = parser.parse_args(argv)
     if args.points < 3:
         parser.error("--points of 3 or more are expected")

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from LightningDiT.config import setting_differences
-from LightningDiT.console import Progress, natural, positive, run_main
+from LightningDiT.console import Progress, positive, run_main, seed_number
 from LightningDiT.data.prefetching import prefetched
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.files import (
@@ -79,7 +79,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--windows", type=up_to(MOST_WINDOWS), default=80, help="of a person and condition; default: %(default)s"
     )
-    parser.add_argument("--seed", type=natural, default=0, help="another seed is another population")
+    parser.add_argument("--seed", type=seed_number, default=0, help="another seed is another population")
     parser.add_argument(
         "--layout", choices=pictures.LAYOUTS, default="people", help="ID_7, Normal_line/ID_7, or 07/Normal_line"
     )

@@ -29,7 +29,7 @@ from LightningDiT.config import (
     setting_differences,
     with_overrides,
 )
-from LightningDiT.console import Progress, duration, natural, positive, run_main
+from LightningDiT.console import Progress, duration, positive, run_main, seed_number
 from LightningDiT.errors import LightningDiTError, first_line
 from LightningDiT.files import check_target, fingerprint, held_folder, read_json, write_text
 from LightningDiT.loading import required
@@ -265,7 +265,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--samples", type=positive, default=8, help="of each class in a draw; default: %(default)s")
     parser.add_argument("--draws", type=positive, default=2, help="of samples, averaged; default: %(default)s")
-    parser.add_argument("--seed", type=natural, default=0)
+    parser.add_argument("--seed", type=seed_number, default=0)
     parser.add_argument("--output", help="file of the results; default: the configuration's name with -guidance.json")
     parser.add_argument("--dry-run", action="store_true", help="print what would be tried and how long it takes")
     return parser.parse_args(argv)

@@ -17,7 +17,15 @@ from LightningDiT.checkpoint import inspect, without_values
 from LightningDiT.compiling import BLOCKS_SHARE, compile_forward
 from LightningDiT.config import Config, as_dict
 from LightningDiT.data.labels import CLASS_NAMES, CONDITION_NAMES, NULL_TRAINED, Labels, Names
-from LightningDiT.device import PRECISIONS, abilities, autocast, best_device, sent_to_cpu, training_dtype
+from LightningDiT.device import (
+    PRECISIONS,
+    abilities,
+    autocast,
+    best_device,
+    emulation_note,
+    sent_to_cpu,
+    training_dtype,
+)
 from LightningDiT.distributed import ALONE, Processes
 from LightningDiT.errors import LightningDiTError, is_out_of_memory
 from LightningDiT.idle_settings import training_notes
@@ -72,7 +80,7 @@ class Trainer:
         self.lengths = schedule_of(config)
         self.device = best_device()
         self.dtype = PRECISIONS.get(config.train.precision) or training_dtype(self.device)
-        for note in check_parts(config):
+        for note in filter(None, [emulation_note(self.dtype, self.device), *check_parts(config)]):
             processes.say(f"note: {note}")
         self.terms = TERMS if has_cosine_loss(config) else TERMS[:1]
         self.data = LatentBatches(config, build_transport(config), processes.rank, processes.count, self.device)

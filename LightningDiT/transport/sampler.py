@@ -39,7 +39,8 @@ def time_grid(
     """Return `num_steps` grid points (num_steps,) from t0 to t1: num_steps - 1 steps.
 
     A shift s > 0 maps t to s t / (1 + (s - 1) t) (Esser et al., 2024, equation 23, with time
-    running the other way); s < 1 puts more points near the noise, 0 is off.
+    running the other way); s < 1 puts more points near the noise, 0 is off. As published, it maps 0 and 1 onto
+    themselves, and other ends not: the grid then ends beside them.
 
     Raises:
         ValueError: fewer than 2 points, or a shift that is negative or not finite.
@@ -74,7 +75,7 @@ def draw_noise(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Draw standard normal noise (N, ...) on the generators' device, then move it to `device`.
+    """Draw standard normal noise (N, ...) in float32 on the generators' device, then move it to `device`.
 
     Drawn on the CPU, the numbers are the same on every machine; with one generator per image
     they are the same in every batch too.
@@ -84,11 +85,11 @@ def draw_noise(
     """
     if generators is None or isinstance(generators, torch.Generator):
         source = generators.device if generators is not None else "cpu"
-        noise = torch.randn(tuple(shape), generator=generators, device=source)
+        noise = torch.randn(tuple(shape), generator=generators, device=source, dtype=torch.float32)
         return noise.to(device, dtype)
     if len(generators) != shape[0]:
         raise ValueError(f"{len(generators)} generators given, expected one per image: {shape[0]}")
-    rows = [torch.randn(tuple(shape[1:]), generator=g, device=g.device) for g in generators]
+    rows = [torch.randn(tuple(shape[1:]), generator=g, device=g.device, dtype=torch.float32) for g in generators]
     return torch.stack(rows).to(device, dtype)
 
 
@@ -165,7 +166,8 @@ def integrate_ode(
 
     Args:
         callback: called after each step, for adaptive methods after each step that they accept.
-        jumps: times at which the velocity jumps; methods of `OWN_METHODS` heed them, the others keep the grid.
+        jumps: times at which the velocity jumps; the multistep methods and heun of `OWN_METHODS` begin anew there, the
+            other methods keep the grid.
 
     Raises:
         ValueError: the method is unknown.

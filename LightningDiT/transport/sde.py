@@ -48,7 +48,7 @@ class SdeSettings:
 
     sampling_method: str = "Euler"  # a row of SDE_STEPS
     diffusion_form: str = "SBDM"  # a row of DIFFUSION_FORMS
-    diffusion_norm: float = 1.0  # factor on the diffusion
+    diffusion_norm: float = 1.0  # factor on the diffusion; of `decreasing`, on the cosine in it
     last_step: str | None = "Mean"  # noiseless step to t = 1: Mean, Tweedie, Euler or None
     last_step_size: float = 0.04  # the time that it covers; not used with None
     num_steps: int = 250  # states after the first one: num_steps - 1 noisy steps, one last step
