@@ -22,6 +22,7 @@ from setup_steps import project
 
 if TYPE_CHECKING:
     from LightningDiT.verdict.judging import Asked, Judged, Outcome
+    from LightningDiT.verdict.results import Results
     from LightningDiT.verdict.trials import Trial
 
 SCRIPT = "step7_judge_generated.py"
@@ -68,7 +69,10 @@ def judged_of(options: argparse.Namespace) -> Mapping[str, Judged]:
     if options.generated:
         split = project.absolute(options.split_file or SPLIT)
         folder = project.absolute(options.generated)
-        print("note: nothing shows what this generator saw; training windows of this fold alone are assumed")
+        print(
+            "note: nothing shows what this generator saw; training windows of this fold alone are assumed, with the"
+            " levels that they have now"
+        )
         judged = folder_of_windows(folder, levels or LEVELS, split, options.fold or 0, options.images)
         return {"generated": judged}
     from LightningDiT.verdict.cells import judged_models
@@ -81,8 +85,8 @@ def main(argv: list[str] | None = None) -> int:
     from LightningDiT.verdict.judging import judge, preview
 
     print("Step 7: does generated data help?", flush=True)
-    output, asked = project.absolute(options.output), asked_of(options)
-    judged = judged_of(options)
+    output, judged = project.absolute(options.output), judged_of(options)
+    asked = asked_of(options, judged)
     unseen = next(iter(judged.values())).unseen
     if unseen:
         print(f"unseen, by step 6: {unseen}; rows are tested on windows of it alone", flush=True)
@@ -98,22 +102,25 @@ def main(argv: list[str] | None = None) -> int:
         for name, one in judged.items():
             found[name], new = judge(one, asked, output / name if len(judged) > 1 else output, trials)
             trials += new
-    for name, outcome in found.items():
-        for line in lines_of(name, outcome):
-            print(line)
-    for line in next_lines(options, judged, found):
+    lines = [line for name, outcome in found.items() for line in lines_of(name, outcome)]
+    for line in (*lines, *level_lines(found), *next_lines(options, judged, found)):
         print(line)
     return OK
 
 
-def asked_of(options: argparse.Namespace) -> Asked:
-    """Return what is trained and asked for."""
+def asked_of(options: argparse.Namespace, judged: Mapping[str, Judged]) -> Asked:
+    """Return what is trained and asked for; a row that is named twice is taken once, which is said."""
     from LightningDiT.verdict.classifiers import Recipe
-    from LightningDiT.verdict.judging import Asked
+    from LightningDiT.verdict.judging import Asked, verdicts_of
 
-    rows = tuple(options.rows.split(",")) if options.rows else None
+    named = options.rows.split(",") if options.rows else []
+    rows = tuple(dict.fromkeys(named)) or None
+    if rows and len(rows) < len(named):
+        twice = ", ".join(row for row in rows if named.count(row) > 1)
+        print(f"note: --rows names {twice} more than once; each row is trained once")
     recipe, known = Recipe(options.classifier, options.steps), options.axes == "sensor"
-    return Asked(rows, options.seeds, recipe, options.wanted, options.unseen, known, project.again(SCRIPT))
+    command, verdicts = project.again(SCRIPT), verdicts_of(judged.values())
+    return Asked(rows, options.seeds, recipe, options.wanted, options.unseen, known, command, verdicts)
 
 
 def lines_of(name: str, outcome: Outcome) -> Iterator[str]:
@@ -126,19 +133,45 @@ def lines_of(name: str, outcome: Outcome) -> Iterator[str]:
     yield f"wrote {outcome.page.name}, report.json and trials.json to {outcome.page.parent}"
 
 
+def level_lines(found: Mapping[str, Outcome]) -> Iterator[str]:
+    """Yield how sure each of several verdicts is; nothing where there is one."""
+    from LightningDiT.verdict.sentences import shared_level
+
+    verdicts = [one.verdict for outcome in found.values() for one in outcome.results if one.verdict]
+    text = shared_level(verdicts[0].verdicts if verdicts else 1)
+    if text[0]:
+        yield from project.in_both(*text)
+
+
+def most_helping(found: Mapping[str, Outcome]) -> tuple[str, Results] | None:
+    """Return the model and the results of the largest gain that is supported: by the lower end of its interval."""
+    from LightningDiT.verdict.intervals import HELPS
+
+    helping = [
+        (one.verdict.difference.low, name, one)
+        for name, outcome in found.items()
+        for one in outcome.results
+        if one.verdict and one.verdict.outcome == HELPS
+    ]
+    return max(helping, key=lambda gain: gain[0])[1:] if helping else None
+
+
 def next_lines(
     options: argparse.Namespace, judged: Mapping[str, Judged], found: Mapping[str, Outcome]
 ) -> Iterator[str]:
-    """Yield the next steps: use the row that helps, or train another generator."""
-    from LightningDiT.verdict.intervals import HELPS
+    """Yield the next steps: use the row that helps most, or train another generator."""
     from LightningDiT.verdict.rows import ROWS
 
-    helping = [name for name, outcome in found.items() if outcome.outcome == HELPS]
+    helping = most_helping(found)
     if helping:
-        row = ROWS[found[helping[0]].judged]
-        folder = next(iter(judged[helping[0]].folders.values()))
+        name, results = helping
+        row = ROWS[results.judged or ""]
+        folder = next(path for cell, path in judged[name].folders.items() if cell[1] == results.images)
         english = f"train your classifier on real windows and {row.generated} generated ones for each, such as {folder}"
         chinese = f"用真实窗口加每个对应 {row.generated} 个生成窗口训练分类器，如 {folder}"
+        if results.verdict and results.verdict.verdicts > 1:
+            english += f" of {name}, the verdict with the largest gain that is sure"
+            chinese += f"（{name}，其结论的可靠增益最大）"
         if row.speckled:
             english += ", after LightningDiT.verdict.speckle has put their speckle back"
             chinese += "（先用 LightningDiT.verdict.speckle 补回散斑）"

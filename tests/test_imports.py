@@ -16,7 +16,7 @@ LIBRARY = PACKAGE.name
 #: What each module of the ground floor and each part may import of the library, apart from itself.
 GROUND: dict[str, set[str]] = {
     "errors": set(),
-    "seeds": set(),
+    "seeds": {"errors"},
     "console": {"errors"},
     "files": {"console", "errors"},
     "device": {"errors", "files"},

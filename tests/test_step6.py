@@ -32,6 +32,7 @@ from LightningDiT.verdict.adapting import (
     write_cells,
 )
 from LightningDiT.verdict.generated import find_generated
+from LightningDiT.verdict.intervals import student_quantile
 from LightningDiT.verdict.rows import Scenario, spread
 from LightningDiT.verdict.seen import Seen, labels_text
 from LightningDiT.verdict.time_needed import Costs, Estimate, estimate, fitted
@@ -151,6 +152,52 @@ def test_folds_and_numbers_of_images_join_a_folder(
     assert re.search(r"time           about .* of which trainings 1 min 30 s", said)  # one more cell of 20 and 70 steps
     assert call(data, tmp_path, "--folds", "1", "--dry-run") == 0
     assert "time  " not in capsys.readouterr().out
+
+
+def test_levels_that_were_written_again_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Windows keep their names and sizes; pixels change, or the dB of their draws. The first ones come back at last."""
+    monkeypatch.setattr(time_needed, "measure", lambda plan, split: Costs(1.0, {"transformer": 1.0}))
+    root, output = prepared(tmp_path / "w", PASSES), tmp_path / "o"
+    save_plan(make_plan("quick", open_level_files(root / "levels", root / "out" / "split.json")), output)
+    for options in (("--colour-map", "gray"), ("--db-range", "-60", "0")):
+        levels_of(root, "16", *options)
+        assert call(root, output, "--dry-run") == 1
+        said = capsys.readouterr().err
+        assert (
+            f"the levels in {root / 'levels'} were written again with other settings since {output} began; fix" in said
+        )
+    levels_of(root, "16", "--db-range", "-45", "0")  # which is what draws assume without it
+    assert call(root, output, "--folds", "0", "1", "--dry-run") == 0
+    text = (output / "plan.json").read_text()
+    (output / "plan.json").write_text(re.sub(r',\s+"levels_digest": "\w+"', "", text))
+    assert load_plan(output).levels_digest is None
+    capsys.readouterr()
+    assert call(root, output, "--dry-run") == 0
+    assert f"note: the plan in {output} is of an earlier release and names no levels" in capsys.readouterr().out
+    (output / "fold0-30" / "tokenizer").mkdir(parents=True)  # whose levels nothing shows
+    assert call(root, output, "--dry-run") == 1
+    assert "does not say which levels its latents are of" in capsys.readouterr().err
+
+
+def test_the_power_of_a_plan_is_that_of_all_its_verdicts(data: Path) -> None:
+    """Two networks and two numbers of images: each verdict is taken at 98.75 %, with a larger Student's quantile."""
+    opened = open_level_files(data / "levels", data / "out" / "split.json")
+    one = make_plan("quick", opened)
+    four = make_plan("quick", opened, models=["transformer", "unet"], images=(2, None))
+    tested = one.seen(opened.split, 0, 1).tested
+    passes, people = len(tested.passes.unique()), len(tested.people.unique())
+    freedom = passes - 1  # people with one tested pass each are one stratum
+    assert passes == people
+
+    def least(level: float) -> float:
+        quantiles = student_quantile(freedom, (1 + level) / 2) + student_quantile(freedom, 0.8)
+        return quantiles * adapting.PASS_DEVIATION / passes**0.5
+
+    said = [adapting.power_line(plan, opened.split) for plan in (one, four)]
+    assert f"of about {least(0.95):.0f} points and more will show, if" in said[0]
+    assert f"of about {least(0.9875):.0f} points and more will show in each of 4 verdicts, if" in said[1]
 
 
 def test_levels_are_those_of_the_whole_split_alone(data: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from LightningDiT.console import run_main
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.files import fingerprint
 from LightningDiT.images import save_levels
-from LightningDiT.radar.level_images import load_windows, open_level_files
+from LightningDiT.radar.level_images import load_windows, open_level_files, open_levels
 from LightningDiT.radar.split import PARENT, load_split, save_restricted, save_split
 from LightningDiT.sampling.resumable_run import BY_CLASS, LAYOUT, LEVELS, PIXELS
 from LightningDiT.verdict import judging
@@ -26,11 +26,13 @@ from LightningDiT.verdict.adapting import cell_folder, load_plan, make_plan, sav
 from LightningDiT.verdict.cells import judged_models
 from LightningDiT.verdict.classifiers import Recipe
 from LightningDiT.verdict.generated import read_generated
+from LightningDiT.verdict.intervals import HELPS, TOO_LITTLE, conclude
 from LightningDiT.verdict.judging import Asked, Loader, Outcome, folder_of_windows
+from LightningDiT.verdict.results import Results
 from LightningDiT.verdict.rows import ROWS, spread, subset
 from LightningDiT.verdict.speckle import fit_speckle, put_back
 from LightningDiT.verdict.trials import Plan, load_trials, run_trials
-from tests.test_verdict_report import results
+from tests.test_verdict_report import interval, results
 from tests.test_verdict_trials import fold
 from tests.test_verdict_trials import made as generated
 from tests.walkers import levels_of, prepared, render
@@ -106,7 +108,7 @@ def test_a_folder_of_step_6_is_judged_and_the_same_command_trains_nothing_again(
     said = run(capsys, *options)
     assert "8 trainings of 2 steps" in said
     assert "fewer generated windows than 4 for each real one of 3 people, such as ID_1: 12 for 6" in said
-    assert "No verdict: real + generated" in said or "do not help: real" in said
+    assert "No verdict: real + generated" in said or "do not help enough: real" in said
     assert "The smallest difference that this data can show is" in said
     assert "这些数据能显示的最小差异" in said
     assert said.splitlines()[-2].startswith("Next: ")
@@ -120,7 +122,7 @@ def test_a_folder_of_step_6_is_judged_and_the_same_command_trains_nothing_again(
     assert report["filter"]["kept"] <= 1
     assert (tmp_path / "report.html").read_text().count('<div class="triple">') == 4  # three people and the nearest
     before = (tmp_path / "trials.json").stat().st_mtime_ns
-    assert "trainings of" not in run(capsys, *options)
+    assert "trainings of 2 steps" not in run(capsys, *options)
     assert (tmp_path / "trials.json").stat().st_mtime_ns == before
 
 
@@ -363,6 +365,105 @@ def test_a_second_model_takes_the_rows_without_generated_windows_from_the_first(
     assert other[0] is first[0]
     assert other[1].key != first[1].key
     assert [trial.row for trial in load_trials(tmp_path / "b.json")] == ["1x"]
+    data = fold(0)
+    named = replace(data, test=replace(data.test, class_names=("a", "b", "c")))  # other people of the same pixels
+    real = replace(plan, rows=("real",))
+    assert run_trials(real, lambda number: data, tmp_path / "c.json", first)[0] is first[0]
+    assert run_trials(real, lambda number: named, tmp_path / "d.json", first)[0].key != first[0].key
+
+
+def test_all_verdicts_of_a_call_hold_together(
+    made: Path, walkers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two networks of one number of images, and one of two numbers: two verdicts of 97.5 % each."""
+    shutil.copytree(made, tmp_path / "a")
+    plan = load_plan(tmp_path / "a")
+    save_plan(replace(plan, models=(*plan.models, replace(plan.models[0], name="unet"))), tmp_path / "a")
+    cell = cell_folder(tmp_path / "a", 0, IMAGES)
+    shutil.copytree(cell / "transformer", cell / "unet")
+    said = run(capsys, "--adapted", tmp_path / "a", "--output", tmp_path / "v", "--rows", "augmented,1x", *SHORT)
+    assert said.count("(97.5 % interval ") == 2
+    assert "Each of the 2 verdicts of this call has an interval of 97.5 %" in said
+    for name in ("transformer", "unet"):
+        (one,) = json.loads((tmp_path / "v" / name / "report.json").read_text())["results"]
+        assert (one["verdict"]["verdicts"], one["verdict"]["difference"]["level"]) == (2, pytest.approx(0.975))
+    files = cell / "transformer" / "generated", walkers / "levels", walkers / "out" / "split.json"
+    judged = replace(folder_of_windows(*files), images=(4, IMAGES), folders={(0, 4): files[0], (0, IMAGES): files[0]})
+    asked = Asked(("augmented", "1x"), 2, Recipe(steps=1, batch=4, looks=1))
+    found, _ = judging.judge(judged, asked, tmp_path / "w")
+    assert [one.verdict.verdicts for one in found.results if one.verdict] == [2, 2]
+
+
+def test_rows_named_twice_are_trained_once(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--adapted", made, "--output", tmp_path, "--rows", "real,real,augmented")
+    said = run(capsys, *options, *SHORT)
+    assert "note: --rows names real more than once; each row is trained once" in said
+    assert "4 trainings of 2 steps" in said
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [row["row"] for row in report["results"][0]["rows"]] == ["real", "augmented"]
+
+
+def test_a_renamed_condition_keeps_its_windows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three people under Alpha and two under Beta; Alpha becomes Zeta, so that the numbers of both are exchanged."""
+    for condition, people in (("Alpha", "123"), ("Beta", "45")):
+        render(tmp_path / "data" / condition, {person: [4, 4, 4] for person in people})
+    levels_of(tmp_path, str(SIDE))
+    files = ("--levels", tmp_path / "levels", "--split-file", tmp_path / "out" / "split.json")
+    options = ("--generated", tmp_path / "g", *files, "--images", 1, "--output", tmp_path / "v", *SHORT)
+
+    def windows() -> dict[str, int]:
+        run(capsys, *options, "--rows", "real,augmented")
+        rows = json.loads((tmp_path / "v" / "report.json").read_text())["results"][0]["rows"]
+        return {name: part["windows"] for name, part in rows[0]["conditions"].items()}
+
+    assert windows() == {"Alpha": 12, "Beta": 8}
+    (tmp_path / "data" / "Alpha").rename(tmp_path / "data" / "Zeta")
+    levels_of(tmp_path, str(SIDE))
+    assert windows() == {"Zeta": 12, "Beta": 8}
+
+
+def test_levels_that_were_written_again_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Other pixels under the same names and of the same size."""
+    data = prepared(tmp_path / "w", PASSES)
+    save_plan(make_plan("quick", open_level_files(data / "levels", data / "out" / "split.json")), tmp_path / "adapted")
+    shutil.copytree(data / "levels", tmp_path / "moved")
+    levels_of(data, str(SIDE), "--colour-map", "gray")
+    said = run(capsys, "--adapted", tmp_path / "adapted", "--output", tmp_path / "v", code=1)
+    changed = (
+        f"the levels in {data / 'levels'} were written again with other settings since {tmp_path / 'adapted'} began"
+    )
+    assert f"{changed}; fix: run step6_adapt_models.py again with another --output" in said
+    moved = ("--levels", tmp_path / "moved")  # of the first call
+    said = run(capsys, "--adapted", tmp_path / "adapted", "--output", tmp_path / "v", *moved, code=1)
+    assert "began" not in said and str(cell_folder(tmp_path / "adapted", 0, 30) / "split.json") in said
+    shutil.copytree(data / "levels", tmp_path / "other")
+    moved = ("--levels", tmp_path / "other")
+    said = run(capsys, "--adapted", tmp_path / "adapted", "--output", tmp_path / "v", *moved, code=1)
+    assert f"the levels in {tmp_path / 'other'} are not those with which {tmp_path / 'adapted'} began" in said
+    assert not (tmp_path / "v").exists()
+
+
+def test_a_folder_of_an_earlier_release_is_judged_if_its_latents_are_of_the_levels(
+    made: Path, walkers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(made, tmp_path / "a")
+    content = json.loads((tmp_path / "a" / "plan.json").read_text())
+    assert content.pop("levels_digest")
+    write(tmp_path / "a" / "plan.json", content)
+    cell = cell_folder(tmp_path / "a", 0, IMAGES)
+    (cell / "tokenizer").mkdir()
+    with pytest.raises(LightningDiTError, match=r"manifest.json does not say which levels its latents are of"):
+        judged_models(tmp_path / "a")
+    latents = json.loads((cell / "latents" / "manifest.json").read_text())
+    plan = load_plan(tmp_path / "a")
+    key = open_levels(walkers / "levels", cell / "split.json", "training", 0, plan.draws, plan.seed).key
+    write(cell / "latents" / "manifest.json", {**latents, "settings": {"image_list": "of other levels"}})
+    with pytest.raises(LightningDiTError, match="were written again with other settings since"):
+        judged_models(tmp_path / "a")
+    capsys.readouterr()
+    write(cell / "latents" / "manifest.json", {**latents, "settings": {"image_list": key}})
+    assert judged_models(tmp_path / "a").keys() == {"transformer"}
+    assert f"note: the plan in {tmp_path / 'a'} is of an earlier release and names no levels" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -374,10 +475,37 @@ def test_a_second_model_takes_the_rows_without_generated_windows_from_the_first(
     ],
 )
 def test_what_comes_next_follows_from_the_verdict(difference: float, given: tuple[str, ...], line: str) -> None:
-    judged = {"m": folder_of_windows(Path("here"), Path("l"), Path("s"))}
-    found = {"m": Outcome(results(difference), [], [("a", "b")], Path("v/report.html"))}
+    judged = {"m": folder_of_windows(Path("here"), Path("l"), Path("s"), images=30)}
+    found = {"m": Outcome([results(difference)], [], [("a", "b")], Path("v/report.html"))}
     assert line in next(step7.next_lines(step7.parse(list(given)), judged, found))
     assert list(step7.lines_of("m", found["m"]))[-1] == "wrote report.html, report.json and trials.json to v"
+
+
+def test_the_next_line_names_the_largest_gain_that_is_sure(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of two networks with two numbers of images, one gains 7 points and surely 2.0, the other 5 and surely 2.5."""
+    cells = {(0, 30): Path("m/30"), (1, 30): Path("m/30b"), (0, 50): Path("m/50")}
+    judged = {
+        "m": folder_of_windows(Path("m"), Path("l"), Path("s")),
+        "n": folder_of_windows(Path("n"), *[Path("s")] * 2),
+    }
+    judged = {name: replace(one, images=(30, 50), folders=cells) for name, one in judged.items()}
+    judged["n"] = replace(judged["n"], folders={cell: Path(f"n/{cell[1]}") for cell in cells})
+    assert judging.verdicts_of(judged.values()) == 4
+
+    def found(difference: float, error: float, images: int) -> Results:
+        verdict = conclude(interval(difference, error), verdicts=4)
+        return replace(results(difference), images=images, verdict=verdict)
+
+    outcomes = {
+        "m": Outcome([found(0.07, 0.02, 30), found(0.0, 0.01, 50)], [], [], Path("m")),  # 2.50 standard errors: +2.0
+        "n": Outcome([found(0.02, 0.002, 30), found(0.05, 0.01, 50)], [], [], Path("n")),  # +1.5 and +2.5
+    }
+    line = next(step7.next_lines(step7.parse([]), judged, outcomes))
+    assert "such as n/50 of n, the verdict with the largest gain that is sure" in line
+    assert [one.verdict.outcome for one in outcomes["m"].results if one.verdict] == [HELPS, TOO_LITTLE]
+    assert "Each of the 4 verdicts of this call has an interval of 98.8 %" in next(step7.level_lines(outcomes))
+    one = {"m": Outcome([results(0.05)], [], [], Path("m"))}
+    assert list(step7.level_lines(one)) == []
 
 
 @pytest.mark.parametrize(

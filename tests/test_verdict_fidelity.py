@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.metrics.scores import proportion
 from LightningDiT.radar.level_images import Windows
 from LightningDiT.radar.population import pass_of, person_of, relative_speed
 from LightningDiT.radar.recording import Cutting, recording
 from LightningDiT.radar.sensor import Sensor
 from LightningDiT.radar.walker import cycle_seconds
+from LightningDiT.verdict import fidelity as module
 from LightningDiT.verdict.classifiers import Recipe, SmallResidual
 from LightningDiT.verdict.fidelity import equal_numbers, feature_scores, features_of, fidelity, gait_distances
 from LightningDiT.verdict.filter import KEPT, PARTS, fit_filter, parts_of, scores_of, shares_kept
@@ -115,6 +117,17 @@ def test_equal_sets_are_at_no_distance_and_a_shift_in_speed_is_its_own_size() ->
     assert all(one.generated == one.real == 0 and one.ratio == 1 for one in same.values())
 
 
+def test_windows_without_a_ridge_are_counted_beside_those_of_real_ones() -> None:
+    """Every second generated window has no power, and no real one."""
+    pytest.importorskip("scipy")
+    training = walkers(2, 2, 6)
+    made = generated(replace(training, pixels=training.pixels.clone()))
+    made.pixels[1::2] = -1.0
+    axes = axes_of({"native_columns": 16}, (16, 16), None)
+    found = {one.quantity: one for one in gait_distances(made, training, training, axes)}
+    assert found["ridge"].lacking == (0.5, 0)
+
+
 def test_people_are_compared_in_equal_numbers() -> None:
     made, held, known = (
         torch.tensor([0] * 9 + [2] * 3),
@@ -140,12 +153,37 @@ def test_feature_scores_of_points_far_away_and_of_the_reference_itself() -> None
     assert few.precision is None and few.recall is None
 
 
+def test_precision_is_a_share_of_the_windows_compared_and_recall_of_the_training_windows() -> None:
+    """The intervals of shares of 20 and of 60, whatever the shares are."""
+    pytest.importorskip("torch_fidelity")
+    known = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
+    found = feature_scores(known[:20], known[20:40] + 1, known)
+    assert found.precision is not None and found.recall is not None
+    assert found.precision == tuple(proportion(score.value, 20) for score in found.precision)
+    assert found.recall == tuple(proportion(score.value, 60) for score in found.recall)
+    assert 0 < found.recall[0].value < 1
+
+
 def test_features_are_means_over_the_bands_of_doppler() -> None:
     model = SmallResidual(2, (16, 16)).eval()
     pixels = walkers(2, 1, 2).pixels
     whole, found = model.features(pixels), features_of(model, pixels)
     assert (whole.shape, found.shape) == ((4, 2048), (4, 256))
     assert torch.allclose(found[:, 3], whole[:, 24:32].mean(1), atol=1e-6)
+
+
+def test_features_are_compared_of_the_windows_that_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three sets of different sizes, each by its own rows."""
+    pytest.importorskip("scipy")
+    training, held = walkers(3, 2, 6), walkers(3, 2, 12, 10, seed=1)
+    looked: list[torch.Tensor] = []
+    monkeypatch.setattr(module, "features_of", lambda judge, pixels: looked.append(pixels) or pixels[:, 0, :4, 0])
+    made = generated(walkers(3, 1, 9, seed=2))
+    fidelity(made, held, training, axes_of({}, (16, 16), None), Recipe(steps=2, batch=8))
+    chosen = equal_numbers(made.people, held.people, training.people)
+    drawn = [torch.cat(rows) for rows in zip(*chosen.values(), strict=True)]
+    for pixels, windows, rows in zip(looked, (made, held, training), drawn, strict=True):
+        assert torch.equal(pixels, windows.pixels[rows])
 
 
 def test_fidelity_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:

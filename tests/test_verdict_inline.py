@@ -38,8 +38,8 @@ def test_each_model_has_its_sentence_its_tables_and_its_report(tmp_path: Path) -
     reported(tmp_path / "unet", 0.004)
     page = verdict(tmp_path)
     (tmp_path / "page.html").write_text(page)
-    assert "生成数据没有帮助" in "".join(Page(tmp_path / "page.html").texts["zh-CN"])
-    assert re.findall(r"Generated windows (help|do not help):", page) == ["help", "do not help"]
+    assert "生成数据的帮助不够" in "".join(Page(tmp_path / "page.html").texts["zh-CN"])
+    assert re.findall(r"Generated windows (help|do not help enough):", page) == ["help", "do not help enough"]
     assert page.count("<table>") == page.count("30 images a person <span") == 3
     assert "<td>90.0 % (88.0 % to 92.0 %)</td><td>+5.0 (+3.0 to +7.0)</td>" in page  # 0.9 and 0.05, each +- 1.96 %
     links = re.findall(r'download="(\S+)" href="data:text/html;base64,([^"]+)"', page)

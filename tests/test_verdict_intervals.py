@@ -11,11 +11,12 @@ import pytest
 from LightningDiT.verdict.intervals import (
     HELPS,
     HURTS,
-    NO_EFFECT,
     NO_VERDICT,
+    TOO_LITTLE,
     Interval,
     PassBootstrap,
     conclude,
+    level_of,
     student_quantile,
 )
 from studies import interval_study
@@ -115,7 +116,7 @@ def test_equal_predictions_differ_by_nothing_and_pairs_are_narrower_than_two_row
     bootstrap = PassBootstrap(people, numbers)
     same = bootstrap.interval(first - first)
     assert (same.value, same.low, same.high, same.smallest) == (0, 0, 0, 0)
-    assert conclude(replace(same, seeds=3)).outcome == NO_EFFECT
+    assert conclude(replace(same, seeds=3)).outcome == TOO_LITTLE
     paired = bootstrap.interval(second - first)
     assert abs(paired.value) == pytest.approx(1 / 15)
     assert paired.standard_error < bootstrap.interval(first).standard_error
@@ -214,14 +215,67 @@ def test_a_pass_of_two_people_is_refused() -> None:
         (0.02, 0.005, HELPS, False),
         (0.03, 0.0103, HELPS, True),  # the data can show 2.9 points
         (-0.02, 0.005, HURTS, False),
-        (0.005, 0.01, NO_EFFECT, False),
+        (0.005, 0.01, TOO_LITTLE, False),
         (0.04, 0.03, NO_VERDICT, False),
         (0.10, 0.04, NO_VERDICT, False),  # above 0, but such data often show too much: 11 points are what it shows
         (0.30, 0.04, HELPS, True),
         (-0.30, 0.04, HURTS, False),
+        (0.02, 0.0105, NO_VERDICT, False),  # such data shows 3 points, and up to 4 are possible
+        (-0.04, 0.03, TOO_LITTLE, False),  # too few passes to show 3 points, but 1.9 are the most that is possible
+        (-0.10, 0.04, TOO_LITTLE, False),
     ],
 )
 def test_what_a_difference_means(value: float, error: float, outcome: str, enough: bool) -> None:
     found = conclude(Interval(value, value - 1.96 * error, value + 1.96 * error, error, 100, 10, 3), wanted=0.03)
     assert (found.outcome, found.is_enough) == (outcome, enough)
     assert found.difference.smallest == pytest.approx(2.8 * error, rel=1e-3)
+
+
+@pytest.mark.parametrize(("high", "outcome"), [(0.18, TOO_LITTLE), (0.2, NO_VERDICT), (0.22, NO_VERDICT)])
+def test_a_gain_that_is_possible_is_not_ruled_out(high: float, outcome: str) -> None:
+    assert conclude(Interval(0.08, -0.02, high, 0.05, 500, 20, 3), 0.2).outcome == outcome
+
+
+def test_a_gain_of_what_was_asked_for_is_hardly_ever_denied() -> None:
+    """The true gain is the wanted one: intervals end below it in 2.5 %, here at most three standard errors more."""
+    people, passes = layout(31, 2, 1)
+    bootstrap, rng = PassBootstrap(people, passes, 300), np.random.default_rng(3)
+    deviations = np.sqrt(np.array([0.5, 0.2, 0.3]) * [62, 3, 62 * 3]) * 0.03 / 2.9  # the data just shows 3 points
+    verdicts = [conclude(bootstrap.interval(0.03 + interval_study.drawn(rng, 3, 62, deviations))) for _ in range(400)]
+    denied = [one for one in verdicts if one.outcome == TOO_LITTLE]
+    assert all(one.difference.high < 0.03 for one in denied)
+    assert len(denied) / 400 < 0.025 + 3 * math.sqrt(0.025 * 0.975 / 400)
+    assert sum(one.outcome == HELPS for one in verdicts) > 200  # 80 % where the data can show it
+
+
+def test_an_interval_of_another_level_reaches_as_far_as_students_quantile() -> None:
+    """Quantiles of tables: 1.960 and 2.576 of a normal distribution, 2.228 and 3.169 with ten degrees of freedom."""
+    assert [level_of(number) for number in (1, 5, 10)] == pytest.approx([0.95, 0.99, 0.995])
+    for freedom, quantiles in ((math.inf, (1.960, 2.576)), (10, (2.228, 3.169))):
+        low, high = 0.05 - quantiles[0] * 0.01, 0.05 + 2 * quantiles[0] * 0.01  # twice as far above
+        found = Interval(0.05, low, high, 0.01, 9, 9, 3, freedom=freedom)
+        wide = found.at(level_of(5))
+        ends = 0.05 - quantiles[1] * 0.01, 0.05 + 2 * quantiles[1] * 0.01
+        assert (wide.low, wide.high) == pytest.approx(ends, abs=2e-5)
+        assert wide.smallest - found.smallest == pytest.approx((quantiles[1] - quantiles[0]) * 0.01, abs=2e-5)
+        assert found.at(level_of(1)) is found
+    endless = Interval(0.1, -math.inf, math.inf, math.inf, 9, 1, 3).at(0.99)
+    assert (endless.low, endless.high, endless.smallest) == (-math.inf, math.inf, math.inf)
+
+
+def test_of_several_verdicts_none_is_wrong_in_95_percent_of_calls() -> None:
+    """Nothing helps: 1 - 0.95^8 = 34 % of calls with eight verdicts would find something, each at 95 %."""
+    values = 0.005 * np.random.default_rng(0).standard_normal((1000, 8))
+
+    def wrong(verdicts: int) -> float:
+        def is_wrong(value: float) -> bool:
+            found = Interval(value, value - 1.96 * 0.005, value + 1.96 * 0.005, 0.005, 100, 50, 3)
+            return conclude(found, verdicts=verdicts).outcome in (HELPS, HURTS)
+
+        return float(np.mean([any(map(is_wrong, call)) for call in values.tolist()]))
+
+    assert wrong(1) == pytest.approx(1 - 0.95**8, abs=0.045)  # three standard errors
+    assert wrong(8) < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 1000)
+    one, five = (conclude(Interval(0.03, 0.0098, 0.0502, 0.0103, 100, 50, 3), verdicts=number) for number in (1, 5))
+    assert (one.outcome, five.outcome, five.verdicts) == (HELPS, NO_VERDICT, 5)  # 3.5 points are shown now
+    assert five.difference.level == pytest.approx(0.99)

@@ -20,12 +20,12 @@ from LightningDiT.metrics.scores import Score
 from LightningDiT.radar.sensor import Sensor
 from LightningDiT.verdict.fidelity import Distance, FeatureScores, Fidelity, averaged
 from LightningDiT.verdict.gait import axes_of
-from LightningDiT.verdict.intervals import HELPS, HURTS, NO_EFFECT, NO_VERDICT, Interval, conclude
+from LightningDiT.verdict.intervals import HELPS, HURTS, NO_VERDICT, TOO_LITTLE, Interval, conclude
 from LightningDiT.verdict.pictures import encoded, ticks, triples
 from LightningDiT.verdict.report import FilterReport, Report, as_json, filter_gain, mean_filter, page, write_report
 from LightningDiT.verdict.results import Results, RowResult
 from LightningDiT.verdict.rows import Generated
-from LightningDiT.verdict.sentences import advice, certainty, copied, headline
+from LightningDiT.verdict.sentences import advice, certainty, copied, headline, shared_level
 from tests.test_demo_report import Page
 from tests.test_verdict_trials import walkers
 
@@ -87,8 +87,27 @@ def found(texture: float = 0.05, copies: float = 0.05, ratio: float = 1.0) -> Fi
             "Generated windows hurt: real + generated 2x is 4.0 points below real +",
             "低 4.0 个百分点",
         ),
-        (0.004, 0.01, NO_EFFECT, "Generated windows do not help: real + generated 2x is 0.4 points above", "没有帮助"),
-        (0.04, 0.03, NO_VERDICT, "(95 % interval -1.9 to +9.9), too unsure to tell.", "无法判定"),
+        (
+            0.004,
+            0.01,
+            TOO_LITTLE,
+            "+2.4), and the interval ends below the 3 points asked for.",
+            "低于要求的 3 个百分点。",
+        ),
+        (
+            0.04,
+            0.03,
+            NO_VERDICT,
+            "(95 % interval -1.9 to +9.9), so a gain of the 3 points asked for is possible, and so is none.",
+            "有可能达到要求的 3 个百分点，也有可能没有增益。",
+        ),
+        (
+            0.1,
+            0.04,
+            NO_VERDICT,
+            "(95 % interval +2.2 to +17.8), less than what this data can show.",
+            "小于这些数据能显示",
+        ),
     ],
 )
 def test_the_first_sentence_says_by_how_much_and_how_sure(
@@ -100,7 +119,8 @@ def test_the_first_sentence_says_by_how_much_and_how_sure(
     said = headline(one)
     assert english in said[0]
     assert chinese in said[1]
-    assert (said[0].startswith("No verdict")) == (outcome == NO_VERDICT)
+    starts = {HELPS: "Generated windows help: ", HURTS: "Generated windows hurt: ", NO_VERDICT: "No verdict: "}
+    assert said[0].startswith(starts.get(outcome, "Generated windows do not help enough: "))
 
 
 def test_the_second_sentence_says_what_could_be_shown() -> None:
@@ -109,7 +129,10 @@ def test_the_second_sentence_says_what_could_be_shown() -> None:
         "The smallest difference that this data can show is 8.4 points (80 % power); 3 are asked for."
     )
     assert "400 windows from 40 passes of 2 people; seeds averaged: 2." in said[0]
-    assert said[0].endswith("holds what passes and trainings vary by, and comes from these, not from windows.")
+    assert (
+        "comes from passes and trainings of the classifier, not from windows. The generator was trained once" in said[0]
+    )
+    assert "生成模型在每一折只训练了一次" in said[1]
     assert "8.4" in said[1] and "40 段行走" in said[1]
     endless = Interval(0.1, -math.inf, math.inf, math.inf, 9, 1, 3)
     alone = replace(results(0.0), verdict=conclude(endless))
@@ -118,11 +141,28 @@ def test_the_second_sentence_says_what_could_be_shown() -> None:
     assert advice(alone, None, None)[0][0].startswith("Try more and fewer")
     once = replace(results(0.0), verdict=conclude(replace(interval(0.1), seeds=1)))
     assert certainty(once)[0].startswith("One training of each row was tested") and "--seeds 3" in certainty(once)[1]
-    assert headline(once)[0].startswith("No verdict")
+    assert headline(once)[0].startswith("No verdict") and headline(once)[0].endswith("too unsure to tell.")
     assert advice(once, None, None)[0][0].startswith("Try more and fewer")
     nothing = replace(results(0.0), judged=None, verdict=None)
     assert headline(nothing)[0] == "No row with real and generated windows was tried."
     assert advice(nothing, found(), None) == []
+
+
+def test_several_verdicts_say_the_level_of_each() -> None:
+    """Six verdicts: 1 - 0.05 / 6 is 99.17 %, and 2.64 standard errors."""
+    six = replace(results(0.05), verdict=conclude(interval(0.05), verdicts=6))
+    assert "5.0 points above real + classical augmentation (99.2 % interval +2.4 to +7.6)" in headline(six)[0]
+    assert "（99.2 % 区间 +2.4 至 +7.6）" in headline(six)[1]
+    assert "this data can show is 3.5 points" in certainty(six)[0]  # 2.64 + 0.84
+    line = "Each of the 6 verdicts of this call has an interval of 99.2 %, so that all of them hold together at 95 %"
+    assert shared_level(6)[0].startswith(line) and "6 个结论各用 99.2 %" in shared_level(6)[1]
+    assert shared_level(1) == ("", "")
+    several = replace(report(), results=[six])
+    content, text = as_json(several), page(several)
+    assert line in content["verdict"]["en"] and shared_level(6)[1] in content["verdict"]["zh"] and line in text
+    assert content["results"][0]["verdict"]["difference"]["level"] == pytest.approx(1 - 0.05 / 6)
+    assert content["results"][0]["rows"][1]["difference"]["level"] == 0.95
+    assert "verdicts of this call" not in page(report())
 
 
 def test_what_to_try_follows_from_what_was_measured() -> None:
@@ -135,6 +175,9 @@ def test_what_to_try_follows_from_what_was_measured() -> None:
     others = "Test all folds (step6_adapt_models.py --folds 0 1 4 adds them), or record more: "
     assert others + more in tried(results(0.0, 0.03), None, None, (0, 1, 4))
     assert "about" not in tried(results(0.0), None, None)
+    assert "about" not in tried(results(-0.04, 0.03), None, None)  # 3 points are ruled out
+    settled = "Record more: about 43 passes give a verdict if the difference stays; 40 were tested."
+    assert tried(results(0.02, 0.0105), None, None) == settled  # 40 (1.96 * 1.05 / 2)^2
     luck = replace(interval(0.0, 0.03), seed_error=0.022)  # more than half of the variance
     by_seeds = replace(results(0.0), verdict=conclude(luck))
     assert "about 24 seeds show 3 points (--seeds); 3 were trained" in tried(by_seeds, None, None)  # 3 (8.4 / 3)^2

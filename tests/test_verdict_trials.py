@@ -228,10 +228,89 @@ def test_a_trial_is_the_same_however_the_plan_was_cut(tmp_path: Path) -> None:
     assert whole[1] == alone[0]
 
 
+def trainings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Recipe, int, tuple[torch.Tensor, torch.Tensor]]]:
+    """Return recipe, seed and validation windows of each training, as they come; those that are timed do not count."""
+    seen, real = [], module.train_classifier
+
+    def spy(
+        pixels: torch.Tensor, people: torch.Tensor, valid: tuple[torch.Tensor, torch.Tensor], classes: int,
+        recipe: Recipe, seed: int, augmented: bool,
+    ) -> object:  # fmt: skip
+        if recipe.steps != module.TIMED_STEPS:
+            seen.append((recipe, seed, valid))
+        return real(pixels, people, valid, classes, recipe, seed, augmented)
+
+    monkeypatch.setattr(module, "train_classifier", spy)
+    return seen
+
+
+def test_a_trial_trains_by_its_own_seed_and_looks_at_validation_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, data = trainings(monkeypatch), fold(0)
+    run_trials(Plan((0,), (3,), ("real",), 3, SHORT), lambda number: data, tmp_path / "trials.json")
+    assert [seed for _, seed, _ in seen] == [0, 1, 2]
+    for _, _, (pixels, people) in seen:
+        assert torch.equal(pixels, data.validation.pixels) and torch.equal(people, data.validation.people)
+
+
+def test_a_trial_of_other_settings_or_windows_is_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another batch, other validation windows, and the same test windows in other passes, each change by itself."""
+    seen, data, path = trainings(monkeypatch), fold(0), tmp_path / "trials.json"
+    moved = replace(data.test, passes=data.test.passes + 1000)
+    others = [
+        (replace(SHORT, batch=3), data),
+        (SHORT, replace(data, validation=walkers(3, 2, 4, seed=44))),
+        (SHORT, replace(data, test=moved)),
+    ]
+    for number, (recipe, windows) in enumerate(others, 1):
+        path.unlink(missing_ok=True)
+        run_trials(Plan((0,), (3,), ("real",), 1, SHORT), lambda number: data, path)
+        (found,) = run_trials(Plan((0,), (3,), ("real",), 1, recipe), lambda number, windows=windows: windows, path)
+        assert (len(seen), seen[-1][0]) == (2 * number, recipe)
+        assert found.passes == tuple(windows.test.passes.tolist())
+
+
+def renamed(data: FoldData) -> FoldData:
+    """Return the same windows with the first condition renamed so that it sorts last, and a window gone before them."""
+    test = data.test
+    names = (*(test.condition_names or ())[1:], "z")
+    last = len(names) - 1
+    numbers = torch.where(test.conditions == 0, last, test.conditions - 1)
+    return replace(data, test=replace(test, conditions=numbers, condition_names=names, rows=test.rows - 1))
+
+
+def test_kept_trials_are_read_with_the_windows_and_names_of_now(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A condition is renamed, and a window that no row uses is gone: pixels, people and passes are as before."""
+    data, path = fold(0, conditions=2), tmp_path / "trials.json"
+    first = subset(data.test, torch.nonzero((data.test.conditions == 0) | (data.test.people > 0))[:, 0])
+    data = replace(data, test=first)  # fewer windows of c1 than of c0
+    run_trials(Plan((0,), (3,), ("real",), 1, SHORT), lambda number: data, path)
+    now = renamed(data)
+    found = run_trials(Plan((0,), (3,), ("real", "augmented"), 1, SHORT), lambda number: now, path)
+    assert f"note: {path} has trials under other names of people or conditions" in capsys.readouterr().out
+    for trial in found:
+        assert (trial.conditions, trial.windows) == (tuple(now.test.conditions.tolist()), tuple(now.test.rows.tolist()))
+    counts = {name: int((first.conditions == at).sum()) for at, name in enumerate(first.condition_names or ())}
+    (results,) = summarise(found)  # both rows were tested on the same windows
+    by_name = {now.test.condition_names[at]: part.windows for at, part in results["real"].conditions.items()}
+    assert by_name == {"z": counts["c0"], "c1": counts["c1"]}
+    assert json.loads(path.read_text())["condition_names"] == ["c1", "z"]
+    assert len(load_trials(path)) == 2
+    shifted = replace(now, test=replace(now.test, rows=now.test.rows - 1))  # the names stay
+    found = run_trials(Plan((0,), (3,), ("augmented",), 1, SHORT), lambda number: shifted, path)
+    assert found[0].windows == tuple(shifted.test.rows.tolist())
+    assert "1 trials were trained again" in capsys.readouterr().out
+
+
 def test_what_cannot_be_tried_is_said(tmp_path: Path) -> None:
     path = tmp_path / "trials.json"
     with pytest.raises(LightningDiTError, match=r"row '3x' is unknown; real, augmented, 1x, 2x, 4x"):
         Plan(rows=("3x",))
+    with pytest.raises(LightningDiTError, match="row 'real' is named more than once; fix: take each row once"):
+        Plan(rows=("real", "1x", "real"))
     with pytest.raises(LightningDiTError, match="row '1x' needs generated windows for 30 images a person"):
         run_trials(Plan(rows=("1x",), recipe=SHORT), lambda number: fold(0), path)
     small = Generated(torch.zeros(3, 1, 8, 4), torch.arange(3), torch.zeros(3, dtype=torch.long))

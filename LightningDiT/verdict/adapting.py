@@ -21,8 +21,9 @@ from LightningDiT.radar.augmentation import NAMES
 from LightningDiT.radar.level_images import LevelFiles, condition_names, open_level_files
 from LightningDiT.radar.split import Split, save_restricted
 from LightningDiT.radar.training_file import DOWNSAMPLING, PATCH, ROOT, TEMPLATE
-from LightningDiT.verdict.intervals import PassBootstrap
+from LightningDiT.verdict.intervals import PassBootstrap, level_of
 from LightningDiT.verdict.jobs import Job
+from LightningDiT.verdict.same_levels import latents_are_of, levels_digest, others
 from LightningDiT.verdict.seen import Seen, known_conditions, labels_text, seen_of
 
 FORMAT = "adapted models, 1"
@@ -112,6 +113,7 @@ class Plan:
         guidance: of the samples.
         seed: of trainings and samples; seeds: trainings of each classifier in step 7.
         unseen: `PAIRS`, or a condition, whose windows neither train nor validate; see `rows.scenario_of`.
+        levels_digest: see `same_levels`; None in the plan of an earlier release.
     """
 
     preset: str
@@ -134,10 +136,16 @@ class Plan:
     seed: int = 0
     seeds: int = 3
     unseen: str | None = None
+    levels_digest: str | None = None
 
     @property
     def cells(self) -> list[tuple[int, int | None]]:
         return [(fold, images) for fold in self.folds for images in self.images]
+
+    @property
+    def verdicts(self) -> int:
+        """How many verdicts step 7 is to give."""
+        return len(self.models) * len(self.images)
 
     @property
     def look_every(self) -> int:
@@ -187,6 +195,7 @@ def make_plan(preset: str, opened: LevelFiles, pretrained: Path = MODELS, **give
         folds=folds,
         models=tuple(_model(pretrained, name, trainable) for name in names),
         tokenizer_start=str(found) if found else None,
+        levels_digest=levels_digest(opened),
         **values,
     )
     for fold in folds:
@@ -287,12 +296,12 @@ def asked_plan(
         given: as for `make_plan`.
 
     Raises:
-        LightningDiTError: see `make_plan` and `continued`; or the levels are not those of the split.
+        LightningDiTError: see `make_plan`, `with_levels` and `continued`; or the levels are not those of the split.
     """
     opened = open_level_files(levels, split_file)
     if not (folder / PLAN).exists():
         return make_plan(preset or QUICK, opened, **given), None
-    kept = load_plan(folder)
+    kept = with_levels(load_plan(folder), folder, opened)
     own = {name: getattr(kept, name) for name in ("folds", "images", "generated", "guidance", "seed", "unseen")}
     own |= {"models": [model.name for model in kept.models]}
     asked = given.get("trainable")
@@ -300,6 +309,32 @@ def asked_plan(
         raise LightningDiTError(f"the folder has trainings of another part than {asked}", OTHER_OUTPUT)
     given = own | {key: value for key, value in given.items() if value is not None}
     return continued(make_plan(preset or kept.preset, opened, **given), kept), kept
+
+
+def with_levels(kept: Plan, folder: Path, opened: LevelFiles) -> Plan:
+    """Return the plan of a folder, which names the levels that are there now: those that it was made of.
+
+    The plan of an earlier release names none. Its latents show of which levels they are, so that its trainings can be
+    kept; a cell without latents shows nothing.
+
+    Raises:
+        LightningDiTError: the levels are others, or nothing shows whether they are.
+    """
+    if opened.split.digest != kept.split:
+        return kept  # `continued` says so
+    found = levels_digest(opened)
+    is_same_folder = opened.folder == kept.levels
+    if kept.levels_digest is None:
+        for fold, images in kept.cells:
+            cell = cell_folder(folder, fold, images)
+            if (cell / TOKENIZER).exists() and not latents_are_of(
+                opened, cell / LATENTS, cell / SPLIT, fold, kept.draws, kept.seed
+            ):
+                raise others(opened, is_same_folder, folder)
+        print(f"note: the plan in {folder} is of an earlier release and names no levels; its trainings are of these")
+    elif kept.levels_digest != found:
+        raise others(opened, is_same_folder, folder)
+    return replace(kept, levels_digest=found)
 
 
 def continued(plan: Plan, kept: Plan) -> Plan:
@@ -452,10 +487,11 @@ def power_line(plan: Plan, split: Split) -> str:
     tested = [plan.seen(split, fold, 1).tested for fold in plan.folds]
     people, passes = (np.concatenate([getattr(one, name) for one in tested]) for name in ("people", "passes"))
     bootstrap = PassBootstrap(people, passes, resamples=1)
-    least = bootstrap.smallest(PASS_DEVIATION)
+    least = bootstrap.smallest(PASS_DEVIATION, level_of(plan.verdicts))
+    together = f" in each of {plan.verdicts} verdicts" if plan.verdicts > 1 else ""
     return (
-        f"power          {bootstrap.passes} test passes: differences of about {least:.0f} points and more will show, if"
-        " passes and trainings differ as those of simulated walkers do"
+        f"power          {bootstrap.passes} test passes: differences of about {least:.0f} points and more will show"
+        f"{together}, if passes and trainings differ as those of simulated walkers do"
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from LightningDiT.data.labels import LATENTS_MANIFEST
 from LightningDiT.errors import LightningDiTError, first_line
 from LightningDiT.files import fingerprint, read_json
-from LightningDiT.radar.level_images import listed_windows
+from LightningDiT.radar.level_images import listed_windows, open_level_files
 from LightningDiT.radar.split import Split, load_split
 from LightningDiT.verdict.adapting import (
     ADAPTER,
@@ -23,9 +23,11 @@ from LightningDiT.verdict.adapting import (
     Plan,
     cell_folder,
     load_plan,
+    with_levels,
 )
 from LightningDiT.verdict.generated import manifest_of
 from LightningDiT.verdict.judging import Cell, Fact, Judged
+from LightningDiT.verdict.same_levels import AGAIN
 
 CHOICE = "choice.json"
 #: Files of a run's weights, and what the manifest of its samples calls them.
@@ -40,16 +42,17 @@ def judged_models(adapted: Path, levels: Path | None = None) -> dict[str, Judged
         levels: where the levels of step 5 lie now; None: where step 6 found them.
 
     Raises:
-        LightningDiTError: cells are missing or not complete, or they are of another split, of other weights, or of
-            training windows that are tested.
+        LightningDiTError: cells are missing or not complete, or they are of another split, of other levels, of other
+            weights, or of training windows that are tested.
     """
     plan = load_plan(adapted)
     whole = load_split(plan.split_file)
     if whole.digest != plan.split:
         raise LightningDiTError(
             f"{plan.split_file} is another split than the one that {adapted} was made of",
-            "run step6_adapt_models.py again with another --output",
+            AGAIN,
         )
+    with_levels(plan, adapted, open_level_files(levels or plan.levels, plan.split_file))
     trained = {cell: _trained(adapted, cell, whole) for cell in plan.cells}
     for cell in plan.cells:
         _refuse_unseen(adapted, plan, cell, whole)

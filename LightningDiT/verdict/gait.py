@@ -106,6 +106,11 @@ class Gait:
     texture: Floats
 
 
+def span_of(db_range: tuple[float, float] | None) -> float:
+    """Return the dB from level 0 to level 1; 45 if unknown."""
+    return db_range[1] - db_range[0] if db_range else ASSUMED_SPAN
+
+
 def measure(pixels: Tensor, axes: Axes, db_range: tuple[float, float] | None) -> Gait:
     """Return the measures of windows.
 
@@ -113,8 +118,7 @@ def measure(pixels: Tensor, axes: Axes, db_range: tuple[float, float] | None) ->
         pixels: (N, 1, H, W) in [-1, 1].
         db_range: dB of level 0 and 1; 45 dB apart if unknown.
     """
-    span = db_range[1] - db_range[0] if db_range else ASSUMED_SPAN
-    parts = [_measured(part, axes, span) for part in pixels.split(CHUNK)]
+    parts = [_measured(part, axes, span_of(db_range)) for part in pixels.split(CHUNK)]
     names = Gait.__dataclass_fields__
     return Gait(**{name: np.concatenate([part[name] for part in parts]) for name in names})
 

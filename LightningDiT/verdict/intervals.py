@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 import numpy as np
@@ -27,7 +27,7 @@ WANTED = 0.03  # difference in accuracy that is worth the effort
 NOTHING = 1e-12  # variance that rounding leaves where all trainings answer alike
 NORMAL_FREEDOM, ANGLES = 10_000, 20_001  # freedom from which a distribution counts as normal; points of an integral
 BISECTIONS = 50
-HELPS, HURTS, NO_EFFECT, NO_VERDICT = "helps", "hurts", "does not help", "no verdict"
+HELPS, HURTS, TOO_LITTLE, NO_VERDICT = "helps", "hurts", "does not help enough", "no verdict"
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,14 @@ class Interval:
 
     Attributes:
         value: the mean.
-        low, high: ends of the 95 % interval; minus and plus infinity if fewer than two passes are there.
+        low, high: ends of the interval; minus and plus infinity if fewer than two passes are there.
         standard_error: of the mean; infinity if fewer than two passes are there.
         windows, passes: how many were tested.
         seeds: number of trainings; with one the interval is that of this training, whose luck it does not contain.
         seed_error: the part of the standard error that other passes would not reduce: what all passes of a training
             share.
         freedom: degrees of freedom of the standard error.
+        level: share of such intervals that hold the true mean.
     """
 
     value: float
@@ -54,11 +55,23 @@ class Interval:
     seeds: int = 1
     seed_error: float = 0.0
     freedom: float = math.inf
+    level: float = LEVEL
 
     @property
     def smallest(self) -> float:
         """The smallest difference that data like this shows, see `smallest_shown`."""
-        return smallest_shown(self.standard_error, self.freedom)
+        return smallest_shown(self.standard_error, self.freedom, self.level)
+
+    def at(self, level: float) -> Interval:
+        """Return the interval of another level, its ends moved as far as Student's quantile moves.
+
+        Quantiles of the resamples would not do: far out there are too few resamples.
+        """
+        if level == self.level:
+            return self
+        share = _two_sided(level, self.freedom) / _two_sided(self.level, self.freedom)
+        low, high = (self.value + share * (end - self.value) for end in (self.low, self.high))
+        return replace(self, low=low, high=high, level=level)
 
 
 @dataclass(frozen=True)
@@ -66,14 +79,16 @@ class Verdict:
     """What a difference means.
 
     Attributes:
-        outcome: of HELPS, HURTS, NO_EFFECT and NO_VERDICT.
-        difference: in accuracy, with its interval.
+        outcome: of HELPS, HURTS, TOO_LITTLE and NO_VERDICT.
+        difference: in accuracy, with the interval that the outcome follows from.
         wanted: the difference that was asked for.
+        verdicts: how many were asked for together, see `level_of`.
     """
 
     outcome: str
     difference: Interval
     wanted: float
+    verdicts: int = 1
 
     @property
     def is_enough(self) -> bool:
@@ -81,13 +96,23 @@ class Verdict:
         return self.outcome == HELPS and self.difference.value >= self.wanted
 
 
-def smallest_shown(standard_error: float, freedom: float) -> float:
-    """Return the smallest difference that a test at 5 % (two sides) shows in 80 % of experiments.
+def level_of(verdicts: int) -> float:
+    """Return the level of each of some intervals that are to hold together in 95 % of experiments (Bonferroni)."""
+    return LEVEL if verdicts == 1 else 1 - (1 - LEVEL) / verdicts
+
+
+def smallest_shown(standard_error: float, freedom: float, level: float = LEVEL) -> float:
+    """Return the smallest difference that a test (two sides, 5 % at the level 0.95) shows in 80 % of experiments.
 
     It is 2.8 standard errors with many degrees of freedom, 3.1 with ten (Bloom, Evaluation Review 19, 1995, "minimum
     detectable effect").
     """
-    return (student_quantile(freedom) + student_quantile(freedom, POWER)) * standard_error
+    return (_two_sided(level, freedom) + student_quantile(freedom, POWER)) * standard_error
+
+
+def _two_sided(level: float, freedom: float) -> float:
+    """Return how many standard errors an interval reaches to either side."""
+    return student_quantile(freedom, (1 + level) / 2)
 
 
 class PassBootstrap:
@@ -132,9 +157,9 @@ class PassBootstrap:
     def passes(self) -> int:
         return len(self._counts)
 
-    def smallest(self, deviation: float) -> float:
+    def smallest(self, deviation: float, level: float = LEVEL) -> float:
         """Return the smallest difference that passes of a standard deviation show; see `smallest_shown`."""
-        return smallest_shown(deviation / math.sqrt(self.passes), self._freedom)
+        return smallest_shown(deviation / math.sqrt(self.passes), self._freedom, level)
 
     def interval(self, values: Floats) -> Interval:
         """Return the mean of values (S, N) of trainings and windows with its interval; (N,) is of one training.
@@ -225,21 +250,26 @@ def _weights(strata: Numbers, resamples: int, rng: np.random.Generator) -> Float
     return weights
 
 
-def conclude(difference: Interval, wanted: float = WANTED) -> Verdict:
+def conclude(difference: Interval, wanted: float = WANTED, verdicts: int = 1) -> Verdict:
     """Return what a difference in accuracy means.
 
     It helps (or hurts) if the interval lies above (below) 0, and the data can show a difference of `wanted` or of the
-    size found. Else, if the data cannot show `wanted`, there is no verdict, whatever was found: among small samples the
-    differences that look significant are mostly too large. Else it does not help. Nor is there a verdict on one
-    training of each row, since nothing tells how much another one differs.
+    size found: among small samples the differences that look significant are mostly too large. Else it does not help
+    enough if the whole interval lies below `wanted`. Else there is no verdict: a gain of `wanted` is possible, and so
+    is none. Nor is there a verdict on one training of each row, since nothing tells how much another one differs.
+
+    Args:
+        difference: with an interval of 95 %.
+        verdicts: how many are asked for together; each is taken at the level that lets all of them hold at 95 %.
     """
-    if difference.seeds < FEWEST_SEEDS:
-        return Verdict(NO_VERDICT, difference, wanted)
+    difference = difference.at(level_of(verdicts))
     shown = abs(difference.value) >= difference.smallest or difference.smallest <= wanted
-    if shown and difference.low > 0:
+    if difference.seeds < FEWEST_SEEDS:
+        outcome = NO_VERDICT
+    elif shown and difference.low > 0:
         outcome = HELPS
     elif shown and difference.high < 0:
         outcome = HURTS
     else:
-        outcome = NO_EFFECT if difference.smallest <= wanted else NO_VERDICT
-    return Verdict(outcome, difference, wanted)
+        outcome = TOO_LITTLE if difference.high < wanted else NO_VERDICT
+    return Verdict(outcome, difference, wanted, verdicts)

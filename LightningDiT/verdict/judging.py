@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -100,6 +100,7 @@ class Asked:
         unseen: `PAIRS`, or a condition, that training must lack; None: that of `Judged`.
         known_sensor: whether axes are those of the simulator's sensor; else rows and columns.
         command: that repeats it.
+        verdicts: how many are asked for together, see `intervals.conclude`; None: those of one `Judged`.
     """
 
     rows: tuple[str, ...] | None = None
@@ -109,6 +110,7 @@ class Asked:
     unseen: str | None = None
     known_sensor: bool = True
     command: str = ""
+    verdicts: int | None = None
 
 
 @dataclass(frozen=True)
@@ -116,24 +118,15 @@ class Outcome:
     """What was found, in English and Chinese, and where it is written.
 
     Attributes:
-        main: the results that the page begins with.
+        results: of each number of images; the page begins with the first.
         sentences: of each number of images.
         tried: what to try next.
     """
 
-    main: Results
+    results: Sequence[Results]
     sentences: Sequence[Text]
     tried: Sequence[Text]
     page: Path
-
-    @property
-    def outcome(self) -> str | None:
-        """Of `intervals`; None where no row has real and generated windows."""
-        return self.main.verdict.outcome if self.main.verdict else None
-
-    @property
-    def judged(self) -> str:
-        return self.main.judged or ""
 
 
 class Loader:
@@ -289,13 +282,18 @@ def judge(judged: Judged, asked: Asked, folder: Path, known: Sequence[Trial] = (
     trials: list[Trial] = []
     for plan in _checked_plans(asked, judged, loader):
         trials += run_trials(plan, loader, folder / TRIALS, known)
-    results = summarise(trials, asked.wanted)
+    results = summarise(trials, asked.wanted, verdicts=asked.verdicts or verdicts_of([judged]))
     report = _report(judged, asked, loader, results)
     page, _ = write_report(report, folder)
     found = [_sentence(one, len(results) > 1) for one in results]
     if (copies := copied(report.mean_fidelity))[0]:
         found.append(copies)
-    return Outcome(results[0], found, report.tried, page), trials
+    return Outcome(results, found, report.tried, page), trials
+
+
+def verdicts_of(judged: Iterable[Judged]) -> int:
+    """Return how many verdicts there are of what is judged: one for each network and number of images."""
+    return sum(len(one.images) for one in judged)
 
 
 def _sentence(results: Results, is_one_of_several: bool) -> Text:

@@ -21,7 +21,17 @@ from LightningDiT.verdict.gait import Axes
 from LightningDiT.verdict.intervals import HELPS, HURTS, Interval
 from LightningDiT.verdict.results import Results, RowResult
 from LightningDiT.verdict.rows import ROWS
-from LightningDiT.verdict.sentences import Text, advice, certainty, copied, ends, headline, percent, points
+from LightningDiT.verdict.sentences import (
+    Text,
+    advice,
+    certainty,
+    copied,
+    ends,
+    headline,
+    percent,
+    points,
+    shared_level,
+)
 
 HTML, JSON = "report.html", "report.json"
 FORMAT = "verdict on generated windows, 1"
@@ -102,6 +112,13 @@ class Report:
         return averaged(list(self.fidelity.values())) if self.fidelity else None
 
     @property
+    def said(self) -> list[Text]:
+        """The sentences of the verdict, the most important one first."""
+        main = self.results[0]
+        shared = shared_level(main.verdict.verdicts) if main.verdict else ("", "")
+        return [text for text in (headline(main), certainty(main), shared, copied(self.mean_fidelity)) if text[0]]
+
+    @property
     def tried(self) -> list[Text]:
         """What to try next."""
         return advice(self.results[0], self.mean_fidelity, filter_gain(self.results[0]), self.wider)
@@ -120,7 +137,7 @@ def write_report(report: Report, folder: Path) -> tuple[Path, Path]:
 def as_json(report: Report) -> dict[str, Any]:
     """Return every number of the report by names; what is infinite or no number is null."""
     main = report.results[0]
-    said = [text for text in (headline(main), certainty(main), copied(report.mean_fidelity)) if text[0]]
+    said = report.said
     return {
         "format": FORMAT,
         "verdict": {"en": " ".join(text[0] for text in said), "zh": "".join(text[1] for text in said)},
@@ -195,8 +212,8 @@ def _verdict(report: Report) -> str:
     main = report.results[0]
     colour = COLOURS.get(main.verdict.outcome, "") if main.verdict else ""
     style = f' style="border-color: {colour}"' if colour else ""
-    said = _paragraph(headline(main), ' class="first"') + _paragraph(certainty(main))
-    said += _paragraph(copied(report.mean_fidelity))
+    first, *others = report.said
+    said = _paragraph(first, ' class="first"') + "".join(map(_paragraph, others))
     items = "".join(f"<li>{both_languages(escaped(text[0]), escaped(text[1]))}</li>" for text in report.tried)
     below = f"<p>{both_languages('What to try:', '可尝试：')}</p>\n<ul>{items}</ul>" if items else ""
     return f'<div class="verdict"{style}>{said}</div>\n{below}'

@@ -98,7 +98,7 @@ class Results:
     Attributes:
         rows: in the order of the trials.
         judged: the row of the verdict, see `judged_row`; None without a row of real and generated images.
-        verdict: on its difference; None without it.
+        verdict: on its difference, whose interval is wider where several verdicts are asked for; None without it.
         joined: see `PassBootstrap`.
     """
 
@@ -114,24 +114,29 @@ class Results:
 
 
 def summarise(
-    trials: Sequence[Trial], wanted: float = WANTED, resamples: int = RESAMPLES, seed: int = 0
+    trials: Sequence[Trial], wanted: float = WANTED, resamples: int = RESAMPLES, seed: int = 0, verdicts: int = 1
 ) -> list[Results]:
-    """Return the results of each scenario and number of images, in the order of the trials."""
+    """Return the results of each scenario and number of images, in the order of the trials.
+
+    Args:
+        verdicts: how many are asked for together, see `conclude`.
+    """
     groups: dict[tuple[str, int | None], list[Trial]] = defaultdict(list)
     for trial in trials:
         groups[trial.scenario, trial.images].append(trial)
-    return [_results(*key, own, wanted, resamples, seed) for key, own in groups.items()]
+    return [_results(*key, own, (wanted, verdicts), resamples, seed) for key, own in groups.items()]
 
 
 def _results(
-    scenario: str, images: int | None, trials: Sequence[Trial], wanted: float, resamples: int, seed: int
+    scenario: str, images: int | None, trials: Sequence[Trial], asked: tuple[float, int], resamples: int, seed: int
 ) -> Results:
+    """Return the results of one group; `asked` are the wanted difference and the number of verdicts."""
     tested = pooled(trials)
     bootstrap = PassBootstrap(tested.people, tested.passes, resamples, seed)
     rows = tuple(_row_result(row, tested, bootstrap, resamples, seed) for row in tested.right)
     judged = judged_row(rows)
     difference = next((row.difference for row in rows if row.row == judged), None)
-    verdict = conclude(difference, wanted) if difference else None
+    verdict = conclude(difference, *asked) if difference else None
     return Results(scenario, images, rows, judged, verdict, bootstrap.joined)
 
 
@@ -173,7 +178,8 @@ def judged_row(rows: Sequence[RowResult]) -> str | None:
     """Return the row of real and generated images that the verdict is about.
 
     It is the one with the best mean accuracy on validation windows, so that the test windows choose nothing and one
-    difference is tested, not one for each amount; of equal ones, and without validation windows, the smallest amount.
+    difference is tested of each network and number of images, not one for each amount; of equal ones, and without
+    validation windows, the smallest amount.
     Filtered rows are reported apart.
     """
     mixed = [row for row in rows if ROWS[row.row].generated and ROWS[row.row].real and not ROWS[row.row].filtered]

@@ -1,4 +1,4 @@
-"""The verdict in words, English and Chinese: by how much it helps and how sure that is, or that it does not."""
+"""The verdict in words, English and Chinese: by how much it helps and how sure that is, or what is left open."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from LightningDiT.verdict.fidelity import Fidelity
-from LightningDiT.verdict.intervals import FEWEST_SEEDS, HELPS, HURTS, NO_EFFECT, Interval
+from LightningDiT.verdict.intervals import FEWEST_SEEDS, HELPS, HURTS, TOO_LITTLE, Interval, Verdict, level_of
 from LightningDiT.verdict.results import Results
 from LightningDiT.verdict.rows import ROWS
 
@@ -40,10 +40,11 @@ def headline(results: Results) -> Text:
     this, base = ROWS[row.row], ROWS[row.base]
     difference, wanted = verdict.difference, 100 * verdict.wanted
     size, is_above = f"{abs(100 * difference.value):.1f}", difference.value >= 0
+    level = _level(difference.level)
     english = f"{this.title} is {size} points {'above' if is_above else 'below'} {base.title}"
-    english += f" (95 % interval {ends(difference, points)})"
+    english += f" ({level} interval {ends(difference, points)})"
     chinese = f"“{this.chinese}”比“{base.chinese}”{'高' if is_above else '低'} {size} 个百分点"
-    chinese += f"（95 % 区间 {ends(difference, points, '至')}）"
+    chinese += f"（{level} 区间 {ends(difference, points, '至')}）"
     if verdict.outcome == HELPS:
         less = (
             ("", "") if verdict.is_enough else (f", less than the {wanted:g} asked for", f"，低于要求的 {wanted:g} 个")
@@ -51,9 +52,44 @@ def headline(results: Results) -> Text:
         return f"Generated windows help: {english}{less[0]}.", f"生成数据有帮助：{chinese}{less[1]}。"
     if verdict.outcome == HURTS:
         return f"Generated windows hurt: {english}.", f"生成数据有害：{chinese}。"
-    if verdict.outcome == NO_EFFECT:
-        return f"Generated windows do not help: {english}.", f"生成数据没有帮助：{chinese}。"
-    return f"No verdict: {english}, too unsure to tell.", f"无法判定：{chinese}，不确定性过大。"
+    if verdict.outcome == TOO_LITTLE:
+        return (
+            f"Generated windows do not help enough: {english}, and the interval ends below the {wanted:g} points asked"
+            " for.",
+            f"生成数据的帮助不够：{chinese}，区间上限低于要求的 {wanted:g} 个百分点。",
+        )
+    left_open = _left_open(verdict)
+    return f"No verdict: {english}, {left_open[0]}.", f"无法判定：{chinese}，{left_open[1]}。"
+
+
+def _level(level: float) -> str:
+    return f"{100 * level:.3g} %"
+
+
+def _left_open(verdict: Verdict) -> Text:
+    """Return what may be true where there is no verdict."""
+    difference, wanted = verdict.difference, 100 * verdict.wanted
+    if difference.seeds < FEWEST_SEEDS or math.isinf(difference.low):
+        return "too unsure to tell", "不确定性过大"
+    if difference.low > 0:
+        return "less than what this data can show", "小于这些数据能显示的差异"
+    return (
+        f"so a gain of the {wanted:g} points asked for is possible, and so is none",
+        f"有可能达到要求的 {wanted:g} 个百分点，也有可能没有增益",
+    )
+
+
+def shared_level(verdicts: int) -> Text:
+    """Return how sure each of several verdicts is; empty for one."""
+    if verdicts == 1:
+        return "", ""
+    level, together = _level(level_of(verdicts)), _level(level_of(1))
+    return (
+        f"Each of the {verdicts} verdicts of this call has an interval of {level}, so that all of them hold together"
+        f" at {together} (Bonferroni); tables have intervals of {together}.",
+        f"本次命令的 {verdicts} 个结论各用 {level} 的区间，使全部结论同时成立的把握为 {together}（Bonferroni）；"
+        f"表格中为 {together} 的区间。",
+    )
 
 
 def certainty(results: Results) -> Text:
@@ -78,10 +114,11 @@ def certainty(results: Results) -> Text:
     return (
         f"The smallest difference that this data can show is {size} points (80 % power); {wanted:g} are asked for."
         f" Tested: {tested.windows} windows from {tested.passes} passes of {people} people; seeds averaged: {seeds}."
-        " The interval holds what passes and trainings vary by, and comes from these, not from windows.",
+        " The interval comes from passes and trainings of the classifier, not from windows. The generator was trained"
+        " once for each fold: what another training of it would change is not in the interval.",
         f"这些数据能显示的最小差异为 {size} 个百分点（检验功效 80 %）；要求为 {wanted:g}。测试：{people} 人的"
         f" {tested.passes} 段行走，共 {tested.windows} 个窗口；平均的随机种子数：{seeds}。"
-        "区间按行走段和训练次数计算，包含二者的波动，而非按窗口计算。",
+        "区间按行走段和分类器的训练次数计算，而非按窗口计算。生成模型在每一折只训练了一次：换一次训练带来的变化不在区间之内。",
     )
 
 
@@ -140,25 +177,27 @@ def advice(results: Results, found: Fidelity | None, filtered: float | None, wid
 
 
 def _more_passes(results: Results, wider: Sequence[int]) -> Sequence[Text]:
-    """Return how many trainings or passes would show what is asked for, by what the error mostly comes from.
+    """Return how many trainings or passes would be enough, by what the error mostly comes from.
 
     The error falls with the root of either number.
     """
     verdict = results.verdict
     if verdict is None or verdict.difference.seeds < FEWEST_SEEDS or math.isinf(verdict.difference.smallest):
         return ()
-    tested, wanted = verdict.difference, f"{100 * verdict.wanted:g}"
-    times = (tested.smallest / verdict.wanted) ** 2
+    tested, times = verdict.difference, _times_more(verdict)
     if times <= 1:
         return ()
+    show = f"show {100 * verdict.wanted:g} points", f"显示 {100 * verdict.wanted:g} 个百分点"
+    if tested.smallest <= verdict.wanted:
+        show = "give a verdict if the difference stays", "得出结论（若差异不变）"
     if tested.seed_error**2 > tested.standard_error**2 / 2:
         needed = math.ceil(tested.seeds * times)
         return (
             (
-                f"Most of the uncertainty is what trainings of one classifier vary by: about {needed} seeds show"
-                f" {wanted} points (--seeds); {tested.seeds} were trained.",
-                f"不确定性主要来自同一分类器多次训练之间的差异：约需 {needed} 个随机种子（--seeds）才能显示"
-                f" {wanted} 个百分点；目前训练了 {tested.seeds} 个。",
+                f"Most of the uncertainty is what trainings of one classifier vary by: about {needed} seeds {show[0]}"
+                f" (--seeds); {tested.seeds} were trained.",
+                f"不确定性主要来自同一分类器多次训练之间的差异：约需 {needed} 个随机种子（--seeds）才能{show[1]}；"
+                f"目前训练了 {tested.seeds} 个。",
             ),
         )
     needed = math.ceil(tested.passes * times)
@@ -169,10 +208,24 @@ def _more_passes(results: Results, wider: Sequence[int]) -> Sequence[Text]:
         chinese = f"测试所有折（用 step6_adapt_models.py --folds {folds} 增加），或采集更多数据"
     return (
         (
-            f"{english}: about {needed} passes show {wanted} points; {tested.passes} were tested.",
-            f"{chinese}：约需 {needed} 段行走才能显示 {wanted} 个百分点；目前测试了 {tested.passes} 段。",
+            f"{english}: about {needed} passes {show[0]}; {tested.passes} were tested.",
+            f"{chinese}：约需 {needed} 段行走才能{show[1]}；目前测试了 {tested.passes} 段。",
         ),
     )
+
+
+def _times_more(verdict: Verdict) -> float:
+    """Return how many times as much data would show what is asked for, or leave 0 or that outside of the interval.
+
+    It is 0 where no gain of that size is possible.
+    """
+    tested, wanted = verdict.difference, verdict.wanted
+    if verdict.outcome in (HURTS, TOO_LITTLE):
+        return 0.0
+    if tested.smallest > wanted or verdict.outcome == HELPS:
+        return (tested.smallest / wanted) ** 2
+    reach = max(tested.value, wanted - tested.value)
+    return ((tested.high - tested.low) / 2 / reach) ** 2
 
 
 def _by_fidelity(found: Fidelity) -> list[Text]:

@@ -74,6 +74,8 @@ class Plan:
             raise LightningDiTError(
                 f"row {unknown[0]!r} is unknown; {', '.join(ROWS)} are there", "choose one of these"
             )
+        if twice := [name for name in self.rows if self.rows.count(name) > 1]:
+            raise LightningDiTError(f"row {twice[0]!r} is named more than once", "take each row once")
 
     @property
     def count(self) -> int:
@@ -120,18 +122,23 @@ def run_trials(plan: Plan, load: Callable[[int], FoldData], path: Path, known: S
 
     Args:
         load: gives the data of a fold.
-        path: JSON file of the trials so far; those of other plans in it stay.
+        path: JSON file of the trials so far; those of other plans in it stay, unless people or conditions have other
+            names by now.
         known: further finished trials, taken where they are of the same data and settings.
 
     Raises:
         LightningDiTError: the file is of another kind, or generated windows are asked for and there are none.
     """
     kept = {trial.name: trial for trial in load_trials(path)} if path.exists() else {}
+    names = _names_in(path) if kept else None
     by_key = {(trial.name, trial.key): trial for trial in known}
     found, again, announced = [], 0, False
     with Progress(plan.count, "trial", label="classifiers") as progress:
         for fold in plan.folds:
             data = _of_scenario(load(fold), plan.scenario)
+            if kept and names not in (None, _names_of(data.test)):
+                print(f"note: {path} has trials under other names of people or conditions; they are not taken over")
+                kept, names = {}, None
             for images, seed, row in _order(plan):
                 pool = _pool(data, images, row)
                 key = _key(pool, data, plan.recipe)
@@ -230,10 +237,15 @@ def _trial(
 
 
 def _key(pool: _Pool, data: FoldData, recipe: Recipe) -> str:
-    """Return a digest of all that the trial depends on, apart from its name."""
-    found = hashlib.sha256(json.dumps([VERSION, asdict(recipe), pool.real, pool.augmented]).encode())
+    """Return a digest of all that the trial depends on and of all that it is read with, apart from its name.
+
+    A trial says of each test window what it is by numbers: the names that they stand for belong to it.
+    """
     valid, test = data.validation, data.test
-    for part in (pool.pixels, pool.people, valid.pixels, valid.people, test.pixels, test.people, test.passes):
+    settings = [VERSION, asdict(recipe), pool.real, pool.augmented, _names_of(test)]
+    found = hashlib.sha256(json.dumps(settings).encode())
+    tested = (test.pixels, test.people, test.conditions, test.passes, test.rows)
+    for part in (pool.pixels, pool.people, valid.pixels, valid.people, *tested):
         found.update(part.contiguous().numpy().tobytes())
     return found.hexdigest()[:16]
 
@@ -266,8 +278,20 @@ def _announce(plan: Plan, pool: _Pool, data: FoldData, left: int) -> None:
 # ---- the file
 
 
+def _names_of(test: Windows) -> dict[str, list[str] | None]:
+    """Return the names of people and conditions by number, as the file has them."""
+    conditions = None if test.condition_names is None else list(test.condition_names)
+    return {"class_names": list(test.class_names), "condition_names": conditions}
+
+
+def _names_in(path: Path) -> dict[str, list[str] | None]:
+    """Return the names that a file of trials has."""
+    content = _content(path)
+    return {key: content.get(key) for key in ("class_names", "condition_names")}
+
+
 def _save(path: Path, trials: Sequence[Trial], test: Windows) -> None:
-    names = {"class_names": test.class_names, "condition_names": test.condition_names}
+    names = _names_of(test)
     rows = ",\n".join(json.dumps(asdict(trial)) for trial in trials)
     head = json.dumps({"format": FORMAT, **names}, ensure_ascii=False)[:-1]
     write_text(path, f'{head}, "trials": [\n{rows}\n]}}\n', ours=is_trials)
