@@ -40,7 +40,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="PATH", help="folder, list or array file")
-    add("--pattern", metavar="REGEX", help="of the paths, with the groups person, number, ...; default: guessed")
+    add("--pattern", metavar="REGEX", help="of the paths, with the groups person, number, ...; default: what fits best")
     add("--people", type=positive, metavar="N", help="how many there should be, for the list of missing ones")
     add("--colour-map", choices=MAPS, help="of all images; default: recognised")
     add("--db-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="dB of the levels 0 and 1")
@@ -84,8 +84,10 @@ def write(options: argparse.Namespace, prepared: Prepared) -> list[Path]:
     if options.write:
         folder = project.absolute(options.write)
         fit, native = options.fit or "resize", not options.keep_columns
-        images = written.write_levels(prepared, folder, options.size, fit, native, options.colour_map)
+        images, removed = written.write_levels(prepared, folder, options.size, fit, native, options.colour_map)
         print(f"wrote {len(images)} windows to {folder}: levels/ (16 bits), views/ (for people) and manifest.json")
+        if removed:
+            print(f"removed the files of {removed} windows of an earlier run, which are no longer among these")
     data, output = project.absolute(options.data), project.absolute(options.output)
     return written.write_split(prepared, data, output, options.seed, images)
 

@@ -57,9 +57,30 @@ def test_names_of_folders_and_files_say_whose_a_window_is(
 
 
 def test_a_part_is_no_condition(tmp_path: Path) -> None:
-    collected = collect(touched(tmp_path, "train/Bag/ID_1/D3.png", "Testing/Bag/ID_1/D4.png", "val/Bag/ID_2/D1.png"))
+    names = ("训练集/Bag/ID_1/D3.png", "Testing/Bag/ID_1/D4.png", "val_set/Bag/ID_2/D1.png")
+    collected = collect(touched(tmp_path, *names))
     assert {one.condition for one in collected.windows} == {"Bag"}
     assert [one.part for one in collected.windows] == ["training", "test", "validation"]
+
+
+def test_folders_of_passes_are_part_of_the_recording(tmp_path: Path) -> None:
+    names = [f"{person:02d}/Bag/{run}/r_D{n}.png" for person in (1, 2, 3) for run in (1, 2) for n in (1, 2)]
+    collected = collect(touched(tmp_path, *names))
+    assert keys(collected)[:4] == [("01", "Bag", f"{run}/r", n) for run in (1, 2) for n in (1, 2)]
+    assert any("such as 1 counts as a recording" in note for note in collected.notes)
+    again = collect(tmp_path, collected.pattern)  # the printed expression reads the same
+    assert keys(again) == keys(collected)
+
+
+def test_one_person_under_several_names_is_a_warning(tmp_path: Path) -> None:
+    collected = collect(touched(tmp_path, *(f"{name}/D{n}.png" for name in ("ID_4", "id04", "ID_5") for n in range(3))))
+    [note] = [note for note in collected.notes if note.startswith("warning: ")]
+    assert note.startswith("warning: ID_4, id04 may be one person and count as 2")
+
+
+def test_a_list_without_numbers_takes_them_from_the_files(tmp_path: Path) -> None:
+    (tmp_path / "all.csv").write_text("path,person\n" + "".join(f"Doppler{n}_1.jpg,li\n" for n in (3, 7, 20)))
+    assert [number for *_, number in keys(collect(tmp_path / "all.csv"))] == [3, 7, 20]
 
 
 def test_a_pattern_of_ones_own(tmp_path: Path) -> None:
@@ -149,7 +170,7 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_a_split_of_ones_own_is_read_in_many_forms(tmp_path: Path) -> None:
     windows = collect(touched(tmp_path, *(f"ID_{p}/D{n}.png" for p in (1, 2) for n in (1, 2)))).windows
-    split = {"train_files": {"a": ["ID_1/D1.png"]}, "test": ["/old/place/ID_1/D2.png", "gone.png"], "val": ["ID_2"]}
+    split = {"train_files": {"a": ["ID_1/D1.png"]}, "测试集": ["/old/place/ID_1/D2.png", "gone.png"], "val": ["ID_2"]}
     (tmp_path / "data_split.json").write_text(json.dumps(split))
     parts, note = other_split(tmp_path, windows)
     assert parts == {

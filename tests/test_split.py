@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -95,10 +97,18 @@ def test_no_pair_of_parts_shares_pixels_in_any_fold(rows: list[Row]) -> None:
 
 def test_a_pair_that_shares_pixels_is_found(rows: list[Row]) -> None:
     """A split of windows at random has one."""
-    from dataclasses import replace
-
     mixed = [replace(row, parts=("test" if at % 5 == 0 else "training",)) for at, row in enumerate(rows)]
     assert overlapping_pair(mixed, OVERLAP, 0) is not None
+
+
+def test_a_pair_that_shares_pixels_is_found_in_any_order_of_the_rows() -> None:
+    """Between two neighbours in the list, one that is far from both."""
+    first, second = rows_of({"a": [20, 10]})[:2]
+    tested, trained = replace(first, parts=("test",)), replace(second, parts=("training",))
+    far = replace(trained, number=50, file="a/far.png")
+    for order in itertools.permutations((tested, far, trained)):
+        pair = overlapping_pair(order, OVERLAP, 0)
+        assert pair is not None and {*pair} == {tested, trained}
 
 
 def test_two_passes_have_a_guarded_end_block() -> None:
@@ -106,6 +116,21 @@ def test_two_passes_have_a_guarded_end_block() -> None:
     assert [row.part for row in rows if row.pass_number == 2] == ["test"] * 10
     assert [row.part for row in rows if row.pass_number == 1] == ["training"] * 13 + ["guard"] * 3 + ["validation"] * 4
     assert {row.part for row in rows_of({"a": [3, 2]})} == {"training", "test"}  # too short for a block
+
+
+def test_the_guard_reaches_across_a_gap_that_pixels_bridge() -> None:
+    """Windows 0 to 15 and 40 to 44 are one pass, because 15 and 40 share pixels: the guard is the three before 40.
+
+    How far they are apart is unknown, at least one step of the stride, so that 40 and 13 share 256 - 3 * 63 columns.
+    """
+    numbers = [*range(16), *range(40, 44), *range(100, 110)]
+    windows = [Window(f"a/{number}.png", None, "a", "", "", number) for number in numbers]
+    passes = Passes({one.name: 1 + (one.number >= 100) for one in windows}, 1, 0)
+    rows = make_split(windows, passes, OVERLAP, {one.name: one.name for one in windows}, FOLDS)
+    assert [row.part for row in rows[:20]] == ["training"] * 13 + ["guard"] * 3 + ["validation"] * 4
+    assert all(overlapping_pair(rows, OVERLAP, fold) is None for fold in range(FOLDS))
+    unguarded = [replace(row, parts=tuple(part.replace("guard", "training") for part in row.parts)) for row in rows]
+    assert overlapping_pair(unguarded, OVERLAP, 0) is not None
 
 
 def test_the_same_seed_gives_the_same_split_and_sizes_are_balanced() -> None:
@@ -116,6 +141,32 @@ def test_the_same_seed_gives_the_same_split_and_sizes_are_balanced() -> None:
     assert [sum(row.person == "a" and row.fold == fold for row in rows) for fold in range(5)] == [40] * 5
     # passes of one window make no fold of their own
     assert min(sum(row.person == "b" and row.fold == fold for row in rows) for fold in range(3)) >= 9
+
+
+def windows_of(passes: list[tuple[str, int, int]]) -> tuple[list[Window], Passes, dict[str, str]]:
+    """Return windows, passes and digests of a person whose passes have this condition, first number and length."""
+    windows, numbers = [], {}
+    for pass_number, (condition, start, count) in enumerate(passes, 1):
+        for number in range(start, start + count):
+            window = Window(f"a/{number}.png", None, "a", condition, "", number)
+            windows.append(window)
+            numbers[window.name] = pass_number
+    return windows, Passes(numbers, 0, 0), {name: name for name in numbers}
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_each_fold_tests_every_condition_that_has_a_pass_for_it(seed: int) -> None:
+    windows, passes, digests = windows_of([("A", 0, 10), ("A", 20, 10), ("B", 40, 10), ("B", 60, 10)])
+    rows = make_split(windows, passes, OVERLAP, digests, 2, seed)
+    for fold in (0, 1):
+        assert {row.condition for row in rows if row.parts[fold] == "test"} == {"A", "B"}
+
+
+def test_the_order_of_the_windows_changes_no_part() -> None:
+    """Also not the guard and the end block of a pass, which are those of the running numbers."""
+    windows, passes, digests = windows_of([("", 0, 20), ("", 40, 10)])
+    forwards, backwards = (make_split(order, passes, OVERLAP, digests) for order in (windows, windows[::-1]))
+    assert backwards == forwards[::-1]
 
 
 def test_the_file_comes_back_and_is_refused_when_it_was_changed(rows: list[Row], tmp_path: Path) -> None:
@@ -151,6 +202,14 @@ def test_a_test_window_in_the_training_is_refused_by_name_and_by_pixels(rows: li
         split.refuse_tested(["renamed.png"], [tested[0].digest])
     with pytest.raises(LightningDiTError, match="folds 0 to 4 are there"):
         split.part("test", 5)
+
+
+def test_a_test_window_is_one_of_the_fold_that_is_trained() -> None:
+    rows = rows_of({"a": [20] * FOLDS})
+    split = Split("data", "root", tuple(rows), FOLDS, {}, rows_digest(rows))
+    split.refuse_tested([row.name for row in split.part("training", 1)], fold=1)  # fold 0 tests some of them
+    with pytest.raises(LightningDiTError, match="is a test window of fold 1"):
+        split.refuse_tested([split.part("test", 1)[0].name], fold=1)
 
 
 def test_a_restricted_split_trains_on_the_kept_windows_alone(rows: list[Row], tmp_path: Path) -> None:

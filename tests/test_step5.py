@@ -172,7 +172,7 @@ def test_bad_files_are_one_line_each_and_nothing_else_is_lost(
     for line in (
         "empty folders (1): ID_9",
         "Doppler90.jpg cannot be read: cannot identify image file",
-        "has the pixels of several people: ID_1, ID_2, and 1 more",
+        "2 windows are left out, since several people have the same pixels: ID_1 1, ID_2 1",
         "Doppler70.png is in no known colour map",
         "colour maps are mixed: jet 38, viridis 1",
         "windows have 2 sizes",
@@ -185,6 +185,101 @@ def test_bad_files_are_one_line_each_and_nothing_else_is_lost(
     run(capsys, "--data", data, "--output", tmp_path / "out", "--write", tmp_path / "w", "--size", "48x64")
     sizes = {Image.open(file).size for file in (tmp_path / "w").rglob("*.png")}
     assert sizes == {(48, 64)}
+
+
+def test_time_that_runs_downwards_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Pictures turned on their diagonal share rows; the same ones without common pixels pass, with a warning."""
+    for file in folder.glob("ID_*/*.jpg"):
+        (tmp_path / "turned" / file.parent.name).mkdir(parents=True, exist_ok=True)
+        turned = Image.open(file).transpose(Image.Transpose.TRANSPOSE)
+        turned.save(tmp_path / "turned" / file.parent.name / file.name, quality=95)
+    said = run(capsys, "--data", tmp_path / "turned", "--output", tmp_path / "out", code=1)
+    assert "share pixels from top to bottom (stride 32 of 128 rows)" in said
+    assert "fix: turn the windows by 90 degrees counterclockwise" in said
+    assert not (tmp_path / "out").exists()
+    for file in folder.glob("ID_*/*.jpg"):
+        if int(file.stem.rpartition("Doppler")[2]) % 5 == 0:  # every fifth: 5 strides of a quarter
+            (tmp_path / "apart" / file.parent.name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, tmp_path / "apart" / file.parent.name)
+    said = run(capsys, "--data", tmp_path / "apart", "--dry-run")
+    assert "warning: no overlap was found in the pixels of" in said
+
+
+def test_what_could_not_be_measured_is_no_share_of_0_percent(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names without a running number: nothing is compared, and two recordings of one walk are found by their pixels."""
+    rng = np.random.default_rng(0)
+    for file in folder.glob("ID_*/*.jpg"):
+        (tmp_path / "data" / file.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, tmp_path / "data" / file.parent.name / f"{file.stem}x{rng.integers(10**9)}.jpg")
+    said = run(capsys, "--data", tmp_path / "data", "--dry-run", "--pattern", r"(?P<person>ID_\d+).*x(?P<number>\d+)")
+    assert "warning: the overlap could not be measured: no two windows of a recording have neighbouring" in said
+    assert "0.0 %" not in said
+    pattern = r"(?P<person>ID_\d+)/(?P<recording>.*)x(?P<number>\d+)\.jpg"
+    said = run(capsys, "--data", tmp_path / "data", "--dry-run", "--pattern", pattern)
+    assert "warning: windows of different recordings share pixels (" in said
+
+
+def test_a_window_of_several_people_is_said_apart_from_copies(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = shutil.copytree(folder, tmp_path / "data")
+    shutil.copy(data / "ID_1" / "ID1_case1_1_Doppler1.jpg", data / "ID_1" / "ID1_case1_1_Doppler901.jpg")
+    for number in (2, 3):
+        shutil.copy(
+            data / "ID_1" / f"ID1_case1_1_Doppler{number}.jpg", data / "ID_4" / f"ID4_case1_1_Doppler9{number}.jpg"
+        )
+    said = run(capsys, "--data", data, "--dry-run")
+    assert "warning: 4 windows are left out, since several people have the same pixels: ID_1 2, ID_4 2" in said
+    assert "Doppler901.jpg has the pixels of ID_1/ID1_case1_1_Doppler1.jpg\n" in said
+
+
+def test_each_person_has_a_folder_of_levels_and_the_removed_ones_go(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names that are one after signs and case are taken away; files that this program did not write stay."""
+    data = tmp_path / "data"
+    names = ("Li Wei", "Li_Wei", "li_wei", "李.伟", "李_伟")
+    for person, name in enumerate(names, 1):
+        render(data, {str(person): [3, 3]}, name=f"{name}/{{number}}.png")
+    own = ("--data", data, "--output", tmp_path / "out", "--write", tmp_path / "w", "--size", "16")
+    said = run(capsys, *own)
+    assert "warning: Li Wei, Li_Wei, li_wei may be one person" in said
+    files = json.loads((tmp_path / "w" / "manifest.json").read_text())["files"]
+    folders = {name.partition("/")[0]: file.partition("/")[0] for name, file in files.items()}
+    assert sorted(folders) == sorted(names)
+    assert len({folder.casefold() for folder in folders.values()}) == len(names)
+    assert len({file.casefold() for file in files.values()}) == len(files) == 30
+    (tmp_path / "w" / "levels" / folders["Li_Wei"] / "mine.txt").touch()
+    shutil.rmtree(data / "Li_Wei")
+    shutil.rmtree(data / "李_伟")
+    said = run(capsys, *own)
+    assert "removed the files of 12 windows of an earlier run" in said
+    now = json.loads((tmp_path / "w" / "manifest.json").read_text())
+    for kind in ("levels", "views"):
+        there = {file.relative_to(tmp_path / "w" / kind).as_posix() for file in (tmp_path / "w" / kind).rglob("*.png")}
+        assert there == {*now["files"].values()}
+    assert "former" not in now
+    assert (tmp_path / "w" / "levels" / folders["Li_Wei"] / "mine.txt").exists()
+    assert "removed" not in run(capsys, *own)
+
+
+def test_a_name_in_the_manifest_that_leads_elsewhere_is_not_removed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = render(tmp_path / "data", {"1": [3, 3]})
+    own = ("--data", data, "--output", tmp_path / "out", "--write", tmp_path / "w", "--size", "16")
+    run(capsys, *own)
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "pass1_1.png").touch()
+    (tmp_path / "w" / "levels" / "linked").symlink_to(tmp_path / "precious")
+    manifest = tmp_path / "w" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    former = ["../../precious/pass1_1.png", "linked/pass1_1.png", str(tmp_path / "precious" / "pass1_1.png"), 7]
+    manifest.write_text(json.dumps(content | {"former": former}))
+    assert "removed" not in run(capsys, *own)
+    assert (tmp_path / "precious" / "pass1_1.png").exists()
 
 
 def test_decibels_of_arrays_are_scaled_by_training_passes_alone(

@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -18,35 +18,12 @@ from LightningDiT.data.labels import natural_key
 from LightningDiT.errors import LightningDiTError, first_line
 from LightningDiT.files import read_text
 from LightningDiT.radar.arrays import ARRAYS, open_arrays
+from LightningDiT.radar.naming import WARNING, guess, one_person, part_of, without_part
 
 LISTS = (".csv", ".tsv", ".txt")
 OTHER_SPLIT = "data_split.json"
 OWN_FILES = (OTHER_SPLIT, "split.json", "manifest.json", "walkers.json")  # of this project and of others
-#: Names of parts in folders, lists and JSON files.
-PARTS = {
-    **dict.fromkeys(("train", "training"), "training"),
-    **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval"), "test"),
-}
-_PERSON = r"(?P<person>(?i:id|s|p|person|subject|sub|user|walker|people)[_-]?\d+)"
-_ABOVE = r"(?:(?P<condition>.+)/)?"
-_FILE = r"(?:(?i:id)[_-]?\d+[_-])?(?P<recording>[^/]*?)[_-]?[A-Za-z]*(?P<number>\d+)\.\w+$"
-_UNNUMBERED = r"(?P<recording>)[^/]+$"
-#: Tried in this order on the path below the folder, parts (train, test) taken out.
-_FOLDERS = (
-    f"{_ABOVE}{_PERSON}/",
-    f"{_PERSON}/(?P<condition>.+)/",
-    rf"{_ABOVE}(?P<person>\d+)/",
-    r"(?P<person>\d+)/(?P<condition>.+)/",
-    f"{_ABOVE}{_PERSON}[_-]",
-    r"(?P<person>[^/]+)/(?:(?P<condition>.+)/)?",
-)
-LAYOUTS = (
-    *(f"^{folders}{file}" for file in (_FILE, _UNNUMBERED) for folders in _FOLDERS),
-    rf"^{_ABOVE}{_PERSON}\.\w+$",
-)
-GROUPS = {"person", "condition", "recording", "number", "part"}
-ENOUGH = 0.9  # share of the files that a guessed pattern must fit
+GROUPS = {"person", "condition", "recording", "number", "part", "run"}
 DATA_FIX = "name the folder that holds ID_1, ID_2, ..."
 NAME_FIX = r"give --pattern '(?P<person>ID_\d+)/.*?(?P<number>\d+)\.jpg' as your files are called"
 
@@ -110,8 +87,9 @@ def collect(data: Path, pattern: str | None = None) -> Collected:
     """Return the windows of a folder, a list file (.csv, .tsv, .txt with a header) or an array file.
 
     Args:
-        pattern: a regular expression with the groups person and number, and condition, recording and part where the
-            names have them; it is searched in the path below the folder. By default one of `LAYOUTS`.
+        pattern: a regular expression with the groups person and number, and condition, recording, run (a folder that
+            is a part of the recording's name) and part where the names have them; it is searched in the path below
+            the folder. By default that of the layout that fits best, see `naming.guess`.
 
     Raises:
         LightningDiTError: nothing is there, no pattern fits, or the list is wrong.
@@ -138,8 +116,18 @@ def collect(data: Path, pattern: str | None = None) -> Collected:
     if not windows:
         raise LightningDiTError(f"{data} has no window that can be read ({len(damaged)} damaged files)", DATA_FIX)
     windows = _without_restarts(windows, not data.is_dir(), notes)
+    notes += _one_person(windows)
     windows.sort(key=lambda window: (*map(natural_key, window.group), window.number, window.name))
     return Collected(root, windows, used, tuple(notes), tuple(damaged), _empty(data) if data.is_dir() else ())
+
+
+def _one_person(windows: Iterable[Window]) -> Iterator[str]:
+    """Yield a warning for names that may be those of one person, who would be several classes."""
+    for names in one_person(sorted({window.person for window in windows}, key=natural_key)).values():
+        yield (
+            f"{WARNING}{', '.join(map(shown, names))} may be one person and count as {len(names)}: if so, rename the"
+            " folders, or state people by --pattern or a list"
+        )
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
@@ -223,9 +211,10 @@ def _with_names(
     bare = [row for row in rows if "person" not in row or "number" not in row]
     if not bare:
         return rows, ""
-    paths = {row["path"]: row["path"] if expression else _without_part(row["path"])[0] for row in bare}
+    paths = {row["path"]: row["path"] if expression else without_part(row["path"])[0] for row in bare}
     named = all("person" in row for row in bare)
-    chosen = expression or _guess(list(paths.values()), named)
+    chosen, assumed = (expression, []) if expression else guess(list(paths.values()), named)
+    notes += assumed
     if chosen is None:
         if named:  # a list without numbers
             return rows, ""
@@ -238,7 +227,8 @@ def _with_names(
             odd.append(row["path"])
             continue
         said = {key: value for key, value in match.groupdict().items() if value is not None} if match else {}
-        complete.append(said | row)
+        names = [said.pop(key).strip() for key in ("run", "recording") if key in said]
+        complete.append(said | {"recording": "/".join(filter(None, names))} | row)
     if not complete:
         raise LightningDiTError(f"the pattern fits none of {len(odd)} files, such as {shown(odd[0])}", NAME_FIX)
     strangers = [row["path"] for row in complete if _names_another(row)]
@@ -255,26 +245,6 @@ def _names_another(row: Mapping[str, str]) -> bool:
     named = re.match(r"(?i:id)[_-]?(\d+)[_-]", PurePosixPath(row["path"]).name)
     own = re.search(r"(\d+)$", row["person"])
     return bool(named and own and int(named[1]) != int(own[1]))
-
-
-def _without_part(path: str) -> tuple[str, str]:
-    """Return a path without its folders train, validation and test, and the part that they name."""
-    *folders, name = path.split("/")
-    parts = [PARTS[folder.lower()] for folder in folders if folder.lower() in PARTS]
-    return "/".join([folder for folder in folders if folder.lower() not in PARTS] + [name]), parts[-1] if parts else ""
-
-
-def _guess(paths: Sequence[str], named: bool) -> re.Pattern[str] | None:
-    """Return the first layout that fits the paths and tells people apart, else the first that fits."""
-    fitting = []
-    for text in LAYOUTS:
-        expression = re.compile(text)
-        matches = [match for match in map(expression.search, paths) if match]
-        if len(matches) >= ENOUGH * len(paths):
-            fitting.append(expression)
-            if named or len({match["person"] for match in matches}) > 1:
-                return expression
-    return fitting[0] if fitting else None
 
 
 def _numbered(rows: Sequence[dict[str, str]], notes: list[str]) -> list[Window]:
@@ -301,7 +271,7 @@ def _numbered(rows: Sequence[dict[str, str]], notes: list[str]) -> list[Window]:
             where = row.get("line", "")
             raise LightningDiTError(f"{shown(row['path'])} has no person {where}".rstrip(), NAME_FIX)
         given = row.get("part", "")
-        part = PARTS.get(given.lower(), given) or _without_part(row["path"])[1]
+        part = part_of(given) or given or without_part(row["path"])[1]
         condition, recording = row.get("condition", ""), row.get("recording", "")
         index = int(row["index"]) if "index" in row else None
         windows.append(Window(row["path"], index, row["person"], condition, recording, int(float(number)), part))
@@ -325,7 +295,7 @@ def _without_restarts(windows: list[Window], listed: bool, notes: list[str]) -> 
             continue
         folders = defaultdict(list)
         for window in members:
-            folders[_without_part(window.file)[0].rpartition("/")[0]].append(window)
+            folders[without_part(window.file)[0].rpartition("/")[0]].append(window)
         in_order = listed or all(window.index is not None for window in members)
         runs = list(folders.values()) if len(folders) > 1 else _runs(members) if in_order else [members]
         if all(len({window.number for window in run}) == len(run) for run in runs):
@@ -417,8 +387,8 @@ def _leaves(content: object, part: str) -> Iterable[tuple[str, str]]:
     """Yield each text of a JSON content with the part that a key around it names."""
     if isinstance(content, dict):
         for key, value in content.items():
-            word = re.split(r"[_\W]", str(key).lower())[0]
-            yield from _leaves(value, PARTS.get(word, part))
+            first = re.split(r"[_\W]", str(key))[0]
+            yield from _leaves(value, part_of(str(key)) or part_of(first) or part)
     elif isinstance(content, list):
         for value in content:
             yield from _leaves(value, part)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from LightningDiT.data.labels import natural_key
 from LightningDiT.radar.arrays import Levels
 from LightningDiT.radar.layouts import Window
 
@@ -23,6 +24,7 @@ SHORTEST = 0.125  # of a window: the part that two windows must share to be comp
 TOUCHING = 0.04
 #: What the correlation of neighbours must exceed, itself and above that of windows of different recordings.
 CLEAR, ABOVE = 0.2, 0.1
+ACROSS, OFTEN = 12, 0.25  # pairs of two conditions that are compared, and the share of them that tells of one recording
 
 Read = Callable[[Window], "Levels | None"]
 
@@ -39,6 +41,7 @@ class Overlap:
         correlations: by distance in units, of high-passed windows at the shift that belongs to it.
         control: largest mean correlation of windows of different recordings, at any shift.
         threshold: correlation of a single pair from which on it shows an overlap.
+        pairs: that were compared; 0 if no two windows of a recording follow one another.
     """
 
     length: int
@@ -48,6 +51,7 @@ class Overlap:
     correlations: Mapping[int, float] = field(default_factory=dict)
     control: float = 0.0
     threshold: float = 1.0
+    pairs: int = 0
 
     @property
     def reach(self) -> int:
@@ -128,8 +132,9 @@ def measure(windows: Sequence[Window], length: int, read: Read, seed: int = 0) -
             score = _joint(means, weights, stride)
             best = max(best, (score, float(stride), backwards))
     score, stride, backwards = best
+    count = sum(len(pairs[0]) for pairs in curves.values())
     if score < max(CLEAR, highest + ABOVE):
-        return Overlap(length, unit, control=highest)
+        return Overlap(length, unit, control=highest, pairs=count)
     pairs = {distance: found[int(backwards)] for distance, found in curves.items()}
     known = {at: float(found.mean(0)[_place(at, stride)]) for at, found in pairs.items() if _fits(at, stride, found)}
     beyond = {at: float(found.mean(0).max()) for at, found in pairs.items() if not _fits(at, stride, found)}
@@ -138,7 +143,7 @@ def measure(windows: Sequence[Window], length: int, read: Read, seed: int = 0) -
     chance = float(np.quantile(control.max(1), 0.95)) if len(control) else 0.0
     threshold = (float(np.median(singles)) + chance) / 2
     nearest_beyond = {at: beyond[at] for at in sorted(beyond)[:1]}
-    return Overlap(length, unit, stride, backwards, known | nearest_beyond, highest, max(threshold, chance))
+    return Overlap(length, unit, stride, backwards, known | nearest_beyond, highest, max(threshold, chance), count)
 
 
 def _place(distance: int, stride: float) -> int:
@@ -240,48 +245,169 @@ def find_passes(windows: Sequence[Window], overlap: Overlap, read: Read) -> Pass
 
 
 def _overlapping(before: Window, window: Window, overlap: Overlap, read: Read) -> bool:
-    first, second = read(before), read(window)
-    if first is None or second is None or first.shape != second.shape:
-        return False
-    pair = (second, first) if overlap.backwards else (first, second)
-    curve = shift_curve(high_passed(pair[0]), high_passed(pair[1]))
-    return bool(curve[: round(0.75 * first.shape[1])].max() > overlap.threshold)
+    pair = (window, before) if overlap.backwards else (before, window)
+    return _peak(*pair, read) > overlap.threshold
+
+
+def _peak(first: Window, second: Window, read: Read) -> float:
+    """Return the largest correlation of `first` with a later `second` that share a quarter at least, -1 if unknown."""
+    one, other = read(first), read(second)
+    if one is None or other is None or one.shape != other.shape:
+        return -1.0
+    return float(shift_curve(high_passed(one), high_passed(other))[: round(0.75 * one.shape[1])].max())
+
+
+def places(numbers: Sequence[int], passes: Sequence[object], overlap: Overlap) -> list[int]:
+    """Return where windows of a recording stand: their running numbers without the gaps that pixels bridge.
+
+    Such a gap is larger than windows reach and lies within a pass, see `find_passes`. How far its sides are apart is
+    unknown, so they count as neighbours.
+
+    Args:
+        numbers: sorted.
+        passes: of the windows.
+    """
+    found, closed = list(numbers[:1]), 0
+    for at in range(1, len(numbers)):
+        if passes[at] == passes[at - 1] and not overlap.shares(numbers[at - 1], numbers[at]):
+            closed += numbers[at] - numbers[at - 1] - overlap.unit
+        found.append(numbers[at] - closed)
+    return found
+
+
+# ---- recordings and conditions that are none
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Two conditions, or the recordings of one, between which windows of a person share pixels.
+
+    Attributes:
+        conditions: the two; the same one twice for its recordings.
+        found, compared: pairs of windows.
+        first, second: names of such a pair.
+    """
+
+    conditions: tuple[str, str]
+    found: int
+    compared: int
+    first: str
+    second: str
+
+
+def shared_across(windows: Sequence[Window], overlap: Overlap, read: Read, seed: int = 0) -> list[Shared]:
+    """Return where windows share pixels whose conditions or recordings say that they do not.
+
+    A folder of a random split that is taken for a condition, a number in the name that is taken for a recording, and
+    copies of windows in other colours show here. The next windows on both sides are compared.
+    """
+    rng = np.random.default_rng(seed)
+    candidates = _across(windows, overlap)
+    if not candidates:
+        return []
+    bound = max(2 * CLEAR, overlap.threshold if overlap.stride is not None else 0.0, _chance(windows, read, rng))
+    shared = []
+    for conditions, pairs in candidates.items():
+        chosen = [pairs[at] for at in rng.permutation(len(pairs))[:ACROSS]]
+        found = [(a, b) for a, b in chosen if max(_peak(a, b, read), _peak(b, a, read)) > bound]
+        if len(found) > 1 and len(found) >= OFTEN * len(chosen):
+            shared.append(Shared(conditions, len(found), len(chosen), found[0][0].name, found[0][1].name))
+    return shared
+
+
+def _chance(windows: Sequence[Window], read: Read, rng: np.random.Generator) -> float:
+    """Return what the correlation of a pair must exceed: `ABOVE` that of any `PAIRS` pairs of different people."""
+    people: dict[str, list[Window]] = defaultdict(list)
+    for window in windows:
+        people[window.person].append(window)
+    if len(people) < 2:
+        return 0.0
+    members = list(people.values())
+    drawn = (rng.choice(len(members), 2, False) for _ in range(PAIRS))
+    pairs = [tuple(members[at][rng.integers(len(members[at]))] for at in two) for two in drawn]
+    return max(_peak(first, second, read) for first, second in pairs) + ABOVE
+
+
+def _across(windows: Sequence[Window], overlap: Overlap) -> dict[tuple[str, str], list[tuple[Window, Window]]]:
+    """Return pairs of windows that would be neighbours if conditions, or recordings, were no others."""
+    recordings: dict[tuple[str, str], dict[str, list[Window]]] = defaultdict(dict)
+    for members in grouped(windows).values():
+        recordings[members[0].person, members[0].condition][members[0].recording] = members
+    found: dict[tuple[str, str], list[tuple[Window, Window]]] = defaultdict(list)
+    conditions: dict[str, list[str]] = defaultdict(list)
+    for (person, condition), own in recordings.items():
+        conditions[person].append(condition)
+        for before, after in itertools.pairwise(sorted(own, key=natural_key)):
+            found[condition, condition] += {
+                (own[before][-1], own[after][0]),
+                *_nearest(own[before], own[after], overlap)[:1],
+            }
+    for person, names in conditions.items():
+        for one, other in itertools.combinations(sorted(names), 2):
+            first, second = recordings[person, one], recordings[person, other]
+            for name in first.keys() & second.keys():
+                found[one, other] += _nearest(first[name], second[name], overlap)
+    return {key: pairs for key, pairs in found.items() if pairs}
+
+
+def _nearest(ours: Sequence[Window], theirs: Sequence[Window], overlap: Overlap) -> list[tuple[Window, Window]]:
+    """Return pairs of windows of two recordings whose numbers are near, the nearest first."""
+    numbers = np.array([window.number for window in theirs])
+    pairs = [(window, theirs[int(np.abs(numbers - window.number).argmin())]) for window in ours]
+    near = [pair for pair in pairs if abs(pair[0].number - pair[1].number) <= FARTHEST * overlap.unit]
+    return sorted(near, key=lambda pair: abs(pair[0].number - pair[1].number))
 
 
 # ---- splits
 
 
-def leaked(parts: Sequence[str], windows: Sequence[Window], overlap: Overlap) -> tuple[int, int]:
+def leaked(
+    parts: Sequence[str], windows: Sequence[Window], overlap: Overlap, passes: Passes | None = None
+) -> tuple[int, int]:
     """Return how many test windows share pixels with a training window, and how many test windows there are.
 
     Args:
         parts: training, validation, test or another text, of each window.
+        passes: by which gaps in the running numbers count that pixels bridge.
     """
-    training: dict[object, list[int]] = defaultdict(list)
+    groups: dict[object, list[tuple[int, str, str]]] = defaultdict(list)
     for part, window in zip(parts, windows, strict=True):
-        if part == "training":
-            training[window.group].append(window.number)
-    ordered = {group: np.sort(numbers) for group, numbers in training.items()}
-    tested = [window for part, window in zip(parts, windows, strict=True) if part == "test"]
-    reach, count = overlap.reach * overlap.unit, 0
-    for window in tested:
-        numbers = ordered.get(window.group, np.empty(0))
-        at = int(np.searchsorted(numbers, window.number - reach))
-        count += at < len(numbers) and numbers[at] <= window.number + reach
-    return count, len(tested)
+        groups[window.group].append((window.number, window.name, part))
+    reach, count, total = overlap.reach * overlap.unit, 0, 0
+    for members in groups.values():
+        members.sort()
+        numbers = [number for number, _, _ in members]
+        if passes:  # a copy that was left out is in the pass of the window before it
+            own = itertools.accumulate((passes.numbers.get(name, 0) for _, name, _ in members), lambda a, b: b or a)
+            numbers = places(numbers, list(own), overlap)
+        training, tested = (
+            np.array([at for at, (_, _, one) in zip(numbers, members, strict=True) if one == part], np.int64)
+            for part in ("training", "test")
+        )
+        next_one = np.append(training, np.iinfo(np.int64).max)[np.searchsorted(training, tested - reach)]
+        count, total = count + int((next_one <= tested + reach).sum()), total + len(tested)
+    return count, total
 
 
-def random_leak(windows: Sequence[Window], overlap: Overlap, share: float, seed: int = 0, draws: int = 10) -> float:
+def random_leak(
+    windows: Sequence[Window],
+    overlap: Overlap,
+    share: float,
+    seed: int = 0,
+    draws: int = 10,
+    passes: Passes | None = None,
+) -> float:
     """Return the mean share of test windows that share pixels with a training window if windows are drawn at random.
 
     Args:
         share: of the windows that are for training.
+        passes: see `leaked`.
     """
     rng, found = np.random.default_rng(seed), []
     for _ in range(draws):
         order = rng.permutation(len(windows))
         parts = np.full(len(windows), "test", dtype=object)
         parts[order[: round(share * len(windows))]] = "training"
-        count, total = leaked(list(parts), windows, overlap)
+        count, total = leaked(list(parts), windows, overlap, passes)
         found.append(count / max(total, 1))
     return float(np.mean(found))

@@ -17,7 +17,7 @@ from LightningDiT.errors import LightningDiTError, first_line
 from LightningDiT.radar.arrays import Columns, Levels, Raw, native_columns, open_arrays, read_raw
 from LightningDiT.radar.colour_maps import FAR, GREY, NAMES, Inverter, distances
 from LightningDiT.radar.layouts import OTHER_SPLIT, Collected, Window, collect, other_split
-from LightningDiT.radar.overlap import Overlap, Passes, find_passes, measure
+from LightningDiT.radar.overlap import Overlap, Passes, Shared, find_passes, measure, shared_across
 from LightningDiT.radar.split import FOLDS, Row, make_split
 
 OWN_PARTS = "folders or list"
@@ -25,7 +25,10 @@ DB = "dB"  # in place of a colour map, of arrays
 COLUMNS_SEEN = 8  # windows that native columns are looked for in
 RANGE_SEEN = 400  # training windows that the dB range is taken from
 TAILS = (0.1, 99.9)  # percent of their values, the ends of that range
+SHARED = "is shared by several people:"  # begins the reason why such a window is left out
 OTHER = 12.0  # distance to the map of the others from which on an image may be in a map of its own
+SURE = 0.4  # correlation of neighbours in turned windows from which on time runs downwards
+BLURRED = 1 / 16  # of a window: what the high pass removes; the rows of a person's torso agree at smaller shifts
 KEPT = 512  # windows whose levels stay in memory
 
 
@@ -59,6 +62,7 @@ class Prepared:
         residual: mean distance of the pixels to their maps, in steps of 8 bits.
         sizes: of the kept windows, (height, width) with counts.
         is_measured: whether `db_range` is that of the training windows of fold 0.
+        shared: conditions, and recordings of one, between which windows of a person share pixels.
         splits_of_data: part of each window, by its name, in each split that the data has, by its origin.
         notes: lines about what was assumed.
     """
@@ -77,6 +81,7 @@ class Prepared:
     db_range: tuple[float, float] | None
     is_measured: bool
     source: Source
+    shared: list[Shared]
     splits_of_data: dict[str, dict[str, str]]
     notes: list[str]
 
@@ -109,7 +114,7 @@ def prepare(
     sizes = Counter(scans[window.name].size for window in kept)
     usual = sizes.most_common(1)[0][0]
     alike = [window for window in kept if scans[window.name].size == usual]
-    overlap = measure(alike, usual[1], source.levels, seed)
+    overlap = _overlap(alike, usual, source, seed)
     passes = find_passes(kept, overlap, source.levels)
     rows = make_split(kept, passes, overlap, {name: scan.digest for name, scan in scans.items()}, folds, seed)
     is_measured = db_range is None and any(scan.unit == DB for scan in scans.values())
@@ -133,6 +138,7 @@ def prepare(
         db_range,
         is_measured,
         source,
+        shared_across(alike, overlap, source.levels, seed),
         splits,
         notes,
     )
@@ -147,6 +153,25 @@ def _used(collected: Collected, left_out: Mapping[str, str]) -> list[Window]:
             "name a folder of spectrograms",
         )
     return kept
+
+
+def _overlap(alike: Sequence[Window], size: tuple[int, int], source: Source, seed: int) -> Overlap:
+    """Return the overlap in time, which runs along the rows of a picture.
+
+    Raises:
+        LightningDiTError: windows overlap along their columns, so time runs downwards.
+    """
+    overlap = measure(alike, size[1], source.levels, seed)
+    if overlap.stride is not None or not overlap.pairs:
+        return overlap
+    turned = measure(alike, size[0], source.turned, seed)
+    if turned.stride is not None and turned.stride >= BLURRED * size[0] and max(turned.correlations.values()) > SURE:
+        raise LightningDiTError(
+            f"neighbouring windows share pixels from top to bottom (stride {turned.stride:g} of {size[0]} rows): time"
+            " runs downwards, and was expected to run from left to right",
+            "turn the windows by 90 degrees counterclockwise",
+        )
+    return overlap
 
 
 def _columns(alike: Sequence[Window], source: Source) -> Columns | None:
@@ -220,7 +245,7 @@ def _leave_out_equal(windows: Sequence[Window], scans: Mapping[str, Scan], left_
         people = sorted({window.person for window in equal}, key=natural_key)
         if len(people) > 1:
             for window in equal:
-                left_out[window.name] = f"has the pixels of several people: {', '.join(people)}"
+                left_out[window.name] = f"{SHARED} {', '.join(map(shown, people))}"
         for window in equal[1:]:
             left_out.setdefault(window.name, f"has the pixels of {shown(equal[0].name)}")
 
@@ -243,6 +268,11 @@ class Source:
     @property
     def residual(self) -> float:
         return float(np.mean(self._distances)) if self._distances else 0.0
+
+    def turned(self, window: Window) -> Levels | None:
+        """Return the levels with columns as rows."""
+        levels = self.levels(window)
+        return None if levels is None else np.ascontiguousarray(levels.T)
 
     def _levels(self, window: Window) -> Levels | None:
         """Return the levels (H, W) of a window, None if its file has gone."""

@@ -16,7 +16,7 @@ from LightningDiT.data.labels import natural_key
 from LightningDiT.errors import LightningDiTError, first_line
 from LightningDiT.files import read_json, write_text
 from LightningDiT.radar.layouts import Window
-from LightningDiT.radar.overlap import Overlap, Passes
+from LightningDiT.radar.overlap import Overlap, Passes, places
 
 FORMAT = "passes of spectrograms, 1"
 FOLDS = 5  # by default
@@ -151,12 +151,10 @@ def _parts(
 
 def _with_end_block(members: Sequence[Window], overlap: Overlap) -> list[str]:
     """Return the parts of a pass that trains and whose end validates; no block where no training would be left."""
-    first = len(members) - max(1, round(BLOCK * len(members)))
-    start = members[first].number
-    validating = ["validation" if window.number >= start else "" for window in members]
+    stand = places([window.number for window in members], [0] * len(members), overlap)
+    start = stand[len(members) - max(1, round(BLOCK * len(members)))]
     parts = [
-        part or ("guard" if overlap.shares(start, window.number) else "training")
-        for part, window in zip(validating, members, strict=True)
+        "validation" if place >= start else "guard" if overlap.shares(start, place) else "training" for place in stand
     ]
     return parts if "training" in parts else ["training"] * len(members)
 
@@ -165,13 +163,14 @@ def overlapping_pair(rows: Sequence[Row], overlap: Overlap, fold: int) -> tuple[
     """Return two windows of different parts, neither a guard, that share pixels; None if there are none."""
     groups: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
     for row in rows:
-        if row.parts[fold] != "guard":
-            groups[row.person, row.condition, row.recording].append(row)
+        groups[row.person, row.condition, row.recording].append(row)
     for members in groups.values():
         members.sort(key=lambda row: row.number)
-        for at, row in enumerate(members):
-            for other in members[at + 1 :]:
-                if not overlap.shares(row.number, other.number):
+        stand = places([row.number for row in members], [row.pass_number for row in members], overlap)
+        used = [(place, row) for place, row in zip(stand, members, strict=True) if row.parts[fold] != "guard"]
+        for at, (place, row) in enumerate(used):
+            for next_place, other in used[at + 1 :]:
+                if not overlap.shares(place, next_place):
                     break
                 if row.parts[fold] != other.parts[fold]:
                     return row, other

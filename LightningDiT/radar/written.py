@@ -19,13 +19,15 @@ from numpy.typing import NDArray
 
 from LightningDiT.console import Progress
 from LightningDiT.data.image_files import shown
+from LightningDiT.data.labels import natural_key
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.files import check_target, held_folder, read_json, read_text, write_text
+from LightningDiT.files import check_target, held_folder, kind_of, read_json, read_text, write_text
 from LightningDiT.radar.arrays import fitted, grey_levels, sample_columns, save_levels, save_view
 from LightningDiT.radar.colour_maps import GREY, NAMES, coloured
 from LightningDiT.radar.layouts import missing_people
+from LightningDiT.radar.naming import WARNING
 from LightningDiT.radar.overlap import leaked, random_leak
-from LightningDiT.radar.preparation import DB, Prepared
+from LightningDiT.radar.preparation import DB, SHARED, Prepared
 from LightningDiT.radar.split import Row, is_split, rows_digest, save_split
 
 SPLIT, MANIFEST = "split.json", "manifest.json"
@@ -36,6 +38,9 @@ HEADER = "path,label,pass_of_person"
 VIEWED_IN = "jet"  # where the data has no colour map
 MOST_ROWS = 40  # of the table of people
 SHOWN = 3  # examples in a line
+MOST_LETTERS = 60  # of a person's name in that of a folder: 240 bytes at most
+FORMER = "former"  # in the manifest of an unfinished folder: files of the run before, which are to be removed
+OWN_NAME = r"[\w-]+/pass\d+_-?\d+(_\d+)?\.png"  # of a file of levels, see `_file_names`
 RANDOM = (0.8, 0.5)  # shares of training windows in random splits
 
 # ---- the report
@@ -52,12 +57,13 @@ def report(prepared: Prepared, people: int | None = None) -> Iterator[str]:
     yield f"data           {len(collected.people)} people, {len(collected.windows)} windows, {count} passes"
     if collected.pattern:
         yield f"pattern        {collected.pattern}"
-    yield from (f"note           {note}" for note in prepared.notes)
+    yield from (note if note.startswith(WARNING) else f"note           {note}" for note in prepared.notes)
     yield from _missing(prepared, people)
     yield from _left_out(prepared)
     yield from _values(prepared)
     yield from _counts(prepared)
     yield from _overlap(prepared)
+    yield from _shared(prepared)
     yield from _leaks(prepared)
     yield from _people(prepared)
 
@@ -79,8 +85,16 @@ def _missing(prepared: Prepared, people: int | None) -> Iterator[str]:
 def _left_out(prepared: Prepared) -> Iterator[str]:
     """Yield a line for each kind of reason, with the first of the windows that have it."""
     kinds: dict[str, list[str]] = defaultdict(list)
+    person_of = {window.name: window.person for window in prepared.collected.windows}
+    several = [name for name, reason in prepared.left_out.items() if reason.startswith(SHARED)]
+    if several:
+        counts = Counter(person_of[name] for name in several)
+        people = _some([f"{person} {counts[person]}" for person in sorted(counts, key=natural_key)], 10)
+        yield f"{WARNING}{len(several)} windows are left out, since several people have the same pixels: {people}"
+        yield f"               such as {shown(several[0])}, which {prepared.left_out[several[0]]}"
     for name, reason in prepared.left_out.items():
-        kinds[" ".join(reason.split()[:3])].append(name)
+        if not reason.startswith(SHARED):
+            kinds[" ".join(reason.split()[:3])].append(name)
     for names in kinds.values():
         more = f", and {len(names) - 1} more for such a reason" if len(names) > 1 else ""
         yield f"warning: left out: {shown(names[0])} {prepared.left_out[names[0]]}{more}"
@@ -124,8 +138,16 @@ def _counts(prepared: Prepared) -> Iterator[str]:
 def _overlap(prepared: Prepared) -> Iterator[str]:
     overlap, passes = prepared.overlap, prepared.passes
     step = f" (running numbers go in steps of {overlap.unit})" if overlap.unit > 1 else ""
-    if overlap.stride is None:
-        yield f"overlap        none found in the pixels: windows count as apart{step}"
+    if overlap.stride is None and not overlap.pairs:
+        yield (
+            f"{WARNING}the overlap could not be measured: no two windows of a recording have neighbouring numbers, so"
+            " they count as apart; if the running number is another one in the names, give --pattern"
+        )
+    elif overlap.stride is None:
+        yield (
+            f"{WARNING}no overlap was found in the pixels of {overlap.pairs} pairs of neighbours: windows count as"
+            f" apart{step}; check that time runs from left to right, and that the numbers follow it"
+        )
     else:
         share = max(0.0, 1 - overlap.stride / overlap.length)
         measured = ", ".join(f"{at}: {value:.2f}" for at, value in sorted(overlap.correlations.items()))
@@ -141,11 +163,27 @@ def _overlap(prepared: Prepared) -> Iterator[str]:
         yield f"               {passes.joined} larger gaps have the same pixels on both sides: no boundary of a pass"
 
 
+def _shared(prepared: Prepared) -> Iterator[str]:
+    """Yield a warning for conditions and recordings whose windows are of one walk."""
+    for one in prepared.shared:
+        first, second = map(shown, one.conditions)
+        what = f"the conditions {first or '(none)'} and {second or '(none)'}"
+        if first == second:
+            what = f"different recordings{f' under {first}' if first else ''}"
+        yield (
+            f"{WARNING}windows of {what} share pixels ({one.found} of {one.compared} pairs, such as"
+            f" {shown(one.first)} and {shown(one.second)}): these are of one walk, and would be in training and test;"
+            " state condition, recording and number by --pattern"
+        )
+
+
 def _leaks(prepared: Prepared) -> Iterator[str]:
+    if prepared.overlap.stride is None and not prepared.overlap.pairs:
+        return  # a share of 0 % would be no finding
     windows = [window for window in prepared.collected.windows if window.name in prepared.scans]  # copies too
     for where, parts in prepared.splits_of_data.items():
         own = [parts.get(window.name, "") for window in windows]
-        shared, total = leaked(own, windows, prepared.overlap)
+        shared, total = leaked(own, windows, prepared.overlap, prepared.passes)
         if total:
             warning = "warning: " if shared else ""
             yield (
@@ -155,7 +193,7 @@ def _leaks(prepared: Prepared) -> Iterator[str]:
         else:
             yield f"split of its {where}: no test windows"
     for share in RANDOM:
-        found = random_leak(prepared.kept, prepared.overlap, share)
+        found = random_leak(prepared.kept, prepared.overlap, share, passes=prepared.passes)
         parts = f"{100 * share:.0f}/{100 - 100 * share:.0f}"
         yield f"random {parts}   {100 * found:.1f} % of the test windows would share pixels with a training window"
 
@@ -255,10 +293,14 @@ def images_of(prepared: Prepared) -> dict[str, str]:
 
 def write_levels(
     prepared: Prepared, folder: Path, size: tuple[int, int] | None, fit: str, native: bool, views: str | None
-) -> dict[str, str]:
-    """Write each window as a grey PNG of 16 bits and, in a colour map, as a view; return the view's file by its name.
+) -> tuple[dict[str, str], int]:
+    """Write each window as a grey PNG of 16 bits and, in a colour map, as a view.
 
-    Level 0 is 0 and level 1 is 65535. Colours are inverted before any change of size.
+    Level 0 is 0 and level 1 is 65535. Colours are inverted before any change of size. What an earlier run wrote of
+    windows that are no longer there is removed.
+
+    Returns:
+        The view's file by the window's name, and the number of windows whose files were removed.
 
     Args:
         size: height and width; by default those of the window, its native columns if `native`.
@@ -272,7 +314,10 @@ def write_levels(
     windows = {window.name: window for window in prepared.kept}
     with held_folder(folder, "preparation"), Progress(len(names), "window", label="writing") as progress:
         manifest = _manifest(prepared, size, fit, native, map_, names)
-        write_text(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))  # without digests: unfinished
+        former = sorted(_written_before(folder) - {*names.values()})
+        unfinished = manifest | {FORMER: former}  # without digests
+        write_text(folder / MANIFEST, json.dumps(unfinished, indent=1, ensure_ascii=False))
+        removed = _remove(folder, former)
         digests = {}
         for name, file in names.items():
             levels = prepared.source.levels(windows[name])
@@ -287,7 +332,34 @@ def write_levels(
             progress.update()
         manifest |= {"pixels": pixels, "digests": digests}
         write_text(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
-    return {name: str((folder / "views" / file).resolve()) for name, file in names.items()}
+    return {name: str((folder / "views" / file).resolve()) for name, file in names.items()}, removed
+
+
+def _written_before(folder: Path) -> set[str]:
+    """Return the files that the manifest of an earlier run names, as `_file_names` names them."""
+    try:
+        content = read_json(folder / MANIFEST)
+    except (OSError, ValueError):
+        return set()
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        return set()
+    files, former = content.get("files"), content.get(FORMER)
+    found = [*(files.values() if isinstance(files, dict) else ()), *(former if isinstance(former, list) else ())]
+    return {file for file in found if isinstance(file, str) and re.fullmatch(OWN_NAME, file)}
+
+
+def _remove(folder: Path, files: Sequence[str]) -> int:
+    """Remove the levels and views of these names, and folders that get empty; return how many were there."""
+    removed = 0
+    for file in files:
+        paths = [folder / kind / file for kind in ("levels", "views")]
+        own = [path for path in paths if kind_of(path) == "file" and kind_of(path.parent) == "folder"]
+        for path in own:
+            path.unlink()
+            if not any(path.parent.iterdir()):
+                path.parent.rmdir()
+        removed += bool(own)
+    return removed
 
 
 def levels_digest(grey: NDArray[Any]) -> str:
@@ -299,15 +371,31 @@ def levels_digest(grey: NDArray[Any]) -> str:
 
 def _file_names(rows: Sequence[Row]) -> dict[str, str]:
     """Return a path for each window: a folder for each person, pass and running number in the name."""
+    folders = _folders(sorted({row.person for row in rows}, key=natural_key))
     taken: set[str] = set()
     names = {}
     for row in rows:
-        person = re.sub(r"[^\w-]", "_", shown(row.person)) or "_"
-        stem = f"{person}/pass{row.pass_number}_{row.number}"
-        stem = stem if stem.lower() not in taken else f"{stem}_{len(taken)}"
-        taken.add(stem.lower())
+        stem = f"{folders[row.person]}/pass{row.pass_number}_{row.number}"
+        stem = stem if stem not in taken else f"{stem}_{len(taken)}"
+        taken.add(stem)
         names[row.name] = f"{stem}.png"
     return names
+
+
+def _folders(people: Sequence[str]) -> dict[str, str]:
+    """Return a folder of its own for each person, also where systems ignore case or forms of a letter.
+
+    The end of a name that was taken depends on the person alone, so that a rerun without others keeps it.
+    """
+    folders: dict[str, str] = {}
+    taken: set[str] = set()
+    for person in people:
+        name = re.sub(r"[^\w-]", "_", shown(person)[:MOST_LETTERS]) or "_"
+        while (key := unicodedata.normalize("NFKC", name).casefold()) in taken:
+            name += f"_{hashlib.sha256(person.encode('utf-8', 'surrogateescape')).hexdigest()[:6]}"
+        taken.add(key)
+        folders[person] = name
+    return folders
 
 
 def _manifest(
