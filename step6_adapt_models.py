@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from LightningDiT.console import OK, natural, positive
+from LightningDiT.console import OK, natural, positive, seed_number
 from LightningDiT.files import held_folder, require_writable
 from setup_steps import project
 
@@ -45,7 +45,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--generated", type=positive, metavar="N", help="windows for each real one; default: 4, which step 7 wants")
     add("--guidance-scale", type=float, metavar="S", help="of the generated windows; default: 1, without guidance")
     add("--unseen", metavar="NAME", help="a condition that no network may see, or pairs: of person and condition")
-    add("--seed", type=natural, metavar="N", help="of trainings and generated windows; default: 0")
+    add("--seed", type=seed_number, metavar="N", help="of trainings and generated windows; default: 0")
     add("--time-budget", type=float, metavar="MINUTES", help="shorten the trainings so that all is done within")
     add("--dry-run", action="store_true", help="only check, estimate the time and end")
     options = parser.parse_args(argv)
@@ -94,7 +94,7 @@ def asked(options: argparse.Namespace, output: Path) -> tuple[Plan, Split, Plan 
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
-    from LightningDiT.verdict.adapting import describe, jobs_of, save_plan, write_cells
+    from LightningDiT.verdict.adapting import check_files, describe, jobs_of, save_plan, write_cells
     from LightningDiT.verdict.jobs import run_jobs
     from LightningDiT.verdict.time_needed import within
 
@@ -109,6 +109,7 @@ def main(argv: list[str] | None = None) -> int:
             within(plan, split, None, began.cells)
     else:
         plan = within(plan, split, options.time_budget)
+    check_files(plan, output, split)
     for line in describe(plan, split):
         print(line, flush=True)
     if options.dry_run:

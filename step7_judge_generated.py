@@ -9,6 +9,7 @@ trained is kept: the same command goes on after Ctrl-C.
 from __future__ import annotations
 
 import argparse
+import datetime
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -82,10 +83,13 @@ def judged_of(options: argparse.Namespace) -> Mapping[str, Judged]:
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
-    from LightningDiT.verdict.judging import judge, preview
+    from LightningDiT.verdict.judging import check_files, judge, preview
 
     print("Step 7: does generated data help?", flush=True)
     output, judged = project.absolute(options.output), judged_of(options)
+    folders = {name: output / name if len(judged) > 1 else output for name in judged}
+    for folder in folders.values():
+        check_files(folder)
     asked = asked_of(options, judged)
     unseen = next(iter(judged.values())).unseen
     if unseen:
@@ -100,10 +104,10 @@ def main(argv: list[str] | None = None) -> int:
     found: dict[str, Outcome] = {}
     with held_folder(output, "verdict"):
         for name, one in judged.items():
-            found[name], new = judge(one, asked, output / name if len(judged) > 1 else output, trials)
+            found[name], new = judge(one, asked, folders[name], trials)
             trials += new
     lines = [line for name, outcome in found.items() for line in lines_of(name, outcome)]
-    for line in (*lines, *level_lines(found), *next_lines(options, judged, found)):
+    for line in (*lines, *level_lines(found, asked.earlier), *next_lines(options, judged, found)):
         print(line)
     return OK
 
@@ -112,6 +116,7 @@ def asked_of(options: argparse.Namespace, judged: Mapping[str, Judged]) -> Asked
     """Return what is trained and asked for; a row that is named twice is taken once, which is said."""
     from LightningDiT.verdict.classifiers import Recipe
     from LightningDiT.verdict.judging import Asked, verdicts_of
+    from LightningDiT.verdict.report import has_earlier
 
     named = options.rows.split(",") if options.rows else []
     rows = tuple(dict.fromkeys(named)) or None
@@ -120,7 +125,9 @@ def asked_of(options: argparse.Namespace, judged: Mapping[str, Judged]) -> Asked
         print(f"note: --rows names {twice} more than once; each row is trained once")
     recipe, known = Recipe(options.classifier, options.steps), options.axes == "sensor"
     command, verdicts = project.again(SCRIPT), verdicts_of(judged.values())
-    return Asked(rows, options.seeds, recipe, options.wanted, options.unseen, known, command, verdicts)
+    call = datetime.datetime.now(datetime.timezone.utc).isoformat()
+    earlier = has_earlier(project.absolute(options.output), command)
+    return Asked(rows, options.seeds, recipe, options.wanted, options.unseen, known, command, verdicts, call, earlier)
 
 
 def lines_of(name: str, outcome: Outcome) -> Iterator[str]:
@@ -133,14 +140,15 @@ def lines_of(name: str, outcome: Outcome) -> Iterator[str]:
     yield f"wrote {outcome.page.name}, report.json and trials.json to {outcome.page.parent}"
 
 
-def level_lines(found: Mapping[str, Outcome]) -> Iterator[str]:
-    """Yield how sure each of several verdicts is; nothing where there is one."""
-    from LightningDiT.verdict.sentences import shared_level
+def level_lines(found: Mapping[str, Outcome], earlier: bool = False) -> Iterator[str]:
+    """Yield how sure each of several verdicts is; nothing where there is one, of this call and of earlier ones."""
+    from LightningDiT.verdict.sentences import earlier_calls, shared_level
 
-    verdicts = [one.verdict for outcome in found.values() for one in outcome.results if one.verdict]
-    text = shared_level(verdicts[0].verdicts if verdicts else 1)
-    if text[0]:
-        yield from project.in_both(*text)
+    verdicts = [one.verdict.verdicts for outcome in found.values() for one in outcome.results if one.verdict]
+    if verdicts:
+        for text in (shared_level(verdicts[0]), earlier_calls(verdicts[0], earlier)):
+            if text[0]:
+                yield from project.in_both(*text)
 
 
 def most_helping(found: Mapping[str, Outcome]) -> tuple[str, Results] | None:

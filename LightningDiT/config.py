@@ -12,6 +12,7 @@ import difflib
 import io
 import itertools
 import json
+import math
 import numbers
 import re
 import types
@@ -56,6 +57,10 @@ def is_seed(value: int) -> bool:
     return 0 <= value < 2**32
 
 
+def _is_tolerance(value: float) -> bool:
+    return 0 <= value < math.inf
+
+
 def is_share(value: float) -> bool:
     return 0 <= value <= 1
 
@@ -91,7 +96,7 @@ COMPILES = ("sample.compile", "train.compile")
 RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("data.image_size", is_positive, "a positive number of pixels"),
     ("data.num_classes", is_positive, "a positive number"),
-    ("data.latent_multiplier", is_positive, "a positive factor"),
+    ("data.latent_multiplier", lambda value: 1e-6 <= value <= 1e6, "a factor from 0.000001 to 1000000"),
     ("data.num_conditions", is_not_negative, "0 (no second label) or a number of conditions"),
     ("data.fold", is_not_negative, "0 or more"),
     ("vae.downsample_ratio", is_positive, "a positive number"),
@@ -123,13 +128,13 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("train.choose", lambda value: value in CHOICES, "auto, last, valid_loss or utility"),
     ("train.patience", is_not_negative, "0 (off) or a number of looks"),
     ("train.max_skips", is_positive, "1 or more"),
-    ("train.spike_factor", lambda value: value == 0 or value > 1, "0 (off) or a factor above 1"),
+    ("train.spike_factor", lambda value: value == 0 or 1 < value < math.inf, "0 (off) or a factor above 1"),
     ("train.rate_cut", lambda value: 0 < value <= 1, "a factor above 0 and up to 1"),
     ("train.global_seed", is_seed, "a whole number from 0 to below 2^32"),
     ("optimizer.beta2", lambda value: 0 <= value < 1, "a decay from 0 to below 1"),
     ("optimizer.weight_decay", lambda value: 0 <= value < 1, "a decay from 0 to below 1"),
     ("optimizer.lr", lambda value: 0 < value < 1, "a rate between 0 and 1"),
-    ("optimizer.max_grad_norm", lambda value: value is None or value > 0, "a positive norm"),
+    ("optimizer.max_grad_norm", lambda value: value is None or 0 < value < math.inf, "a positive norm, or null"),
     ("sample.mode", lambda value: value in ("ODE", "SDE"), "ODE or SDE"),
     ("sample.num_sampling_steps", lambda value: value > 1, "2 or more"),
     ("sample.per_proc_batch_size", lambda value: value is None or value > 0, "1 or more"),
@@ -138,7 +143,9 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("sample.cfg_interval_end", is_share, "a time between 0 and 1"),
     ("sample.time_grid", lambda value: value in TIME_GRIDS, "shifted, graded or kumaraswamy"),
     ("sample.labels", lambda value: value in LABELS, "random or balanced"),
-    ("sample.timestep_shift", lambda value: value >= 0, "0 (off) or a positive shift"),
+    ("sample.atol", _is_tolerance, "a tolerance of 0 or more"),
+    ("sample.rtol", _is_tolerance, "a tolerance of 0 or more"),
+    ("sample.timestep_shift", lambda value: 0 <= value < 1e4, "0 (off) or a positive shift below 10000"),
     ("sample.precision", lambda value: value in SAMPLING_PRECISIONS, "auto, fp32, tf32, bf16 or fp16"),
     *((name, lambda value: value in ("auto", "on", "off", True, False), "auto, on or off") for name in COMPILES),
     ("sample.guided_channels", lambda value: value == "all" or _is_count(value), 'a positive number, or "all"'),
@@ -376,7 +383,7 @@ def with_overrides(sample: SampleConfig, names: Mapping[str, str] | None = None,
 def check_sample(sample: SampleConfig) -> None:
     """Raise LightningDiTError for sampling settings that no run could use."""
     _check_rules({f"sample.{name}": value for name, value in vars(sample).items()}, str)
-    _check_interval(sample, "sample")
+    _check_pairs(sample, "sample")
 
 
 def describe_solver(sample: SampleConfig) -> str:
@@ -571,18 +578,21 @@ def _check_rules(values: Mapping[str, Any], name_of: Callable[[str], str]) -> No
             )
 
 
-def _check_interval(sample: SampleConfig, where: str) -> None:
+def _check_pairs(sample: SampleConfig, where: str) -> None:
+    """Refuse values of two settings that do not go together."""
     start, end = sample.cfg_interval_start, sample.cfg_interval_end
     if start > end:
         raise LightningDiTError(
             f"{where}.cfg_interval_start is {start}, after cfg_interval_end {end}", "edit either value"
         )
+    if not sample.atol and not sample.rtol:
+        raise LightningDiTError(f"{where}.atol and rtol are both 0, which no step meets", "edit either value")
 
 
 def _check_values(config: Config) -> None:
     """Refuse values that no run could use, naming the key."""
     _check_rules({key: attrgetter(key)(config) for key, _, _ in RULES}, lambda key: f"{config.source}: {key}")
-    _check_interval(config.sample, f"{config.source}: sample")
+    _check_pairs(config.sample, f"{config.source}: sample")
     names, classes = config.data.class_names, config.data.num_classes
     if names is not None and len(names) != classes:
         raise LightningDiTError(
@@ -645,7 +655,7 @@ def refuse_unknown(values: dict[str, Any], known: typing.Iterable[str], where: s
 
 
 def coerce(value: Any, hint: Any, where: str) -> Any:
-    """Return `value` as the type `hint`, which is a scalar, a tuple of scalars, or a union of these."""
+    """Return `value` as the type `hint`: a scalar, a path, a dataclass, a tuple of one of these, or a union."""
     options = typing.get_args(hint) if _is_union(hint) else (hint,)
     if type(None) in options and (value is None or value in ("none", "None")):
         return None
@@ -662,8 +672,10 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
         if option is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
             with contextlib.suppress(OverflowError):  # of whole numbers beyond 1e308
                 return float(value)
-        if option is str and isinstance(value, str):
-            return value
+        if option in (str, Path) and isinstance(value, str):
+            return option(value)
+        if dataclasses.is_dataclass(option):
+            return typed(option, as_mapping(value, where), where)
     names = " or ".join("nothing" if o is type(None) else getattr(o, "__name__", str(o)) for o in options)
     is_unquoted = str in options and isinstance(value, bool | int | float)
     fix = "put it in quotes: without them YAML reads a number, or Yes and No as true and false"

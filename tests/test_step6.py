@@ -5,10 +5,17 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import math
+import os
 import re
+import shutil
+import signal
+import subprocess
+import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +32,8 @@ from LightningDiT.verdict import adapting, jobs, time_needed
 from LightningDiT.verdict import seen as seen_module
 from LightningDiT.verdict.adapting import (
     PRESETS,
+    Model,
+    Plan,
     counts_of,
     load_plan,
     make_plan,
@@ -298,6 +307,191 @@ def test_what_is_unseen_is_said_and_kept(
     assert "unseen         fold 0: ID_1" in capsys.readouterr().out
     assert call(conditions, tmp_path / "o", "--unseen", "slow") == 1
     assert "a plan of other settings (unseen)" in capsys.readouterr().err
+
+
+def plan_file(data: Path, folder: Path) -> dict[str, object]:
+    """Write the plan of one network with random weights; return its values."""
+    opened = open_level_files(data / "levels", data / "out" / "split.json")
+    save_plan(make_plan("quick", opened, folder / "no models"), folder)
+    return json.loads((folder / "plan.json").read_text())
+
+
+ODD = (None, True, "", "x", [], {}, -1, 0, 1.5, 2**32, math.nan, ["x"], [-1], [math.nan], [0, 0])
+OPTIONAL = ("tokenizer_start", "tokenizer_fingerprint", "unseen", "levels_digest", "start", "start_fingerprint")
+SENSIBLE = {
+    **{name: ["x"] for name in ("split", "split_file", "levels")},
+    **{name: [None, "x"] for name in OPTIONAL},
+    **{"guidance": [1.5], "seed": [0], "patience": [0]},
+}
+
+
+@pytest.mark.parametrize("name", [*(item.name for item in fields(Plan)), *(f"models.{f.name}" for f in fields(Model))])
+def test_a_value_of_a_plan_that_makes_no_sense_is_named(data: Path, tmp_path: Path, name: str) -> None:
+    """Of each field: another type, nothing, a negative number, no number, one that is too large."""
+    values = plan_file(data, tmp_path)
+    (model,), key = values["models"], name.removeprefix("models.")
+    for odd in ODD:
+        changed = {"models": [{**model, key: odd}]} if key != name else {key: odd}
+        (tmp_path / "plan.json").write_text(json.dumps({**values, **changed}))
+        if any(odd is one or (odd == one and type(odd) is type(one)) for one in SENSIBLE.get(key, [])):
+            assert load_plan(tmp_path)
+            continue
+        with pytest.raises(LightningDiTError) as caught:
+            load_plan(tmp_path)
+        message = str(caught.value)
+        assert message.startswith(f"{tmp_path / 'plan.json'}: ") and key in message and "\n" not in message, odd
+        assert "expected; fix: restore that value, or run step6_adapt_models.py again with another" in message, odd
+
+
+def test_a_plan_names_networks_of_the_table_each_once(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = plan_file(data, tmp_path)
+    (model,) = values["models"]
+    for models, message in (
+        ([model, model], "models is ['transformer', 'transformer']; one network or several, none twice, is expected"),
+        ([model, {**model, "name": "../stranger"}], "name is '../stranger'; transformer or unet is expected"),
+        ([{**model, "trainable": "bias"}], "trainable is 'bias' without a start; all is expected"),
+        ([{**model, "odd": 1}], "unknown key 'odd'"),
+    ):
+        (tmp_path / "plan.json").write_text(json.dumps({**values, "models": models}))
+        assert call(data, tmp_path, "--dry-run") == 1
+        assert f"error: {tmp_path / 'plan.json'}: " in (said := capsys.readouterr().err) and message in said
+    del values["images"]
+    (tmp_path / "plan.json").write_text(json.dumps(values))
+    assert call(data, tmp_path, "--dry-run") == 1
+    assert f"{tmp_path / 'plan.json'}: images is missing; fix: restore that value" in capsys.readouterr().err
+    for text in ("[]", "{", '{"format": "another"}', "null"):
+        (tmp_path / "plan.json").write_text(text)
+        assert call(data, tmp_path, "--dry-run") == 1
+        assert "plan.json is no plan of step 6 (" in capsys.readouterr().err
+
+
+def test_weights_that_were_replaced_start_nothing_further(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time_needed, "measure", lambda plan, split: Costs(1.0, {"transformer": 1.0}))
+    start, output = tmp_path / "models" / "walkers", tmp_path / "o"
+    start.mkdir(parents=True)
+    files = [start / name for name in ("transformer.safetensors", "tokenizer.safetensors")]
+    for file in files:
+        file.write_bytes(b"first")
+    opened = open_level_files(data / "levels", data / "out" / "split.json")
+    plan = make_plan("quick", opened, tmp_path / "models")
+    assert plan.models[0].start_fingerprint == plan.tokenizer_fingerprint == fingerprint(files[0])
+    save_plan(plan, output)
+    assert call(data, output, "--folds", "0", "1", "--dry-run") == 0
+    for file in files:
+        file.write_bytes(b"other")
+        assert call(data, output, "--folds", "0", "1", "--dry-run") == 1
+        said = capsys.readouterr().err
+        fix = "restore that file, or choose another --output"
+        assert f"{file} has other weights than those with which {output} began; fix: {fix}" in said
+        file.write_bytes(b"first")
+    text = (output / "plan.json").read_text()
+    (output / "plan.json").write_text(re.sub(r',\s+"(start|tokenizer)_fingerprint": "\w+"', "", text))
+    assert load_plan(output).tokenizer_fingerprint is None
+    asked = (output, data / "levels", data / "out" / "split.json", None)
+    again, began = adapting.asked_plan(*asked)
+    assert again == began == plan  # which is saved, so that it is said once
+    said = capsys.readouterr().out
+    assert "of an earlier release and says nothing of the content of its starting weights; those that are" in said
+    assert f"taken: {files[1]}, {files[0]}" in said
+    shutil.rmtree(start)
+    assert adapting.asked_plan(*asked)[1].models[0].start_fingerprint is None  # whoever needs them says so
+
+
+@pytest.mark.parametrize("name", ["split.json", "labels.csv", "tokenizer.yaml", "transformer.yaml"])
+def test_files_of_others_in_a_cell_stay(
+    data: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened = open_level_files(data / "levels", data / "out" / "split.json")
+    plan = make_plan("quick", opened, tmp_path / "no models", images=(IMAGES,))
+    write_cells(plan, tmp_path, opened.split)
+    adapting.check_files(plan, tmp_path, opened.split)  # its own may be written again
+    write_cells(plan, tmp_path, opened.split)
+    file = tmp_path / "fold0-3" / name
+    own = file.read_bytes()
+    for strange in (b"precious: 1\n", b"\xff\n"):
+        file.write_bytes(strange)
+        with pytest.raises(LightningDiTError, match=f"{name} cannot be written .this program did not write the one"):
+            adapting.check_files(plan, tmp_path, opened.split)
+        with pytest.raises(LightningDiTError, match=f"{name} cannot be written"):
+            write_cells(plan, tmp_path, opened.split)
+        assert file.read_bytes() == strange
+    assert call(data, tmp_path, "--images", str(IMAGES), "--dry-run") == 1
+    assert f"{file} cannot be written" in capsys.readouterr().err
+    file.unlink()
+    file.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(LightningDiTError, match=f"{name} cannot be written .it is a link"):
+        adapting.check_files(plan, tmp_path, opened.split)
+    file.unlink()
+    write_cells(plan, tmp_path, opened.split)
+    assert file.read_bytes() == own
+
+
+IMPORTING = "from pathlib import Path\nimport signal, time\n{first}\nPath('up').touch()\ntime.sleep(20)\n"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("first", ["", "signal.signal(signal.SIGINT, signal.SIG_DFL)"])
+def test_a_job_that_is_stopped_while_it_imports_is_stopped_quietly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], sent: int, first: str
+) -> None:
+    """Python's own handler ends it by an exception, the system's by the signal."""
+    (tmp_path / "importing.py").write_text(IMPORTING.format(first=first))
+    monkeypatch.setattr(jobs, "PROJECT", tmp_path)
+
+    def stop() -> None:
+        while not (tmp_path / "up").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), sent)
+
+    threading.Thread(target=stop, daemon=True).start()
+    began = time.monotonic()
+    job = jobs.Job("slow", ("importing",), tmp_path / "made")
+    assert run_main(lambda: jobs.run_jobs([job]) or 0) == 130
+    assert time.monotonic() - began < 15
+    assert capfd.readouterr().err.startswith("stopped; finished work is kept")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_a_job_is_stopped_as_soon_as_it_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Before Python has a handler; the signal waits until it has one, else it would end the process by itself."""
+    (tmp_path / "importing.py").write_text(IMPORTING.format(first=""))
+    monkeypatch.setattr(jobs, "PROJECT", tmp_path)
+
+    def started(command: Sequence[str], **more: object) -> subprocess.Popen[bytes]:
+        process = popen(command, **more)
+        process.send_signal(signal.SIGINT)
+        return process
+
+    popen = subprocess.Popen
+    monkeypatch.setattr(jobs.subprocess, "Popen", started)
+    assert jobs.exit_code(("importing",)) == 130
+    assert capfd.readouterr().err == "" and not (tmp_path / "up").exists()
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])  # none is kept back here any longer
+
+
+def test_a_job_is_run_as_python_m_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name, its arguments and its code; processes that it spawns find its functions."""
+    text = """
+import multiprocessing, sys
+from pathlib import Path
+def double(number):
+    return 2 * number
+if __name__ == "__main__":
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        Path("made").write_text(f"{pool.map(double, [21])} {sys.argv[1:]} {Path(sys.argv[0]).name}")
+    sys.exit(7)
+"""
+    (tmp_path / "spawning.py").write_text(text)
+    monkeypatch.setattr(jobs, "PROJECT", tmp_path)
+    assert jobs.exit_code(("spawning", "--config", "c")) == 7
+    assert (tmp_path / "made").read_text() == "[42] ['--config', 'c'] spawning.py"
 
 
 def test_starts_are_the_walkers_then_the_garments(data: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from LightningDiT.console import run_main
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.files import fingerprint
 from LightningDiT.images import save_levels
-from LightningDiT.radar.level_images import load_windows, open_level_files, open_levels
+from LightningDiT.radar.level_images import Windows, load_windows, open_level_files, open_levels
 from LightningDiT.radar.split import PARENT, load_split, save_restricted, save_split
 from LightningDiT.sampling.resumable_run import BY_CLASS, LAYOUT, LEVELS, PIXELS
 from LightningDiT.verdict import judging
@@ -358,6 +359,36 @@ def test_a_row_has_speckle_put_back_by_the_tokenizer_of_step_6(
     assert "rows with speckle put back need the tokenizer of step 6" in said
 
 
+def test_a_filtered_row_keeps_the_windows_of_the_filter(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every third one here, by a filter that learns from the images that the generator saw and no others."""
+    learnt: list[Windows] = []
+    third = {"keeps": lambda windows: torch.arange(len(windows)) % 3 == 0}
+    third |= {"real_kept": 0.9, "confidence": 0.5, "margin": 0.0}
+    monkeypatch.setattr(
+        judging, "fit_filter", lambda windows, steps: learnt.append(windows) or SimpleNamespace(**third)
+    )
+    data = Loader(judged_models(made)["transformer"], Asked(recipe=Recipe(steps=2)))(0)
+    whole, kept = data.generated(IMAGES), data.filtered(IMAGES)
+    assert torch.equal(kept.pixels, whole.pixels[::3]) and torch.equal(kept.people, whole.people[::3])
+    assert torch.equal(learnt[0].rows, data.training.rows[spread(data.training, IMAGES)])
+
+
+def test_fidelity_is_of_test_windows_and_of_those_that_the_generator_saw(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the verdict is about the difference that was asked for."""
+    seen, real = list[tuple[Windows, Windows]](), judging.fidelity
+    monkeypatch.setattr(judging, "fidelity", lambda made, *sets: seen.append((sets[0], sets[1])) or real(made, *sets))
+    judged = judged_models(made)["transformer"]
+    asked = Asked(("augmented", "1x"), 2, Recipe(steps=1, batch=4, looks=1), wanted=0.123)
+    found, _ = judging.judge(judged, asked, tmp_path)
+    data = Loader(judged, asked)(0)
+    ((held, training),) = seen
+    assert torch.equal(held.rows, data.test.rows)
+    assert torch.equal(training.rows, data.training.rows[spread(data.training, IMAGES)])
+    assert [one.verdict.wanted for one in found.results if one.verdict] == [0.123]
+
+
 def test_a_second_model_takes_the_rows_without_generated_windows_from_the_first(tmp_path: Path) -> None:
     plan = Plan((0,), (4,), ("real", "1x"), 1, Recipe(steps=1, batch=4, looks=1))
     first = run_trials(plan, lambda number: fold(number, generated()), tmp_path / "a.json")
@@ -464,6 +495,89 @@ def test_a_folder_of_an_earlier_release_is_judged_if_its_latents_are_of_the_leve
     write(cell / "latents" / "manifest.json", {**latents, "settings": {"image_list": key}})
     assert judged_models(tmp_path / "a").keys() == {"transformer"}
     assert f"note: the plan in {tmp_path / 'a'} is of an earlier release and names no levels" in capsys.readouterr().out
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_a_plan_leads_nowhere_else(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A network whose name is a path: neither what it generated is read nor a report written there."""
+    adapted, stranger = tmp_path / "project" / "adapted", tmp_path / "project" / "stranger"
+    shutil.copytree(made, adapted)
+    cell = cell_folder(adapted, 0, IMAGES)
+    shutil.copytree(cell / "transformer", adapted / "stranger")
+    write(stranger / "report.json", "precious")
+    values = json.loads((adapted / "plan.json").read_text())
+    models = [*values["models"], {**values["models"][0], "name": "../stranger"}]
+    write(adapted / "plan.json", {**values, "models": models})
+    before = contents(tmp_path)
+    options = ("--adapted", adapted, "--output", tmp_path / "project" / "verdict", "--rows", "real,1x", *SHORT)
+    said = run(capsys, *options, code=1)
+    assert f"{adapted / 'plan.json'}: models: name is '../stranger'; transformer or unet is expected" in said
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"folds": ["0"]}, "folds is '0'; int is expected"),
+        ({"folds": []}, "folds is (); one number from 0 or several, none twice, is expected"),
+        ({"images": []}, "images is (); one number from 1 (null: all) or several, none twice, is expected"),
+        ({"models": []}, "models is []; one network or several, none twice, is expected"),
+        ({"seeds": -2}, "seeds is -2; a number from 1 to below 2^32 is expected"),
+        ({"folds": [99]}, "fold 99 of"),
+    ],
+)
+def test_a_plan_that_makes_no_sense_is_one_line(
+    changed: dict[str, object], message: str, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "plan.json", {**json.loads((made / "plan.json").read_text()), **changed})
+    said = run(capsys, "--adapted", tmp_path, "--output", tmp_path / "v", "--dry-run", *SHORT, code=1).splitlines()
+    assert said[0] == "Step 7: does generated data help?" and message in said[1] and len(said) == 2
+
+
+@pytest.mark.parametrize("name", ["report.html", "report.json", "trials.json"])
+def test_files_of_others_in_the_output_stay(
+    name: str, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused before anything is trained or written; so is a link."""
+    options = ("--adapted", made, "--output", tmp_path / "v", "--rows", "augmented,1x", *SHORT)
+    write(tmp_path / "v" / name, {"precious": 1})
+    before = contents(tmp_path)
+    for more in ((), ("--dry-run",)):
+        said = run(capsys, *options, *more, code=1)
+        assert f"{tmp_path / 'v' / name} cannot be written (this program did not write the one that is there)" in said
+        assert contents(tmp_path) == before
+    (tmp_path / "v" / name).rename(tmp_path / "mine")
+    (tmp_path / "v" / name).symlink_to(tmp_path / "mine")
+    said = run(capsys, *options, code=1)
+    assert f"{tmp_path / 'v' / name} cannot be written (it is a link)" in said and "trainings of" not in said
+    (tmp_path / "v" / name).unlink()
+    for _ in range(2):  # the second time over its own
+        run(capsys, *options)
+    assert (tmp_path / "mine").read_text() == '{"precious": 1}'
+
+
+def test_verdicts_of_other_calls_in_the_output_are_said(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows 1x twice, then 2x twice, which are not alone; then 1x elsewhere, and after a call without a verdict."""
+    monkeypatch.setenv("LIGHTNINGDIT_LANG", "zh")
+
+    def judged(rows: str, output: str) -> str:
+        options = ("--adapted", made, "--output", tmp_path / output, "--rows", rows, *SHORT)
+        monkeypatch.setattr("sys.argv", ["step7_judge_generated.py", *map(str, options)])
+        return run(capsys, *options)
+
+    english = "The folder has had verdicts of other calls too: 95 % holds for the verdict of this call, not for those"
+    chinese = "该文件夹中还有过其他命令的结论：95 % 的把握只针对本次命令的结论"
+    calls = [("augmented,1x", "v", 0), ("augmented,1x", "v", 0), ("augmented,2x", "v", 1), ("augmented,2x", "v", 1)]
+    for rows, output, said in (*calls, ("augmented,1x", "w", 0), ("real", "x", 0), ("augmented,1x", "x", 0)):
+        found = judged(rows, output)
+        page = (tmp_path / output / "report.html").read_text()
+        assert (found.count(english), found.count(chinese), page.count(english), page.count(chinese)) == (said,) * 4
 
 
 @pytest.mark.parametrize(

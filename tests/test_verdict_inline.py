@@ -26,10 +26,10 @@ def test_windows_of_people_evenly_from_all_with_axes_in_rows(tmp_path: Path) -> 
     assert "传感器未知" in page
 
 
-def reported(folder: Path, *difference: float) -> Path:
+def reported(folder: Path, *difference: float, call: str = "") -> Path:
     """Write a report of step 7 with one result for each difference."""
     found = [results(one) for one in difference]
-    write_report(Report(found, ("a", "b"), None, AXES, "jet", {}, None, {}, (), "python"), folder)
+    write_report(Report(found, ("a", "b"), None, AXES, "jet", {}, None, {}, (), "python", call=call), folder)
     return folder
 
 
@@ -45,6 +45,25 @@ def test_each_model_has_its_sentence_its_tables_and_its_report(tmp_path: Path) -
     links = re.findall(r'download="(\S+)" href="data:text/html;base64,([^"]+)"', page)
     assert [name for name, _ in links] == ["transformer-report.html", "unet-report.html"]
     assert base64.b64decode(links[1][1]) == (tmp_path / "unet" / "report.html").read_bytes()
+
+
+def test_reports_of_earlier_calls_are_named_and_not_shown(tmp_path: Path) -> None:
+    """Of one network in the folder itself, then of two, then of one of these; first all without a time, as before."""
+    for name in ("", "transformer", "unet"):
+        reported(tmp_path / name, 0.05)
+    assert verdict(tmp_path).count("Generated windows help:") == 3
+    for call, names, older in (
+        ("2026-11-26T10:00:00", ("",), ["transformer/report.json", "unet/report.json"]),
+        ("2026-11-26T11:00:00", ("transformer", "unet"), ["report.json"]),
+        ("2026-11-26T12:00:00", ("unet",), ["report.json", "transformer/report.json"]),
+    ):
+        for name in names:
+            reported(tmp_path / name, 0.05, call=call)
+        page = verdict(tmp_path)
+        assert page.count("Generated windows help:") == page.count("download=") == len(names)
+        listed = ", ".join(str(tmp_path / name) for name in older)
+        assert f"Not shown, since earlier calls wrote them: {listed} <" in page
+        assert f"未显示（由更早的命令写入）：{listed}<" in page
 
 
 def test_one_pass_has_no_interval_and_what_to_try_is_listed(tmp_path: Path) -> None:

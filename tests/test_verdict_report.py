@@ -210,11 +210,11 @@ def test_more_copies_than_twice_the_held_out_rate_are_said_whatever_the_verdict_
 
 def test_folds_are_averaged_and_each_shows_its_pictures() -> None:
     first, other = found(0.02, 0.04), found(0.04, 0.08, 3.0)
-    lacking = replace(other, distances=[replace(other.distances[0], people={1: (0.4, 0.2)})])
+    lacking = replace(other, distances=[replace(other.distances[0], people={0: (0.3, 0.5), 1: (0.4, 0.2)})])
     mean = averaged([first, lacking])
     ridge, texture = mean.distances
     assert (ridge.generated, ridge.real) == pytest.approx((0.2, 0.1))
-    assert ridge.people == {0: (0.1, 0.1), 1: (0.4, 0.2)}
+    assert ridge.people == {0: (0.2, 0.3), 1: (0.4, 0.2)}
     assert (texture.means[0], texture.people) == (0.02, first.distances[1].people)
     assert (mean.copies.samples, mean.copies.held_out) == pytest.approx((0.06, 0.05))
     assert (mean.features.frechet, mean.features.windows, mean.features.recall) == ((9.0, 7.0), 48, None)

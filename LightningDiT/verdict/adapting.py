@@ -7,24 +7,28 @@ is that of step 5 with all other training windows made guards, which nothing may
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from LightningDiT.config import as_yaml, read_yaml
+from LightningDiT.config import as_yaml, is_seed, read_yaml, typed
 from LightningDiT.errors import LightningDiTError, first_line
-from LightningDiT.files import read_json, write_text
+from LightningDiT.files import check_target, fingerprint, holding, read_json, write_text
 from LightningDiT.radar.augmentation import NAMES
 from LightningDiT.radar.level_images import LevelFiles, condition_names, open_level_files
-from LightningDiT.radar.split import Split, save_restricted
+from LightningDiT.radar.split import Split, is_split, save_restricted
 from LightningDiT.radar.training_file import DOWNSAMPLING, PATCH, ROOT, TEMPLATE
+from LightningDiT.seeds import SEEDS
 from LightningDiT.verdict.intervals import PassBootstrap, level_of
 from LightningDiT.verdict.jobs import Job
-from LightningDiT.verdict.same_levels import latents_are_of, levels_digest, others
-from LightningDiT.verdict.seen import Seen, known_conditions, labels_text, seen_of
+from LightningDiT.verdict.same_levels import AGAIN, latents_are_of, levels_digest, others
+from LightningDiT.verdict.seen import Seen, is_labels, known_conditions, labels_text, seen_of
+
+if TYPE_CHECKING:
+    from LightningDiT.files import Ours
 
 FORMAT = "adapted models, 1"
 PLAN, SPLIT, LABELS = "plan.json", "split.json", "labels.csv"
@@ -32,7 +36,7 @@ TOKENIZER, LATENTS, VALID, GENERATED = "tokenizer", "latents", "latents_valid", 
 CHOSEN, ADAPTER, TRAINED = "transformer.safetensors", "adapter.safetensors", "training.safetensors"
 TOKENIZER_WEIGHTS = "tokenizer.safetensors"
 TOKENIZER_TEMPLATE = Path(__file__).parents[1] / "tokenizer" / "configs" / "levels_f4d6.yaml"
-ALL, BIAS = "all", "bias"
+ALL, BIAS, LORA = "all", "bias", "lora"
 #: Learning rate of a part. That of the whole is the template's; `studies.small_data` compares them.
 PART_RATE = 3e-3
 MODELS = ROOT / "models"
@@ -41,7 +45,9 @@ TRANSFORMER, UNET = "transformer", "unet"
 #: What `model.model_type` is called, and the pixels that a side must be a multiple of.
 NETWORKS = {TRANSFORMER: ("LightningDiT-XS/2", DOWNSAMPLING * PATCH), UNET: ("UNet-S", DOWNSAMPLING * 4)}
 LISTED = 3  # unseen pairs of a fold
+MOST_GUIDANCE = 20
 CELLS = ("folds", "images")  # fields of a plan whose values are a cell's
+PUT_BACK = "restore that file, or choose another --output"
 OTHER_OUTPUT = "choose another --output, or give the options of the first call"
 PASS_DEVIATION = 10.0  # points by which the differences of test passes vary, on simulated walkers, with three seeds
 
@@ -75,6 +81,58 @@ PRESETS = {
 }
 
 
+# ---- values of a plan that make sense, since its file can be edited
+
+Rule = tuple[str, Callable[[Any], bool], str]  # name of a field, test of its value, and what is expected
+
+
+def _is_count(value: int) -> bool:
+    return 0 < value < SEEDS
+
+
+def _is_text(value: Path | str | None) -> bool:
+    return value is None or str(value) not in ("", ".")
+
+
+def _are_several(values: Sequence[object], good: Callable[[Any], bool]) -> bool:
+    """Return whether there are values, each a good one and none twice."""
+    return bool(values) and len(set(values)) == len(values) and all(map(good, values))
+
+
+COUNT, TEXT = "a number from 1 to below 2^32", "a text, or null for none"
+MODEL_RULES: tuple[Rule, ...] = (
+    ("name", NETWORKS.__contains__, " or ".join(NETWORKS)),  # a folder's name, and no path to elsewhere
+    ("model_type", dict(NETWORKS.values()).__contains__, " or ".join(dict(NETWORKS.values()))),
+    ("start", _is_text, TEXT),
+    ("trainable", (ALL, BIAS, LORA).__contains__, f"{ALL}, {BIAS} or {LORA}"),
+    ("start_fingerprint", _is_text, TEXT),
+)
+PLAN_RULES: tuple[Rule, ...] = (
+    ("preset", PRESETS.__contains__, " or ".join(PRESETS)),
+    *((name, _is_text, "a text") for name in ("split", "split_file", "levels")),
+    ("folds", lambda value: _are_several(value, is_seed), "one number from 0 or several, none twice,"),
+    (
+        "images",
+        lambda value: _are_several(value, lambda one: one is None or _is_count(one)),
+        "one number from 1 (null: all) or several, none twice,",
+    ),
+    *((name, _is_count, COUNT) for name in ("size", "steps", "tokenizer_steps", "looks", "batch", "draws")),
+    *((name, _is_count, COUNT) for name in ("generated", "seeds")),
+    ("patience", is_seed, "0 (off) or a number below 2^32"),
+    ("guidance", lambda value: 1 <= value <= MOST_GUIDANCE, f"a scale from 1 to {MOST_GUIDANCE}"),
+    ("seed", is_seed, "a number from 0 to below 2^32"),
+    *((name, _is_text, TEXT) for name in ("tokenizer_start", "tokenizer_fingerprint", "unseen", "levels_digest")),
+)
+
+
+def _check(filled: Model | Plan, rules: Sequence[Rule]) -> None:
+    """Raise ValueError if a field has a value that makes no sense."""
+    for name, good, expected in rules:
+        if not good(value := getattr(filled, name)):
+            shown = str(value) if isinstance(value, Path) else value
+            raise ValueError(f"{name} is {shown!r}; {expected} is expected")
+
+
 @dataclass(frozen=True)
 class Model:
     """One network that each cell trains.
@@ -84,12 +142,19 @@ class Model:
         model_type: of the configuration.
         start: weights that it starts from; None: random ones.
         trainable: what is trained, see `train.trainable`.
+        start_fingerprint: of these weights; None in the plan of an earlier release.
     """
 
     name: str
     model_type: str
     start: str | None
     trainable: str = ALL
+    start_fingerprint: str | None = None
+
+    def __post_init__(self) -> None:
+        _check(self, MODEL_RULES)
+        if self.start is None and self.trainable != ALL:
+            raise ValueError(f"trainable is {self.trainable!r} without a start; {ALL} is expected")
 
     @property
     def weights(self) -> str:
@@ -114,6 +179,7 @@ class Plan:
         seed: of trainings and samples; seeds: trainings of each classifier in step 7.
         unseen: `PAIRS`, or a condition, whose windows neither train nor validate; see `rows.scenario_of`.
         levels_digest: see `same_levels`; None in the plan of an earlier release.
+        tokenizer_fingerprint: of the weights in `tokenizer_start`; None in the plan of an earlier release.
     """
 
     preset: str
@@ -137,6 +203,13 @@ class Plan:
     seeds: int = 3
     unseen: str | None = None
     levels_digest: str | None = None
+    tokenizer_fingerprint: str | None = None
+
+    def __post_init__(self) -> None:
+        _check(self, PLAN_RULES)
+        names = [model.name for model in self.models]
+        if not _are_several(names, NETWORKS.__contains__):
+            raise ValueError(f"models is {names}; one network or several, none twice, is expected")
 
     @property
     def cells(self) -> list[tuple[int, int | None]]:
@@ -176,7 +249,7 @@ def make_plan(preset: str, opened: LevelFiles, pretrained: Path = MODELS, **give
     given |= {key: tuple(dict.fromkeys(given[key])) for key in ("folds", "images", "models") if key in given}
     folds = tuple(given.pop("folds", known.folds or range(split.folds)))
     names, trainable = tuple(given.pop("models", known.models)), given.pop("trainable", None)
-    _check_people(split, folds, opened.split_file)
+    check_people(split, folds, opened.split_file)
     _check_size(opened, names)
     values = {
         "images": known.images,
@@ -195,6 +268,7 @@ def make_plan(preset: str, opened: LevelFiles, pretrained: Path = MODELS, **give
         folds=folds,
         models=tuple(_model(pretrained, name, trainable) for name in names),
         tokenizer_start=str(found) if found else None,
+        tokenizer_fingerprint=fingerprint(found / TOKENIZER_WEIGHTS) if found else None,
         levels_digest=levels_digest(opened),
         **values,
     )
@@ -209,7 +283,7 @@ def _model(pretrained: Path, name: str, trainable: str | None) -> Model:
     if start is None:
         return Model(name, NETWORKS[name][0], None)
     knows_walkers = Path(start).is_relative_to(pretrained / STARTS[0])
-    return Model(name, NETWORKS[name][0], start, trainable or (BIAS if knows_walkers else ALL))
+    return Model(name, NETWORKS[name][0], start, trainable or (BIAS if knows_walkers else ALL), fingerprint(start))
 
 
 def _start(pretrained: Path, name: str) -> str | None:
@@ -219,7 +293,7 @@ def _start(pretrained: Path, name: str) -> str | None:
     return next((str(file) for file in files if file.is_file()), None)
 
 
-def _check_people(split: Split, folds: Sequence[int], split_file: Path) -> None:
+def check_people(split: Split, folds: Sequence[int], split_file: Path) -> None:
     """Raise LightningDiTError where a classifier has nobody to tell apart, or nothing to be tested on."""
     if len(split.people) < 2:
         raise LightningDiTError(
@@ -263,25 +337,25 @@ def load_plan(folder: Path) -> Plan:
     """Return the plan of a folder of step 6.
 
     Raises:
-        LightningDiTError: there is none, or it cannot be read.
+        LightningDiTError: there is none, it cannot be read, or one of its values makes no sense.
     """
     path = folder / PLAN
     try:
         content = read_json(path)
-        if content.pop("format", None) != FORMAT:
+        if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
             raise ValueError(f"its format is not {FORMAT!r}")
-        models = tuple(Model(**model) for model in content.pop("models"))
-        paths = {key: Path(content.pop(key)) for key in ("split_file", "levels")}
-        lists = {key: tuple(content.pop(key)) for key in ("folds", "images")}
-        return Plan(models=models, **paths, **lists, **content)
     except FileNotFoundError as error:
         raise LightningDiTError(
             f"there is no {path}, which step 6 writes", "python step6_adapt_models.py, or name its folder by --adapted"
         ) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise LightningDiTError(
             f"{path} is no plan of step 6 ({first_line(error)})", "run step6_adapt_models.py first"
         ) from error
+    try:
+        return typed(Plan, content, str(path))
+    except LightningDiTError as error:
+        raise LightningDiTError(error.message, f"restore that value, or {AGAIN}") from error
 
 
 def asked_plan(
@@ -296,12 +370,13 @@ def asked_plan(
         given: as for `make_plan`.
 
     Raises:
-        LightningDiTError: see `make_plan`, `with_levels` and `continued`; or the levels are not those of the split.
+        LightningDiTError: see `make_plan`, `with_levels`, `with_starts` and `continued`; or the levels are not those of
+            the split.
     """
     opened = open_level_files(levels, split_file)
     if not (folder / PLAN).exists():
         return make_plan(preset or QUICK, opened, **given), None
-    kept = with_levels(load_plan(folder), folder, opened)
+    kept = with_starts(with_levels(load_plan(folder), folder, opened), folder)
     own = {name: getattr(kept, name) for name in ("folds", "images", "generated", "guidance", "seed", "unseen")}
     own |= {"models": [model.name for model in kept.models]}
     asked = given.get("trainable")
@@ -337,6 +412,31 @@ def with_levels(kept: Plan, folder: Path, opened: LevelFiles) -> Plan:
     return replace(kept, levels_digest=found)
 
 
+def with_starts(kept: Plan, folder: Path) -> Plan:
+    """Return the plan of a folder with the fingerprints of its starting weights: those that it began with.
+
+    The plan of an earlier release lacks them, which is said. Weights that are gone are left to the job that needs them.
+
+    Raises:
+        LightningDiTError: a file has other weights by now.
+    """
+    tokenizer = str(Path(kept.tokenizer_start, TOKENIZER_WEIGHTS)) if kept.tokenizer_start else None
+    starts = [(tokenizer, kept.tokenizer_fingerprint)]
+    starts += [(model.start, model.start_fingerprint) for model in kept.models]
+    found = [fingerprint(file) if file and Path(file).is_file() else known for file, known in starts]
+    for (file, known), now in zip(starts, found, strict=True):
+        if known not in (None, now):
+            raise LightningDiTError(f"{file} has other weights than those with which {folder} began", PUT_BACK)
+    if unnamed := [file for (file, known), now in zip(starts, found, strict=True) if known != now and file]:
+        print(
+            f"note: the plan in {folder} is of an earlier release and says nothing of the content of its starting"
+            f" weights; those that are there now are taken: {', '.join(unnamed)}"
+        )
+    pairs = zip(kept.models, found[1:], strict=True)
+    models = tuple(replace(model, start_fingerprint=now) for model, now in pairs)
+    return replace(kept, models=models, tokenizer_fingerprint=found[0])
+
+
 def continued(plan: Plan, kept: Plan) -> Plan:
     """Return the plan that a folder goes on with: its own, whose trainings may be shorter than those asked for.
 
@@ -346,7 +446,8 @@ def continued(plan: Plan, kept: Plan) -> Plan:
         LightningDiTError: the folder holds something else than what is asked for.
     """
     kept = replace(kept, **{name: joined(getattr(kept, name), getattr(plan, name)) for name in CELLS})
-    same = replace(plan, steps=kept.steps, tokenizer_steps=kept.tokenizer_steps, tokenizer_start=kept.tokenizer_start)
+    own = ("steps", "tokenizer_steps", "tokenizer_start", "tokenizer_fingerprint")
+    same = replace(plan, **{name: getattr(kept, name) for name in own})
     for name in CELLS:
         if set(getattr(plan, name)) == set(getattr(kept, name)):
             same = replace(same, **{name: getattr(kept, name)})  # the order says nothing
@@ -389,16 +490,51 @@ def validating(plan: Plan, split: Split, fold: int) -> int:
 
 
 def write_cells(plan: Plan, folder: Path, split: Split) -> None:
-    """Write split, configurations and labels of every cell."""
+    """Write split, configurations and labels of every cell.
+
+    Raises:
+        LightningDiTError: a file that no step 6 wrote has the name.
+    """
     for fold, images in plan.cells:
         cell, seen = cell_folder(folder, fold, images), plan.seen(split, fold, images)
         chosen = seen.training.rows.tolist(), fold, seen.validation.rows.tolist()
         save_restricted(cell / SPLIT, split, plan.split_file, *chosen)
-        write_text(cell / LABELS, labels_text(seen, plan.generated, plan.known(seen)))
-        count = len(seen.training.people)
-        write_text(cell / f"{TOKENIZER}.yaml", as_yaml(tokenizer_values(plan, count)))
-        for model in plan.models:
-            write_text(cell / f"{model.name}.yaml", as_yaml(training_values(plan, model, split, fold, count)))
+        write_text(cell / LABELS, labels_text(seen, plan.generated, plan.known(seen)), ours=is_labels)
+        for path, values in _configurations(plan, cell, split, fold, len(seen.training.people)):
+            write_text(path, as_yaml(values), ours=_with_sections(values))
+
+
+def check_files(plan: Plan, folder: Path, split: Split) -> None:
+    """Raise LightningDiTError if `save_plan` or `write_cells` would replace a file that no step 6 wrote."""
+    check_target(folder / PLAN, holding(FORMAT))
+    for fold, images in plan.cells:
+        cell = cell_folder(folder, fold, images)
+        check_target(cell / SPLIT, is_split)
+        check_target(cell / LABELS, is_labels)
+        for path, values in _configurations(plan, cell, split, fold, 1):
+            check_target(path, _with_sections(values))
+
+
+def _configurations(
+    plan: Plan, cell: Path, split: Split, fold: int, count: int
+) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    """Yield each configuration of a cell that trains on `count` windows, with its file."""
+    yield cell / f"{TOKENIZER}.yaml", tokenizer_values(plan, count)
+    for model in plan.models:
+        yield cell / f"{model.name}.yaml", training_values(plan, model, split, fold, count)
+
+
+def _with_sections(values: Mapping[str, Any]) -> Ours:
+    """Return a test that is true of a YAML file with the same sections, whatever their values."""
+    keys = {key for key, value in values.items() if isinstance(value, Mapping)}
+
+    def test(path: Path) -> bool:
+        try:
+            return read_yaml(path).keys() >= keys
+        except LightningDiTError:
+            return False
+
+    return test
 
 
 def tokenizer_values(plan: Plan, count: int) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from LightningDiT.verdict.adapting import (
     TOKENIZER_WEIGHTS,
     Plan,
     cell_folder,
+    check_people,
     load_plan,
     with_levels,
 )
@@ -52,6 +53,7 @@ def judged_models(adapted: Path, levels: Path | None = None) -> dict[str, Judged
             f"{plan.split_file} is another split than the one that {adapted} was made of",
             AGAIN,
         )
+    check_people(whole, plan.folds, plan.split_file)
     with_levels(plan, adapted, open_level_files(levels or plan.levels, plan.split_file))
     trained = {cell: _trained(adapted, cell, whole) for cell in plan.cells}
     for cell in plan.cells:

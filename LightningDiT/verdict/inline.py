@@ -23,7 +23,7 @@ from LightningDiT.verdict.gait import Axes, axes_of
 from LightningDiT.verdict.generated import read_generated
 from LightningDiT.verdict.judging import Judged
 from LightningDiT.verdict.pictures import colour_map_of, plot_html, triple_html, triples
-from LightningDiT.verdict.report import FORMAT, HTML, JSON, PAGE_STYLE
+from LightningDiT.verdict.report import FORMAT, HTML, JSON, PAGE_STYLE, report_files
 from LightningDiT.verdict.rows import ROWS, Scenario, subset
 from LightningDiT.verdict.sentences import percent, points
 
@@ -85,7 +85,9 @@ def _model_html(name: str, judged: Judged, shown: int, known_sensor: bool) -> li
 
 
 def verdict(folder: Path) -> str:
-    """Return the sentences, the table and what to try of each report.json of step 7, with a link to its report.html.
+    """Return the sentences, the table and what to try of each report of step 7, with a link to its report.html.
+
+    Shown are the reports of the last call; those of earlier calls with other networks are named below.
 
     Args:
         folder: of step 7; with several models each has a folder of its own in it.
@@ -93,25 +95,32 @@ def verdict(folder: Path) -> str:
     Raises:
         LightningDiTError: there is no report, or it cannot be read.
     """
-    there = [found for found in (folder, *sorted(Path(folder).glob("*/"))) if Path(found, JSON).is_file()]
+    there = report_files(Path(folder))
     if not there:
         raise LightningDiTError(f"there is no {Path(folder) / JSON}, which step 7 writes", JUDGE)
-    return _framed([part for one in there for part in _verdict_html(Path(one))])
+    read = [_verdict_html(path) for path in there]
+    last = max(call for call, _ in read)
+    parts = [part for call, own in read if call == last for part in own]
+    older = ", ".join(str(path) for path, (call, _) in zip(there, read, strict=True) if call != last)
+    if older:
+        said = f"Not shown, since earlier calls wrote them: {older}", f"未显示（由更早的命令写入）：{older}"
+        parts.append(_note(said))
+    return _framed(parts)
 
 
-def _verdict_html(folder: Path) -> list[str]:
-    """Return what is shown of one report."""
-    path = folder / JSON
+def _verdict_html(path: Path) -> tuple[str, list[str]]:
+    """Return when the call of a report began, and what is shown of it; earlier releases wrote no time."""
+    folder = path.parent
     try:
         content = read_json(path)
         if content["format"] != FORMAT:
             raise ValueError(f"its format is not {FORMAT!r}")
         said = f'<div class="verdict"><p class="first">{_both(content["verdict"])}</p></div>'
         tried = "".join(f"<li>{_both(text)}</li>" for text in content["what_to_try"])
-        tables = [_table(results) for results in content["results"]]
+        tables, call = [_table(results) for results in content["results"]], str(content.get("call", ""))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise LightningDiTError(f"{path} is no report of step 7 ({first_line(error)})", JUDGE) from error
-    return [said, f"<ul>{tried}</ul>" if tried else "", *tables, _download(folder / HTML)]
+    return call, [said, f"<ul>{tried}</ul>" if tried else "", *tables, _download(folder / HTML)]
 
 
 def _both(text: Mapping[str, str]) -> str:

@@ -5,11 +5,12 @@ A job that was stopped goes on by itself; the file that it makes, or the number 
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,20 @@ from LightningDiT.errors import LightningDiTError
 from LightningDiT.files import read_json
 
 PROJECT = Path(__file__).parents[2]  # the folder that holds the package
-STOPPED = 130  # exit code of a command that Ctrl-C ended
+#: Exit codes of a command that Ctrl-C or SIGTERM ended, by its own handling or before it had one.
+STOPPED = (130, -signal.SIGINT, -signal.SIGTERM)
+#: Signals that end the work here; the last one is not on Windows.
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+#: Runs a module as `python -m` does; Ctrl-C while it starts or imports ends it without a traceback.
+RUN = """
+import runpy, signal, sys
+try:
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
+    runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
 
 
 @dataclass(frozen=True)
@@ -66,7 +80,7 @@ def run_jobs(jobs: Sequence[Job]) -> None:
     for job in missing:
         print(f"{job.name}: python -m {' '.join(job.command)}", flush=True)
         started, code = time.monotonic(), exit_code(job.command)
-        if code == STOPPED:
+        if code in STOPPED:
             raise KeyboardInterrupt
         if code or not job.is_done:
             raise LightningDiTError(f"{job.name} failed with exit code {code}", "see above, and give the command again")
@@ -78,12 +92,26 @@ def exit_code(command: Sequence[str]) -> int:
 
     Ctrl-C, SIGTERM or the end of the terminal here is Ctrl-C there: it saves and ends.
     """
-    process = subprocess.Popen([sys.executable, "-m", *command], cwd=PROJECT, start_new_session=True)
-    names = ("SIGINT", "SIGTERM", "SIGHUP")  # the last one is not on Windows
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    before = [signal.signal(number, lambda *_: process.send_signal(signal.SIGINT)) for number in numbers]
+    with _kept_back():
+        process = subprocess.Popen([sys.executable, "-c", RUN, *command], cwd=PROJECT, start_new_session=True)
+        before = [signal.signal(number, lambda *_: process.send_signal(signal.SIGINT)) for number in SIGNALS]
     try:
         return process.wait()
     finally:
-        for number, handler in zip(numbers, before, strict=True):
+        for number, handler in zip(SIGNALS, before, strict=True):
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _kept_back() -> Iterator[None]:
+    """Keep signals back within the block, and in processes that start in it: one that comes before a process can handle
+    it would leave that process alone, or end it in Python's start with a traceback.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.files import check_target
 from LightningDiT.metrics.window_judge import STEPS as FILTER_STEPS
 from LightningDiT.radar.level_images import (
     LevelFiles,
@@ -30,12 +31,12 @@ from LightningDiT.verdict.gait import Axes, axes_of
 from LightningDiT.verdict.generated import lacking, read_generated
 from LightningDiT.verdict.intervals import WANTED
 from LightningDiT.verdict.pictures import Triple, colour_map_of, triples
-from LightningDiT.verdict.report import FilterReport, Report, mean_filter, of_images, write_report
+from LightningDiT.verdict.report import FilterReport, Report, check_report, mean_filter, of_images, write_report
 from LightningDiT.verdict.results import Results, summarise
 from LightningDiT.verdict.rows import PAIRS, ROWS, USUAL, Generated, Scenario, scenario_of, spread, subset
 from LightningDiT.verdict.sentences import Text, certainty, copied, headline
 from LightningDiT.verdict.speckle import fit_speckle, put_back, reconstructed
-from LightningDiT.verdict.trials import FoldData, Plan, Trial, announce, run_trials
+from LightningDiT.verdict.trials import FoldData, Plan, Trial, announce, is_trials, run_trials
 
 TRIALS = "trials.json"
 FILTERED = "filtered-1x"  # the row that reports the filter
@@ -101,6 +102,8 @@ class Asked:
         known_sensor: whether axes are those of the simulator's sensor; else rows and columns.
         command: that repeats it.
         verdicts: how many are asked for together, see `intervals.conclude`; None: those of one `Judged`.
+        call: when the call began, which all its reports share.
+        earlier: whether the output held verdicts of other calls.
     """
 
     rows: tuple[str, ...] | None = None
@@ -111,6 +114,8 @@ class Asked:
     known_sensor: bool = True
     command: str = ""
     verdicts: int | None = None
+    call: str = ""
+    earlier: bool = False
 
 
 @dataclass(frozen=True)
@@ -291,6 +296,12 @@ def judge(judged: Judged, asked: Asked, folder: Path, known: Sequence[Trial] = (
     return Outcome(results, found, report.tried, page), trials
 
 
+def check_files(folder: Path) -> None:
+    """Raise LightningDiTError if `judge` would replace a file in a folder that no step 7 wrote."""
+    check_report(folder)
+    check_target(folder / TRIALS, is_trials)
+
+
 def verdicts_of(judged: Iterable[Judged]) -> int:
     """Return how many verdicts there are of what is judged: one for each network and number of images."""
     return sum(len(one.images) for one in judged)
@@ -322,6 +333,8 @@ def _report(judged: Judged, asked: Asked, loader: Loader, results: Sequence[Resu
         (*judged.facts, *_facts(judged, asked, results, list(looks))),
         asked.command,
         wider_folds(judged, loader.split),
+        asked.call,
+        asked.earlier,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -12,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from LightningDiT.files import write_text
+from LightningDiT.config import as_mapping
+from LightningDiT.errors import LightningDiTError
+from LightningDiT.files import check_target, holding, read_json, write_text
 from LightningDiT.metrics.scores import Score
 from LightningDiT.sampling.demo_report import STYLE, both_languages, escaped, html_row, html_table
 from LightningDiT.verdict import pictures
@@ -26,6 +29,7 @@ from LightningDiT.verdict.sentences import (
     advice,
     certainty,
     copied,
+    earlier_calls,
     ends,
     headline,
     percent,
@@ -35,6 +39,8 @@ from LightningDiT.verdict.sentences import (
 
 HTML, JSON = "report.html", "report.json"
 FORMAT = "verdict on generated windows, 1"
+TITLE = "<title>Does generated data help?</title>"
+OURS = {HTML: holding(TITLE), JSON: holding(FORMAT)}  # also of earlier releases
 COLOURS = {HELPS: "#2e9e5b", HURTS: "#d0453a"}  # of the line beside the verdict; others are grey
 PAGE_STYLE = f"""
 .ldit-report .verdict {{ border-left: .4rem solid #8a8a8a; padding: .1rem 0 .1rem 1rem; margin: 1rem 0 }}
@@ -92,6 +98,8 @@ class Report:
         facts: how it was made: English, Chinese and value.
         command: makes the same, as a person types it.
         wider: folds of step 6 with those that it leaves out; nothing if it has all.
+        call: when the call began, which all its reports share.
+        earlier: whether the folder held verdicts of other calls.
     """
 
     results: Sequence[Results]
@@ -105,6 +113,8 @@ class Report:
     facts: Sequence[tuple[str, str, str]]
     command: str
     wider: tuple[int, ...] = ()
+    call: str = ""
+    earlier: bool = False
 
     @functools.cached_property
     def mean_fidelity(self) -> Fidelity | None:
@@ -115,8 +125,9 @@ class Report:
     def said(self) -> list[Text]:
         """The sentences of the verdict, the most important one first."""
         main = self.results[0]
-        shared = shared_level(main.verdict.verdicts) if main.verdict else ("", "")
-        return [text for text in (headline(main), certainty(main), shared, copied(self.mean_fidelity)) if text[0]]
+        verdicts = main.verdict.verdicts if main.verdict else 0
+        shared = (shared_level(verdicts), earlier_calls(verdicts, self.earlier))
+        return [text for text in (headline(main), certainty(main), *shared, copied(self.mean_fidelity)) if text[0]]
 
     @property
     def tried(self) -> list[Text]:
@@ -125,10 +136,37 @@ class Report:
 
 
 def write_report(report: Report, folder: Path) -> tuple[Path, Path]:
-    """Write the page and the JSON file into a folder; return both."""
-    write_text(folder / HTML, page(report))
-    write_text(folder / JSON, json.dumps(as_json(report), indent=1, ensure_ascii=False, allow_nan=False))
+    """Write the page and the JSON file into a folder; return both.
+
+    Raises:
+        LightningDiTError: a file that no step 7 wrote has the name.
+    """
+    check_report(folder)  # both before either
+    text = json.dumps(as_json(report), indent=1, ensure_ascii=False, allow_nan=False)
+    write_text(folder / HTML, page(report), OURS[HTML])
+    write_text(folder / JSON, text, OURS[JSON])
     return folder / HTML, folder / JSON
+
+
+def check_report(folder: Path) -> None:
+    """Raise LightningDiTError if `write_report` would replace a file that no step 7 wrote."""
+    for name, ours in OURS.items():
+        check_target(folder / name, ours)
+
+
+def report_files(output: Path) -> list[Path]:
+    """Return the report.json files of a folder of step 7: its own, and those of networks in folders of their own."""
+    return [path for path in (output / JSON, *sorted(output.glob(f"*/{JSON}"))) if path.is_file()]
+
+
+def has_earlier(output: Path, command: str) -> bool:
+    """Return whether a folder holds, or held, verdicts of other calls than those that `command` repeats."""
+    for path in filter(OURS[JSON], report_files(output)):
+        with contextlib.suppress(OSError, ValueError, LightningDiTError):  # one that was damaged
+            found = as_mapping(read_json(path), str(path))
+            if found.get("outcome") and (found.get("command") != command or found.get("earlier_calls")):
+                return True
+    return False
 
 
 # ---- JSON
@@ -150,6 +188,8 @@ def as_json(report: Report) -> dict[str, Any]:
         "axes": _plain(report.axes),
         "facts": {fact[0]: fact[2] for fact in report.facts},
         "command": report.command,
+        "call": report.call,
+        "earlier_calls": report.earlier,
     }
 
 
@@ -193,7 +233,7 @@ def page(report: Report) -> str:
     return (
         '<!doctype html>\n<html lang="en" style="color-scheme: light dark">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Does generated data help?</title>\n<style>\n{STYLE}\n{PAGE_STYLE}\n</style>\n</head>\n"
+        f"{TITLE}\n<style>\n{STYLE}\n{PAGE_STYLE}\n</style>\n</head>\n"
         '<body style="margin: 0">\n<div class="ldit-report">\n' + "\n".join(filter(None, parts)) + "\n</div>\n</body>\n"
         "</html>\n"
     )

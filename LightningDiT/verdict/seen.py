@@ -7,12 +7,16 @@ import io
 import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from LightningDiT.data.labels import CONDITION_NAMES, names_of_model
 from LightningDiT.errors import LightningDiTError
+from LightningDiT.files import open_regular
 from LightningDiT.radar.level_images import Windows, listed_windows
 from LightningDiT.radar.split import Split
 from LightningDiT.verdict.rows import Scenario, scenario_of, spread, subset
+
+HEADS = ("class", "class,condition")  # first lines of `labels_text`
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ def labels_text(seen: Seen, times: int, known: Collection[int]) -> str:
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     names, windows = seen.training.condition_names, seen.training
-    table.writerow(["class", "condition"] if names else ["class"])
+    text.write(f"{HEADS[bool(names)]}\n")
     people, own = windows.people.tolist(), windows.conditions.tolist()
     turns = {
         person: itertools.cycle(
@@ -93,3 +97,12 @@ def labels_text(seen: Seen, times: int, known: Collection[int]) -> str:
             asked = next(turns[person]) if person in turns else condition
             table.writerow([windows.class_names[person], *([names[asked]] if names else [])])
     return text.getvalue()
+
+
+def is_labels(path: Path) -> bool:
+    """Return whether a file begins as `labels_text` does."""
+    try:
+        with open_regular(path) as file:
+            return file.readline(100) in [f"{head}\n".encode() for head in HEADS]
+    except OSError:
+        return False

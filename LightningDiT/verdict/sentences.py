@@ -80,8 +80,8 @@ def _left_open(verdict: Verdict) -> Text:
 
 
 def shared_level(verdicts: int) -> Text:
-    """Return how sure each of several verdicts is; empty for one."""
-    if verdicts == 1:
+    """Return how sure each of several verdicts is; empty for one or none."""
+    if verdicts < 2:
         return "", ""
     level, together = _level(level_of(verdicts)), _level(level_of(1))
     return (
@@ -89,6 +89,20 @@ def shared_level(verdicts: int) -> Text:
         f" at {together} (Bonferroni); tables have intervals of {together}.",
         f"本次命令的 {verdicts} 个结论各用 {level} 的区间，使全部结论同时成立的把握为 {together}（Bonferroni）；"
         f"表格中为 {together} 的区间。",
+    )
+
+
+def earlier_calls(verdicts: int, earlier: bool) -> Text:
+    """Return which verdicts hold together if a folder has those of several calls; empty without a verdict or others."""
+    if not earlier or not verdicts:
+        return "", ""
+    level, whose, chinese = _level(level_of(1)), "the verdict", "结论"
+    if verdicts > 1:
+        whose, chinese = f"the {verdicts} verdicts", f" {verdicts} 个结论"
+    return (
+        f"The folder has had verdicts of other calls too: {level} holds for {whose} of this call, not for those of all"
+        " calls together.",
+        f"该文件夹中还有过其他命令的结论：{level} 的把握只针对本次命令的{chinese}，而非所有命令的结论。",
     )
 
 
