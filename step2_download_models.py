@@ -13,10 +13,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from LightningDiT.console import OK, format_bytes
-from LightningDiT.errors import LightningDiTError
-from LightningDiT.files import require_writable
-from setup_steps import checks, convert, downloads, machine, plans, project, sources, weights
+from LightningDiT.console import OK, format_bytes, importing
+
+with importing(__name__):
+    from LightningDiT.errors import LightningDiTError
+    from LightningDiT.files import require_writable
+    from setup_steps import checks, convert, downloads, machine, plans, project, sources, weights
 
 A_DAY = 86_400.0  # seconds
 

@@ -50,11 +50,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
 
     def run(planned: samples.Plan, processes: Processes) -> None:
+        from LightningDiT.sampling.demo_report import check_report, copy_by_name, write_report
+
         processes.say("Step 4, simple form: sampling with the defaults")
+        processes.from_main(lambda: check_report(project.absolute(args.output) / REPORT))
         demo = samples.sample(planned, 0, args.output / GRID, samples.TIME_BUDGET, args.dry_run, processes)
         if demo and processes.is_main:
-            from LightningDiT.sampling.demo_report import copy_by_name, write_report
-
             copy_by_name(demo)
             given = [] if args.output == OUTPUT else ["--output", str(demo.grid.parent)]
             given += ["--models-dir", str(project.absolute(args.models_dir))] if args.models_dir else []

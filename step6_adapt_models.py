@@ -21,7 +21,7 @@ from setup_steps import project
 
 if TYPE_CHECKING:
     from LightningDiT.radar.split import Split
-    from LightningDiT.verdict.adapting import Plan
+    from LightningDiT.verdict.plan import Plan
 
 SCRIPT, NEXT = "step6_adapt_models.py", "step7_judge_generated.py"
 OUTPUT = project.PROJECT / "adapted"
@@ -66,7 +66,7 @@ def images(text: str) -> int | str:
 def asked(options: argparse.Namespace, output: Path) -> tuple[Plan, Split, Plan | None]:
     """Return the plan, its split, and the plan that the folder has begun with."""
     from LightningDiT.radar.split import load_split
-    from LightningDiT.verdict.adapting import PLAN, asked_plan, load_plan
+    from LightningDiT.verdict.plan import PLAN, asked_plan, load_plan
 
     kept = load_plan(output) if (output / PLAN).exists() else None
     levels, split_file = (
@@ -94,8 +94,9 @@ def asked(options: argparse.Namespace, output: Path) -> tuple[Plan, Split, Plan 
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
-    from LightningDiT.verdict.adapting import check_files, describe, jobs_of, save_plan, write_cells
+    from LightningDiT.verdict.adapting import check_files, describe, jobs_of, write_cells
     from LightningDiT.verdict.jobs import run_jobs
+    from LightningDiT.verdict.plan import save_plan
     from LightningDiT.verdict.time_needed import within
 
     print("Step 6: generators of a few images of each person", flush=True)

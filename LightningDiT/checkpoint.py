@@ -8,18 +8,21 @@ import pickle
 import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from LightningDiT.errors import OS_FIXES, LightningDiTError, first_line, is_out_of_memory, warn_user
-from LightningDiT.files import atomic_path, open_regular, read_json, require_unicode
+from LightningDiT.files import atomic_path, check_target, open_regular, read_json, refuse_inputs, require_unicode
 from LightningDiT.formats import diffusers_vae
+
+if TYPE_CHECKING:
+    from LightningDiT.files import Ours
 
 #: Entries in which training scripts keep weights, the best first.
 WEIGHT_KEYS = ("ema", "model_ema", "ema_model", "model", "module", "state_dict")
@@ -64,6 +67,7 @@ STORED_BYTES = {
     **dict.fromkeys(("ComplexFloat", "Double", "Long"), 8),
     "ComplexDouble": 16,
 }
+WRITTEN_BY = "written_by"  # metadata of a file that one of our tools wrote, and may replace: the tool's name
 LISTED_NAMES = 5
 PORTION_BYTES = 64 * 2**20  # of a file, converted through one mapping
 BUNDLED_FOLDER = "fashion-mnist"  # the model in git
@@ -326,13 +330,48 @@ def check_kinds(module: nn.Module, kinds: Mapping[str, str], path: str | Path) -
         )
 
 
-def save_weights(weights: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors as safetensors, atomically."""
+def save_weights(
+    weights: Mapping[str, Tensor],
+    path: str | Path,
+    metadata: Mapping[str, str] | None = None,
+    ours: Ours | None = None,
+) -> None:
+    """Write tensors as safetensors, atomically.
+
+    Args:
+        ours: see `atomic_path`.
+    """
     from safetensors.torch import save_file
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    with _saved(path) as temporary:
+    with _saved(path, ours) as temporary:
         save_file(tensors, temporary, dict(metadata or {}))
+
+
+def written_by(tool: str) -> Ours:
+    """Return a test that is true of a safetensors file that `tool` wrote, as its metadata `WRITTEN_BY` says."""
+
+    def test(path: Path) -> bool:
+        try:
+            return _metadata(path).get(WRITTEN_BY) == tool
+        except LightningDiTError:
+            return False
+
+    return test
+
+
+def check_weights_target(target: Path, tool: str, inputs: Iterable[str | Path | None]) -> None:
+    """Raise LightningDiTError unless `tool` may write `target`: a new .safetensors file, or one that it wrote before.
+
+    Args:
+        inputs: files that it reads, see `refuse_inputs`.
+    """
+    if target.suffix != ".safetensors" and not target.is_dir():
+        raise LightningDiTError(
+            f"{target} is to be a .safetensors file and is not called so", f"name it {target.name}.safetensors"
+        )
+    refuse_inputs(target, inputs)
+    check_target(target, written_by(tool))
 
 
 def save_training_state(state: Mapping[str, Any], path: str | Path) -> None:
@@ -342,12 +381,12 @@ def save_training_state(state: Mapping[str, Any], path: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def _saved(path: str | Path) -> Iterator[Path]:
+def _saved(path: str | Path, ours: Ours | None = None) -> Iterator[Path]:
     """Give a temporary path as `atomic_path` does, with one-line errors for the writers of tensors too."""
     from safetensors import SafetensorError
 
     try:
-        with atomic_path(path) as temporary:
+        with atomic_path(path, ours=ours) as temporary:
             yield temporary
     except (RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeErrors
         raise LightningDiTError(f"{path} cannot be written ({first_line(error)})", OS_FIXES[errno.ENOSPC]) from error
@@ -513,12 +552,26 @@ def _load_one(file: Path) -> tuple[dict[str, Any], dict[str, str], list[str]]:
 
 
 def _load_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with _opened_safetensors(file) as opened:
+        names = opened.keys()  # the opened file is no mapping and cannot be iterated
+        return {name: opened.get_tensor(name) for name in names}, opened.metadata() or {}
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """Return the texts in a safetensors file, without its tensors; raises LightningDiTError for any other file."""
+    file = _existing_file(path)
+    with _opened_safetensors(file) as opened:
+        return opened.metadata() or {}
+
+
+@contextlib.contextmanager
+def _opened_safetensors(file: Path) -> Iterator[Any]:
+    """Open a safetensors file by its own reader; raises LightningDiTError if it is none."""
     from safetensors import safe_open
 
     try:
         with safe_open(file, framework="pt") as opened:
-            names = opened.keys()  # the opened file is no mapping and cannot be iterated
-            return {name: opened.get_tensor(name) for name in names}, opened.metadata() or {}
+            yield opened
     except Exception as error:  # safetensors' own, the system's, and torch's for numbers that it does not know
         _raise_what_is_no_damage(error, file)
         raise LightningDiTError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import locale
 import os
 import re
@@ -21,6 +22,7 @@ from typing import Any
 from LightningDiT.errors import OS_FIXES, LightningDiTError, first_line, in_chinese, is_out_of_memory
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130  # exit codes
+PROGRAM = "__main__"  # `__name__` of the module that was started
 OWN_PACKAGES = frozenset({"LightningDiT", "setup_steps", "studies"})
 #: Control characters but for line feed, carriage return (of moving lines) and tab, as str.translate takes them.
 CONTROLS = {code: "?" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\r\t"}
@@ -85,6 +87,25 @@ def run_main(main: Callable[[], int], install: Callable[[], str] = installation)
         if step:
             _say_on_stderr(f"note: {step[0]} belongs to a clone of the project; this is an installed package")
     return FAILED
+
+
+@contextlib.contextmanager
+def importing(module: str) -> Iterator[None]:
+    """Let Ctrl-C and an absent package be one line, as in `run_main`, while a program imports for seconds (torch).
+
+    Args:
+        module: `__name__` of the program. If another module imports it, nothing changes.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if module != PROGRAM:
+            raise
+        sys.exit(run_main(functools.partial(_raise, error)))
+
+
+def _raise(error: BaseException) -> int:
+    raise error
 
 
 def _known(error: Exception, install: Callable[[], str]) -> LightningDiTError | None:

@@ -20,14 +20,16 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from LightningDiT.config import TRAINING_FIX, Config, load_config
-from LightningDiT.console import duration, natural, positive, program, run_main, seed_number
-from LightningDiT.data.labels import CONDITION_NAMES
-from LightningDiT.errors import LightningDiTError
-from LightningDiT.images import FITS
-from LightningDiT.radar.augmentation import EXAMPLE, parsed
-from LightningDiT.reference.option import add_help_config
-from LightningDiT.tokenizer.config import TokenizerConfig, load_tokenizer_config, tokenizer_config_path
+from LightningDiT.console import duration, importing, natural, positive, program, run_main, seed_number
+
+with importing(__name__):
+    from LightningDiT.config import TRAINING_FIX, Config, load_config
+    from LightningDiT.data.labels import CONDITION_NAMES
+    from LightningDiT.errors import LightningDiTError
+    from LightningDiT.images import FITS
+    from LightningDiT.radar.augmentation import EXAMPLE, parsed
+    from LightningDiT.reference.option import add_help_config
+    from LightningDiT.tokenizer.config import TokenizerConfig, load_tokenizer_config, tokenizer_config_path
 
 if TYPE_CHECKING:
     from LightningDiT.data.image_sets import ImageSet

@@ -17,7 +17,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -116,6 +116,7 @@ def read_json(path: str | Path, at_most: int = MOST_TEXT) -> Any:
 
 #: Ending of the names of files that are being written: `.NAME.RANDOM.lightningdit.tmp`.
 UNFINISHED = ".lightningdit.tmp"
+MARKED = 2**12  # bytes at the beginning of a file in which a mark of this program may stand
 WITHOUT_LOCKS = 3600.0  # seconds without a change after which a leftover on a disk without locks is one
 if TYPE_CHECKING:
     #: Whether a file that is there was written by this program and may be replaced.
@@ -176,6 +177,41 @@ def require_replaceable(target: Path, aside: bool = False, ours: Ours | None = N
     what = "this program did not write the one that is there" if kind == "file" else f"it is a {kind}"
     other = f"name another file, or {rename_command(target, '.old')}" if kind != "device" else "name another file"
     raise LightningDiTError(f"{target} cannot be written ({what})", other)
+
+
+def refuse_inputs(target: Path, inputs: Iterable[str | Path | None]) -> None:
+    """Raise LightningDiTError if a file to write is one of those that the command reads, under whatever name.
+
+    Args:
+        inputs: None, folders and names of nothing are passed over.
+    """
+    for path in inputs:
+        if path and target.is_file() and Path(path).is_file() and Path(path).samefile(target):
+            raise LightningDiTError(f"{target} cannot be written (it is an input of this command)", "name another file")
+
+
+def holding(*marks: str) -> Ours:
+    """Return a test that is true of a file that has one of these texts in its first `MARKED` bytes: a mark of ours."""
+
+    def test(path: Path) -> bool:
+        with contextlib.suppress(OSError), open_regular(path) as file:
+            head = file.read(MARKED)
+            return any(mark.encode() in head for mark in marks)
+        return False
+
+    return test
+
+
+def json_with(*keys: str) -> Ours:
+    """Return a test that is true of a JSON file whose object has all these keys: a report of ours."""
+
+    def test(path: Path) -> bool:
+        with contextlib.suppress(OSError, ValueError):
+            content = read_json(path)
+            return isinstance(content, dict) and content.keys() >= {*keys}
+        return False
+
+    return test
 
 
 def _umask() -> int:

@@ -22,6 +22,7 @@ def generator_for(*seeds: int) -> torch.Generator:
     """
     for seed in seeds:
         if not 0 <= seed < SEEDS:
-            raise LightningDiTError(f"seed {seed} is out of range; 0 to {SEEDS - 1} are expected", "choose another value")
+            message = f"seed {seed} is out of range; 0 to {SEEDS - 1} are expected"
+            raise LightningDiTError(message, "choose another value")
     state = np.random.SeedSequence(list(seeds)).generate_state(2, np.uint32)
     return torch.Generator().manual_seed(int(state[0]) << 31 ^ int(state[1]))

@@ -16,23 +16,25 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from LightningDiT.config import TRAINING_FIX, Config, load_config
-from LightningDiT.console import positive, program, run_main
-from LightningDiT.device import best_device
-from LightningDiT.distributed import launched_processes
-from LightningDiT.reference.option import add_help_config
-from LightningDiT.training.choice import CHOICE_NAME, LAST_NAME, choice_of
-from LightningDiT.training.judged_samples import check_windows
-from LightningDiT.training.loop import train as run_loop
-from LightningDiT.training.monitors import configured_monitors
-from LightningDiT.training.run_dir import RunDir
-from LightningDiT.training.transformer_training import (
-    Trainer,
-    check_data,
-    loop_settings,
-    settings_text,
-    weights_name,
-)
+from LightningDiT.console import importing, positive, program, run_main
+
+with importing(__name__):
+    from LightningDiT.config import TRAINING_FIX, Config, load_config
+    from LightningDiT.device import best_device
+    from LightningDiT.distributed import launched_processes
+    from LightningDiT.reference.option import add_help_config
+    from LightningDiT.training.choice import CHOICE_NAME, LAST_NAME, choice_of
+    from LightningDiT.training.judged_samples import check_windows
+    from LightningDiT.training.loop import train as run_loop
+    from LightningDiT.training.monitors import configured_monitors
+    from LightningDiT.training.run_dir import RunDir
+    from LightningDiT.training.transformer_training import (
+        Trainer,
+        check_data,
+        loop_settings,
+        settings_text,
+        weights_name,
+    )
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -16,24 +16,26 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from LightningDiT.console import natural, positive, program, run_main
-from LightningDiT.data.fashion_mnist import holds_fashion_mnist
-from LightningDiT.data.image_sets import ImageSet, Unreadable, evenly_spaced, open_fashion_mnist, open_files
-from LightningDiT.device import best_device
-from LightningDiT.distributed import launched_processes
-from LightningDiT.errors import LightningDiTError
-from LightningDiT.radar.level_images import has_windows, open_levels
-from LightningDiT.reference.option import add_help_config
-from LightningDiT.tokenizer.config import (
-    TOKENIZER_CONFIGS,
-    TRAINABLE,
-    TokenizerConfig,
-    idle_tokenizer_settings,
-    load_tokenizer_config,
-    tokenizer_training,
-)
-from LightningDiT.tokenizer.vavae import autoencoder_settings
-from LightningDiT.training.tokenizer_training import AVERAGE, TRAINED, Stage, check_windows, train_stage
+from LightningDiT.console import importing, natural, positive, program, run_main
+
+with importing(__name__):
+    from LightningDiT.data.fashion_mnist import holds_fashion_mnist
+    from LightningDiT.data.image_sets import ImageSet, Unreadable, evenly_spaced, open_fashion_mnist, open_files
+    from LightningDiT.device import best_device
+    from LightningDiT.distributed import launched_processes
+    from LightningDiT.errors import LightningDiTError
+    from LightningDiT.radar.level_images import has_windows, open_levels
+    from LightningDiT.reference.option import add_help_config
+    from LightningDiT.tokenizer.config import (
+        TOKENIZER_CONFIGS,
+        TRAINABLE,
+        TokenizerConfig,
+        idle_tokenizer_settings,
+        load_tokenizer_config,
+        tokenizer_training,
+    )
+    from LightningDiT.tokenizer.vavae import autoencoder_settings
+    from LightningDiT.training.tokenizer_training import AVERAGE, TRAINED, Stage, check_windows, train_stage
 
 STAGES = tuple(TOKENIZER_CONFIGS / f"vavae_f16d32_stage{number}.yaml" for number in (1, 2, 3))
 #: Fields that the command line sets for all stages.

@@ -21,7 +21,7 @@ from LightningDiT.data.shards import shard_path, write_shard
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.loading import Network, load_transformer, make_model
 from LightningDiT.models import lightningdit
-from LightningDiT.models.adapters import bias_names, matching_names, matrix_names, merged, product_names
+from LightningDiT.models.adapters import base_digest, bias_names, matching_names, matrix_names, merged, product_names
 from LightningDiT.models.lightningdit import LightningDiT, LightningDiTSettings
 from LightningDiT.models.unet import UNetSettings
 from LightningDiT.tokenizer.latents import LatentStats
@@ -148,6 +148,22 @@ def test_names_of_biases_norms_and_tables() -> None:
     assert all(
         value.dim() == 2 and "embedder" not in name for name, value in model.named_parameters() if name in decayed
     )
+
+
+def test_the_embedding_of_the_time_of_a_unet_has_no_weight_decay() -> None:
+    pytest.importorskip("diffusers")
+    model = make_model(UNET)
+    matrices = {name for name, value in model.named_parameters() if value.dim() > 1}
+    kept = {name for name in matrices if {"time_embedding", "y_embedder"} & {*name.split(".")}}
+    assert len(kept) == 2 + 1  # two layers of the time, and the table of classes
+    assert {*matrix_names(model)} == matrices - kept
+
+
+def test_a_digest_sees_a_long_tensor_to_its_end() -> None:
+    """20000 values, of which the first half, and so the first 4096, are the same."""
+    half = torch.zeros(10_000)
+    first, second = ({"weight": torch.cat([half, half + end])} for end in (0, 1))
+    assert base_digest(first, [], ["weight"]) != base_digest(second, [], ["weight"])
 
 
 KINDS = {"lora": "trainable: lora", "mlp": "trainable: [blocks.*.mlp.*, '*embedder*']"}

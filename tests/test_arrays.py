@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +63,99 @@ def test_bytes_that_are_no_array_are_refused(ending: str, tmp_path: Path) -> Non
         open_arrays.cache_clear()
         with pytest.raises((OSError, ValueError)):
             open_arrays(file)
+
+
+def npy(array: np.ndarray) -> bytes:
+    content = io.BytesIO()
+    np.save(content, array)
+    return content.getvalue()
+
+
+def claiming(shape: tuple[int, ...]) -> bytes:
+    """Return the header of an array of float32, and three bytes in place of its values."""
+    content = io.BytesIO()
+    np.lib.format.write_array_header_1_0(content, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    return content.getvalue() + b"abc"
+
+
+WHOLE = npy(np.linspace(0, 1, 2000).reshape(2, 25, 40))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "method", "changed", "reason"),
+    [
+        ("w.npy", WHOLE, zipfile.ZIP_STORED, (6, 8), "encrypted"),  # flags: RuntimeError
+        ("w.npy", WHOLE, zipfile.ZIP_STORED, (8, 10), "compression method"),  # NotImplementedError
+        ("w.npy", WHOLE, zipfile.ZIP_DEFLATED, (60, None), ""),  # zlib.error
+        ("w.npy", WHOLE, zipfile.ZIP_LZMA, (50, None), ""),  # LZMAError
+        ("w", b"no array", zipfile.ZIP_STORED, None, "magic string"),  # a member that NumPy gives as bytes
+        ("w.npy", claiming((10**5, 300, 400)), zipfile.ZIP_STORED, None, "claims float32 .*, 48000000000 bytes, and 3"),
+    ],
+)
+def test_a_damaged_archive_is_one_line(
+    name: str, content: bytes, method: int, changed: tuple[int, int | None] | None, reason: str, tmp_path: Path
+) -> None:
+    """The reasons are those of zipfile and its libraries, each with an exception of another type."""
+    file = tmp_path / "a.npz"
+    with zipfile.ZipFile(file, "w", method) as archive:
+        archive.writestr(name, content)
+    if changed:
+        damaged = bytearray(file.read_bytes())
+        if changed[1]:
+            for at in (changed[0], damaged.find(b"PK\x01\x02") + changed[1]):
+                damaged[at] ^= 1
+        else:
+            damaged[changed[0] : changed[0] + 40] = bytes(byte ^ 255 for byte in damaged[changed[0] : changed[0] + 40])
+        file.write_bytes(damaged)
+    with pytest.raises(ValueError, match=rf"^it is no whole .npz file \(.*{reason}"):
+        open_arrays(file)
+
+
+def test_a_header_that_claims_more_than_the_file_has_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.npy").write_bytes(claiming((10**5, 300, 400)))
+    reason = r"its header claims float32 \(100000, 300, 400\), 48000000000 bytes, and 3 are there"
+    with pytest.raises(ValueError, match=reason):
+        open_arrays(tmp_path / "a.npy")
+
+
+def test_a_packed_matlab_file_is_measured_before_it_is_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packed and not, the same variables have the same bytes: those of the file whose elements are not packed."""
+    scipy_io = pytest.importorskip("scipy.io")
+    variables, sizes = {"S": np.zeros((30, 40, 50)), "number": np.arange(50.0)}, []
+    for packed in (False, True):
+        scipy_io.savemat(tmp_path / f"{packed}.mat", variables, do_compression=packed)
+        content = (tmp_path / f"{packed}.mat").read_bytes()
+        sizes.append(arrays._matlab_bytes(content) - (len(content) if packed else 0))
+    assert sizes[0] == (tmp_path / "False.mat").stat().st_size == sizes[1] + 128  # of the header, which is not packed
+    assert arrays._unpacked_length(zlib.compress(bytes(10**6)), 10**7) == 10**6
+    assert arrays._unpacked_length(zlib.compress(bytes(10**8)), 10**6) < 2 * 10**6
+    assert len(open_arrays(tmp_path / "True.mat").windows) == 50
+    open_arrays.cache_clear()
+    monkeypatch.setattr(arrays, "MOST_BYTES", 2**18)  # the packed file has less, its values have more
+    assert (tmp_path / "True.mat").stat().st_size < 2**18 < variables["S"].nbytes
+    np.savez_compressed(tmp_path / "a.npz", **variables)
+    for name in ("True.mat", "a.npz"):
+        with pytest.raises(ValueError, match="^it unpacks to more than 2 GB"):
+            open_arrays(tmp_path / name)
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("jpg", "L"), ("jpg", "RGB"), ("png", "I;16")])
+def test_an_orientation_changes_no_pixel_and_is_noted(kind: str, mode: str, tmp_path: Path) -> None:
+    values = np.arange(24 * 16).reshape(24, 16) % 251
+    image = Image.fromarray(values.astype(np.uint16)) if mode == "I;16" else Image.fromarray(values.astype(np.uint8))
+    image, exif = image if mode == "I;16" else image.convert(mode), Image.Exif()
+    raws = {}
+    for orientation in (None, 1, 6):
+        if orientation:
+            exif[0x0112] = orientation  # of TIFF 6.0
+        file = tmp_path / f"{orientation}.{kind}"
+        image.save(file, exif=exif)
+        raws[orientation] = read_raw(file, None)
+    assert [raw.is_turned for raw in raws.values()] == [False, False, True]
+    assert {raw.size for raw in raws.values()} == {(24, 16)}
+    assert len({raw.digest for raw in raws.values()}) == 1
 
 
 def test_without_scipy_the_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

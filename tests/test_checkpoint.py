@@ -175,6 +175,17 @@ def test_the_average_of_ldm_is_named(tmp_path: Path) -> None:
     )
 
 
+def test_the_average_of_ldm_is_found_whatever_dots_the_names_have(tmp_path: Path) -> None:
+    """Its names have none, so that of a block within a block is found as one word."""
+    own = {f"block.0.{name}": value for name, value in weights().items()}
+    average = {f"model_ema.block0{name}": value + 1 for name, value in weights().items()}
+    torch.save(own | average, tmp_path / "weights.pt")
+    with pytest.warns(UserWarning, match="took the averages of model_ema. for 2 of 2 tensors"):
+        loaded = load_weights(tmp_path / "weights.pt")
+    assert loaded.keys() == own.keys()
+    assert all(torch.equal(loaded[name], value + 1) for name, value in own.items())
+
+
 @pytest.mark.parametrize("name", ["down_blocks.0.resnets.0.conv1.weight", "transformer_blocks.0.attn1.to_q.weight"])
 def test_names_of_diffusers_are_named(name: str, tmp_path: Path) -> None:
     save_weights({name: torch.zeros(1)}, tmp_path / "weights.safetensors")

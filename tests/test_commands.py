@@ -7,6 +7,7 @@ import json
 import os
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 
 from LightningDiT import extract_features, inference, train
 from LightningDiT.checkpoint import load_weights
-from LightningDiT.console import run_main
+from LightningDiT.console import STOPPED, run_main
 from LightningDiT.data.labels import CLASS_NAMES, LATENTS_MANIFEST
 from LightningDiT.data.shards import shard_path, write_shard
 from LightningDiT.errors import LightningDiTError
@@ -69,6 +70,44 @@ def test_every_entry_point_ends_by_the_one_handler(path: Path) -> None:
     """The last statement of a program is `sys.exit(run_main(main))`; the steps' `run` ends in `run_main` too."""
     last = ast.unparse(ast.parse(path.read_text("utf-8")).body[-1])
     assert re.search(r"sys\.exit\(run_main\(main\)\)|project\.run\(main\)", last), last
+
+
+#: Starts a program in which Ctrl-C comes with the first import of a package.
+STOPPED_AT_IMPORT = """
+import runpy, sys
+
+class Stop:
+    @staticmethod
+    def find_spec(name, *_):
+        if name.partition(".")[0] in packages:
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Stop)
+path, packages = sys.argv[1], sys.argv[2].split(", ")
+sys.argv[1:] = ["--help"]
+if path.endswith(".py"):
+    runpy.run_path(path, run_name="__main__")
+else:
+    runpy.run_module(path, run_name="__main__", alter_sys=True)
+"""
+FOR_USERS = [
+    name
+    for name in (path.relative_to(PROJECT).with_suffix("").as_posix().replace("/", ".") for path in PROGRAMS)
+    if not name.startswith(("studies.", "LightningDiT.tools.benchmark"))
+]
+
+
+@pytest.mark.parametrize("name", FOR_USERS)
+def test_ctrl_c_while_a_program_imports_is_one_line(name: str) -> None:
+    """At once, or not at all where the program shows its help without those imports."""
+    start = name if name.startswith("LightningDiT.") else f"{name}.py"
+    packages = "setup_steps" if name == "step2_download_models" else "numpy, torch"
+    command = [sys.executable, "-c", STOPPED_AT_IMPORT, start, packages]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        assert done.stdout.startswith("usage: ") and not done.stderr
+    else:
+        assert (done.returncode, done.stdout, done.stderr) == (130, "", f"{STOPPED}\n")
 
 
 def not_unicode(name: bytes) -> str:

@@ -59,6 +59,7 @@ XL = Work(images=8, batch=16, states=50, shapes=2, gflop=237.3, half=True)
         (H100, 8, "auto", [BLOCK], True, BLOCK, "an earlier run left the compiled code"),
         (H100, 8, "on", [], True, BLOCK, "compile is on"),
         (H100, 50_000, "off", [WHOLE], True, "", "compile is off"),
+        (T4, 8, "auto", [BLOCK], True, "", "8 images do not gain the 78 s of compiling"),  # code that it cannot run
         (T4, 8, "on", [], True, WHOLE, "compile is on"),  # the blocks of torch 2.4 cannot share their code
         (P100, 50_000, "auto", [], True, "", "nothing is compiled: Triton needs a GPU of capability 7.0"),
         (P100, 8, "on", [], True, "", "nothing is compiled: Triton needs a GPU of capability 7.0"),
@@ -129,6 +130,8 @@ def test_a_batch_is_padded_and_a_single_picture_is_not() -> None:
     one = choose(replace(XL, images=1), H100)
     assert one.graphs and one.of_batch(1, 16).rows(1) == 1
     assert PLAIN.rows(3) == 3 and PLAIN.of_batch(3, 2) == PLAIN
+    exact = Plan(tf32=True, half_decoder=True)  # the numbers that it computes stay
+    assert replace(exact, batch=4, graphs=True).plainly() == exact
 
 
 @pytest.mark.parametrize(
@@ -144,6 +147,11 @@ def test_a_batch_is_padded_and_a_single_picture_is_not() -> None:
         (Plan(wish="on"), CPU, "on", ""),  # the first call of the same command had no compiler either
         (Plan(attention="cudnn"), A100, "auto", "computes attention by cudnn, which A100 with this torch does not"),
         (Plan(attention="efficient"), P100, "auto", ""),
+        (Plan(tf32=True), P100, "auto", "computes in TF32, which P100 does not have"),
+        (Plan(tf32=True), CPU, "auto", "computes in TF32, which CPU does not have"),
+        (Plan(tf32=True), A100, "auto", ""),
+        (Plan(half_decoder=True), CPU, "auto", "decodes in fp16, which takes a GPU"),
+        (Plan(half_decoder=True), P100, "auto", ""),
     ],
 )
 def test_a_machine_that_cannot_compute_so_says_why(plan: Plan, machine: Abilities, wish: str, objection: str) -> None:

@@ -179,6 +179,15 @@ def test_a_stopped_run_gives_the_bytes_of_a_whole_one(conditional: Path, tmp_pat
     assert np.abs(shown - first).max() <= 1
 
 
+def test_each_batch_of_a_run_takes_the_conditions_of_its_own_images(conditional: Path, tmp_path: Path) -> None:
+    """Batches of two, two and one image, beside each image sampled alone."""
+    pipe, chosen = LightningDiTPipeline.from_config(conditional, "cpu"), [0, 1, 2, None, 1]
+    run = sample_run(pipe, [0] * 5, 3, tmp_path / "run", None, conditions=chosen)
+    for index, path in enumerate(run.paths):
+        alone = pipe([0], seed=3, indices=[index], conditions=[chosen[index]], output_type="np").images[0]
+        assert np.abs(np.asarray(Image.open(path)).astype(int) - alone).max() <= 1, index
+
+
 def test_a_grid_has_every_class_under_every_condition(conditional: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sample(conditional, "--demo", "--classes", "0", "1", "--conditions", "all") == 0
     said = capsys.readouterr().out

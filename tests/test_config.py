@@ -98,6 +98,19 @@ def test_what_is_left_out_has_its_default(tmp_path: Path) -> None:
         ("sample: {precision: fp8}", "sample.precision is 'fp8'"),
         ("sample: {guided_channels: some}", "sample.guided_channels is 'some'"),
         ("sample: {cfg_scale: .nan}", "sample.cfg_scale is nan"),
+        *(
+            (f"{key.replace('.', ': {', 1)}: {value}}}", f"{key} is .*; {expected}")
+            for key, values, expected in (
+                ("data.latent_multiplier", (".inf", ".nan", "0", "-1", "1.0e-30", "1.0e+300", "1.0e-320"), "a factor"),
+                ("sample.atol", (".inf", ".nan", "-1"), "a tolerance of 0 or more"),
+                ("sample.rtol", (".inf", ".nan", "-1"), "a tolerance of 0 or more"),
+                ("sample.timestep_shift", (".inf", ".nan", "-1"), "0 .off. or a positive shift below 10000"),
+                ("train.spike_factor", (".inf", ".nan", "1", "-1"), "0 .off. or a factor above 1"),
+                ("optimizer.max_grad_norm", (".inf", ".nan", "0"), "a positive norm, or null"),
+            )
+            for value in values
+        ),
+        ("sample: {atol: 0, rtol: 0}", "sample.atol and rtol are both 0, which no step meets; fix: edit either value"),
         ("a: [1", "no valid YAML"),
         ("just words", "unknown key 'just words'; known keys"),
     ],
@@ -106,6 +119,13 @@ def test_mistakes_are_named(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(LightningDiTError, match=message) as caught:
         load_config(write(tmp_path, text))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("factor", ["1.0e-6", "0.5", "1.0e+6"])
+def test_a_factor_in_range_and_one_tolerance_are_enough(factor: str, tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, f"data: {{latent_multiplier: {factor}}}\nsample: {{atol: 0, rtol: 0.1}}"))
+    assert (config.data.latent_multiplier, config.sample.atol) == (float(factor), 0.0)
+    assert load_config(write(tmp_path, "sample: {atol: 0.1, rtol: 0}")).sample.rtol == 0.0
 
 
 def test_absent_files_and_folders_are_named(tmp_path: Path) -> None:

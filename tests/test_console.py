@@ -15,7 +15,16 @@ from pathlib import Path
 import pytest
 
 from LightningDiT import console
-from LightningDiT.console import Progress, StopRequest, describe_os_error, duration, format_bytes, printable, run_main
+from LightningDiT.console import (
+    Progress,
+    StopRequest,
+    describe_os_error,
+    duration,
+    format_bytes,
+    importing,
+    printable,
+    run_main,
+)
 from LightningDiT.errors import LightningDiTError, in_chinese
 from setup_steps.project import PROJECT
 
@@ -195,6 +204,28 @@ def test_every_end_has_its_exit_code_and_one_line(kind: str, body: str, code: in
     assert done.returncode == code
     assert done.stderr.startswith(words)
     assert done.stderr.count("\n") == (1 if words else 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (KeyboardInterrupt(), 130, "stopped; finished work is kept, and the same command goes on from there\n"),
+        (ModuleNotFoundError("no", name="no_such_package"), 1, "error: package 'no_such_package' is not installed"),
+    ],
+)
+def test_imports_of_a_program_end_as_its_main(
+    error: BaseException, code: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A module that another one imports leaves both to that one."""
+    with pytest.raises(SystemExit) as end, importing("__main__"):
+        raise error
+    said = capsys.readouterr().err
+    assert end.value.code == code and said.startswith(words) and said.count("\n") == 1
+    with pytest.raises(type(error)), importing("LightningDiT.train"):
+        raise error
+    assert not capsys.readouterr().err
+    with pytest.raises(ZeroDivisionError), importing("__main__"):
+        raise ZeroDivisionError  # a bug keeps its traceback
 
 
 @pytest.mark.parametrize("kind", ENDS)

@@ -29,10 +29,13 @@ from LightningDiT.device import (
     autocast,
     best_device,
     float32_products,
+    gpu_free_bytes,
     numeric_switches,
     require_numpy,
     resolve_precision,
     sent_to_cpu,
+    set_gpu_random_states,
+    training_dtype,
     without_autocast,
 )
 from LightningDiT.errors import LightningDiTError, is_out_of_memory
@@ -64,6 +67,7 @@ def test_auto_is_the_half_precision_that_a_card_computes_natively(card: str, mon
     note = emulated if dtype == torch.float16 else ""
     assert resolve_precision("bf16", gpu) == Precision(torch.bfloat16, half_decoder=True, note=note)
     assert resolve_precision("fp16", gpu).note == ""
+    assert training_dtype(gpu) == (torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
 
 
 def test_a_cpu_computes_in_float32_and_says_what_it_does_not_have() -> None:
@@ -340,6 +344,32 @@ def test_one_thread_at_a_time_chooses_the_kernel_of_attention() -> None:
 
 def test_numbers_of_the_cpu_are_there_at_once() -> None:
     assert sent_to_cpu(torch.tensor([0.5, -2.0]))() == [0.5, -2.0]
+
+
+def test_a_process_of_several_takes_the_gpu_of_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fourth process of a machine with two GPUs shares the second one."""
+    monkeypatch.setattr(device, "gpu_count", lambda: 2)
+    monkeypatch.setattr(device, "gpu_failure", lambda gpu: None)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert best_device() == torch.device("cuda", 1)
+    monkeypatch.delenv("LOCAL_RANK")
+    assert best_device() == torch.device("cuda", 0)
+
+
+def test_memory_that_torch_keeps_for_later_tensors_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("memory_reserved", 70), ("memory_allocated", 30), ("mem_get_info", (100, 1000))):
+        monkeypatch.setattr(torch.cuda, name, lambda gpu, value=value: value)
+    assert gpu_free_bytes(torch.device("cuda")) == 100 + 70 - 30
+    assert gpu_free_bytes(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_random_states_go_to_as_many_gpus_as_they_are_of(gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    restored, states = [], [torch.zeros(1), torch.ones(1)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", restored.append)
+    set_gpu_random_states(states)
+    assert restored == ([states] if gpus == 2 else [])
 
 
 class Stream:

@@ -518,6 +518,31 @@ def test_statistics_stand_in_for_images(tmp_path: Path) -> None:
         run(tmp_path / "wide", tmp_path / "made.npz", tmp_path / "wide.npz", *options)
 
 
+def test_other_statistics_are_resampled_anew(tmp_path: Path) -> None:
+    """Of another spread, in a folder that has the resamples of the first ones."""
+    made, options = save_folder(tmp_path / "made", pixels_of(12, 32, seed=0)), ("--features", "judge")
+    for name, scale in (("a", 1.0), ("b", 100.0)):
+        np.savez(tmp_path / f"{name}.npz", mu=np.zeros(96), sigma=scale * np.eye(96))
+    distances = [
+        run(tmp_path / output, made, tmp_path / f"{name}.npz", *options, "--resamples", "4")["scores"]
+        for output, name in (("out", "a"), ("out", "b"), ("fresh", "b"))
+    ]
+    first, again, fresh = (scores["frechet_distance"] for scores in distances)
+    assert again == fresh != first
+
+
+def test_another_training_set_is_searched_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The samples themselves are at no distance, and other images are at some."""
+    monkeypatch.setattr(evaluation, "neighbour_picture", lambda *parts: None)  # which takes a second
+    made, real, other = (save_folder(tmp_path / f"{seed}", pixels_of(8 + seed, 32, seed)) for seed in range(3))
+    minima = [
+        run(tmp_path / "out", made, real, "--features", "judge", "--resamples", "0", "--training", str(training))
+        for training in (made, other)
+    ]
+    same, apart = (report["memorisation"]["pixels"]["generated"]["minimum"] for report in minima)
+    assert same == 0 < apart
+
+
 @pytest.mark.parametrize(
     ("mean", "covariance", "message"),
     [

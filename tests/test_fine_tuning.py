@@ -123,6 +123,20 @@ def test_a_learnt_table_is_interpolated(source: tuple[LightningDiT, Path], tmp_p
     torch.testing.assert_close(rows[3:5, 0, 0], torch.tensor(expected))
 
 
+@torch.no_grad()
+def test_a_table_that_training_moved_a_little_is_a_learnt_one(
+    source: tuple[LightningDiT, Path], tmp_path: Path
+) -> None:
+    """It is interpolated with what was learnt: a shift of 0.05 stays one."""
+    moved = dict(source[0].state_dict())
+    moved["pos_embed"] = moved["pos_embed"] + 0.05
+    tables = []
+    for name, weights in (("moved", moved), ("still", {**moved, "pos_embed": moved["pos_embed"] + 1})):
+        save_weights(weights, tmp_path / f"{name}.safetensors")
+        tables.append(adapted(tmp_path / f"{name}.safetensors", input_size=12)[0].pos_embed)
+    torch.testing.assert_close(tables[0], tables[1] - 1, rtol=0, atol=1e-5)
+
+
 def test_half_precision_tables_count_as_computed(source: tuple[LightningDiT, Path], tmp_path: Path) -> None:
     computed = LightningDiT(SETTINGS)  # seeded weights leave the table as it is
     save_weights({name: value.half() for name, value in computed.state_dict().items()}, tmp_path / "half.safetensors")

@@ -584,6 +584,11 @@ def test_images_for_the_published_file_need_the_published_tokenizer(
         LightningDiTError, match=f"{name}, which encodes .*; fix: {PYTHON} step2_download_models.py --only vavae"
     ):
         stats_repair._tokenizer_for(target, request())
+    wanted["config"].write_bytes(published["vavae"])
+    config.write_text(f"vae: {{model_name: own, ckpt_path: '{wanted['config']}'}}\n")  # a tokenizer of another name
+    with pytest.raises(LightningDiTError, match=f"{name}, which encodes the images, is not in"):
+        stats_repair._tokenizer_for(target, request())
+    wanted["config"].unlink()
     config.write_text(f"vae: {{ckpt_path: '{wanted['config']}'}}\n")
     opened: list[Path] = []
     monkeypatch.setattr("LightningDiT.tokenizer.vavae.VA_VAE", lambda yaml, ckpt_path: opened.append(Path(ckpt_path)))

@@ -149,6 +149,13 @@ def test_a_contradiction_names_both_sides_and_the_first_class() -> None:
         check_agreement(["x"], ["x", "y"], "A", "B")
 
 
+def test_names_that_are_one_number_stay_apart() -> None:
+    """Within one side "1" and "01" are two classes, so the sides meet by the names as they are written."""
+    names = ("1", "01")
+    assert match(names, ("1", "01", "2"), "A", "B") == Match(("1", "01", "2"), None, (0, 1, 2))
+    assert Labels(2, names).numbers(["1", "01"]) == [0, 1]
+
+
 def configured(folder: Path, names: list[str] | None, count: int = 3, latents: list[str] | None = None) -> Config:
     """Return the small pipeline's settings with class names in the YAML, and in the latents' manifest."""
     if latents:
@@ -189,6 +196,42 @@ def test_a_model_carries_its_class_names(tiny_folder: Path) -> None:
     save_weights(weights, model, {"class_names": "{"})
     with pytest.raises(LightningDiTError, match="its class names cannot be read"):
         Labels.of(configured(tiny_folder, None, latents=["ant", "bee", "cat"]))
+
+
+def carry(folder: Path, **names: list[str]) -> None:
+    """Write the small pipeline's weights again, with these names in them."""
+    model = folder / "transformer.safetensors"
+    weights = {name: tensor.clone() for name, tensor in load_weights(model).items()}
+    save_weights(weights, model, {key: json.dumps(value) for key, value in names.items()})
+
+
+def test_each_place_is_compared_with_the_next(tiny_folder: Path) -> None:
+    """The settings and the latents agree, and the model says otherwise."""
+    carry(tiny_folder, class_names=["a", "c", "b"])
+    with pytest.raises(LightningDiTError, match="class 1 is 'b' in the latents' manifest .* and 'c' in the model"):
+        Labels.of(configured(tiny_folder, ["a", "b", "c"], latents=["a", "b", "c"]))
+
+
+def test_a_class_is_known_by_the_name_of_its_folder(tiny_folder: Path) -> None:
+    """Words of the settings beside the synsets that the model has learnt."""
+    synsets = ("n01440764", "n01443537", "n01484850")
+    carry(tiny_folder, class_names=list(synsets))
+    labels = Labels.of(configured(tiny_folder, ["tench", "goldfish", "great white shark"]))
+    assert (labels.identity, labels.caption(2)) == (synsets, "great white shark")
+
+
+def test_before_a_training_the_weights_say_nothing_of_names(tiny_folder: Path) -> None:
+    carry(tiny_folder, condition_names=["line", "bag"])
+    config = configured(tiny_folder, None)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, num_conditions=2))
+    conditions = [Labels.conditions_of(config, trained) for trained in (True, False)]
+    assert [known and known.names for known in conditions] == [("line", "bag"), None]
+    adapter = tiny_folder / "adapter.safetensors"
+    save_weights({"x": torch.zeros(1)}, adapter, {"class_names": json.dumps(["ID_1", "ID_2", "ID_10"])})
+    adapted = dataclasses.replace(config, adapter_path=str(adapter))
+    assert [Labels.of(adapted, trained).names for trained in (True, False)] == [("ID_1", "ID_2", "ID_10"), None]
+    imagenet = dataclasses.replace(configured(tiny_folder, None, 1000), ckpt_path=None)
+    assert [Labels.of(imagenet, trained).names is None for trained in (True, False)] == [False, True]
 
 
 def test_the_names_of_an_adapter_go_before_those_of_its_weights(tiny_folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from LightningDiT.loading import build_transport
 from LightningDiT.models import lightningdit
 from LightningDiT.models.adapters import matrix_names
 from LightningDiT.tokenizer.latents import LatentStats
-from LightningDiT.training.latent_batches import LatentBatches, dropped_labels
+from LightningDiT.training.latent_batches import LatentBatches, dropped_labels, not_augmented
 from LightningDiT.training.monitors import Validation
 from LightningDiT.training.transformer_training import settings_text, weights_metadata
 
@@ -98,6 +99,11 @@ def test_windows_are_held_out_whole_and_validated_on_as_they_are(config: Config)
     assert torch.equal(validation.labels, torch.stack([own % 4, own % 3], 1))
 
 
+def test_a_latent_is_augmented_if_one_of_its_values_says_so() -> None:
+    shards = SimpleNamespace(augmentation=torch.tensor([[0.0, 0.5], [0.0, 0.0], [0.3, 0.0]]))
+    assert not_augmented(shards, torch.tensor([2, 1, 0])).tolist() == [1]
+
+
 def test_the_network_learns_from_both_labels_and_the_augmentation(config: Config) -> None:
     trainer = train.Trainer(config)
     start = {name: value.clone() for name, value in trainer.model.state_dict().items()}
@@ -159,7 +165,11 @@ def test_latents_without_conditions_are_refused_or_said(config: Config, capsys: 
 
 
 def test_weight_decay_is_that_of_adamw_on_matrices_alone(config: Config) -> None:
-    """Beside torch's AdamW with a group for the matrices: the same weights, up to the rounding of a product."""
+    """Beside torch's AdamW with a group for the matrices: the same weights, up to the rounding of a product.
+
+    The learning rate rises meanwhile, and the decay with it; the second moment has a decay of its own.
+    """
+    config = changed(changed(config, "train", warmup_steps=8), "optimizer", beta2=0.5)
     ours = train.Trainer(changed(config, "optimizer", weight_decay=0.3))
     theirs, plain = train.Trainer(config), train.Trainer(config)
     names = matrix_names(theirs.model)
@@ -168,7 +178,7 @@ def test_weight_decay_is_that_of_adamw_on_matrices_alone(config: Config) -> None
         | {"weight_decay": 0.3 if decays else 0.0}
         for decays in (True, False)
     ]
-    theirs.optimizer = torch.optim.AdamW(groups, lr=config.optimizer.lr, betas=(0.9, config.optimizer.beta2))
+    theirs.optimizer = torch.optim.AdamW(groups, lr=config.optimizer.lr, betas=(0.9, 0.5))
     for step in range(4):
         for trainer in (ours, theirs, plain):
             trainer.step(step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
+import step5_prepare_spectrograms as step5
 from LightningDiT.data.image_sets import Unreadable
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import to_float
 from LightningDiT.radar.augmentation import NAMES, parsed
-from LightningDiT.radar.level_images import has_windows, load_windows, open_level_files, open_levels
+from LightningDiT.radar.level_images import again, has_windows, load_windows, open_level_files, open_levels
 from LightningDiT.radar.split import load_split, rows_digest, save_split
 from tests.walkers import prepared, render
 
@@ -111,6 +113,22 @@ def test_notes_say_what_the_draws_do_and_who_is_missing(folder: Path) -> None:
     assert note.startswith("2 draws of each window: circular shift in time, gain up to 6 dB, noise floor up to 6 dB")
     assert "assumed" not in note
     assert open_levels(levels, split_file, "test", 2).notes == ("people without test windows in fold 2: ID_2",)
+
+
+def test_texts_of_a_split_are_words_of_the_command(copied: Path, tmp_path: Path) -> None:
+    """A shell and step 5 take each as it is, whatever a stranger wrote there; a seed that is no number is refused."""
+    levels, split_file = places(copied)
+    split, odd = load_split(split_file), "x; touch 'PWNED' $(id) #\n"
+    save_split(
+        tmp_path / "split.json", Path(odd), tmp_path, split.rows, {"seed": 3, "parent_file": f"{odd}/split.json"}
+    )
+    script, *words = shlex.split(again(load_split(tmp_path / "split.json"), split_file, Path(odd)))[1:]
+    options = step5.parse(words)
+    assert (script, options.seed) == ("step5_prepare_spectrograms.py", 3)
+    assert [str(path) for path in (options.data, options.output, options.write)] == [odd] * 3
+    split_file.write_text(split_file.read_text().replace('"seed": 0', '"seed": "0; touch PWNED #"'))
+    with pytest.raises(LightningDiTError, match="seed is '0; touch PWNED #', a whole number .*; fix: run step5"):
+        open_level_files(levels, split_file)
 
 
 def test_conditions_are_numbered_in_their_natural_order(tmp_path: Path) -> None:

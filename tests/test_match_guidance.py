@@ -124,7 +124,7 @@ def test_the_command_prints_what_to_set(tiny_folder, capsys):
     ("options", "message"),
     [
         (["--guidance-scale", "1", "--channels", "1"], "the guidance scale is 1, which is no guidance; fix: give"),
-        (["--guidance-scale", "nan", "--channels", "1"], "--guidance-scale is nan; a scale from 0 to below 10000 is expected"),
+        (["--guidance-scale", "nan", "--channels", "1"], "--guidance-scale is nan; a scale from 0 to below 10000"),
         (["--channels", "4"], "guided channels are 4 of 4; 1 to 3 are expected"),
         ([], "guided channels are all of 4; 1 to 3 are expected"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import tracemalloc
 import zipfile
@@ -14,7 +15,7 @@ from PIL import Image
 
 from LightningDiT import files
 from LightningDiT.data.image_sets import Classes, FileImages
-from LightningDiT.data.npz import NpzImages, write_npz
+from LightningDiT.data.npz import NpzImages, reading, write_npz
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.images import save_png
 
@@ -127,3 +128,89 @@ def test_images_are_read_in_any_order_from_a_stream(tmp_path: Path) -> None:
             assert batch.labels.tolist() == [5 - number for number in numbers]
         parts = [batch.pixels for batch in images.batches(range(6), 4)]
         np.testing.assert_array_equal(torch.cat(parts).permute(0, 2, 3, 1).numpy(), pixels)
+
+
+# ---- damage
+
+
+def npy(values: np.ndarray) -> bytes:
+    content = io.BytesIO()
+    np.save(content, values)
+    return content.getvalue()
+
+
+def header(shape: tuple[int, ...], kind: str = "|u1") -> bytes:
+    content = io.BytesIO()
+    np.lib.format.write_array_header_1_0(content, {"descr": kind, "fortran_order": False, "shape": shape})
+    return content.getvalue()
+
+
+PIXELS = np.random.RandomState(0).randint(0, 256, (4, 8, 8, 3)).astype(np.uint8)
+IMAGES = npy(PIXELS)
+
+
+def packed(members: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytearray:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", method) as archive:
+        for name, member in members.items():
+            archive.writestr(name, member)
+    return bytearray(content.getvalue())
+
+
+def flipped(method: int) -> bytearray:
+    """Bits of a packed member are flipped, 60 bytes behind the start of the file: beyond its local header."""
+    content = packed({"arr_0.npy": IMAGES}, method)
+    content[60:160] = bytes(value ^ 255 for value in content[60:160])
+    return content
+
+
+def in_both_headers(offset: int, value: int) -> bytearray:
+    """A field of the local header (30 bytes) and of the central one, which lies 2 bytes further in, is changed."""
+    content = packed({"arr_0.npy": IMAGES})
+    content[offset] = content[content.find(b"PK\x01\x02") + offset + 2] = value
+    return content
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (flipped(zipfile.ZIP_DEFLATED), "Error -3 while decompressing|Bad CRC"),
+        (flipped(zipfile.ZIP_BZIP2), "Invalid data stream"),
+        (flipped(zipfile.ZIP_LZMA), "Corrupt input data|Invalid or unsupported|Bad CRC"),
+        (in_both_headers(6, 1), "is encrypted"),
+        (in_both_headers(8, 77), "compression method is not supported"),
+        (packed({"arr_0": IMAGES}), "no item named 'arr_0.npy'"),
+        (packed({"arr_1.npy": IMAGES}), "no item named 'arr_0.npy'"),
+        (packed({"arr_0.npy": b"\x93NUMPY\x09\x00" + IMAGES[8:]}), r"version \(9, 0\) of the format is unknown"),
+        (packed({"arr_0.npy": IMAGES[:-1]}), r"claims uint8 \(4, 8, 8, 3\), 768 bytes, and 767 are there"),
+        (packed({"arr_0.npy": header((10**18, 8, 8, 3))}), r"claims uint8 \(10{18}, 8, 8, 3\), 1920{18} bytes, and 0"),
+        (
+            packed({"arr_0.npy": IMAGES, "arr_1.npy": header((6 * 10**9,), "<i8")}),
+            r"claims int64 \(60{9},\), 480{9} bytes",
+        ),
+        (packed({"arr_0.npy": header((4, 0, 0, 3))}), "uint8 .N, H, W, 3. in C order is expected"),
+    ],
+)
+def test_a_damaged_file_is_one_line(content: bytearray, words: str, tmp_path: Path) -> None:
+    """Whatever the readers of zlib, bzip2, lzma, zip and NumPy raise; and nothing of a header's size is allocated."""
+    file = tmp_path / "a.npz"
+    file.write_bytes(content)
+    with pytest.raises(LightningDiTError, match=rf"a\.npz(?:: arr_0 is| is no whole .npz file) .*(?:{words})"):
+        list(NpzImages(file).batches(range(4), 4))
+
+
+def test_a_directory_that_claims_more_than_an_archive_can_hold_is_refused(tmp_path: Path) -> None:
+    """The unpacked bytes in the central header: a stored member has its own, a deflated one 1032 times that at most."""
+    for method, ratio in ((zipfile.ZIP_STORED, 1), (zipfile.ZIP_DEFLATED, 1032)):
+        content = packed({"arr_0.npy": header((10**7, 8, 8, 3)) + IMAGES[-768:]}, method)
+        at = content.find(b"PK\x01\x02")
+        held = int.from_bytes(content[at + 20 : at + 24], "little")
+        content[at + 24 : at + 28] = (1_920_000_128).to_bytes(4, "little")
+        (tmp_path / "a.npz").write_bytes(content)
+        with pytest.raises(LightningDiTError, match=f"claims 1920000128 bytes, and {held * ratio} are the most"):
+            NpzImages(tmp_path / "a.npz")
+
+
+def test_memory_that_ran_out_is_no_damage(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"), reading(tmp_path / "a.npz"):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")

@@ -98,6 +98,16 @@ def test_a_file_says_whether_its_null_labels_were_trained(tiny_folder: Path, tmp
     assert null_failure(config, {CLASS_TABLE: table(0.1, 0.02)}) == ""
 
 
+def test_what_is_known_of_the_null_labels_goes_before_the_settings(tiny_folder: Path) -> None:
+    """Into the file of a pipeline that is saved, and on with other settings of sampling."""
+    config = load_config(tiny_folder / "config.yaml")
+    dropped = dataclasses.replace(config, train=dataclasses.replace(config.train, label_dropout=0.1))
+    pipe = LightningDiTPipeline.from_config(dropped, "cpu")
+    pipe.null_failure = "training never reached the null class"
+    assert pipe.metadata()["null_trained"] == "false"
+    assert pipe.with_sample(config.sample).null_failure == pipe.null_failure
+
+
 def test_an_adapter_comes_before_the_weights_that_it_changes(tmp_path: Path) -> None:
     base, adapter = tmp_path / "base.safetensors", tmp_path / "adapter.safetensors"
     config = Config(ckpt_path=str(base), adapter_path=str(adapter))

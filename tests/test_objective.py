@@ -150,6 +150,15 @@ def test_cosine_loss_is_over_channels():
     torch.testing.assert_close(swapped["cos_loss"], expected.mean(dim=(1, 2)))
 
 
+def test_the_cosine_of_a_prediction_of_zero_has_a_bounded_gradient():
+    """It divides by a length of 0.01 at least: at each of 16 positions of the mean the gradient is 100 / 16."""
+    x0, x1, t = draws()
+    prediction = torch.zeros_like(x0, requires_grad=True)
+    terms = create_transport(use_cosine_loss=True).training_losses(lambda x, t: prediction, x1, x0=x0, t=t)
+    terms["cos_loss"].sum().backward()
+    torch.testing.assert_close(prediction.grad.norm(dim=1), torch.full((4, 4, 4), 100 / 16, dtype=torch.float64))
+
+
 def test_noise_and_times_come_from_the_generator():
     transport = create_transport()
     x1 = torch.zeros(5, 3, 4, 4)

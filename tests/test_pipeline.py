@@ -559,6 +559,15 @@ def test_steps_that_a_solver_chooses_suit_each_image_alone(tiny_folder: Path) ->
     assert together.nfe == max(one.nfe for one in alone)
 
 
+def test_the_evaluations_are_those_of_the_image_that_takes_most(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, taken = with_settings(tiny_folder, sampling_method="dopri5"), iter((12, 30, 20))
+    state = torch.zeros(1, *pipe.latent_shape)
+    monkeypatch.setattr(pipe, "_solve", lambda *given, **named: (state, next(taken)))
+    assert pipe([0, 1, 2], output_type="latent").nfe == 30
+
+
 def test_a_solver_file_is_read_once(tiny_folder: Path) -> None:
     file = tiny_folder / "solvers.yaml"
     sample = dataclasses.replace(
@@ -573,15 +582,22 @@ def test_a_solver_file_is_read_once(tiny_folder: Path) -> None:
     assert first.nfe == 2
 
 
-def test_a_rounded_copy_keeps_its_calibrated_solvers(tiny_folder: Path, tmp_path: Path) -> None:
-    file = tiny_folder / "solvers.yaml"
-    sample = dataclasses.replace(load_config(tiny_folder / "config.yaml").sample, solver_file=str(file))
-    solver = CalibratedSolver(guidance_of(sample), "Linear", (0.0, 0.5, 1.0), ((0.5,), (0.0, 0.5)), 0.5, 1)
-    save_solvers(SolverFile(weights_fingerprint(tiny_folder / "transformer.safetensors"), (solver,)), file)
-    pipe = with_settings(tiny_folder, sampling_method="fast", solver_file=str(file), precision="bf16")
+@pytest.mark.parametrize("source", ["tiny_folder", "guided_folder"])
+def test_a_rounded_copy_keeps_its_calibrated_solvers(
+    source: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    folder: Path = request.getfixturevalue(source)
+    file = folder / "solvers.yaml"
+    sample = dataclasses.replace(load_config(folder / "config.yaml").sample, solver_file=str(file))
+    steps, guide = ((0.0, 0.5, 1.0), ((0.5,), (0.0, 0.5))), guide_fingerprint(sample)
+    solver = CalibratedSolver(guidance_of(sample), "Linear", *steps, 0.5, 1, guide)
+    save_solvers(SolverFile(weights_fingerprint(folder / "transformer.safetensors"), (solver,)), file)
+    pipe = with_settings(folder, sampling_method="fast", solver_file=str(file), precision="bf16")
     pipe.save_pretrained(tmp_path / "saved")
     again = LightningDiTPipeline.from_pretrained(tmp_path / "saved", device="cpu")
-    assert again.solver(again.config.sample).calibrated == solver
+    rounded = guide_fingerprint(again.config.sample)
+    assert (rounded is None) == (guide is None)
+    assert again.solver(again.config.sample).calibrated == dataclasses.replace(solver, guide=rounded)
 
 
 @pytest.mark.parametrize(

@@ -313,6 +313,34 @@ def test_the_guide_belongs_to_the_run_by_its_content(tiny_folder: Path) -> None:
     assert difference.startswith("weights.guide: ")
 
 
+@pytest.mark.parametrize(
+    ("section", "change", "said"),
+    [
+        ("transport", {"path_type": "GVP"}, "transport.path_type: default there, GVP now"),
+        ("model", {"use_qknorm": True}, "model.use_qknorm: default there, true now"),
+        ("data", {"latent_multiplier": 0.5}, "latents.multiplier: 1.0 there, 0.5 now"),
+        ("data", {"latent_norm": False}, "latents.norm: true there, false now"),
+    ],
+)
+def test_every_section_that_the_pixels_depend_on_belongs_to_the_run(
+    section: str, change: dict[str, object], said: str, tiny_folder: Path
+) -> None:
+    config = load_config(tiny_folder / "config.yaml")
+    other = replace(config, **{section: replace(getattr(config, section), **change)})
+    there, now = (manifest_of(one, [0], 0, "float32") for one in (config, other))
+    assert said in setting_differences(there, now)
+
+
+def test_the_solvers_belong_to_the_run_by_their_content(tiny_folder: Path) -> None:
+    config, file = load_config(tiny_folder / "config.yaml"), tiny_folder / "solvers.yaml"
+    solved, manifests = replace(config, sample=replace(config.sample, solver_file=str(file))), []
+    for content in ("a", "b"):
+        file.write_text(content)
+        manifests.append(manifest_of(solved, [0], 0, "float32"))
+    (difference,) = setting_differences(*manifests)
+    assert difference.startswith("weights.solvers: ")
+
+
 def test_two_runs_do_not_write_one_folder(tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
     manifest = {"seed": 1}
@@ -390,6 +418,13 @@ def test_a_batch_that_follows_from_the_memory_is_said_and_kept(
         for path in tmp_path.glob("00000[0-3].png"):
             path.unlink()
     assert json.loads((tmp_path / MANIFEST).read_text())[ACCELERATION]["batch"] == 2
+
+
+def test_a_short_deterministic_run_pads_to_the_batch_of_a_long_one(pipe: LightningDiTPipeline, tmp_path: Path) -> None:
+    """Two images at four a batch, so that the same images of a run of many have the same bits."""
+    sample = replace(pipe.config.sample, deterministic=True, per_proc_batch_size=4)
+    sample_run(pipe.with_sample(sample), [0, 1], 0, tmp_path, None)
+    assert json.loads((tmp_path / MANIFEST).read_text())[ACCELERATION]["batch"] == 4
 
 
 def edit_manifest(folder: Path, **change: object) -> None:

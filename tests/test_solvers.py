@@ -134,12 +134,14 @@ def test_nodes_move_the_nearest_points_and_keep_their_number(falling):
     assert bool((steps < 0).all() if falling else (steps > 0).all())
     assert grid[0] == times[0] and grid[-1] == times[-1]
     assert torch.equal(with_nodes(times, [])[0], times)
+    near, both = with_nodes(time_grid(4), [0.3, 0.32])  # one third is the nearest point of both
+    assert near.tolist() == pytest.approx([0, 0.3, 0.32, 1]) and both == {1, 2}
     few, kept = with_nodes(time_grid(3), [0.2, 0.7])
     assert few.tolist() == pytest.approx([0, 0.2, 1]) and kept == {1}
     assert with_nodes(time_grid(2), [0.2])[1] == frozenset()
 
 
-@pytest.mark.parametrize("jumps", [(), (0.125,), (0.7, 0.1), (0.0, 1.0), (0.01, 0.02)])
+@pytest.mark.parametrize("jumps", [(), (0.125,), (0.7, 0.1), (0.0, 1.0), (0.01, 0.02), (0.98, 0.99)])
 @pytest.mark.parametrize("points", [4, 16, 161])
 def test_graded_grids_have_every_jump_and_rise(points, jumps):
     grid, nodes = graded_grid(points, jumps)

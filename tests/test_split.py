@@ -188,6 +188,77 @@ def test_the_file_comes_back_and_is_refused_when_it_was_changed(rows: list[Row],
         save_split(file, tmp_path, tmp_path, rows, {})
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        *((key, value, "a text") for key in ("person", "condition", "file") for value in (5, None, ["a"])),
+        *(
+            (key, value, "a whole number")
+            for key in ("number", "pass")
+            for value in ("x", float("nan"), 1.5, None, True)
+        ),
+        *(("pass", value, "a whole number from 1 on") for value in (0, 10**30)),
+        *(("index", value, "or null") for value in (-1, "0")),
+        *(("fold", value, "or null") for value in ([], 0.5)),
+        ("parts", "training", "training, validation, test, guard"),
+        ("parts", ["training", ["test"]], "training, validation, test, guard"),
+    ],
+)
+def test_a_value_of_another_type_is_named(key: str, value: object, expected: str, tmp_path: Path) -> None:
+    file, own = written_with(tmp_path, {}, {key: value})
+    with pytest.raises(LightningDiTError) as refused:
+        load_split(file)
+    assert f"{key} of window 2 is {own!r:.60}, " in str(refused.value)
+    assert expected in str(refused.value)
+    assert str(refused.value).startswith(f"the split {file} cannot be read (")
+    assert refused.value.fix == "run step5_prepare_spectrograms.py again"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("seed", value) for value in ("0; touch x #", -1, float("nan"), True, None)),
+        *(("colour_maps", value) for value in ("jet", ["jet"], {"jet": "x"})),
+        *(("db_range", value) for value in ("x", [0], [0, -45], ["-45", "0"], [float("-inf"), 0])),
+        *((key, value) for key in ("window", "stride", "native_columns", "number_unit") for value in ("x", -1, [3])),
+        *((key, 5) for key in ("parent", "parent_file", "data", "root", "digest")),
+    ],
+)
+def test_a_setting_of_another_type_is_named(key: str, value: object, tmp_path: Path) -> None:
+    file, _ = written_with(tmp_path, {key: value}, {})
+    with pytest.raises(LightningDiTError, match=f"cannot be read .{key} is .* expected.; fix: run step5_prepare"):
+        load_split(file)
+
+
+def test_a_value_that_is_missing_or_unknown_is_named(tmp_path: Path) -> None:
+    file, _ = written_with(tmp_path, {}, {"name": "x"})
+    with pytest.raises(LightningDiTError, match="window 2 has the unknown key 'name'"):
+        load_split(file)
+    content = json.loads(file.read_text())
+    del content["windows"][1]["name"], content["windows"][1]["person"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(LightningDiTError, match="person of window 2 is missing, a text is expected"):
+        load_split(file)
+
+
+def written_with(folder: Path, head: dict[str, object], row: dict[str, object]) -> tuple[Path, object]:
+    """Return the file of a split with other values in its head and in its second row, and the value of that as read.
+
+    As in a file made to deceive, the digest is that of the rows wherever it can be computed.
+    """
+    file = folder / "split.json"
+    rows = rows_of({"a": [2, 2]})
+    settings = {"seed": 3, "window": 9, "stride": 2.5, "colour_maps": {"jet": 4}, "native_columns": None}
+    save_split(file, folder, folder, rows, settings | {"db_range": [-45, 0.5], "number_unit": 1, "shares_up_to": 3})
+    assert load_split(file).settings["db_range"] == [-45, 0.5]
+    content = json.loads(file.read_text())
+    content["windows"][1] |= row
+    fields = {("pass_number" if key == "pass" else key): value for key, value in row.items() if key != "name"}
+    content["digest"] = rows_digest([rows[0], replace(rows[1], **fields), *rows[2:]])
+    file.write_text(json.dumps(content | head))
+    return file, next(iter(json.loads(json.dumps(row)).values()), None)
+
+
 FORMAT_TEXT = "passes of spectrograms, 1"
 
 

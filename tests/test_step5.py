@@ -187,6 +187,46 @@ def test_bad_files_are_one_line_each_and_nothing_else_is_lost(
     assert sizes == {(48, 64)}
 
 
+def test_a_name_is_one_line_of_the_table_and_a_long_one_is_shortened(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each person has 6 windows in 2 passes, of which 3 are tested."""
+    people = ["ID_1\nID_9\x1b[31m\u2028x", "ID\t2", "ID_" + "9" * 5000]
+    values = np.concatenate([windows_of(seed, 3) for seed in range(6)])
+    owners, numbers = np.repeat(people, 6), np.tile([1, 2, 3, 21, 22, 23], 3)
+    np.savez(tmp_path / "all.npz", w=60 * values - 60, person=owners, number=numbers)
+    lines = run(capsys, "--data", tmp_path / "all.npz", "--dry-run").splitlines()
+    start = next(at for at, line in enumerate(lines) if line.startswith("person "))
+    table = [line.split() for line in lines[start + 1 : start + 4]]
+    assert [row[1:3] for row in table] == [["6", "2"]] * 3
+    long = f"ID_{'9' * 27}...{'9' * 30}"  # 60 letters and the dots
+    assert {row[0] for row in table} == {"ID_1?ID_9?[31m?x", "ID?2", long}
+    assert max(map(len, lines)) < 500
+
+
+def test_many_missing_people_are_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """1, 2 and 4 of 400 are there."""
+    said = run(capsys, "--data", folder, "--dry-run", "--people", 400)
+    assert "missing        ID_3, ID_5, ID_6, ID_7, ID_8, " in said
+    assert "ID_12, ID_13 and 387 more (397 in all)" in said
+
+
+def test_images_that_viewers_turn_are_counted_and_read_as_stored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = render(tmp_path / "data", {"1": [3, 3], "2": [3, 3]})
+    plain = run(capsys, "--data", data, "--dry-run")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # Orientation, of TIFF 6.0
+    for file in sorted(data.glob("ID_2/*.jpg")):
+        Image.open(file).save(file, quality="keep", exif=exif)
+    turned = run(capsys, "--data", data, "--dry-run")
+    assert "EXIF" not in plain
+    [line] = [line for line in turned.splitlines() if "EXIF" in line]
+    assert line.startswith("warning: 6 images such as ID_2/ID2_case1_1_Doppler1.jpg have an EXIF orientation other")
+    assert line.endswith("their pixels are read as stored, time from left to right")
+
+
 def test_time_that_runs_downwards_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Pictures turned on their diagonal share rows; the same ones without common pixels pass, with a warning."""
     for file in folder.glob("ID_*/*.jpg"):

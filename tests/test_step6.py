@@ -29,19 +29,12 @@ from LightningDiT.files import fingerprint
 from LightningDiT.radar.level_images import Windows, listed_windows, load_windows, open_level_files
 from LightningDiT.radar.split import load_split, save_restricted
 from LightningDiT.verdict import adapting, jobs, time_needed
+from LightningDiT.verdict import plan as plan_module
 from LightningDiT.verdict import seen as seen_module
-from LightningDiT.verdict.adapting import (
-    PRESETS,
-    Model,
-    Plan,
-    counts_of,
-    load_plan,
-    make_plan,
-    save_plan,
-    write_cells,
-)
+from LightningDiT.verdict.adapting import counts_of, write_cells
 from LightningDiT.verdict.generated import find_generated
 from LightningDiT.verdict.intervals import student_quantile
+from LightningDiT.verdict.plan import PRESETS, Model, Plan, load_plan, make_plan, save_plan
 from LightningDiT.verdict.rows import Scenario, spread
 from LightningDiT.verdict.seen import Seen, labels_text
 from LightningDiT.verdict.time_needed import Costs, Estimate, estimate, fitted
@@ -138,8 +131,8 @@ def test_folds_and_numbers_of_images_join_a_folder(
     first = make_plan("quick", opened, steps=70, tokenizer_steps=20, folds=[1])
     save_plan(first, tmp_path)
 
-    def plan(**given: object) -> adapting.Plan:
-        return adapting.asked_plan(tmp_path, data / "levels", data / "out" / "split.json", None, **given)[0]
+    def plan(**given: object) -> plan_module.Plan:
+        return plan_module.asked_plan(tmp_path, data / "levels", data / "out" / "split.json", None, **given)[0]
 
     assert plan() == plan(folds=[1]) == plan(images=[30]) == first
     assert plan(folds=[0, 1]) == replace(first, folds=(1, 0))  # what was there comes first
@@ -392,13 +385,13 @@ def test_weights_that_were_replaced_start_nothing_further(
     (output / "plan.json").write_text(re.sub(r',\s+"(start|tokenizer)_fingerprint": "\w+"', "", text))
     assert load_plan(output).tokenizer_fingerprint is None
     asked = (output, data / "levels", data / "out" / "split.json", None)
-    again, began = adapting.asked_plan(*asked)
+    again, began = plan_module.asked_plan(*asked)
     assert again == began == plan  # which is saved, so that it is said once
     said = capsys.readouterr().out
     assert "of an earlier release and says nothing of the content of its starting weights; those that are" in said
     assert f"taken: {files[1]}, {files[0]}" in said
     shutil.rmtree(start)
-    assert adapting.asked_plan(*asked)[1].models[0].start_fingerprint is None  # whoever needs them says so
+    assert plan_module.asked_plan(*asked)[1].models[0].start_fingerprint is None  # whoever needs them says so
 
 
 @pytest.mark.parametrize("name", ["split.json", "labels.csv", "tokenizer.yaml", "transformer.yaml"])
@@ -533,9 +526,9 @@ def test_of_walkers_biases_are_trained(data: Path, tmp_path: Path) -> None:
     assert garments.trainable == "all"
     asked = make_plan("quick", opened, tmp_path, models=["transformer", "unet"], trainable="lora")
     assert [model.trainable for model in asked.models] == ["lora", "all"]  # the U-Net has no start
-    adapting.save_plan(asked, tmp_path / "o")
+    plan_module.save_plan(asked, tmp_path / "o")
     with pytest.raises(LightningDiTError, match="trainings of another part than all; fix: choose another --output"):
-        adapting.asked_plan(tmp_path / "o", data / "levels", data / "out" / "split.json", None, trainable="all")
+        plan_module.asked_plan(tmp_path / "o", data / "levels", data / "out" / "split.json", None, trainable="all")
 
 
 def test_what_does_not_go_is_said_before_the_first_step(
@@ -613,7 +606,7 @@ def test_timing_gives_a_time_for_each_network(data: Path) -> None:
 def test_presets_are_those_of_the_command() -> None:
     assert tuple(PRESETS) == step6.PRESETS
     assert step6.images("all") == "all"
-    assert adapting.cell_folder(Path("a"), 1, None) == Path("a/fold1-all")
+    assert plan_module.cell_folder(Path("a"), 1, None) == Path("a/fold1-all")
 
 
 def test_latents_that_were_begun_are_not_done(tmp_path: Path) -> None:

@@ -23,12 +23,13 @@ from LightningDiT.radar.level_images import Windows, load_windows, open_level_fi
 from LightningDiT.radar.split import PARENT, load_split, save_restricted, save_split
 from LightningDiT.sampling.resumable_run import BY_CLASS, LAYOUT, LEVELS, PIXELS
 from LightningDiT.verdict import judging
-from LightningDiT.verdict.adapting import cell_folder, load_plan, make_plan, save_plan, write_cells
+from LightningDiT.verdict.adapting import write_cells
 from LightningDiT.verdict.cells import judged_models
 from LightningDiT.verdict.classifiers import Recipe
 from LightningDiT.verdict.generated import read_generated
 from LightningDiT.verdict.intervals import HELPS, TOO_LITTLE, conclude
 from LightningDiT.verdict.judging import Asked, Loader, Outcome, folder_of_windows
+from LightningDiT.verdict.plan import cell_folder, load_plan, make_plan, save_plan
 from LightningDiT.verdict.results import Results
 from LightningDiT.verdict.rows import ROWS, spread, subset
 from LightningDiT.verdict.speckle import fit_speckle, put_back

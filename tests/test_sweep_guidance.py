@@ -163,6 +163,11 @@ def test_other_settings_and_foreign_files_are_refused(config: Path) -> None:
     file.write_text(json.dumps({"format": "sweep of guidance, 1"}))
     with pytest.raises(LightningDiTError, match="cannot be read"):
         main(options)
+    results = {"scale": 1, "start": 0, "utility": 0, "error": 0, "judge_accuracy": 0, "copies": 0, "copies_real": 0}
+    for changed, words in (({"scale": [1]}, "results: scale is .1.; float is"), ({"more": 1}, "unknown key 'more'")):
+        file.write_text(json.dumps({"format": "sweep of guidance, 1", "settings": {}, "results": [results | changed]}))
+        with pytest.raises(LightningDiTError, match=f"here.json cannot be read .*{words}.*; fix: choose another --out"):
+            main(options)
     file.write_text("a letter")
     with pytest.raises(LightningDiTError):
         main(options)

@@ -256,18 +256,18 @@ def test_a_trial_trains_by_its_own_seed_and_looks_at_validation_windows(
 
 def test_a_trial_of_other_settings_or_windows_is_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another batch, other validation windows, and the same test windows in other passes, each change by itself."""
-    seen, data, path = trainings(monkeypatch), fold(0), tmp_path / "trials.json"
+    seen, data = trainings(monkeypatch), fold(0)
+    before = run_trials(Plan((0,), (3,), ("real",), 1, SHORT), lambda number: data, tmp_path / "before.json")
     moved = replace(data.test, passes=data.test.passes + 1000)
     others = [
         (replace(SHORT, batch=3), data),
         (SHORT, replace(data, validation=walkers(3, 2, 4, seed=44))),
         (SHORT, replace(data, test=moved)),
     ]
-    for number, (recipe, windows) in enumerate(others, 1):
-        path.unlink(missing_ok=True)
-        run_trials(Plan((0,), (3,), ("real",), 1, SHORT), lambda number: data, path)
-        (found,) = run_trials(Plan((0,), (3,), ("real",), 1, recipe), lambda number, windows=windows: windows, path)
-        assert (len(seen), seen[-1][0]) == (2 * number, recipe)
+    for at, (recipe, windows) in enumerate(others):
+        plan, path = Plan((0,), (3,), ("real",), 1, recipe), tmp_path / f"{at}.json"
+        (found,) = run_trials(plan, lambda number, windows=windows: windows, path, before)
+        assert (len(seen), seen[-1][0]) == (2 + at, recipe)
         assert found.passes == tuple(windows.test.passes.tolist())
 
 

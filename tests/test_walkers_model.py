@@ -12,7 +12,7 @@ from LightningDiT.radar.level_images import load_windows
 from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from LightningDiT.tools import simulate_walkers
 from LightningDiT.training.fine_tuning import initialise
-from LightningDiT.verdict.adapting import MODELS
+from LightningDiT.verdict.plan import MODELS
 from tests.conftest import PROJECT
 
 FOLDER = PROJECT / "models" / "walkers"

@@ -7,8 +7,9 @@ The layout is that of `image_sample.py` in guided-diffusion (Dhariwal and Nichol
 from __future__ import annotations
 
 import contextlib
+import math
+import os
 import threading
-import tokenize
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,14 +22,13 @@ from torch import Tensor
 
 from LightningDiT.data.image_sets import AGAIN, Classes, ImageSet
 from LightningDiT.data.labels import MOST_DIGITS
-from LightningDiT.errors import LightningDiTError
+from LightningDiT.data.numpy_files import UNREADABLE, read_header, unpacked_bytes
+from LightningDiT.errors import LightningDiTError, first_line, is_out_of_memory
 from LightningDiT.files import atomic_path, check_target, fingerprint, open_regular, remove_leftovers
 
 PIXELS, LABELS = "arr_0", "arr_1"
 MARK = b"images of LightningDiT"  # the archive's comment, by which a file is known for this program's
 MOST_BYTES = 2**31  # of an array that is read at once
-#: What a damaged file raises; NumPy reads a header as if it were Python.
-UNREADABLE = (OSError, ValueError, TypeError, EOFError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile)
 
 
 def write_npz(images: ImageSet, side: int, target: str | Path, each: Callable[[], None], fix: str = AGAIN) -> None:
@@ -80,13 +80,18 @@ def _is_ours(path: Path) -> bool:
 
 @contextlib.contextmanager
 def open_npz(path: Path) -> Iterator[Any]:
-    """Open the arrays of a regular file, each of at most `MOST_BYTES` when it is unpacked; see `reading`."""
+    """Open the arrays of a regular file, each whole and but for the images of at most `MOST_BYTES`; see `reading`."""
     with reading(path), open_regular(path) as stream, np.load(stream) as archive:
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise ValueError("it is a single array")
         for member in archive.zip.infolist():
-            if member.file_size > MOST_BYTES and member.filename != f"{PIXELS}.npy":
-                raise ValueError(f"{member.filename} has {member.file_size} bytes")
+            size = unpacked_bytes(member, os.fstat(stream.fileno()).st_size)
+            if size > MOST_BYTES and member.filename != f"{PIXELS}.npy":
+                raise ValueError(f"{member.filename} has {size} bytes")
+            with archive.zip.open(member) as content:
+                if content.read(len(np.lib.format.MAGIC_PREFIX)) == np.lib.format.MAGIC_PREFIX:
+                    content.seek(0)
+                    read_header(content, size)
         yield archive
 
 
@@ -96,7 +101,11 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except UNREADABLE as error:
-        raise LightningDiTError(f"{path} is no whole .npz file ({error})", "write it again, or fetch it") from error
+        if is_out_of_memory(error):
+            raise
+        raise LightningDiTError(
+            f"{path} is no whole .npz file ({first_line(error)})", "write it again, or fetch it"
+        ) from error
 
 
 def real_numbers(values: np.ndarray) -> Tensor:
@@ -119,11 +128,12 @@ class NpzImages(ImageSet):
     def __init__(self, path: Path) -> None:
         self._path, self._lock = path, threading.Lock()
         with reading(path):
-            self._open()
             with open_npz(path) as archive:
                 labels = _class_numbers(archive[LABELS]) if LABELS in archive.files else None
+            self._open()
         count = self._shape[0] if self._shape else 0
-        if self._shape[3:] != (3,) or self._dtype != np.uint8 or not count or self._by_columns:
+        wrong = self._shape[3:] != (3,) or self._dtype != np.uint8 or self._by_columns
+        if wrong or min(self._shape) < 1:
             raise LightningDiTError(
                 f"{path}: {PIXELS} is {self._dtype} {self._shape}; uint8 (N, H, W, 3) in C order is expected",
                 "write it as ADM's image_sample.py does",
@@ -135,15 +145,15 @@ class NpzImages(ImageSet):
         super().__init__(str(path), count, Classes(labels))
 
     def _open(self) -> None:
-        self._stream: IO[bytes] = zipfile.ZipFile(open_regular(self._path)).open(f"{PIXELS}.npy")  # noqa: SIM115 - `read` goes on
-        version = np.lib.format.read_magic(self._stream)
-        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        self._shape, self._by_columns, self._dtype = header(self._stream)
+        archive = zipfile.ZipFile(open_regular(self._path))  # stays open, since `read` goes on
+        self._stream: IO[bytes] = archive.open(f"{PIXELS}.npy")
+        size = archive.getinfo(f"{PIXELS}.npy").file_size
+        self._shape, self._by_columns, self._dtype = read_header(self._stream, size)
         self._next = 0
 
     def read(self, number: int) -> tuple[Image.Image, int]:
         """Return an image and its class, going on from the last one, or from the start of the file."""
-        size = int(np.prod(self._shape[1:]))
+        size = math.prod(self._shape[1:])
         with self._lock, reading(self._path):
             if number < self._next:
                 self._open()

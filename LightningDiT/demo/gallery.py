@@ -18,7 +18,7 @@ from PIL import Image
 from LightningDiT.config import Config, describe_guidance
 from LightningDiT.console import Progress, StopRequest, printable
 from LightningDiT.demo.choices import Model, sample_program, typed_name
-from LightningDiT.files import atomic_path, check_space, write_text
+from LightningDiT.files import atomic_path, check_space, check_target, holding, write_text
 from LightningDiT.sampling.demo_report import STYLE as REPORT_STYLE
 from LightningDiT.sampling.demo_report import both_languages, escaped, html_row, html_table
 from LightningDiT.sampling.pipeline import LightningDiTPipeline, captions_of
@@ -28,6 +28,8 @@ from LightningDiT.verdict.pictures import STYLE as PLOT_STYLE
 from LightningDiT.verdict.pictures import plot_figure
 
 PAGE, README, IMAGES = "index.html", "README.md", "images"
+#: Text by which each page is known for ours.
+MARKS = {PAGE: "<title>Every class of ", README: "| class 类别 | image 图像 | command 命令 |"}
 GALLERY = "gallery"  # key of the manifest that tells a gallery's images from a run's
 SMALLEST = 128  # pixels; smaller images are enlarged by a whole factor
 LOSSLESS = 64  # pixels of a side up to which images are PNG files; larger ones are WebP, a fifth as large
@@ -115,6 +117,8 @@ def make_gallery(
     Raises:
         LightningDiTError: see `LightningDiTPipeline` and `opened_run`.
     """
+    for name, mark in MARKS.items():
+        check_target(folder / name, holding(mark))
     deadline = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
     pipe = LightningDiTPipeline.from_config(config)
     plan = pipe.plan(1, 1)
@@ -131,8 +135,8 @@ def make_gallery(
                 if stop.asked or time.monotonic() > deadline:
                     break
     there = [entry for entry in entries if _is_there(folder / entry.file)]
-    write_text(folder / PAGE, page_html(model, config, there, seed))
-    write_text(folder / README, page_markdown(model, there, seed))
+    for name, page in ((PAGE, page_html(model, config, there, seed)), (README, page_markdown(model, there, seed))):
+        write_text(folder / name, page, holding(MARKS[name]))
     return len(there), stop.asked
 
 
@@ -174,7 +178,8 @@ def page_html(model: Model, config: Config, entries: Sequence[Entry], seed: int)
     )
     return (
         '<!doctype html>\n<html lang="en" style="color-scheme: light dark">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width">\n<title>{title}</title>\n<style>\n{STYLE}\n</style>\n'
+        f'<meta name="viewport" content="width=device-width">\n{MARKS[PAGE]}{escaped(model.name)}</title>\n'
+        f"<style>\n{STYLE}\n</style>\n"
         f'</head>\n<body style="margin: 0">\n<div class="ldit-report">\n<h1>{both_languages(title, title_zh)}</h1>\n'
         f"<p>{note}</p>\n{html_table(rows)}\n"
         f'<p hidden><label>{both_languages("Search", "搜索")} <input id="search" type="search"></label></p>\n'
@@ -213,7 +218,7 @@ def page_markdown(model: Model, entries: Sequence[Entry], seed: int) -> str:
         f"Seed {seed}; each image starts from the same noise, and the command beside it makes it. "
         f"The same as a page: [{PAGE}]({PAGE}).\n"
         f"种子 {seed}；每张图像从同一噪声开始，旁边的命令可重现它。\n\n"
-        f"| class 类别 | image 图像 | command 命令 |\n|---|---|---|\n{rows}\n"
+        f"{MARKS[README]}\n|---|---|---|\n{rows}\n"
     )
 
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from LightningDiT.checkpoint import inspect, load_weights, save_weights
+from LightningDiT.checkpoint import WRITTEN_BY, inspect, load_weights, save_weights, written_by
 from LightningDiT.config import as_yaml
 from LightningDiT.errors import LightningDiTError
-from LightningDiT.files import write_text
+from LightningDiT.files import check_target, holding, refuse_inputs, write_text
 from LightningDiT.formats import diffusers_vae
 from LightningDiT.tokenizer.autoencoder import AutoencoderSettings
 from LightningDiT.tokenizer.config import TokenizerConfig, tokenizer_values
@@ -21,6 +22,9 @@ from LightningDiT.tokenizer.latents import METADATA_KEYS, LatentStats
 from LightningDiT.tokenizer.vavae import TRAINING_PREFIXES, autoencoder_settings, check_tokenizer_file
 
 OLDEST = "0.32.2"  # release of diffusers that reads what is written here
+TOOL = "convert_tokenizer"
+#: Mark of config.json as it is written here, in earlier releases too; diffusers sorts its keys.
+UNSORTED = f'"_class_name": "{diffusers_vae.CLASS_NAME}",\n  "_diffusers_version": "{OLDEST}",\n  "in_channels": '
 WEIGHTS, YAML, STATS = "tokenizer.safetensors", "tokenizer.yaml", "latents_stats.pt"  # of our layout
 
 
@@ -75,6 +79,25 @@ def diffusers_config(settings: AutoencoderSettings, stats: LatentStats | None, t
     return config
 
 
+def check_target_folder(folder: Path, back: bool, inputs: Iterable[str | Path | None]) -> None:
+    """Raise LightningDiTError if `to_diffusers` or `from_diffusers` would replace a file that no conversion wrote.
+
+    Args:
+        back: `from_diffusers` writes.
+        inputs: files that are read, see `refuse_inputs`.
+    """
+    weights = folder / (WEIGHTS if back else diffusers_vae.WEIGHTS[0])
+    listed, of_tool = folder / diffusers_vae.CONFIG_NAME, written_by(TOOL)
+
+    def ours(path: Path) -> bool:
+        """Weights carry the tool's name; the other files have that of the weights, or the order of our keys."""
+        return of_tool(weights) or (not back and holding(UNSORTED)(listed))
+
+    for path in (weights, folder / STATS, folder / YAML) if back else (weights, listed):
+        refuse_inputs(path, inputs)
+        check_target(path, ours)
+
+
 def to_diffusers(config: TokenizerConfig, weights: str | Path, stats: LatentStats | None, folder: Path | None) -> str:
     """Write a tokenizer as a folder that diffusers' `AutoencoderKL.from_pretrained` loads, and say what it holds.
 
@@ -97,7 +120,7 @@ def to_diffusers(config: TokenizerConfig, weights: str | Path, stats: LatentStat
     values = diffusers_config(settings, stats, told)
     if folder is not None:
         diffusers_vae.folder_of(folder)  # refuses that of another class
-        save_weights(named, folder / diffusers_vae.WEIGHTS[0], {"format": "pt"})
+        save_weights(named, folder / diffusers_vae.WEIGHTS[0], {"format": "pt", WRITTEN_BY: TOOL})
         write_text(folder / diffusers_vae.CONFIG_NAME, json.dumps(values, indent=2) + "\n")
     filled = f", {told['latent_channels'] - settings.embed_dim} of them filled up by zeros"
     channels = (
@@ -119,7 +142,7 @@ def from_diffusers(config: TokenizerConfig, weights: str | Path, stats: LatentSt
     check_tokenizer_file(config, weights)
     tensors = load_weights(weights)
     if folder is not None:
-        save_weights(tensors, folder / WEIGHTS, stats.as_metadata() if stats else {})
+        save_weights(tensors, folder / WEIGHTS, {**(stats.as_metadata() if stats else {}), WRITTEN_BY: TOOL})
         if stats:
             stats.save(folder / STATS)
         write_text(folder / YAML, as_yaml({"ckpt_path": WEIGHTS, **tokenizer_values(config)}))

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from LightningDiT.checkpoint import save_weights
 from LightningDiT.config import Config, as_dict, as_yaml
-from LightningDiT.files import write_text
+from LightningDiT.files import check_target, holding, refuse_inputs, write_text
 from LightningDiT.formats import diffusers_vae
 from LightningDiT.hub.repository import CONFIG_NAME, without_files
 from LightningDiT.interop.autoencoder_kl import OLDEST, diffusers_config
@@ -35,8 +36,10 @@ CODE = {
     UNET: "lightningdit_unet",
 }
 INDEX, SOLVERS_NAME, WEIGHTS = "model_index.json", "solvers.yaml", diffusers_vae.WEIGHTS[0]
+NETWORKS = ("transformer", "guide", "vae")
+MARK = "Code of LightningDiT for diffusers"  # in each module, and so a mark of the folder
 #: Imports one class; diffusers would name the missing package by its module.
-SOURCE = '''"""Code of LightningDiT for diffusers, which loads it with trust_remote_code=True."""
+SOURCE = '''"""{mark}, which loads it with trust_remote_code=True."""
 
 try:
     from LightningDiT.interop.pipeline import {name}
@@ -47,12 +50,28 @@ __all__ = ["{name}"]
 '''
 
 
+def check_pipeline_folder(folder: Path, inputs: Iterable[str | Path | None]) -> None:
+    """Raise LightningDiTError if `write_pipeline` would replace a file, unless it began or wrote this folder itself.
+
+    Args:
+        inputs: files that the command reads, see `refuse_inputs`.
+    """
+    modules = [f"{part}/{CODE[name]}.py" for part in NETWORKS[:2] for name in (TRANSFORMER, UNET)]
+    of_networks = [f"{part}/{name}" for part in NETWORKS for name in (WEIGHTS, diffusers_vae.CONFIG_NAME)]
+    of_solver = [f"solver/{name}" for name in (CONFIG_NAME, SOLVERS_NAME, f"{CODE[SOLVER]}.py")]
+    main = folder / f"{CODE[PIPELINE]}.py"
+    for name in (INDEX, main.name, *modules, *of_networks, *of_solver):
+        refuse_inputs(folder / name, inputs)
+        check_target(folder / name, lambda _: holding(MARK)(main))
+
+
 def write_pipeline(pipe: LightningDiTPipeline, folder: Path) -> None:
     """Write the parts of a pipeline into `folder` as they are in memory.
 
     Raises:
         LightningDiTError: diffusers has no such tokenizer, or the folder cannot be written.
     """
+    write_module(folder, PIPELINE)  # the first file, by which a folder is known that was not finished
     vae, stats = folder / "vae", pipe.tokenizer.stats
     named, told = diffusers_vae.theirs(pipe.tokenizer.model.state_dict())
     sizes = diffusers_config(pipe.tokenizer.model.settings, stats, told)
@@ -106,7 +125,7 @@ def write_code(folder: Path, network: str, guided: bool) -> None:
     """Write model_index.json and the modules that it names."""
     classes = {"": PIPELINE, "transformer": network, "solver": SOLVER, **({"guide": network} if guided else {})}
     for part, name in classes.items():
-        write_text(folder / part / f"{CODE[name]}.py", SOURCE.format(name=name))
+        write_module(folder / part, name)
     index = {
         "_class_name": [CODE[PIPELINE], PIPELINE],
         "_diffusers_version": OLDEST,
@@ -116,6 +135,11 @@ def write_code(folder: Path, network: str, guided: bool) -> None:
         "vae": ["diffusers", diffusers_vae.CLASS_NAME],
     }
     write_json(folder / INDEX, index)
+
+
+def write_module(folder: Path, name: str) -> None:
+    """Write the module that imports the class `name` of ours."""
+    write_text(folder / f"{CODE[name]}.py", SOURCE.format(mark=MARK, name=name))
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

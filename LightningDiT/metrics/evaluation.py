@@ -19,11 +19,11 @@ from LightningDiT.data.image_sets import LISTED, Classes, ImageSet
 from LightningDiT.data.labels import CLASS_NAMES, balance_of, match
 from LightningDiT.data.npz import check_npz_target, write_npz
 from LightningDiT.errors import LightningDiTError, import_package
-from LightningDiT.files import disk_errors, write_text
+from LightningDiT.files import disk_errors, holding, json_with, require_replaceable, write_text
 from LightningDiT.metrics.by_class import Labelled, accuracy, class_table
 from LightningDiT.metrics.cache import cached_activations, digest
 from LightningDiT.metrics.extractors import Activations, Extractor, make_extractor
-from LightningDiT.metrics.figure import save_figure
+from LightningDiT.metrics.figure import MARK, save_figure
 from LightningDiT.metrics.neighbours import memorisation, neighbour_picture
 from LightningDiT.metrics.scores import (
     FEW,
@@ -106,12 +106,23 @@ class Evaluation:
     def save(self, folder: Path) -> str:
         """Write report and figure into `folder`, and return a line that names them."""
         report = self.report
+        check_results(folder)  # again, since hours may have passed
         write_text(folder / REPORT, json.dumps(report, indent=1) + "\n")
         count, samples, reference = report["samples"]["count"], report["samples"]["from"], report["reference"]["from"]
         title = f"{count} images of {samples} against {reference}\nlabels: {report['samples']['labels']}"
         if save_figure(folder / FIGURE, title, self.scores, report["classes"], self.picture):
             return f"wrote {folder / REPORT} and {folder / FIGURE}"
         return f"wrote {folder / REPORT}; no picture, matplotlib is missing: pip install matplotlib"
+
+
+def check_results(folder: Path) -> None:
+    """Raise LightningDiTError if report or figure would replace a file that no evaluation wrote.
+
+    Figures of earlier releases have no mark, and are known by the report beside them.
+    """
+    is_report, is_figure = json_with("samples", "reference", "features", "scores"), holding(MARK)
+    require_replaceable(folder / REPORT, ours=is_report)
+    require_replaceable(folder / FIGURE, ours=lambda path: is_figure(path) or is_report(folder / REPORT))
 
 
 def _cell(value: float | None) -> str:
@@ -124,6 +135,7 @@ def evaluate(settings: EvaluationSettings) -> Evaluation:
     Raises:
         LightningDiTError: images, statistics or the network cannot be had, or do not fit one another.
     """
+    check_results(settings.output)
     import_package("torch_fidelity", "FID, Inception Score, precision and recall", FIDELITY_PIN)
     samples, reference = open_images(settings.samples, settings.size), open_source(settings.reference, settings.size)
     training = open_images(settings.training, settings.size) if settings.training else None

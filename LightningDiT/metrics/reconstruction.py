@@ -19,7 +19,7 @@ from torch import Tensor
 from LightningDiT.console import Progress
 from LightningDiT.data.image_sets import ImageSet, evenly_spaced
 from LightningDiT.errors import LightningDiTError, import_package
-from LightningDiT.files import disk_errors, write_text
+from LightningDiT.files import disk_errors, json_with, require_replaceable, write_text
 from LightningDiT.images import levels_of, save_reconstructions, to_float, to_uint8, with_channels
 from LightningDiT.metrics.extractors import INCEPTION, Extractor, make_extractor
 from LightningDiT.metrics.formulas import frechet_distance, psnr, ridge_error, squared_error, uniformity
@@ -300,6 +300,9 @@ def evaluate_reconstructions(settings: ReconstructionSettings) -> list[str]:
         LightningDiTError: no weights are named, the images cannot be opened, or a required measure cannot be had.
     """
     config, folder = load_tokenizer_config(settings.config), settings.output
+    is_report = json_with("tokenizer", "weights", "source")
+    for name in (REPORT, PICTURE):  # the picture is known by the report beside it, which is written first
+        require_replaceable(folder / name, ours=lambda _: is_report(folder / REPORT))
     weights = settings.weights or config.ckpt_path
     if not weights:
         raise LightningDiTError(f"{config.source} names no ckpt_path", "give --weights FILE")
@@ -313,9 +316,9 @@ def evaluate_reconstructions(settings: ReconstructionSettings) -> list[str]:
     side = min(images.batch(numbers[:1]).pixels.shape[-2:]) if settings.levels else tokenizer.img_size
     measures = make_measures(side, len(numbers), *files, distance_required=required)
     report, pairs = _measured(tokenizer, measures, images, numbers, settings.batch_size)
-    save_reconstructions(*pairs, folder / PICTURE)
     origin = {"tokenizer": config.source, "weights": str(weights), "source": images.source}
     write_text(folder / REPORT, json.dumps({**origin, **report, "notes": measures.notes}, indent=2) + "\n")
+    save_reconstructions(*pairs, folder / PICTURE)
     notes = [f"note: {note}" for note in measures.notes]
     return [*report_lines(report), *notes, f"wrote {folder / REPORT} and {folder / PICTURE}"]
 

@@ -6,7 +6,8 @@ import functools
 import hashlib
 import io
 import math
-import zipfile
+import struct
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,16 +15,20 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
 
 from LightningDiT.data.image_files import LONGEST, WHITE_16_BIT, open_image
-from LightningDiT.errors import import_package
+from LightningDiT.data.numpy_files import UNREADABLE, read_header, unpacked_bytes
+from LightningDiT.errors import first_line, import_package, is_out_of_memory
 from LightningDiT.files import atomic_path, open_regular
 
 ARRAYS = (".npy", ".npz", ".mat")
 #: Arrays beside that of the windows that say, for each of them, whose it is.
 KEYS = ("person", "condition", "recording", "number", "part")
 MOST_BYTES = 2**31  # of a file of arrays, packed or not
+TOO_LARGE = "it unpacks to more than 2 GB"
+PIECE = 2**16  # bytes that are unpacked at once
+MAT_HEADER, MAT_PACKED = 128, 15  # bytes before the first element of a .mat file; the type of packed elements
 SCIPY_PIN = "scipy==1.17.1"
 FEWEST = 8  # native columns that are looked for
 NEAR = 2  # columns more and less that a number is compared with
@@ -105,15 +110,22 @@ def _content(path: Path) -> dict[str, NDArray[Any]]:
     if kind == ".mat":
         return _matlab(memory, data)
     try:
-        loaded = np.load(memory, allow_pickle=False)
         if kind == ".npz":
-            with loaded as archive:
-                if sum(member.file_size for member in archive.zip.infolist()) > MOST_BYTES:
-                    raise ValueError("it unpacks to more than 2 GB")
+            with np.load(memory, allow_pickle=False) as archive:
+                members = archive.zip.infolist()
+                if sum(unpacked_bytes(member, len(data)) for member in members) > MOST_BYTES:
+                    raise ValueError(TOO_LARGE)
+                for member in members:
+                    with archive.zip.open(member) as stream:
+                        read_header(stream, member.file_size)
                 return {name: archive[name] for name in archive.files}
-    except (EOFError, SyntaxError, zipfile.BadZipFile, zipfile.LargeZipFile, AttributeError, TypeError) as error:
-        raise ValueError(f"it is no whole {kind} file ({error})") from error
-    return {"array": loaded}
+        read_header(memory, len(data))
+        memory.seek(0)
+        return {"array": np.lib.format.read_array(memory, allow_pickle=False)}
+    except UNREADABLE as error:
+        if is_out_of_memory(error) or str(error) == TOO_LARGE:
+            raise
+        raise ValueError(f"it is no whole {kind} file ({first_line(error)})") from error
 
 
 def _matlab(memory: io.BytesIO, data: bytes) -> dict[str, NDArray[Any]]:
@@ -121,10 +133,43 @@ def _matlab(memory: io.BytesIO, data: bytes) -> dict[str, NDArray[Any]]:
     if data[:8] == b"\x89HDF\r\n\x1a\n" or b"MATLAB 7.3" in data[:128]:
         raise ValueError("it is a MATLAB 7.3 file, write it by save(..., '-v7')")
     try:
+        if _matlab_bytes(data) > MOST_BYTES:
+            raise ValueError(TOO_LARGE)
         loaded = scipy_io.loadmat(memory)
     except Exception as error:  # arbitrary bytes make scipy's reader fail in arbitrary ways
-        raise ValueError(f"it is no whole .mat file ({error})") from error
+        if str(error) == TOO_LARGE:
+            raise
+        raise ValueError(f"it is no whole .mat file ({first_line(error)})") from error
     return {name: array for name, array in loaded.items() if isinstance(array, np.ndarray)}
+
+
+def _matlab_bytes(data: bytes) -> int:
+    """Return the bytes of a .mat file with its elements unpacked, counted to little more than `MOST_BYTES`.
+
+    An element has its type and its length in two numbers of 4 bytes before it (MATLAB, MAT-File Format, version 5).
+    Files of version 4 have nothing packed, and a zero in their first four bytes.
+    """
+    if 0 in data[:4]:
+        return len(data)
+    numbers = struct.Struct("<II" if data[MAT_HEADER - 2 : MAT_HEADER] == b"IM" else ">II")
+    at, total = MAT_HEADER, len(data)
+    while at + numbers.size <= len(data) and total <= MOST_BYTES:
+        kind, length = numbers.unpack_from(data, at)
+        at += numbers.size
+        total += _unpacked_length(data[at : at + length], MOST_BYTES - total) if kind == MAT_PACKED else 0
+        at += length
+    return total
+
+
+def _unpacked_length(packed: bytes, most: int) -> int:
+    """Return how many bytes a zlib stream unpacks to, counted to little more than `most`, in little memory."""
+    unpacker, total = zlib.decompressobj(), 0
+    for start in range(0, len(packed), PIECE):
+        piece = packed[start : start + PIECE]
+        while piece and total <= most:
+            total += len(unpacker.decompress(piece, PIECE))
+            piece = unpacker.unconsumed_tail
+    return total
 
 
 @dataclass(frozen=True)
@@ -136,12 +181,14 @@ class Raw:
         values: (H, W) float32: dB of an array, levels in 0 to 1 of a grey image; else None.
         in_db: whether `values` are dB.
         digest: of the pixels or values.
+        is_turned: whether the file asks viewers to turn or mirror the pixels (EXIF); they are here as stored.
     """
 
     pixels: NDArray[np.uint8] | None
     values: Levels | None
     in_db: bool
     digest: str
+    is_turned: bool = False
 
     @property
     def size(self) -> tuple[int, int]:
@@ -164,18 +211,28 @@ def read_raw(file: Path, index: int | None) -> Raw:
         if max(image.size) > LONGEST * min(image.size):
             raise ValueError(f"it has {image.width}x{image.height} pixels")
         if image.mode == "F" or image.mode.startswith("I"):
-            array = np.asarray(image)
+            array, is_turned = np.asarray(image), _is_turned(image)
             if image.mode == "F":
-                return Raw(None, array.astype(np.float32), True, _digest(array))
+                return Raw(None, array.astype(np.float32), True, _digest(array), is_turned)
             if array.min() < 0 or array.max() > WHITE_16_BIT:
                 raise ValueError(f"its pixels reach from {array.min()} to {array.max()}, beyond 16 bits")
-            return Raw(None, (array / WHITE_16_BIT).astype(np.float32), False, _digest(array))
-        array = np.asarray(image if image.mode == "L" else image.convert("RGB"))
+            return Raw(None, (array / WHITE_16_BIT).astype(np.float32), False, _digest(array), is_turned)
+        array, is_turned = np.asarray(image if image.mode == "L" else image.convert("RGB")), _is_turned(image)
     if array.ndim == 3 and not (array != array[..., :1]).any():
         array = array[..., 0]
     if array.ndim == 2:
-        return Raw(None, (array / 255).astype(np.float32), False, _digest(array))
-    return Raw(array, None, False, _digest(array))
+        return Raw(None, (array / 255).astype(np.float32), False, _digest(array), is_turned)
+    return Raw(array, None, False, _digest(array), is_turned)
+
+
+def _is_turned(image: Image.Image) -> bool:
+    """Return whether the EXIF data of a loaded image have an orientation other than 1, the pixels as stored."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+    except MemoryError:
+        raise
+    except Exception:  # arbitrary bytes make Pillow's reader fail in arbitrary ways; the pixels may be whole
+        return False
 
 
 def _digest(array: NDArray[Any]) -> str:

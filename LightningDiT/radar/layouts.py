@@ -13,18 +13,25 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from LightningDiT.data.image_files import PACKED, UNPACK, find_images, shown
+from LightningDiT.data.image_files import PACKED, UNPACK, find_images
 from LightningDiT.data.labels import natural_key
 from LightningDiT.errors import LightningDiTError, first_line
 from LightningDiT.files import read_text
-from LightningDiT.radar.arrays import ARRAYS, open_arrays
-from LightningDiT.radar.naming import WARNING, guess, one_person, part_of, without_part
+from LightningDiT.radar.arrays import ARRAYS, ArrayFile, open_arrays
+from LightningDiT.radar.naming import WARNING, guess, one_person, part_of, told, without_part
 
 LISTS = (".csv", ".tsv", ".txt")
+NUMBER = r"-?\d{1,15}(\.0*)?"  # whole, as text
 OTHER_SPLIT = "data_split.json"
 OWN_FILES = (OTHER_SPLIT, "split.json", "manifest.json", "walkers.json")  # of this project and of others
 GROUPS = {"person", "condition", "recording", "number", "part", "run"}
+KNOWN = ("path", *sorted(GROUPS))  # columns of a list
 DATA_FIX = "name the folder that holds ID_1, ID_2, ..."
+LIST_FIX = "correct the list"
+MOST_DIGITS = 15  # of the number in the name of a person
+MOST_LETTERS = 4096  # of a path in a list, as systems have them; patterns take long for longer ones
+DIGITS = "0123456789"
+MISSING_TOLD = 10
 NAME_FIX = r"give --pattern '(?P<person>ID_\d+)/.*?(?P<number>\d+)\.jpg' as your files are called"
 
 
@@ -114,7 +121,10 @@ def collect(data: Path, pattern: str | None = None) -> Collected:
     rows, used = _with_names(rows, expression, notes)
     windows = _numbered(rows, notes)
     if not windows:
-        raise LightningDiTError(f"{data} has no window that can be read ({len(damaged)} damaged files)", DATA_FIX)
+        first = f", the first {told(damaged[0][0])}: {damaged[0][1]}" if damaged else ""
+        raise LightningDiTError(
+            f"{data} has no window that can be read ({len(damaged)} damaged files{first})", DATA_FIX
+        )
     windows = _without_restarts(windows, not data.is_dir(), notes)
     notes += _one_person(windows)
     windows.sort(key=lambda window: (*map(natural_key, window.group), window.number, window.name))
@@ -125,7 +135,7 @@ def _one_person(windows: Iterable[Window]) -> Iterator[str]:
     """Yield a warning for names that may be those of one person, who would be several classes."""
     for names in one_person(sorted({window.person for window in windows}, key=natural_key)).values():
         yield (
-            f"{WARNING}{', '.join(map(shown, names))} may be one person and count as {len(names)}: if so, rename the"
+            f"{WARNING}{', '.join(map(told, names))} may be one person and count as {len(names)}: if so, rename the"
             " folders, or state people by --pattern or a list"
         )
 
@@ -163,13 +173,26 @@ def _listed(listing: Path) -> list[dict[str, str]]:
             "begin it with `path,person,number`",
         )
     reader.fieldnames = ["part" if name == "split" else name for name in names]
-    rows = []
+    for name, count in Counter(reader.fieldnames).items():
+        if count > 1 and name in KNOWN:
+            raise LightningDiTError(f"the list {listing} has {count} columns {name}, one is expected", LIST_FIX)
+    rows, lines = [], {}
     try:
         for row in reader:
-            kept = {key: (row[key] or "").strip() for key in ("path", *GROUPS) if isinstance(row.get(key), str)}
-            if kept.get("path"):
-                kept["path"] = PureWindowsPath(kept["path"]).as_posix() if "\\" in kept["path"] else kept["path"]
-                rows.append(kept | {"line": f"line {reader.line_num}"})
+            kept = {key: (row[key] or "").strip() for key in KNOWN if isinstance(row.get(key), str)}
+            if length := len(kept.get("path", "")):
+                if length > MOST_LETTERS:
+                    raise LightningDiTError(
+                        f"line {reader.line_num} of the list {listing} has a path of {length} characters, at most"
+                        f" {MOST_LETTERS} are expected",
+                        LIST_FIX,
+                    )
+                path = PureWindowsPath(kept["path"]).as_posix() if "\\" in kept["path"] else kept["path"]
+                rows.append(kept | {"path": path, "line": f"line {reader.line_num}"})
+                if (first := lines.setdefault(path, reader.line_num)) != reader.line_num:
+                    raise LightningDiTError(
+                        f"lines {first} and {reader.line_num} of the list {listing} both name {told(path)}", LIST_FIX
+                    )
     except csv.Error as error:
         raise LightningDiTError(
             f"the list {listing} is no table ({error})", "begin it with `path,person,number`"
@@ -189,19 +212,42 @@ def _with_arrays(root: Path, rows: Iterable[dict[str, str]]) -> tuple[list[dict[
         except (OSError, ValueError) as error:
             damaged.append((row["path"], first_line(error)))
             continue
-        if opened.single:
-            found.append(row | {key: column[0] for key, column in opened.columns.items()})
-            continue
-        for index in range(len(opened.windows)):
-            own = {key: column[index] for key, column in opened.columns.items()}
-            # a list may name one array once for all of its windows
-            found.append(
-                {"number": str(index), "recording": PurePosixPath(row["path"]).stem}
-                | {key: value for key, value in row.items() if key != "number"}
-                | own
-                | {"index": str(index)}
-            )
+        found += _array_rows(row, opened)
     return found, damaged
+
+
+def _array_rows(row: dict[str, str], opened: ArrayFile) -> Iterator[dict[str, str]]:
+    """Yield a row for each window of an array; a list may name one array once for all of its windows.
+
+    Raises:
+        LightningDiTError: the list says something else of a window than the array does, or one number for several.
+    """
+    count, stem = len(opened.windows), PurePosixPath(row["path"]).stem
+    if row.get("number") and count > 1:
+        raise LightningDiTError(
+            f"{row['line']} gives the running number {told(row['number'])} to the {count} windows of"
+            f" {told(row['path'])}, whose array `number` would have one for each",
+            LIST_FIX,
+        )
+    listed = {key: value for key, value in row.items() if value}
+    for index in range(count):
+        own = {key: column[index] for key, column in opened.columns.items() if column[index]}
+        for key, value in own.items():
+            if key in listed and _meaning(key, value) != _meaning(key, listed[key]):
+                raise LightningDiTError(
+                    f"{row['line']} says {key} {told(listed[key])}, and window {index} of {told(row['path'])} itself"
+                    f" says {told(value)}",
+                    LIST_FIX,
+                )
+        place = {"number": str(index), "recording": stem, "index": str(index)} if not opened.single else {}
+        yield row | place | listed | own
+
+
+def _meaning(key: str, text: str) -> str | float:
+    """Return a value of a list or an array as it counts: 7.0 is the number 7, and train is training."""
+    if key == "number" and re.fullmatch(NUMBER, text):
+        return float(text)
+    return (part_of(text) or text) if key == "part" else text
 
 
 def _with_names(
@@ -218,7 +264,7 @@ def _with_names(
     if chosen is None:
         if named:  # a list without numbers
             return rows, ""
-        example = shown(next(iter(paths)))
+        example = told(next(iter(paths)))
         raise LightningDiTError(f"no known pattern fits the names of the files, such as {example}", NAME_FIX)
     complete, odd = [], []
     for row in rows:
@@ -230,21 +276,25 @@ def _with_names(
         names = [said.pop(key).strip() for key in ("run", "recording") if key in said]
         complete.append(said | {"recording": "/".join(filter(None, names))} | row)
     if not complete:
-        raise LightningDiTError(f"the pattern fits none of {len(odd)} files, such as {shown(odd[0])}", NAME_FIX)
+        raise LightningDiTError(f"the pattern fits none of {len(odd)} files, such as {told(odd[0])}", NAME_FIX)
     strangers = [row["path"] for row in complete if _names_another(row)]
     if strangers:
-        notes.append(f"{len(strangers)} files have another person's number in their name: {shown(strangers[0])}")
+        notes.append(f"{len(strangers)} files have another person's number in their name: {told(strangers[0])}")
     if odd:
-        some = ", ".join(map(shown, odd[:3]))
+        some = ", ".join(map(told, odd[:3]))
         notes.append(f"passed over {len(odd)} files whose names the pattern does not fit: {some}")
     return complete, chosen.pattern
 
 
 def _names_another(row: Mapping[str, str]) -> bool:
     """Return whether a file is called ID8_... and lies with the windows of another person."""
-    named = re.match(r"(?i:id)[_-]?(\d+)[_-]", PurePosixPath(row["path"]).name)
-    own = re.search(r"(\d+)$", row["person"])
-    return bool(named and own and int(named[1]) != int(own[1]))
+    named = re.match(r"(?i:id)[_-]?([0-9]+)[_-]", PurePosixPath(row["path"]).name)
+    own = _trailing_digits(row["person"])
+    return bool(named and own and named[1].lstrip("0") != own.lstrip("0"))  # Python makes no integers of long texts
+
+
+def _trailing_digits(name: str) -> str:
+    return name[len(name.rstrip(DIGITS)) :]
 
 
 def _numbered(rows: Sequence[dict[str, str]], notes: list[str]) -> list[Window]:
@@ -261,15 +311,15 @@ def _numbered(rows: Sequence[dict[str, str]], notes: list[str]) -> list[Window]:
     windows = []
     for at, row in enumerate(rows):
         number = row.get("number") or str(own[at])
-        if not re.fullmatch(r"-?\d{1,15}(\.0*)?", number):
+        if not re.fullmatch(NUMBER, number):
             raise LightningDiTError(
-                f"{shown(row['path'])}{', ' + row['line'] if 'line' in row else ''} has the running number"
+                f"{told(row['path'])}{', ' + row['line'] if 'line' in row else ''} has the running number"
                 f" {number[:40]!r}, a whole number was expected",
                 NAME_FIX,
             )
         if not row.get("person"):
             where = row.get("line", "")
-            raise LightningDiTError(f"{shown(row['path'])} has no person {where}".rstrip(), NAME_FIX)
+            raise LightningDiTError(f"{told(row['path'])} has no person {where}".rstrip(), NAME_FIX)
         given = row.get("part", "")
         part = part_of(given) or given or without_part(row["path"])[1]
         condition, recording = row.get("condition", ""), row.get("recording", "")
@@ -337,18 +387,24 @@ def _empty(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(found, key=natural_key))
 
 
-def missing_people(people: Sequence[str], count: int | None = None) -> list[str]:
-    """Return the names that a row of numbered people lacks, up to `count` or the highest number."""
-    numbered = [re.fullmatch(r"(.*?)(\d+)", name) for name in people]
-    if not people or not all(numbered) or len({match[1] for match in numbered if match}) != 1:
-        return []
-    prefix, width = numbered[0][1], min(len(match[2]) for match in numbered)
-    have = {int(match[2]) for match in numbered}
+def missing_people(people: Sequence[str], count: int | None = None) -> tuple[list[str], int]:
+    """Return the first names that a row of numbered people lacks, at most `MISSING_TOLD`, and how many it lacks.
+
+    Args:
+        count: the number that the row goes up to; by default the highest one, unless that is of a register, which no
+            row has in full.
+    """
+    digits = [_trailing_digits(name) for name in people]
+    prefixes = {name[: len(name) - len(own)] for name, own in zip(people, digits, strict=True)}
+    if len(prefixes) != 1 or not all(0 < len(own) <= MOST_DIGITS for own in digits):
+        return [], 0
+    [prefix], width, have = prefixes, min(map(len, digits)), {*map(int, digits)}
     last = count or max(have)
-    if last > 10 * len(have) + 100:  # numbers of a register, which no row has in full
-        return []
-    first = min(1, min(have))
-    return [f"{prefix}{number:0{width}d}" for number in range(first, last + 1) if number not in have]
+    if count is None and last > 10 * len(have) + 100:
+        return [], 0
+    missing = (number for number in range(min(1, *have), last + 1) if number not in have)
+    names = [f"{prefix}{number:0{width}d}" for number in itertools.islice(missing, MISSING_TOLD)]
+    return names, last + 1 - min(1, *have) - sum(number <= last for number in have)
 
 
 def other_split(root: Path, windows: Sequence[Window]) -> tuple[dict[str, str], str]:
@@ -361,26 +417,35 @@ def other_split(root: Path, windows: Sequence[Window]) -> tuple[dict[str, str], 
     if not file.is_file():
         return {}, ""
     try:
-        content = json.loads(read_text(file))
+        leaves = list(_leaves(json.loads(read_text(file)), ""))
     except (OSError, ValueError, RecursionError) as error:
         return {}, f"{OTHER_SPLIT} cannot be read ({first_line(error)})"
-    leaves = list(_leaves(content, ""))
     by_text: dict[str, list[Window]] = defaultdict(list)
     for window in windows:
         path = PurePosixPath(window.file)
         for text in {window.file, path.name, path.stem, window.person}:
             by_text[text].append(window)
-    parts, unknown = {}, 0
+    deepest = max((text.count("/") for text in by_text), default=0)
+    said: dict[str, str] = {}  # by the text of windows, the last entry last
+    unknown = 0
     for text, part in leaves:
-        posix = PureWindowsPath(text).as_posix() if "\\" in text else text
-        tails = [posix, *(posix.split("/", cut)[-1] for cut in range(1, posix.count("/") + 1))]
-        hits = next((by_text[tail] for tail in tails if tail in by_text), [])
-        unknown += not hits
-        parts |= {window.name: part for window in hits}
+        known = next((tail for tail in _tails(text, deepest) if tail in by_text), None)
+        unknown += known is None
+        if known is not None:
+            said.pop(known, None)
+            said[known] = part
+    parts = {window.name: part for known, part in said.items() for window in by_text[known]}
     note = f"{unknown} of {len(leaves)} entries of {OTHER_SPLIT} name no window that is there" if unknown else ""
     if not leaves:
         note = f"{OTHER_SPLIT} has no lists of files under train, validation or test: it was not compared"
     return parts, note
+
+
+def _tails(text: str, deepest: int) -> Iterator[str]:
+    """Yield the ends of a path that have at most `deepest` slashes, the longest first."""
+    posix = PureWindowsPath(text).as_posix() if "\\" in text else text
+    names = posix.rsplit("/", deepest + 1)
+    yield from ("/".join(names[at:]) for at in range(max(0, len(names) - deepest - 1), len(names)))
 
 
 def _leaves(content: object, part: str) -> Iterable[tuple[str, str]]:

@@ -181,13 +181,14 @@ def _checked_numbers(files: _Files, size: Any, db_range: Any) -> tuple[float, fl
 
 def again(split: Split, split_file: Path, levels: Path) -> str:
     """Return the command that writes the levels of a split; options of other settings are those of the first run."""
-    whole = Path(
-        str(split.settings.get(PARENT_FILE, split_file))
-    )  # not the restricted split, which step 5 does not write
-    data, output, folder = (shlex.quote(str(path)) for path in (split.data, whole.parent, levels))
-    seed, folds = split.settings.get("seed", 0), split.folds
-    more = f" --seed {seed}" * (seed != 0) + f" --folds {folds}" * (folds != FOLDS)
-    return f"python step5_prepare_spectrograms.py --data {data} --output {output}{more} --write {folder}"
+    # not the restricted split, which step 5 does not write
+    whole = Path(split.settings.get(PARENT_FILE, split_file))
+    words = ["python", "step5_prepare_spectrograms.py", "--data", split.data, "--output", str(whole.parent)]
+    if seed := split.settings.get("seed", 0):
+        words += ["--seed", str(seed)]
+    if split.folds != FOLDS:
+        words += ["--folds", str(split.folds)]
+    return shlex.join([*words, "--write", str(levels)])  # quoted: the split's texts may be a stranger's
 
 
 # ---- the numbers of people and conditions

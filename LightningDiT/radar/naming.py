@@ -8,7 +8,9 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from LightningDiT.console import printable
 from LightningDiT.data.image_files import shown
 from LightningDiT.data.labels import natural_key
 
@@ -20,35 +22,9 @@ PARTS = {
     **dict.fromkeys(("测试", "測試", "评估", "評估", "评测"), "test"),
 }
 FILLERS = (
-    *(
-        "dataset",
-        "datasets",
-        "data",
-        "set",
-        "split",
-        "subset",
-        "images",
-        "image",
-        "imgs",
-        "files",
-        "samples",
-        "windows",
-    ),
-    *(
-        "spectrograms",
-        "数据集",
-        "數據集",
-        "样本集",
-        "图像集",
-        "数据",
-        "數據",
-        "样本",
-        "图像",
-        "图片",
-        "部分",
-        "集",
-        "组",
-    ),
+    *("dataset", "datasets", "data", "set", "split", "subset", "images", "image", "imgs", "files", "samples"),
+    *("windows", "spectrograms", "数据集", "數據集", "样本集", "图像集", "数据", "數據", "样本", "图像", "图片"),
+    *("部分", "集", "组"),
 )
 _WORDS = "id|person|subject|subj|sub|user|walker|people|participant|volunteer"
 _STEMS = "甲乙丙丁戊己庚辛壬癸"
@@ -86,6 +62,15 @@ ENOUGH = 0.9  # share of the files that a layout must fit
 MANY = 0.8  # share of the names of a level that have a condition's word, from which on it holds conditions
 PATTERN = "--pattern states another reading"
 WARNING = "warning: "  # begins a note that asks for a look
+LINE_ENDS = "[\t\n\r\u2028\u2029]"  # and tabs, which `printable` leaves
+MOST_TOLD = 160  # letters of a name in a message
+
+
+def told(name: str | Path, most: int = MOST_TOLD) -> str:
+    """Return a name as a message shows it: in one line, and a long one without its middle."""
+    text = re.sub(LINE_ENDS, "?", printable(shown(name)))
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
 
 
 @dataclass(frozen=True)
@@ -226,8 +211,8 @@ def _noted_rival(best: Reading, rivals: Sequence[Reading]) -> Iterator[str]:
     sure = len(best.people) > len(other.people)
     if not sure or not {*other.people} <= best.runs:  # of runs there is a note of their own
         yield (
-            f"{'' if sure else WARNING}names such as {shown(best.people[0])} ({len(best.people)} of them) are taken"
-            f" for people, and not those such as {shown(other.people[0])} ({len(other.people)}); {PATTERN}"
+            f"{'' if sure else WARNING}names such as {told(best.people[0])} ({len(best.people)} of them) are taken"
+            f" for people, and not those such as {told(other.people[0])} ({len(other.people)}); {PATTERN}"
         )
 
 
@@ -235,9 +220,9 @@ def _noted_folders(best: Reading) -> Iterator[str]:
     """Yield lines about folders that are no people, conditions or parts."""
     if best.runs:
         run = min(best.runs, key=natural_key)
-        yield f"a folder of a person such as {shown(run)} counts as a recording, not as a condition; {PATTERN}"
+        yield f"a folder of a person such as {told(run)} counts as a recording, not as a condition; {PATTERN}"
     if len(best.passed) > 1:
-        some = ", ".join(shown(name) for name in sorted(best.passed)[:3])
+        some = ", ".join(told(name) for name in sorted(best.passed)[:3])
         yield f"{WARNING}folders above those of the people count for nothing: {some}; {PATTERN}"
 
 
@@ -263,7 +248,7 @@ def _numbered(folders: str, paths: Sequence[str]) -> tuple[re.Pattern[str] | Non
     number, by_last = best[2].search(last[1].string), last[1]["number"]
     said = number["number"] if number else "another"
     return best[2], [
-        f"in names such as {shown(name)} the running number is {said}, not {by_last}, by which nearly every window"
+        f"in names such as {told(name)} the running number is {said}, not {by_last}, by which nearly every window"
         f" would be a recording of its own; {PATTERN}"
     ]
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from LightningDiT.console import Progress
-from LightningDiT.data.image_files import shown
 from LightningDiT.data.labels import natural_key
 from LightningDiT.errors import LightningDiTError, first_line
 from LightningDiT.radar.arrays import Columns, Levels, Raw, native_columns, open_arrays, read_raw
 from LightningDiT.radar.colour_maps import FAR, GREY, NAMES, Inverter, distances
 from LightningDiT.radar.layouts import OTHER_SPLIT, Collected, Window, collect, other_split
+from LightningDiT.radar.naming import WARNING, told
 from LightningDiT.radar.overlap import Overlap, Passes, Shared, find_passes, measure, shared_across
 from LightningDiT.radar.split import FOLDS, Row, make_split
 
@@ -42,6 +42,7 @@ class Scan:
         distances: to each colour map; empty for grey images and arrays.
         unit: of values, `DB` or `GREY`; empty for colours.
         zeros: values of minus infinity, which become the low end of the range.
+        is_turned: see `arrays.Raw`.
     """
 
     size: tuple[int, int]
@@ -49,6 +50,7 @@ class Scan:
     distances: Mapping[str, float]
     unit: str
     zeros: int = 0
+    is_turned: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def prepare(
     if is_measured:
         db_range = source.db_range = _range(rows, source)
     columns = _columns(alike, source) if maps[alike[0].name] != DB else None
-    notes = list(collected.notes)
+    notes = [*collected.notes, *_turned(scans)]
     splits = _splits_of_data(collected, notes)
     return Prepared(
         collected,
@@ -202,17 +204,29 @@ def _scanned(collected: Collected) -> tuple[dict[str, Scan], dict[str, str]]:
 
 def _scan(raw: Raw) -> tuple[str, Scan]:
     if raw.pixels is not None:
-        return "", Scan(raw.size, raw.digest, distances(raw.pixels), "")
+        return "", Scan(raw.size, raw.digest, distances(raw.pixels), "", is_turned=raw.is_turned)
     assert raw.values is not None
     unit = DB if raw.in_db else GREY
     below = int(np.isneginf(raw.values).sum())
     wrong = int((~np.isfinite(raw.values)).sum()) - below
-    scan = Scan(raw.size, raw.digest, {}, unit, below)
+    scan = Scan(raw.size, raw.digest, {}, unit, below, raw.is_turned)
     if wrong:
         return f"has {wrong} values that are NaN or infinite", scan
     if below == raw.values.size:
         return "has no finite value", scan
     return "", scan
+
+
+def _turned(scans: Mapping[str, Scan]) -> Iterator[str]:
+    """Yield a warning for images that viewers show turned or mirrored.
+
+    They are not turned here: programs that draw spectrograms write no orientation, so it says nothing about the axes.
+    """
+    if turned := [name for name, scan in scans.items() if scan.is_turned]:
+        yield (
+            f"{WARNING}{len(turned)} images such as {told(turned[0])} have an EXIF orientation other than 1, by which"
+            " viewers turn or mirror them: their pixels are read as stored, time from left to right"
+        )
 
 
 def _maps(scans: Mapping[str, Scan], left_out: dict[str, str], named: str | None) -> dict[str, str]:
@@ -245,9 +259,9 @@ def _leave_out_equal(windows: Sequence[Window], scans: Mapping[str, Scan], left_
         people = sorted({window.person for window in equal}, key=natural_key)
         if len(people) > 1:
             for window in equal:
-                left_out[window.name] = f"{SHARED} {', '.join(map(shown, people))}"
+                left_out[window.name] = f"{SHARED} {', '.join(map(told, people))}"
         for window in equal[1:]:
-            left_out.setdefault(window.name, f"has the pixels of {shown(equal[0].name)}")
+            left_out.setdefault(window.name, f"has the pixels of {told(equal[0].name)}")
 
 
 class Source:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ RERUN = "run step5_prepare_spectrograms.py again"
 STEP5 = "python step5_prepare_spectrograms.py --data FOLDER --write spectrograms/levels --size 64"
 MOST_BYTES = 2**28
 PARENT, PARENT_FILE = "parent", "parent_file"  # settings of a restricted split: digest and file of the whole one
+MOST = 10**18  # of a number, which 64 bits hold
 
 
 @dataclass(frozen=True)
@@ -314,8 +316,61 @@ def rows_digest(rows: Sequence[Row]) -> str:
     return hashlib.sha256(json.dumps([_as_json(row) for row in rows]).encode()).hexdigest()
 
 
+# What a value of the file must be: its key, the test, words for the message.
+_Rules = tuple[tuple[str, Callable[[Any], bool], str], ...]
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_whole(value: Any, least: int = 0) -> bool:
+    return type(value) is int and least <= value < MOST
+
+
+def _is_whole_or_none(value: Any) -> bool:
+    return value is None or _is_whole(value)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and abs(value) < MOST
+
+
+def _is_range(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value)) and value[0] < value[1]
+
+
+def _are_counts(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_whole, value.values()))
+
+
+HEAD: _Rules = tuple((key, _is_text, "a text") for key in ("data", "root", "digest"))
+#: Settings that later steps read; the file may lack them.
+SETTINGS: _Rules = (
+    ("seed", lambda value: type(value) is int and value >= 0, "a whole number from 0 on"),
+    ("window", lambda value: _is_whole(value, 1), "a number of columns"),
+    ("stride", lambda value: value is None or (_is_number(value) and value > 0), "a number of columns, or null"),
+    ("number_unit", lambda value: _is_whole(value, 1), "a whole number from 1 on"),
+    ("shares_up_to", _is_whole, "a whole number from 0 on"),
+    ("colour_maps", _are_counts, "a number of windows for each colour map"),
+    ("native_columns", lambda value: value is None or _is_whole(value, 1), "a number of columns, or null"),
+    ("db_range", lambda value: value is None or _is_range(value), "two numbers, the lower one first, or null"),
+    (PARENT, _is_text, "a text"),
+    (PARENT_FILE, _is_text, "a text"),
+)
+ROW: _Rules = (
+    *((key, _is_text, "a text") for key in ("file", "person", "condition", "recording", "digest", "part")),
+    ("index", _is_whole_or_none, "a whole number from 0 on, or null"),
+    ("number", lambda value: _is_whole(value, -MOST), "a whole number"),
+    ("pass", lambda value: _is_whole(value, 1), "a whole number from 1 on"),
+    ("fold", _is_whole_or_none, "a whole number from 0 on, or null"),
+    ("parts", lambda value: isinstance(value, list) and all(part in PARTS for part in value), ", ".join(PARTS)),
+)
+ROW_KEYS = frozenset(key for key, *_ in ROW)
+
+
 def load_split(path: Path) -> Split:
-    """Return a split, checked: every row is whole and is the one that was written.
+    """Return a split, checked: every row is whole and is the one that was written, and every value has its type.
 
     Raises:
         LightningDiTError: it is not there, damaged, or was changed by hand.
@@ -324,19 +379,36 @@ def load_split(path: Path) -> Split:
         content = read_json(path, MOST_BYTES)
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT!r}")
-        rows = tuple(_row(entry) for entry in content.pop("windows"))
-        data, root, digest = (str(content.pop(key)) for key in ("data", "root", "digest"))
+        _require(content, HEAD, "")
+        _require(content, [rule for rule in SETTINGS if rule[0] in content], "")
+        rows = tuple(_row(entry, at) for at, entry in enumerate(content.pop("windows"), 1))
+        data, root, digest = (content.pop(key) for key, *_ in HEAD)
         folds = len(rows[0].parts)
     except FileNotFoundError as error:
         raise LightningDiTError(f"the split {path} does not exist", STEP5) from error
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise LightningDiTError(f"the split {path} cannot be read ({first_line(error)})", RERUN) from error
-    if digest != rows_digest(rows) or any(len(row.parts) != folds or not {*row.parts} <= {*PARTS} for row in rows):
+    if digest != rows_digest(rows) or not folds or any(len(row.parts) != folds for row in rows):
         raise LightningDiTError(f"the split {path} is not as it was written: its digest does not fit", RERUN)
     return Split(data, root, rows, folds, content, digest)
 
 
-def _row(entry: Mapping[str, Any]) -> Row:
+def _require(content: Mapping[str, Any], rules: Iterable[tuple[str, Callable[[Any], bool], str]], where: str) -> None:
+    """Raise ValueError for a value that is missing or breaks its rule."""
+    for key, good, expected in rules:
+        if key not in content:
+            raise ValueError(f"{key}{where} is missing, {expected} is expected")
+        if not good(content[key]):
+            raise ValueError(f"{key}{where} is {content[key]!r:.60}, {expected} is expected")
+
+
+def _row(entry: Any, at: int) -> Row:
+    """Return a row of the file, whose number there, from 1, is `at`."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"window {at} is {entry!r:.60}")
+    if unknown := entry.keys() - ROW_KEYS:
+        raise ValueError(f"window {at} has the unknown key {min(unknown)!r:.60}")
+    _require(entry, ROW, f" of window {at}")
     fields = {key: value for key, value in entry.items() if key != "part"}
     fields["pass_number"], fields["parts"] = fields.pop("pass"), tuple(fields["parts"])
     row = Row(**fields)

@@ -25,7 +25,7 @@ from LightningDiT.files import check_target, held_folder, kind_of, read_json, re
 from LightningDiT.radar.arrays import fitted, grey_levels, sample_columns, save_levels, save_view
 from LightningDiT.radar.colour_maps import GREY, NAMES, coloured
 from LightningDiT.radar.layouts import missing_people
-from LightningDiT.radar.naming import WARNING
+from LightningDiT.radar.naming import WARNING, told
 from LightningDiT.radar.overlap import leaked, random_leak
 from LightningDiT.radar.preparation import DB, SHARED, Prepared
 from LightningDiT.radar.split import Row, is_split, rows_digest, save_split
@@ -70,9 +70,10 @@ def report(prepared: Prepared, people: int | None = None) -> Iterator[str]:
 
 def _missing(prepared: Prepared, people: int | None) -> Iterator[str]:
     there = prepared.collected.people
-    missing = missing_people(there, people)
+    missing, count = missing_people(there, people)
     if missing:
-        yield f"missing        {_some(missing, 10)} ({len(missing)} in all)"
+        more = f" and {count - len(missing)} more" if count > len(missing) else ""
+        yield f"missing        {', '.join(map(told, missing))}{more} ({count} in all)"
     elif people and people != len(there):
         yield f"warning: --people says {people}, and {len(there)} are there"
     if prepared.collected.empty:
@@ -91,13 +92,13 @@ def _left_out(prepared: Prepared) -> Iterator[str]:
         counts = Counter(person_of[name] for name in several)
         people = _some([f"{person} {counts[person]}" for person in sorted(counts, key=natural_key)], 10)
         yield f"{WARNING}{len(several)} windows are left out, since several people have the same pixels: {people}"
-        yield f"               such as {shown(several[0])}, which {prepared.left_out[several[0]]}"
+        yield f"               such as {told(several[0])}, which {prepared.left_out[several[0]]}"
     for name, reason in prepared.left_out.items():
         if not reason.startswith(SHARED):
             kinds[" ".join(reason.split()[:3])].append(name)
     for names in kinds.values():
         more = f", and {len(names) - 1} more for such a reason" if len(names) > 1 else ""
-        yield f"warning: left out: {shown(names[0])} {prepared.left_out[names[0]]}{more}"
+        yield f"warning: left out: {told(names[0])} {prepared.left_out[names[0]]}{more}"
 
 
 def _values(prepared: Prepared) -> Iterator[str]:
@@ -131,7 +132,7 @@ def _counts(prepared: Prepared) -> Iterator[str]:
     for label, key in (("conditions", "condition"), ("recordings", "recording")):
         found = Counter(getattr(window, key) for window in prepared.kept)
         if len(found) > 1:
-            rows = [f"{shown(name) or '(none)'} {number}" for name, number in sorted(found.items())]
+            rows = [f"{told(name) or '(none)'} {number}" for name, number in sorted(found.items())]
             yield f"{label:<15}{_some(rows, 10)}"
 
 
@@ -166,13 +167,13 @@ def _overlap(prepared: Prepared) -> Iterator[str]:
 def _shared(prepared: Prepared) -> Iterator[str]:
     """Yield a warning for conditions and recordings whose windows are of one walk."""
     for one in prepared.shared:
-        first, second = map(shown, one.conditions)
+        first, second = map(told, one.conditions)
         what = f"the conditions {first or '(none)'} and {second or '(none)'}"
         if first == second:
             what = f"different recordings{f' under {first}' if first else ''}"
         yield (
             f"{WARNING}windows of {what} share pixels ({one.found} of {one.compared} pairs, such as"
-            f" {shown(one.first)} and {shown(one.second)}): these are of one walk, and would be in training and test;"
+            f" {told(one.first)} and {told(one.second)}): these are of one walk, and would be in training and test;"
             " state condition, recording and number by --pattern"
         )
 
@@ -215,13 +216,14 @@ def _people(prepared: Prepared) -> Iterator[str]:
     rows: dict[str, list[Row]] = defaultdict(list)
     for row in prepared.rows:
         rows[row.person].append(row)
-    width = max(6, *(_cells(shown(person)) for person in rows))
+    names = {person: told(person, MOST_LETTERS) for person in rows}
+    width = max(6, *map(_cells, names.values()))
     yield f"{'person':<{width}} windows passes training validation   test"
     for person, own in list(rows.items())[:MOST_ROWS]:
         parts = Counter(row.part for row in own)
         passes = len({row.pass_number for row in own})
         counts = f"{parts['training']:>8} {parts['validation']:>10} {parts['test']:>6}"
-        name = shown(person) + " " * (width - _cells(shown(person)))
+        name = names[person] + " " * (width - _cells(names[person]))
         yield f"{name} {len(own):>7} {passes:>6} {counts}"
     if len(rows) > MOST_ROWS:
         yield f"... and {len(rows) - MOST_ROWS} people more, all in {SPLIT}"
@@ -234,7 +236,7 @@ def _people(prepared: Prepared) -> Iterator[str]:
 
 def _some(names: Sequence[str], count: int = SHOWN) -> str:
     more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(shown(name) for name in names[:count]) + more
+    return ", ".join(told(name) for name in names[:count]) + more
 
 
 # ---- files
@@ -322,7 +324,7 @@ def write_levels(
         for name, file in names.items():
             levels = prepared.source.levels(windows[name])
             if levels is None:
-                raise LightningDiTError(f"{shown(name)} cannot be read any more", "put the file back")
+                raise LightningDiTError(f"{told(name)} cannot be read any more", "put the file back")
             if native and prepared.columns and prepared.columns.count < levels.shape[1]:
                 levels = sample_columns(levels, prepared.columns.count, prepared.columns.way)
             levels = fitted(levels, size, fit) if size else levels

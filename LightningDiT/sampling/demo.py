@@ -19,14 +19,23 @@ from LightningDiT.config import Config
 from LightningDiT.console import duration
 from LightningDiT.device import gpu_name, processor_name
 from LightningDiT.distributed import ALONE, Processes
-from LightningDiT.files import read_json, write_text
+from LightningDiT.files import check_target, holding, read_json, write_text
 from LightningDiT.images import caption_note, image_grid, save_png
 from LightningDiT.sampling.conditions import Conditions, condition_text, numbers_of_conditions
 from LightningDiT.sampling.pipeline import LightningDiTPipeline, captions_of
 from LightningDiT.sampling.preview import Preview
-from LightningDiT.sampling.resumable_run import UNFINISHED, RunResult, label_names, manifest_of, run_name, sample_run
+from LightningDiT.sampling.resumable_run import (
+    MANIFEST,
+    UNFINISHED,
+    RunResult,
+    label_names,
+    manifest_of,
+    run_name,
+    sample_run,
+)
 from LightningDiT.sampling.views import shown_file
 
+MARK = "LightningDiT demonstration"  # text in the grid's PNG, by which it is known for ours
 RECORD = "made.json"  # beside the images: who made them when, and their copies
 MOST_COLUMNS = 12  # of a grid with a class in each column
 GAP_COLOUR = (200, 200, 200)
@@ -148,7 +157,9 @@ def sample_demo(
         LightningDiTError: see `LightningDiTPipeline` and `sample_run`.
         KeyboardInterrupt: Ctrl-C ended the run; the grid of the finished images is written.
     """
-    started = time.perf_counter()
+    started, target = time.perf_counter(), folder / name
+    unfinished = target.with_name(f"{target.stem}_unfinished{target.suffix}")
+    processes.from_main(lambda: [check_target(path, _is_grid) for path in (target, unfinished)])
     pipe = processes.agree(lambda: LightningDiTPipeline.from_config(config))
     labels = pipe.labels.numbers(classes)
     processes.say(f"classes        {pipe.labels.listing(labels)}")
@@ -165,16 +176,20 @@ def sample_demo(
     run_folder = folder / run_name(manifest)
     load_seconds = time.perf_counter() - started
     run = sample_run(pipe, labels, seed, run_folder, minutes, processes, preview, conditions=numbers)
-    target = folder / name
     if not run.complete and target.exists():
-        target = folder / f"{target.stem}_unfinished{target.suffix}"
+        target = unfinished
     sessions = list[Session]()
     if processes.is_main:
         sessions = _recorded(run_folder, run, load_seconds, devices, pipe.precision.name)
-        save_png(_grid(run.paths, captions, labels, config.data.image_size), target)
+        save_png(_grid(run.paths, captions, labels, config.data.image_size), target, MARK)
     if run.interrupted:
         processes.end_by_interrupt()
     return Demo(config, captions, run, target, load_seconds, seed, run_folder, sessions)
+
+
+def _is_grid(path: Path) -> bool:
+    """Return whether a file is a grid of ours; those of earlier releases have no mark, and lie beside their runs."""
+    return holding(MARK)(path) or any(path.parent.glob(f"run-*/{MANIFEST}"))
 
 
 def _recorded(

@@ -12,12 +12,13 @@ from pathlib import Path
 from LightningDiT.config import describe_guidance, describe_solver
 from LightningDiT.console import duration, printable
 from LightningDiT.data.image_files import open_image
-from LightningDiT.files import atomic_path, digest, kind_of, write_text
+from LightningDiT.files import atomic_path, check_target, digest, holding, kind_of, write_text
 from LightningDiT.sampling.demo import RECORD, Demo, Record, Session
 from LightningDiT.sampling.resumable_run import UNFINISHED
 from LightningDiT.sampling.views import shown_bytes
 
 SMALLEST = 128  # pixels; smaller images are shown enlarged by a whole factor
+TITLE = "<title>LightningDiT samples</title>"  # by which the page is known for ours
 MOST_LETTERS = 50  # of a class's name in that of a file: 200 bytes at most
 #: All rules hold below one class, so that a notebook can show the page in its own; both themes by the system's colours.
 STYLE = """
@@ -45,15 +46,15 @@ def copy_by_name(demo: Demo) -> None:
     """Copy each image beside the grid, under its number and the name of its class, and remove those of earlier classes.
 
     Removed is what the record of a run in that folder names, and only as it was written.
+
+    Raises:
+        LightningDiTError: a file has the name of a copy and is no image of a run in that folder.
     """
     folder, copies = demo.grid.parent, dict[str, str]()
-    for path, caption in zip(demo.run.paths, demo.captions, strict=True):
-        if path is not None:
-            letters = "".join(letter if letter.isalnum() else "_" for letter in caption[:MOST_LETTERS])
-            name = f"{int(path.stem):02d}_{letters}.png"
-            with atomic_path(folder / name) as fresh:
-                shutil.copyfile(path, fresh)
-            copies[name] = digest(path)
+    for name, path in _copies(demo).items():
+        with atomic_path(folder / name, ours=_is_copy) as fresh:
+            shutil.copyfile(path, fresh)
+        copies[name] = digest(path)
     Record(demo.sessions, copies).write(demo.folder)
     for record in folder.glob(f"run-*/{RECORD}"):
         for name, written in Record.read(record.parent).copies.items():
@@ -62,6 +63,32 @@ def copy_by_name(demo: Demo) -> None:
                 with contextlib.suppress(OSError):
                     if digest(old) == written:
                         old.unlink()
+
+
+def _copies(demo: Demo) -> dict[str, Path]:
+    """Return the images by the names of their copies; raises as `copy_by_name`."""
+    found = dict[str, Path]()
+    for path, caption in zip(demo.run.paths, demo.captions, strict=True):
+        if path is not None:
+            letters = "".join(letter if letter.isalnum() else "_" for letter in caption[:MOST_LETTERS])
+            found[f"{int(path.stem):02d}_{letters}.png"] = path
+    for name in found:
+        check_target(demo.grid.parent / name, _is_copy)
+    return found
+
+
+def _is_copy(path: Path) -> bool:
+    """Return whether a file has the bytes of an image of a run in its folder, as it is or as it was copied."""
+    written = digest(path)
+    records = (Record.read(record.parent) for record in path.parent.glob(f"run-*/{RECORD}"))
+    return any(record.copies.get(path.name) == written for record in records) or any(
+        digest(image) == written for image in path.parent.glob("run-*/*.png")
+    )
+
+
+def check_report(path: Path) -> None:
+    """Raise LightningDiTError unless `write_report` may write `path`: a new page, or one that it wrote before."""
+    check_target(path, holding(TITLE))
 
 
 def write_report(demo: Demo, path: Path, command: str) -> Path:
@@ -86,7 +113,8 @@ def write_report(demo: Demo, path: Path, command: str) -> Path:
     rows = [html_row(both_languages(english, chinese), value) for english, chinese, value in facts if value]
     page = (
         '<!doctype html>\n<html lang="en" style="color-scheme: light dark">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width">\n<title>LightningDiT samples</title>\n'
+        '<meta name="viewport" content="width=device-width">\n'
+        f"{TITLE}\n"
         f'<style>\n{STYLE}\n</style>\n</head>\n<body style="margin: 0">\n<div class="ldit-report">\n'
         f"<h1>{both_languages('LightningDiT samples', '样本图像')}</h1>\n{_figures(demo)}\n"
         f"<h2>{both_languages('Settings', '设置')}</h2>\n{html_table(rows)}\n"
@@ -94,7 +122,7 @@ def write_report(demo: Demo, path: Path, command: str) -> Path:
         f"<h2>{both_languages('Command that repeats it', '重现命令')}</h2>\n<pre>{escaped(command)}</pre>\n"
         "</div>\n</body>\n</html>\n"
     )
-    write_text(path, page)
+    write_text(path, page, holding(TITLE))
     return path
 
 

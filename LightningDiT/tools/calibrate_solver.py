@@ -18,27 +18,29 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-from torch import Tensor
+from LightningDiT.console import Progress, importing, positive, run_main, seed_number
 
-from LightningDiT.config import SampleConfig, load_config, with_overrides
-from LightningDiT.console import Progress, positive, run_main, seed_number
-from LightningDiT.errors import LightningDiTError
-from LightningDiT.loading import guidance_of
-from LightningDiT.reference.option import add_help_config
-from LightningDiT.sampling.calibrated import (
-    CalibratedSolver,
-    SolverFile,
-    guide_fingerprint,
-    load_solvers,
-    save_solvers,
-    weights_fingerprint,
-)
-from LightningDiT.sampling.dry_run import verify_config
-from LightningDiT.sampling.pipeline import LightningDiTPipeline
-from LightningDiT.seeds import generator_for
-from LightningDiT.transport import Velocity, draw_noise, graded_grid, integrate_ode, jumps_of, linear_multistep
-from LightningDiT.transport.solvers import velocity_coefficients
+with importing(__name__):
+    import torch
+    from torch import Tensor
+
+    from LightningDiT.config import SampleConfig, load_config, with_overrides
+    from LightningDiT.errors import LightningDiTError
+    from LightningDiT.loading import guidance_of
+    from LightningDiT.reference.option import add_help_config
+    from LightningDiT.sampling.calibrated import (
+        CalibratedSolver,
+        SolverFile,
+        guide_fingerprint,
+        load_solvers,
+        save_solvers,
+        weights_fingerprint,
+    )
+    from LightningDiT.sampling.dry_run import verify_config
+    from LightningDiT.sampling.pipeline import LightningDiTPipeline
+    from LightningDiT.seeds import generator_for
+    from LightningDiT.transport import Velocity, draw_noise, graded_grid, integrate_ode, jumps_of, linear_multistep
+    from LightningDiT.transport.solvers import velocity_coefficients
 
 FILE_NAME = "solvers.yaml"
 REFERENCE_METHOD = "ab3"

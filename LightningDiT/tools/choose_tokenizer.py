@@ -19,47 +19,49 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
+from LightningDiT.console import duration, importing, natural, positive, run_main, seed_number
 
-from LightningDiT.checkpoint import BUNDLED_FOLDER, load_into, save_weights
-from LightningDiT.config import as_yaml, setting_differences
-from LightningDiT.console import duration, natural, positive, run_main, seed_number
-from LightningDiT.data.image_sets import evenly_spaced
-from LightningDiT.errors import LightningDiTError
-from LightningDiT.files import fingerprint, held_folder, read_json, write_text
-from LightningDiT.images import image_grid, save_png
-from LightningDiT.metrics.reconstruction import (
-    SMALLEST_SSIM_SIDE,
-    Measures,
-    ReconstructionScores,
-    structural_similarity,
-)
-from LightningDiT.metrics.window_judge import share_right, train_judge
-from LightningDiT.radar.colour_maps import coloured
-from LightningDiT.radar.level_images import LevelImages, Windows, load_windows, open_levels
-from LightningDiT.reference.option import add_help_config
-from LightningDiT.tokenizer.autoencoder import AutoencoderKL
-from LightningDiT.tokenizer.config import (
-    TOKENIZER_CONFIGS,
-    TokenizerConfig,
-    TokenizerTrainConfig,
-    load_tokenizer_config,
-    tokenizer_training,
-)
-from LightningDiT.tokenizer.starting_weights import one_channel, read_starting_weights
-from LightningDiT.tokenizer.vavae import VA_VAE, autoencoder_settings
-from LightningDiT.training.run_dir import RunDir, step_of
-from LightningDiT.training.tokenizer_training import (
-    AVERAGE,
-    Stage,
-    TokenizerTrainer,
-    build_networks,
-    check_windows,
-    train_stage,
-)
+with importing(__name__):
+    import numpy as np
+    import torch
+    from PIL import Image
+    from torch import Tensor
+
+    from LightningDiT.checkpoint import BUNDLED_FOLDER, load_into, save_weights
+    from LightningDiT.config import as_yaml, setting_differences
+    from LightningDiT.data.image_sets import evenly_spaced
+    from LightningDiT.errors import LightningDiTError
+    from LightningDiT.files import check_target, fingerprint, held_folder, json_with, read_json, write_text
+    from LightningDiT.images import image_grid, save_png
+    from LightningDiT.metrics.reconstruction import (
+        SMALLEST_SSIM_SIDE,
+        Measures,
+        ReconstructionScores,
+        structural_similarity,
+    )
+    from LightningDiT.metrics.window_judge import share_right, train_judge
+    from LightningDiT.radar.colour_maps import coloured
+    from LightningDiT.radar.level_images import LevelImages, Windows, load_windows, open_levels
+    from LightningDiT.reference.option import add_help_config
+    from LightningDiT.tokenizer.autoencoder import AutoencoderKL
+    from LightningDiT.tokenizer.config import (
+        TOKENIZER_CONFIGS,
+        TokenizerConfig,
+        TokenizerTrainConfig,
+        load_tokenizer_config,
+        tokenizer_training,
+    )
+    from LightningDiT.tokenizer.starting_weights import one_channel, read_starting_weights
+    from LightningDiT.tokenizer.vavae import VA_VAE, autoencoder_settings
+    from LightningDiT.training.run_dir import RunDir, step_of
+    from LightningDiT.training.tokenizer_training import (
+        AVERAGE,
+        Stage,
+        TokenizerTrainer,
+        build_networks,
+        check_windows,
+        train_stage,
+    )
 
 CONFIG = TOKENIZER_CONFIGS / "levels_f4d6.yaml"
 BUNDLED = Path(__file__).resolve().parents[2] / "models" / BUNDLED_FOLDER
@@ -258,9 +260,11 @@ def figures_of_all(search: Search, names: Sequence[str]) -> dict[str, Any]:
         LightningDiTError: the output holds another choice.
     """
     report = _earlier(search.output / REPORT, search.settings())
+    require_own_files(search.output)
     missing = [name for name in names if name not in report["candidates"]]
     if not missing:
         return report
+    write_text(search.output / REPORT, json.dumps(report, indent=1) + "\n")  # by which the other files are known
     print(f"about {duration(estimate(search, missing))} for {', '.join(missing)}", flush=True)
     judge = search.judge()
     windows = search.valid_pixels
@@ -277,6 +281,16 @@ def figures_of_all(search: Search, names: Sequence[str]) -> dict[str, Any]:
     return report
 
 
+def require_own_files(folder: Path) -> None:
+    """Raise LightningDiTError if this command would replace a file there that it did not write.
+
+    Its report comes first, so that the other files belong to it where it is there. Trainings look after their own.
+    """
+    untrained = [f"{name}/{AVERAGE}" for name, candidate in CANDIDATES.items() if candidate.trainable is None]
+    for name in (CHOSEN, *untrained, *(f"{name}.png" for name in CANDIDATES)):
+        check_target(folder / name, lambda _: json_with("settings", "candidates")(folder / REPORT))
+
+
 def _earlier(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Return the report that is there, or a new one."""
     now = json.loads(json.dumps(settings))
@@ -286,11 +300,7 @@ def _earlier(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
         report = read_json(path)
         changed = setting_differences(report["settings"], now)
         candidates = report["candidates"]
-        known = {
-            name: figures
-            for name, figures in candidates.items()
-            if {*MEASURED, "texture", "judge_lost"} <= figures.keys()
-        }
+        known = {name: figures for name, figures in candidates.items() if _are_whole(figures)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise LightningDiTError(f"{path} is no report of this command ({error})", "choose another --output") from error
     if changed:
@@ -298,6 +308,16 @@ def _earlier(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
             f"{path.parent} holds a choice with other settings ({'; '.join(changed[:3])})", "choose another --output"
         )
     return report | {"candidates": known}
+
+
+def _are_whole(figures: Mapping[str, Any]) -> bool:
+    """Return whether the figures of a candidate are all there, and numbers; windows may be too small for an SSIM."""
+    numbers = {"psnr_mean", "ridge_error", "high_pass_ratio", "ridge_percent", "texture", "judge", "judge_lost"}
+    return (
+        figures.keys() >= {*MEASURED}
+        and all(isinstance(figures.get(name), int | float) for name in numbers)
+        and isinstance(figures.get("weights"), str)
+    )
 
 
 # ---- the choice

@@ -9,17 +9,20 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 
-from LightningDiT.config import Config, load_config
-from LightningDiT.console import run_main
-from LightningDiT.files import require_writable
-from LightningDiT.interop.autoencoder_kl import diffusers_config
-from LightningDiT.interop.pipeline_folder import write_pipeline
-from LightningDiT.sampling.dry_run import verify
-from LightningDiT.sampling.pipeline import LightningDiTPipeline
-from LightningDiT.tokenizer.config import load_tokenizer_config, tokenizer_config_path
-from LightningDiT.tokenizer.vavae import autoencoder_settings
+from LightningDiT.console import importing, run_main
+
+with importing(__name__):
+    from LightningDiT.config import PATHS, Config, load_config
+    from LightningDiT.files import require_writable
+    from LightningDiT.interop.autoencoder_kl import diffusers_config
+    from LightningDiT.interop.pipeline_folder import check_pipeline_folder, write_pipeline
+    from LightningDiT.sampling.dry_run import verify
+    from LightningDiT.sampling.pipeline import LightningDiTPipeline
+    from LightningDiT.tokenizer.config import load_tokenizer_config, tokenizer_config_path
+    from LightningDiT.tokenizer.vavae import autoencoder_settings
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -43,8 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, build, run."""
     args = parse(argv)
     config, output = load_config(args.config), Path(args.output)
+    tokenizer = load_tokenizer_config(tokenizer_config_path(config))
+    named = (*(attrgetter(key)(config) for key in PATHS), tokenizer.source, tokenizer.ckpt_path)
+    check_pipeline_folder(output, (config.source, *named))
     print("\n".join(verify(config)))
-    sizes = autoencoder_settings(load_tokenizer_config(tokenizer_config_path(config)))
+    sizes = autoencoder_settings(tokenizer)
     diffusers_config(sizes, None, {"latent_channels": sizes.embed_dim})  # refuses a tokenizer that diffusers lacks
     if args.dry_run:
         return 0

@@ -10,13 +10,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from LightningDiT.console import run_main
-from LightningDiT.errors import LightningDiTError
-from LightningDiT.files import require_writable
-from LightningDiT.formats import diffusers_vae
-from LightningDiT.interop.autoencoder_kl import YAML, converted, stats_beside
-from LightningDiT.tokenizer.config import TOKENIZER_CONFIGS, load_tokenizer_config
-from LightningDiT.tokenizer.latents import LatentStats
+from LightningDiT.console import importing, run_main
+
+with importing(__name__):
+    from LightningDiT.errors import LightningDiTError
+    from LightningDiT.files import require_writable
+    from LightningDiT.formats import diffusers_vae
+    from LightningDiT.interop.autoencoder_kl import YAML, check_target_folder, converted, stats_beside
+    from LightningDiT.tokenizer.config import TOKENIZER_CONFIGS, load_tokenizer_config
+    from LightningDiT.tokenizer.latents import LatentStats
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -50,8 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not weights:
         raise LightningDiTError(f"{config.source} names no ckpt_path", "name the weights by --weights")
     weights = diffusers_vae.weights_file(weights)
+    output, ours = Path(args.output), diffusers_vae.folder_of(weights) is not None
+    check_target_folder(output, ours, (config.source, weights, args.stats))
     stats = LatentStats.load(args.stats) if args.stats else stats_beside(weights)
-    output = Path(args.output)
     if args.dry_run:
         print(converted(config, weights, stats, None))
         return 0

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import argparse
 import sys
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
+from LightningDiT.console import Progress, importing, run_main
 
-from LightningDiT.console import Progress, run_main
-from LightningDiT.data.image_files import WHITE_16_BIT, shown
-from LightningDiT.errors import LightningDiTError
-from LightningDiT.files import atomic_path, check_target, open_regular
-from LightningDiT.radar.level_images import raw_pixels
-from LightningDiT.verdict.generated import AGAIN, GENERATE, Files, find_generated
+with importing(__name__):
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from LightningDiT.data.image_files import WHITE_16_BIT, shown
+    from LightningDiT.data.numpy_files import UNREADABLE
+    from LightningDiT.errors import LightningDiTError
+    from LightningDiT.files import atomic_path, check_target, open_regular
+    from LightningDiT.radar.level_images import raw_pixels
+    from LightningDiT.verdict.generated import AGAIN, GENERATE, Files, find_generated
 
 COLUMNS = ("person", "condition", "recording", "number")
 RECORDING = "generated"
@@ -70,7 +72,7 @@ def is_export(path: Path) -> bool:
     try:
         with open_regular(path) as stream, np.load(stream, allow_pickle=False) as archive:
             return set(archive.files) == {"windows", *COLUMNS}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+    except UNREADABLE:
         return False
 
 

@@ -18,16 +18,18 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+from LightningDiT.console import Progress, importing, positive, run_main, seed_number
 
-from LightningDiT.config import Config, SampleConfig, load_config, with_overrides
-from LightningDiT.console import Progress, positive, run_main, seed_number
-from LightningDiT.errors import LightningDiTError
-from LightningDiT.reference.option import add_help_config
-from LightningDiT.sampling.pipeline import LightningDiTPipeline
-from LightningDiT.seeds import generator_for
-from LightningDiT.transport import GuidedVelocity, Transport, draw_noise, integrate_ode, jumps_of, sampling_times
+with importing(__name__):
+    import torch
+    from torch import Tensor
+
+    from LightningDiT.config import Config, SampleConfig, load_config, with_overrides
+    from LightningDiT.errors import LightningDiTError
+    from LightningDiT.reference.option import add_help_config
+    from LightningDiT.sampling.pipeline import LightningDiTPipeline
+    from LightningDiT.seeds import generator_for
+    from LightningDiT.transport import GuidedVelocity, Transport, draw_noise, integrate_ode, jumps_of, sampling_times
 
 METHOD = "ab3"  # of the trajectories, on equal steps: each interval of time counts by its length
 STREAM = 3  # noises come from (seed, stream, index), those of images from (seed, index)

@@ -11,14 +11,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from LightningDiT.checkpoint import inspect, save_weights
-from LightningDiT.config import TRAINING_FIX, Config, load_config
-from LightningDiT.console import run_main
-from LightningDiT.data.labels import CLASS_NAMES, CONDITION_NAMES, NULL_TRAINED
-from LightningDiT.errors import LightningDiTError
-from LightningDiT.loading import adapted_weights, check_transformer_file, required
-from LightningDiT.sampling.calibrated import ADAPTER, adapter_digest
+from LightningDiT.console import importing, run_main
 
+with importing(__name__):
+    from LightningDiT.checkpoint import WRITTEN_BY, check_weights_target, inspect, save_weights, written_by
+    from LightningDiT.config import TRAINING_FIX, Config, load_config
+    from LightningDiT.data.labels import CLASS_NAMES, CONDITION_NAMES, NULL_TRAINED
+    from LightningDiT.errors import LightningDiTError
+    from LightningDiT.loading import adapted_weights, check_transformer_file, required
+    from LightningDiT.sampling.calibrated import ADAPTER, adapter_digest
+
+TOOL = "merge_adapter"
 LABELS = (CLASS_NAMES, CONDITION_NAMES, NULL_TRAINED)  # metadata of the adapter that hold for the whole
 
 
@@ -44,14 +47,15 @@ def read_config(path: str) -> Config:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, build, run."""
     args = parse(argv)
-    config = read_config(args.config)
+    config, output = read_config(args.config), Path(args.output)
+    check_weights_target(output, TOOL, (config.source, config.ckpt_path, config.adapter_path))
     print(check_transformer_file(config, required(config, "ckpt_path")))
     if args.dry_run:
         return 0
-    adapter, output = str(config.adapter_path), Path(args.output)
+    adapter = str(config.adapter_path)
     told = {name: value for name, value in inspect(adapter).metadata.items() if name in LABELS}
     weights = {name: value.contiguous() for name, value in adapted_weights(config).items()}
-    save_weights(weights, output, told | {ADAPTER: adapter_digest(adapter)})
+    save_weights(weights, output, told | {ADAPTER: adapter_digest(adapter), WRITTEN_BY: TOOL}, written_by(TOOL))
     print(f"wrote {output}, {len(weights)} tensors\nNext: set ckpt_path: {output}, and no adapter_path")
     return 0
 

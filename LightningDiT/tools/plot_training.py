@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from LightningDiT.console import run_main
-from LightningDiT.training.curves import quantities, read_log, save_curves
+from LightningDiT.errors import LightningDiTError
+from LightningDiT.files import check_target, holding, refuse_inputs
+from LightningDiT.training.curves import MARK, quantities, read_log, save_curves
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -22,9 +24,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def check_output(output: Path, logs: Sequence[str]) -> None:
+    """Raise LightningDiTError unless `output` is a new PNG, or curves that were drawn before."""
+    if output.suffix.lower() != ".png" and not output.is_dir():
+        raise LightningDiTError(f"{output} is to be a PNG and is not called so", f"name it {output.name}.png")
+    refuse_inputs(output, logs)
+    check_target(output, holding(MARK))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, build, run."""
     args = parse(argv)
+    check_output(Path(args.output), args.logs)
     runs = {str(Path(log).parent): read_log(log) for log in args.logs}
     save_curves(runs, args.output)
     print(f"wrote {args.output}: {', '.join(quantities(runs))}")

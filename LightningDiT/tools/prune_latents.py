@@ -10,15 +10,19 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-import torch
-from torch import Tensor
+from LightningDiT.console import importing, run_main
 
-from LightningDiT.checkpoint import load_weights, save_weights
-from LightningDiT.console import run_main
-from LightningDiT.errors import LightningDiTError
-from LightningDiT.tokenizer.latents import LatentStats
+with importing(__name__):
+    import torch
+    from torch import Tensor
 
+    from LightningDiT.checkpoint import WRITTEN_BY, check_weights_target, load_weights, save_weights, written_by
+    from LightningDiT.errors import LightningDiTError
+    from LightningDiT.tokenizer.latents import LatentStats
+
+TOOL = "prune_latents"
 DEAD_STD = 0.2  # of the posterior mean; the prior has 1, so this is 0.02 nats of information
 
 
@@ -62,6 +66,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, build, run."""
     args = parse(argv)
+    output = Path(args.output)
+    check_weights_target(output, TOOL, (args.weights, args.stats))
     stats = LatentStats.load(args.stats)
     live = live_channels(stats, args.least_std)
     if not len(live):
@@ -69,10 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"channels kept: {live.tolist()} of {stats.std.numel()}")
     if args.dry_run:
         return 0
-    save_weights(prune(load_weights(args.weights), stats, live), args.output)
-    print(
-        f"wrote {args.output}\nNext: set embed_dim: {len(live)} in the tokenizer's YAML and extract the latents again"
-    )
+    pruned = prune(load_weights(args.weights), stats, live)
+    save_weights(pruned, output, {WRITTEN_BY: TOOL}, written_by(TOOL))
+    print(f"wrote {output}\nNext: set embed_dim: {len(live)} in the tokenizer's YAML and extract the latents again")
     return 0
 
 

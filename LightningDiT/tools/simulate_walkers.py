@@ -21,28 +21,30 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from LightningDiT.console import Progress, importing, positive, run_main, seed_number
 
-from LightningDiT.config import setting_differences
-from LightningDiT.console import Progress, positive, run_main, seed_number
-from LightningDiT.data.prefetching import prefetched
-from LightningDiT.errors import LightningDiTError
-from LightningDiT.files import (
-    atomic_path,
-    check_target,
-    held_folder,
-    kind_of,
-    read_json,
-    require_space,
-    require_writable,
-    write_text,
-)
-from LightningDiT.radar import pictures
-from LightningDiT.radar.colour_maps import NAMES
-from LightningDiT.radar.population import CONDITIONS, MOST_PASSES
-from LightningDiT.radar.recording import Cutting, recording, windows_of
-from LightningDiT.radar.sensor import Sensor
-from LightningDiT.radar.separability import features, two_splits
+with importing(__name__):
+    import numpy as np
+
+    from LightningDiT.config import setting_differences
+    from LightningDiT.data.prefetching import prefetched
+    from LightningDiT.errors import LightningDiTError
+    from LightningDiT.files import (
+        atomic_path,
+        check_target,
+        held_folder,
+        kind_of,
+        read_json,
+        require_space,
+        require_writable,
+        write_text,
+    )
+    from LightningDiT.radar import pictures
+    from LightningDiT.radar.colour_maps import NAMES
+    from LightningDiT.radar.population import CONDITIONS, MOST_PASSES
+    from LightningDiT.radar.recording import Cutting, recording, windows_of
+    from LightningDiT.radar.sensor import Sensor
+    from LightningDiT.radar.separability import features, two_splits
 
 MANIFEST = "walkers.json"
 BYTES = {"jpg": 40_000, "npy": 59_000}  # of a window, at most

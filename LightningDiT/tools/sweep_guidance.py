@@ -20,28 +20,31 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from LightningDiT.config import (
-    TRAINING_FIX,
-    Config,
-    SampleConfig,
-    describe_solver,
-    load_config,
-    setting_differences,
-    with_overrides,
-)
-from LightningDiT.console import Progress, duration, positive, run_main, seed_number
-from LightningDiT.errors import LightningDiTError, first_line
-from LightningDiT.files import check_target, fingerprint, held_folder, read_json, write_text
-from LightningDiT.loading import required
-from LightningDiT.metrics.copies import CopyRates
-from LightningDiT.metrics.sample_worth import Worth
-from LightningDiT.radar.split import load_split
-from LightningDiT.reference.option import add_help_config
-from LightningDiT.sampling.calibrated import weights_fingerprint
-from LightningDiT.sampling.null_row import check_guidance
-from LightningDiT.sampling.pipeline import LightningDiTPipeline
-from LightningDiT.tools.report import table
-from LightningDiT.training.judged_samples import JudgedSamples, windows_of
+from LightningDiT.console import Progress, duration, importing, positive, run_main, seed_number
+
+with importing(__name__):
+    from LightningDiT.config import (
+        TRAINING_FIX,
+        Config,
+        SampleConfig,
+        describe_solver,
+        load_config,
+        setting_differences,
+        typed,
+        with_overrides,
+    )
+    from LightningDiT.errors import LightningDiTError, first_line
+    from LightningDiT.files import check_target, fingerprint, held_folder, read_json, write_text
+    from LightningDiT.loading import required
+    from LightningDiT.metrics.copies import CopyRates
+    from LightningDiT.metrics.sample_worth import Worth
+    from LightningDiT.radar.split import load_split
+    from LightningDiT.reference.option import add_help_config
+    from LightningDiT.sampling.calibrated import weights_fingerprint
+    from LightningDiT.sampling.null_row import check_guidance
+    from LightningDiT.sampling.pipeline import LightningDiTPipeline
+    from LightningDiT.tools.report import table
+    from LightningDiT.training.judged_samples import JudgedSamples, windows_of
 
 FORMAT = "sweep of guidance, 1"
 SCALES, STARTS = (1.0, 1.5, 2.0, 3.0), (0.0, 0.1, 0.3)
@@ -182,8 +185,10 @@ class Sweep:
         fix = "choose another --output"
         try:
             content = read_json(self.path)
-            found = [Result(**entry) for entry in content["results"]]
+            found = [typed(Result, entry, "results") for entry in content["results"]]
             changed = setting_differences(content["settings"], self.settings)
+        except LightningDiTError as error:
+            raise LightningDiTError(f"{self.path} cannot be read ({error.message})", fix) from error
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise LightningDiTError(f"{self.path} cannot be read ({first_line(error)})", fix) from error
         if changed:

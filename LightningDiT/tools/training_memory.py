@@ -14,18 +14,20 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
+from LightningDiT.console import importing, positive, run_main
 
-from LightningDiT.config import Config, load_config
-from LightningDiT.console import positive, run_main
-from LightningDiT.device import PRECISIONS, autocast, best_device, training_dtype
-from LightningDiT.errors import LightningDiTError
-from LightningDiT.loading import make_model, model_settings
-from LightningDiT.models.lightningdit import LightningDiTSettings
-from LightningDiT.reference.option import add_help_config
-from LightningDiT.tools.benchmark.machine import peak_resident_bytes
-from LightningDiT.training.ema import Ema
-from LightningDiT.training.memory import TrainingNeed, no_labels, training_need
+with importing(__name__):
+    import torch
+
+    from LightningDiT.config import Config, load_config
+    from LightningDiT.device import PRECISIONS, autocast, best_device, training_dtype
+    from LightningDiT.errors import LightningDiTError
+    from LightningDiT.loading import make_model, model_settings
+    from LightningDiT.models.lightningdit import LightningDiTSettings
+    from LightningDiT.reference.option import add_help_config
+    from LightningDiT.tools.benchmark.machine import peak_resident_bytes
+    from LightningDiT.training.ema import Ema
+    from LightningDiT.training.memory import TrainingNeed, no_labels, training_need
 
 GIB = 2**30
 #: Freed memory goes back at once; by default glibc keeps up to a fifth more, which differs from run to run.

@@ -12,10 +12,12 @@ from LightningDiT.errors import LightningDiTError, first_line
 from LightningDiT.files import fingerprint, read_json
 from LightningDiT.radar.level_images import listed_windows, open_level_files
 from LightningDiT.radar.split import Split, load_split
-from LightningDiT.verdict.adapting import (
+from LightningDiT.verdict.adapting import GENERATED
+from LightningDiT.verdict.generated import manifest_of
+from LightningDiT.verdict.judging import Cell, Fact, Judged
+from LightningDiT.verdict.plan import (
     ADAPTER,
     CHOSEN,
-    GENERATED,
     LATENTS,
     SPLIT,
     TOKENIZER,
@@ -26,8 +28,6 @@ from LightningDiT.verdict.adapting import (
     load_plan,
     with_levels,
 )
-from LightningDiT.verdict.generated import manifest_of
-from LightningDiT.verdict.judging import Cell, Fact, Judged
 from LightningDiT.verdict.same_levels import AGAIN
 
 CHOICE = "choice.json"

@@ -19,7 +19,8 @@ from LightningDiT.radar.training_file import DOWNSAMPLING
 from LightningDiT.tokenizer.autoencoder import AutoencoderKL
 from LightningDiT.tokenizer.config import load_tokenizer_config
 from LightningDiT.tokenizer.vavae import autoencoder_settings
-from LightningDiT.verdict.adapting import TOKENIZER_TEMPLATE, Plan, counts_of, jobs_of, validating
+from LightningDiT.verdict.adapting import TOKENIZER_TEMPLATE, counts_of, jobs_of, validating
+from LightningDiT.verdict.plan import Plan
 
 CHANNELS = 6  # of a latent of the template's tokenizer
 JUDGED = 8  # samples of a person in a look
