@@ -41,15 +41,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, build, run."""
     args = parse(argv)
-    from LightningDiT.metrics.evaluation import EvaluationSettings, evaluate, write_for_adm
+    from LightningDiT.metrics.evaluation import EvaluationSettings, check_results, evaluate, write_for_adm
     from LightningDiT.metrics.sources import open_images
 
     given = vars(args)
-    if npz := given.pop("npz"):
+    npz, output = given.pop("npz"), Path(given.pop("output"))
+    if args.reference:
+        check_results(output)
+    if npz:
         write_for_adm(open_images(args.samples, args.size), Path(npz))
     if not args.reference:
         return 0
-    output = Path(given.pop("output"))
     evaluation = evaluate(EvaluationSettings(**given, output=output))
     print("\n".join(evaluation.lines()), flush=True)
     for line in evaluation.report["warnings"]:

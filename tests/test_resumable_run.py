@@ -437,7 +437,7 @@ def test_what_a_run_began_with_is_what_it_goes_on_with(
 ) -> None:
     options, folder = arguments(tiny_folder, "out", "--num-samples", "6"), tiny_folder / "out"
     assert main(options) == 0
-    assert "acceleration   none (on a CPU compiling pays for long runs" in capsys.readouterr().out
+    assert "acceleration   none (on a CPU compiling pays only for long runs" in capsys.readouterr().out
     whole = contents(folder)
     kept = json.loads(whole[MANIFEST])[ACCELERATION]
     assert (kept["graphs"], kept["compiled"], kept["batch"]) == (False, "", None)
@@ -528,6 +528,10 @@ def test_the_strip_shows_the_predictions_of_the_data(pipe: LightningDiTPipeline,
 def test_a_strip_ends_with_the_last_step(every: int, panels: int, pipe: LightningDiTPipeline, tmp_path: Path) -> None:
     sample_run(pipe, [0, 1, 2], 0, tmp_path / "run", None, preview=Preview(every, tmp_path / "strip.png"))
     assert Image.open(tmp_path / "strip.png").width == 4 + panels * (128 + 4)
+    Preview(every, tmp_path / "strip.png")  # which may replace it
+    Image.new("RGB", (4, 4)).save(tmp_path / "mine.png")
+    with pytest.raises(LightningDiTError, match="mine.png"):
+        Preview(every, tmp_path / "mine.png")
 
 
 def test_a_strip_shows_what_is_made_again_and_no_later_batch(pipe: LightningDiTPipeline, tmp_path: Path) -> None:

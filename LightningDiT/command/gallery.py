@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Read the model, sample what is missing, and write the page."""
     args = parse(argv)
     from LightningDiT.demo.choices import find_models
-    from LightningDiT.demo.gallery import PAGE, entries_of, make_gallery, numbers_of_all, sampling_words
+    from LightningDiT.demo.gallery import PAGE, check_pages, entries_of, make_gallery, numbers_of_all, sampling_words
 
     model = next(iter(find_models([], [args.config])[0].values()))
     model = dataclasses.replace(model, path=str(args.config))  # as it was typed
@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"model          {config.model.model_type} from {config.ckpt_path}", flush=True)
     print(f"sampling       {describe_solver(config.sample)}; guidance {describe_guidance(config.sample)}", flush=True)
     print(f"images         {len(entries)} -> {args.output}", flush=True)
+    check_pages(args.output)
     if args.dry_run:
         return OK
     there, stopped = make_gallery(model, config, entries, args.seed, args.output, args.time_budget)

@@ -102,6 +102,12 @@ def entries_of(model: Model, conditions: Sequence[int | None] | None, options: S
     return entries
 
 
+def check_pages(folder: Path) -> None:
+    """Raise LightningDiTError if a page of the gallery would replace a file that is none."""
+    for name, mark in MARKS.items():
+        check_target(folder / name, holding(mark))
+
+
 def make_gallery(
     model: Model, config: Config, entries: Sequence[Entry], seed: int, folder: Path, minutes: float | None = None
 ) -> tuple[int, bool]:
@@ -117,8 +123,7 @@ def make_gallery(
     Raises:
         LightningDiTError: see `LightningDiTPipeline` and `opened_run`.
     """
-    for name, mark in MARKS.items():
-        check_target(folder / name, holding(mark))
+    check_pages(folder)
     deadline = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
     pipe = LightningDiTPipeline.from_config(config)
     plan = pipe.plan(1, 1)

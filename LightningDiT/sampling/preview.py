@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
+from LightningDiT.files import check_target, holding
 from LightningDiT.images import image_grid, save_png
 from LightningDiT.sampling.pipeline import LightningDiTPipeline
 from LightningDiT.sampling.views import views
@@ -15,6 +16,7 @@ from LightningDiT.seeds import generator_for
 from LightningDiT.transport import draw_noise, sampling_times
 
 SHOWN = 4  # images of a strip, one row each
+MARK = "LightningDiT preview"
 
 
 class Predictions:
@@ -61,9 +63,13 @@ class Preview:
 
     Attributes:
         path: the file of the strip.
+
+    Raises:
+        LightningDiTError: `path` is a file that no preview wrote.
     """
 
     def __init__(self, every: int, path: Path) -> None:
+        check_target(path, holding(MARK))
         self.every, self.path = every, path
         self._panels: list[list[Image.Image]] = []  # one list of images per step shown
         self._times: list[float] = []
@@ -93,4 +99,4 @@ class Preview:
         """Write the strip, an image a row and a step a column."""
         images = [panel[row] for row in range(len(self._panels[0])) for panel in self._panels]
         captions = [f"t = {t:.2f}" for t in self._times] * len(self._panels[0])
-        save_png(image_grid(images, captions, columns=len(self._panels)), self.path)
+        save_png(image_grid(images, captions, columns=len(self._panels)), self.path, MARK)
