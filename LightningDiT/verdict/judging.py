@@ -303,7 +303,7 @@ def check_files(folder: Path) -> None:
 
 
 def verdicts_of(judged: Iterable[Judged]) -> int:
-    """Return how many verdicts there are of what is judged: one for each network and number of images."""
+    """Return the number of verdicts: one for each network and number of images."""
     return sum(len(one.images) for one in judged)
 
 
