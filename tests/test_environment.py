@@ -214,7 +214,7 @@ def test_a_requirement_that_the_wanted_version_breaks_is_said(place: Place) -> N
     place.pip("install", "--find-links", str(more), "holder")
     broken = place.step("--wheels", str(more))
     assert (broken.returncode, place.installed("helper")) == (0, "2.0")
-    (line,) = (line for line in broken.stdout.splitlines() if line.startswith("warning: "))
+    (line,) = (line for line in broken.stdout.splitlines() if line.startswith("warning: holder"))
     assert line.startswith(
         "warning: holder 1.0 has requirement helper<2, but you have helper 2.0 (a package that step 1"
     )
