@@ -102,6 +102,14 @@ def test_people_with_one_pass_are_one_stratum() -> None:
     assert alone.interval(np.array([0.0, 0, 1])).standard_error == pytest.approx(1 / 3, rel=0.03)
 
 
+def test_an_interval_of_a_share_ends_at_0_and_1() -> None:
+    wide, inside = (Interval(0.3, *ends, 0.2, 9, 4) for ends in ((-0.05, 1.2), (0.1, 0.5)))
+    assert wide.of_share() == replace(wide, low=0.0, high=1.0)
+    assert inside.of_share() == inside
+    unknown = Interval(0.3, -math.inf, math.inf, math.inf, 9, 1)
+    assert unknown.of_share() == unknown
+
+
 def test_one_pass_has_no_interval() -> None:
     found = PassBootstrap(np.zeros(9, int), np.zeros(9, int)).interval(np.ones(9))
     assert (found.value, found.low, found.high) == (1.0, -math.inf, math.inf)

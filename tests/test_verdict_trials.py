@@ -357,6 +357,18 @@ def test_results_average_seeds_and_join_folds() -> None:
     assert np.allclose(pooled(trials).right["augmented"].mean(0)[3:6], [0.5, 0.5, 0.5])
 
 
+def test_accuracies_are_shares_and_differences_may_exceed_them() -> None:
+    """One training knows every window and the other none: with one degree of freedom all ends lie beyond 0 and 1."""
+    rights = [("real", 0, "000000"), ("real", 1, "000000"), ("augmented", 0, "111111"), ("augmented", 1, "000000")]
+    found = summarise([trial(row, fold, seed, right) for row, seed, right in rights for fold in range(2)])[0][
+        "augmented"
+    ]
+    parts = [found.accuracy, *found.people.values(), *found.conditions.values()]
+    assert [(part.value, part.low, part.high) for part in parts] == [(0.5, 0.0, 1.0)] * 4
+    assert found.difference is not None
+    assert found.difference.low < 0 and found.difference.high > 1
+
+
 def test_folds_that_test_a_pass_twice_and_rows_with_other_windows_are_refused() -> None:
     twice = [trial("real", 0, 0, "111111"), replace(trial("real", 1, 0, "111111"), passes=(0, 0, 0, 10, 10, 10))]
     with pytest.raises(ValueError, match="a pass was tested in two folds"):

@@ -73,6 +73,12 @@ class Interval:
         low, high = (self.value + share * (end - self.value) for end in (self.low, self.high))
         return replace(self, low=low, high=high, level=level)
 
+    def of_share(self) -> Interval:
+        """Return the interval without the part below 0 and above 1, where no share lies; unknown ends stay."""
+        if math.isinf(self.high):
+            return self
+        return replace(self, low=max(self.low, 0.0), high=min(self.high, 1.0))
+
 
 @dataclass(frozen=True)
 class Verdict:

@@ -149,12 +149,12 @@ def _row_result(row: str, tested: Tested, bootstrap: PassBootstrap, resamples: i
         for group in np.unique(groups).tolist():
             own = groups == group
             part = PassBootstrap(tested.people[own], tested.passes[own], resamples, seed)
-            found[group] = part.interval(right[:, own])
+            found[group] = part.interval(right[:, own]).of_share()
         return found
 
     return RowResult(
         row=row,
-        accuracy=bootstrap.interval(right),
+        accuracy=bootstrap.interval(right).of_share(),
         seeds=tuple(right.mean(1).tolist()),
         people=by(tested.people),
         conditions=by(tested.conditions),
