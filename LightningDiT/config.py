@@ -382,7 +382,9 @@ def with_overrides(sample: SampleConfig, names: Mapping[str, str] | None = None,
 
 def check_sample(sample: SampleConfig) -> None:
     """Raise LightningDiTError for sampling settings that no run could use."""
-    _check_rules({f"sample.{name}": value for name, value in vars(sample).items()}, str)
+    hints = typing.get_type_hints(SampleConfig)
+    values = {name: coerce(value, hints[name], f"sample.{name}") for name, value in vars(sample).items()}
+    _check_rules({f"sample.{name}": value for name, value in values.items()}, str)
     _check_pairs(sample, "sample")
 
 

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 DEMO_NAME = "demo_samples.png"
 PREVIEW_NAME = "demo_preview.png"
+MOST_DRAWN = 100_000  # labels that a dry run draws
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -131,12 +132,14 @@ def run_demo(config: Config, args: argparse.Namespace, processes: Processes) -> 
     """Sample the demonstration's classes and write their grid."""
     from LightningDiT.sampling.demo import sample_demo
     from LightningDiT.sampling.dry_run import check_run
-    from LightningDiT.sampling.preview import Preview
+    from LightningDiT.sampling.preview import MANIFEST, Preview, check_preview
 
     folder = Path(args.output or results_folder(HERE) / "demo_images")
     processes.from_main(lambda: check_space(folder, args.count or 0, config.data.image_size))
     classes, conditions = grid_of(args, config)
     processes.say(describe_settings(config, len(classes), folder / DEMO_NAME))
+    if args.preview:
+        processes.from_main(lambda: check_preview(folder / PREVIEW_NAME, folder, f"run-*/{MANIFEST}"))
     if args.dry_run:
         return processes.from_main(lambda: check_run(config, classes, conditions))
     preview = Preview(args.preview, folder / PREVIEW_NAME) if args.preview else None
@@ -148,7 +151,7 @@ def run_demo(config: Config, args: argparse.Namespace, processes: Processes) -> 
 def run_folder(config: Config, args: argparse.Namespace, processes: Processes, count: int) -> int:
     """Sample many images into a folder, from where an earlier run stopped."""
     from LightningDiT.sampling.pipeline import LightningDiTPipeline
-    from LightningDiT.sampling.preview import Preview
+    from LightningDiT.sampling.preview import Preview, check_preview
     from LightningDiT.sampling.resumable_run import UNFINISHED, sample_run, write_samples
 
     output = Path(args.output or results_folder(HERE.parent) / "output" / "samples")
@@ -157,11 +160,14 @@ def run_folder(config: Config, args: argparse.Namespace, processes: Processes, c
     processes.from_main(lambda: check_space(output, count, config.data.image_size))
     if file is not None:
         processes.from_main(lambda: _check_npz(file))
+    strip = _beside(output, "_preview.png")
+    if args.preview:
+        processes.from_main(lambda: check_preview(strip, output))
     if args.dry_run:
         return processes.from_main(lambda: _dry_run(config, args, count))
     pipe = processes.agree(lambda: LightningDiTPipeline.from_config(config))
     labels = processes.agree(lambda: labels_of(config, pipe.labels, args, count))
-    preview = Preview(args.preview, _beside(output, "_preview.png")) if args.preview else None
+    preview = Preview(args.preview, strip) if args.preview else None
     conditions = processes.agree(lambda: conditions_of(config, pipe.conditions, args, count, pipe.null_failure))
     for line in label_lines(config, args, (pipe.labels, labels), (pipe.conditions, conditions)):
         processes.say(line)
@@ -189,9 +195,12 @@ def _dry_run(config: Config, args: argparse.Namespace, count: int) -> int:
     from LightningDiT.sampling.dry_run import verify
 
     first, second = Labels.of(config), Labels.conditions_of(config)
-    labels = labels_of(config, first, args, count)
-    conditions = conditions_of(config, second, args, count)
-    print("\n".join([*label_lines(config, args, (first, labels), (second, conditions)), *verify(config)]))
+    if count > MOST_DRAWN and not (args.classes or args.labels):
+        lines = [f"labels         {config.sample.labels}, drawn when the run begins"]
+    else:
+        labels, conditions = labels_of(config, first, args, count), conditions_of(config, second, args, count)
+        lines = list(label_lines(config, args, (first, labels), (second, conditions)))
+    print("\n".join([*lines, *verify(config)]))
     return 0
 
 

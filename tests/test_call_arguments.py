@@ -81,7 +81,9 @@ def test_seeds_that_cannot_be_are_named(seed: Any, indices: Any, said: str) -> N
 # --- labels and latents
 
 
-@pytest.mark.parametrize("labels", [[2], torch.tensor(2), np.array(2), np.int64(2), torch.tensor([2]), iter([2])])
+@pytest.mark.parametrize(
+    "labels", [[2], torch.tensor(2), np.array(2), np.int64(2), torch.tensor([2]), iter([2]), {2: 0}.keys()]
+)
 def test_one_class_comes_as_any_number(labels: Any, pipe: LightningDiTPipeline) -> None:
     assert pipe(labels, num_inference_steps=2, output_type="latent").labels == [2]
 
@@ -122,6 +124,8 @@ def test_settings_are_checked_by_whatever_way_they_come(pipe: LightningDiTPipeli
     sample = pipe.config.sample
     with pytest.raises(LightningDiTError, match=r"sample.cfg_scale is -3.0; a scale from 0 to below 10000 is expected"):
         pipe.with_sample(dataclasses.replace(sample, cfg_scale=-3.0))
+    with pytest.raises(LightningDiTError, match=r"sample.timestep_shift is None; float is expected"):
+        pipe.with_sample(dataclasses.replace(sample, timestep_shift=None))
     with pytest.raises(LightningDiTError, match=r"sample.cfg_interval_start is 0.5, after cfg_interval_end 0.2"):
         pipe.with_sample(dataclasses.replace(sample, cfg_interval_start=0.5, cfg_interval_end=0.2))
     with pytest.raises(LightningDiTError, match="guidance_scale is 1e[+]30; a scale from 0 to below 10000 is expected"):

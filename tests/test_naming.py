@@ -100,10 +100,35 @@ def test_a_level_that_may_hold_people_as_well_is_a_warning() -> None:
     ],
 )
 def test_the_number_that_makes_runs_counts(form: str, noted: bool) -> None:
+    """Unless a word for a window stands before the last one; see below."""
     groups, notes = read(paths(form, p=range(1, 6), r=range(10)))
     assert groups["number"] == {"1", "2", "3", "4"}
     assert any("the running number is" in note for note in notes) == noted
     assert not any("(" in name for name in groups["recording"])
+
+
+def test_the_number_behind_a_word_for_a_window_counts() -> None:
+    """One window of each recording is what it seems."""
+    groups, notes = read(paths("ID_{p}/ID{p}_rec{n}_Doppler1.jpg", p=range(1, 6)))
+    assert (groups["number"], groups["recording"], notes) == ({"1"}, {f"rec{n}" for n in range(1, 5)}, [])
+
+
+def test_a_part_of_a_decimal_number_is_no_running_number() -> None:
+    groups, _ = read(paths("ID_{p}/t_{n}.5s.jpg", p=range(1, 6)))
+    assert "number" not in groups
+
+
+@pytest.mark.parametrize("session", ["session{r}", "day_{r}", "case{r}", "第{r}次", "2023-05-0{r}", "hat{r}x"])
+def test_people_with_names_may_have_more_sessions_than_there_are_people(session: str) -> None:
+    names = {"张三", "李四", "王五"}
+    groups, _ = read(paths("{p}/" + session + "/Doppler{n}.jpg", p=names, r=range(1, 6)))
+    assert groups["person"] == names
+
+
+def test_days_are_no_people() -> None:
+    groups, _ = read(paths("2023050{r}/{p:02d}/Doppler{n}.jpg", p=range(1, 4), r=range(1, 6)))
+    assert groups["person"] == {"01", "02", "03"}
+    assert groups["condition"] == {f"2023050{r}" for r in range(1, 6)}
 
 
 @pytest.mark.parametrize(

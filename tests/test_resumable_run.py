@@ -35,7 +35,7 @@ from LightningDiT.inference import main
 from LightningDiT.sampling import resumable_run
 from LightningDiT.sampling.all_gpus import share_run
 from LightningDiT.sampling.pipeline import LightningDiTPipeline
-from LightningDiT.sampling.preview import Preview
+from LightningDiT.sampling.preview import Preview, check_preview
 from LightningDiT.sampling.resumable_run import (
     ACCELERATION,
     DIGESTS,
@@ -528,10 +528,11 @@ def test_the_strip_shows_the_predictions_of_the_data(pipe: LightningDiTPipeline,
 def test_a_strip_ends_with_the_last_step(every: int, panels: int, pipe: LightningDiTPipeline, tmp_path: Path) -> None:
     sample_run(pipe, [0, 1, 2], 0, tmp_path / "run", None, preview=Preview(every, tmp_path / "strip.png"))
     assert Image.open(tmp_path / "strip.png").width == 4 + panels * (128 + 4)
-    Preview(every, tmp_path / "strip.png")  # which may replace it
-    Image.new("RGB", (4, 4)).save(tmp_path / "mine.png")
-    with pytest.raises(LightningDiTError, match="mine.png"):
-        Preview(every, tmp_path / "mine.png")
+    check_preview(tmp_path / "strip.png", tmp_path / "none")  # which may be replaced
+    Image.new("RGB", (4, 4)).save(tmp_path / "other.png")
+    check_preview(tmp_path / "other.png", tmp_path / "run")  # of an earlier release, without a mark
+    with pytest.raises(LightningDiTError, match="other.png"):
+        check_preview(tmp_path / "other.png", tmp_path / "none")
 
 
 def test_a_strip_shows_what_is_made_again_and_no_later_batch(pipe: LightningDiTPipeline, tmp_path: Path) -> None:

@@ -242,7 +242,7 @@ def test_time_that_runs_downwards_is_refused(folder: Path, tmp_path: Path, capsy
             (tmp_path / "apart" / file.parent.name).mkdir(parents=True, exist_ok=True)
             shutil.copy(file, tmp_path / "apart" / file.parent.name)
     said = run(capsys, "--data", tmp_path / "apart", "--dry-run")
-    assert "warning: no overlap was found in the pixels of" in said
+    assert "overlap        none found in the pixels of" in said
 
 
 def test_what_could_not_be_measured_is_no_share_of_0_percent(

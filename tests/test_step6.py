@@ -178,9 +178,8 @@ def test_levels_that_were_written_again_are_refused(
     capsys.readouterr()
     assert call(root, output, "--dry-run") == 0
     assert f"note: the plan in {output} is of an earlier release and names no levels" in capsys.readouterr().out
-    (output / "fold0-30" / "tokenizer").mkdir(parents=True)  # whose levels nothing shows
-    assert call(root, output, "--dry-run") == 1
-    assert "does not say which levels its latents are of" in capsys.readouterr().err
+    (output / "fold0-30" / "tokenizer").mkdir(parents=True)  # stopped in its training, before there were latents
+    assert call(root, output, "--dry-run") == 0
 
 
 def test_the_power_of_a_plan_is_that_of_all_its_verdicts(data: Path) -> None:

@@ -9,7 +9,7 @@ import json
 import operator
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -70,7 +70,7 @@ def listed(given: Any, what: str) -> list[Any]:
     if is_one(given):
         return [given]
     dimensions = getattr(given, "ndim", None)
-    if isinstance(given, Set | Mapping) or (dimensions or 1) > 1:
+    if isinstance(given, set | frozenset | Mapping) or (dimensions or 1) > 1:
         kind = f"{type(given).__name__} of {dimensions} dimensions" if dimensions else type(given).__name__
         raise LightningDiTError(f"{what} are in a {kind}; a list is expected", "give a list")
     return list(given)

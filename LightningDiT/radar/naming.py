@@ -27,6 +27,7 @@ FILLERS = (
     *("部分", "集", "组"),
 )
 _WORDS = "id|person|subject|subj|sub|user|walker|people|participant|volunteer"
+_RUNS = "pass|run|trial|take|walk|walking|seq|sequence|rec|recording|session|sess|s|p|t|r"
 _STEMS = "甲乙丙丁戊己庚辛壬癸"
 _CHINESE = "用户|人员|行人|受试者|被试者|被试|志愿者|参与者|实验者|测试者|对象|人"
 #: Names that say that they are of a person: ID_7, user3, person_A; 用户1, 受试者甲; 第1人, 3号.
@@ -39,7 +40,7 @@ NUMBER = r"(?P<person>(?i:[sp][_\- ]?)?\d+)"  # of a person, or of a session or 
 ANY = r"(?P<person>[^/]+)"
 #: A folder of a session or pass; below a person it is a part of the recording's name.
 RUN = (
-    r"(?P<run>(?i:(?:pass|run|trial|take|walk|walking|seq|sequence|rec|recording|session|sess|s|p|t|r)[_\- ]?)?\d+"
+    rf"(?P<run>(?i:(?:{_RUNS})[_\- ]?)?\d+"
     r"|第?\d+(?:次|趟|遍|组|段)|(?:趟|次|段|会话|录制)\d+)/"
 )
 ABOVE = r"(?:(?P<condition>.+)/)?"
@@ -50,10 +51,13 @@ CONDITIONS = re.compile(
     r"(?i:normal|back ?pack|bag|phone|line|free|slow|fast|walk|carry|coat|cloth)"
     r"|正常|背包|提包|手机|直线|自由|步行|行走|跑步"
 )
+#: A day, as 20230501, 2023-05-01 or 2023年5月1日; a level of folders with such names holds no people.
+DATE = re.compile(r"(?:19|20)\d{6}|(?:19|20)\d\d[-_.年]\d{1,2}[-_.月]\d{1,2}日?")
 _ID = r"(?:(?i:id)[_-]?\d+[_-])?"
 MOST_TAILS = 5  # numbers in a file's name after the running number
+_WHOLE = r"(?<!\d)(?<!\d\.)(?P<number>\d+)(?!\.\d)"  # and no part of a decimal number, such as seconds
 FILES = tuple(
-    rf"{_ID}(?P<recording>[^/]*?)[_\- ]?[A-Za-z]*(?: ?[(（])?(?P<number>\d+){tail}[^\d/]*\.\w+$"
+    rf"{_ID}(?P<recording>[^/]*?)[_\- ]?[A-Za-z]*(?: ?[(（])?{_WHOLE}{tail}[^\d/]*\.\w+$"
     for tail in ("", *(rf"(?:[^\d/]+\d+){{{count}}}" for count in range(1, MOST_TAILS + 1)))
 )
 UNNUMBERED = r"(?P<recording>)[^/]+$"
@@ -179,11 +183,12 @@ def _best(paths: Sequence[str]) -> tuple[Reading | None, list[str]]:
     numbers = _readings(_levels(NUMBER), paths)
     any_names = (f"^{ANY}/{BELOW}{RUN}", f"^{ABOVE}{ANY}/{RUN}", f"^{ANY}/(?:{BELOW})?", f"^{BELOW}{ANY}/")
     named = _readings(any_names, paths)
-    like_people = [one for one in named if not _are_conditions(one.people)]
+    like_people = [one for one in named if not _are_conditions(one.people) and not _are_dates(one.people)]
+    numbers = [one for one in numbers if not _are_dates(one.people)] or numbers
     best, rivals = _most(numbers), numbers
     if best is None:
         files = _readings((f"^{ABOVE}{NUMBER}[_\\- ]",), paths)
-        best, rivals = _most(like_people or named), [*like_people, *files]
+        best, rivals = _first(like_people or named), [*like_people, *files]
         if files and (best is None or len(best.people) == 1 or not like_people):
             best = _most(files)
     elif len(best.people) == 1:
@@ -199,6 +204,15 @@ def _most(readings: Sequence[Reading]) -> Reading | None:
     return max(readings, key=lambda one: len(one.people), default=None)
 
 
+def _first(readings: Sequence[Reading]) -> Reading | None:
+    """Return the first of the readings with several people: of names that say nothing, those of the upper level."""
+    return next((one for one in readings if len(one.people) > 1), next(iter(readings), None))
+
+
+def _are_dates(names: Sequence[str]) -> bool:
+    return all(DATE.fullmatch(name) for name in names)
+
+
 def _are_conditions(names: Sequence[str]) -> bool:
     return sum(bool(CONDITIONS.search(name)) for name in names) >= MANY * len(names)
 
@@ -209,7 +223,8 @@ def _noted_rival(best: Reading, rivals: Sequence[Reading]) -> Iterator[str]:
     if other is None or len(other.people) < 2:
         return
     sure = len(best.people) > len(other.people)
-    if not sure or not {*other.people} <= best.runs:  # of runs there is a note of their own
+    are_runs = {*other.people} <= best.runs  # of which there is a note of their own
+    if not (are_runs and (sure or not any(name.isdecimal() for name in other.people))):
         yield (
             f"{'' if sure else WARNING}names such as {told(best.people[0])} ({len(best.people)} of them) are taken"
             f" for people, and not those such as {told(other.people[0])} ({len(other.people)}); {PATTERN}"
@@ -242,7 +257,7 @@ def _numbered(folders: str, paths: Sequence[str]) -> tuple[re.Pattern[str] | Non
         return (expression if any(map(expression.search, paths)) else None), []
     last = fitting[0]
     best = max(fitting, key=lambda one: one[0])
-    if 2 * last[0] >= best[0]:
+    if 2 * last[0] >= best[0] or _is_called_a_window(last[1]):
         return last[2], []
     name = last[1].string.rpartition("/")[2]
     number, by_last = best[2].search(last[1].string), last[1]["number"]
@@ -251,6 +266,12 @@ def _numbered(folders: str, paths: Sequence[str]) -> tuple[re.Pattern[str] | Non
         f"in names such as {told(name)} the running number is {said}, not {by_last}, by which nearly every window"
         f" would be a recording of its own; {PATTERN}"
     ]
+
+
+def _is_called_a_window(match: re.Match[str]) -> bool:
+    """Return whether a word for no person, pass or condition stands right before the number, as in Doppler12."""
+    word = re.search(r"[A-Za-z]{2,}$", match.string[: match.start("number")])
+    return bool(word) and not re.fullmatch(rf"(?i:{_WORDS}|{_RUNS}|case|cond|condition)", word[0])
 
 
 def _neighbours(matches: Sequence[re.Match[str]]) -> int:

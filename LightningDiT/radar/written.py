@@ -146,8 +146,8 @@ def _overlap(prepared: Prepared) -> Iterator[str]:
         )
     elif overlap.stride is None:
         yield (
-            f"{WARNING}no overlap was found in the pixels of {overlap.pairs} pairs of neighbours: windows count as"
-            f" apart{step}; check that time runs from left to right, and that the numbers follow it"
+            f"overlap        none found in the pixels of {overlap.pairs} pairs of neighbours: windows count as"
+            f" apart{step}; if they were cut with overlap, check that the numbers follow the time"
         )
     else:
         share = max(0.0, 1 - overlap.stride / overlap.length)

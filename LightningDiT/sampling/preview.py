@@ -17,6 +17,7 @@ from LightningDiT.transport import draw_noise, sampling_times
 
 SHOWN = 4  # images of a strip, one row each
 MARK = "LightningDiT preview"
+MANIFEST = "manifest.json"  # of a run
 
 
 class Predictions:
@@ -58,18 +59,25 @@ class Predictions:
         return abs(t - self._end) < 1e-6
 
 
+def check_preview(path: Path, run_of_it: Path, manifests: str = MANIFEST) -> None:
+    """Raise LightningDiTError if the strip would replace a file that no preview wrote.
+
+    Strips of earlier releases have no mark, and are known by their run.
+
+    Args:
+        run_of_it: folder of the run; manifests: a pattern for its manifest.
+    """
+    check_target(path, lambda file: holding(MARK)(file) or any(run_of_it.glob(manifests)))
+
+
 class Preview:
     """Decodes the first images of a batch after every `every`-th step and after the last one; a pipeline's callback.
 
     Attributes:
         path: the file of the strip.
-
-    Raises:
-        LightningDiTError: `path` is a file that no preview wrote.
     """
 
     def __init__(self, every: int, path: Path) -> None:
-        check_target(path, holding(MARK))
         self.every, self.path = every, path
         self._panels: list[list[Image.Image]] = []  # one list of images per step shown
         self._times: list[float] = []

@@ -13,7 +13,7 @@ from pathlib import Path
 from LightningDiT.console import run_main
 from LightningDiT.errors import LightningDiTError
 from LightningDiT.files import check_target, holding, refuse_inputs
-from LightningDiT.training.curves import MARK, quantities, read_log, save_curves
+from LightningDiT.training.curves import CURVES, MARK, quantities, read_log, save_curves
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -29,7 +29,8 @@ def check_output(output: Path, logs: Sequence[str]) -> None:
     if output.suffix.lower() != ".png" and not output.is_dir():
         raise LightningDiTError(f"{output} is to be a PNG and is not called so", f"name it {output.name}.png")
     refuse_inputs(output, logs)
-    check_target(output, holding(MARK))
+    beside = any(Path(log).parent == output.parent for log in logs)  # the training's own, unmarked in earlier releases
+    check_target(output, lambda path: holding(MARK)(path) or (beside and path.name == CURVES))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,6 +14,7 @@ from LightningDiT.files import atomic_path, read_text
 HIDDEN = ("step", "seconds_left")
 BESIDE = {"copies": ("copies_real", "of real windows")}  # what is drawn in the same panel, and its legend
 PANEL_INCHES = (6.0, 2.6)
+CURVES = "curves.png"  # of a run, in its folder
 MARK = "LightningDiT curves"  # text in the PNG, by which it is known for ours
 PNG_SECONDS = 120.0  # between two drawings during a run
 
@@ -138,7 +139,7 @@ class LiveCurves:
 
     def _draw(self) -> None:
         self._drawn_at = time.monotonic()
-        path = self.folder / "curves.png"
+        path = self.folder / CURVES
         try:
             save_curves({self.folder.name: read_log(self.folder / "log.jsonl")}, path)
         except LightningDiTError as error:

@@ -23,9 +23,9 @@ from LightningDiT.checkpoint import kind_of, load_training_state, save_training_
 from LightningDiT.device import gpu_random_states, set_gpu_random_states
 from LightningDiT.errors import LightningDiTError, first_line, is_out_of_memory
 from LightningDiT.files import append_text, disk_errors, open_own, open_regular, remove_leftovers, require_unicode
+from LightningDiT.training.curves import CURVES
 
 STEP_DIGITS = 7  # at least
-CURVES = "curves.png"
 OPTIONAL = ("last_finite", "decoupled_weight_decay")  # entries that checkpoints of older releases, or torch's, lack
 OPTIMIZERS = ("opt", "optimizer", "judges")  # entries for `load_optimizer`
 FLAGS = ("amsgrad", "capturable", "differentiable", "maximize")  # of an optimizer, which change its step

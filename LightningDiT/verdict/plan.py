@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from LightningDiT.config import is_seed, typed
+from LightningDiT.data.labels import LATENTS_MANIFEST
 from LightningDiT.errors import LightningDiTError, first_line
 from LightningDiT.files import fingerprint, read_json, write_text
 from LightningDiT.radar.level_images import LevelFiles, open_level_files
@@ -378,10 +379,10 @@ def with_levels(kept: Plan, folder: Path, opened: LevelFiles) -> Plan:
     """Return the plan of a folder, which names the levels that are there now: those that it was made of.
 
     The plan of an earlier release names none. Its latents show of which levels they are, so that its trainings can be
-    kept; a cell without latents shows nothing.
+    kept; a cell without latents, whose tokenizer was being trained, shows nothing and goes on.
 
     Raises:
-        LightningDiTError: the levels are others, or nothing shows whether they are.
+        LightningDiTError: the levels are others.
     """
     if opened.split.digest != kept.split:
         return kept  # `continued` says so
@@ -390,11 +391,11 @@ def with_levels(kept: Plan, folder: Path, opened: LevelFiles) -> Plan:
     if kept.levels_digest is None:
         for fold, images in kept.cells:
             cell = cell_folder(folder, fold, images)
-            if (cell / TOKENIZER).exists() and not latents_are_of(
+            if (cell / LATENTS / LATENTS_MANIFEST).exists() and not latents_are_of(
                 opened, cell / LATENTS, cell / SPLIT, fold, kept.draws, kept.seed
             ):
                 raise others(opened, is_same_folder, folder)
-        print(f"note: the plan in {folder} is of an earlier release and names no levels; its trainings are of these")
+        print(f"note: the plan in {folder} is of an earlier release and names no levels; those of now are assumed")
     elif kept.levels_digest != found:
         raise others(opened, is_same_folder, folder)
     return replace(kept, levels_digest=found)

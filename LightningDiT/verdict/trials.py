@@ -155,7 +155,7 @@ def run_trials(plan: Plan, load: Callable[[int], FoldData], path: Path, known: S
                 found.append(old)
                 progress.update()
     if again:
-        print(f"{again} trials were trained again: their data or settings have changed", flush=True)
+        print(f"{again} trials were trained again: their data or settings, or this program, have changed", flush=True)
     return found
 
 
