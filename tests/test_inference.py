@@ -20,6 +20,23 @@ def sample(folder: Path, *arguments: str) -> int:
     return run_main(lambda: inference.main(command))
 
 
+@pytest.mark.parametrize(("options", "name"), [(["--num-samples", "2"], "out_preview.png"), (["--demo"], "")])
+def test_a_dry_run_names_a_preview_that_would_be_replaced(
+    options: list[str], name: str, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    strip = tiny_folder / (name or "out/demo_preview.png")
+    strip.parent.mkdir(exist_ok=True)
+    strip.write_text("mine")
+    assert sample(tiny_folder, *options, "--preview", "1", "--dry-run") == 1
+    assert f"{strip} cannot be written" in capsys.readouterr().err
+    assert strip.read_text() == "mine"
+
+
+def test_a_dry_run_draws_no_endless_list(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sample(tiny_folder, "--num-samples", str(inference.MOST_DRAWN + 1), "--dry-run") == 0
+    assert "labels         random, drawn when the run begins" in capsys.readouterr().out
+
+
 def images_in(folder: Path) -> dict[str, np.ndarray]:
     return {path.name: np.asarray(Image.open(path)) for path in sorted(folder.glob("0*.png"))}
 

@@ -166,6 +166,9 @@ def test_plot_training(tmp_path: Path) -> None:
         return plot_training.main([str(log), "--output", str(output)])
 
     keeps(lambda output: plot(output / "curves.png"), tmp_path, "curves.png")
+    curves = log.with_name("curves.png")
+    curves.write_bytes(b"of an earlier release, without a mark")
+    assert plot(curves) == 0 and b"of an earlier release" not in curves.read_bytes()
     refused(lambda: plot(log), tmp_path, r"is to be a PNG and is not called so; fix: name it log.jsonl.png")
     log.replace(log.with_suffix(".png"))
     log = log.with_suffix(".png")
